@@ -1,0 +1,61 @@
+# make        install into .venv        make demo    ask the embedded model
+# make test   everything CI runs        make clean   remove .venv and build
+#
+# Python >= 3.10 and a C++17 compiler are needed, ccache is used when present.
+
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+PIP    := $(BIN)/python -m pip --disable-pip-version-check --quiet
+CACHE  := build/llama
+SDIST  ?=
+JOBS   ?= $(shell $(PYTHON) -c 'import os; print(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())')
+
+SOURCES := $(shell find cpp patches pyheadkv -type f -not -name '*.pyc') CMakeLists.txt pyproject.toml
+
+.PHONY: all demo test clean stock sanitize
+all: $(VENV)/.installed
+
+$(VENV)/.tools: pyproject.toml
+	test -d $(VENV) || $(PYTHON) -m venv $(VENV)
+	$(PIP) install --upgrade pip
+	$(PIP) install "scikit-build-core>=0.10" "patch-ng>=1.18" "cmake>=3.21,<4" ninja "numpy>=1.24" "gguf>=0.17" \
+		"tqdm>=4.60" "matplotlib>=3.7" "pytest>=8" jinja2
+	touch $@
+
+# the Python part of llama-cpp-python; its library is ours
+$(VENV)/.llama-cpp-python: $(VENV)/.tools patches/UPSTREAM
+	$(BIN)/python patches/apply.py --out $(CACHE) --sdist=$(SDIST) --sdist-only > $(CACHE).sdist || (rm -f $(CACHE).sdist; exit 1)
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(PIP) install --no-build-isolation -C cmake.define.LLAMA_BUILD=OFF -C cmake.define.LLAVA_BUILD=OFF "$$(cat $(CACHE).sdist)"
+	touch $@
+
+CMAKE_DEFINES = -C cmake.define.PYHEADKV_SOURCE_CACHE=$(CURDIR)/$(CACHE) -C cmake.define.PYHEADKV_LLAMA_CPP_SDIST="$$(cat $(CACHE).sdist)"
+
+$(VENV)/.installed: $(VENV)/.llama-cpp-python $(SOURCES)
+	PATH="$(CURDIR)/$(BIN):$$PATH" CMAKE_BUILD_PARALLEL_LEVEL=$(JOBS) $(PIP) install --no-build-isolation --no-deps --force-reinstall $(CMAKE_DEFINES) .
+	touch $@
+
+demo: all
+	$(BIN)/pyheadkv demo
+
+# libraries that the tests compare with: upstream as it is, and ours with sanitizers
+STOCK := build/stock
+ASAN  := build/asan
+CMAKE := PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/cmake
+
+stock: $(VENV)/.llama-cpp-python
+	$(CMAKE) -G Ninja -S . -B $(STOCK) -DPYHEADKV_STOCK=ON -DPYHEADKV_SERVER=OFF -DPYHEADKV_SOURCE_CACHE=$(CURDIR)/$(CACHE) \
+		-DPYHEADKV_LLAMA_CPP_SDIST="$$(cat $(CACHE).sdist)" > $(STOCK).log
+	$(CMAKE) --build $(STOCK) --parallel $(JOBS) --target pyheadkv-libs >> $(STOCK).log
+
+sanitize: $(VENV)/.llama-cpp-python
+	$(CMAKE) -G Ninja -S . -B $(ASAN) -DPYHEADKV_SERVER=OFF -DPYHEADKV_TESTS=ON -DPYHEADKV_SANITIZE=address,undefined \
+		-DCMAKE_BUILD_TYPE=Debug -DCMAKE_CXX_FLAGS_DEBUG=-O1 -DCMAKE_C_FLAGS_DEBUG=-O1 -DPYHEADKV_SOURCE_CACHE=$(CURDIR)/$(CACHE) \
+		-DPYHEADKV_LLAMA_CPP_SDIST="$$(cat $(CACHE).sdist)" > $(ASAN).log
+	$(CMAKE) --build $(ASAN) --parallel $(JOBS) --target pyheadkv-libs pyheadkv-tests >> $(ASAN).log
+
+test: all stock sanitize
+	PYHEADKV_STOCK_LIB=$(CURDIR)/$(STOCK)/bin PYHEADKV_ASAN_DIR=$(CURDIR)/$(ASAN)/bin $(BIN)/pytest tests
+
+clean:
+	rm -rf $(VENV) build

@@ -1,0 +1,114 @@
+// headkv: a KV cache in which every (layer, KV head) owns its own range of cells and its own budget.
+//
+// The door for callers. Usage:
+//
+//   struct headkv_params p = headkv_default_params();
+//   p.kv_size = 128;                                   // mean cells per KV head, observation window included
+//   if (headkv_set_params(&p)) { puts(headkv_last_error()); }
+//   llama_context * ctx = llama_init_from_model(...);   // this thread's next contexts use the parameters
+//   headkv_set_params(NULL);
+//   ... llama_decode(prompt) ...                        // full attention over the whole prompt
+//   headkv_end_prompt(ctx, 0);                          // compresses sequence 0
+//   ... llama_decode(one token) ...                     // attends over what each head kept
+//
+// Every function that can fail returns a negative number and leaves the reason in headkv_last_error().
+// Nothing here keeps a pointer of the caller after it returned.
+#pragma once
+
+#include "llama.h"
+
+#include <stddef.h>
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+enum headkv_pool {
+    HEADKV_POOL_MAX = 0, // max over the neighbours that exist
+    HEADKV_POOL_AVG = 1, // sum over the neighbours, divided by the kernel size
+};
+
+// how decode attends over the store
+enum headkv_attend {
+    HEADKV_ATTEND_AUTO     = 0, // fused where the layer's memory is on the CPU, else composed
+    HEADKV_ATTEND_FUSED    = 1, // one op of ours over exact ranges; CPU only
+    HEADKV_ATTEND_COMPOSED = 2, // existing ggml ops; every backend
+};
+
+struct headkv_params {
+    size_t       size;        // sizeof(struct headkv_params)
+    const char * policy;      // "headkv" (importance decides), "snapkv" (uniform)
+    int32_t      kv_size;     // mean cells per KV head, observation window included
+    int32_t      window;      // queries that score the prompt, 1..64
+    int32_t      pool;        // enum headkv_pool
+    int32_t      pool_kernel; // odd, 1..31; 1 = no pooling
+    double       beta;        // > 1; larger = more uniform
+    int32_t      n_tail;      // rows reserved per head for generated tokens before the store grows, >= 1
+    int32_t      attend;      // enum headkv_attend
+    int32_t      n_buckets;   // attention calls per layer of the composed path, 1..8
+    // importance of each query head, row-major [n_layer][n_head]; NULL = read it from importance_gguf
+    const double * importance;
+    int32_t      n_layer;
+    int32_t      n_head;
+    const char * importance_gguf; // GGUF file with {arch}.attention.head_importance, usually the model itself; may be NULL
+};
+
+struct headkv_stats {
+    size_t  size;             // sizeof(struct headkv_stats), set by the caller
+    int32_t state;            // 0 empty, 1 prompt is being read, 2 compressed
+    int32_t n_prompt;         // prompt tokens at compression, 0 before
+    int32_t n_past;           // logical tokens in the sequence
+    int64_t bytes_store;      // K/V bytes allocated for compressed sequences, all layers
+    int64_t bytes_staging;    // K/V and window bytes allocated for prompts, all layers
+    int64_t bytes_full;       // K/V bytes that n_past uncompressed cells take
+    int64_t t_compress_us;    // duration of the last compression
+    int64_t n_compress;       // compressions since the context was created
+};
+
+LLAMA_API struct headkv_params headkv_default_params(void);
+
+// Checks the parameters and makes them the ones of the contexts that this thread creates next. NULL = off.
+LLAMA_API int32_t headkv_set_params(const struct headkv_params * params);
+
+// Reason of the last failure on this thread; never NULL.
+LLAMA_API const char * headkv_last_error(void);
+
+// Whether the context has a ragged cache.
+LLAMA_API bool headkv_enabled(const struct llama_context * ctx);
+
+// Announces that the sequence will have n_tokens, so that staging is allocated once and not larger than needed.
+// Clears headkv_last_error(): what is found there after a failed llama_decode() is its reason.
+LLAMA_API int32_t headkv_begin_prompt(struct llama_context * ctx, llama_seq_id seq_id, int32_t n_tokens);
+
+// Compresses the sequence and releases the staging memory. A no-op for a compressed sequence.
+LLAMA_API int32_t headkv_end_prompt(struct llama_context * ctx, llama_seq_id seq_id);
+
+LLAMA_API int32_t headkv_get_stats(const struct llama_context * ctx, llama_seq_id seq_id, struct headkv_stats * stats);
+
+// Cells each head may keep, window included: [n_layer][n_head_kv_max] with 0 where a layer has fewer heads.
+// Returns the number of values; dst may be NULL to ask for it.
+LLAMA_API int32_t headkv_get_budget(const struct llama_context * ctx, int32_t * dst, int32_t n);
+
+// Cells each head holds now, generated tokens included; same shape.
+LLAMA_API int32_t headkv_get_n_cells(const struct llama_context * ctx, llama_seq_id seq_id, int32_t * dst, int32_t n);
+
+// Prompt positions that a head kept, ascending. Returns their number; dst may be NULL to ask for it.
+LLAMA_API int32_t headkv_get_positions(const struct llama_context * ctx, llama_seq_id seq_id, int32_t il, int32_t ih, int32_t * dst, int32_t n);
+
+// Budgets without a context: the same function that contexts use. dst is [n_layer][n_head_kv].
+LLAMA_API int32_t headkv_plan(const struct headkv_params * params, int32_t n_layer, int32_t n_head, int32_t n_head_kv, int32_t * dst);
+
+// For benchmarks: makes the empty sequence look as if n_tokens had been read, with random K, V and window queries.
+LLAMA_API int32_t headkv_fill_prompt(struct llama_context * ctx, llama_seq_id seq_id, int32_t n_tokens, uint32_t seed);
+
+// For tests and tools: rows as the cache holds them, converted to float.
+// The window queries of a sequence in position order, [n_window][n_head][n_embd_head]; returns n_window.
+LLAMA_API int32_t headkv_read_window(const struct llama_context * ctx, llama_seq_id seq_id, int32_t il, float * dst, int64_t n);
+// K (or V) of one head: of the whole prompt while it is staged, else of the cells that the head holds,
+// [n_cells][n_embd_head]; returns n_cells.
+LLAMA_API int32_t headkv_read_cells(const struct llama_context * ctx, llama_seq_id seq_id, int32_t il, int32_t ih, bool v, float * dst, int64_t n);
+
+#ifdef __cplusplus
+}
+#endif

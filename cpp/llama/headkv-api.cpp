@@ -1,0 +1,245 @@
+#include "headkv.h"
+
+#include "headkv-budget.h"
+#include "headkv-config.h"
+#include "llama-kv-cache-ragged.h"
+
+#include "llama-context.h"
+#include "llama-impl.h"
+
+#include <algorithm>
+#include <stdexcept>
+
+static std::string & thread_error() {
+    static thread_local std::string error;
+    return error;
+}
+
+void headkv_set_error(const std::string & what) {
+    thread_error() = what;
+}
+
+static int32_t fail(const std::string & what) {
+    headkv_set_error(what);
+    return -1;
+}
+
+static llama_kv_cache_ragged * get_kv(const llama_context * ctx) {
+    return ctx ? dynamic_cast<llama_kv_cache_ragged *>(llama_get_memory(ctx)) : nullptr;
+}
+
+// the ragged cache of a context and a check of the sequence id; null = failed
+static llama_kv_cache_ragged * get_kv_seq(const llama_context * ctx, llama_seq_id seq_id) {
+    llama_kv_cache_ragged * kv = get_kv(ctx);
+    if (!kv) {
+        fail("the context was created without headkv_set_params()");
+    } else if (seq_id < 0 || (uint32_t) seq_id >= kv->n_seq_max()) {
+        fail(format("sequence %d: it must be in [0, %u)", seq_id, kv->n_seq_max()));
+        kv = nullptr;
+    }
+    return kv;
+}
+
+static bool is_head(const llama_kv_cache_ragged & kv, int32_t il, int32_t ih) {
+    if (il < 0 || il >= kv.n_layer() || ih < 0 || (size_t) ih >= kv.budget(il).size()) {
+        fail(format("layer %d, KV head %d: the model has %d layers with up to %d KV heads", il, ih, kv.n_layer(), kv.n_head_kv_max()));
+        return false;
+    }
+    return true;
+}
+
+struct headkv_params headkv_default_params(void) {
+    struct headkv_params params = {
+        /*.size            =*/ sizeof(struct headkv_params),
+        /*.policy          =*/ "headkv",
+        /*.kv_size         =*/ 128,
+        /*.window          =*/ 8,
+        /*.pool            =*/ HEADKV_POOL_MAX,
+        /*.pool_kernel     =*/ 7,
+        /*.beta            =*/ 1.2,
+        /*.n_tail          =*/ 64,
+        /*.attend          =*/ HEADKV_ATTEND_AUTO,
+        /*.n_buckets       =*/ 1,
+        /*.importance      =*/ nullptr,
+        /*.n_layer         =*/ 0,
+        /*.n_head          =*/ 0,
+        /*.importance_gguf =*/ nullptr,
+    };
+    return params;
+}
+
+int32_t headkv_set_params(const struct headkv_params * params) {
+    headkv_thread_config().reset();
+    headkv_set_error("");
+    if (!params) {
+        return 0;
+    }
+    try {
+        headkv_thread_config() = std::make_shared<const headkv_config>(headkv_config_from_params(*params));
+    } catch (const std::exception & e) {
+        return fail(e.what());
+    }
+    return 0;
+}
+
+const char * headkv_last_error(void) {
+    return thread_error().c_str();
+}
+
+bool headkv_enabled(const struct llama_context * ctx) {
+    return get_kv(ctx) != nullptr;
+}
+
+int32_t headkv_begin_prompt(struct llama_context * ctx, llama_seq_id seq_id, int32_t n_tokens) {
+    llama_kv_cache_ragged * kv = get_kv_seq(ctx, seq_id);
+    if (!kv) {
+        return -1;
+    }
+    if (n_tokens < 1 || (uint32_t) n_tokens > llama_n_ctx(ctx)) {
+        return fail(format("prompt of %d tokens: it must be in [1, n_ctx = %u]", n_tokens, llama_n_ctx(ctx)));
+    }
+    headkv_set_error(""); // what is found there after llama_decode() belongs to it
+    kv->reserve(seq_id, n_tokens);
+    return 0;
+}
+
+int32_t headkv_end_prompt(struct llama_context * ctx, llama_seq_id seq_id) {
+    llama_kv_cache_ragged * kv = get_kv_seq(ctx, seq_id);
+    if (!kv) {
+        return -1;
+    }
+    try {
+        if (!kv->compress(ctx, seq_id)) {
+            return fail(kv->error());
+        }
+    } catch (const std::exception & e) {
+        return fail(e.what());
+    }
+    return 0;
+}
+
+int32_t headkv_get_stats(const struct llama_context * ctx, llama_seq_id seq_id, struct headkv_stats * stats) {
+    const llama_kv_cache_ragged * kv = get_kv_seq(ctx, seq_id);
+    if (!kv) {
+        return -1;
+    }
+    if (!stats || stats->size != sizeof(struct headkv_stats)) {
+        return fail("headkv_stats.size does not match this library");
+    }
+    const auto & seq = kv->get_seq(seq_id);
+    stats->state         = seq.state;
+    stats->n_prompt      = seq.n_prompt;
+    stats->n_past        = seq.n_pos;
+    stats->bytes_store   = kv->get_store().n_bytes();
+    stats->bytes_staging = kv->bytes_staging();
+    stats->bytes_full    = (int64_t) kv->bytes_cell()*seq.n_pos;
+    stats->t_compress_us = kv->t_compress_us();
+    stats->n_compress    = kv->n_compress();
+    return 0;
+}
+
+int32_t headkv_get_budget(const struct llama_context * ctx, int32_t * dst, int32_t n) {
+    const llama_kv_cache_ragged * kv = get_kv_seq(ctx, 0);
+    if (!kv) {
+        return -1;
+    }
+    const int32_t n_head_kv = kv->n_head_kv_max();
+    const int32_t n_values  = kv->n_layer()*n_head_kv;
+    if (dst) {
+        if (n < n_values) {
+            return fail(format("room for %d values, %d are needed", n, n_values));
+        }
+        std::fill(dst, dst + n_values, 0);
+        for (int32_t il = 0; il < kv->n_layer(); ++il) {
+            std::copy(kv->budget(il).begin(), kv->budget(il).end(), dst + il*n_head_kv);
+        }
+    }
+    return n_values;
+}
+
+int32_t headkv_get_n_cells(const struct llama_context * ctx, llama_seq_id seq_id, int32_t * dst, int32_t n) {
+    const llama_kv_cache_ragged * kv = get_kv_seq(ctx, seq_id);
+    if (!kv) {
+        return -1;
+    }
+    const int32_t n_head_kv = kv->n_head_kv_max();
+    const int32_t n_values  = kv->n_layer()*n_head_kv;
+    if (!dst) {
+        return n_values;
+    }
+    if (n < n_values) {
+        return fail(format("room for %d values, %d are needed", n, n_values));
+    }
+    std::fill(dst, dst + n_values, 0);
+    const auto & seq = kv->get_seq(seq_id);
+    for (const auto & layer : kv->get_store().layers) {
+        for (int32_t ih = 0; ih < layer.n_head_kv; ++ih) {
+            dst[layer.il*n_head_kv + ih] = seq.state == llama_kv_cache_ragged::STORED
+                ? layer.ranges[seq_id][ih].n_kept + (seq.n_pos - seq.n_prompt)
+                : seq.n_pos;
+        }
+    }
+    return n_values;
+}
+
+int32_t headkv_get_positions(const struct llama_context * ctx, llama_seq_id seq_id, int32_t il, int32_t ih, int32_t * dst, int32_t n) {
+    llama_kv_cache_ragged * kv = get_kv_seq(ctx, seq_id);
+    if (!kv || !is_head(*kv, il, ih)) {
+        return -1;
+    }
+    if (kv->get_seq(seq_id).state != llama_kv_cache_ragged::STORED) {
+        return fail(format("sequence %d is not compressed: call headkv_end_prompt() first", seq_id));
+    }
+    const auto & pos = kv->layer(il)->ranges[seq_id][ih].pos;
+    if (dst) {
+        if ((size_t) std::max(n, 0) < pos.size()) {
+            return fail(format("room for %d values, %zu are needed", n, pos.size()));
+        }
+        std::copy(pos.begin(), pos.end(), dst);
+    }
+    return (int32_t) pos.size();
+}
+
+int32_t headkv_plan(const struct headkv_params * params, int32_t n_layer, int32_t n_head, int32_t n_head_kv, int32_t * dst) {
+    try {
+        if (!params || !dst || n_layer < 1 || n_layer > 65536 || n_head < 1 || n_head > 65536 || n_head_kv < 1 || n_head % n_head_kv != 0) {
+            throw std::invalid_argument(format("%d layers, %d heads, %d KV heads: positive, and heads a multiple of KV heads", n_layer, n_head, n_head_kv));
+        }
+        const auto res = headkv_budget(headkv_config_from_params(*params), std::vector<int32_t>(n_layer, n_head), std::vector<int32_t>(n_layer, n_head_kv));
+        for (const auto & layer : res) {
+            dst = std::copy(layer.begin(), layer.end(), dst);
+        }
+    } catch (const std::exception & e) {
+        return fail(e.what());
+    }
+    return 0;
+}
+
+int32_t headkv_fill_prompt(struct llama_context * ctx, llama_seq_id seq_id, int32_t n_tokens, uint32_t seed) {
+    llama_kv_cache_ragged * kv = get_kv_seq(ctx, seq_id);
+    if (!kv) {
+        return -1;
+    }
+    if (n_tokens < 1 || (uint32_t) n_tokens > llama_n_ctx(ctx)) {
+        return fail(format("prompt of %d tokens: it must be in [1, n_ctx = %u]", n_tokens, llama_n_ctx(ctx)));
+    }
+    return kv->fill(ctx, seq_id, n_tokens, seed) ? 0 : fail(kv->error());
+}
+
+int32_t headkv_read_window(const struct llama_context * ctx, llama_seq_id seq_id, int32_t il, float * dst, int64_t n) {
+    llama_kv_cache_ragged * kv = get_kv_seq(ctx, seq_id);
+    if (!kv || !is_head(*kv, il, 0)) {
+        return -1;
+    }
+    const int32_t res = kv->read_window(seq_id, il, dst, n);
+    return res < 0 ? fail(kv->error()) : res;
+}
+
+int32_t headkv_read_cells(const struct llama_context * ctx, llama_seq_id seq_id, int32_t il, int32_t ih, bool v, float * dst, int64_t n) {
+    llama_kv_cache_ragged * kv = get_kv_seq(ctx, seq_id);
+    if (!kv || !is_head(*kv, il, ih)) {
+        return -1;
+    }
+    const int32_t res = kv->read_cells(seq_id, il, ih, v, dst, n);
+    return res < 0 ? fail(kv->error()) : res;
+}

@@ -1,0 +1,12 @@
+#include "headkv-attend-kernel.h"
+
+headkv_attend_kernel headkv_attend_kernel_avx512(ggml_type type_k, ggml_type type_v, int n_embd_head) {
+#if defined(HEADKV_SIMD) && defined(__AVX512F__)
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+        __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq")) {
+        return find_kernel(type_k, type_v, n_embd_head);
+    }
+#endif
+    GGML_UNUSED(type_k); GGML_UNUSED(type_v); GGML_UNUSED(n_embd_head);
+    return nullptr;
+}

@@ -1,0 +1,266 @@
+#include "headkv-attend.h"
+
+#include "ggml-cpu.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstdlib>
+#include <cstring>
+
+//
+// portable kernel: the vec_dot and the conversions of ggml, for every type and machine
+//
+
+static void attend_portable(const headkv_attend_args & a, float * acc, float * m, float * s) {
+    const auto * traits   = ggml_get_type_traits_cpu(a.type_k);
+    const auto   dot_type = traits->vec_dot_type;
+    const size_t nb_q     = ggml_row_size(dot_type, a.n_embd_head);
+
+    // a query is rounded to the type that K is multiplied with, as ggml's own attention does
+    std::vector<char>  q(nb_q*a.n_group);
+    std::vector<float> vf(a.n_embd_head);
+    for (int g = 0; g < a.n_group; ++g) {
+        if (dot_type == GGML_TYPE_F32) {
+            memcpy(q.data() + g*nb_q, a.q + g*a.nq, nb_q);
+        } else {
+            ggml_get_type_traits_cpu(dot_type)->from_float(a.q + g*a.nq, q.data() + g*nb_q, a.n_embd_head);
+        }
+        m[g] = -INFINITY;
+        s[g] = 0.0f;
+    }
+    std::fill(acc, acc + a.n_group*a.n_embd_head, 0.0f);
+
+    const auto to_float = ggml_get_type_traits(a.type_v)->to_float;
+
+    for (int r = 0; r < a.n_rows; ++r) {
+        const char * v = a.v + r*a.nb_v;
+        if (a.type_v == GGML_TYPE_F32) {
+            memcpy(vf.data(), v, a.n_embd_head*sizeof(float));
+        } else {
+            to_float(v, vf.data(), a.n_embd_head);
+        }
+        for (int g = 0; g < a.n_group; ++g) {
+            float x;
+            traits->vec_dot(a.n_embd_head, &x, 0, a.k + r*a.nb_k, 0, q.data() + g*nb_q, 0, 1);
+            x = a.softcap > 0.0f ? a.softcap*std::tanh(x*a.scale/a.softcap) : x*a.scale;
+
+            float * ag = acc + g*a.n_embd_head;
+            if (x > m[g]) {
+                const float f = std::exp(m[g] - x);
+                m[g] = x;
+                s[g] *= f;
+                for (int d = 0; d < a.n_embd_head; ++d) {
+                    ag[d] *= f;
+                }
+            }
+            const float p = std::exp(x - m[g]);
+            s[g] += p;
+            for (int d = 0; d < a.n_embd_head; ++d) {
+                ag[d] += p*vf[d];
+            }
+        }
+    }
+}
+
+headkv_attend_kernel headkv_attend_kernel_portable(ggml_type type_k, ggml_type type_v, int n_embd_head) {
+    const bool ok_k = ggml_get_type_traits_cpu(type_k)->vec_dot != nullptr && n_embd_head % ggml_blck_size(type_k) == 0;
+    const bool ok_v = (type_v == GGML_TYPE_F32 || ggml_get_type_traits(type_v)->to_float != nullptr) && n_embd_head % ggml_blck_size(type_v) == 0;
+    return ok_k && ok_v ? attend_portable : nullptr;
+}
+
+headkv_attend_kernel headkv_attend_kernel_find(ggml_type type_k, ggml_type type_v, int n_embd_head, const char * name) {
+    static const struct {
+        const char * name;
+        headkv_attend_kernel (*find)(ggml_type, ggml_type, int);
+    } kernels[] = {
+        { "avx512",   headkv_attend_kernel_avx512   },
+        { "avx2",     headkv_attend_kernel_avx2     },
+        { "neon",     headkv_attend_kernel_neon     },
+        { "portable", headkv_attend_kernel_portable },
+    };
+    for (const auto & k : kernels) {
+        if (name && strcmp(name, k.name) != 0) {
+            continue;
+        }
+        if (headkv_attend_kernel res = k.find(type_k, type_v, n_embd_head)) {
+            return res;
+        }
+    }
+    return nullptr;
+}
+
+//
+// the op
+//
+
+headkv_attend_state::headkv_attend_state(int n_embd_head, int n_head, int n_head_kv, int n_seq_max, ggml_type type_k, ggml_type type_v) :
+    // env: HEADKV_ATTEND_KERNEL, for tests and measurements
+    kernel(headkv_attend_kernel_find(type_k, type_v, n_embd_head, getenv("HEADKV_ATTEND_KERNEL"))),
+    n_embd_head(n_embd_head), n_head(n_head), n_head_kv(n_head_kv),
+    n_done(new std::atomic<int>[(size_t) n_head_kv*n_seq_max*N_TOKENS_SPLIT]()) {
+}
+
+namespace {
+
+// one unit of work: a chunk of the range of one head, for one token
+struct attend_job {
+    int seq, head, token; // token within the sequence
+    int row, n_rows;      // within the range
+    int chunk, n_chunk;
+    int slot;             // partial result; valid if n_chunk > 1
+};
+
+// Enumerates the jobs in a fixed order. Partial results are numbered along.
+struct attend_jobs {
+    const int32_t * ranges;
+    int n_head_kv, n_seqs, n_tps, n_rows_chunk;
+
+    // state
+    int seq = 0, head = 0, token = 0, slot = 0;
+    int i = 0; // number of the first job of (seq, head, token)
+
+    int n_visible(int s, int h, int t) const { return std::max(0, ranges[2*(s*n_head_kv + h) + 1] - (n_tps - 1 - t)); }
+
+    // finds job number target >= i; false when there are no more jobs
+    bool seek(int target, attend_job & job) {
+        for (;;) {
+            if (seq == n_seqs) {
+                return false;
+            }
+            const int n       = n_visible(seq, head, token);
+            const int n_chunk = std::max(1, (n + n_rows_chunk - 1)/n_rows_chunk);
+            if (i + n_chunk > target) {
+                const int c = target - i;
+                job = { seq, head, token, c*n_rows_chunk, std::min(n_rows_chunk, n - c*n_rows_chunk), c, n_chunk, slot };
+                return true;
+            }
+            i += n_chunk;
+            slot += n_chunk > 1 ? n_chunk : 0;
+            if (++token == n_tps)  { token = 0; ++head; }
+            if (head == n_head_kv) { head  = 0; ++seq;  }
+        }
+    }
+};
+
+void attend_op(ggml_tensor * dst, int ith, int nth, void * userdata) {
+    GGML_UNUSED(ith);
+    headkv_attend_state & state = *(headkv_attend_state *) userdata;
+
+    const ggml_tensor * q      = dst->src[0];
+    const ggml_tensor * k      = dst->src[1];
+    const ggml_tensor * v      = dst->src[2];
+    const ggml_tensor * ranges = dst->src[3];
+
+    const int n_embd_head = state.n_embd_head;
+    const int n_group     = state.n_head/state.n_head_kv;
+    const int n_tokens    = (int) q->ne[2];
+    const int n_seqs      = (int) ranges->ne[2];
+    const int n_tps       = n_tokens/n_seqs;
+
+    const bool split = n_tps <= headkv_attend_state::N_TOKENS_SPLIT;
+
+    attend_jobs jobs = { (const int32_t *) ranges->data, state.n_head_kv, n_seqs, n_tps,
+        split ? headkv_attend_state::N_ROWS_CHUNK : 1 << 30 };
+
+    float * out      = (float *) dst->data;
+    float * partials = out + (int64_t) n_embd_head*state.n_head*n_tokens;
+    const size_t n_partial = (size_t) n_group*(n_embd_head + 2);
+
+    std::vector<float> own(n_partial);
+
+    headkv_attend_args args;
+    args.nq          = q->nb[1]/sizeof(float);
+    args.nb_k        = k->nb[1];
+    args.nb_v        = v->nb[1];
+    args.n_embd_head = n_embd_head;
+    args.n_group     = n_group;
+    args.type_k      = k->type;
+    args.type_v      = v->type;
+    args.scale       = state.scale;
+    args.softcap     = state.softcap;
+
+    attend_job job;
+    while (jobs.seek(state.ticket.fetch_add(1, std::memory_order_relaxed), job)) {
+        const int32_t * range = jobs.ranges + 2*(job.seq*state.n_head_kv + job.head);
+        const int       token = job.seq*n_tps + job.token;
+
+        args.q      = (const float *) ((const char *) q->data + token*q->nb[2] + (size_t) job.head*n_group*q->nb[1]);
+        args.k      = (const char *) k->data + (size_t) (range[0] + job.row)*k->nb[1];
+        args.v      = (const char *) v->data + (size_t) (range[0] + job.row)*v->nb[1];
+        args.n_rows = std::max(0, job.n_rows);
+
+        float * o = out + (int64_t) token*n_embd_head*state.n_head + (int64_t) job.head*n_group*n_embd_head;
+
+        float * p = job.n_chunk > 1 ? partials + (job.slot + job.chunk)*n_partial : own.data();
+        state.kernel(args, p, p + n_group*n_embd_head, p + n_group*(n_embd_head + 1));
+
+        if (job.n_chunk > 1) {
+            // the last one to finish combines all chunks, in order
+            std::atomic<int> & done = state.n_done[(job.seq*state.n_head_kv + job.head)*headkv_attend_state::N_TOKENS_SPLIT + job.token];
+            if (done.fetch_add(1, std::memory_order_acq_rel) + 1 < job.n_chunk) {
+                continue;
+            }
+            done.store(0, std::memory_order_relaxed);
+        }
+        const float * first = job.n_chunk > 1 ? partials + job.slot*n_partial : p;
+        for (int g = 0; g < n_group; ++g) {
+            const float * mg = first + n_group*n_embd_head + g;
+            const float * sg = mg + n_group;
+
+            float m = -INFINITY;
+            for (int c = 0; c < job.n_chunk; ++c) {
+                m = std::max(m, mg[c*n_partial]);
+            }
+            float s = 0.0f;
+            float * og = o + g*n_embd_head;
+            std::fill(og, og + n_embd_head, 0.0f);
+            for (int c = 0; c < job.n_chunk; ++c) {
+                if (sg[c*n_partial] == 0.0f) {
+                    continue; // no rows
+                }
+                const float   f = std::exp(mg[c*n_partial] - m);
+                const float * a = first + c*n_partial + g*n_embd_head;
+                s += f*sg[c*n_partial];
+                for (int d = 0; d < n_embd_head; ++d) {
+                    og[d] += f*a[d];
+                }
+            }
+            const float f = s > 0.0f ? 1.0f/s : 0.0f;
+            for (int d = 0; d < n_embd_head; ++d) {
+                og[d] *= f;
+            }
+        }
+    }
+
+    // the last thread to leave prepares the next run
+    if (state.n_left.fetch_add(1, std::memory_order_acq_rel) + 1 == nth) {
+        state.ticket.store(0, std::memory_order_relaxed);
+        state.n_left.store(0, std::memory_order_release);
+    }
+}
+
+} // namespace
+
+ggml_tensor * headkv_build_attend_fused(ggml_context * ctx, headkv_attend_state * state,
+        ggml_tensor * q, ggml_tensor * k, ggml_tensor * v, ggml_tensor * ranges) {
+    GGML_ASSERT(state->kernel && "no attend kernel for these types");
+    GGML_ASSERT(q->type == GGML_TYPE_F32 && q->nb[0] == sizeof(float));
+    GGML_ASSERT(q->ne[0] == state->n_embd_head && q->ne[1] == state->n_head && q->ne[2] % ranges->ne[2] == 0);
+    GGML_ASSERT(ranges->type == GGML_TYPE_I32 && ranges->ne[0] == 2 && ranges->ne[1] == state->n_head_kv && ggml_is_contiguous(ranges));
+
+    const int64_t n_tokens = q->ne[2];
+    const int64_t n_seqs   = ranges->ne[2];
+    const int64_t n_out    = (int64_t) state->n_embd_head*state->n_head*n_tokens;
+
+    // room for the partial results of ranges that are cut
+    int64_t n_partial = 0;
+    if (n_tokens/n_seqs <= headkv_attend_state::N_TOKENS_SPLIT) {
+        const int64_t n_chunk = k->ne[1]/headkv_attend_state::N_ROWS_CHUNK + state->n_head_kv*n_seqs;
+        n_partial = n_chunk*(n_tokens/n_seqs)*(state->n_head/state->n_head_kv)*(state->n_embd_head + 2);
+    }
+
+    ggml_tensor * args[] = { q, k, v, ranges };
+    ggml_tensor * res = ggml_custom_4d(ctx, GGML_TYPE_F32, n_out + n_partial, 1, 1, 1, args, 4, attend_op, GGML_N_TASKS_MAX, state);
+
+    return ggml_view_2d(ctx, res, state->n_embd_head*state->n_head, n_tokens, state->n_embd_head*state->n_head*sizeof(float), 0);
+}

@@ -1,0 +1,73 @@
+// Stage 7, attend: queries over per-head ranges of a flat pool.
+//
+//   q      F32 [n_embd_head, n_head, n_tokens]         tokens of a sequence are consecutive, n_tokens/n_seqs each
+//   k, v       [n_embd_head, n_rows]                   any type with a vec_dot; rows of all heads and sequences
+//   ranges I32 [2, n_head_kv, n_seqs]                  first row and number of rows, the ubatch's own included
+//   dst    F32 [n_embd_head*n_head, n_tokens]
+//
+// Token t of the n tokens of its sequence sees the first len - (n - 1 - t) rows of each range: the ubatch's own
+// rows are the last ones. A range without rows gives zeros. Accumulation is in F32 and independent of the number
+// of threads: ranges are cut into chunks of fixed size and partial results are combined in order.
+#pragma once
+
+#include "ggml.h"
+
+#include <atomic>
+#include <memory>
+#include <vector>
+
+// partial attention of a GQA group over consecutive rows
+struct headkv_attend_args {
+    const float * q;    // [n_group][n_embd_head], stride nq floats
+    int64_t       nq;
+    const char  * k;
+    const char  * v;
+    size_t        nb_k; // bytes from row to row
+    size_t        nb_v;
+    int           n_rows;
+    int           n_embd_head;
+    int           n_group;
+    ggml_type     type_k;
+    ggml_type     type_v;
+    float         scale;
+    float         softcap; // 0 = none
+};
+
+// acc [n_group*n_embd_head] sum of exp(s - m)*v, m [n_group] largest score, s [n_group] sum of exp(s - m)
+typedef void (*headkv_attend_kernel)(const headkv_attend_args & args, float * acc, float * m, float * s);
+
+// each returns null when the file was built without its instruction set, the machine lacks it, or it has no version
+// for these types and sizes
+headkv_attend_kernel headkv_attend_kernel_avx512(ggml_type type_k, ggml_type type_v, int n_embd_head);
+headkv_attend_kernel headkv_attend_kernel_avx2  (ggml_type type_k, ggml_type type_v, int n_embd_head);
+headkv_attend_kernel headkv_attend_kernel_neon  (ggml_type type_k, ggml_type type_v, int n_embd_head);
+headkv_attend_kernel headkv_attend_kernel_portable(ggml_type type_k, ggml_type type_v, int n_embd_head);
+
+// the fastest one; name (may be null) asks for one of "portable", "avx2", "avx512", "neon"
+headkv_attend_kernel headkv_attend_kernel_find(ggml_type type_k, ggml_type type_v, int n_embd_head, const char * name);
+
+// what the op needs besides its tensors; one object per layer, alive as long as graphs with the op are
+struct headkv_attend_state {
+    headkv_attend_state(int n_embd_head, int n_head, int n_head_kv, int n_seq_max, ggml_type type_k, ggml_type type_v);
+
+    headkv_attend_kernel kernel;
+
+    int   n_embd_head;
+    int   n_head;
+    int   n_head_kv;
+    float scale   = 1.0f;
+    float softcap = 0.0f;
+
+    // scheduling of one run; zero between runs
+    std::atomic<int> ticket{0};
+    std::atomic<int> n_left{0};
+    std::unique_ptr<std::atomic<int>[]> n_done; // [n_head_kv*n_seq_max*N_TOKENS_SPLIT]
+
+    // more tokens than this keep the threads busy without cutting ranges
+    static constexpr int N_TOKENS_SPLIT = 4;
+    static constexpr int N_ROWS_CHUNK   = 128;
+};
+
+// the fused op; runs on the CPU backend only
+ggml_tensor * headkv_build_attend_fused(ggml_context * ctx, headkv_attend_state * state,
+        ggml_tensor * q, ggml_tensor * k, ggml_tensor * v, ggml_tensor * ranges);

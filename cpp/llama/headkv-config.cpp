@@ -1,0 +1,74 @@
+#include "headkv-config.h"
+
+#include "headkv-importance.h"
+
+#include "llama-impl.h"
+
+#include <cmath>
+#include <cstring>
+#include <stdexcept>
+
+static int32_t check_range(const char * name, int32_t value, int32_t lo, int32_t hi) {
+    if (value < lo || value > hi) {
+        throw std::invalid_argument(format("%s is %d: it must be in [%d, %d]", name, value, lo, hi));
+    }
+    return value;
+}
+
+headkv_config headkv_config_from_params(const headkv_params & params) {
+    if (params.size != sizeof(headkv_params)) {
+        throw std::invalid_argument(format("headkv_params.size is %zu, this library expects %zu", params.size, sizeof(headkv_params)));
+    }
+
+    headkv_config cfg;
+
+    const std::string policy = params.policy ? params.policy : "";
+    if (policy == "headkv") {
+        cfg.policy = HEADKV_POLICY_HEADKV;
+    } else if (policy == "snapkv") {
+        cfg.policy = HEADKV_POLICY_SNAPKV;
+    } else {
+        throw std::invalid_argument(format("policy is '%s': it must be one of headkv, snapkv", policy.c_str()));
+    }
+
+    cfg.window      = check_range("window", params.window, 1, 64);
+    cfg.pool        = (headkv_pool) check_range("pool", params.pool, HEADKV_POOL_MAX, HEADKV_POOL_AVG);
+    cfg.pool_kernel = check_range("pool_kernel", params.pool_kernel, 1, 31);
+    if (cfg.pool_kernel % 2 == 0) {
+        throw std::invalid_argument(format("pool_kernel is %d: it must be odd, so that the pooling is centred", params.pool_kernel));
+    }
+    if (params.kv_size < params.window + 1 || params.kv_size > 1 << 26) {
+        throw std::invalid_argument(format("kv_size is %d: it counts the window of %d cells, so it must be at least %d (and at most %d)",
+                    params.kv_size, params.window, params.window + 1, 1 << 26));
+    }
+    cfg.kv_size = params.kv_size;
+    if (!std::isfinite(params.beta) || !(params.beta > 1.0)) {
+        throw std::invalid_argument(format("beta is %g: it must be a finite number > 1 (larger = more uniform budgets)", params.beta));
+    }
+    cfg.beta      = params.beta;
+    cfg.n_tail    = check_range("n_tail", params.n_tail, 1, 1 << 20);
+    cfg.attend    = (headkv_attend) check_range("attend", params.attend, HEADKV_ATTEND_AUTO, HEADKV_ATTEND_COMPOSED);
+    cfg.n_buckets = check_range("n_buckets", params.n_buckets, 1, 8);
+
+    if (cfg.policy == HEADKV_POLICY_HEADKV) {
+        if (params.importance) {
+            cfg.importance.n_layer = check_range("n_layer of the importance", params.n_layer, 1, 65536);
+            cfg.importance.n_head  = check_range("n_head of the importance",  params.n_head,  1, 65536);
+            cfg.importance.values.assign(params.importance, params.importance + (size_t) params.n_layer*params.n_head);
+            headkv_importance_check(cfg.importance);
+        } else if (params.importance_gguf) {
+            cfg.importance = headkv_importance_from_gguf(params.importance_gguf);
+        }
+        if (cfg.importance.values.empty()) {
+            throw std::invalid_argument("policy 'headkv' needs the importance of each head and the model has none: add it with "
+                    "scripts/gguf_add_importance.py, pass importance=, or use policy 'snapkv'");
+        }
+    }
+
+    return cfg;
+}
+
+headkv_config_ptr & headkv_thread_config() {
+    static thread_local headkv_config_ptr cfg;
+    return cfg;
+}

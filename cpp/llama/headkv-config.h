@@ -1,0 +1,43 @@
+// The validated form of headkv_params; every later stage trusts it.
+#pragma once
+
+#include "headkv.h"
+
+#include <memory>
+#include <string>
+#include <vector>
+
+struct headkv_importance {
+    int32_t n_layer = 0;
+    int32_t n_head  = 0;
+    std::vector<double> values; // [n_layer*n_head], query heads, finite, >= 0, sum > 0; empty = none given
+};
+
+enum headkv_policy {
+    HEADKV_POLICY_HEADKV, // budgets by importance
+    HEADKV_POLICY_SNAPKV, // uniform budgets
+};
+
+struct headkv_config {
+    headkv_policy policy;
+    uint32_t      kv_size;
+    uint32_t      window;
+    headkv_pool   pool;
+    uint32_t      pool_kernel;
+    double        beta;
+    uint32_t      n_tail;
+    headkv_attend attend;
+    uint32_t      n_buckets;
+
+    headkv_importance importance;
+};
+
+using headkv_config_ptr = std::shared_ptr<const headkv_config>;
+
+// throws std::invalid_argument naming value, limit and remedy
+headkv_config headkv_config_from_params(const headkv_params & params);
+
+// the configuration of the contexts that this thread creates; null = off
+headkv_config_ptr & headkv_thread_config();
+
+void headkv_set_error(const std::string & what);

@@ -1,0 +1,396 @@
+#include "headkv-hooks.h"
+
+#include "headkv-stages.h"
+#include "llama-kv-cache-ragged.h"
+
+#include "llama-graph.h"
+#include "llama-impl.h"
+#include "llama-model.h"
+
+#include <algorithm>
+#include <cstring>
+#include <stdexcept>
+#include <typeinfo>
+
+//
+// memory
+//
+
+// why a model or a context cannot have a ragged cache; empty = it can
+static std::string refusal(const llama_model & model, const llama_memory_params & params, const llama_cparams & cparams) {
+    const auto & hparams = model.hparams;
+
+    if (cparams.n_seq_max != 1) {
+        return format("n_seq_max is %u, only 1 is supported", cparams.n_seq_max);
+    }
+    if (!cparams.flash_attn) {
+        return "flash attention is off and is required: use flash_attn=True or -fa on";
+    }
+    if (!cparams.causal_attn) {
+        return "the attention is not causal";
+    }
+    if (cparams.embeddings || (cparams.pooling_type != LLAMA_POOLING_TYPE_NONE && cparams.pooling_type != LLAMA_POOLING_TYPE_UNSPECIFIED)) {
+        return "contexts for embeddings or reranking have no generation to speed up";
+    }
+    if (params.ctx_type != LLAMA_CONTEXT_TYPE_DEFAULT || params.mem_other || cparams.ctx_other) {
+        return "draft contexts that share another context's memory (MTP, EAGLE-3, DFlash) are not supported";
+    }
+    if (model.split_mode() == LLAMA_SPLIT_MODE_ROW || model.split_mode() == LLAMA_SPLIT_MODE_TENSOR) {
+        return "split modes 'row' and 'tensor' are not supported, use 'layer' or 'none'";
+    }
+    if (llama_model_has_encoder(&model)) {
+        return "encoder-decoder models are not supported";
+    }
+    if (hparams.is_mla()) {
+        return "MLA caches one latent vector for all heads, there is nothing per head to budget";
+    }
+    if (hparams.swa_type != LLAMA_SWA_TYPE_NONE || hparams.is_swa_any()) {
+        return "sliding-window layers are not supported";
+    }
+    if (hparams.use_alibi || hparams.f_max_alibi_bias > 0.0f) {
+        return "ALiBi biases scores by the distance in the cache, which eviction changes";
+    }
+    if (hparams.n_pos_per_embd() > 1) {
+        return "multi-dimensional positions (M-RoPE) are not supported";
+    }
+    if (hparams.ple_n_heads > 0) {
+        return "n-gram embeddings read earlier tokens from the cache";
+    }
+    for (uint32_t il = 0; il < hparams.n_layer(); ++il) {
+        if (!hparams.has_kv(il)) {
+            return format("layer %u attends to the cache of another layer", il);
+        }
+        if (hparams.n_head_kv(il) > 0 && (hparams.n_embd_head_k(il) != hparams.n_embd_head_v(il) || hparams.n_head(il) % hparams.n_head_kv(il) != 0)) {
+            return format("layer %u has K heads of %u and V heads of %u elements, %u query and %u KV heads",
+                    il, hparams.n_embd_head_k(il), hparams.n_embd_head_v(il), hparams.n_head(il), hparams.n_head_kv(il));
+        }
+    }
+    return "";
+}
+
+llama_memory_i * headkv_create_memory(const llama_model & model, const llama_memory_params & params, const llama_cparams & cparams) {
+    const headkv_config_ptr cfg = headkv_thread_config();
+    if (!cfg) {
+        return nullptr;
+    }
+    try {
+        const std::string why = refusal(model, params, cparams);
+        if (!why.empty()) {
+            throw std::runtime_error(format("KV compression is not possible for this context (architecture %s): %s", model.arch_name().c_str(), why.c_str()));
+        }
+        if (cfg->kv_size > cparams.n_ctx) {
+            throw std::invalid_argument(format("kv_size is %u: it must not be larger than n_ctx = %u", cfg->kv_size, cparams.n_ctx));
+        }
+
+        // Ask upstream, on a small context, which memory the architecture gets: anything but the plain cache is not ours.
+        llama_cparams cparams_probe = cparams;
+        cparams_probe.n_ctx     = 256;
+        cparams_probe.n_ctx_seq = 256;
+        headkv_thread_config() = nullptr;
+        std::unique_ptr<llama_memory_i> probe;
+        try {
+            probe.reset(model.create_memory(params, cparams_probe));
+        } catch (...) {
+            headkv_thread_config() = cfg;
+            throw;
+        }
+        headkv_thread_config() = cfg;
+        if (!probe || typeid(*probe) != typeid(llama_kv_cache)) {
+            throw std::runtime_error(format("KV compression is not possible for architecture %s: it does not use the plain KV cache", model.arch_name().c_str()));
+        }
+        probe.reset();
+
+        return new llama_kv_cache_ragged(model, params.type_k, params.type_v, cparams, cfg);
+    } catch (const std::exception & e) {
+        headkv_set_error(e.what());
+        throw;
+    }
+}
+
+//
+// graph input
+//
+
+class headkv_input : public llm_graph_input_attn_kv {
+public:
+    headkv_input(const llama_hparams & hparams, const llama_cparams & cparams, const llama_kv_cache_ragged_context * mctx, bool store) :
+        llm_graph_input_attn_kv(hparams, cparams, store ? nullptr : mctx->get_stage()),
+        mctx_ragged(mctx), store(store), generation(mctx->generation()) {
+    }
+
+    void set_input(const llama_ubatch * ubatch) override {
+        if (!store) {
+            llm_graph_input_attn_kv::set_input(ubatch);
+            mctx_ragged->set_input_window(tokens, slots, ubatch);
+            return;
+        }
+        auto * kv = mctx_ragged->get_kv();
+        if (self_k_rot) { kv->set_input_k_rot(self_k_rot); }
+        if (self_v_rot) { kv->set_input_v_rot(self_v_rot); }
+        mctx_ragged->set_input_rows(rows, ubatch);
+        if (ranges) {
+            mctx_ragged->set_input_ranges(ranges, ubatch);
+        }
+        for (const auto & m : masks) {
+            mctx_ragged->set_input_mask(m.mask, *kv->layer(m.il), m.i_bucket, ubatch);
+        }
+        for (const auto & o : orders) {
+            ggml_backend_tensor_set(o.tensor, o.values.data(), 0, o.values.size()*sizeof(int32_t));
+        }
+    }
+
+    bool can_reuse(const llm_graph_params & params) override {
+        const auto * mctx_new = dynamic_cast<const llama_kv_cache_ragged_context *>(params.mctx);
+        if (!mctx_new || mctx_new->is_full() || mctx_new->is_store() != store || mctx_new->generation() != generation) {
+            return false;
+        }
+        mctx_ragged = mctx_new;
+        if (store) {
+            return rows->ne[0] == n_head_kv_all*params.ubatch.n_tokens && n_seqs == params.ubatch.n_seqs_unq;
+        }
+        mctx = mctx_ragged->get_stage();
+        return self_k_idxs->ne[0] == params.ubatch.n_tokens &&
+               self_kq_mask->ne[0] == mctx->get_n_kv() &&
+               self_kq_mask->ne[1] == params.ubatch.n_tokens;
+    }
+
+    // the ubatch's share of a packed input that belongs to the layer
+    ggml_tensor * rows_of_layer(ggml_context * ctx, const headkv_store_layer & layer, int64_t n_tokens) const {
+        return ggml_view_1d(ctx, rows, layer.n_head_kv*n_tokens, first_head.at(layer.il)*n_tokens*sizeof(int32_t));
+    }
+
+    ggml_tensor * ranges_of_layer(ggml_context * ctx, const headkv_store_layer & layer) const {
+        return ggml_view_3d(ctx, ranges, 2, layer.n_head_kv, n_seqs, 2*sizeof(int32_t), 2*layer.n_head_kv*sizeof(int32_t),
+                2*first_head.at(layer.il)*n_seqs*sizeof(int32_t));
+    }
+
+    const llama_kv_cache_ragged_context * mctx_ragged;
+
+    const bool     store;
+    const uint64_t generation;
+
+    // prompt: which tokens of the ubatch go to which slots of the window
+    ggml_tensor * tokens = nullptr; // I32 [n]
+    ggml_tensor * slots  = nullptr; // I64 [n]
+
+    // decode: where the new rows go and what each head sees, all layers one after the other
+    ggml_tensor * rows   = nullptr; // I32, per layer [n_head_kv, n_tokens]
+    ggml_tensor * ranges = nullptr; // I32, per layer [2, n_head_kv, n_seqs]
+    std::unordered_map<int32_t, int64_t> first_head; // of a layer, counted over all layers
+    int64_t  n_head_kv_all = 0;
+    uint32_t n_seqs        = 0;
+
+    struct mask_t  { ggml_tensor * mask; int32_t il; size_t i_bucket; };
+    struct order_t { ggml_tensor * tensor; std::vector<int32_t> values; };
+    std::vector<mask_t>  masks;
+    std::vector<order_t> orders;
+
+    std::vector<int32_t> ils_built; // layers whose attention went through the hook
+};
+
+static ggml_tensor * new_input(ggml_context * ctx, ggml_type type, int64_t n, const char * name) {
+    ggml_tensor * res = ggml_new_tensor_1d(ctx, type, n);
+    ggml_set_input(res);
+    ggml_set_name(res, name);
+    return res;
+}
+
+llm_graph_input_attn_kv * headkv_build_inp(const llm_graph_context & gctx) {
+    const auto * mctx = dynamic_cast<const llama_kv_cache_ragged_context *>(gctx.mctx);
+    if (!mctx) {
+        return nullptr;
+    }
+    ggml_context * ctx = gctx.ctx0;
+    const auto & ubatch = gctx.ubatch;
+
+    // worst-case graphs: one token per sequence stands for decode
+    const bool store = mctx->is_full() ? ubatch.n_tokens == ubatch.n_seqs : mctx->is_store();
+
+    auto inp = std::make_unique<headkv_input>(gctx.hparams, gctx.cparams, mctx, store);
+    auto * kv = mctx->get_kv();
+
+    if (store) {
+        inp->n_seqs = ubatch.n_seqs_unq;
+        for (const auto & layer : kv->get_store().layers) {
+            inp->first_head[layer.il] = inp->n_head_kv_all;
+            inp->n_head_kv_all += layer.n_head_kv;
+        }
+        inp->rows   = new_input(ctx, GGML_TYPE_I32, inp->n_head_kv_all*ubatch.n_tokens, "headkv_rows");
+        if (kv->has_fused()) {
+            inp->ranges = new_input(ctx, GGML_TYPE_I32, inp->n_head_kv_all*inp->n_seqs*2, "headkv_ranges");
+        }
+        inp->self_k_rot = kv->build_input_k_rot(ctx);
+        inp->self_v_rot = kv->build_input_v_rot(ctx);
+    } else {
+        const auto * stage = mctx->get_stage();
+        inp->self_k_idxs  = stage->build_input_k_idxs(ctx, ubatch);
+        inp->self_v_idxs  = stage->build_input_v_idxs(ctx, ubatch);
+        inp->self_kq_mask = ggml_new_tensor_4d(ctx, gctx.cparams.flash_attn ? GGML_TYPE_F16 : GGML_TYPE_F32, stage->get_n_kv(), ubatch.n_tokens, 1, 1);
+        ggml_set_input(inp->self_kq_mask);
+        ggml_set_name(inp->self_kq_mask, "attn_inp_kq_mask");
+        inp->self_kq_mask_cnv = inp->self_kq_mask;
+        inp->self_k_rot   = stage->build_input_k_rot(ctx);
+        inp->self_v_rot   = stage->build_input_v_rot(ctx);
+
+        const int64_t n = std::min<int64_t>(ubatch.n_tokens, (int64_t) kv->config().window*ubatch.n_seqs_unq);
+        inp->tokens = new_input(ctx, GGML_TYPE_I32, n, "headkv_window_tokens");
+        inp->slots  = new_input(ctx, GGML_TYPE_I64, n, "headkv_window_slots");
+    }
+
+    return (llm_graph_input_attn_kv *) gctx.res->add_input(std::move(inp));
+}
+
+//
+// attention
+//
+
+// Heads as the third batch dimension of flash attention: overlapping views give every head its own range, masks its length.
+static ggml_tensor * build_attend_composed(const llm_graph_context & gctx, headkv_input & inp, const headkv_store_layer & layer,
+        ggml_tensor * q, ggml_tensor * k, ggml_tensor * v, float kq_scale) {
+    ggml_context * ctx = gctx.ctx0;
+
+    const int64_t D = layer.n_embd_head;
+    const int64_t H = layer.n_head_kv;
+    const int64_t G = layer.n_head/layer.n_head_kv;
+    const int64_t T = q->ne[2];
+
+    const auto & buckets = layer.buckets.at(0);
+    const bool natural = buckets.size() == 1;
+
+    ggml_tensor * order   = nullptr;
+    ggml_tensor * inverse = nullptr;
+    if (!natural) {
+        // rows of a GQA group are gathered bucket by bucket, (head, token) within, and put back afterwards
+        headkv_input::order_t o = { new_input(ctx, GGML_TYPE_I32, H*T, "headkv_order"),   std::vector<int32_t>() };
+        headkv_input::order_t i = { new_input(ctx, GGML_TYPE_I32, H*T, "headkv_inverse"), std::vector<int32_t>(H*T) };
+        for (const auto & b : buckets) {
+            for (int32_t h : b.heads) {
+                for (int64_t t = 0; t < T; ++t) {
+                    i.values[t*H + h] = (int32_t) o.values.size();
+                    o.values.push_back((int32_t) (t*H + h));
+                }
+            }
+        }
+        order   = o.tensor;
+        inverse = i.tensor;
+        inp.orders.push_back(std::move(o));
+        inp.orders.push_back(std::move(i));
+        q = ggml_get_rows(ctx, ggml_reshape_2d(ctx, q, D*G, H*T), order);
+    }
+
+    ggml_tensor * res = nullptr;
+    int64_t first = 0;
+    for (size_t ib = 0; ib < buckets.size(); ++ib) {
+        const auto & b = buckets[ib];
+        const int64_t n = (int64_t) b.heads.size();
+
+        // [D, T, G, n]
+        ggml_tensor * qb = natural
+            ? ggml_permute(ctx, ggml_reshape_4d(ctx, q, D, G, H, T), 0, 2, 3, 1)
+            : ggml_permute(ctx, ggml_view_4d(ctx, q, D, G, T, n, D*q->nb[0], q->nb[1], T*q->nb[1], first*T*q->nb[1]), 0, 2, 1, 3);
+        ggml_tensor * kb = ggml_view_4d(ctx, k, D, b.n_kv, 1, n, k->nb[1], b.cap*k->nb[1], b.cap*k->nb[1], b.off*k->nb[1]);
+        ggml_tensor * vb = ggml_view_4d(ctx, v, D, b.n_kv, 1, n, v->nb[1], b.cap*v->nb[1], b.cap*v->nb[1], b.off*v->nb[1]);
+
+        ggml_tensor * mask = ggml_new_tensor_4d(ctx, GGML_TYPE_F16, b.n_kv, T, 1, n);
+        ggml_set_input(mask);
+        ggml_format_name(mask, "headkv_mask_l%d_b%d", layer.il, (int) ib);
+        inp.masks.push_back({ mask, layer.il, ib });
+
+        ggml_tensor * cur = ggml_flash_attn_ext(ctx, qb, kb, vb, mask, kq_scale, 0.0f,
+                gctx.hparams.attn_soft_cap ? gctx.hparams.f_attn_logit_softcapping : 0.0f);
+        ggml_prec_set_acc(cur, GGML_PREC_F32);
+
+        cur = ggml_reshape_4d(ctx, cur, D*G, T, n, 1); // rows: (head, token)
+        if (natural && T > 1) {
+            cur = ggml_cont(ctx, ggml_permute(ctx, cur, 0, 2, 1, 3));
+        }
+        cur = ggml_reshape_2d(ctx, cur, D*G, T*n);
+        res = res ? ggml_concat(ctx, res, cur, 1) : cur;
+        first += n;
+    }
+    if (!natural) {
+        res = ggml_get_rows(ctx, res, inverse);
+    }
+    return ggml_reshape_2d(ctx, res, D*G*H, T);
+}
+
+static ggml_tensor * rows_2d(ggml_context * ctx, ggml_tensor * x) {
+    // [n_embd_head, n_head, n_tokens] -> one row per head and token; a fused QKV projection leaves strided views
+    return ggml_is_contiguous(x) ? ggml_reshape_2d(ctx, x, x->ne[0], x->ne[1]*x->ne[2])
+                                 : ggml_cont_2d   (ctx, x, x->ne[0], x->ne[1]*x->ne[2]);
+}
+
+ggml_tensor * headkv_build_attn(const llm_graph_context & gctx, llm_graph_input_attn_kv * inp_kv,
+        ggml_tensor * wo, ggml_tensor * wo_b, ggml_tensor * wo_s,
+        ggml_tensor * q_cur, ggml_tensor * k_cur, ggml_tensor * v_cur,
+        ggml_tensor * kq_b, ggml_tensor * sinks, float kq_scale, int il) {
+    auto * inp = dynamic_cast<headkv_input *>(inp_kv);
+    if (!inp) {
+        return nullptr;
+    }
+    const auto * mctx = inp->mctx_ragged;
+    auto * kv = mctx->get_kv();
+
+    // a worst-case graph is built when the context is created: a refusal ends up there
+    if (kq_b || sinks) {
+        const std::string what = format("KV compression is not possible for architecture %s: layer %d adds %s to its attention",
+                llm_arch_name(gctx.arch), il, kq_b ? "a bias" : "sinks");
+        headkv_set_error(what);
+        throw std::runtime_error(what);
+    }
+
+    inp->ils_built.push_back(il);
+    if (mctx->is_full()) {
+        kv->note_graph(inp->ils_built);
+    }
+
+    headkv_store_layer * layer = mctx->get_layer(il);
+    GGML_ASSERT(layer && "attention in a layer without KV heads");
+
+    ggml_context * ctx = gctx.ctx0;
+
+    kv->layer(il)->attend->scale   = kq_scale;
+    kv->layer(il)->attend->softcap = gctx.hparams.attn_soft_cap ? gctx.hparams.f_attn_logit_softcapping : 0.0f;
+
+    if (!inp->store) {
+        ggml_build_forward_expand(gctx.gf, headkv_build_window(ctx, q_cur, inp->self_k_rot, mctx->get_ring(il), inp->tokens, inp->slots));
+        return nullptr;
+    }
+
+    if (inp->self_k_rot) {
+        q_cur = llama_mul_mat_hadamard(ctx, q_cur, inp->self_k_rot);
+        k_cur = llama_mul_mat_hadamard(ctx, k_cur, inp->self_k_rot);
+    }
+    if (inp->self_v_rot) {
+        v_cur = llama_mul_mat_hadamard(ctx, v_cur, inp->self_v_rot);
+    }
+
+    // together, so that the scheduler does not split between them
+    ggml_build_forward_expand(gctx.gf, q_cur);
+    ggml_build_forward_expand(gctx.gf, v_cur);
+    ggml_build_forward_expand(gctx.gf, k_cur);
+
+    ggml_tensor * rows = inp->rows_of_layer(ctx, *layer, gctx.n_tokens);
+    ggml_tensor * k = ggml_set_rows(ctx, layer->k, rows_2d(ctx, k_cur), rows);
+    ggml_tensor * v = ggml_set_rows(ctx, layer->v, rows_2d(ctx, v_cur), rows);
+
+    ggml_tensor * q = ggml_is_contiguous(q_cur) ? q_cur : ggml_cont(ctx, q_cur);
+    ggml_tensor * cur = layer->fused
+        ? headkv_build_attend_fused(ctx, kv->layer(il)->attend.get(), q, k, v, inp->ranges_of_layer(ctx, *layer))
+        : build_attend_composed(gctx, *inp, *layer, q, k, v, kq_scale);
+    gctx.cb(cur, "kqv_out", il);
+
+    // from here on as upstream's build_attn()
+    if (inp->self_v_rot) {
+        cur = llama_mul_mat_hadamard(ctx, cur, inp->self_v_rot);
+    }
+    if (wo) {
+        const bool acc_f32 = gctx.arch == LLM_ARCH_GLM4 || gctx.arch == LLM_ARCH_GLM4_MOE || gctx.arch == LLM_ARCH_JAIS2;
+        cur = gctx.build_lora_mm(wo, cur, acc_f32 ? nullptr : wo_s);
+        if (acc_f32) {
+            ggml_prec_set_acc(cur, GGML_PREC_F32);
+            cur = wo_s ? ggml_mul(ctx, cur, wo_s) : cur;
+        }
+    }
+    return wo_b ? ggml_add(ctx, cur, wo_b) : cur;
+}

@@ -1,0 +1,25 @@
+// The door for llama.cpp: every symbol that a patch mentions, nothing else.
+#pragma once
+
+struct ggml_tensor;
+
+struct llama_model;
+struct llama_cparams;
+struct llama_memory_i;
+struct llama_memory_params;
+struct llm_graph_context;
+class  llm_graph_input_attn_kv;
+
+// called first by llama_model::create_memory(); null = not ours. Throws when compression was asked for and the
+// model or the context cannot have it.
+llama_memory_i * headkv_create_memory(const llama_model & model, const llama_memory_params & params, const llama_cparams & cparams);
+
+// called first by llm_graph_context::build_attn_inp_kv(); null = not ours
+llm_graph_input_attn_kv * headkv_build_inp(const llm_graph_context & gctx);
+
+// called first by llm_graph_context::build_attn(llm_graph_input_attn_kv *, ..); null = upstream builds the attention,
+// which it also does while a prompt is read (the queries have been captured then)
+ggml_tensor * headkv_build_attn(const llm_graph_context & gctx, llm_graph_input_attn_kv * inp,
+        ggml_tensor * wo, ggml_tensor * wo_b, ggml_tensor * wo_s,
+        ggml_tensor * q_cur, ggml_tensor * k_cur, ggml_tensor * v_cur,
+        ggml_tensor * kq_b, ggml_tensor * sinks, float kq_scale, int il);

@@ -1,0 +1,49 @@
+#include "headkv-stages.h"
+
+// Sum of the rows of x [n, n_rows], in place: halves are added until one row is left. Upstream's pooling and
+// matrix products walk columns here and are slower; the order of additions is fixed.
+static ggml_tensor * sum_rows(ggml_context * ctx, ggml_cgraph * gf, ggml_tensor * x) {
+    const int64_t n = x->ne[0];
+    for (int64_t n_rows = x->ne[1]; n_rows > 1; n_rows = n_rows/2) {
+        const int64_t half = n_rows/2;
+        ggml_tensor * lo = ggml_view_2d(ctx, x, n, half, x->nb[1], 0);
+        ggml_tensor * hi = ggml_view_2d(ctx, x, n, half, x->nb[1], half*x->nb[1]);
+        ggml_build_forward_expand(gf, ggml_add_inplace(ctx, lo, hi));
+        if (n_rows % 2 == 1) {
+            ggml_tensor * first = ggml_view_1d(ctx, x, n, 0);
+            ggml_tensor * last  = ggml_view_1d(ctx, x, n, (n_rows - 1)*x->nb[1]);
+            ggml_build_forward_expand(gf, ggml_add_inplace(ctx, first, last));
+        }
+    }
+    return x;
+}
+
+ggml_tensor * headkv_build_score(ggml_context * ctx, ggml_cgraph * gf, ggml_tensor * q, ggml_tensor * k, ggml_tensor * mask,
+        float scale, float softcap, headkv_pool pool, int pool_kernel) {
+    const int64_t n_kv     = k->ne[1];
+    const int64_t n_window = q->ne[1];
+    const int64_t n_group  = q->ne[2];
+    const int64_t n_prefix = n_kv - n_window;
+
+    ggml_tensor * kq = ggml_mul_mat(ctx, k, ggml_reshape_2d(ctx, q, q->ne[0], n_window*n_group)); // [n_kv, n_window*n_group]
+    ggml_prec_set_acc(kq, GGML_PREC_F32);
+    if (softcap > 0.0f) {
+        kq = ggml_scale(ctx, ggml_tanh(ctx, ggml_scale(ctx, kq, scale/softcap)), softcap);
+        scale = 1.0f;
+    }
+    kq = ggml_reshape_3d(ctx, kq, n_kv, n_window, n_group);
+    ggml_tensor * p = ggml_soft_max_ext(ctx, kq, mask, scale, 0.0f); // the allocator makes it in place
+    ggml_build_forward_expand(gf, p);
+
+    p = sum_rows(ctx, gf, ggml_reshape_2d(ctx, p, n_kv, n_window*n_group));
+
+    ggml_tensor * s = ggml_scale(ctx, ggml_view_1d(ctx, p, n_prefix, 0), 1.0f/(n_window*n_group));
+    if (pool_kernel > 1) {
+        // max leaves out the neighbours that do not exist, avg counts them as zero: what torch's poolings do
+        s = pool == HEADKV_POOL_MAX
+            ? ggml_pool_1d(ctx, s, GGML_OP_POOL_MAX, pool_kernel, 1, pool_kernel/2)
+            : ggml_pool_2d(ctx, s, GGML_OP_POOL_AVG, pool_kernel, 1, 1, 1, pool_kernel/2, 0);
+        s = ggml_reshape_1d(ctx, s, n_prefix);
+    }
+    return s;
+}

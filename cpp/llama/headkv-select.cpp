@@ -1,0 +1,79 @@
+#include "headkv-stages.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <vector>
+
+// Larger key = better cell: the score in an order-preserving integer code, then the lower position. No two keys
+// are equal, so the outcome does not depend on the algorithm. NaN counts as the lowest score.
+static uint64_t cell_key(float score, uint32_t pos) {
+    uint32_t bits = 0;
+    if (!std::isnan(score)) {
+        score += 0.0f; // -0 and 0 are one score
+        memcpy(&bits, &score, sizeof(bits));
+        bits = bits & 0x80000000u ? ~bits : bits | 0x80000000u;
+    }
+    return ((uint64_t) bits << 32) | (0xffffffffu - pos);
+}
+
+static void select_op(ggml_tensor * dst, int ith, int nth, void * userdata) {
+    GGML_UNUSED(userdata);
+    const ggml_tensor * scores = dst->src[0];
+    const ggml_tensor * plan   = dst->src[1];
+
+    const int64_t n_prefix = scores->ne[0];
+    int32_t n_window;
+    memcpy(&n_window, (const char *) dst->op_params + GGML_MAX_OP_PARAMS - sizeof(n_window), sizeof(n_window));
+
+    std::vector<uint64_t> keys;
+    for (int64_t h = ith; h < scores->ne[1]; h += nth) {
+        const int32_t * p      = (const int32_t *) ((const char *) plan->data + h*plan->nb[1]);
+        const float   * s      = (const float   *) ((const char *) scores->data + h*scores->nb[1]);
+        const int32_t   n_keep = p[1];
+        int32_t       * out    = (int32_t *) dst->data + p[0];
+
+        if (n_keep >= n_prefix) {
+            for (int64_t i = 0; i < n_prefix; ++i) {
+                out[i] = (int32_t) i;
+            }
+        } else {
+            keys.resize(n_prefix);
+            for (int64_t i = 0; i < n_prefix; ++i) {
+                keys[i] = cell_key(s[i], (uint32_t) i);
+            }
+            std::nth_element(keys.begin(), keys.begin() + n_keep, keys.end(), std::greater<uint64_t>());
+            for (int32_t i = 0; i < n_keep; ++i) {
+                out[i] = (int32_t) (0xffffffffu - (uint32_t) keys[i]);
+            }
+            std::sort(out, out + n_keep);
+        }
+        for (int32_t i = 0; i < n_window; ++i) {
+            out[std::min<int64_t>(n_keep, n_prefix) + i] = (int32_t) n_prefix + i;
+        }
+    }
+}
+
+ggml_tensor * headkv_build_select(ggml_context * ctx, ggml_tensor * scores, ggml_tensor * plan, int64_t n_window, int64_t n_total) {
+    GGML_ASSERT(scores->type == GGML_TYPE_F32 && plan->type == GGML_TYPE_I32 && plan->ne[1] == scores->ne[1]);
+    ggml_tensor * args[] = { scores, plan };
+    ggml_tensor * res = ggml_custom_4d(ctx, GGML_TYPE_I32, n_total, 1, 1, 1, args, 2, select_op, GGML_N_TASKS_MAX, nullptr);
+
+    // behind the parameters of the custom op
+    const int32_t n = (int32_t) n_window;
+    memcpy((char *) res->op_params + GGML_MAX_OP_PARAMS - sizeof(n), &n, sizeof(n));
+    return res;
+}
+
+ggml_tensor * headkv_build_select_composed(ggml_context * ctx, ggml_tensor * scores, int64_t n_keep, ggml_tensor * window) {
+    ggml_tensor * kept = window;
+    if (n_keep > 0) {
+        ggml_tensor * top = ggml_top_k(ctx, scores, (int) n_keep); // unordered
+        // positions below 2^24 are exact in F32
+        top  = ggml_reshape_2d(ctx, ggml_cast(ctx, top, GGML_TYPE_F32), 1, n_keep);
+        ggml_tensor * order = ggml_argsort(ctx, ggml_reshape_1d(ctx, top, n_keep), GGML_SORT_ORDER_ASC);
+        top  = ggml_reshape_1d(ctx, ggml_get_rows(ctx, top, order), n_keep);
+        kept = ggml_concat(ctx, top, window, 0);
+    }
+    return ggml_cast(ctx, kept, GGML_TYPE_I32);
+}

@@ -1,0 +1,43 @@
+// Stages 3 to 6 as pieces of ggml graphs. The CPU versions of select and compact are custom ops and the definition;
+// the composed versions run on every backend and may differ from them only inside a tie of the scores.
+#pragma once
+
+#include "ggml.h"
+
+#include "headkv-config.h"
+
+// Stage 3, window: copies the queries of the last tokens of a ubatch into the ring.
+//   q_cur  F32 [n_embd_head, n_head, n_tokens], post-RoPE
+//   rot    the rotation that the cache applies to K, or null
+//   ring   F32 [n_embd_head*n_head, n_slots]
+//   tokens I32 [n], slots I64 [n]: ring[slots[i]] = q_cur[tokens[i]]
+// Returns the written ring.
+ggml_tensor * headkv_build_window(ggml_context * ctx, ggml_tensor * q_cur, ggml_tensor * rot, ggml_tensor * ring,
+        ggml_tensor * tokens, ggml_tensor * slots);
+
+// Stage 4, score: for one KV head, mean over the window and the GQA group of softmax(q k), pooled over the prefix.
+//   q    F32 [n_embd_head, n_window, n_group] the window queries, any order of rows that mask agrees with
+//   k        [n_embd_head, n_kv] keys in position order, the window last
+//   mask F16 [n_kv, n_window]
+// Returns F32 [n_kv - n_window]. Nodes are expanded into gf, because intermediate results are overwritten in place.
+ggml_tensor * headkv_build_score(ggml_context * ctx, ggml_cgraph * gf, ggml_tensor * q, ggml_tensor * k, ggml_tensor * mask,
+        float scale, float softcap, headkv_pool pool, int pool_kernel);
+
+// Stage 5, select: positions of the n_keep[h] best scores of each head, ascending, ties to the lower position,
+// followed by the positions of the window.
+//   scores F32 [n_prefix, n_head_kv]
+//   plan   I32 [2, n_head_kv]: first element of dst, number of prefix cells to keep
+//   dst    I32 [n_total]
+ggml_tensor * headkv_build_select(ggml_context * ctx, ggml_tensor * scores, ggml_tensor * plan, int64_t n_window, int64_t n_total);
+
+// the same for one head, out of existing ops; window: F32 [n_window] positions of the window
+ggml_tensor * headkv_build_select_composed(ggml_context * ctx, ggml_tensor * scores, int64_t n_keep, ggml_tensor * window);
+
+// Stage 6, compact: pool row row[h] + i = cell kept[i] of head h, as raw bytes.
+//   pool     [n_embd_head, n_rows]
+//   cells    [n_embd_head*n_head_kv, n_cells] the staged K or V of the layer
+//   kept I32 [n_total], positions
+//   cell I32 [n_pos]: cell of each position
+//   plan I32 [3, n_head_kv]: first element in kept, number, first row in pool
+ggml_tensor * headkv_build_compact(ggml_context * ctx, ggml_tensor * pool, ggml_tensor * cells, ggml_tensor * kept,
+        ggml_tensor * cell, ggml_tensor * plan);

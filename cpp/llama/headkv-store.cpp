@@ -1,0 +1,217 @@
+#include "headkv-store.h"
+
+#include "llama-impl.h"
+
+#include <algorithm>
+#include <limits>
+#include <new>
+#include <numeric>
+
+headkv_store_layer * headkv_store::find(int32_t il) {
+    for (auto & layer : layers) {
+        if (layer.il == il) {
+            return &layer;
+        }
+    }
+    return nullptr;
+}
+
+std::vector<uint32_t> headkv_bucket_sizes(const std::vector<uint32_t> & n_rows, uint32_t n_buckets) {
+    const size_t n = n_rows.size();
+    n_buckets = std::min<size_t>(n_buckets, n);
+
+    // cost[b][i]: least padding of the first i heads in b runs; the longest head of a run is its last
+    const uint64_t inf = std::numeric_limits<uint64_t>::max()/2;
+    std::vector<std::vector<uint64_t>> cost(n_buckets + 1, std::vector<uint64_t>(n + 1, inf));
+    std::vector<std::vector<size_t>>   from(n_buckets + 1, std::vector<size_t>(n + 1, 0));
+    cost[0][0] = 0;
+    for (uint32_t b = 1; b <= n_buckets; ++b) {
+        for (size_t i = 1; i <= n; ++i) {
+            uint64_t pad = 0;
+            for (size_t j = i; j-- > 0;) {
+                pad += n_rows[i - 1] - n_rows[j];
+                if (cost[b - 1][j] + pad < cost[b][i]) {
+                    cost[b][i] = cost[b - 1][j] + pad;
+                    from[b][i] = j;
+                }
+            }
+        }
+    }
+    uint32_t best = 1;
+    for (uint32_t b = 2; b <= n_buckets; ++b) {
+        if (cost[b][n] < cost[best][n]) {
+            best = b;
+        }
+    }
+    std::vector<uint32_t> sizes;
+    for (size_t i = n, b = best; b > 0; --b) {
+        sizes.push_back((uint32_t) (i - from[b][i]));
+        i = from[b][i];
+    }
+    std::reverse(sizes.begin(), sizes.end());
+    return sizes;
+}
+
+// where the heads of one sequence go, starting at row off; returns the first free row
+static uint32_t layout_exact(std::vector<headkv_range> & ranges, uint32_t off, uint32_t n_tail) {
+    for (auto & r : ranges) {
+        r.off   = off;
+        r.n_cap = r.n_kept + n_tail;
+        off += r.n_cap;
+    }
+    return off;
+}
+
+static uint32_t layout_buckets(std::vector<headkv_range> & ranges, std::vector<headkv_bucket> & buckets,
+        uint32_t off, uint32_t n_tail, uint32_t n_buckets) {
+    std::vector<int32_t> order(ranges.size());
+    std::iota(order.begin(), order.end(), 0);
+    if (n_buckets > 1) {
+        // ascending, so that the views of short heads overhang into longer ones; a single bucket keeps the natural order
+        std::stable_sort(order.begin(), order.end(), [&](int32_t a, int32_t b) { return ranges[a].n_kept < ranges[b].n_kept; });
+    }
+    std::vector<uint32_t> n_rows;
+    for (int32_t h : order) {
+        n_rows.push_back(ranges[h].n_kept + n_tail);
+    }
+    const std::vector<uint32_t> sizes = n_buckets > 1 ? headkv_bucket_sizes(n_rows, n_buckets)
+                                                      : std::vector<uint32_t>(1, (uint32_t) n_rows.size());
+    buckets.clear();
+    uint32_t first = 0;
+    for (uint32_t size : sizes) {
+        headkv_bucket b;
+        b.heads.assign(order.begin() + first, order.begin() + first + size);
+        b.off  = off;
+        b.cap  = (uint32_t) GGML_PAD(*std::max_element(n_rows.begin() + first, n_rows.begin() + first + size), 8);
+        b.n_kv = (uint32_t) GGML_PAD(b.cap, 256); // the step that the fast kernels of the GPU backends ask for
+        for (int32_t h : b.heads) {
+            ranges[h].off   = off;
+            ranges[h].n_cap = ranges[h].n_kept + n_tail;
+            off += b.cap;
+        }
+        buckets.push_back(b);
+        first += size;
+    }
+    return off;
+}
+
+// rows that the overlapping views reach beyond the last range
+static uint32_t n_rows_viewed(const std::vector<headkv_bucket> & buckets) {
+    uint32_t res = 0;
+    for (const auto & b : buckets) {
+        res = std::max<uint32_t>(res, b.off + b.n_kv*(uint32_t) b.heads.size());
+    }
+    return res;
+}
+
+static void copy_rows(ggml_tensor * src, uint32_t off_src, ggml_tensor * dst, uint32_t off_dst, uint32_t n_rows) {
+    if (n_rows == 0) {
+        return;
+    }
+    ggml_init_params params = { /*.mem_size =*/ 2*ggml_tensor_overhead(), /*.mem_buffer =*/ nullptr, /*.no_alloc =*/ true };
+    ggml_context_ptr ctx(ggml_init(params));
+    ggml_tensor * a = ggml_view_2d(ctx.get(), src, src->ne[0], n_rows, src->nb[1], off_src*src->nb[1]);
+    ggml_tensor * b = ggml_view_2d(ctx.get(), dst, dst->ne[0], n_rows, dst->nb[1], off_dst*dst->nb[1]);
+    ggml_backend_view_init(a);
+    ggml_backend_view_init(b);
+    ggml_backend_tensor_copy(a, b);
+}
+
+void headkv_store::relayout(headkv_store_layer & layer, int32_t s, const std::vector<uint32_t> & n_kept, uint32_t n_tail,
+        uint32_t n_buckets, const std::vector<uint32_t> & n_used) {
+    auto ranges  = layer.ranges;
+    auto buckets = layer.buckets;
+    if (ranges.size() <= (size_t) s) {
+        ranges.resize(s + 1);
+        buckets.resize(s + 1);
+    }
+
+    ranges[s].resize(n_kept.size());
+    for (size_t h = 0; h < n_kept.size(); ++h) {
+        ranges[s][h].n_kept = n_kept[h];
+    }
+
+    uint32_t n_rows = 0;
+    uint32_t n_view = 0;
+    for (size_t i = 0; i < ranges.size(); ++i) {
+        if (ranges[i].empty()) {
+            buckets[i].clear();
+            continue;
+        }
+        const uint32_t tail = (int32_t) i == s ? n_tail : ranges[i][0].n_cap - ranges[i][0].n_kept;
+        if (layer.fused) {
+            n_rows = layout_exact(ranges[i], n_rows, tail);
+        } else {
+            n_rows = layout_buckets(ranges[i], buckets[i], n_rows, tail, n_buckets);
+            n_view = std::max(n_view, n_rows_viewed(buckets[i]));
+        }
+    }
+    n_rows = std::max(n_rows, n_view);
+
+    ggml_context_ptr        ctx;
+    ggml_backend_buffer_ptr buf;
+    ggml_tensor * k = nullptr;
+    ggml_tensor * v = nullptr;
+    if (n_rows > 0) {
+        ggml_init_params params = { /*.mem_size =*/ 2*ggml_tensor_overhead(), /*.mem_buffer =*/ nullptr, /*.no_alloc =*/ true };
+        ctx.reset(ggml_init(params));
+        k = ggml_new_tensor_2d(ctx.get(), layer.type_k, layer.n_embd_head, n_rows);
+        v = ggml_new_tensor_2d(ctx.get(), layer.type_v, layer.n_embd_head, n_rows);
+        ggml_format_name(k, "headkv_k_l%d", layer.il);
+        ggml_format_name(v, "headkv_v_l%d", layer.il);
+        if (no_alloc) {
+            buf.reset(ggml_backend_buft_alloc_buffer(layer.buft, 0));
+            k->buffer = buf.get();
+            v->buffer = buf.get();
+        } else {
+            buf.reset(ggml_backend_alloc_ctx_tensors_from_buft(ctx.get(), layer.buft));
+            if (!buf) {
+                throw std::bad_alloc();
+            }
+            // the composed path multiplies masked rows by zero: they must be finite
+            ggml_backend_buffer_clear(buf.get(), 0);
+        }
+    }
+
+    for (size_t i = 0; i < ranges.size() && layer.k; ++i) {
+        if (i >= layer.ranges.size()) {
+            break;
+        }
+        for (size_t h = 0; h < layer.ranges[i].size() && h < ranges[i].size(); ++h) {
+            const auto & src = layer.ranges[i][h];
+            const auto & dst = ranges[i][h];
+            const uint32_t n = (int32_t) i == s ? (n_used.empty() ? 0 : n_used[h]) : std::min(src.n_cap, dst.n_cap);
+            copy_rows(layer.k, src.off, k, dst.off, n);
+            copy_rows(layer.v, src.off, v, dst.off, n);
+        }
+    }
+
+    layer.ranges  = std::move(ranges);
+    layer.buckets = std::move(buckets);
+    layer.ctx     = std::move(ctx);
+    layer.buf     = std::move(buf);
+    layer.k       = k;
+    layer.v       = v;
+
+    generation++;
+}
+
+void headkv_store::clear() {
+    for (auto & layer : layers) {
+        layer.ranges.clear();
+        layer.buckets.clear();
+        layer.k = nullptr;
+        layer.v = nullptr;
+        layer.buf.reset();
+        layer.ctx.reset();
+    }
+    generation++;
+}
+
+size_t headkv_store::n_bytes() const {
+    size_t res = 0;
+    for (const auto & layer : layers) {
+        res += layer.buf ? ggml_backend_buffer_get_size(layer.buf.get()) : 0;
+    }
+    return res;
+}

@@ -1,0 +1,78 @@
+// The store: one pool of K rows and one of V rows per layer, in which every (sequence, KV head) owns
+// a range of consecutive rows: [kept prompt cells in position order | generated tokens | free tail].
+#pragma once
+
+#include "ggml.h"
+#include "ggml-backend.h"
+#include "ggml-cpp.h"
+
+#include "headkv-attend.h"
+
+#include <cstdint>
+#include <memory>
+#include <vector>
+
+// the rows of one KV head of one sequence in the pools of its layer
+struct headkv_range {
+    uint32_t off    = 0; // first row
+    uint32_t n_kept = 0; // prompt cells
+    uint32_t n_cap  = 0; // rows owned, n_kept + tail
+    std::vector<int32_t> pos; // [n_kept] prompt positions, ascending
+};
+
+// consecutive heads (in storage order) that the composed path attends with one call
+struct headkv_bucket {
+    uint32_t off  = 0; // first row of the first head
+    uint32_t cap  = 0; // rows from head to head
+    uint32_t n_kv = 0; // cells that the view of each head spans, may overlap the next head
+    std::vector<int32_t> heads;
+};
+
+struct headkv_store_layer {
+    int32_t   il          = 0;
+    int32_t   n_head      = 0;
+    int32_t   n_head_kv   = 0;
+    int32_t   n_embd_head = 0;
+    bool      fused       = false; // decode with the fused op, else composed of ggml ops
+    ggml_type type_k;
+    ggml_type type_v;
+    ggml_backend_buffer_type_t buft = nullptr;
+
+    ggml_context_ptr        ctx;
+    ggml_backend_buffer_ptr buf;
+    ggml_tensor * k = nullptr; // [n_embd_head, n_rows]
+    ggml_tensor * v = nullptr; // [n_embd_head, n_rows]
+
+    std::vector<std::vector<headkv_range>>  ranges;  // [seq][head], empty = the sequence is not in the store
+    std::vector<std::vector<headkv_bucket>> buckets; // [seq], composed path only
+
+    std::unique_ptr<headkv_attend_state> attend;
+};
+
+class headkv_store {
+public:
+    std::vector<headkv_store_layer> layers; // only layers with KV heads
+
+    // tensors without memory, for worst-case graphs
+    bool no_alloc = false;
+
+    // changes whenever a pool is replaced, so that graphs over old pools are not reused
+    uint64_t generation = 1;
+
+    headkv_store_layer * find(int32_t il);
+
+    // Replaces the pools of a layer by ones in which the heads of sequence s own n_kept + n_tail rows each and
+    // all other sequences what they have now. Rows that survive are copied. An empty n_kept removes s.
+    // Throws std::bad_alloc and leaves the layer as it was when memory is short.
+    // n_copy: rows of each head of s that hold data now (0 for a new sequence)
+    void relayout(headkv_store_layer & layer, int32_t s, const std::vector<uint32_t> & n_kept, uint32_t n_tail,
+            uint32_t n_buckets, const std::vector<uint32_t> & n_used);
+
+    void clear(); // frees all pools
+
+    size_t n_bytes() const; // as allocated
+};
+
+// Cuts heads, sorted by n_rows ascending, into at most n_buckets runs with the least padding.
+// Returns the sizes of the runs.
+std::vector<uint32_t> headkv_bucket_sizes(const std::vector<uint32_t> & n_rows_sorted, uint32_t n_buckets);

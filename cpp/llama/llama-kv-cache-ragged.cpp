@@ -1,0 +1,1152 @@
+#include "llama-kv-cache-ragged.h"
+
+#include "headkv-budget.h"
+#include "headkv-stages.h"
+
+#include "llama-context.h"
+#include "llama-impl.h"
+#include "llama-io.h"
+#include "llama-model.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <limits>
+#include <map>
+#include <random>
+#include <stdexcept>
+
+#if defined(__GLIBC__)
+#include <malloc.h>
+#endif
+
+//
+// construction
+//
+
+static ggml_backend_buffer_type_t layer_buft(const llama_model & model, int32_t il, bool offload) {
+    return offload ? ggml_backend_dev_buffer_type(model.dev_layer(il)) : ggml_backend_cpu_buffer_type();
+}
+
+static bool is_cpu(ggml_backend_buffer_type_t buft) {
+    const ggml_backend_dev_t dev = ggml_backend_buft_get_device(buft);
+    return ggml_backend_buft_is_host(buft) && (!dev || ggml_backend_dev_type(dev) == GGML_BACKEND_DEVICE_TYPE_CPU);
+}
+
+llama_kv_cache_ragged::llama_kv_cache_ragged(
+        const llama_model & model,
+                ggml_type   type_k,
+                ggml_type   type_v,
+      const llama_cparams & cparams,
+        headkv_config_ptr   cfg) :
+    model(model), hparams(model.hparams), cfg(std::move(cfg)), hparams_plan(model.hparams),
+    offload(cparams.offload_kqv), n_ctx(cparams.n_ctx), type_k(type_k), type_v(type_v) {
+    const auto & c = *this->cfg;
+
+    hparams_plan.no_alloc = true;
+
+    seqs.resize(cparams.n_seq_max);
+
+    std::vector<int32_t> n_head;
+    std::vector<int32_t> n_head_kv;
+    for (uint32_t il = 0; il < hparams.n_layer(); ++il) {
+        n_head_kv.push_back(hparams.n_head_kv(il));
+        n_head   .push_back(hparams.n_head_kv(il) > 0 ? hparams.n_head(il) : 0);
+    }
+    budgets = headkv_budget(c, n_head, n_head_kv);
+
+    for (uint32_t il = 0; il < hparams.n_layer(); ++il) {
+        if (n_head_kv[il] == 0) {
+            continue;
+        }
+        ils.push_back(il);
+        for (headkv_store * s : { &store, &store_plan }) {
+            headkv_store_layer layer;
+            layer.il          = il;
+            layer.n_head      = n_head[il];
+            layer.n_head_kv   = n_head_kv[il];
+            layer.n_embd_head = hparams.n_embd_head_k(il);
+            layer.type_k      = type_k;
+            layer.type_v      = type_v;
+            layer.buft        = layer_buft(model, il, offload);
+            layer.attend      = std::make_unique<headkv_attend_state>(layer.n_embd_head, layer.n_head, layer.n_head_kv, (int) seqs.size(), type_k, type_v);
+
+            const bool can_fuse = is_cpu(layer.buft) && layer.attend->kernel;
+            if (c.attend == HEADKV_ATTEND_FUSED && !can_fuse) {
+                throw std::invalid_argument(format("attend 'fused' is not possible in layer %u: it runs on the CPU with K and V of types that have a dot product (here %s, %s on %s)",
+                            il, ggml_type_name(type_k), ggml_type_name(type_v), ggml_backend_buft_name(layer.buft)));
+            }
+            layer.fused = can_fuse && c.attend != HEADKV_ATTEND_COMPOSED;
+            s->layers.push_back(std::move(layer));
+        }
+    }
+
+    stage_plan = make_stage(n_ctx, true);
+    make_rings(rings_plan, ring_of_layer_plan, true);
+
+    store_plan.no_alloc = true;
+    for (auto & layer : store_plan.layers) {
+        std::vector<uint32_t> n_kept;
+        for (int32_t ih = 0; ih < layer.n_head_kv; ++ih) {
+            // the fused op's scratch grows with the rows, the composed graph with the longest range
+            n_kept.push_back(layer.fused ? n_ctx : std::min(n_ctx, budgets[layer.il][ih]));
+        }
+        store_plan.relayout(layer, 0, n_kept, c.n_tail, c.n_buckets, {});
+    }
+
+    uint64_t n_cells = 0;
+    uint64_t n_heads = 0;
+    for (int32_t il : ils) {
+        for (uint32_t b : budgets[il]) {
+            n_cells += b;
+            n_heads += 1;
+        }
+    }
+    LLAMA_LOG_INFO("%s: policy %s, kv_size %u: %.1f cells per KV head of %llu, window %u, beta %g, attend %s\n", __func__,
+            c.policy == HEADKV_POLICY_HEADKV ? "headkv" : "snapkv", c.kv_size, (double) n_cells/n_heads, (unsigned long long) n_heads,
+            c.window, c.beta, store.layers[0].fused ? "fused" : "composed");
+}
+
+llama_kv_cache_ragged::~llama_kv_cache_ragged() = default;
+
+std::unique_ptr<llama_kv_cache> llama_kv_cache_ragged::make_stage(uint32_t n_cells, bool plan) const {
+    layer_filter_cb filter = nullptr;
+    if (hparams.n_layer_nextn > 0) {
+        const uint32_t n_layer = hparams.n_layer();
+        filter = [n_layer](int32_t il) { return (uint32_t) il < n_layer; };
+    }
+    return std::make_unique<llama_kv_cache>(model, plan ? hparams_plan : hparams, type_k, type_v, /*v_trans =*/ false, offload, /*unified =*/ true,
+            n_cells, (uint32_t) seqs.size(), /*n_pad =*/ 1, /*n_swa =*/ 0, LLAMA_SWA_TYPE_NONE, nullptr, filter, nullptr, nullptr);
+}
+
+int64_t llama_kv_cache_ragged::n_slots() const {
+    return (int64_t) cfg->window*seqs.size() + 1;
+}
+
+void llama_kv_cache_ragged::make_rings(std::vector<ring_t> & rings, std::vector<ggml_tensor *> & of_layer, bool plan) const {
+    std::map<ggml_backend_buffer_type_t, ring_t> by_buft;
+    of_layer.assign(hparams.n_layer(), nullptr);
+    for (const auto & layer : store.layers) {
+        ring_t & ring = by_buft[layer.buft];
+        if (!ring.ctx) {
+            ggml_init_params params = { /*.mem_size =*/ store.layers.size()*ggml_tensor_overhead(), /*.mem_buffer =*/ nullptr, /*.no_alloc =*/ true };
+            ring.ctx.reset(ggml_init(params));
+        }
+        of_layer[layer.il] = ggml_new_tensor_2d(ring.ctx.get(), GGML_TYPE_F32, (int64_t) layer.n_embd_head*layer.n_head, n_slots());
+        ggml_format_name(of_layer[layer.il], "headkv_window_l%d", layer.il);
+    }
+    rings.clear();
+    for (auto & [buft, ring] : by_buft) {
+        if (plan || hparams.no_alloc) {
+            ring.buf.reset(ggml_backend_buft_alloc_buffer(buft, 0));
+            for (ggml_tensor * t = ggml_get_first_tensor(ring.ctx.get()); t; t = ggml_get_next_tensor(ring.ctx.get(), t)) {
+                t->buffer = ring.buf.get();
+            }
+        } else {
+            ring.buf.reset(ggml_backend_alloc_ctx_tensors_from_buft(ring.ctx.get(), buft));
+            if (!ring.buf) {
+                throw std::runtime_error("no memory for the window queries");
+            }
+            ggml_backend_buffer_clear(ring.buf.get(), 0);
+        }
+        rings.push_back(std::move(ring));
+    }
+}
+
+//
+// numbers
+//
+
+int32_t llama_kv_cache_ragged::n_layer() const {
+    return (int32_t) hparams.n_layer();
+}
+
+int32_t llama_kv_cache_ragged::n_head_kv_max() const {
+    size_t res = 0;
+    for (const auto & b : budgets) {
+        res = std::max(res, b.size());
+    }
+    return (int32_t) res;
+}
+
+bool llama_kv_cache_ragged::has_fused() const {
+    return std::any_of(store.layers.begin(), store.layers.end(), [](const headkv_store_layer & l) { return l.fused; });
+}
+
+size_t llama_kv_cache_ragged::bytes_cell() const {
+    size_t res = 0;
+    for (const auto & l : store.layers) {
+        res += (ggml_row_size(type_k, l.n_embd_head) + ggml_row_size(type_v, l.n_embd_head))*l.n_head_kv;
+    }
+    return res;
+}
+
+static size_t sum_bytes(const std::map<ggml_backend_buffer_type_t, size_t> & breakdown) {
+    size_t res = 0;
+    for (const auto & it : breakdown) {
+        res += it.second;
+    }
+    return res;
+}
+
+size_t llama_kv_cache_ragged::bytes_staging() const {
+    size_t res = stage ? sum_bytes(stage->memory_breakdown()) : 0;
+    for (const auto & ring : rings) {
+        res += ggml_backend_buffer_get_size(ring.buf.get());
+    }
+    return res;
+}
+
+std::map<ggml_backend_buffer_type_t, size_t> llama_kv_cache_ragged::memory_breakdown() const {
+    if (hparams.no_alloc) {
+        return stage_plan->memory_breakdown(); // the peak while a prompt of n_ctx tokens is read
+    }
+    std::map<ggml_backend_buffer_type_t, size_t> res;
+    if (stage) {
+        res = stage->memory_breakdown();
+    }
+    for (const auto & ring : rings) {
+        res[ggml_backend_buffer_get_type(ring.buf.get())] += ggml_backend_buffer_get_size(ring.buf.get());
+    }
+    for (const auto & layer : store.layers) {
+        if (layer.buf) {
+            res[layer.buft] += ggml_backend_buffer_get_size(layer.buf.get());
+        }
+    }
+    return res;
+}
+
+ggml_tensor * llama_kv_cache_ragged::get_ring(int32_t il) const {
+    return ring_of_layer.empty() ? nullptr : ring_of_layer[il];
+}
+
+void llama_kv_cache_ragged::note_graph(const std::vector<int32_t> & built) {
+    std::vector<int32_t> sorted(built);
+    std::sort(sorted.begin(), sorted.end());
+    graph_complete = sorted == ils;
+}
+
+bool llama_kv_cache_ragged::fail(const std::string & what) const {
+    LLAMA_LOG_ERROR("headkv: %s\n", what.c_str());
+    error_msg = what;
+    headkv_set_error(what); // failures inside of llama_decode() have no other way out
+    return false;
+}
+
+//
+// sequences
+//
+
+bool llama_kv_cache_ragged::get_can_shift() const {
+    return false; // a cell has no single successor to shift
+}
+
+bool llama_kv_cache_ragged::is_staging() const {
+    return std::any_of(seqs.begin(), seqs.end(), [](const seq_t & s) { return s.state == STAGED; });
+}
+
+void llama_kv_cache_ragged::clear(bool data) {
+    GGML_UNUSED(data); // memory is cleared when it is allocated and released with the next update
+    for (auto & seq : seqs) {
+        seq = seq_t();
+    }
+    if (stage) {
+        stage->clear(false);
+    }
+    broken.clear();
+}
+
+bool llama_kv_cache_ragged::seq_rm(llama_seq_id seq_id, llama_pos p0, llama_pos p1) {
+    if (seq_id < 0) {
+        bool res = true;
+        for (llama_seq_id s = 0; s < (llama_seq_id) seqs.size(); ++s) {
+            res = seq_rm(s, p0, p1) && res;
+        }
+        return res;
+    }
+    if ((size_t) seq_id >= seqs.size()) {
+        return false;
+    }
+    seq_t & seq = seqs[seq_id];
+
+    p0 = std::max<llama_pos>(p0, 0);
+    p1 = p1 < 0 ? std::numeric_limits<llama_pos>::max() : p1;
+
+    if (p0 >= std::min(p1, seq.n_pos)) {
+        return true; // nothing there
+    }
+    if (p1 < seq.n_pos) {
+        return false; // a hole
+    }
+    if (seq.state == STORED && p0 > 0) {
+        if (p0 < seq.n_prompt) {
+            return false; // the heads have lost most of these positions
+        }
+        seq.n_pos = p0;
+        return true;
+    }
+    if (seq.state == STAGED) {
+        stage->seq_rm(seq_id, p0, p1);
+    }
+    if (p0 == 0) {
+        seq = seq_t();
+        return true;
+    }
+    // the queries that these overwrote in the ring are gone: headkv_end_prompt() will say so if it needs them
+    for (llama_pos & pos : seq.window) {
+        pos = pos >= p0 ? -1 : pos;
+    }
+    seq.n_pos = p0;
+    return true;
+}
+
+void llama_kv_cache_ragged::seq_cp(llama_seq_id seq_id_src, llama_seq_id seq_id_dst, llama_pos p0, llama_pos p1) {
+    GGML_UNUSED(p0);
+    GGML_UNUSED(p1);
+    if (seq_id_src != seq_id_dst) {
+        broken = format("sequence %d was copied to %d, which the ragged cache cannot do", seq_id_src, seq_id_dst);
+        fail(broken);
+    }
+}
+
+void llama_kv_cache_ragged::seq_keep(llama_seq_id seq_id) {
+    for (llama_seq_id s = 0; s < (llama_seq_id) seqs.size(); ++s) {
+        if (s != seq_id) {
+            seq_rm(s, -1, -1);
+        }
+    }
+}
+
+void llama_kv_cache_ragged::seq_add(llama_seq_id seq_id, llama_pos p0, llama_pos p1, llama_pos shift) {
+    GGML_UNUSED(p0);
+    GGML_UNUSED(p1);
+    if (shift != 0) {
+        broken = format("the positions of sequence %d were shifted, which the ragged cache cannot do", seq_id);
+        fail(broken);
+    }
+}
+
+void llama_kv_cache_ragged::seq_div(llama_seq_id seq_id, llama_pos p0, llama_pos p1, int d) {
+    GGML_UNUSED(p0);
+    GGML_UNUSED(p1);
+    if (d != 1) {
+        broken = format("the positions of sequence %d were divided, which the ragged cache cannot do", seq_id);
+        fail(broken);
+    }
+}
+
+llama_pos llama_kv_cache_ragged::seq_pos_min(llama_seq_id seq_id) const {
+    const seq_t & seq = seqs.at(seq_id);
+    if (seq.n_pos == 0) {
+        return -1;
+    }
+    // below the end of the prompt nothing can be removed or continued
+    return seq.state == STORED ? std::min(seq.n_prompt, seq.n_pos - 1) : 0;
+}
+
+llama_pos llama_kv_cache_ragged::seq_pos_max(llama_seq_id seq_id) const {
+    return seqs.at(seq_id).n_pos - 1; // logical, whatever number of cells is left
+}
+
+void llama_kv_cache_ragged::state_write(llama_io_write_i & io, llama_seq_id seq_id, llama_state_seq_flags flags) const {
+    GGML_UNUSED(io);
+    GGML_UNUSED(seq_id);
+    GGML_UNUSED(flags);
+    throw std::runtime_error("the state of a ragged cache cannot be saved");
+}
+
+void llama_kv_cache_ragged::state_read(llama_io_read_i & io, llama_seq_id seq_id, llama_state_seq_flags flags) {
+    GGML_UNUSED(io);
+    GGML_UNUSED(seq_id);
+    GGML_UNUSED(flags);
+    throw std::runtime_error("the state of a ragged cache cannot be restored");
+}
+
+//
+// batches
+//
+
+bool llama_kv_cache_ragged::reserve(llama_seq_id seq_id, uint32_t n_tokens) {
+    GGML_UNUSED(seq_id);
+    want_reserve = std::min(n_tokens, n_ctx);
+    return true;
+}
+
+llama_memory_context_ptr llama_kv_cache_ragged::init_batch(llama_batch_allocr & balloc, uint32_t n_ubatch, bool embd_all) {
+    GGML_UNUSED(embd_all);
+
+    const auto failed = []() {
+        return std::make_unique<llama_kv_cache_ragged_context>(LLAMA_MEMORY_STATUS_FAILED_PREPARE);
+    };
+
+    if (!broken.empty()) {
+        fail(broken);
+        return failed();
+    }
+
+    const uint32_t n_tokens = balloc.get_n_tokens();
+    seq_t & seq = seqs[0];
+
+    if ((uint64_t) seq.n_pos + n_tokens > n_ctx) {
+        fail(format("the context is full: %d tokens and %u new ones do not fit into n_ctx = %u", seq.n_pos, n_tokens, n_ctx));
+        return failed();
+    }
+
+    balloc.split_reset();
+    std::vector<llama_ubatch> ubatches;
+    while (true) {
+        auto ubatch = balloc.split_simple(n_ubatch);
+        if (ubatch.n_tokens == 0) {
+            break;
+        }
+        ubatches.push_back(std::move(ubatch)); // NOLINT
+    }
+    if (balloc.get_n_used() < n_tokens) {
+        return failed();
+    }
+
+    if (seq.state == STORED) {
+        const uint32_t n_tail = seq.n_pos - seq.n_prompt + n_tokens;
+        if (n_tail > seq.n_tail) {
+            // grown in the update that follows a failed preparation
+            want_tail_seq = 0;
+            want_tail     = std::max(n_tail, seq.n_tail + std::max(seq.n_tail/4, cfg->n_tail));
+            return failed();
+        }
+        return std::make_unique<llama_kv_cache_ragged_context>(this, std::vector<llama_ubatch>(), llama_kv_cache::slot_info_vec_t(), std::move(ubatches));
+    }
+
+    const uint32_t n_cells = seq.n_pos + n_tokens;
+    if (!stage || stage->get_size() < n_cells) {
+        want_stage = std::max({ n_cells, want_reserve, stage ? 2*stage->get_size() : 0 });
+        return failed();
+    }
+    auto sinfos = stage->prepare(ubatches);
+    if (sinfos.empty()) {
+        return failed();
+    }
+    return std::make_unique<llama_kv_cache_ragged_context>(this, std::move(ubatches), std::move(sinfos), std::vector<llama_ubatch>());
+}
+
+llama_memory_context_ptr llama_kv_cache_ragged::init_full() {
+    return std::make_unique<llama_kv_cache_ragged_context>(this);
+}
+
+//
+// updates
+//
+
+class llama_kv_cache_ragged_update : public llama_memory_context_i {
+public:
+    llama_kv_cache_ragged_update(llama_kv_cache_ragged * kv, llama_context * lctx) : kv(kv), lctx(lctx) {}
+
+    bool next()  override { return false; }
+    bool apply() override { return kv->apply_update(lctx); }
+
+    llama_memory_status get_status() const override {
+        return kv->has_update() ? LLAMA_MEMORY_STATUS_SUCCESS : LLAMA_MEMORY_STATUS_NO_UPDATE;
+    }
+
+    const llama_ubatch & get_ubatch() const override { GGML_ABORT("an update has no ubatch"); }
+
+private:
+    llama_kv_cache_ragged * kv;
+    llama_context * lctx;
+};
+
+llama_memory_context_ptr llama_kv_cache_ragged::init_update(llama_context * lctx, bool optimize) {
+    GGML_UNUSED(optimize);
+    return std::make_unique<llama_kv_cache_ragged_update>(this, lctx);
+}
+
+bool llama_kv_cache_ragged::has_update() const {
+    return want_stage > 0 || want_tail_seq >= 0 || want_compress >= 0;
+}
+
+bool llama_kv_cache_ragged::apply_update(llama_context * lctx) {
+    lctx->synchronize(); // buffers are about to be replaced
+
+    bool res = true;
+    try {
+        if (want_tail_seq >= 0) {
+            grow_tail(want_tail_seq, want_tail);
+        }
+        if (want_stage > 0) {
+            alloc_stage(want_stage);
+        }
+        if (want_compress >= 0) {
+            did_compress = res = compress_impl(lctx, want_compress);
+        }
+    } catch (const std::exception & e) {
+        res = fail(format("not enough memory (%s)", e.what()));
+    }
+    want_tail_seq = -1;
+    want_stage    = 0;
+    want_compress = -1;
+    return res;
+}
+
+void llama_kv_cache_ragged::drop_seq(llama_seq_id seq_id) {
+    for (auto & layer : store.layers) {
+        if ((size_t) seq_id < layer.ranges.size() && !layer.ranges[seq_id].empty()) {
+            store.relayout(layer, seq_id, {}, 0, cfg->n_buckets, {});
+        }
+    }
+}
+
+void llama_kv_cache_ragged::grow_tail(llama_seq_id seq_id, uint32_t n_tail) {
+    seq_t & seq = seqs[seq_id];
+    n_tail = std::min<uint32_t>(n_tail, n_ctx - seq.n_prompt);
+
+    for (auto & layer : store.layers) {
+        std::vector<uint32_t> n_kept;
+        std::vector<uint32_t> n_used;
+        for (const auto & r : layer.ranges[seq_id]) {
+            n_kept.push_back(r.n_kept);
+            n_used.push_back(r.n_kept + (seq.n_pos - seq.n_prompt));
+        }
+        // layers that were grown before a failure keep their longer tails, which does no harm
+        store.relayout(layer, seq_id, n_kept, n_tail, cfg->n_buckets, n_used);
+    }
+    seq.n_tail = n_tail;
+}
+
+// upstream hands out K as it is stored and V as a view
+static ggml_tensor * storage_of(const llama_kv_cache & cache, int32_t il, bool v) {
+    if (!v) {
+        return cache.get_k_storage(il);
+    }
+    ggml_init_params params = { /*.mem_size =*/ ggml_tensor_overhead(), /*.mem_buffer =*/ nullptr, /*.no_alloc =*/ true };
+    ggml_context_ptr ctx(ggml_init(params));
+    return cache.get_v(ctx.get(), il, 1, {})->view_src;
+}
+
+// marks a cell as the one of a position
+static void occupy(llama_kv_cache & cache, uint32_t i_cell, llama_seq_id seq_id, llama_pos pos) {
+    llama_seq_id * ids   = &seq_id;
+    int32_t        n_ids = 1;
+
+    llama_ubatch ubatch = {};
+    ubatch.n_tokens = ubatch.n_seq_tokens = ubatch.n_seqs = ubatch.n_seqs_unq = ubatch.n_pos = 1;
+    ubatch.pos      = &pos;
+    ubatch.n_seq_id = &n_ids;
+    ubatch.seq_id   = &ids;
+
+    llama_kv_cache::slot_info sinfo = {};
+    sinfo.resize(1);
+    sinfo.idxs[0] = { i_cell };
+    cache.apply_ubatch(sinfo, ubatch);
+}
+
+static void copy_rows(ggml_tensor * src, ggml_tensor * dst, int64_t n) {
+    ggml_init_params params = { /*.mem_size =*/ 2*ggml_tensor_overhead(), /*.mem_buffer =*/ nullptr, /*.no_alloc =*/ true };
+    ggml_context_ptr ctx(ggml_init(params));
+    src = ggml_view_2d(ctx.get(), src, src->ne[0], n, src->nb[1], 0);
+    dst = ggml_view_2d(ctx.get(), dst, dst->ne[0], n, dst->nb[1], 0);
+    ggml_backend_view_init(src);
+    ggml_backend_view_init(dst);
+    ggml_backend_tensor_copy(src, dst);
+}
+
+void llama_kv_cache_ragged::alloc_stage(uint32_t n_cells) {
+    n_cells = std::min<uint32_t>(GGML_PAD(n_cells, 256), n_ctx); // upstream attends multiples of 256 cells
+    want_reserve = 0;
+
+    for (llama_seq_id s = 0; s < (llama_seq_id) seqs.size(); ++s) {
+        if (seqs[s].state != STORED) {
+            drop_seq(s);
+        }
+    }
+    if (rings.empty()) {
+        make_rings(rings, ring_of_layer, false);
+    }
+    if (!is_staging()) {
+        stage.reset(); // the old memory goes before the new one comes
+    }
+    auto res = make_stage(n_cells, false);
+
+    if (stage) {
+        // rows and cells of the part that was read already
+        const auto & cells = stage->get_cells(0);
+        const uint32_t n = cells.used_max_p1();
+
+        for (int32_t il : ils) {
+            for (bool v : { false, true }) {
+                copy_rows(storage_of(*stage, il, v), storage_of(*res, il, v), n);
+            }
+        }
+        for (uint32_t i = 0; i < n; ++i) {
+            if (!cells.is_empty(i)) {
+                occupy(*res, i, cells.seq_get(i), cells.pos_get(i));
+            }
+        }
+    }
+    stage = std::move(res);
+    store.generation++;
+}
+
+void llama_kv_cache_ragged::release_stage() {
+    stage.reset();
+    rings.clear();
+    ring_of_layer.clear();
+    store.generation++;
+#if defined(__GLIBC__)
+    malloc_trim(0); // smaller stagings come from the heap, which keeps what is freed
+#endif
+}
+
+//
+// compression
+//
+
+bool llama_kv_cache_ragged::compress(llama_context * lctx, llama_seq_id seq_id) {
+    const seq_t & seq = seqs[seq_id];
+    if (seq.state == STORED) {
+        return true;
+    }
+    if (seq.state == EMPTY) {
+        return fail(format("sequence %d is empty: there is nothing to compress", seq_id));
+    }
+    if (!broken.empty()) {
+        return fail(broken);
+    }
+    if (!graph_complete) {
+        return fail(format("architecture %s does not pass every layer's attention through the cache exactly once: it cannot be compressed", model.arch_name().c_str()));
+    }
+    did_compress  = false;
+    want_compress = seq_id;
+    lctx->memory_update(true);
+    return did_compress;
+}
+
+std::vector<int32_t> llama_kv_cache_ragged::stage_cells(llama_seq_id seq_id) const {
+    std::vector<int32_t> res(seqs[seq_id].n_pos, -1);
+    const auto & cells = stage->get_cells(seq_id);
+    for (uint32_t i = 0; i < cells.used_max_p1(); ++i) {
+        if (!cells.is_empty(i) && cells.seq_has(i, seq_id) && (size_t) cells.pos_get(i) < res.size()) {
+            res[cells.pos_get(i)] = (int32_t) i;
+        }
+    }
+    return res;
+}
+
+std::vector<int32_t> llama_kv_cache_ragged::window_slots(llama_seq_id seq_id) const {
+    const seq_t & seq = seqs[seq_id];
+    const llama_pos n_window = cfg->window;
+    std::vector<int32_t> res;
+    for (llama_pos pos = std::max(0, seq.n_pos - n_window); pos < seq.n_pos; ++pos) {
+        if (seq.window.empty() || seq.window[pos % n_window] != pos) {
+            return {};
+        }
+        res.push_back(seq_id*n_window + pos % n_window);
+    }
+    return res;
+}
+
+namespace {
+
+// tensors in a buffer of their own
+struct scratch_t {
+    ggml_context_ptr        ctx;
+    ggml_backend_buffer_ptr buf;
+
+    scratch_t() {
+        ggml_init_params params = { /*.mem_size =*/ 16*ggml_tensor_overhead(), /*.mem_buffer =*/ nullptr, /*.no_alloc =*/ true };
+        ctx.reset(ggml_init(params));
+    }
+
+    void alloc(ggml_backend_buffer_type_t buft) {
+        buf.reset(ggml_backend_alloc_ctx_tensors_from_buft(ctx.get(), buft));
+        if (!buf) {
+            throw std::bad_alloc();
+        }
+    }
+};
+
+// Runs small graphs on the backends of a context, with memory of its own that is gone afterwards.
+struct runner_t {
+    static constexpr int N_NODES = 1024;
+
+    ggml_backend_sched_ptr sched;
+    std::vector<uint8_t>   meta;
+    ggml_context_ptr       ctx;
+    ggml_cgraph          * gf = nullptr;
+    ggml_status            status = GGML_STATUS_SUCCESS;
+
+    explicit runner_t(llama_context * lctx) {
+        std::vector<ggml_backend_t> backends;
+        std::vector<ggml_backend_buffer_type_t> bufts;
+        for (int i = 0; i < ggml_backend_sched_get_n_backends(lctx->get_sched()); ++i) {
+            ggml_backend_t backend = ggml_backend_sched_get_backend(lctx->get_sched(), i);
+            backends.push_back(backend);
+            bufts.push_back(ggml_backend_sched_get_buffer_type(lctx->get_sched(), backend));
+
+            ggml_backend_reg_t reg = ggml_backend_dev_backend_reg(ggml_backend_get_device(backend));
+            auto * set_n_threads = (ggml_backend_set_n_threads_t) ggml_backend_reg_get_proc_address(reg, "ggml_backend_set_n_threads");
+            if (set_n_threads) {
+                set_n_threads(backend, lctx->n_threads_batch());
+            }
+        }
+        sched.reset(ggml_backend_sched_new(backends.data(), bufts.data(), (int) backends.size(), N_NODES, false, false));
+        meta.resize(ggml_tensor_overhead()*N_NODES + ggml_graph_overhead_custom(N_NODES, false));
+    }
+
+    void begin() {
+        ggml_init_params params = { /*.mem_size =*/ meta.size(), /*.mem_buffer =*/ meta.data(), /*.no_alloc =*/ true };
+        ctx.reset(ggml_init(params));
+        gf = ggml_new_graph_custom(ctx.get(), N_NODES, false);
+    }
+
+    bool run() {
+        ggml_backend_sched_reset(sched.get());
+        if (!ggml_backend_sched_alloc_graph(sched.get(), gf)) {
+            throw std::bad_alloc();
+        }
+        status = ggml_backend_sched_graph_compute(sched.get(), gf);
+        return status == GGML_STATUS_SUCCESS;
+    }
+};
+
+template <typename T>
+void set_data(ggml_tensor * t, const std::vector<T> & data) {
+    if (!data.empty()) {
+        ggml_backend_tensor_set(t, data.data(), 0, data.size()*sizeof(T));
+    }
+}
+
+} // namespace
+
+bool llama_kv_cache_ragged::compress_impl(llama_context * lctx, llama_seq_id seq_id) {
+    const int64_t t_start = ggml_time_us();
+
+    seq_t & seq = seqs[seq_id];
+
+    const int64_t n        = seq.n_pos;
+    const int64_t n_window = std::min<int64_t>(cfg->window, n);
+    const int64_t n_prefix = n - n_window;
+
+    // the authors' test: a prompt that fits into the average budget is kept by every head
+    const bool keep_all = (int64_t) cfg->kv_size - cfg->window > n_prefix;
+
+    const std::vector<int32_t> slots = window_slots(seq_id);
+    const std::vector<int32_t> cells = stage_cells(seq_id);
+    if (!keep_all && (int64_t) slots.size() != n_window) {
+        return fail(format("queries of the last %d tokens are missing, because tokens were removed from the end of the prompt: evaluate the prompt again", (int) n_window));
+    }
+    if (std::find(cells.begin(), cells.end(), -1) != cells.end()) {
+        return fail("the prompt has holes: evaluate it again");
+    }
+    const bool contiguous = cells.back() - cells.front() == n - 1 && std::is_sorted(cells.begin(), cells.end());
+
+    runner_t runner(lctx);
+
+    std::vector<ggml_fp16_t> mask; // causal within the window
+    std::vector<float> window_pos;
+    for (int64_t i = 0; i < n_window; ++i) {
+        window_pos.push_back((float) (n_prefix + i));
+    }
+    if (!keep_all) {
+        mask.assign(n*n_window, ggml_fp32_to_fp16(0.0f));
+        for (int64_t i = 0; i < n_window; ++i) {
+            for (int64_t j = n_prefix + i + 1; j < n; ++j) {
+                mask[i*n + j] = ggml_fp32_to_fp16(-INFINITY);
+            }
+        }
+    }
+
+    const auto compress_layer = [&](headkv_store_layer & layer) {
+        const int64_t D = layer.n_embd_head;
+        const int64_t H = layer.n_head_kv;
+        const int64_t G = layer.n_head/layer.n_head_kv;
+
+        std::vector<int32_t> n_keep;         // prefix cells
+        std::vector<uint32_t> n_kept;        // with the window
+        std::vector<int32_t> plan_select;    // [2, H]
+        int64_t n_total = 0;
+        for (int64_t ih = 0; ih < H; ++ih) {
+            n_keep.push_back((int32_t) (keep_all ? n_prefix : std::min<int64_t>(budgets[layer.il][ih] - cfg->window, n_prefix)));
+            n_kept.push_back((uint32_t) (n_keep[ih] + n_window));
+            plan_select.push_back((int32_t) n_total);
+            plan_select.push_back(n_keep[ih]);
+            n_total += n_kept[ih];
+        }
+
+        scratch_t scratch;
+        ggml_tensor * t_scores = ggml_new_tensor_2d(scratch.ctx.get(), GGML_TYPE_F32, std::max<int64_t>(n_prefix, 1), H);
+        ggml_tensor * t_kept   = ggml_new_tensor_1d(scratch.ctx.get(), GGML_TYPE_I32, n_total);
+        ggml_tensor * t_cells  = ggml_new_tensor_1d(scratch.ctx.get(), GGML_TYPE_I32, n);
+        ggml_tensor * t_slots  = ggml_new_tensor_1d(scratch.ctx.get(), GGML_TYPE_I32, n_window);
+        ggml_tensor * t_select = ggml_new_tensor_2d(scratch.ctx.get(), GGML_TYPE_I32, 2, H);
+        ggml_tensor * t_plan   = ggml_new_tensor_2d(scratch.ctx.get(), GGML_TYPE_I32, 3, H);
+        ggml_tensor * t_window = ggml_new_tensor_1d(scratch.ctx.get(), GGML_TYPE_F32, n_window);
+        ggml_tensor * t_mask   = keep_all ? nullptr : ggml_new_tensor_2d(scratch.ctx.get(), GGML_TYPE_F16, n, n_window);
+        scratch.alloc(layer.buft);
+        set_data(t_cells,  cells);
+        set_data(t_select, plan_select);
+        set_data(t_window, window_pos);
+
+        ggml_tensor * k_all = storage_of(*stage, layer.il, false);
+        ggml_tensor * v_all = storage_of(*stage, layer.il, true);
+
+        // keys or values of one head in position order [D, n]
+        const auto head_cells = [&](ggml_context * ctx, ggml_tensor * all, int64_t ih) {
+            const size_t nb = ggml_row_size(all->type, D);
+            ggml_tensor * res = ggml_view_2d(ctx, all, D, contiguous ? n : all->ne[1], all->nb[1], ih*nb + (contiguous ? cells[0]*all->nb[1] : 0));
+            return contiguous ? res : ggml_get_rows(ctx, res, t_cells);
+        };
+
+        // score
+        if (!keep_all) {
+            set_data(t_slots, slots);
+            set_data(t_mask, mask);
+
+            // nodes per head: at most 24 and 5 for each halving of the window rows
+            const int64_t n_heads_graph = std::max<int64_t>(1, runner_t::N_NODES/(32 + 5*8) - 1);
+            for (int64_t ih0 = 0; ih0 < H; ih0 += n_heads_graph) {
+                runner.begin();
+                ggml_context * ctx = runner.ctx.get();
+
+                ggml_tensor * q = ggml_get_rows(ctx, ring_of_layer[layer.il], t_slots);                 // [D*n_head, w]
+                q = ggml_cont(ctx, ggml_permute(ctx, ggml_reshape_3d(ctx, q, D, layer.n_head, n_window), 0, 2, 1, 3)); // [D, w, n_head]
+
+                for (int64_t ih = ih0; ih < std::min(H, ih0 + n_heads_graph); ++ih) {
+                    ggml_tensor * qh = ggml_view_3d(ctx, q, D, n_window, G, q->nb[1], q->nb[2], ih*G*q->nb[2]);
+                    ggml_tensor * s  = headkv_build_score(ctx, runner.gf, qh, head_cells(ctx, k_all, ih), t_mask,
+                            layer.attend->scale, layer.attend->softcap, cfg->pool, cfg->pool_kernel);
+                    ggml_build_forward_expand(runner.gf, ggml_cpy(ctx, s, ggml_view_1d(ctx, t_scores, n_prefix, ih*t_scores->nb[1])));
+                }
+                if (!runner.run()) {
+                    return false;
+                }
+            }
+        }
+
+        // budgets are known: make room, select and compact
+        store.relayout(layer, seq_id, n_kept, cfg->n_tail, cfg->n_buckets, {});
+        auto & ranges = layer.ranges[seq_id];
+
+        std::vector<int32_t> plan;
+        for (int64_t ih = 0; ih < H; ++ih) {
+            plan.insert(plan.end(), { plan_select[2*ih], (int32_t) n_kept[ih], (int32_t) ranges[ih].off });
+        }
+        set_data(t_plan, plan);
+
+        runner.begin();
+        ggml_context * ctx = runner.ctx.get();
+        ggml_tensor * scores = ggml_view_2d(ctx, t_scores, n_prefix, H, t_scores->nb[1], 0);
+
+        if (is_cpu(layer.buft)) {
+            ggml_tensor * kept = ggml_cpy(ctx, headkv_build_select(ctx, scores, t_select, n_window, n_total), t_kept);
+            ggml_build_forward_expand(runner.gf, headkv_build_compact(ctx, layer.k, k_all, kept, t_cells, t_plan));
+            ggml_build_forward_expand(runner.gf, headkv_build_compact(ctx, layer.v, v_all, kept, t_cells, t_plan));
+            if (!runner.run()) {
+                return false;
+            }
+        } else {
+            for (int64_t ih = 0; ih < H; ++ih) {
+                runner.begin();
+                ctx = runner.ctx.get();
+                scores = ggml_view_1d(ctx, t_scores, n_prefix, ih*t_scores->nb[1]);
+                ggml_tensor * kept = n_keep[ih] == n_prefix
+                    ? ggml_cast(ctx, ggml_arange(ctx, 0.0f, (float) n, 1.0f), GGML_TYPE_I32)
+                    : headkv_build_select_composed(ctx, scores, n_keep[ih], t_window);
+                kept = ggml_cpy(ctx, kept, ggml_view_1d(ctx, t_kept, n_kept[ih], plan_select[2*ih]*sizeof(int32_t)));
+                ggml_build_forward_expand(runner.gf, kept);
+                for (auto & [pool, all] : { std::make_pair(layer.k, k_all), std::make_pair(layer.v, v_all) }) {
+                    ggml_tensor * rows = ggml_get_rows(ctx, head_cells(ctx, all, ih), kept); // F32
+                    ggml_build_forward_expand(runner.gf, ggml_cpy(ctx, rows, ggml_view_2d(ctx, pool, D, n_kept[ih], pool->nb[1], ranges[ih].off*pool->nb[1])));
+                }
+                if (!runner.run()) {
+                    return false;
+                }
+            }
+        }
+
+        std::vector<int32_t> kept(n_total);
+        ggml_backend_tensor_get(t_kept, kept.data(), 0, n_total*sizeof(int32_t));
+        for (int64_t ih = 0; ih < H; ++ih) {
+            ranges[ih].pos.assign(kept.begin() + plan_select[2*ih], kept.begin() + plan_select[2*ih] + n_kept[ih]);
+        }
+        return true;
+    };
+
+    // the sequence stays in the staging until all layers are done
+    bool ok = true;
+    std::string what = "compression failed";
+    try {
+        for (auto & layer : store.layers) {
+            if (!compress_layer(layer)) {
+                ok = false;
+                what = runner.status == GGML_STATUS_ABORTED ? "compression was aborted" : "compression failed: a graph could not be computed";
+                break;
+            }
+        }
+    } catch (const std::exception & e) {
+        ok = false;
+        what = format("compression failed: not enough memory (%s)", e.what());
+    }
+    if (!ok) {
+        drop_seq(seq_id);
+        return fail(what);
+    }
+
+    stage->seq_rm(seq_id, -1, -1);
+    seq.state    = STORED;
+    seq.n_prompt = seq.n_pos;
+    seq.n_tail   = cfg->n_tail;
+    seq.window.clear();
+    if (!is_staging()) {
+        release_stage();
+    }
+
+    t_compress = ggml_time_us() - t_start;
+    n_compressions++;
+
+    LLAMA_LOG_INFO("headkv: sequence %d: %d tokens, %.2f MiB of K/V -> %.2f MiB in %.1f ms\n", seq_id, seq.n_prompt,
+            bytes_cell()*(double) seq.n_prompt/1024/1024, store.n_bytes()/1024.0/1024.0, t_compress/1000.0);
+    return true;
+}
+
+//
+// introspection
+//
+
+bool llama_kv_cache_ragged::fill(llama_context * lctx, llama_seq_id seq_id, uint32_t n_tokens, uint32_t seed) {
+    seq_t & seq = seqs[seq_id];
+    if (seq.state != EMPTY) {
+        return fail("only an empty sequence can be filled");
+    }
+    want_stage = n_tokens;
+    lctx->memory_update(true);
+    if (!stage || stage->get_size() < n_tokens) {
+        return false;
+    }
+
+    // one megabyte of random rows is repeated: what they hold does not matter to a benchmark
+    std::mt19937 rng(seed);
+    std::normal_distribution<float> normal(0.0f, 1.0f);
+    const auto fill_rows = [&](ggml_tensor * t, int64_t n_rows) {
+        const int64_t n_random = std::min<int64_t>(n_rows, std::max<int64_t>(1, (1 << 20)/(int64_t) t->nb[1]));
+        std::vector<float> x(t->ne[0]*n_random);
+        for (float & v : x) {
+            v = normal(rng);
+        }
+        std::vector<uint8_t> raw(ggml_row_size(t->type, t->ne[0])*n_random);
+        ggml_quantize_chunk(t->type, x.data(), raw.data(), 0, n_random, t->ne[0], nullptr);
+        for (int64_t i = 0; i < n_rows; i += n_random) {
+            ggml_backend_tensor_set(t, raw.data(), i*t->nb[1], ggml_row_size(t->type, t->ne[0])*std::min(n_random, n_rows - i));
+        }
+    };
+    for (int32_t il : ils) {
+        fill_rows(storage_of(*stage, il, false), n_tokens);
+        fill_rows(storage_of(*stage, il, true),  n_tokens);
+        fill_rows(get_ring(il), n_slots());
+    }
+    for (uint32_t i = 0; i < n_tokens; ++i) {
+        occupy(*stage, i, seq_id, (llama_pos) i);
+    }
+    seq.state = STAGED;
+    seq.n_pos = (llama_pos) n_tokens;
+    seq.window.assign(cfg->window, -1);
+    for (llama_pos pos = std::max(0, seq.n_pos - (llama_pos) cfg->window); pos < seq.n_pos; ++pos) {
+        seq.window[pos % cfg->window] = pos;
+    }
+    return true;
+}
+
+static void read_rows(ggml_tensor * t, size_t offset, size_t nb_row, int64_t n_embd, int64_t n_rows, float * dst) {
+    std::vector<uint8_t> raw(ggml_row_size(t->type, n_embd));
+    for (int64_t i = 0; i < n_rows; ++i) {
+        ggml_backend_tensor_get(t, raw.data(), offset + i*nb_row, raw.size());
+        if (t->type == GGML_TYPE_F32) {
+            memcpy(dst + i*n_embd, raw.data(), raw.size());
+        } else {
+            ggml_get_type_traits(t->type)->to_float(raw.data(), dst + i*n_embd, n_embd);
+        }
+    }
+}
+
+int32_t llama_kv_cache_ragged::read_window(llama_seq_id seq_id, int32_t il, float * dst, int64_t n) const {
+    const auto slots = window_slots(seq_id);
+    ggml_tensor * ring = get_ring(il);
+    if (slots.empty() || !ring) {
+        fail("no window queries: the sequence is not being read");
+        return -1;
+    }
+    if ((int64_t) slots.size()*ring->ne[0] > n) {
+        fail(format("room for %lld values, %lld are needed", (long long) n, (long long) slots.size()*ring->ne[0]));
+        return -1;
+    }
+    for (size_t i = 0; i < slots.size(); ++i) {
+        read_rows(ring, slots[i]*ring->nb[1], ring->nb[1], ring->ne[0], 1, dst + i*ring->ne[0]);
+    }
+    return (int32_t) slots.size();
+}
+
+int32_t llama_kv_cache_ragged::read_cells(llama_seq_id seq_id, int32_t il, int32_t ih, bool v, float * dst, int64_t n) const {
+    const seq_t & seq = seqs[seq_id];
+    const headkv_store_layer * layer = const_cast<headkv_store &>(store).find(il);
+    const int64_t D = layer->n_embd_head;
+
+    const int64_t n_rows = seq.state == STORED ? layer->ranges[seq_id][ih].n_kept + (seq.n_pos - seq.n_prompt) : seq.n_pos;
+    if (n_rows*D > n) {
+        fail(format("room for %lld values, %lld are needed", (long long) n, (long long) n_rows*D));
+        return -1;
+    }
+    if (seq.state == STORED) {
+        ggml_tensor * pool = v ? layer->v : layer->k;
+        read_rows(pool, layer->ranges[seq_id][ih].off*pool->nb[1], pool->nb[1], D, n_rows, dst);
+    } else if (seq.state == STAGED) {
+        ggml_tensor * all = storage_of(*stage, il, v);
+        const auto cells = stage_cells(seq_id);
+        for (int64_t i = 0; i < n_rows; ++i) {
+            read_rows(all, cells[i]*all->nb[1] + ih*ggml_row_size(all->type, D), all->nb[1], D, 1, dst + i*D);
+        }
+    }
+    return (int32_t) n_rows;
+}
+
+//
+// llama_kv_cache_ragged_context
+//
+
+llama_kv_cache_ragged_context::llama_kv_cache_ragged_context(llama_memory_status status) : status(status) {}
+
+llama_kv_cache_ragged_context::llama_kv_cache_ragged_context(llama_kv_cache_ragged * kv) :
+    kv(kv), status(LLAMA_MEMORY_STATUS_SUCCESS), full(true) {
+    stage_ctxs.push_back(std::make_unique<llama_kv_cache_context>(kv->stage_plan.get()));
+}
+
+llama_kv_cache_ragged_context::llama_kv_cache_ragged_context(
+        llama_kv_cache_ragged * kv,
+        std::vector<llama_ubatch> ubatches_stage,
+        llama_kv_cache::slot_info_vec_t sinfos,
+        std::vector<llama_ubatch> ubatches_store) :
+    kv(kv), status(LLAMA_MEMORY_STATUS_SUCCESS), ubatches_stage(std::move(ubatches_stage)), ubatches_store(std::move(ubatches_store)) {
+    for (size_t i = 0; i < sinfos.size(); ++i) {
+        stage_ctxs.push_back(std::make_unique<llama_kv_cache_context>(kv->stage.get(),
+                    llama_kv_cache::slot_info_vec_t{ sinfos[i] }, std::vector<llama_ubatch>{ this->ubatches_stage[i] }));
+    }
+}
+
+bool llama_kv_cache_ragged_context::next() {
+    return ++i_cur < ubatches_stage.size() + ubatches_store.size();
+}
+
+bool llama_kv_cache_ragged_context::apply() {
+    const llama_ubatch & ubatch = get_ubatch();
+    if (!is_store() && !stage_ctxs[i_cur]->apply()) {
+        return false;
+    }
+    const llama_pos n_window = kv->config().window;
+    for (uint32_t i = 0; i < ubatch.n_tokens; ++i) {
+        auto & seq = kv->seqs[ubatch.seq_id[i][0]];
+        seq.n_pos = ubatch.pos[i] + 1;
+        if (!is_store()) {
+            seq.state = llama_kv_cache_ragged::STAGED;
+            seq.window.resize(n_window, -1);
+            seq.window[ubatch.pos[i] % n_window] = ubatch.pos[i];
+        }
+    }
+    return true;
+}
+
+llama_memory_status llama_kv_cache_ragged_context::get_status() const {
+    return status;
+}
+
+const llama_ubatch & llama_kv_cache_ragged_context::get_ubatch() const {
+    return i_cur < ubatches_stage.size() ? ubatches_stage[i_cur] : ubatches_store[i_cur - ubatches_stage.size()];
+}
+
+const llama_kv_cache_context * llama_kv_cache_ragged_context::get_stage() const {
+    return stage_ctxs.at(i_cur).get();
+}
+
+headkv_store_layer * llama_kv_cache_ragged_context::get_layer(int32_t il) const {
+    return full ? kv->store_plan.find(il) : kv->store.find(il);
+}
+
+ggml_tensor * llama_kv_cache_ragged_context::get_ring(int32_t il) const {
+    return full ? kv->ring_of_layer_plan[il] : kv->get_ring(il);
+}
+
+uint64_t llama_kv_cache_ragged_context::generation() const {
+    return kv->store.generation;
+}
+
+// rows of the range of a head after the ubatch was applied
+static uint32_t n_rows_used(const headkv_range & range, const llama_kv_cache_ragged::seq_t & seq) {
+    return range.n_kept + (seq.n_pos - seq.n_prompt);
+}
+
+void llama_kv_cache_ragged_context::set_input_rows(ggml_tensor * dst, const llama_ubatch * ubatch) const {
+    std::vector<int32_t> data;
+    data.reserve(dst->ne[0]);
+    for (const auto & layer : kv->store.layers) {
+        for (uint32_t i = 0; i < ubatch->n_tokens; ++i) {
+            const llama_seq_id s = ubatch->seq_id[i][0];
+            const uint32_t i_tail = ubatch->pos[i] - kv->seqs[s].n_prompt;
+            for (const auto & range : layer.ranges[s]) {
+                GGML_ASSERT(range.n_kept + i_tail < range.n_cap);
+                data.push_back((int32_t) (range.off + range.n_kept + i_tail));
+            }
+        }
+    }
+    ggml_backend_tensor_set(dst, data.data(), 0, data.size()*sizeof(int32_t));
+}
+
+void llama_kv_cache_ragged_context::set_input_ranges(ggml_tensor * dst, const llama_ubatch * ubatch) const {
+    std::vector<int32_t> data;
+    data.reserve(dst->ne[0]);
+    for (const auto & layer : kv->store.layers) {
+        for (uint32_t i = 0; i < ubatch->n_seqs_unq; ++i) {
+            const llama_seq_id s = ubatch->seq_id_unq[i];
+            for (const auto & range : layer.ranges[s]) {
+                data.push_back((int32_t) range.off);
+                data.push_back((int32_t) n_rows_used(range, kv->seqs[s]));
+            }
+        }
+    }
+    ggml_backend_tensor_set(dst, data.data(), 0, data.size()*sizeof(int32_t));
+}
+
+void llama_kv_cache_ragged_context::set_input_mask(ggml_tensor * dst, const headkv_store_layer & layer, size_t i_bucket, const llama_ubatch * ubatch) const {
+    const llama_seq_id s = ubatch->seq_id[0][0];
+    const auto & bucket  = layer.buckets[s][i_bucket];
+
+    const int64_t n_kv     = dst->ne[0];
+    const int64_t n_tokens = dst->ne[1];
+
+    std::vector<ggml_fp16_t> data(ggml_nelements(dst), ggml_fp32_to_fp16(-INFINITY));
+    for (size_t j = 0; j < bucket.heads.size(); ++j) {
+        const int64_t n_used = n_rows_used(layer.ranges[s][bucket.heads[j]], kv->seqs[s]);
+        for (int64_t t = 0; t < n_tokens; ++t) {
+            ggml_fp16_t * row = data.data() + (j*n_tokens + t)*n_kv;
+            std::fill(row, row + std::max<int64_t>(0, n_used - (n_tokens - 1 - t)), ggml_fp32_to_fp16(0.0f));
+        }
+    }
+    ggml_backend_tensor_set(dst, data.data(), 0, ggml_nbytes(dst));
+}
+
+void llama_kv_cache_ragged_context::set_input_window(ggml_tensor * tokens, ggml_tensor * slots, const llama_ubatch * ubatch) const {
+    const int64_t n_window = kv->config().window;
+    const int64_t n        = tokens->ne[0];
+
+    std::vector<int32_t> data_tokens;
+    std::vector<int64_t> data_slots;
+    std::vector<int64_t> n_seen(kv->seqs.size(), 0);
+    for (int64_t i = (int64_t) ubatch->n_tokens - 1; i >= 0 && (int64_t) data_tokens.size() < n; --i) {
+        const llama_seq_id s = ubatch->seq_id[i][0];
+        if (n_seen[s]++ < n_window) {
+            data_tokens.push_back((int32_t) i);
+            data_slots.push_back(s*n_window + ubatch->pos[i] % n_window);
+        }
+    }
+    while ((int64_t) data_tokens.size() < n) {
+        data_tokens.push_back(0);
+        data_slots.push_back(kv->n_slots() - 1);
+    }
+    ggml_backend_tensor_set(tokens, data_tokens.data(), 0, n*sizeof(int32_t));
+    ggml_backend_tensor_set(slots,  data_slots.data(),  0, n*sizeof(int64_t));
+}

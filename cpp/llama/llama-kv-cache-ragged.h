@@ -1,0 +1,257 @@
+#pragma once
+
+#include "llama-kv-cache.h"
+
+#include "headkv-config.h"
+#include "headkv-store.h"
+
+#include <memory>
+#include <string>
+#include <vector>
+
+//
+// llama_kv_cache_ragged
+//
+
+// A prompt is read into a stock, unified llama_kv_cache (the staging). When the prompt is complete, each KV head keeps
+// the cells that the last queries look at, as many as its budget allows; they move to the store and the staging memory
+// is released. From then on the sequence is decoded from the store, in which every (layer, KV head) has its own range.
+//
+//   EMPTY -- first token --> STAGED -- headkv_end_prompt() --> STORED -- seq_rm(all) --> EMPTY
+//
+// Positions always are the logical ones. A stored sequence can be truncated down to the end of its prompt, not below.
+
+class llama_kv_cache_ragged : public llama_memory_i {
+public:
+    llama_kv_cache_ragged(
+            const llama_model & model,
+                    ggml_type   type_k,
+                    ggml_type   type_v,
+          const llama_cparams & cparams,
+            headkv_config_ptr   cfg);
+
+    ~llama_kv_cache_ragged() override;
+
+    // llama_memory_i
+
+    llama_memory_context_ptr init_batch(
+            llama_batch_allocr & balloc,
+            uint32_t n_ubatch,
+            bool embd_all) override;
+
+    llama_memory_context_ptr init_full() override;
+
+    llama_memory_context_ptr init_update(llama_context * lctx, bool optimize) override;
+
+    bool get_can_shift() const override;
+
+    void clear(bool data) override;
+
+    bool seq_rm  (llama_seq_id seq_id,                              llama_pos p0, llama_pos p1) override;
+    void seq_cp  (llama_seq_id seq_id_src, llama_seq_id seq_id_dst, llama_pos p0, llama_pos p1) override;
+    void seq_keep(llama_seq_id seq_id)                                                          override;
+    void seq_add (llama_seq_id seq_id,                              llama_pos p0, llama_pos p1, llama_pos shift) override;
+    void seq_div (llama_seq_id seq_id,                              llama_pos p0, llama_pos p1, int d) override;
+
+    llama_pos seq_pos_min(llama_seq_id seq_id) const override;
+    llama_pos seq_pos_max(llama_seq_id seq_id) const override;
+
+    std::map<ggml_backend_buffer_type_t, size_t> memory_breakdown() const override;
+
+    [[noreturn]] void state_write(llama_io_write_i & io, llama_seq_id seq_id = -1, llama_state_seq_flags flags = 0) const override;
+    [[noreturn]] void state_read (llama_io_read_i  & io, llama_seq_id seq_id = -1, llama_state_seq_flags flags = 0) override;
+
+    // llama_kv_cache_ragged specific API
+
+    enum state_t { EMPTY = 0, STAGED = 1, STORED = 2 };
+
+    struct seq_t {
+        state_t   state    = EMPTY;
+        llama_pos n_pos    = 0; // logical tokens
+        llama_pos n_prompt = 0; // of them at compression; the rest was generated
+        uint32_t  n_tail   = 0; // rows reserved per head for generated tokens
+
+        std::vector<llama_pos> window; // [n_window] position whose query is in a slot of the ring, -1 = none
+    };
+
+    // announce the size of a prompt
+    bool reserve(llama_seq_id seq_id, uint32_t n_tokens);
+
+    // compress a sequence now; false: error() says why and nothing has changed
+    bool compress(llama_context * lctx, llama_seq_id seq_id);
+
+    // put random data in place of a prompt
+    bool fill(llama_context * lctx, llama_seq_id seq_id, uint32_t n_tokens, uint32_t seed);
+
+    const std::string & error() const { return error_msg; }
+
+    const headkv_config & config() const { return *cfg; }
+    const seq_t & get_seq(llama_seq_id seq_id) const { return seqs.at(seq_id); }
+    uint32_t n_seq_max() const { return (uint32_t) seqs.size(); }
+
+    int32_t n_head_kv_max() const;
+    int32_t n_layer() const;
+
+    uint32_t budget(int32_t il, int32_t ih) const { return budgets[il][ih]; }
+    const std::vector<uint32_t> & budget(int32_t il) const { return budgets[il]; }
+
+    const headkv_store & get_store() const { return store; }
+
+    size_t bytes_staging() const;
+    size_t bytes_cell() const; // K and V of one token in all layers
+
+    int64_t t_compress_us() const { return t_compress; }
+    int64_t n_compress()    const { return n_compressions; }
+
+    // rows converted to float; the number of rows, or -1 and error()
+    int32_t read_window(llama_seq_id seq_id, int32_t il, float * dst, int64_t n) const;
+    int32_t read_cells (llama_seq_id seq_id, int32_t il, int32_t ih, bool v, float * dst, int64_t n) const;
+
+    // graph API, used by the hooks
+
+    headkv_store_layer * layer(int32_t il) { return store.find(il); }
+
+    ggml_tensor * get_ring(int32_t il) const; // null while nothing is staged
+    int64_t n_slots() const; // rows of the ring, the last one takes what nobody needs
+
+    bool has_fused() const; // any layer decodes with the fused op
+
+    ggml_tensor * build_input_k_rot(ggml_context * ctx) const { return stage_plan->build_input_k_rot(ctx); }
+    ggml_tensor * build_input_v_rot(ggml_context * ctx) const { return stage_plan->build_input_v_rot(ctx); }
+    void set_input_k_rot(ggml_tensor * dst) const { stage_plan->set_input_k_rot(dst); }
+    void set_input_v_rot(ggml_tensor * dst) const { stage_plan->set_input_v_rot(dst); }
+
+    // whether a worst-case graph went through the hooks for every layer with KV heads, each exactly once
+    void note_graph(const std::vector<int32_t> & ils_built);
+
+private:
+    friend class llama_kv_cache_ragged_context;
+    friend class llama_kv_cache_ragged_update;
+
+    const llama_model   & model;
+    const llama_hparams & hparams;
+    const headkv_config_ptr cfg;
+
+    llama_hparams hparams_plan; // no_alloc set
+
+    const bool      offload;
+    const uint32_t  n_ctx;
+    const ggml_type type_k;
+    const ggml_type type_v;
+
+    std::vector<std::vector<uint32_t>> budgets; // [il][ih] window included
+    std::vector<int32_t> ils; // layers with KV heads
+
+    std::vector<seq_t> seqs;
+
+    // staging: the stock cache and the ring of window queries, only while a prompt is being read
+    struct ring_t {
+        ggml_context_ptr        ctx;
+        ggml_backend_buffer_ptr buf;
+    };
+    std::unique_ptr<llama_kv_cache> stage;
+    std::unique_ptr<llama_kv_cache> stage_plan; // without memory, for worst-case graphs
+    std::vector<ring_t>             rings;      // one per buffer type
+    std::vector<ring_t>             rings_plan;
+    std::vector<ggml_tensor *>      ring_of_layer, ring_of_layer_plan; // [il]
+
+    headkv_store store;
+    headkv_store store_plan; // without memory
+
+    // what the next update has to do
+    uint32_t want_stage   = 0; // cells
+    uint32_t want_reserve = 0; // cells that were announced
+    llama_seq_id want_tail_seq = -1;
+    uint32_t     want_tail     = 0; // rows per head
+    llama_seq_id want_compress = -1;
+    bool         did_compress  = false;
+
+    bool        graph_complete = false;
+    mutable std::string error_msg;
+    std::string broken; // an operation that has no answer was asked for; nothing is decoded until clear()
+
+    int64_t t_compress     = 0;
+    int64_t n_compressions = 0;
+
+    std::unique_ptr<llama_kv_cache> make_stage(uint32_t n_cells, bool plan) const;
+    void make_rings(std::vector<ring_t> & rings, std::vector<ggml_tensor *> & of_layer, bool plan) const;
+
+    void alloc_stage(uint32_t n_cells);
+    void release_stage();
+    bool is_staging() const; // any sequence is STAGED
+    void grow_tail(llama_seq_id seq_id, uint32_t n_tail);
+    bool has_update() const;
+    bool apply_update(llama_context * lctx);
+    bool compress_impl(llama_context * lctx, llama_seq_id seq_id);
+    void drop_seq(llama_seq_id seq_id); // frees the rows of a sequence in the store
+
+    bool fail(const std::string & what) const;
+
+    // cells of the staging in position order
+    std::vector<int32_t> stage_cells(llama_seq_id seq_id) const;
+
+    // slots of the ring in position order, empty when a query of the window is missing
+    std::vector<int32_t> window_slots(llama_seq_id seq_id) const;
+};
+
+// the memory of one llama_decode call: ubatches that go to the staging, then ubatches that go to the store
+class llama_kv_cache_ragged_context : public llama_memory_context_i {
+public:
+    // used for errors
+    llama_kv_cache_ragged_context(llama_memory_status status);
+
+    // used to create a full-cache context
+    llama_kv_cache_ragged_context(llama_kv_cache_ragged * kv);
+
+    // used to create a batch processing context from a batch
+    llama_kv_cache_ragged_context(
+            llama_kv_cache_ragged * kv,
+            std::vector<llama_ubatch> ubatches_stage,
+            llama_kv_cache::slot_info_vec_t sinfos,
+            std::vector<llama_ubatch> ubatches_store);
+
+    bool next()  override;
+    bool apply() override;
+
+    llama_memory_status  get_status() const override;
+    const llama_ubatch & get_ubatch() const override;
+
+    // llama_kv_cache_ragged_context specific API
+
+    llama_kv_cache_ragged * get_kv() const { return kv; }
+
+    // the graph to build: a full-cache context answers for both kinds
+    bool is_full()  const { return full; }
+    bool is_store() const { return !full && i_cur >= stage_ctxs.size(); }
+
+    // stock context of the current ubatch in the staging
+    const llama_kv_cache_context * get_stage() const;
+
+    headkv_store_layer * get_layer(int32_t il) const;
+    ggml_tensor * get_ring(int32_t il) const;
+    uint64_t generation() const;
+
+    // positions (first row, number of rows) after the current ubatch, for all layers of the store in order
+    void set_input_ranges(ggml_tensor * dst, const llama_ubatch * ubatch) const; // I32 [2, n_head_kv, n_seqs] per layer
+    void set_input_rows  (ggml_tensor * dst, const llama_ubatch * ubatch) const; // I32 [n_head_kv, n_tokens] per layer
+    // F16 [n_kv, n_tokens, 1, n_heads]
+    void set_input_mask  (ggml_tensor * dst, const headkv_store_layer & layer, size_t i_bucket, const llama_ubatch * ubatch) const;
+
+    // which tokens of the ubatch go to which slots of the ring
+    void set_input_window(ggml_tensor * tokens, ggml_tensor * slots, const llama_ubatch * ubatch) const;
+
+private:
+    llama_kv_cache_ragged * kv = nullptr;
+
+    llama_memory_status status;
+
+    bool full = false;
+
+    size_t i_cur = 0;
+
+    // one stock context per ubatch, each with the number of cells that its ubatch attends
+    std::vector<std::unique_ptr<llama_kv_cache_context>> stage_ctxs;
+
+    std::vector<llama_ubatch> ubatches_stage;
+    std::vector<llama_ubatch> ubatches_store;
+};

@@ -1,0 +1,145 @@
+"""The C library: where it is, and the functions of ``cpp/headkv.h``."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+_HERE = Path(__file__).resolve().parent
+
+
+def library_path() -> Path:
+    """Folder of the bundled libraries; ``PYHEADKV_LIB_PATH`` names another build."""
+    return Path(os.environ.get("PYHEADKV_LIB_PATH") or _HERE / "lib")
+
+
+def embedded_model() -> Path:
+    """Path of the small retrieval model that ships with the package (GGUF)."""
+    return _HERE / "data" / "needle.gguf"
+
+
+def use_bundled_library() -> None:
+    """Point llama_cpp at the bundled library, before it is imported.
+
+    Raises
+    ------
+    ImportError
+        llama_cpp was imported first and holds another library, or the bundled
+        library is missing.
+    """
+    path = library_path()
+    loaded = sys.modules.get("llama_cpp.llama_cpp")
+    if loaded is not None:
+        if not hasattr(loaded._lib, "headkv_set_params"):
+            raise ImportError(
+                "llama_cpp was imported before pyheadkv and loaded a stock libllama, which cannot compress: "
+                "import pyheadkv first"
+            )
+        return
+    if not any(path.glob("*llama.*")):
+        raise ImportError(f"no libllama in {path}: install pyheadkv with 'make' or 'pip install .', which builds it")
+    os.environ["LLAMA_CPP_LIB_PATH"] = str(path)
+
+
+# struct headkv_params, cpp/headkv.h
+class Params(ctypes.Structure):
+    _fields_ = [
+        ("size", ctypes.c_size_t),
+        ("policy", ctypes.c_char_p),
+        ("kv_size", ctypes.c_int32),
+        ("window", ctypes.c_int32),
+        ("pool", ctypes.c_int32),
+        ("pool_kernel", ctypes.c_int32),
+        ("beta", ctypes.c_double),
+        ("n_tail", ctypes.c_int32),
+        ("attend", ctypes.c_int32),
+        ("n_buckets", ctypes.c_int32),
+        ("importance", ctypes.POINTER(ctypes.c_double)),
+        ("n_layer", ctypes.c_int32),
+        ("n_head", ctypes.c_int32),
+        ("importance_gguf", ctypes.c_char_p),
+    ]
+
+
+# struct headkv_stats, cpp/headkv.h
+class Stats(ctypes.Structure):
+    _fields_ = [
+        ("size", ctypes.c_size_t),
+        ("state", ctypes.c_int32),
+        ("n_prompt", ctypes.c_int32),
+        ("n_past", ctypes.c_int32),
+        ("bytes_store", ctypes.c_int64),
+        ("bytes_staging", ctypes.c_int64),
+        ("bytes_full", ctypes.c_int64),
+        ("t_compress_us", ctypes.c_int64),
+        ("n_compress", ctypes.c_int64),
+    ]
+
+
+_I32 = ctypes.POINTER(ctypes.c_int32)
+_F32 = ctypes.POINTER(ctypes.c_float)
+_CTX = ctypes.c_void_p
+
+_PROTOTYPES: dict[str, tuple[list[Any], Any]] = {
+    # struct headkv_params headkv_default_params(void);
+    "headkv_default_params": ([], Params),
+    # int32_t headkv_set_params(const struct headkv_params * params);
+    "headkv_set_params": ([ctypes.POINTER(Params)], ctypes.c_int32),
+    # const char * headkv_last_error(void);
+    "headkv_last_error": ([], ctypes.c_char_p),
+    # bool headkv_enabled(const struct llama_context * ctx);
+    "headkv_enabled": ([_CTX], ctypes.c_bool),
+    # int32_t headkv_begin_prompt(struct llama_context * ctx, llama_seq_id seq_id, int32_t n_tokens);
+    "headkv_begin_prompt": ([_CTX, ctypes.c_int32, ctypes.c_int32], ctypes.c_int32),
+    # int32_t headkv_end_prompt(struct llama_context * ctx, llama_seq_id seq_id);
+    "headkv_end_prompt": ([_CTX, ctypes.c_int32], ctypes.c_int32),
+    # int32_t headkv_get_stats(const struct llama_context * ctx, llama_seq_id seq_id, struct headkv_stats * stats);
+    "headkv_get_stats": ([_CTX, ctypes.c_int32, ctypes.POINTER(Stats)], ctypes.c_int32),
+    # int32_t headkv_get_budget(const struct llama_context * ctx, int32_t * dst, int32_t n);
+    "headkv_get_budget": ([_CTX, _I32, ctypes.c_int32], ctypes.c_int32),
+    # int32_t headkv_get_n_cells(const struct llama_context * ctx, llama_seq_id seq_id, int32_t * dst, int32_t n);
+    "headkv_get_n_cells": ([_CTX, ctypes.c_int32, _I32, ctypes.c_int32], ctypes.c_int32),
+    # int32_t headkv_get_positions(const struct llama_context * ctx, llama_seq_id seq_id,
+    #                              int32_t il, int32_t ih, int32_t * dst, int32_t n);
+    "headkv_get_positions": ([_CTX] + [ctypes.c_int32] * 3 + [_I32, ctypes.c_int32], ctypes.c_int32),
+    # int32_t headkv_plan(const struct headkv_params * params, int32_t n_layer, int32_t n_head, int32_t n_head_kv, int32_t * dst);
+    "headkv_plan": ([ctypes.POINTER(Params)] + [ctypes.c_int32] * 3 + [_I32], ctypes.c_int32),
+    # int32_t headkv_fill_prompt(struct llama_context * ctx, llama_seq_id seq_id, int32_t n_tokens, uint32_t seed);
+    "headkv_fill_prompt": ([_CTX, ctypes.c_int32, ctypes.c_int32, ctypes.c_uint32], ctypes.c_int32),
+    # int32_t headkv_read_window(const struct llama_context * ctx, llama_seq_id seq_id, int32_t il, float * dst, int64_t n);
+    "headkv_read_window": ([_CTX, ctypes.c_int32, ctypes.c_int32, _F32, ctypes.c_int64], ctypes.c_int32),
+    # int32_t headkv_read_cells(const struct llama_context * ctx, llama_seq_id seq_id,
+    #                           int32_t il, int32_t ih, bool v, float * dst, int64_t n);
+    "headkv_read_cells": ([_CTX] + [ctypes.c_int32] * 3 + [ctypes.c_bool, _F32, ctypes.c_int64], ctypes.c_int32),
+}
+
+
+class _Functions:
+    """The functions of ``cpp/headkv.h`` with their prototypes, bound on first use."""
+
+    def __getattr__(self, name: str) -> Any:
+        from llama_cpp import llama_cpp
+
+        argtypes, restype = _PROTOTYPES[name]
+        func = getattr(llama_cpp._lib, name)
+        func.argtypes, func.restype = argtypes, restype
+        setattr(self, name, func)
+        return func
+
+
+lib = _Functions()
+
+
+def last_error() -> str:
+    """Reason of the last failure of a C function on this thread."""
+    return lib.headkv_last_error().decode("utf-8", "replace")
+
+
+def check(result: int, error: type[Exception] = RuntimeError) -> int:
+    """``result``, unless it is negative: then the reason is raised as ``error``."""
+    if result < 0:
+        raise error(last_error())
+    return result

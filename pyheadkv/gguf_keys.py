@@ -1,0 +1,584 @@
+"""Head importance as GGUF metadata: names and types of the keys, reading, writing, and the authors' JSON.
+
+=========================================  ==============  =======================================================
+key                                        type            meaning
+=========================================  ==============  =======================================================
+``{arch}.attention.head_importance``        array of F32    n_layer * n_head values, row-major, >= 0, not normalised
+                                            or F64
+``{arch}.attention.head_importance.shape``   array of U32    [n_layer, n_head]
+``{arch}.attention.head_importance.method``  string          how it was measured, e.g. "headkv-r2"
+``{arch}.attention.head_importance.source``  string          where it came from
+``{arch}.attention.head_importance.version`` U32             1
+=========================================  ==============  =======================================================
+
+Values that float32 cannot hold exactly are stored as F64: rounding the authors' Mistral R2 importance to float32
+changes one head's budget at kv_size 512, beta 2, and in about 4 % of all settings.
+
+The header parser here does not build Python objects for a vocabulary, so reading takes a fraction of a second for
+a model with 128k tokens, where gguf.GGUFReader takes several. Every count in the file is checked against the
+bytes that are left before it is used.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import mmap
+import os
+import struct
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+if TYPE_CHECKING:
+    import gguf
+
+PathLike = str | os.PathLike[str]
+
+KEY_IMPORTANCE = "{arch}.attention.head_importance"
+KEY_SHAPE = KEY_IMPORTANCE + ".shape"
+KEY_METHOD = KEY_IMPORTANCE + ".method"
+KEY_SOURCE = KEY_IMPORTANCE + ".source"
+KEY_VERSION = KEY_IMPORTANCE + ".version"
+VERSION = 1
+
+# GGUF value types, ggml/include/gguf.h
+UINT32, FLOAT32, BOOL, STRING, ARRAY, FLOAT64 = 4, 6, 7, 8, 9, 12
+SCALAR_FORMATS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
+TYPE_NAMES = ("u8", "i8", "u16", "i16", "u32", "i32", "f32", "bool", "string", "array", "u64", "i64", "f64")
+
+MAGIC = b"GGUF"
+GGUF_VERSIONS = (2, 3)
+DEFAULT_ALIGNMENT = 32
+MAX_ALIGNMENT = 1 << 20  # far above any real one; it is also the size of the padding we write
+MIN_PAIR_BYTES = 8 + 4 + 1  # empty key, type, smallest value
+MIN_TENSOR_BYTES = 8 + 4 + 4 + 8  # empty name, no dimensions, type, offset
+MAX_DIMS = 4
+
+REMEDY_DAMAGED = "the file is damaged or not complete, fetch or write it again"
+REMEDY_WRITE = "write it with scripts/gguf_add_importance.py"
+
+
+@dataclass(frozen=True)
+class Importance:
+    """Head importance of one model.
+
+    Attributes
+    ----------
+    values : (n_layer, n_head) float64, >= 0, at least one > 0, not normalised
+    method : how it was measured, may be empty
+    source : where it came from, may be empty
+    version : of the keys
+    arch : general.architecture of the model; empty for a JSON file
+    """
+
+    values: NDArray[np.float64]
+    method: str = ""
+    source: str = ""
+    version: int = VERSION
+    arch: str = ""
+
+
+def read_importance(path: PathLike) -> Importance | None:
+    """Importance stored in a GGUF; None when it has no such keys.
+
+    Raises
+    ------
+    ValueError : the file or its keys are damaged, or do not fit the model's block_count and head_count
+    """
+    with _open_header(path) as header:
+        return _importance_of(header)
+
+
+def write_importance(
+    src: PathLike,
+    dst: PathLike,
+    importance: ArrayLike,
+    *,
+    method: str = "",
+    source: str = "",
+    force: bool = False,
+) -> None:
+    """Copy a GGUF and set its importance; other keys and all tensors keep their bytes.
+
+    The copy is written beside ``dst``, flushed to the disk and then renamed: after an error there is no new file.
+
+    Parameters
+    ----------
+    src : model to copy
+    dst : file to write, another one than ``src``
+    importance : (n_layer, n_head), >= 0, at least one > 0
+    force : replace an existing ``dst`` and an importance that ``src`` already has
+    """
+    src, dst = Path(src), Path(dst)
+    _check_destination(src, dst, force=force)
+    with _open_header(src) as header:
+        values = check_importance(importance, name="importance")
+        if header.pairs.get("split.count", _NO_PAIR).value not in (None, 0, 1):
+            raise ValueError(
+                f"{src}: split.count = {header.pairs['split.count'].value}: "
+                "merge the parts with llama-gguf-split --merge"
+            )
+        old_keys = {name for name in header.pairs if name.startswith(KEY_IMPORTANCE.format(arch=header.arch))}
+        if old_keys and not force:
+            raise ValueError(f"{src}: {sorted(old_keys)[0]} is already there: pass force=True (--force) to replace it")
+        _check_model_shape(header, values.shape)
+        fields = importance_fields(values, arch=header.arch, method=method, source=source)
+        _replace_file(dst, lambda out: _copy_with_fields(header, out, fields, without=old_keys))
+
+
+def load_scores(path: PathLike) -> NDArray[np.float64]:
+    """Importance from a JSON file.
+
+    Two forms: the authors' ``{"layer-head": [float, ..], ..}``, one score per accepted example, of which the mean
+    is taken (HeadKV 0862a09, snapkv_utils.py:381), and ``{"importance": [[float, ..], ..]}``.
+
+    Returns
+    -------
+    (n_layer, n_head) float64
+    """
+    path = Path(path)
+    try:
+        data = json.loads(path.read_bytes(), object_pairs_hook=_no_duplicates)
+    except ValueError as error:  # also what a byte that is not UTF-8 and broken JSON raise
+        raise ValueError(f"{path}: not readable as JSON: {error}; {REMEDY_DAMAGED}") from None
+    except RecursionError:
+        raise ValueError(f"{path}: not readable as JSON: nested too deeply; {REMEDY_DAMAGED}") from None
+    if not isinstance(data, dict) or not data:
+        raise ValueError(
+            f'{path}: holds {_brief(data)}: use {{"layer-head": [floats]}} or {{"importance": [[floats]]}}'
+        )
+    if "importance" in data:
+        return check_importance(data["importance"], name=f"{path}: importance")
+    return check_importance(_mean_per_head(data, path), name=f"{path}: mean scores")
+
+
+def add_importance_keys(
+    writer: gguf.GGUFWriter, importance: ArrayLike, *, n_layer: int, n_head: int, method: str = "", source: str = ""
+) -> None:
+    """Set the importance of a model that a gguf.GGUFWriter is about to write.
+
+    Parameters
+    ----------
+    importance : (n_layer, n_head), >= 0, at least one > 0
+    """
+    import gguf
+
+    values = check_importance(importance, name="importance")
+    if values.shape != (n_layer, n_head):
+        raise ValueError(f"importance has shape {values.shape}, the model {(n_layer, n_head)}: pass (n_layer, n_head)")
+    for key, vtype, sub_type, value in importance_fields(values, arch=writer.arch, method=method, source=source):
+        sub = None if sub_type is None else gguf.GGUFValueType(sub_type)
+        writer.add_key_value(key, value, gguf.GGUFValueType(vtype), sub)
+
+
+def importance_fields(
+    values: NDArray[np.float64], *, arch: str, method: str = "", source: str = ""
+) -> list[tuple[str, int, int | None, Any]]:
+    """The keys to write, each as (name, GGUF type, type of array elements or None, value)."""
+    with np.errstate(over="ignore", under="ignore"):
+        exact = np.array_equal(values.astype(np.float32).astype(np.float64), values)
+    return [
+        (KEY_IMPORTANCE.format(arch=arch), ARRAY, FLOAT32 if exact else FLOAT64, values.ravel().tolist()),
+        (KEY_SHAPE.format(arch=arch), ARRAY, UINT32, list(values.shape)),
+        (KEY_METHOD.format(arch=arch), STRING, None, method),
+        (KEY_SOURCE.format(arch=arch), STRING, None, source),
+        (KEY_VERSION.format(arch=arch), UINT32, None, VERSION),
+    ]
+
+
+def check_importance(values: ArrayLike, *, name: str) -> NDArray[np.float64]:
+    """(n_layer, n_head) float64 in which every value is finite and >= 0 and one is above 0, else ValueError."""
+    try:
+        raw = np.asarray(values)
+        if raw.dtype.kind not in "iuf":
+            raise ValueError(f"elements of type {raw.dtype}")
+        array = raw.astype(np.float64)
+    except (ValueError, TypeError, OverflowError) as error:
+        raise ValueError(f"{name} is no rectangle of numbers ({error}): give n_layer rows of n_head numbers") from None
+    if array.ndim != 2 or array.size == 0:
+        raise ValueError(f"{name} has shape {array.shape}: give n_layer rows of n_head numbers")
+    for bad, rule in ((~np.isfinite(array), "finite"), (array < 0, ">= 0")):
+        if bad.any():
+            il, ih = np.argwhere(bad)[0]
+            raise ValueError(
+                f"{name}: layer {il} head {ih} is {array[il, ih]}: every value must be {rule}, measure it again"
+            )
+    with np.errstate(over="ignore"):
+        total = array.sum()
+    if not 0 < total < math.inf:
+        raise ValueError(f"{name} has sum {total}: it must be above 0 and finite, measure it again")
+    return array
+
+
+# JSON
+
+
+def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        seen: set[str] = set()
+        twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+        raise ValueError(f"key {twice!r} is there twice")
+    return result
+
+
+def _mean_per_head(data: dict[str, Any], path: Path) -> list[list[np.float64]]:
+    """Means as a rectangle; every head from 0-0 to the largest must be there exactly once."""
+    means: dict[tuple[int, int], np.float64] = {}
+    for key, scores in data.items():
+        head = _parse_head(key, path)
+        if head in means:
+            raise ValueError(f"{path}: key {key!r} names head {head} a second time: keep one of them")
+        means[head] = _mean(scores, key, path)
+    n_layer, n_head = (max(head[axis] for head in means) + 1 for axis in (0, 1))
+    if n_layer * n_head != len(means):
+        heads = ((il, ih) for il in range(n_layer) for ih in range(n_head))
+        il, ih = next(head for head in heads if head not in means)
+        raise ValueError(
+            f"{path}: key '{il}-{ih}' is missing, {len(means)} of {n_layer} x {n_head} heads found: {REMEDY_DAMAGED}"
+        )
+    return [[means[il, ih] for ih in range(n_head)] for il in range(n_layer)]
+
+
+def _mean(scores: Any, key: str, path: Path) -> np.float64:
+    if not isinstance(scores, list) or not scores or not all(type(s) in (int, float) for s in scores):
+        raise ValueError(f"{path}: key {key!r} holds {_brief(scores)}: give a list of at least one number")
+    for value in scores:
+        if not 0 <= value <= sys.float_info.max:  # NaN fails too
+            raise ValueError(f"{path}: key {key!r} holds {_brief(value)}: scores are finite and >= 0, measure it again")
+    return np.float64(np.mean(np.array(scores, dtype=np.float64)))
+
+
+def _parse_head(key: str, path: Path) -> tuple[int, int]:
+    parts = key.split("-")
+    if len(parts) != 2 or not all(p.isascii() and p.isdigit() and len(p) <= 6 for p in parts):
+        raise ValueError(
+            f"{path}: key {key[:40]!r} is not 'layer-head' with two small numbers: use keys such as '31-7'"
+        )
+    return int(parts[0]), int(parts[1])
+
+
+def _brief(value: Any) -> str:
+    """A value short enough for an error message."""
+    text = f"{type(value).__name__} {value!r}"
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+# GGUF header
+
+
+@dataclass(frozen=True)
+class _Pair:
+    """One key: its type, value (None for an array that was skipped) and the bytes it takes in the file."""
+
+    type: int
+    sub_type: int | None
+    value: Any
+    begin: int
+    end: int
+
+
+_NO_PAIR = _Pair(-1, None, None, 0, 0)
+
+
+@dataclass(frozen=True)
+class _Header:
+    """Where everything is in a GGUF file. Offsets and sizes in bytes."""
+
+    path: Path
+    data: mmap.mmap
+    version: int
+    n_tensors: int
+    pairs: dict[str, _Pair]
+    tensors_begin: int
+    tensors_end: int
+    alignment: int
+
+    @property
+    def arch(self) -> str:
+        arch = self.pairs.get("general.architecture", _NO_PAIR).value
+        if not isinstance(arch, str) or not arch:
+            raise ValueError(f"{self.path}: general.architecture is {arch!r}, not a name: {REMEDY_DAMAGED}")
+        return arch
+
+    @property
+    def data_begin(self) -> int:
+        return _pad(self.tensors_end, self.alignment)
+
+
+class _Cursor:
+    """Reads forward through the mapped file and refuses to leave it."""
+
+    def __init__(self, data: mmap.mmap, path: Path) -> None:
+        self.data, self.path, self.offset = data, path, 0
+
+    def skip(self, n_bytes: int, what: str) -> int:
+        """Offset before the skip."""
+        begin = self.offset
+        if n_bytes > len(self.data) - begin:
+            raise self.error(f"{what} needs {n_bytes} bytes at offset {begin}, {len(self.data) - begin} are left")
+        self.offset = begin + n_bytes
+        return begin
+
+    def scalar(self, fmt: str, what: str) -> Any:
+        fmt = "<" + fmt
+        return struct.unpack_from(fmt, self.data, self.skip(struct.calcsize(fmt), what))[0]
+
+    def count(self, what: str, *, min_bytes: int) -> int:
+        """A 64-bit count of things of at least ``min_bytes`` each that must still fit into the file."""
+        n: int = self.scalar("Q", what)
+        if n * min_bytes > len(self.data) - self.offset:
+            raise self.error(f"{what} = {n} needs {n * min_bytes} bytes, {len(self.data) - self.offset} are left")
+        return n
+
+    def string(self, what: str) -> str:
+        n = self.count(f"length of {what}", min_bytes=1)
+        raw = self.data[self.skip(n, what) : self.offset]
+        try:
+            return raw.decode("utf-8")
+        except UnicodeDecodeError:
+            raise self.error(f"{what} at offset {self.offset - n} is not UTF-8: {raw[:40]!r}") from None
+
+    def error(self, message: str) -> ValueError:
+        return ValueError(f"{self.path}: {message}: {REMEDY_DAMAGED}")
+
+
+@contextmanager
+def _open_header(path: PathLike) -> Iterator[_Header]:
+    """Map a GGUF file and parse all of it but the tensor data."""
+    path = Path(path)
+    with open(path, "rb") as file:
+        if os.fstat(file.fileno()).st_size == 0:
+            raise ValueError(f"{path}: size is 0 bytes, no GGUF file: {REMEDY_DAMAGED}")
+        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            yield _parse_header(data, path)
+
+
+def _parse_header(data: mmap.mmap, path: Path) -> _Header:
+    cursor = _Cursor(data, path)
+    magic = data[cursor.skip(4, "magic") : cursor.offset]
+    if magic != MAGIC:
+        raise cursor.error(f"magic is {magic!r}, not {MAGIC!r}, no GGUF file")
+    version = cursor.scalar("I", "version")
+    if version not in GGUF_VERSIONS:
+        raise ValueError(
+            f"{path}: GGUF version = {version}, readable are {GGUF_VERSIONS}, little endian: convert the model again"
+        )
+    n_tensors = cursor.count("tensor count", min_bytes=MIN_TENSOR_BYTES)
+    n_pairs = cursor.count("key count", min_bytes=MIN_PAIR_BYTES)
+    pairs: dict[str, _Pair] = {}
+    for _ in range(n_pairs):
+        begin = cursor.offset
+        name = cursor.string("key")
+        if name in pairs:
+            raise cursor.error(f"key {name!r} at offset {begin} is there twice")
+        pairs[name] = _parse_pair(cursor, name, begin)
+    alignment = _alignment(cursor, pairs)
+    tensors_begin = cursor.offset
+    extents = [_parse_tensor(cursor) for _ in range(n_tensors)]
+    header = _Header(path, data, version, n_tensors, pairs, tensors_begin, cursor.offset, alignment)
+    for name, begin, n_bytes in extents:
+        cursor.offset = min(header.data_begin, len(data))
+        cursor.skip(begin + n_bytes, f"tensor {name!r}")
+    return header
+
+
+def _parse_pair(cursor: _Cursor, name: str, begin: int) -> _Pair:
+    vtype: int = cursor.scalar("I", f"type of {name!r}")
+    sub_type: int | None = None
+    value: Any
+    if vtype == ARRAY:
+        sub_type, value = _parse_array(cursor, name)
+    elif vtype == STRING:
+        value = cursor.string(f"value of {name!r}")
+    elif vtype in SCALAR_FORMATS:
+        value = cursor.scalar(SCALAR_FORMATS[vtype], f"value of {name!r}")
+    else:
+        raise cursor.error(f"type of {name!r} = {vtype} is unknown, 0..{len(TYPE_NAMES) - 1} are known")
+    return _Pair(vtype, sub_type, value, begin, cursor.offset)
+
+
+def _parse_array(cursor: _Cursor, name: str) -> tuple[int, NDArray[Any] | None]:
+    """Element type and, for numbers, a copy of the values; strings are skipped."""
+    sub_type = cursor.scalar("I", f"element type of {name!r}")
+    if sub_type == STRING:
+        n = cursor.count(f"length of {name!r}", min_bytes=8)
+        for _ in range(n):
+            cursor.skip(cursor.scalar("Q", f"element of {name!r}"), f"element of {name!r}")
+        return sub_type, None
+    if sub_type not in SCALAR_FORMATS:
+        raise cursor.error(f"element type of {name!r} = {sub_type} is unknown or nested")
+    dtype = np.dtype("<" + SCALAR_FORMATS[sub_type])
+    n = cursor.count(f"length of {name!r}", min_bytes=dtype.itemsize)
+    begin = cursor.skip(n * dtype.itemsize, f"value of {name!r}")
+    return sub_type, np.frombuffer(cursor.data[begin : cursor.offset], dtype=dtype)
+
+
+def _parse_tensor(cursor: _Cursor) -> tuple[str, int, int]:
+    """Name, offset in the data section and size; a type unknown to gguf-py counts as one byte."""
+    from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
+
+    name = cursor.string("tensor name")
+    n_dims = cursor.scalar("I", f"dimensions of {name!r}")
+    if n_dims > MAX_DIMS:
+        raise cursor.error(f"tensor {name!r} has {n_dims} dimensions, at most {MAX_DIMS} are possible")
+    n_elements = math.prod(cursor.scalar("Q", f"shape of {name!r}") for _ in range(n_dims))
+    raw_type = cursor.scalar("I", f"type of {name!r}")
+    begin = cursor.scalar("Q", f"offset of {name!r}")
+    try:
+        block, block_bytes = GGML_QUANT_SIZES[GGMLQuantizationType(raw_type)]
+    except (ValueError, KeyError):
+        return name, begin, 1
+    return name, begin, n_elements // block * block_bytes
+
+
+def _alignment(cursor: _Cursor, pairs: dict[str, _Pair]) -> int:
+    pair = pairs.get("general.alignment")
+    if pair is None:
+        return DEFAULT_ALIGNMENT
+    if pair.type != UINT32 or not 1 <= pair.value <= MAX_ALIGNMENT or pair.value & (pair.value - 1):
+        raise cursor.error(f"general.alignment = {pair.value!r} is no power of two up to {MAX_ALIGNMENT} of type u32")
+    return int(pair.value)
+
+
+# importance in a header
+
+
+def _importance_of(header: _Header) -> Importance | None:
+    prefix = KEY_IMPORTANCE.format(arch=header.arch)
+    if not any(name == prefix or name.startswith(prefix + ".") for name in header.pairs):
+        return None
+    version = _typed(header, KEY_VERSION, (UINT32,))
+    if version != VERSION:
+        raise ValueError(
+            f"{header.path}: {prefix}.version = {version}, readable is {VERSION}: update pyheadkv or {REMEDY_WRITE}"
+        )
+    flat = _typed(header, KEY_IMPORTANCE, (FLOAT32, FLOAT64), array=True)
+    shape = tuple(_typed(header, KEY_SHAPE, (UINT32,), array=True).tolist())
+    if len(shape) != 2 or math.prod(shape) != len(flat):
+        raise ValueError(
+            f"{header.path}: {prefix}.shape = {list(shape)} does not fit {len(flat)} values: {REMEDY_WRITE}"
+        )
+    values = check_importance(flat.reshape(shape), name=f"{header.path}: {prefix}")
+    _check_model_shape(header, shape)
+    method, source = (_typed(header, key, (STRING,)) for key in (KEY_METHOD, KEY_SOURCE))
+    return Importance(values, method, source, version, header.arch)
+
+
+def _typed(header: _Header, key: str, types: tuple[int, ...], *, array: bool = False) -> Any:
+    """Value of a key that must be there with one of these types (of its elements, for an array)."""
+    name = key.format(arch=header.arch)
+    pair = header.pairs.get(name)
+    wanted = " or ".join(TYPE_NAMES[t] for t in types)
+    if pair is None:
+        raise ValueError(f"{header.path}: key {name} is missing, expected {wanted}: {REMEDY_WRITE}")
+    found = pair.sub_type if pair.type == ARRAY else pair.type
+    if found not in types or (pair.type == ARRAY) != array:
+        kind = "array of " if pair.type == ARRAY else ""
+        want_kind = "array of " if array else ""
+        raise ValueError(
+            f"{header.path}: key {name} is {kind}{TYPE_NAMES[found or 0]}, expected {want_kind}{wanted}: {REMEDY_WRITE}"
+        )
+    return pair.value
+
+
+def _check_model_shape(header: _Header, shape: tuple[int, ...]) -> None:
+    """Refuse an importance that is not (block_count, head_count); a file without these keys fits anything."""
+    n_layer = header.pairs.get(f"{header.arch}.block_count", _NO_PAIR).value
+    n_head = header.pairs.get(f"{header.arch}.attention.head_count", _NO_PAIR).value
+    if isinstance(n_head, np.ndarray):
+        per_layer = sorted(set(n_head.tolist()))
+        if len(per_layer) != 1:
+            raise ValueError(
+                f"{header.path}: {header.arch}.attention.head_count is {per_layer} over the layers: importance is a "
+                "rectangle, only models with the same number of heads in every layer can have one"
+            )
+        n_head = per_layer[0]
+    for name, want, got in (("block_count", n_layer, shape[0]), ("attention.head_count", n_head, shape[1])):
+        if want is not None and want != got:
+            raise ValueError(
+                f"{header.path}: importance has shape {tuple(shape)}, the model has {header.arch}.{name} = {want}: "
+                "use the importance that was measured on this model"
+            )
+
+
+# writing
+
+
+def _check_destination(src: Path, dst: Path, *, force: bool) -> None:
+    if dst.exists() and src.exists() and dst.samefile(src):
+        raise ValueError(f"output {dst} is the input itself: choose another name")
+    if dst.exists() and not force:
+        raise ValueError(f"output {dst} exists: pass force=True (--force) to replace it, or choose another name")
+    if dst.is_dir() or not dst.parent.is_dir():
+        raise ValueError(
+            f"output {dst} is a folder or in a folder that does not exist: choose a file in an existing one"
+        )
+
+
+def _replace_file(dst: Path, write: Callable[[BinaryIO], None]) -> None:
+    """Create ``dst`` completely or not at all."""
+    handle, temporary = tempfile.mkstemp(dir=dst.parent, prefix=dst.name + ".", suffix=".part")
+    try:
+        with open(handle, "wb") as out:
+            write(out)
+            out.flush()
+            os.fsync(out.fileno())
+        os.chmod(temporary, 0o666 & ~_umask())  # mkstemp makes it private
+        os.replace(temporary, dst)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _copy_with_fields(
+    header: _Header, out: BinaryIO, fields: list[tuple[str, int, int | None, Any]], *, without: set[str]
+) -> None:
+    """Same bytes in the same order, but for the keys in ``without``; new keys come last.
+
+    Tensor offsets count from the data section, so the tensor table is copied as it is.
+    """
+    kept = [pair for name, pair in header.pairs.items() if name not in without]
+    out.write(MAGIC + struct.pack("<IQQ", header.version, header.n_tensors, len(kept) + len(fields)))
+    for pair in kept:
+        out.write(header.data[pair.begin : pair.end])
+    for field in fields:
+        out.write(_pack_field(*field))
+    out.write(header.data[header.tensors_begin : header.tensors_end])
+    out.write(bytes(_pad(out.tell(), header.alignment) - out.tell()))
+    step = 1 << 24
+    for begin in range(header.data_begin, len(header.data), step):
+        out.write(header.data[begin : begin + step])
+
+
+def _pack_field(key: str, vtype: int, sub_type: int | None, value: Any) -> bytes:
+    head = _pack_string(key) + struct.pack("<I", vtype)
+    if vtype == STRING:
+        return head + _pack_string(value)
+    if vtype == ARRAY and sub_type is not None:
+        items = np.asarray(value, dtype="<" + SCALAR_FORMATS[sub_type])
+        return head + struct.pack("<IQ", sub_type, len(items)) + items.tobytes()
+    return head + struct.pack("<" + SCALAR_FORMATS[vtype], value)
+
+
+def _pack_string(text: str) -> bytes:
+    raw = text.encode("utf-8")
+    return struct.pack("<Q", len(raw)) + raw
+
+
+def _pad(offset: int, alignment: int) -> int:
+    return -(-offset // alignment) * alignment

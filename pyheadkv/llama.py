@@ -1,0 +1,264 @@
+"""``Llama``: llama_cpp.Llama with a compressed KV cache."""
+
+from __future__ import annotations
+
+import ctypes
+from dataclasses import dataclass
+from os import PathLike, fspath
+from typing import Any, Generator, Sequence
+
+import llama_cpp
+import numpy as np
+import numpy.typing as npt
+
+from . import _lib
+from .options import ImportanceLike, Options, load_importance
+
+STATES = ("empty", "staged", "compressed")
+
+
+@dataclass(frozen=True)
+class KVStats:
+    """What the KV cache holds now.
+
+    Attributes
+    ----------
+    state : "empty", "staged" (the prompt is being read) or "compressed"
+    n_prompt : prompt tokens at compression, 0 before
+    n_past : logical tokens, prompt and generated
+    n_cells : (n_layer, n_head_kv) int32, cells that each head holds
+    bytes_store : bytes of K and V allocated for compressed cells, all layers
+    bytes_staging : bytes allocated for reading a prompt, 0 after compression
+    bytes_full : bytes that n_past cells of an uncompressed cache take
+    compress_ms : duration of the last compression in ms
+    """
+
+    state: str
+    n_prompt: int
+    n_past: int
+    n_cells: npt.NDArray[np.int32]
+    bytes_store: int
+    bytes_staging: int
+    bytes_full: int
+    compress_ms: float
+
+
+class Llama(llama_cpp.Llama):
+    """``llama_cpp.Llama`` whose KV heads keep only the cells that matter.
+
+    A prompt is read with full attention; then each KV head keeps the cells that
+    the last ``window`` queries look at, as many as its budget allows, and
+    generation attends to those and to the generated tokens. Completion, chat,
+    streaming and grammars work as in llama-cpp-python.
+
+    Parameters
+    ----------
+    model_path : path of a GGUF file
+    kv_size : mean cells per KV head after the prompt, window included;
+        None = the stock cache, bit-identical to upstream
+    policy : "headkv" (budgets by head importance) or "snapkv" (uniform budgets)
+    beta : > 1; a share 1/beta of the budget is given out by importance, the rest evenly
+    window : number of last queries that score the prompt; these cells are always kept
+    pool, pool_kernel : pooling of the scores along the prompt, "max" or "avg", odd size
+    importance : None = from the model's metadata; or a path (JSON scores, GGUF), or a
+        (n_layer, n_head) array
+    kv_reuse : continue on the compressed past when a prompt starts with it. Off by
+        default: such a prompt is read again, so that the answer is that of a fresh one
+    n_tail, attend, n_buckets : see ``cpp/headkv.h``
+    **kwargs : every argument of ``llama_cpp.Llama``; ``flash_attn`` is on when
+        compression is
+
+    Raises
+    ------
+    ValueError
+        wrong option, no importance for policy "headkv", or an architecture that
+        cannot be compressed; the message names value, limit and remedy
+
+    References
+    ----------
+    HeadKV: Not All Heads Matter, ICLR 2025, sections 3.2 and 3.3.
+    """
+
+    def __init__(
+        self,
+        model_path: str | PathLike[str],
+        *,
+        kv_size: int | None = None,
+        policy: str = "headkv",
+        beta: float = 1.2,
+        window: int = 8,
+        pool: str = "max",
+        pool_kernel: int = 7,
+        importance: ImportanceLike = None,
+        kv_reuse: bool = False,
+        n_tail: int = 64,
+        attend: str = "auto",
+        n_buckets: int = 1,
+        **kwargs: Any,
+    ) -> None:
+        self._kv_args = dict(kv_size=kv_size, policy=policy, beta=beta, window=window, pool=pool, pool_kernel=pool_kernel,
+                             importance=importance, kv_reuse=kv_reuse, n_tail=n_tail, attend=attend, n_buckets=n_buckets)
+        self._kv_reuse = kv_reuse
+        self._prompt_pending = False
+        model_path = fspath(model_path)
+        if kv_size is None:
+            self.kv_options: Options | None = None
+            super().__init__(model_path, **kwargs)
+            return
+
+        self.kv_options = Options(kv_size=kv_size, policy=policy, beta=beta, window=window, pool=pool, pool_kernel=pool_kernel,
+                                  n_tail=n_tail, attend=attend, n_buckets=n_buckets)
+        values = load_importance(importance)
+        if kwargs.get("embedding"):
+            raise ValueError("embedding=True: embeddings have no generation to speed up, use kv_size=None")
+        if kwargs.get("flash_attn") is False:
+            raise ValueError("flash_attn=False: compression needs flash attention")
+        kwargs["flash_attn"] = True
+
+        params = self.kv_options.to_params(values, model_path)
+        try:
+            _lib.check(_lib.lib.headkv_set_params(ctypes.byref(params)), ValueError)
+            super().__init__(model_path, **kwargs)
+        except ValueError as e:
+            self._close_partial()
+            reason = _lib.last_error()
+            raise ValueError(reason or str(e)) from None
+        except BaseException:
+            self._close_partial()
+            raise
+        finally:
+            _lib.lib.headkv_set_params(None)
+
+    def _close_partial(self) -> None:
+        stack = getattr(self, "_stack", None)
+        if stack is not None:
+            stack.close()
+
+    def __del__(self) -> None:
+        if hasattr(self, "_stack"):
+            super().__del__()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), **self._kv_args}
+
+    # ------------------------------------------------------------------ generation
+
+    def end_prompt(self) -> None:
+        """Compress what has been evaluated so far; ``generate`` does it after the prompt.
+
+        A no-op without ``kv_size`` and when the prompt is compressed already.
+
+        Raises
+        ------
+        RuntimeError
+            not enough memory, aborted, or nothing evaluated; the cache is unchanged then
+        """
+        if self.kv_options is not None:
+            _lib.check(_lib.lib.headkv_end_prompt(self.ctx, 0))
+
+    def eval(self, tokens: Sequence[int]) -> None:
+        """Evaluate tokens; the first evaluation of a ``generate`` call is the prompt."""
+        if self.kv_options is None:
+            super().eval(tokens)
+            return
+        if self.n_tokens + len(tokens) > self._n_ctx:
+            raise ValueError(f"{self.n_tokens} + {len(tokens)} tokens do not fit into n_ctx={self._n_ctx}: "
+                             "use a larger n_ctx or a shorter prompt")
+        if tokens:
+            _lib.check(_lib.lib.headkv_begin_prompt(self.ctx, 0, self.n_tokens + len(tokens)))
+        try:
+            super().eval(tokens)
+        except RuntimeError as e:
+            raise RuntimeError(f"{e}: {_lib.last_error()}" if _lib.last_error() else str(e)) from None
+        if self._prompt_pending and self.n_tokens > 0:
+            self._prompt_pending = False
+            self.end_prompt()
+
+    def generate(self, tokens: Sequence[int], *args: Any, **kwargs: Any) -> Generator[int, Sequence[int] | None, None]:
+        """As ``llama_cpp.Llama.generate``; the prompt is compressed after its evaluation."""
+        if self.kv_options is not None:
+            if not self._kv_reuse and not self._is_cached(tokens):
+                self.reset()
+            self._prompt_pending = True
+        try:
+            return (yield from super().generate(tokens, *args, **kwargs))
+        finally:
+            self._prompt_pending = False
+
+    def _is_cached(self, tokens: Sequence[int]) -> bool:
+        # the very prompt that was compressed, without a token generated after it
+        return self._stats().n_prompt == self.n_tokens == len(tokens) and list(self._input_ids) == list(tokens)
+
+    def reset(self) -> None:
+        """Forget all tokens; the cache is empty afterwards."""
+        super().reset()
+        if self.kv_options is not None:
+            self._ctx.kv_cache_clear()
+
+    def save_state(self) -> Any:
+        if self.kv_options is not None:
+            raise NotImplementedError("save_state() of a compressed cache is not available, use kv_size=None")
+        return super().save_state()
+
+    def load_state(self, state: Any) -> None:
+        if self.kv_options is not None:
+            raise NotImplementedError("load_state() into a compressed cache is not available, use kv_size=None")
+        super().load_state(state)
+
+    def set_cache(self, cache: Any) -> None:
+        if self.kv_options is not None and cache is not None:
+            raise NotImplementedError("set_cache() saves states, which a compressed cache cannot: use kv_size=None")
+        super().set_cache(cache)
+
+    # ------------------------------------------------------------------ introspection
+
+    def _stats(self) -> _lib.Stats:
+        stats = _lib.Stats(size=ctypes.sizeof(_lib.Stats))
+        _lib.check(_lib.lib.headkv_get_stats(self.ctx, 0, ctypes.byref(stats)))
+        return stats
+
+    def _need_options(self) -> Options:
+        if self.kv_options is None:
+            raise ValueError("the cache is the stock one (kv_size=None): create Llama with kv_size=...")
+        return self.kv_options
+
+    def _int_table(self, func: Any, *args: Any) -> npt.NDArray[np.int32]:
+        n = _lib.check(func(*args, None, 0))
+        table = np.zeros(n, dtype=np.int32)
+        _lib.check(func(*args, table.ctypes.data_as(ctypes.POINTER(ctypes.c_int32)), n))
+        n_layer = llama_cpp.llama_model_n_layer(self.model)
+        return table.reshape(n_layer, n // n_layer)
+
+    @property
+    def kv_budget(self) -> npt.NDArray[np.int32]:
+        """Cells that each head may keep, window included: int32 (n_layer, n_head_kv)."""
+        self._need_options()
+        return self._int_table(_lib.lib.headkv_get_budget, self.ctx)
+
+    def kv_positions(self, il: int, ih: int) -> npt.NDArray[np.int32]:
+        """Prompt positions that KV head ``ih`` of layer ``il`` kept, ascending int32."""
+        self._need_options()
+        n = _lib.check(_lib.lib.headkv_get_positions(self.ctx, 0, il, ih, None, 0), ValueError)
+        positions = np.zeros(n, dtype=np.int32)
+        _lib.check(_lib.lib.headkv_get_positions(self.ctx, 0, il, ih, positions.ctypes.data_as(ctypes.POINTER(ctypes.c_int32)), n))
+        return positions
+
+    def kv_stats(self) -> KVStats:
+        """What the cache holds now, in cells and bytes."""
+        self._need_options()
+        s = self._stats()
+        return KVStats(
+            state=STATES[s.state],
+            n_prompt=s.n_prompt,
+            n_past=s.n_past,
+            n_cells=self._int_table(_lib.lib.headkv_get_n_cells, self.ctx, 0),
+            bytes_store=s.bytes_store,
+            bytes_staging=s.bytes_staging,
+            bytes_full=s.bytes_full,
+            compress_ms=s.t_compress_us / 1000,
+        )
+
+    def _read_floats(self, func: Any, n_row: int, n_max: int, *args: Any) -> npt.NDArray[np.float32]:
+        values = np.zeros((n_max, n_row), dtype=np.float32)
+        n = _lib.check(func(self.ctx, 0, *args, values.ctypes.data_as(ctypes.POINTER(ctypes.c_float)), values.size), ValueError)
+        return values[:n]

@@ -1,0 +1,129 @@
+"""Options of the compression, checked before anything is loaded."""
+
+from __future__ import annotations
+
+import ctypes
+import math
+from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
+from typing import Any, Union
+
+import numpy as np
+import numpy.typing as npt
+
+from . import _lib
+
+POLICIES = ("headkv", "snapkv")
+POOLS = {"max": 0, "avg": 1}
+ATTENDS = {"auto": 0, "fused": 1, "composed": 2}
+
+ImportanceLike = Union[str, PathLike, npt.ArrayLike, None]
+
+
+def check_int(name: str, value: Any, lo: int, hi: int, remedy: str = "") -> int:
+    """``value`` as int, if it is one in [lo, hi].
+
+    Raises
+    ------
+    ValueError
+        names the value, the limit and the remedy
+    """
+    if isinstance(value, (bool, str)) or not isinstance(value, (int, np.integer)):
+        raise ValueError(f"{name}={value!r}: it must be an integer in [{lo}, {hi}]{remedy}")
+    if not lo <= int(value) <= hi:
+        raise ValueError(f"{name}={value}: it must be in [{lo}, {hi}]{remedy}")
+    return int(value)
+
+
+def check_choice(name: str, value: Any, choices: Any) -> str:
+    """``value``, if it is one of ``choices``; else ValueError."""
+    if not isinstance(value, str) or value not in choices:
+        raise ValueError(f"{name}={value!r}: it must be one of {', '.join(map(repr, choices))}")
+    return value
+
+
+def check_importance(values: npt.ArrayLike) -> npt.NDArray[np.float64]:
+    """Importance as a (n_layer, n_head) float64 array, finite, >= 0, not all zero."""
+    array = np.asarray(values, dtype=np.float64)
+    if array.ndim != 2 or array.size == 0:
+        raise ValueError(f"importance has shape {array.shape}: it must be (n_layer, n_head)")
+    if not np.isfinite(array).all() or (array < 0).any():
+        raise ValueError("importance holds NaN, infinite or negative values: every head needs a finite number >= 0")
+    if not array.sum() > 0:
+        raise ValueError("importance is all zero: at least one head must be > 0")
+    return np.ascontiguousarray(array)
+
+
+def load_importance(source: ImportanceLike) -> npt.NDArray[np.float64] | None:
+    """Importance from an array, a score file (JSON) or a GGUF file; None = the model's own."""
+    if source is None:
+        return None
+    if not isinstance(source, (str, PathLike)):
+        return check_importance(source)
+    from . import gguf_keys
+
+    path = Path(source)
+    if not path.is_file():
+        raise ValueError(f"importance={str(source)!r}: no such file")
+    if path.suffix.lower() == ".json":
+        return check_importance(gguf_keys.load_scores(path))
+    found = gguf_keys.read_importance(path)
+    if found is None:
+        raise ValueError(f"importance={str(source)!r}: the file has no head importance")
+    return check_importance(found.values)
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the compression does; see ``pyheadkv.Llama`` for the meaning.
+
+    Raises
+    ------
+    ValueError
+        names value, limit and remedy
+    """
+
+    kv_size: int
+    policy: str = "headkv"
+    beta: float = 1.2
+    window: int = 8
+    pool: str = "max"
+    pool_kernel: int = 7
+    n_tail: int = 64
+    attend: str = "auto"
+    n_buckets: int = 1
+
+    def __post_init__(self) -> None:
+        check_choice("policy", self.policy, POLICIES)
+        check_choice("pool", self.pool, tuple(POOLS))
+        check_choice("attend", self.attend, tuple(ATTENDS))
+        check_int("window", self.window, 1, 64)
+        check_int("kv_size", self.kv_size, self.window + 1, 1 << 26,
+                  f" (it counts the observation window of {self.window} cells)")
+        check_int("pool_kernel", self.pool_kernel, 1, 31)
+        if self.pool_kernel % 2 == 0:
+            raise ValueError(f"pool_kernel={self.pool_kernel}: it must be odd, so that the pooling is centred")
+        if isinstance(self.beta, (bool, str)) or not isinstance(self.beta, (int, float, np.floating)) \
+                or not math.isfinite(self.beta) or self.beta <= 1:
+            raise ValueError(f"beta={self.beta!r}: it must be a finite number > 1 (larger = more uniform budgets)")
+        check_int("n_tail", self.n_tail, 1, 1 << 20)
+        check_int("n_buckets", self.n_buckets, 1, 8)
+
+    def to_params(self, importance: npt.NDArray[np.float64] | None, model_path: str | None) -> _lib.Params:
+        """The C struct. It refers to ``importance``, which must outlive it."""
+        params = _lib.lib.headkv_default_params()
+        params.policy = self.policy.encode()
+        params.kv_size = self.kv_size
+        params.window = self.window
+        params.pool = POOLS[self.pool]
+        params.pool_kernel = self.pool_kernel
+        params.beta = float(self.beta)
+        params.n_tail = self.n_tail
+        params.attend = ATTENDS[self.attend]
+        params.n_buckets = self.n_buckets
+        if importance is not None:
+            params.importance = importance.ctypes.data_as(ctypes.POINTER(ctypes.c_double))
+            params.n_layer, params.n_head = importance.shape
+        params.importance_gguf = model_path.encode() if model_path else None
+        return params

@@ -1,0 +1,610 @@
+"""The slow and obvious definition of per-head KV compression, in NumPy, that every fast path is compared with.
+
+One function per stage: importance -> budget -> window -> score -> select -> compact -> attend; then
+:class:`ReferenceModel`, a whole forward pass. All arithmetic is float64. "HeadKV" below names the authors' code,
+FYYFU/HeadKV at 0862a09, headkv/snapkv_utils.py.
+
+Query head ``h`` reads KV head ``h // (n_head / n_head_kv)``. A cell is the K and V of one token in one KV head.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+from numpy.typing import ArrayLike, DTypeLike, NDArray
+
+if TYPE_CHECKING:
+    import gguf
+
+Pool = Literal["max", "avg"]
+POOLS: tuple[str, ...] = ("max", "avg")
+
+
+# importance -> budget
+
+
+def budget(importance: ArrayLike, *, kv_size: int, window: int, beta: float) -> NDArray[np.int32]:
+    """Prefix cells of each query head: the authors' formula bit for bit (HeadKV lines 347 and 381-389).
+
+    The quirks are part of it: importance is normalised twice, the shared pool is a float floor division, rounding
+    is half to even, and nobody repairs the sum.
+
+    Parameters
+    ----------
+    importance : (n_layer, n_head), >= 0, any positive sum
+    kv_size : cells per head on average, window included
+    window : tokens at the end of the prompt that every head keeps
+    beta : > 1; a share 1/beta of the cells is distributed by importance, the rest evenly
+
+    Returns
+    -------
+    (n_layer, n_head) int32, cells, window excluded
+    """
+    share = _check_importance(importance)
+    _check_sizes(kv_size=kv_size, window=window)
+    if not (math.isfinite(beta) and beta > 1):
+        raise ValueError(f"beta = {beta} is not above 1: use a finite number such as 1.2 (larger is more even)")
+
+    share = share / share.sum()
+    share = share / share.sum()  # the authors' pow(temp) stands between the two; temp is always 1
+    base = kv_size - window
+    n_shared = base // float(beta)  # float floor division: 11 // 1.1 is 9.0
+    caps = np.rint(share * (n_shared * share.size) + (base - n_shared))
+    if caps.max() > np.iinfo(np.int32).max:
+        raise ValueError(f"kv_size = {kv_size} gives a head {caps.max():.0f} cells, beyond int32: lower it")
+    rounded: NDArray[np.int32] = caps.astype(np.int32)
+    return rounded
+
+
+def budget_kv(caps: ArrayLike, *, n_head_kv: int, window: int) -> NDArray[np.int32]:
+    """Cells each KV head may keep: the mean over its query heads, rounded half to even, plus the window.
+
+    The mean (Zefan-Cai/KVCache-Factory c97f9d7) leaves the average at ``kv_size``; the maximum would not.
+
+    Parameters
+    ----------
+    caps : (n_layer, n_head) cells, window excluded, as :func:`budget` gives
+    n_head_kv : KV heads per layer
+    window : tokens
+
+    Returns
+    -------
+    (n_layer, n_head_kv) int32, cells, window included
+    """
+    caps = np.asarray(caps)
+    if caps.ndim != 2:
+        raise ValueError(f"caps has {caps.ndim} dimensions, not 2: pass (n_layer, n_head)")
+    n_layer, n_head = caps.shape
+    if n_head_kv < 1 or n_head % n_head_kv:
+        raise ValueError(f"n_head_kv = {n_head_kv} does not divide n_head = {n_head}: take it from the model")
+    groups = caps.reshape(n_layer, n_head_kv, n_head // n_head_kv)
+    cells: NDArray[np.int32] = (np.rint(groups.mean(axis=-1, dtype=np.float64)) + window).astype(np.int32)
+    return cells
+
+
+def uniform_budget(*, n_layer: int, n_head: int, kv_size: int, window: int) -> NDArray[np.int32]:
+    """Prefix cells of each head under policy "snapkv": all the same.
+
+    Returns
+    -------
+    (n_layer, n_head) int32, cells, window excluded
+    """
+    _check_sizes(kv_size=kv_size, window=window)
+    return np.full((n_layer, n_head), kv_size - window, dtype=np.int32)
+
+
+# window -> score
+
+
+def window_queries(q: NDArray[np.floating], *, window: int) -> NDArray[np.floating]:
+    """Queries of the last ``window`` tokens; all of them when the prompt is shorter.
+
+    Parameters
+    ----------
+    q : (n_tokens, n_head, head_dim), after RoPE
+
+    Returns
+    -------
+    (min(window, n_tokens), n_head, head_dim)
+    """
+    if window < 1:
+        raise ValueError(f"window = {window} is below 1: give a positive number of tokens")
+    return q[-window:]
+
+
+def score(
+    q_window: ArrayLike,
+    k: ArrayLike,
+    *,
+    scale: float,
+    n_prefix: int | None = None,
+    pool: Pool = "max",
+    pool_kernel: int = 7,
+    softcap: float = 0.0,
+    q_round: DTypeLike | None = None,
+) -> NDArray[np.float64]:
+    """Attention that the window pays to each prefix cell (HeadKV lines 391-416), per KV head.
+
+    Softmax runs over all columns and the window columns are dropped afterwards, without renormalising. The mean is
+    taken over the window and over the query heads of the group, before pooling.
+
+    Parameters
+    ----------
+    q_window : (n_window, n_head, head_dim), after RoPE, the last tokens of the prompt
+    k : (n_tokens, n_head_kv, head_dim), after RoPE
+    scale : factor on q . k, usually head_dim ** -0.5
+    n_prefix : leading cells that compete; None means all but the window
+    pool, pool_kernel : see :func:`pool_scores`
+    softcap : logits become softcap * tanh(logits / softcap); 0 turns it off
+    q_round : dtype the queries are stored in before use, e.g. np.float16; None leaves them alone
+
+    Returns
+    -------
+    (n_head_kv, n_prefix) float64
+    """
+    q_window, k = _round(q_window, q_round), np.asarray(k, dtype=np.float64)
+    _check_heads(q_window, k)
+    n_window, n_tokens = len(q_window), len(k)
+    if n_prefix is None:
+        n_prefix = n_tokens - n_window
+    if not 0 <= n_prefix <= n_tokens - n_window:
+        raise ValueError(
+            f"n_prefix = {n_prefix} is outside 0..{n_tokens - n_window}: "
+            f"the last {n_window} of {n_tokens} tokens are the window"
+        )
+
+    n_head, n_head_kv = q_window.shape[1], k.shape[1]
+    group = n_head // n_head_kv
+    position = np.arange(n_tokens)
+    visible = position[None, :] <= position[n_tokens - n_window :, None]  # only the window is masked causally
+    mean = np.zeros((n_head_kv, n_tokens))
+    for h in range(n_head):
+        logits = _logits(q_window[:, h], k[:, h // group], scale=scale, softcap=softcap)
+        mean[h // group] += softmax(np.where(visible, logits, -np.inf)).mean(axis=0) / group
+    return pool_scores(mean[:, :n_prefix], pool=pool, kernel=pool_kernel)
+
+
+def softmax(logits: ArrayLike) -> NDArray[np.float64]:
+    """Softmax over the last axis; -inf is a masked column and a row masked in full gives 0."""
+    logits = np.asarray(logits, dtype=np.float64)
+    if logits.shape[-1] == 0:
+        return logits
+    top = logits.max(axis=-1, keepdims=True)
+    weights: NDArray[np.float64] = np.exp(logits - np.where(np.isfinite(top), top, 0.0))
+    total = weights.sum(axis=-1, keepdims=True)
+    return weights / np.where(total > 0, total, 1.0)
+
+
+def pool_scores(scores: ArrayLike, *, pool: Pool, kernel: int) -> NDArray[np.float64]:
+    """1-D pooling with stride 1 over the last axis, as torch does it with padding kernel // 2.
+
+    "max" ignores the padding; "avg" counts it as zeros and always divides by the full kernel.
+
+    Parameters
+    ----------
+    scores : (..., n)
+    kernel : odd, cells
+
+    Returns
+    -------
+    (..., n) float64
+    """
+    scores = np.asarray(scores, dtype=np.float64)
+    if pool not in POOLS:
+        raise ValueError(f"pool = {pool!r} is unknown: use one of {', '.join(POOLS)}")
+    if kernel < 1 or kernel % 2 == 0:
+        raise ValueError(f"pool_kernel = {kernel} is not odd and positive: use 1 (no pooling), 3, 5, 7, ..")
+    if scores.shape[-1] == 0:
+        return scores.copy()
+    half = kernel // 2
+    padding = [(0, 0)] * (scores.ndim - 1) + [(half, half)]
+    padded = np.pad(scores, padding, constant_values=-np.inf if pool == "max" else 0.0)
+    neighbours = np.lib.stride_tricks.sliding_window_view(padded, kernel, axis=-1)
+    pooled: NDArray[np.float64] = neighbours.max(axis=-1) if pool == "max" else neighbours.sum(axis=-1) / kernel
+    return pooled
+
+
+# select -> compact
+
+
+def select(scores: ArrayLike, k: ArrayLike) -> list[NDArray[np.int32]]:
+    """Positions of the k largest scores of each head; ties go to the lower position.
+
+    The authors leave ties to an unstable sort; max pooling makes them the normal case, so they are fixed here.
+
+    Parameters
+    ----------
+    scores : (n_head_kv, n_prefix)
+    k : cells, one number or one per KV head; more than n_prefix means all
+
+    Returns
+    -------
+    n_head_kv ascending int32 arrays
+    """
+    scores = np.asarray(scores, dtype=np.float64)
+    if scores.ndim != 2:
+        raise ValueError(f"scores has {scores.ndim} dimensions, not 2: pass (n_head_kv, n_prefix)")
+    if np.isnan(scores).any():
+        raise ValueError(f"scores holds {int(np.isnan(scores).sum())} NaN: they cannot be ordered, check q and k")
+    counts = np.broadcast_to(np.asarray(k), scores.shape[:1])
+    if (counts < 0).any():
+        raise ValueError(f"k = {counts.min()} is negative: give the number of cells to keep, 0 or more")
+    order = np.argsort(-scores, axis=-1, kind="stable")
+    return [np.sort(row[:n]).astype(np.int32) for row, n in zip(order, counts.tolist())]
+
+
+def keep(scores: ArrayLike, cells: ArrayLike, *, kv_size: int, window: int, n_tokens: int) -> list[NDArray[np.int32]]:
+    """Positions each KV head keeps of a prompt: its best prefix cells and the window.
+
+    A prompt whose prefix is shorter than the average budget ``kv_size - window`` is not compressed at all, whatever
+    the budget of a single head (HeadKV line 444). Otherwise a head with more cells than prefix keeps the prefix and
+    the surplus is lost.
+
+    Parameters
+    ----------
+    scores : (n_head_kv, n_prefix), n_prefix = max(0, n_tokens - window)
+    cells : (n_head_kv,) cells the head may keep, window included
+    n_tokens : length of the prompt
+
+    Returns
+    -------
+    n_head_kv ascending int32 arrays
+    """
+    scores, cells = np.asarray(scores, dtype=np.float64), np.asarray(cells)
+    n_prefix = max(0, n_tokens - window)
+    if scores.ndim != 2 or cells.shape != scores.shape[:1] or scores.shape[1] != n_prefix:
+        raise ValueError(
+            f"scores {scores.shape} and cells {cells.shape} do not fit: pass (n_head_kv, {n_prefix}) and (n_head_kv,)"
+        )
+    if kv_size - window > n_prefix:
+        return [np.arange(n_tokens, dtype=np.int32) for _ in cells]
+    tail = np.arange(n_prefix, n_tokens, dtype=np.int32)
+    return [np.concatenate([kept, tail]) for kept in select(scores, cells - window)]
+
+
+def compact(x: NDArray[Any], positions: Sequence[NDArray[np.integer]]) -> list[NDArray[Any]]:
+    """Rows of K or V that each head keeps.
+
+    Parameters
+    ----------
+    x : (n_tokens, n_head_kv, head_dim)
+    positions : one index array per KV head
+
+    Returns
+    -------
+    n_head_kv arrays (n_cells, head_dim)
+    """
+    if len(positions) != x.shape[1]:
+        raise ValueError(f"positions has {len(positions)} lists for {x.shape[1]} KV heads: pass one per head")
+    return [x[rows, ih] for ih, rows in enumerate(positions)]
+
+
+# attend
+
+
+def attend(
+    q: ArrayLike,
+    k_list: Sequence[ArrayLike],
+    v_list: Sequence[ArrayLike],
+    *,
+    scale: float,
+    softcap: float = 0.0,
+) -> NDArray[np.float64]:
+    """Attention of one token when every KV head has its own number of cells; order of cells is irrelevant.
+
+    Parameters
+    ----------
+    q : (n_head, head_dim), after RoPE
+    k_list, v_list : n_head_kv arrays (n_cells, head_dim); an empty head gives 0
+
+    Returns
+    -------
+    (n_head, head_dim of V) float64
+    """
+    q = np.asarray(q, dtype=np.float64)
+    if not k_list or len(k_list) != len(v_list) or len(q) % len(k_list):
+        raise ValueError(
+            f"{len(q)} queries, {len(k_list)} K and {len(v_list)} V do not fit: pass one K and V per KV head"
+        )
+    group = len(q) // len(k_list)
+    out = []
+    for h, row in enumerate(q):
+        k = np.asarray(k_list[h // group], dtype=np.float64)
+        v = np.asarray(v_list[h // group], dtype=np.float64)
+        out.append(softmax(_logits(row, k, scale=scale, softcap=softcap)) @ v)
+    return np.stack(out)
+
+
+# forward pass
+
+
+class ReferenceModel:
+    """Forward pass of a small dense llama, qwen2 or qwen3 GGUF in float64, with per-head compression.
+
+    K and V of every token stay in memory; compression only changes which of them a head attends to. The positions
+    are the true ones throughout.
+
+    Parameters
+    ----------
+    path : GGUF file; any type that gguf-py can dequantise
+    kv_round : dtype K and V are rounded to, as a cache stores them, e.g. np.float16; None keeps float64
+
+    Attributes
+    ----------
+    q : n_layer arrays (n_past, n_head, head_dim) float64, after RoPE
+    k, v : n_layer arrays (n_past, n_head_kv, head_dim) float64, K after RoPE, rounded to ``kv_round``
+    positions : [n_layer][n_head_kv] ascending int32 arrays, the cells that decoding attends to
+    n_past : tokens seen since the last prefill
+    """
+
+    def __init__(self, path: str | os.PathLike[str], *, kv_round: DTypeLike | None = None) -> None:
+        import gguf
+
+        reader = gguf.GGUFReader(path)
+        self.kv_round = kv_round
+        self.arch: str = _field(reader, "general.architecture")
+        if self.arch not in ("llama", "qwen2", "qwen3"):
+            raise ValueError(f"general.architecture = {self.arch!r}: the oracle knows llama, qwen2 and qwen3")
+        self._read_hparams(reader)
+        self.weights: dict[str, NDArray[np.float64]] = {
+            t.name: gguf.quants.dequantize(t.data, t.tensor_type).astype(np.float64) for t in reader.tensors
+        }
+        self.n_vocab = len(self._weight("token_embd.weight"))
+        self._reset()
+
+    def _read_hparams(self, reader: gguf.GGUFReader) -> None:
+        def get(key: str, default: Any = None) -> Any:
+            return _field(reader, f"{self.arch}.{key}", default)
+
+        if get("rope.scaling.type", "none") != "none":
+            raise ValueError(f"rope.scaling.type = {get('rope.scaling.type')!r}: the oracle has no RoPE scaling")
+        self.n_layer = int(get("block_count"))
+        self.n_embd = int(get("embedding_length"))
+        self.n_head = _one_value(get("attention.head_count"), "attention.head_count")
+        self.n_head_kv = _one_value(get("attention.head_count_kv", self.n_head), "attention.head_count_kv")
+        self.head_dim = int(get("attention.key_length", self.n_embd // self.n_head))
+        self.n_rot = int(get("rope.dimension_count", self.head_dim))
+        self.rope_theta = float(get("rope.freq_base", 10000.0))
+        self.rms_eps = float(get("attention.layer_norm_rms_epsilon"))
+        self.scale = self.head_dim**-0.5
+
+    def _reset(self) -> None:
+        self.n_past = 0
+        self.q = [np.zeros((0, self.n_head, self.head_dim)) for _ in range(self.n_layer)]
+        self.k = [np.zeros((0, self.n_head_kv, self.head_dim)) for _ in range(self.n_layer)]
+        self.v = [np.zeros((0, self.n_head_kv, self.head_dim)) for _ in range(self.n_layer)]
+        self.positions = [[np.zeros(0, np.int32) for _ in range(self.n_head_kv)] for _ in range(self.n_layer)]
+
+    def prefill(self, tokens: ArrayLike) -> NDArray[np.float64]:
+        """Forget everything and run a prompt with full causal attention.
+
+        Parameters
+        ----------
+        tokens : (n_tokens,) token ids, BOS included if the model wants one
+
+        Returns
+        -------
+        (n_tokens, n_vocab) float64, logits
+        """
+        self._reset()
+        return self._forward(self._check_tokens(tokens), self._attend_prompt)
+
+    def decode(self, token: int) -> NDArray[np.float64]:
+        """Append one token to every head and attend to the kept cells and all appended ones.
+
+        Returns
+        -------
+        (n_vocab,) float64, logits
+        """
+        logits: NDArray[np.float64] = self._forward(self._check_tokens([token]), self._attend_kept)[0]
+        return logits
+
+    def scores(
+        self, il: int, *, window: int, pool: Pool = "max", pool_kernel: int = 7, q_round: DTypeLike | None = None
+    ) -> NDArray[np.float64]:
+        """Scores of layer ``il`` for all cells before the window, see :func:`score`; shape (n_head_kv, n_prefix)."""
+        q = window_queries(self.q[il], window=window)
+        return score(q, self.k[il], scale=self.scale, pool=pool, pool_kernel=pool_kernel, q_round=q_round)
+
+    def compress(
+        self,
+        cells: ArrayLike,
+        *,
+        kv_size: int,
+        window: int,
+        pool: Pool = "max",
+        pool_kernel: int = 7,
+        q_round: DTypeLike | None = None,
+    ) -> list[list[NDArray[np.int32]]]:
+        """Choose the cells that decoding attends to; call it once, after :meth:`prefill`.
+
+        Parameters
+        ----------
+        cells : (n_layer, n_head_kv) cells each head may keep, window included, as :func:`budget_kv` gives
+        kv_size : cells per head on average, window included; decides whether the prompt is compressed at all
+
+        Returns
+        -------
+        [n_layer][n_head_kv] ascending int32 arrays of positions
+        """
+        cells = np.asarray(cells)
+        if cells.shape != (self.n_layer, self.n_head_kv):
+            raise ValueError(
+                f"cells has shape {cells.shape}, the model {(self.n_layer, self.n_head_kv)}: use budget_kv"
+            )
+        _check_sizes(kv_size=kv_size, window=window)
+        kept = []
+        for il in range(self.n_layer):
+            scores = self.scores(il, window=window, pool=pool, pool_kernel=pool_kernel, q_round=q_round)
+            kept.append(keep(scores, cells[il], kv_size=kv_size, window=window, n_tokens=self.n_past))
+        self.retain(kept)
+        return kept
+
+    def retain(self, positions: Sequence[Sequence[ArrayLike]]) -> None:
+        """Attend to exactly these cells from now on, [n_layer][n_head_kv] positions below ``n_past``."""
+        if len(positions) != self.n_layer or any(len(heads) != self.n_head_kv for heads in positions):
+            raise ValueError(
+                f"positions is not [{self.n_layer}][{self.n_head_kv}] lists: pass one per layer and KV head"
+            )
+        kept = [[np.unique(np.asarray(rows, dtype=np.int32)) for rows in heads] for heads in positions]
+        for rows in (rows for heads in kept for rows in heads if len(rows)):
+            if rows[0] < 0 or rows[-1] >= self.n_past:
+                raise ValueError(
+                    f"positions {rows[0]}..{rows[-1]} leave 0..{self.n_past - 1}: only seen tokens can be kept"
+                )
+        self.positions = kept
+
+    def _check_tokens(self, tokens: ArrayLike) -> NDArray[np.int64]:
+        ids = np.asarray(tokens, dtype=np.int64)
+        if ids.ndim != 1 or len(ids) == 0:
+            raise ValueError(f"tokens has shape {ids.shape}: pass a list of at least one token id")
+        if ids.min() < 0 or ids.max() >= self.n_vocab:
+            raise ValueError(
+                f"token ids {ids.min()}..{ids.max()} leave 0..{self.n_vocab - 1}: use the model's tokenizer"
+            )
+        return ids
+
+    def _forward(self, tokens: NDArray[np.int64], attention: Any) -> NDArray[np.float64]:
+        x = self._weight("token_embd.weight")[tokens]
+        position = np.arange(self.n_past, self.n_past + len(tokens))
+        for il in range(self.n_layer):
+            self._append_qkv(il, self._rms_norm(x, f"blk.{il}.attn_norm.weight"), position)
+            out = attention(il).reshape(len(tokens), -1)
+            x = x + self._linear(out, f"blk.{il}.attn_output")
+            x = x + self._ffn(il, self._rms_norm(x, f"blk.{il}.ffn_norm.weight"))
+        self.n_past += len(tokens)
+        output = self.weights.get("output.weight")
+        if output is None:
+            output = self._weight("token_embd.weight")
+        return self._rms_norm(x, "output_norm.weight") @ output.T
+
+    def _append_qkv(self, il: int, x: NDArray[np.float64], position: NDArray[np.int64]) -> None:
+        q = self._linear(x, f"blk.{il}.attn_q").reshape(len(x), self.n_head, self.head_dim)
+        k = self._linear(x, f"blk.{il}.attn_k").reshape(len(x), self.n_head_kv, self.head_dim)
+        v = self._linear(x, f"blk.{il}.attn_v").reshape(len(x), self.n_head_kv, self.head_dim)
+        if self.arch == "qwen3":
+            q = self._rms_norm(q, f"blk.{il}.attn_q_norm.weight")
+            k = self._rms_norm(k, f"blk.{il}.attn_k_norm.weight")
+        self.q[il] = np.concatenate([self.q[il], self._rope(q, position)])
+        self.k[il] = np.concatenate([self.k[il], _round(self._rope(k, position), self.kv_round)])
+        self.v[il] = np.concatenate([self.v[il], _round(v, self.kv_round)])
+        rows = position.astype(np.int32)
+        self.positions[il] = [np.concatenate([kept, rows]) for kept in self.positions[il]]
+
+    def _attend_prompt(self, il: int) -> NDArray[np.float64]:
+        """Full causal attention of a prompt that starts at position 0, (n_tokens, n_head, head_dim)."""
+        q, k, v = self.q[il], self.k[il], self.v[il]
+        visible = np.tri(len(q), dtype=bool)
+        out = np.empty_like(q)
+        for h in range(self.n_head):
+            ih = h * self.n_head_kv // self.n_head
+            logits = _logits(q[:, h], k[:, ih], scale=self.scale, softcap=0.0)
+            out[:, h] = softmax(np.where(visible, logits, -np.inf)) @ v[:, ih]
+        return out
+
+    def _attend_kept(self, il: int) -> NDArray[np.float64]:
+        """Attention of the last token to the kept cells, (1, n_head, head_dim)."""
+        k, v = (compact(x, self.positions[il]) for x in (self.k[il], self.v[il]))
+        return attend(self.q[il][-1], k, v, scale=self.scale)[None]
+
+    def _ffn(self, il: int, x: NDArray[np.float64]) -> NDArray[np.float64]:
+        gate = self._linear(x, f"blk.{il}.ffn_gate")
+        return self._linear(gate / (1 + np.exp(-gate)) * self._linear(x, f"blk.{il}.ffn_up"), f"blk.{il}.ffn_down")
+
+    def _rope(self, x: NDArray[np.float64], position: NDArray[np.int64]) -> NDArray[np.float64]:
+        """Rotate (n_tokens, n_heads, head_dim): pairs (2i, 2i+1) in llama, (i, i + n_rot/2) in qwen2 and qwen3."""
+        half = self.n_rot // 2
+        freq = self.rope_theta ** (-np.arange(half) / half)
+        factors = self.weights.get("rope_freqs.weight")
+        if factors is not None:
+            freq = freq / factors
+        angle = position[:, None, None] * freq
+        cos, sin = np.cos(angle), np.sin(angle)
+        if self.arch == "llama":
+            first, second = slice(0, self.n_rot, 2), slice(1, self.n_rot, 2)
+        else:
+            first, second = slice(0, half), slice(half, self.n_rot)
+        out = x.copy()
+        out[..., first] = x[..., first] * cos - x[..., second] * sin
+        out[..., second] = x[..., first] * sin + x[..., second] * cos
+        return out
+
+    def _rms_norm(self, x: NDArray[np.float64], name: str) -> NDArray[np.float64]:
+        rms: NDArray[np.float64] = np.sqrt((x * x).mean(axis=-1, keepdims=True) + self.rms_eps)
+        return x / rms * self._weight(name)
+
+    def _linear(self, x: NDArray[np.float64], name: str) -> NDArray[np.float64]:
+        out = x @ self._weight(f"{name}.weight").T
+        bias = self.weights.get(f"{name}.bias")
+        return out if bias is None else out + bias
+
+    def _weight(self, name: str) -> NDArray[np.float64]:
+        if name not in self.weights:
+            raise ValueError(f"tensor {name!r} is missing: the oracle reads dense llama, qwen2 and qwen3 models")
+        return self.weights[name]
+
+
+# shared by the stages
+
+
+def _logits(q: NDArray[np.float64], k: NDArray[np.float64], *, scale: float, softcap: float) -> NDArray[np.float64]:
+    logits: NDArray[np.float64] = scale * (q @ k.T)
+    if softcap:
+        logits = softcap * np.tanh(logits / softcap)
+    return logits
+
+
+def _round(x: ArrayLike, dtype: DTypeLike | None) -> NDArray[np.float64]:
+    x = np.asarray(x)
+    rounded: NDArray[np.float64] = (x if dtype is None else x.astype(dtype)).astype(np.float64)
+    return rounded
+
+
+def _check_importance(importance: ArrayLike) -> NDArray[np.float64]:
+    values = np.asarray(importance, dtype=np.float64)
+    if values.ndim != 2 or values.size == 0:
+        raise ValueError(f"importance has shape {values.shape}: pass (n_layer, n_head)")
+    with np.errstate(over="ignore", invalid="ignore"):
+        low, high, total = values.min(), values.max(), values.sum()
+    if not (0 <= low <= high < np.inf and 0 < total < np.inf):  # NaN fails every comparison
+        raise ValueError(
+            f"importance from {low} to {high}, sum {total}: every value must be finite and >= 0, and one above 0"
+        )
+    return values
+
+
+def _check_sizes(*, kv_size: int, window: int) -> None:
+    if window < 1:
+        raise ValueError(f"window = {window} is below 1: give a positive number of tokens")
+    if kv_size <= window:
+        raise ValueError(
+            f"kv_size = {kv_size} is not above window = {window}: it includes the window, use at least {window + 1}"
+        )
+
+
+def _check_heads(q: NDArray[np.float64], k: NDArray[np.float64]) -> None:
+    if q.ndim != 3 or k.ndim != 3 or not 1 <= len(q) <= len(k) or q.shape[2] != k.shape[2] or q.shape[1] % k.shape[1]:
+        raise ValueError(
+            f"q_window {q.shape} and k {k.shape} do not fit: pass (n_window, n_head, head_dim) and "
+            "(n_tokens, n_head_kv, head_dim) with 1 <= n_window <= n_tokens and n_head a multiple of n_head_kv"
+        )
+
+
+def _one_value(value: Any, name: str) -> int:
+    values = set(np.atleast_1d(value).tolist())
+    if len(values) != 1:
+        raise ValueError(f"{name} = {sorted(values)} differs between layers: the oracle wants one number")
+    return int(values.pop())
+
+
+def _field(reader: gguf.GGUFReader, key: str, default: Any = None) -> Any:
+    field = reader.get_field(key)
+    if field is not None:
+        return field.contents()
+    if default is None:
+        raise ValueError(f"key {key!r} is missing in the GGUF: the oracle needs it, write the model again with it")
+    return default

@@ -1,0 +1,122 @@
+"""Fixtures: random models (made once), both libraries, and helpers around one decode step."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Callable
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+
+N_THREADS = 2
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A random model: architecture, GQA ratio by heads, sizes."""
+
+    name: str
+    arch: str
+    n_head: int
+    n_head_kv: int
+    n_layer: int = 3
+    head_dim: int = 32
+    n_ff: int = 192
+
+
+SHAPES = [
+    Shape("llama-gqa1", "llama", 4, 4),
+    Shape("llama-gqa4", "llama", 8, 2),
+    Shape("qwen2-gqa7", "qwen2", 7, 1),
+    Shape("qwen3-gqa4", "qwen3", 8, 2, head_dim=64),
+    Shape("mistral-gqa2", "llama", 8, 4, n_layer=2),
+]
+
+
+@pytest.fixture(scope="session")
+def library() -> None:
+    """The built library, or a skip that says so."""
+    pyheadkv = pytest.importorskip("pyheadkv", reason="the library is not built: run make")
+    assert pyheadkv.Llama is not None
+
+
+@pytest.fixture(scope="session")
+def make_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """make_model(shape, **changes) -> path of a random GGUF, written once per session."""
+    from pyheadkv.testing import write_random_model
+
+    folder = tmp_path_factory.mktemp("models")
+    made: dict[str, Path] = {}
+
+    def make(shape: Shape, **changes: Any) -> Path:
+        key = f"{shape.name}-{sorted(changes.items())}"
+        if key not in made:
+            made[key] = folder / f"{len(made)}.gguf"
+            sizes = dict(arch=shape.arch, n_layer=shape.n_layer, n_embd=shape.n_head * shape.head_dim, n_head=shape.n_head,
+                         n_head_kv=shape.n_head_kv, head_dim=shape.head_dim, n_ff=shape.n_ff, seed=7, importance="random")
+            write_random_model(made[key], **{**sizes, **changes})
+        return made[key]
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def stock_lib() -> Path:
+    """Folder of the unpatched build of the same sdist."""
+    path = os.environ.get("PYHEADKV_STOCK_LIB")
+    if not path or not Path(path).is_dir():
+        pytest.skip("no unpatched library: run make test, or make stock and set PYHEADKV_STOCK_LIB")
+    return Path(path)
+
+
+def tokens(n: int, *, seed: int = 0, n_vocab: int = 384) -> list[int]:
+    """A random prompt of n tokens, BOS first, without other special tokens."""
+    rng = np.random.default_rng(seed)
+    return [1, *rng.integers(3, n_vocab, size=n - 1).tolist()]
+
+
+def load(path: Path, **options: Any) -> Any:
+    """pyheadkv.Llama, quiet, two threads."""
+    from pyheadkv import Llama
+
+    options = {"n_ctx": 2048, "n_threads": N_THREADS, "n_threads_batch": N_THREADS, "verbose": False, **options}
+    return Llama(path, **options)
+
+
+def logits(llm: Any) -> npt.NDArray[np.float32]:
+    """Logits of the last evaluated token, (n_vocab,)."""
+    return np.array(np.ctypeslib.as_array(llm._ctx.get_logits_ith(-1), shape=(llm.n_vocab(),)))
+
+
+def read_prompt(llm: Any, prompt: list[int]) -> npt.NDArray[np.float32]:
+    """Evaluate a prompt, compress it, return the logits of its last token."""
+    llm.reset()
+    llm.eval(prompt)
+    res = logits(llm)
+    llm.end_prompt()
+    return res
+
+
+def greedy(llm: Any, prompt: list[int], n: int) -> list[int]:
+    """n greedy tokens after the prompt."""
+    out: list[int] = []
+    for token in llm.generate(prompt, temp=0.0):
+        out.append(token)
+        if len(out) == n:
+            break
+    return out
+
+
+def nmse(a: npt.ArrayLike, b: npt.ArrayLike) -> float:
+    """Mean squared error of a against b, relative to the mean square of b."""
+    x, y = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)
+    return float(np.mean((x - y) ** 2) / np.mean(y**2))
+
+
+def rss() -> int:
+    """Resident bytes of this process."""
+    with open("/proc/self/statm") as f:
+        return int(f.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
