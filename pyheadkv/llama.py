@@ -169,6 +169,7 @@ class Llama(llama_cpp.Llama):
         try:
             super().eval(tokens)
         except RuntimeError as e:
+            self._requires_eval = True  # the next prompt is read from its beginning, even if it is the same
             raise RuntimeError(f"{e}: {_lib.last_error()}" if _lib.last_error() else str(e)) from None
         if self._prompt_pending and self.n_tokens > 0:
             self._prompt_pending = False
@@ -187,7 +188,8 @@ class Llama(llama_cpp.Llama):
 
     def _is_cached(self, tokens: Sequence[int]) -> bool:
         # the very prompt that was compressed, without a token generated after it
-        return self._stats().n_prompt == self.n_tokens == len(tokens) and list(self._input_ids) == list(tokens)
+        return (not self._requires_eval and self._stats().n_prompt == self.n_tokens == len(tokens)
+                and list(self._input_ids) == list(tokens))
 
     def reset(self) -> None:
         """Forget all tokens; the cache is empty afterwards."""

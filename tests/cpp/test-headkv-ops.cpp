@@ -1,0 +1,408 @@
+// The CPU ops against definitions in double precision, on shapes with empty, short, long and cut ranges.
+//
+//   test-headkv-ops [test]    every case, exit code 1 if one fails; prints the cases that fail as arguments for -c
+//   test-headkv-ops perf      time per op of the attend kernels
+//   test-headkv-ops -c NAME   one case
+
+#include "headkv-attend.h"
+#include "headkv-stages.h"
+#include "headkv-store.h"
+
+#include "ggml-backend.h"
+#include "ggml-cpp.h"
+#include "ggml-cpu.h"
+
+#include <algorithm>
+#include <chrono>
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <functional>
+#include <random>
+#include <string>
+#include <vector>
+
+static std::mt19937 rng(1);
+
+static std::vector<float> random_floats(size_t n, float stdev = 1.0f) {
+    std::normal_distribution<float> normal(0.0f, stdev);
+    std::vector<float> res(n);
+    for (float & x : res) {
+        x = normal(rng);
+    }
+    return res;
+}
+
+// a graph on the CPU backend
+struct cpu_graph {
+    ggml_backend_ptr backend{ggml_backend_cpu_init()};
+    ggml_context_ptr ctx;
+    ggml_backend_buffer_ptr buf;
+    ggml_cgraph * gf;
+
+    cpu_graph() {
+        ggml_init_params params = { 64*ggml_tensor_overhead() + ggml_graph_overhead(), nullptr, true };
+        ctx.reset(ggml_init(params));
+        gf = ggml_new_graph(ctx.get());
+    }
+
+    void alloc(ggml_tensor * out) {
+        ggml_build_forward_expand(gf, out);
+        buf.reset(ggml_backend_alloc_ctx_tensors(ctx.get(), backend.get()));
+        // what an op does not write must not matter
+        ggml_backend_buffer_clear(buf.get(), 0xff);
+    }
+
+    void run(int n_threads) {
+        ggml_backend_cpu_set_n_threads(backend.get(), n_threads);
+        if (ggml_backend_graph_compute(backend.get(), gf) != GGML_STATUS_SUCCESS) {
+            abort();
+        }
+    }
+};
+
+static void set_quantized(ggml_tensor * t, const std::vector<float> & x) {
+    std::vector<uint8_t> raw(ggml_nbytes(t));
+    ggml_quantize_chunk(t->type, x.data(), raw.data(), 0, ggml_nrows(t), t->ne[0], nullptr);
+    ggml_backend_tensor_set(t, raw.data(), 0, raw.size());
+}
+
+static std::vector<float> get_floats(const ggml_tensor * t) {
+    std::vector<uint8_t> raw(ggml_nbytes(t));
+    ggml_backend_tensor_get(t, raw.data(), 0, raw.size());
+    std::vector<float> res(ggml_nelements(t));
+    if (t->type == GGML_TYPE_F32) {
+        memcpy(res.data(), raw.data(), raw.size());
+    } else {
+        ggml_get_type_traits(t->type)->to_float(raw.data(), res.data(), res.size());
+    }
+    return res;
+}
+
+//
+// attend
+//
+
+struct attend_case {
+    std::string kernel;
+    ggml_type type;
+    int D, G;
+    std::vector<int> lens; // [n_head_kv*n_seqs]
+    int n_seqs   = 1;
+    int n_tps    = 1;
+    float softcap = 0.0f;
+
+    std::string name() const {
+        std::string res = kernel + "," + ggml_type_name(type) + ",D=" + std::to_string(D) + ",G=" + std::to_string(G) +
+            ",seqs=" + std::to_string(n_seqs) + ",tps=" + std::to_string(n_tps) + ",softcap=" + std::to_string((int) softcap) + ",lens=";
+        for (int len : lens) {
+            res += std::to_string(len) + "/";
+        }
+        return res;
+    }
+};
+
+static bool test_attend(const attend_case & c) {
+    if (!headkv_attend_kernel_find(c.type, c.type, c.D, c.kernel.c_str())) {
+        return true; // not on this machine or not for this type
+    }
+    setenv("HEADKV_ATTEND_KERNEL", c.kernel.c_str(), 1);
+    const int H = (int) c.lens.size()/c.n_seqs;
+    headkv_attend_state state(c.D, c.G*H, H, c.n_seqs, c.type, c.type);
+    state.scale   = 1.0f/std::sqrt((float) c.D);
+    state.softcap = c.softcap;
+
+    // ranges in a pool with gaps of NaN between them
+    std::vector<int32_t> ranges;
+    int n_rows = 3;
+    for (int len : c.lens) {
+        ranges.push_back(n_rows);
+        ranges.push_back(len);
+        n_rows += len + 3;
+    }
+    const int T = c.n_tps*c.n_seqs;
+
+    cpu_graph g;
+    ggml_context * ctx = g.ctx.get();
+    ggml_tensor * q = ggml_new_tensor_3d(ctx, GGML_TYPE_F32, c.D, c.G*H, T);
+    ggml_tensor * k = ggml_new_tensor_2d(ctx, c.type, c.D, n_rows);
+    ggml_tensor * v = ggml_new_tensor_2d(ctx, c.type, c.D, n_rows);
+    ggml_tensor * r = ggml_new_tensor_3d(ctx, GGML_TYPE_I32, 2, H, c.n_seqs);
+    ggml_tensor * out = headkv_build_attend_fused(ctx, &state, q, k, v, r);
+    g.alloc(out);
+
+    set_quantized(k, random_floats((size_t) c.D*n_rows));
+    set_quantized(v, random_floats((size_t) c.D*n_rows));
+    const std::vector<float> qf = random_floats(ggml_nelements(q), 2.0f);
+    ggml_backend_tensor_set(q, qf.data(), 0, ggml_nbytes(q));
+    ggml_backend_tensor_set(r, ranges.data(), 0, ggml_nbytes(r));
+    const std::vector<float> kf = get_floats(k);
+    const std::vector<float> vf = get_floats(v);
+    // rows outside of the ranges must not be read
+    const size_t nb = ggml_row_size(c.type, c.D);
+    std::vector<bool> used(n_rows, false);
+    for (size_t i = 0; i < c.lens.size(); ++i) {
+        std::fill(used.begin() + ranges[2*i], used.begin() + ranges[2*i] + c.lens[i], true);
+    }
+    const std::vector<uint8_t> poison(nb, 0xff);
+    for (int i = 0; i < n_rows; ++i) {
+        if (!used[i]) {
+            ggml_backend_tensor_set(k, poison.data(), i*nb, nb);
+            ggml_backend_tensor_set(v, poison.data(), i*nb, nb);
+        }
+    }
+
+    double err = 0.0;
+    double ref = 0.0;
+    std::vector<float> first;
+    for (int n_threads : { 1, 2, 3, 7 }) {
+        g.run(n_threads);
+        const std::vector<float> got = get_floats(out);
+        if (first.empty()) {
+            first = got;
+        } else if (memcmp(first.data(), got.data(), got.size()*sizeof(float)) != 0) {
+            printf("  differs with %d threads\n", n_threads);
+            return false;
+        }
+    }
+    for (int t = 0; t < T; ++t) {
+        for (int h = 0; h < H; ++h) {
+            const int i   = t/c.n_tps*H + h;
+            const int len = std::max(0, c.lens[i] - (c.n_tps - 1 - t%c.n_tps));
+            for (int gq = 0; gq < c.G; ++gq) {
+                const float * qh = qf.data() + ((size_t) t*c.G*H + h*c.G + gq)*c.D;
+                std::vector<double> s(len);
+                double m = -INFINITY;
+                for (int j = 0; j < len; ++j) {
+                    double dot = 0.0;
+                    for (int d = 0; d < c.D; ++d) {
+                        dot += (double) qh[d]*kf[(size_t) (ranges[2*i] + j)*c.D + d];
+                    }
+                    dot *= state.scale;
+                    s[j] = c.softcap > 0.0f ? c.softcap*std::tanh(dot/c.softcap) : dot;
+                    m = std::max(m, s[j]);
+                }
+                double sum = 0.0;
+                std::vector<double> o(c.D, 0.0);
+                for (int j = 0; j < len; ++j) {
+                    const double p = std::exp(s[j] - m);
+                    sum += p;
+                    for (int d = 0; d < c.D; ++d) {
+                        o[d] += p*vf[(size_t) (ranges[2*i] + j)*c.D + d];
+                    }
+                }
+                for (int d = 0; d < c.D; ++d) {
+                    const double want = len > 0 ? o[d]/sum : 0.0;
+                    const double got  = first[((size_t) t*c.G*H + h*c.G + gq)*c.D + d];
+                    err += (want - got)*(want - got);
+                    ref += want*want;
+                }
+            }
+        }
+    }
+    // the portable kernel rounds the queries to the dot type of K
+    const double limit = c.kernel != "portable" || c.type == GGML_TYPE_F32 ? 1e-11 : ggml_is_quantized(c.type) ? 1e-3 : 3e-5;
+    const double nmse = ref > 0.0 ? err/ref : err;
+    if (!(nmse <= limit)) {
+        printf("  nmse %g > %g\n", nmse, limit);
+        return false;
+    }
+    return true;
+}
+
+//
+// select
+//
+
+static bool test_select(int n_prefix, int H, int n_window, bool ties) {
+    std::vector<float> scores = random_floats((size_t) n_prefix*H);
+    for (float & s : scores) {
+        s = ties ? std::floor(2.0f*s)/2.0f : s; // plateaus, also of -0 and 0
+    }
+    if (n_prefix > 4) {
+        scores[3] = NAN; // the worst score, whatever its sign
+        scores[1] = -NAN;
+    }
+    std::vector<int32_t> plan;
+    int n_total = 0;
+    for (int h = 0; h < H; ++h) {
+        const int k = h == 0 ? 0 : h == 1 ? n_prefix : (int) (rng() % (n_prefix + 1));
+        plan.push_back(n_total);
+        plan.push_back(k);
+        n_total += k + n_window;
+    }
+    cpu_graph g;
+    ggml_tensor * s = ggml_new_tensor_2d(g.ctx.get(), GGML_TYPE_F32, n_prefix, H);
+    ggml_tensor * p = ggml_new_tensor_2d(g.ctx.get(), GGML_TYPE_I32, 2, H);
+    ggml_tensor * out = headkv_build_select(g.ctx.get(), s, p, n_window, n_total);
+    g.alloc(out);
+    ggml_backend_tensor_set(s, scores.data(), 0, ggml_nbytes(s));
+    ggml_backend_tensor_set(p, plan.data(), 0, ggml_nbytes(p));
+
+    std::vector<int32_t> want;
+    for (int h = 0; h < H; ++h) {
+        const float * sh = scores.data() + (size_t) h*n_prefix;
+        std::vector<int32_t> order(n_prefix);
+        for (int i = 0; i < n_prefix; ++i) {
+            order[i] = i;
+        }
+        const auto value = [&](int i) { return std::isnan(sh[i]) ? -INFINITY : sh[i]; };
+        std::stable_sort(order.begin(), order.end(), [&](int a, int b) { return value(a) > value(b); });
+        order.resize(plan[2*h + 1]);
+        std::sort(order.begin(), order.end());
+        want.insert(want.end(), order.begin(), order.end());
+        for (int i = 0; i < n_window; ++i) {
+            want.push_back(n_prefix + i);
+        }
+    }
+    for (int n_threads : { 1, 2, 5 }) {
+        g.run(n_threads);
+        std::vector<int32_t> got(n_total);
+        ggml_backend_tensor_get(out, got.data(), 0, ggml_nbytes(out));
+        if (got != want) {
+            return false;
+        }
+    }
+    return true;
+}
+
+//
+// buckets
+//
+
+static bool test_buckets() {
+    // all ways to cut 7 sorted heads, against the dynamic program
+    for (int round = 0; round < 50; ++round) {
+        std::vector<uint32_t> rows(7);
+        for (auto & r : rows) {
+            r = rng() % 100;
+        }
+        std::sort(rows.begin(), rows.end());
+        for (uint32_t n = 1; n <= 7; ++n) {
+            const auto padding = [&](const std::vector<uint32_t> & sizes) {
+                uint64_t res = 0;
+                size_t first = 0;
+                for (uint32_t size : sizes) {
+                    for (size_t i = first; i < first + size; ++i) {
+                        res += rows[first + size - 1] - rows[i];
+                    }
+                    first += size;
+                }
+                return first == rows.size() ? res : UINT64_MAX;
+            };
+            uint64_t best = UINT64_MAX;
+            for (uint32_t cuts = 0; cuts < 64; ++cuts) {
+                std::vector<uint32_t> sizes(1, 1);
+                for (int i = 0; i < 6; ++i) {
+                    if (cuts >> i & 1) { sizes.push_back(1); } else { sizes.back()++; }
+                }
+                if (sizes.size() <= n) {
+                    best = std::min(best, padding(sizes));
+                }
+            }
+            const auto got = headkv_bucket_sizes(rows, n);
+            if (got.size() > n || padding(got) != best) {
+                return false;
+            }
+        }
+    }
+    return true;
+}
+
+static void perf() {
+    // Llama-3.2-1B's layer; lengths with the skew of real budgets, and one long uniform cache
+    const std::vector<std::vector<int>> lens = { { 20, 28, 35, 44, 60, 120, 190, 527 }, std::vector<int>(8, 1152), std::vector<int>(8, 8192) };
+    printf("kernel,type,D,G,cells,us,ns_per_query_and_cell\n");
+    for (const char * kernel : { "avx512", "avx2", "neon", "portable" }) {
+        for (ggml_type type : { GGML_TYPE_F16, GGML_TYPE_Q8_0 }) {
+            for (int D : { 64, 128 }) {
+                for (const auto & l : lens) {
+                    if (!headkv_attend_kernel_find(type, type, D, kernel)) {
+                        continue;
+                    }
+                    setenv("HEADKV_ATTEND_KERNEL", kernel, 1);
+                    headkv_attend_state state(D, 32, 8, 1, type, type);
+                    state.scale = 0.1f;
+                    cpu_graph g;
+                    std::vector<int32_t> ranges;
+                    int n_rows = 0;
+                    for (int len : l) {
+                        ranges.push_back(n_rows);
+                        ranges.push_back(len);
+                        n_rows += len;
+                    }
+                    ggml_tensor * q = ggml_new_tensor_3d(g.ctx.get(), GGML_TYPE_F32, D, 32, 1);
+                    ggml_tensor * k = ggml_new_tensor_2d(g.ctx.get(), type, D, n_rows);
+                    ggml_tensor * v = ggml_new_tensor_2d(g.ctx.get(), type, D, n_rows);
+                    ggml_tensor * r = ggml_new_tensor_3d(g.ctx.get(), GGML_TYPE_I32, 2, 8, 1);
+                    g.alloc(headkv_build_attend_fused(g.ctx.get(), &state, q, k, v, r));
+                    set_quantized(k, random_floats(ggml_nelements(k)));
+                    set_quantized(v, random_floats(ggml_nelements(v)));
+                    const auto qf = random_floats(ggml_nelements(q));
+                    ggml_backend_tensor_set(q, qf.data(), 0, ggml_nbytes(q));
+                    ggml_backend_tensor_set(r, ranges.data(), 0, ggml_nbytes(r));
+                    std::vector<double> us;
+                    for (int i = 0; i < 30; ++i) {
+                        const auto t0 = std::chrono::steady_clock::now();
+                        g.run(1);
+                        us.push_back(std::chrono::duration<double, std::micro>(std::chrono::steady_clock::now() - t0).count());
+                    }
+                    std::sort(us.begin(), us.end());
+                    printf("%s,%s,%d,4,%d,%.1f,%.2f\n", kernel, ggml_type_name(type), D, n_rows, us[15], 1000*us[15]/(4.0*n_rows));
+                }
+            }
+        }
+    }
+}
+
+int main(int argc, char ** argv) {
+    if (argc > 1 && strcmp(argv[1], "perf") == 0) {
+        perf();
+        return 0;
+    }
+    const std::string only = argc > 2 && strcmp(argv[1], "-c") == 0 ? argv[2] : "";
+
+    std::vector<std::pair<std::string, std::function<bool()>>> cases;
+    const auto add = [&](const attend_case & c) { cases.push_back({ c.name(), [c]() { return test_attend(c); } }); };
+
+    const std::vector<std::vector<int>> lens = { { 0, 1, 31, 255 }, { 256, 257, 1, 0 }, { 3, 3000 }, { 127, 128, 129, 64 }, { 500 } };
+    for (const char * kernel : { "portable", "avx2", "avx512", "neon" }) {
+        for (ggml_type type : { GGML_TYPE_F16, GGML_TYPE_F32, GGML_TYPE_BF16, GGML_TYPE_Q8_0, GGML_TYPE_Q4_0 }) {
+            for (int D : { 32, 64, 80, 96, 128, 256 }) {
+                if (D % ggml_blck_size(type) != 0) {
+                    continue;
+                }
+                for (int G : { 1, 2, 3, 4, 5, 7, 8, 12 }) {
+                    add({ kernel, type, D, G, lens[(D + G) % lens.size()] });
+                }
+            }
+            for (int n_tps : { 2, 4, 5, 9 }) {
+                add({ kernel, type, 64, 4, { 9, 300, 140, 10 }, 1, n_tps });
+                add({ kernel, type, 64, 7, { 9, 300, 140, 10, 20, 131 }, 3, n_tps });
+            }
+            add({ kernel, type, 64, 4, { 5, 300 }, 1, 1, 30.0f });
+        }
+    }
+    for (int n_prefix : { 1, 2, 31, 257, 5000 }) {
+        for (bool ties : { false, true }) {
+            cases.push_back({ "select,n=" + std::to_string(n_prefix) + ",ties=" + std::to_string(ties), [=]() { return test_select(n_prefix, 6, 8, ties); } });
+        }
+    }
+    cases.push_back({ "buckets", test_buckets });
+
+    int n_fail = 0;
+    int n_run  = 0;
+    for (const auto & [name, run] : cases) {
+        if (!only.empty() && name != only) {
+            continue;
+        }
+        n_run++;
+        if (!run()) {
+            printf("FAIL -c '%s'\n", name.c_str());
+            n_fail++;
+        }
+    }
+    printf("%d of %d cases failed\n", n_fail, n_run);
+    return n_fail > 0 || n_run == 0;
+}
