@@ -36,6 +36,13 @@ enum headkv_attend {
     HEADKV_ATTEND_COMPOSED = 2, // existing ggml ops; every backend
 };
 
+// order in which a prompt is read; the results are the same
+enum headkv_prefill {
+    HEADKV_PREFILL_AUTO  = 0, // layer where it applies, else token
+    HEADKV_PREFILL_TOKEN = 1, // each ubatch through all layers: every layer's full cache is alive at the end
+    HEADKV_PREFILL_LAYER = 2, // all ubatches through one layer after the other: only one layer's full cache is ever alive
+};
+
 struct headkv_params {
     size_t       size;        // sizeof(struct headkv_params)
     const char * policy;      // "headkv" (importance decides), "snapkv" (uniform)
@@ -47,6 +54,7 @@ struct headkv_params {
     int32_t      n_tail;      // rows reserved per head for generated tokens before the store grows, >= 1
     int32_t      attend;      // enum headkv_attend
     int32_t      n_buckets;   // attention calls per layer of the composed path, 1..8
+    int32_t      prefill;     // enum headkv_prefill
     // importance of each query head, row-major [n_layer][n_head]; NULL = read it from importance_gguf
     const double * importance;
     int32_t      n_layer;
@@ -56,11 +64,12 @@ struct headkv_params {
 
 struct headkv_stats {
     size_t  size;             // sizeof(struct headkv_stats), set by the caller
-    int32_t state;            // 0 empty, 1 prompt is being read, 2 compressed
+    int32_t state;            // 0 empty, 1 prompt is being read, 2 compressed, 3 read layer by layer, its end is pending
     int32_t n_prompt;         // prompt tokens at compression, 0 before
     int32_t n_past;           // logical tokens in the sequence
     int64_t bytes_store;      // K/V bytes allocated for compressed sequences, all layers
-    int64_t bytes_staging;    // K/V and window bytes allocated for prompts, all layers
+    int64_t bytes_staging;    // K/V, window and hidden-state bytes allocated for prompts, all layers
+    int64_t bytes_peak;       // largest sum of staging, scratch and store during the last prompt
     int64_t bytes_full;       // K/V bytes that n_past uncompressed cells take
     int64_t t_compress_us;    // duration of the last compression
     int64_t n_compress;       // compressions since the context was created
@@ -78,8 +87,18 @@ LLAMA_API const char * headkv_last_error(void);
 LLAMA_API bool headkv_enabled(const struct llama_context * ctx);
 
 // Announces that the sequence will have n_tokens, so that staging is allocated once and not larger than needed.
+// whole: the next llama_decode() call brings the whole prompt, which may then be read layer by layer; that takes a
+// context with n_batch >= n_tokens, and outputs for fewer than all tokens.
 // Clears headkv_last_error(): what is found there after a failed llama_decode() is its reason.
-LLAMA_API int32_t headkv_begin_prompt(struct llama_context * ctx, llama_seq_id seq_id, int32_t n_tokens);
+LLAMA_API int32_t headkv_begin_prompt(struct llama_context * ctx, llama_seq_id seq_id, int32_t n_tokens, bool whole);
+
+// Why prompts are not read layer by layer in this context; empty = they are.
+LLAMA_API const char * headkv_why_token_prefill(const struct llama_context * ctx);
+
+// Called before each step of a prompt: layer il of n_layer (0 of 1 when all layers are one step), tokens
+// [i_token, ..) of n_tokens. Returning false aborts: llama_decode() fails and the sequence is empty.
+typedef bool (*headkv_progress)(int32_t il, int32_t n_layer, int32_t i_token, int32_t n_tokens, void * user_data);
+LLAMA_API int32_t headkv_set_progress(struct llama_context * ctx, headkv_progress progress, void * user_data);
 
 // Compresses the sequence and releases the staging memory. A no-op for a compressed sequence.
 LLAMA_API int32_t headkv_end_prompt(struct llama_context * ctx, llama_seq_id seq_id);

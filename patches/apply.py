@@ -66,7 +66,7 @@ def extract(sdist: Path, dst: Path) -> None:
     with tarfile.open(sdist) as tar:
         for member in tar:
             parts = Path(member.name).parts
-            if parts[1:3] != ("vendor", "llama.cpp") or len(parts) < 4:
+            if parts[1:3] != ("vendor", "llama.cpp") or len(parts) < 4 or parts[3] == ".git":
                 continue
             member.name = str(Path(*parts[3:]))
             if hasattr(tarfile, "data_filter"):

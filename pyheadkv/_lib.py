@@ -57,6 +57,7 @@ class Params(ctypes.Structure):
         ("n_tail", ctypes.c_int32),
         ("attend", ctypes.c_int32),
         ("n_buckets", ctypes.c_int32),
+        ("prefill", ctypes.c_int32),
         ("importance", ctypes.POINTER(ctypes.c_double)),
         ("n_layer", ctypes.c_int32),
         ("n_head", ctypes.c_int32),
@@ -73,11 +74,15 @@ class Stats(ctypes.Structure):
         ("n_past", ctypes.c_int32),
         ("bytes_store", ctypes.c_int64),
         ("bytes_staging", ctypes.c_int64),
+        ("bytes_peak", ctypes.c_int64),
         ("bytes_full", ctypes.c_int64),
         ("t_compress_us", ctypes.c_int64),
         ("n_compress", ctypes.c_int64),
     ]
 
+
+# bool (*headkv_progress)(int32_t il, int32_t n_layer, int32_t i_token, int32_t n_tokens, void * user_data)
+Progress = ctypes.CFUNCTYPE(ctypes.c_bool, *[ctypes.c_int32] * 4, ctypes.c_void_p)
 
 _I32 = ctypes.POINTER(ctypes.c_int32)
 _F32 = ctypes.POINTER(ctypes.c_float)
@@ -92,8 +97,12 @@ _PROTOTYPES: dict[str, tuple[list[Any], Any]] = {
     "headkv_last_error": ([], ctypes.c_char_p),
     # bool headkv_enabled(const struct llama_context * ctx);
     "headkv_enabled": ([_CTX], ctypes.c_bool),
-    # int32_t headkv_begin_prompt(struct llama_context * ctx, llama_seq_id seq_id, int32_t n_tokens);
-    "headkv_begin_prompt": ([_CTX, ctypes.c_int32, ctypes.c_int32], ctypes.c_int32),
+    # int32_t headkv_begin_prompt(struct llama_context * ctx, llama_seq_id seq_id, int32_t n_tokens, bool whole);
+    "headkv_begin_prompt": ([_CTX, ctypes.c_int32, ctypes.c_int32, ctypes.c_bool], ctypes.c_int32),
+    # const char * headkv_why_token_prefill(const struct llama_context * ctx);
+    "headkv_why_token_prefill": ([_CTX], ctypes.c_char_p),
+    # int32_t headkv_set_progress(struct llama_context * ctx, headkv_progress progress, void * user_data);
+    "headkv_set_progress": ([_CTX, Progress, ctypes.c_void_p], ctypes.c_int32),
     # int32_t headkv_end_prompt(struct llama_context * ctx, llama_seq_id seq_id);
     "headkv_end_prompt": ([_CTX, ctypes.c_int32], ctypes.c_int32),
     # int32_t headkv_get_stats(const struct llama_context * ctx, llama_seq_id seq_id, struct headkv_stats * stats);

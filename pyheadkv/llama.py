@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 from dataclasses import dataclass
 from os import PathLike, fspath
-from typing import Any, Generator, Sequence
+from typing import Any, Callable, Generator, Sequence
 
 import llama_cpp
 import numpy as np
@@ -14,7 +14,7 @@ import numpy.typing as npt
 from . import _lib
 from .options import ImportanceLike, Options, load_importance
 
-STATES = ("empty", "staged", "compressed")
+STATES = ("empty", "staged", "compressed", "layered")
 
 
 @dataclass(frozen=True)
@@ -23,12 +23,14 @@ class KVStats:
 
     Attributes
     ----------
-    state : "empty", "staged" (the prompt is being read) or "compressed"
+    state : "empty", "staged" (the prompt is being read), "compressed", or "layered" (read
+        layer by layer, the end of the prompt is pending)
     n_prompt : prompt tokens at compression, 0 before
     n_past : logical tokens, prompt and generated
     n_cells : (n_layer, n_head_kv) int32, cells that each head holds
     bytes_store : bytes of K and V allocated for compressed cells, all layers
     bytes_staging : bytes allocated for reading a prompt, 0 after compression
+    bytes_peak : largest sum of staging, scratch and store during the last prompt
     bytes_full : bytes that n_past cells of an uncompressed cache take
     compress_ms : duration of the last compression in ms
     """
@@ -39,8 +41,26 @@ class KVStats:
     n_cells: npt.NDArray[np.int32]
     bytes_store: int
     bytes_staging: int
+    bytes_peak: int
     bytes_full: int
     compress_ms: float
+
+
+class _WholePromptParams(llama_cpp.llama_context_params):
+    """Context parameters whose n_batch takes a whole prompt.
+
+    A prompt that is read layer by layer comes in one batch. Nothing in the library is
+    sized by ``n_batch``, but ``llama_cpp.Llama`` sizes arrays by its own copy of it.
+    """
+
+    @property
+    def n_batch(self) -> int:
+        return llama_cpp.llama_context_params.n_batch.__get__(self)
+
+    @n_batch.setter
+    def n_batch(self, value: int) -> None:
+        llama_cpp.llama_context_params.n_batch.__set__(self, max(value, self.n_ctx))
+        self.n_outputs_max = value
 
 
 class Llama(llama_cpp.Llama):
@@ -62,6 +82,9 @@ class Llama(llama_cpp.Llama):
     pool, pool_kernel : pooling of the scores along the prompt, "max" or "avg", odd size
     importance : None = from the model's metadata; or a path (JSON scores, GGUF), or a
         (n_layer, n_head) array
+    prefill : order in which prompts are read: "layer" (one layer's full cache is alive
+        at a time), "token" (every layer's, as upstream) or "auto" (layer where it
+        applies). The results are the same; ``prefill_mode`` says what was chosen
     kv_reuse : continue on the compressed past when a prompt starts with it. Off by
         default: such a prompt is read again, so that the answer is that of a fresh one
     n_tail, attend, n_buckets : see ``cpp/headkv.h``
@@ -90,6 +113,7 @@ class Llama(llama_cpp.Llama):
         pool: str = "max",
         pool_kernel: int = 7,
         importance: ImportanceLike = None,
+        prefill: str = "auto",
         kv_reuse: bool = False,
         n_tail: int = 64,
         attend: str = "auto",
@@ -97,7 +121,7 @@ class Llama(llama_cpp.Llama):
         **kwargs: Any,
     ) -> None:
         self._kv_args = dict(kv_size=kv_size, policy=policy, beta=beta, window=window, pool=pool, pool_kernel=pool_kernel,
-                             importance=importance, kv_reuse=kv_reuse, n_tail=n_tail, attend=attend, n_buckets=n_buckets)
+                             importance=importance, prefill=prefill, kv_reuse=kv_reuse, n_tail=n_tail, attend=attend, n_buckets=n_buckets)
         self._kv_reuse = kv_reuse
         self._prompt_pending = False
         model_path = fspath(model_path)
@@ -107,7 +131,7 @@ class Llama(llama_cpp.Llama):
             return
 
         self.kv_options = Options(kv_size=kv_size, policy=policy, beta=beta, window=window, pool=pool, pool_kernel=pool_kernel,
-                                  n_tail=n_tail, attend=attend, n_buckets=n_buckets)
+                                  n_tail=n_tail, attend=attend, n_buckets=n_buckets, prefill=prefill)
         values = load_importance(importance)
         if kwargs.get("embedding"):
             raise ValueError("embedding=True: embeddings have no generation to speed up, use kv_size=None")
@@ -128,6 +152,21 @@ class Llama(llama_cpp.Llama):
             raise
         finally:
             _lib.lib.headkv_set_params(None)
+        if prefill == "layer" and self.prefill_mode != "layer":
+            why = _lib.lib.headkv_why_token_prefill(self.ctx).decode()
+            self.close()
+            raise ValueError(f"prefill='layer' is not possible for this model: {why}; use prefill='auto'")
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "context_params" and self.kv_options is not None and self.kv_options.prefill != "token":
+            value = _WholePromptParams.from_buffer_copy(value)
+        super().__setattr__(name, value)
+
+    @property
+    def prefill_mode(self) -> str:
+        """Order in which whole prompts are read: "layer" or "token"."""
+        self._need_options()
+        return "token" if _lib.lib.headkv_why_token_prefill(self.ctx) else "layer"
 
     def _close_partial(self) -> None:
         stack = getattr(self, "_stack", None)
@@ -161,19 +200,64 @@ class Llama(llama_cpp.Llama):
         if self.kv_options is None:
             super().eval(tokens)
             return
-        if self.n_tokens + len(tokens) > self._n_ctx:
-            raise ValueError(f"{self.n_tokens} + {len(tokens)} tokens do not fit into n_ctx={self._n_ctx}: "
+        n_ctx = len(self.input_ids)
+        if self.n_tokens + len(tokens) > n_ctx:
+            raise ValueError(f"{self.n_tokens} + {len(tokens)} tokens do not fit into n_ctx={n_ctx}: "
                              "use a larger n_ctx or a shorter prompt")
-        if tokens:
-            _lib.check(_lib.lib.headkv_begin_prompt(self.ctx, 0, self.n_tokens + len(tokens)))
+        whole = self._prompt_pending and self.n_tokens == 0 and self.prefill_mode == "layer" and not self._logits_all
         try:
-            super().eval(tokens)
+            if whole and len(tokens) > 1:
+                self._eval_whole(tokens)
+            else:
+                if tokens:
+                    _lib.check(_lib.lib.headkv_begin_prompt(self.ctx, 0, self.n_tokens + len(tokens), False))
+                super().eval(tokens)
         except RuntimeError as e:
             self._requires_eval = True  # the next prompt is read from its beginning, even if it is the same
             raise RuntimeError(f"{e}: {_lib.last_error()}" if _lib.last_error() else str(e)) from None
         if self._prompt_pending and self.n_tokens > 0:
             self._prompt_pending = False
             self.end_prompt()
+
+    def _eval_whole(self, tokens: Sequence[int]) -> None:
+        # one batch with the whole prompt, output for its last token
+        n = len(tokens)
+        self._ctx.kv_cache_seq_rm(0, 0, -1)
+        _lib.check(_lib.lib.headkv_begin_prompt(self.ctx, 0, n, True))
+        batch = llama_cpp.llama_batch_init(n, 0, 1)
+        try:
+            batch.n_tokens = n
+            for i, token in enumerate(tokens):
+                batch.token[i], batch.pos[i], batch.n_seq_id[i], batch.seq_id[i][0], batch.logits[i] = token, i, 1, 0, i == n - 1
+            code = llama_cpp.llama_decode(self.ctx, batch)
+        finally:
+            llama_cpp.llama_batch_free(batch)
+        if code != 0:
+            self.n_tokens = 0
+            raise RuntimeError(f"llama_decode returned {code}")
+        self.input_ids[:n] = tokens
+        self.n_tokens = n
+        self._requires_eval = False
+
+    def read_prompt(self, tokens: Sequence[int]) -> None:
+        """Forget everything, evaluate a whole prompt and compress it; what ``generate`` begins with."""
+        self.reset()
+        self._prompt_pending = self.kv_options is not None
+        try:
+            self.eval(tokens)
+        finally:
+            self._prompt_pending = False
+
+    def set_progress(self, progress: Callable[[int, int, int, int], bool | None] | None) -> None:
+        """Call ``progress(il, n_layer, i_token, n_tokens)`` before each step of a prompt.
+
+        ``n_layer`` is 1 when a step takes the tokens through all layers. Returning False
+        aborts: the evaluation raises RuntimeError and the cache is empty. None = no calls.
+        """
+        self._need_options()
+        self._progress = _lib.Progress() if progress is None else _lib.Progress(
+            lambda il, n_layer, i_token, n_tokens, _: progress(il, n_layer, i_token, n_tokens) is not False)
+        _lib.check(_lib.lib.headkv_set_progress(self.ctx, self._progress, None))
 
     def generate(self, tokens: Sequence[int], *args: Any, **kwargs: Any) -> Generator[int, Sequence[int] | None, None]:
         """As ``llama_cpp.Llama.generate``; the prompt is compressed after its evaluation."""
@@ -256,6 +340,7 @@ class Llama(llama_cpp.Llama):
             n_cells=self._int_table(_lib.lib.headkv_get_n_cells, self.ctx, 0),
             bytes_store=s.bytes_store,
             bytes_staging=s.bytes_staging,
+            bytes_peak=s.bytes_peak,
             bytes_full=s.bytes_full,
             compress_ms=s.t_compress_us / 1000,
         )

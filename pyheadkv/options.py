@@ -17,6 +17,7 @@ from . import _lib
 POLICIES = ("headkv", "snapkv")
 POOLS = {"max": 0, "avg": 1}
 ATTENDS = {"auto": 0, "fused": 1, "composed": 2}
+PREFILLS = {"auto": 0, "token": 1, "layer": 2}
 
 ImportanceLike = Union[str, PathLike, npt.ArrayLike, None]
 
@@ -93,11 +94,13 @@ class Options:
     n_tail: int = 64
     attend: str = "auto"
     n_buckets: int = 1
+    prefill: str = "auto"
 
     def __post_init__(self) -> None:
         check_choice("policy", self.policy, POLICIES)
         check_choice("pool", self.pool, tuple(POOLS))
         check_choice("attend", self.attend, tuple(ATTENDS))
+        check_choice("prefill", self.prefill, tuple(PREFILLS))
         check_int("window", self.window, 1, 64)
         check_int("kv_size", self.kv_size, self.window + 1, 1 << 26,
                   f" (it counts the observation window of {self.window} cells)")
@@ -122,6 +125,7 @@ class Options:
         params.n_tail = self.n_tail
         params.attend = ATTENDS[self.attend]
         params.n_buckets = self.n_buckets
+        params.prefill = PREFILLS[self.prefill]
         if importance is not None:
             params.importance = importance.ctypes.data_as(ctypes.POINTER(ctypes.c_double))
             params.n_layer, params.n_head = importance.shape

@@ -52,7 +52,7 @@ def make_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     made: dict[str, Path] = {}
 
     def make(shape: Shape, **changes: Any) -> Path:
-        key = f"{shape.name}-{sorted(changes.items())}"
+        key = f"{shape}-{sorted(changes.items())}"
         if key not in made:
             made[key] = folder / f"{len(made)}.gguf"
             sizes = dict(arch=shape.arch, n_layer=shape.n_layer, n_embd=shape.n_head * shape.head_dim, n_head=shape.n_head,
@@ -92,12 +92,12 @@ def logits(llm: Any) -> npt.NDArray[np.float32]:
 
 
 def read_prompt(llm: Any, prompt: list[int]) -> npt.NDArray[np.float32]:
-    """Evaluate a prompt, compress it, return the logits of its last token."""
-    llm.reset()
-    llm.eval(prompt)
-    res = logits(llm)
-    llm.end_prompt()
-    return res
+    """Evaluate a whole prompt and compress it if there is compression; return the logits of its last token."""
+    if hasattr(llm, "read_prompt"):
+        llm.read_prompt(prompt)
+    else:
+        llm.eval(prompt)
+    return logits(llm)
 
 
 def greedy(llm: Any, prompt: list[int], n: int) -> list[int]:

@@ -60,6 +60,7 @@ struct headkv_params headkv_default_params(void) {
         /*.n_tail          =*/ 64,
         /*.attend          =*/ HEADKV_ATTEND_AUTO,
         /*.n_buckets       =*/ 1,
+        /*.prefill         =*/ HEADKV_PREFILL_AUTO,
         /*.importance      =*/ nullptr,
         /*.n_layer         =*/ 0,
         /*.n_head          =*/ 0,
@@ -90,7 +91,7 @@ bool headkv_enabled(const struct llama_context * ctx) {
     return get_kv(ctx) != nullptr;
 }
 
-int32_t headkv_begin_prompt(struct llama_context * ctx, llama_seq_id seq_id, int32_t n_tokens) {
+int32_t headkv_begin_prompt(struct llama_context * ctx, llama_seq_id seq_id, int32_t n_tokens, bool whole) {
     llama_kv_cache_ragged * kv = get_kv_seq(ctx, seq_id);
     if (!kv) {
         return -1;
@@ -99,7 +100,24 @@ int32_t headkv_begin_prompt(struct llama_context * ctx, llama_seq_id seq_id, int
         return fail(format("prompt of %d tokens: it must be in [1, n_ctx = %u]", n_tokens, llama_n_ctx(ctx)));
     }
     headkv_set_error(""); // what is found there after llama_decode() belongs to it
-    kv->reserve(seq_id, n_tokens);
+    kv->reserve(seq_id, n_tokens, whole);
+    return 0;
+}
+
+const char * headkv_why_token_prefill(const struct llama_context * ctx) {
+    const llama_kv_cache_ragged * kv = get_kv(ctx);
+    if (!kv) {
+        return "the cache is the stock one";
+    }
+    return kv->config().prefill == HEADKV_PREFILL_TOKEN ? "prefill is 'token'" : kv->why_token_major().c_str();
+}
+
+int32_t headkv_set_progress(struct llama_context * ctx, headkv_progress progress, void * user_data) {
+    llama_kv_cache_ragged * kv = get_kv_seq(ctx, 0);
+    if (!kv) {
+        return -1;
+    }
+    kv->set_progress(progress, user_data);
     return 0;
 }
 
@@ -132,6 +150,7 @@ int32_t headkv_get_stats(const struct llama_context * ctx, llama_seq_id seq_id, 
     stats->n_past        = seq.n_pos;
     stats->bytes_store   = kv->get_store().n_bytes();
     stats->bytes_staging = kv->bytes_staging();
+    stats->bytes_peak    = kv->bytes_peak();
     stats->bytes_full    = (int64_t) kv->bytes_cell()*seq.n_pos;
     stats->t_compress_us = kv->t_compress_us();
     stats->n_compress    = kv->n_compress();

@@ -49,6 +49,7 @@ headkv_config headkv_config_from_params(const headkv_params & params) {
     cfg.n_tail    = check_range("n_tail", params.n_tail, 1, 1 << 20);
     cfg.attend    = (headkv_attend) check_range("attend", params.attend, HEADKV_ATTEND_AUTO, HEADKV_ATTEND_COMPOSED);
     cfg.n_buckets = check_range("n_buckets", params.n_buckets, 1, 8);
+    cfg.prefill   = (headkv_prefill) check_range("prefill", params.prefill, HEADKV_PREFILL_AUTO, HEADKV_PREFILL_LAYER);
 
     if (cfg.policy == HEADKV_POLICY_HEADKV) {
         if (params.importance) {

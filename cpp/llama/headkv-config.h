@@ -28,6 +28,7 @@ struct headkv_config {
     uint32_t      n_tail;
     headkv_attend attend;
     uint32_t      n_buckets;
+    headkv_prefill prefill;
 
     headkv_importance importance;
 };

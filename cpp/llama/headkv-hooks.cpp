@@ -141,7 +141,7 @@ public:
 
     bool can_reuse(const llm_graph_params & params) override {
         const auto * mctx_new = dynamic_cast<const llama_kv_cache_ragged_context *>(params.mctx);
-        if (!mctx_new || mctx_new->is_full() || mctx_new->is_store() != store || mctx_new->generation() != generation) {
+        if (!mctx_new || mctx_new->is_full() || mctx_new->is_layered() || mctx_new->is_store() != store || mctx_new->generation() != generation) {
             return false;
         }
         mctx_ragged = mctx_new;
@@ -195,6 +195,29 @@ static ggml_tensor * new_input(ggml_context * ctx, ggml_type type, int64_t n, co
     return res;
 }
 
+// The mask of a ubatch of a prompt whose cells are its positions, without host writes: zeros for the tokens before the
+// ubatch, then the diagonal block. Null where a backend lacks an op.
+static ggml_tensor * build_mask_on_device(ggml_context * ctx, const llama_kv_cache_ragged_context & mctx, int64_t n_tokens, const ggml_tensor * like) {
+    ggml_tensor * diag = mctx.get_kv()->get_diag();
+    if (like->type != diag->type) {
+        return nullptr;
+    }
+    const int64_t n_kv   = like->ne[0];
+    const int64_t n_past = mctx.token_step();
+
+    ggml_tensor * mask = ggml_cont(ctx, ggml_view_2d(ctx, diag, n_kv - n_past, n_tokens, diag->nb[1], 0));
+    if (n_past > 0) {
+        ggml_tensor * zeros = ggml_fill_inplace(ctx, ggml_new_tensor_2d(ctx, diag->type, n_past, n_tokens), 0.0f);
+        mask = ggml_concat(ctx, zeros, mask, 0);
+        const ggml_backend_dev_t dev = ggml_backend_buft_get_device(ggml_backend_buffer_get_type(diag->buffer));
+        if (!dev || !ggml_backend_dev_supports_op(dev, zeros) || !ggml_backend_dev_supports_op(dev, mask)) {
+            return nullptr;
+        }
+    }
+    ggml_set_name(mask, "headkv_mask");
+    return mask;
+}
+
 llm_graph_input_attn_kv * headkv_build_inp(const llm_graph_context & gctx) {
     const auto * mctx = dynamic_cast<const llama_kv_cache_ragged_context *>(gctx.mctx);
     if (!mctx) {
@@ -229,6 +252,12 @@ llm_graph_input_attn_kv * headkv_build_inp(const llm_graph_context & gctx) {
         ggml_set_input(inp->self_kq_mask);
         ggml_set_name(inp->self_kq_mask, "attn_inp_kq_mask");
         inp->self_kq_mask_cnv = inp->self_kq_mask;
+        if (mctx->is_layered()) {
+            if (ggml_tensor * mask = build_mask_on_device(ctx, *mctx, ubatch.n_tokens, inp->self_kq_mask)) {
+                inp->self_kq_mask     = nullptr; // nothing to fill
+                inp->self_kq_mask_cnv = mask;
+            }
+        }
         inp->self_k_rot   = stage->build_input_k_rot(ctx);
         inp->self_v_rot   = stage->build_input_v_rot(ctx);
 

@@ -8,7 +8,9 @@ struct llama_cparams;
 struct llama_memory_i;
 struct llama_memory_params;
 struct llm_graph_context;
+struct llm_graph_params;
 class  llm_graph_input_attn_kv;
+class  llm_graph_result;
 
 // called first by llama_model::create_memory(); null = not ours. Throws when compression was asked for and the
 // model or the context cannot have it.
@@ -23,3 +25,7 @@ ggml_tensor * headkv_build_attn(const llm_graph_context & gctx, llm_graph_input_
         ggml_tensor * wo, ggml_tensor * wo_b, ggml_tensor * wo_s,
         ggml_tensor * q_cur, ggml_tensor * k_cur, ggml_tensor * v_cur,
         ggml_tensor * kq_b, ggml_tensor * sinks, float kq_scale, int il);
+
+// called first by llm_graph_result::set_outputs(), when the graph of a ubatch is complete: keeps one layer of it while
+// a prompt is read layer by layer
+void headkv_cut_graph(const llm_graph_params & params, llm_graph_result & res);

@@ -81,7 +81,7 @@ llama_kv_cache_ragged::llama_kv_cache_ragged(
         }
     }
 
-    stage_plan = make_stage(n_ctx, true);
+    stage_plan = make_stage(n_ctx, true, false);
     make_rings(rings_plan, ring_of_layer_plan, true);
 
     store_plan.no_alloc = true;
@@ -109,14 +109,33 @@ llama_kv_cache_ragged::llama_kv_cache_ragged(
 
 llama_kv_cache_ragged::~llama_kv_cache_ragged() = default;
 
-std::unique_ptr<llama_kv_cache> llama_kv_cache_ragged::make_stage(uint32_t n_cells, bool plan) const {
+std::unique_ptr<llama_kv_cache> llama_kv_cache_ragged::make_stage(uint32_t n_cells, bool plan, bool one_layer) const {
+    // layers after the last one belong to draft heads (MTP)
+    const int32_t n_layer = (int32_t) hparams.n_layer();
+
+    // in a staging for one layer, each layer maps to the first one of its kind on its device
+    const auto physical = [this](int32_t il) {
+        for (int32_t il0 : ils) {
+            if (layer_buft(model, il0, offload) == layer_buft(model, il, offload) &&
+                    hparams.n_embd_k_gqa(il0) == hparams.n_embd_k_gqa(il) && hparams.n_embd_v_gqa(il0) == hparams.n_embd_v_gqa(il)) {
+                return il0;
+            }
+        }
+        return il;
+    };
+
+    // upstream allocates what the filter lets pass and then asks which layers reuse others, filter included
+    bool allocating = true;
     layer_filter_cb filter = nullptr;
-    if (hparams.n_layer_nextn > 0) {
-        const uint32_t n_layer = hparams.n_layer();
-        filter = [n_layer](int32_t il) { return (uint32_t) il < n_layer; };
+    layer_reuse_cb  reuse  = nullptr;
+    if (one_layer) {
+        filter = [&](int32_t il) { return il < n_layer && (!allocating || physical(il) == il); };
+        reuse  = [&](int32_t il) { allocating = false; return il < n_layer && physical(il) != il ? physical(il) : -1; };
+    } else if (hparams.n_layer_nextn > 0) {
+        filter = [n_layer](int32_t il) { return il < n_layer; };
     }
     return std::make_unique<llama_kv_cache>(model, plan ? hparams_plan : hparams, type_k, type_v, /*v_trans =*/ false, offload, /*unified =*/ true,
-            n_cells, (uint32_t) seqs.size(), /*n_pad =*/ 1, /*n_swa =*/ 0, LLAMA_SWA_TYPE_NONE, nullptr, filter, nullptr, nullptr);
+            n_cells, (uint32_t) seqs.size(), /*n_pad =*/ 1, /*n_swa =*/ 0, LLAMA_SWA_TYPE_NONE, nullptr, filter, reuse, nullptr);
 }
 
 int64_t llama_kv_cache_ragged::n_slots() const {
@@ -194,7 +213,11 @@ size_t llama_kv_cache_ragged::bytes_staging() const {
     for (const auto & ring : rings) {
         res += ggml_backend_buffer_get_size(ring.buf.get());
     }
-    return res;
+    return res + (hidden_buf.buf ? ggml_backend_buffer_get_size(hidden_buf.buf.get()) : 0);
+}
+
+void llama_kv_cache_ragged::note_peak(size_t n_scratch) {
+    n_bytes_peak = std::max(n_bytes_peak, bytes_staging() + store.n_bytes() + n_scratch);
 }
 
 std::map<ggml_backend_buffer_type_t, size_t> llama_kv_cache_ragged::memory_breakdown() const {
@@ -242,11 +265,13 @@ bool llama_kv_cache_ragged::get_can_shift() const {
 }
 
 bool llama_kv_cache_ragged::is_staging() const {
-    return std::any_of(seqs.begin(), seqs.end(), [](const seq_t & s) { return s.state == STAGED; });
+    return std::any_of(seqs.begin(), seqs.end(), [](const seq_t & s) { return s.state == STAGED || s.state == LAYERED; });
 }
 
 void llama_kv_cache_ragged::clear(bool data) {
     GGML_UNUSED(data); // memory is cleared when it is allocated and released with the next update
+    abort_compression();
+    reading = false;
     for (auto & seq : seqs) {
         seq = seq_t();
     }
@@ -272,11 +297,21 @@ bool llama_kv_cache_ragged::seq_rm(llama_seq_id seq_id, llama_pos p0, llama_pos 
     p0 = std::max<llama_pos>(p0, 0);
     p1 = p1 < 0 ? std::numeric_limits<llama_pos>::max() : p1;
 
-    if (p0 >= std::min(p1, seq.n_pos)) {
-        return true; // nothing there
+    if (p0 >= std::min(p1, seq.n_pos) && !reading) {
+        release_idle_stage(); // a prompt that failed with its first ubatch has left it
+        return true;
     }
     if (p1 < seq.n_pos) {
         return false; // a hole
+    }
+    if (reading || seq.state == LAYERED) {
+        // upstream cleans up after a failed or aborted ubatch: no part of the prompt is complete
+        reading = false;
+        abort_compression();
+        stage->clear(false);
+        seq = seq_t();
+        release_idle_stage();
+        return p0 == 0;
     }
     if (seq.state == STORED && p0 > 0) {
         if (p0 < seq.n_prompt) {
@@ -366,10 +401,9 @@ void llama_kv_cache_ragged::state_read(llama_io_read_i & io, llama_seq_id seq_id
 // batches
 //
 
-bool llama_kv_cache_ragged::reserve(llama_seq_id seq_id, uint32_t n_tokens) {
-    GGML_UNUSED(seq_id);
-    want_reserve = std::min(n_tokens, n_ctx);
-    return true;
+void llama_kv_cache_ragged::reserve(llama_seq_id seq_id, uint32_t n_tokens, bool whole) {
+    want_reserve = n_announced = std::min(n_tokens, n_ctx);
+    want_whole   = whole && seqs[seq_id].state == EMPTY;
 }
 
 llama_memory_context_ptr llama_kv_cache_ragged::init_batch(llama_batch_allocr & balloc, uint32_t n_ubatch, bool embd_all) {
@@ -405,6 +439,11 @@ llama_memory_context_ptr llama_kv_cache_ragged::init_batch(llama_batch_allocr & 
         return failed();
     }
 
+    if (seq.state == LAYERED) {
+        want_compress = 0; // its last layer, before anything else
+        return failed();
+    }
+
     if (seq.state == STORED) {
         const uint32_t n_tail = seq.n_pos - seq.n_prompt + n_tokens;
         if (n_tail > seq.n_tail) {
@@ -413,19 +452,34 @@ llama_memory_context_ptr llama_kv_cache_ragged::init_batch(llama_batch_allocr & 
             want_tail     = std::max(n_tail, seq.n_tail + std::max(seq.n_tail/4, cfg->n_tail));
             return failed();
         }
-        return std::make_unique<llama_kv_cache_ragged_context>(this, std::vector<llama_ubatch>(), llama_kv_cache::slot_info_vec_t(), std::move(ubatches));
+        return std::make_unique<llama_kv_cache_ragged_context>(this, std::vector<llama_ubatch>(), llama_kv_cache::slot_info_vec_t(), std::move(ubatches), false);
     }
 
+    // logits of all tokens would need all outputs at once
+    const bool layered = want_whole && seq.state == EMPTY && n_tokens == want_reserve && n_tokens > 1 &&
+        balloc.get_n_outputs() < n_tokens && cfg->prefill != HEADKV_PREFILL_TOKEN && token_major.empty();
+
     const uint32_t n_cells = seq.n_pos + n_tokens;
-    if (!stage || stage->get_size() < n_cells) {
-        want_stage = std::max({ n_cells, want_reserve, stage ? 2*stage->get_size() : 0 });
+    if (!stage || stage->get_size() < n_cells || is_layered != layered || (layered && (!hidden || hidden->ne[1] < n_tokens))) {
+        if (seq.state == STAGED && is_layered != layered) {
+            fail("the staging holds a prompt that is read in another order");
+            return failed();
+        }
+        want_stage   = std::max({ n_cells, want_reserve, stage && !layered ? 2*stage->get_size() : 0 });
+        want_layered = layered;
         return failed();
     }
     auto sinfos = stage->prepare(ubatches);
     if (sinfos.empty()) {
         return failed();
     }
-    return std::make_unique<llama_kv_cache_ragged_context>(this, std::move(ubatches), std::move(sinfos), std::vector<llama_ubatch>());
+    want_whole   = false;
+    want_reserve = 0;
+    if (seq.state == EMPTY) {
+        n_bytes_peak = 0;
+    }
+    note_peak(0);
+    return std::make_unique<llama_kv_cache_ragged_context>(this, std::move(ubatches), std::move(sinfos), std::vector<llama_ubatch>(), layered);
 }
 
 llama_memory_context_ptr llama_kv_cache_ragged::init_full() {
@@ -464,6 +518,7 @@ bool llama_kv_cache_ragged::has_update() const {
 }
 
 bool llama_kv_cache_ragged::apply_update(llama_context * lctx) {
+    this->lctx = lctx;
     lctx->synchronize(); // buffers are about to be replaced
 
     bool res = true;
@@ -475,7 +530,7 @@ bool llama_kv_cache_ragged::apply_update(llama_context * lctx) {
             alloc_stage(want_stage);
         }
         if (want_compress >= 0) {
-            did_compress = res = compress_impl(lctx, want_compress);
+            did_compress = res = compress_impl(want_compress);
         }
     } catch (const std::exception & e) {
         res = fail(format("not enough memory (%s)", e.what()));
@@ -549,8 +604,8 @@ static void copy_rows(ggml_tensor * src, ggml_tensor * dst, int64_t n) {
 }
 
 void llama_kv_cache_ragged::alloc_stage(uint32_t n_cells) {
+    const uint32_t n_tokens = n_cells;
     n_cells = std::min<uint32_t>(GGML_PAD(n_cells, 256), n_ctx); // upstream attends multiples of 256 cells
-    want_reserve = 0;
 
     for (llama_seq_id s = 0; s < (llama_seq_id) seqs.size(); ++s) {
         if (seqs[s].state != STORED) {
@@ -562,8 +617,14 @@ void llama_kv_cache_ragged::alloc_stage(uint32_t n_cells) {
     }
     if (!is_staging()) {
         stage.reset(); // the old memory goes before the new one comes
+        hidden_buf = ring_t();
+        hidden = diag = nullptr;
     }
-    auto res = make_stage(n_cells, false);
+    auto res = make_stage(n_cells, false, want_layered);
+    if (want_layered) {
+        alloc_hidden(n_tokens);
+    }
+    is_layered = want_layered;
 
     if (stage) {
         // rows and cells of the part that was read already
@@ -585,7 +646,36 @@ void llama_kv_cache_ragged::alloc_stage(uint32_t n_cells) {
     store.generation++;
 }
 
+void llama_kv_cache_ragged::alloc_hidden(uint32_t n_tokens) {
+    const int64_t n_ubatch = lctx->n_ubatch();
+
+    ggml_init_params params = { /*.mem_size =*/ 2*ggml_tensor_overhead(), /*.mem_buffer =*/ nullptr, /*.no_alloc =*/ true };
+    hidden_buf.ctx.reset(ggml_init(params));
+    hidden = ggml_new_tensor_2d(hidden_buf.ctx.get(), GGML_TYPE_F32, hparams.n_embd, n_tokens);
+    diag   = ggml_new_tensor_2d(hidden_buf.ctx.get(), GGML_TYPE_F16, n_ubatch + 256, n_ubatch);
+    hidden_buf.buf.reset(ggml_backend_alloc_ctx_tensors_from_buft(hidden_buf.ctx.get(), store.layers[0].buft));
+    if (!hidden_buf.buf) {
+        hidden = diag = nullptr;
+        throw std::runtime_error("no memory for the hidden states of the prompt");
+    }
+    std::vector<ggml_fp16_t> mask(ggml_nelements(diag), ggml_fp32_to_fp16(-INFINITY));
+    for (int64_t i = 0; i < n_ubatch; ++i) {
+        std::fill(mask.begin() + i*diag->ne[0], mask.begin() + i*diag->ne[0] + i + 1, ggml_fp32_to_fp16(0.0f));
+    }
+    ggml_backend_tensor_set(diag, mask.data(), 0, ggml_nbytes(diag));
+}
+
+void llama_kv_cache_ragged::release_idle_stage() {
+    if (stage && !is_staging()) {
+        lctx->synchronize();
+        release_stage();
+    }
+}
+
 void llama_kv_cache_ragged::release_stage() {
+    hidden_buf = ring_t();
+    hidden = diag = nullptr;
+    is_layered = false;
     stage.reset();
     rings.clear();
     ring_of_layer.clear();
@@ -697,6 +787,14 @@ struct runner_t {
         gf = ggml_new_graph_custom(ctx.get(), N_NODES, false);
     }
 
+    size_t n_bytes() const {
+        size_t res = 0;
+        for (int i = 0; i < ggml_backend_sched_get_n_backends(sched.get()); ++i) {
+            res += ggml_backend_sched_get_buffer_size(sched.get(), ggml_backend_sched_get_backend(sched.get(), i));
+        }
+        return res;
+    }
+
     bool run() {
         ggml_backend_sched_reset(sched.get());
         if (!ggml_backend_sched_alloc_graph(sched.get(), gf)) {
@@ -716,179 +814,193 @@ void set_data(ggml_tensor * t, const std::vector<T> & data) {
 
 } // namespace
 
-bool llama_kv_cache_ragged::compress_impl(llama_context * lctx, llama_seq_id seq_id) {
-    const int64_t t_start = ggml_time_us();
+struct llama_kv_cache_ragged::compression {
+    llama_seq_id seq_id;
+    int64_t      t_us = 0; // spent so far
 
-    seq_t & seq = seqs[seq_id];
+    int64_t n;        // tokens of the prompt
+    int64_t n_window; // the last ones
+    int64_t n_prefix; // the others
+    bool    keep_all;
 
-    const int64_t n        = seq.n_pos;
-    const int64_t n_window = std::min<int64_t>(cfg->window, n);
-    const int64_t n_prefix = n - n_window;
+    std::vector<int32_t> slots; // of the ring, in position order
+    std::vector<int32_t> cells; // of the staging, in position order
+    bool contiguous;
+
+    std::vector<ggml_fp16_t> mask;       // [n, n_window], causal within the window
+    std::vector<float>       window_pos; // [n_window]
+
+    runner_t runner;
+
+    compression(llama_context * lctx, llama_seq_id seq_id) : seq_id(seq_id), runner(lctx) {}
+
+    void run() {
+        if (!runner.run()) {
+            throw std::runtime_error(runner.status == GGML_STATUS_ABORTED ? "it was aborted" : "a graph could not be computed");
+        }
+    }
+};
+
+void llama_kv_cache_ragged::begin_compression(llama_seq_id seq_id) {
+    running = std::make_unique<compression>(lctx, seq_id);
+    compression & c = *running;
+
+    c.n        = seqs[seq_id].n_pos;
+    c.n_window = std::min<int64_t>(cfg->window, c.n);
+    c.n_prefix = c.n - c.n_window;
 
     // the authors' test: a prompt that fits into the average budget is kept by every head
-    const bool keep_all = (int64_t) cfg->kv_size - cfg->window > n_prefix;
+    c.keep_all = (int64_t) cfg->kv_size - cfg->window > c.n_prefix;
 
-    const std::vector<int32_t> slots = window_slots(seq_id);
-    const std::vector<int32_t> cells = stage_cells(seq_id);
-    if (!keep_all && (int64_t) slots.size() != n_window) {
-        return fail(format("queries of the last %d tokens are missing, because tokens were removed from the end of the prompt: evaluate the prompt again", (int) n_window));
+    c.slots = window_slots(seq_id);
+    c.cells = stage_cells(seq_id);
+    if (!c.keep_all && (int64_t) c.slots.size() != c.n_window) {
+        throw std::runtime_error(format("queries of the last %d tokens are missing, because tokens were removed from the end of the prompt: "
+                    "evaluate the prompt again", (int) c.n_window));
     }
-    if (std::find(cells.begin(), cells.end(), -1) != cells.end()) {
-        return fail("the prompt has holes: evaluate it again");
+    if (std::find(c.cells.begin(), c.cells.end(), -1) != c.cells.end()) {
+        throw std::runtime_error("the prompt has holes: evaluate it again");
     }
-    const bool contiguous = cells.back() - cells.front() == n - 1 && std::is_sorted(cells.begin(), cells.end());
+    c.contiguous = c.cells.back() - c.cells.front() == c.n - 1 && std::is_sorted(c.cells.begin(), c.cells.end());
 
-    runner_t runner(lctx);
-
-    std::vector<ggml_fp16_t> mask; // causal within the window
-    std::vector<float> window_pos;
-    for (int64_t i = 0; i < n_window; ++i) {
-        window_pos.push_back((float) (n_prefix + i));
+    for (int64_t i = 0; i < c.n_window; ++i) {
+        c.window_pos.push_back((float) (c.n_prefix + i));
     }
-    if (!keep_all) {
-        mask.assign(n*n_window, ggml_fp32_to_fp16(0.0f));
-        for (int64_t i = 0; i < n_window; ++i) {
-            for (int64_t j = n_prefix + i + 1; j < n; ++j) {
-                mask[i*n + j] = ggml_fp32_to_fp16(-INFINITY);
-            }
+    if (!c.keep_all) {
+        c.mask.assign(c.n*c.n_window, ggml_fp32_to_fp16(0.0f));
+        for (int64_t i = 0; i < c.n_window; ++i) {
+            std::fill(c.mask.begin() + i*c.n + c.n_prefix + i + 1, c.mask.begin() + (i + 1)*c.n, ggml_fp32_to_fp16(-INFINITY));
         }
     }
+}
 
-    const auto compress_layer = [&](headkv_store_layer & layer) {
-        const int64_t D = layer.n_embd_head;
-        const int64_t H = layer.n_head_kv;
-        const int64_t G = layer.n_head/layer.n_head_kv;
+void llama_kv_cache_ragged::compress_layer(headkv_store_layer & layer) {
+    compression & c = *running;
+    const int64_t t_start = ggml_time_us();
 
-        std::vector<int32_t> n_keep;         // prefix cells
-        std::vector<uint32_t> n_kept;        // with the window
-        std::vector<int32_t> plan_select;    // [2, H]
-        int64_t n_total = 0;
-        for (int64_t ih = 0; ih < H; ++ih) {
-            n_keep.push_back((int32_t) (keep_all ? n_prefix : std::min<int64_t>(budgets[layer.il][ih] - cfg->window, n_prefix)));
-            n_kept.push_back((uint32_t) (n_keep[ih] + n_window));
-            plan_select.push_back((int32_t) n_total);
-            plan_select.push_back(n_keep[ih]);
-            n_total += n_kept[ih];
-        }
+    const int64_t n        = c.n;
+    const int64_t n_window = c.n_window;
+    const int64_t n_prefix = c.n_prefix;
 
-        scratch_t scratch;
-        ggml_tensor * t_scores = ggml_new_tensor_2d(scratch.ctx.get(), GGML_TYPE_F32, std::max<int64_t>(n_prefix, 1), H);
-        ggml_tensor * t_kept   = ggml_new_tensor_1d(scratch.ctx.get(), GGML_TYPE_I32, n_total);
-        ggml_tensor * t_cells  = ggml_new_tensor_1d(scratch.ctx.get(), GGML_TYPE_I32, n);
-        ggml_tensor * t_slots  = ggml_new_tensor_1d(scratch.ctx.get(), GGML_TYPE_I32, n_window);
-        ggml_tensor * t_select = ggml_new_tensor_2d(scratch.ctx.get(), GGML_TYPE_I32, 2, H);
-        ggml_tensor * t_plan   = ggml_new_tensor_2d(scratch.ctx.get(), GGML_TYPE_I32, 3, H);
-        ggml_tensor * t_window = ggml_new_tensor_1d(scratch.ctx.get(), GGML_TYPE_F32, n_window);
-        ggml_tensor * t_mask   = keep_all ? nullptr : ggml_new_tensor_2d(scratch.ctx.get(), GGML_TYPE_F16, n, n_window);
-        scratch.alloc(layer.buft);
-        set_data(t_cells,  cells);
-        set_data(t_select, plan_select);
-        set_data(t_window, window_pos);
+    const int64_t D = layer.n_embd_head;
+    const int64_t H = layer.n_head_kv;
+    const int64_t G = layer.n_head/layer.n_head_kv;
 
-        ggml_tensor * k_all = storage_of(*stage, layer.il, false);
-        ggml_tensor * v_all = storage_of(*stage, layer.il, true);
+    std::vector<int32_t> n_keep;         // prefix cells
+    std::vector<uint32_t> n_kept;        // with the window
+    std::vector<int32_t> plan_select;    // [2, H]
+    int64_t n_total = 0;
+    for (int64_t ih = 0; ih < H; ++ih) {
+        n_keep.push_back((int32_t) (c.keep_all ? n_prefix : std::min<int64_t>(budgets[layer.il][ih] - cfg->window, n_prefix)));
+        n_kept.push_back((uint32_t) (n_keep[ih] + n_window));
+        plan_select.push_back((int32_t) n_total);
+        plan_select.push_back(n_keep[ih]);
+        n_total += n_kept[ih];
+    }
 
-        // keys or values of one head in position order [D, n]
-        const auto head_cells = [&](ggml_context * ctx, ggml_tensor * all, int64_t ih) {
-            const size_t nb = ggml_row_size(all->type, D);
-            ggml_tensor * res = ggml_view_2d(ctx, all, D, contiguous ? n : all->ne[1], all->nb[1], ih*nb + (contiguous ? cells[0]*all->nb[1] : 0));
-            return contiguous ? res : ggml_get_rows(ctx, res, t_cells);
-        };
+    scratch_t scratch;
+    ggml_tensor * t_scores = ggml_new_tensor_2d(scratch.ctx.get(), GGML_TYPE_F32, std::max<int64_t>(n_prefix, 1), H);
+    ggml_tensor * t_kept   = ggml_new_tensor_1d(scratch.ctx.get(), GGML_TYPE_I32, n_total);
+    ggml_tensor * t_cells  = ggml_new_tensor_1d(scratch.ctx.get(), GGML_TYPE_I32, n);
+    ggml_tensor * t_slots  = ggml_new_tensor_1d(scratch.ctx.get(), GGML_TYPE_I32, n_window);
+    ggml_tensor * t_select = ggml_new_tensor_2d(scratch.ctx.get(), GGML_TYPE_I32, 2, H);
+    ggml_tensor * t_plan   = ggml_new_tensor_2d(scratch.ctx.get(), GGML_TYPE_I32, 3, H);
+    ggml_tensor * t_window = ggml_new_tensor_1d(scratch.ctx.get(), GGML_TYPE_F32, n_window);
+    ggml_tensor * t_mask   = c.keep_all ? nullptr : ggml_new_tensor_2d(scratch.ctx.get(), GGML_TYPE_F16, n, n_window);
+    scratch.alloc(layer.buft);
+    set_data(t_cells,  c.cells);
+    set_data(t_select, plan_select);
+    set_data(t_window, c.window_pos);
 
-        // score
-        if (!keep_all) {
-            set_data(t_slots, slots);
-            set_data(t_mask, mask);
+    ggml_tensor * k_all = storage_of(*stage, layer.il, false);
+    ggml_tensor * v_all = storage_of(*stage, layer.il, true);
 
-            // nodes per head: at most 24 and 5 for each halving of the window rows
-            const int64_t n_heads_graph = std::max<int64_t>(1, runner_t::N_NODES/(32 + 5*8) - 1);
-            for (int64_t ih0 = 0; ih0 < H; ih0 += n_heads_graph) {
-                runner.begin();
-                ggml_context * ctx = runner.ctx.get();
-
-                ggml_tensor * q = ggml_get_rows(ctx, ring_of_layer[layer.il], t_slots);                 // [D*n_head, w]
-                q = ggml_cont(ctx, ggml_permute(ctx, ggml_reshape_3d(ctx, q, D, layer.n_head, n_window), 0, 2, 1, 3)); // [D, w, n_head]
-
-                for (int64_t ih = ih0; ih < std::min(H, ih0 + n_heads_graph); ++ih) {
-                    ggml_tensor * qh = ggml_view_3d(ctx, q, D, n_window, G, q->nb[1], q->nb[2], ih*G*q->nb[2]);
-                    ggml_tensor * s  = headkv_build_score(ctx, runner.gf, qh, head_cells(ctx, k_all, ih), t_mask,
-                            layer.attend->scale, layer.attend->softcap, cfg->pool, cfg->pool_kernel);
-                    ggml_build_forward_expand(runner.gf, ggml_cpy(ctx, s, ggml_view_1d(ctx, t_scores, n_prefix, ih*t_scores->nb[1])));
-                }
-                if (!runner.run()) {
-                    return false;
-                }
-            }
-        }
-
-        // budgets are known: make room, select and compact
-        store.relayout(layer, seq_id, n_kept, cfg->n_tail, cfg->n_buckets, {});
-        auto & ranges = layer.ranges[seq_id];
-
-        std::vector<int32_t> plan;
-        for (int64_t ih = 0; ih < H; ++ih) {
-            plan.insert(plan.end(), { plan_select[2*ih], (int32_t) n_kept[ih], (int32_t) ranges[ih].off });
-        }
-        set_data(t_plan, plan);
-
-        runner.begin();
-        ggml_context * ctx = runner.ctx.get();
-        ggml_tensor * scores = ggml_view_2d(ctx, t_scores, n_prefix, H, t_scores->nb[1], 0);
-
-        if (is_cpu(layer.buft)) {
-            ggml_tensor * kept = ggml_cpy(ctx, headkv_build_select(ctx, scores, t_select, n_window, n_total), t_kept);
-            ggml_build_forward_expand(runner.gf, headkv_build_compact(ctx, layer.k, k_all, kept, t_cells, t_plan));
-            ggml_build_forward_expand(runner.gf, headkv_build_compact(ctx, layer.v, v_all, kept, t_cells, t_plan));
-            if (!runner.run()) {
-                return false;
-            }
-        } else {
-            for (int64_t ih = 0; ih < H; ++ih) {
-                runner.begin();
-                ctx = runner.ctx.get();
-                scores = ggml_view_1d(ctx, t_scores, n_prefix, ih*t_scores->nb[1]);
-                ggml_tensor * kept = n_keep[ih] == n_prefix
-                    ? ggml_cast(ctx, ggml_arange(ctx, 0.0f, (float) n, 1.0f), GGML_TYPE_I32)
-                    : headkv_build_select_composed(ctx, scores, n_keep[ih], t_window);
-                kept = ggml_cpy(ctx, kept, ggml_view_1d(ctx, t_kept, n_kept[ih], plan_select[2*ih]*sizeof(int32_t)));
-                ggml_build_forward_expand(runner.gf, kept);
-                for (auto & [pool, all] : { std::make_pair(layer.k, k_all), std::make_pair(layer.v, v_all) }) {
-                    ggml_tensor * rows = ggml_get_rows(ctx, head_cells(ctx, all, ih), kept); // F32
-                    ggml_build_forward_expand(runner.gf, ggml_cpy(ctx, rows, ggml_view_2d(ctx, pool, D, n_kept[ih], pool->nb[1], ranges[ih].off*pool->nb[1])));
-                }
-                if (!runner.run()) {
-                    return false;
-                }
-            }
-        }
-
-        std::vector<int32_t> kept(n_total);
-        ggml_backend_tensor_get(t_kept, kept.data(), 0, n_total*sizeof(int32_t));
-        for (int64_t ih = 0; ih < H; ++ih) {
-            ranges[ih].pos.assign(kept.begin() + plan_select[2*ih], kept.begin() + plan_select[2*ih] + n_kept[ih]);
-        }
-        return true;
+    // keys or values of one head in position order [D, n]
+    const auto head_cells = [&](ggml_context * ctx, ggml_tensor * all, int64_t ih) {
+        const size_t nb = ggml_row_size(all->type, D);
+        ggml_tensor * res = ggml_view_2d(ctx, all, D, c.contiguous ? n : all->ne[1], all->nb[1], ih*nb + (c.contiguous ? c.cells[0]*all->nb[1] : 0));
+        return c.contiguous ? res : ggml_get_rows(ctx, res, t_cells);
     };
 
-    // the sequence stays in the staging until all layers are done
-    bool ok = true;
-    std::string what = "compression failed";
-    try {
-        for (auto & layer : store.layers) {
-            if (!compress_layer(layer)) {
-                ok = false;
-                what = runner.status == GGML_STATUS_ABORTED ? "compression was aborted" : "compression failed: a graph could not be computed";
-                break;
+    // score
+    if (!c.keep_all) {
+        set_data(t_slots, c.slots);
+        set_data(t_mask, c.mask);
+
+        // nodes per head: at most 32, and 5 for each halving of the window rows
+        const int64_t n_heads_graph = std::max<int64_t>(1, runner_t::N_NODES/(32 + 5*8) - 1);
+        for (int64_t ih0 = 0; ih0 < H; ih0 += n_heads_graph) {
+            c.runner.begin();
+            ggml_context * ctx = c.runner.ctx.get();
+
+            ggml_tensor * q = ggml_get_rows(ctx, ring_of_layer[layer.il], t_slots);                 // [D*n_head, w]
+            q = ggml_cont(ctx, ggml_permute(ctx, ggml_reshape_3d(ctx, q, D, layer.n_head, n_window), 0, 2, 1, 3)); // [D, w, n_head]
+
+            for (int64_t ih = ih0; ih < std::min(H, ih0 + n_heads_graph); ++ih) {
+                ggml_tensor * qh = ggml_view_3d(ctx, q, D, n_window, G, q->nb[1], q->nb[2], ih*G*q->nb[2]);
+                ggml_tensor * s  = headkv_build_score(ctx, c.runner.gf, qh, head_cells(ctx, k_all, ih), t_mask,
+                        layer.attend->scale, layer.attend->softcap, cfg->pool, cfg->pool_kernel);
+                ggml_build_forward_expand(c.runner.gf, ggml_cpy(ctx, s, ggml_view_1d(ctx, t_scores, n_prefix, ih*t_scores->nb[1])));
             }
+            c.run();
         }
-    } catch (const std::exception & e) {
-        ok = false;
-        what = format("compression failed: not enough memory (%s)", e.what());
     }
-    if (!ok) {
-        drop_seq(seq_id);
-        return fail(what);
+
+    // budgets are known: make room, select and compact
+    store.relayout(layer, c.seq_id, n_kept, cfg->n_tail, cfg->n_buckets, {});
+    auto & ranges = layer.ranges[c.seq_id];
+
+    std::vector<int32_t> plan;
+    for (int64_t ih = 0; ih < H; ++ih) {
+        plan.insert(plan.end(), { plan_select[2*ih], (int32_t) n_kept[ih], (int32_t) ranges[ih].off });
     }
+    set_data(t_plan, plan);
+
+    c.runner.begin();
+    ggml_context * ctx = c.runner.ctx.get();
+    ggml_tensor * scores = ggml_view_2d(ctx, t_scores, n_prefix, H, t_scores->nb[1], 0);
+
+    if (is_cpu(layer.buft)) {
+        ggml_tensor * kept = ggml_cpy(ctx, headkv_build_select(ctx, scores, t_select, n_window, n_total), t_kept);
+        ggml_build_forward_expand(c.runner.gf, headkv_build_compact(ctx, layer.k, k_all, kept, t_cells, t_plan));
+        ggml_build_forward_expand(c.runner.gf, headkv_build_compact(ctx, layer.v, v_all, kept, t_cells, t_plan));
+        c.run();
+    } else {
+        for (int64_t ih = 0; ih < H; ++ih) {
+            c.runner.begin();
+            ctx = c.runner.ctx.get();
+            scores = ggml_view_1d(ctx, t_scores, n_prefix, ih*t_scores->nb[1]);
+            ggml_tensor * kept = n_keep[ih] == n_prefix
+                ? ggml_cast(ctx, ggml_arange(ctx, 0.0f, (float) n, 1.0f), GGML_TYPE_I32)
+                : headkv_build_select_composed(ctx, scores, n_keep[ih], t_window);
+            kept = ggml_cpy(ctx, kept, ggml_view_1d(ctx, t_kept, n_kept[ih], plan_select[2*ih]*sizeof(int32_t)));
+            ggml_build_forward_expand(c.runner.gf, kept);
+            for (auto & [pool, all] : { std::make_pair(layer.k, k_all), std::make_pair(layer.v, v_all) }) {
+                ggml_tensor * rows = ggml_get_rows(ctx, head_cells(ctx, all, ih), kept); // F32
+                ggml_build_forward_expand(c.runner.gf, ggml_cpy(ctx, rows, ggml_view_2d(ctx, pool, D, n_kept[ih], pool->nb[1], ranges[ih].off*pool->nb[1])));
+            }
+            c.run();
+        }
+    }
+
+    std::vector<int32_t> kept(n_total);
+    ggml_backend_tensor_get(t_kept, kept.data(), 0, n_total*sizeof(int32_t));
+    for (int64_t ih = 0; ih < H; ++ih) {
+        ranges[ih].pos.assign(kept.begin() + plan_select[2*ih], kept.begin() + plan_select[2*ih] + n_kept[ih]);
+    }
+
+    note_peak(ggml_backend_buffer_get_size(scratch.buf.get()) + c.runner.n_bytes());
+
+    c.t_us += ggml_time_us() - t_start;
+}
+
+void llama_kv_cache_ragged::end_compression() {
+    const llama_seq_id seq_id = running->seq_id;
+    seq_t & seq = seqs[seq_id];
+
+    t_compress = running->t_us;
+    n_compressions++;
+    running.reset();
 
     stage->seq_rm(seq_id, -1, -1);
     seq.state    = STORED;
@@ -899,11 +1011,50 @@ bool llama_kv_cache_ragged::compress_impl(llama_context * lctx, llama_seq_id seq
         release_stage();
     }
 
-    t_compress = ggml_time_us() - t_start;
-    n_compressions++;
+    LLAMA_LOG_INFO("headkv: sequence %d: %d tokens, %.2f MiB of K/V -> %.2f MiB in %.1f ms, peak %.2f MiB\n", seq_id, seq.n_prompt,
+            bytes_cell()*(double) seq.n_prompt/1024/1024, store.n_bytes()/1024.0/1024.0, t_compress/1000.0, n_bytes_peak/1024.0/1024.0);
+}
 
-    LLAMA_LOG_INFO("headkv: sequence %d: %d tokens, %.2f MiB of K/V -> %.2f MiB in %.1f ms\n", seq_id, seq.n_prompt,
-            bytes_cell()*(double) seq.n_prompt/1024/1024, store.n_bytes()/1024.0/1024.0, t_compress/1000.0);
+void llama_kv_cache_ragged::abort_compression() {
+    if (running) {
+        drop_seq(running->seq_id);
+        running.reset();
+    }
+}
+
+bool llama_kv_cache_ragged::end_layer(int32_t il) {
+    try {
+        if (!running) {
+            begin_compression(0);
+        }
+        if (headkv_store_layer * layer = store.find(il)) {
+            compress_layer(*layer);
+        }
+    } catch (const std::exception & e) {
+        return fail(format("compression of layer %d failed: %s", il, e.what()));
+    }
+    return true;
+}
+
+bool llama_kv_cache_ragged::compress_impl(llama_seq_id seq_id) {
+    const bool layered = seqs[seq_id].state == LAYERED;
+    try {
+        if (!running) {
+            begin_compression(seq_id);
+        }
+        for (auto & layer : store.layers) {
+            // of a prompt that was read layer by layer, the last layer is left
+            if (!layered || layer.il == n_layer() - 1) {
+                compress_layer(layer);
+            }
+        }
+    } catch (const std::exception & e) {
+        if (!layered) {
+            abort_compression(); // the sequence stays in the staging
+        }
+        return fail(format("compression failed: %s", e.what()));
+    }
+    end_compression();
     return true;
 }
 
@@ -916,7 +1067,8 @@ bool llama_kv_cache_ragged::fill(llama_context * lctx, llama_seq_id seq_id, uint
     if (seq.state != EMPTY) {
         return fail("only an empty sequence can be filled");
     }
-    want_stage = n_tokens;
+    want_stage   = n_tokens;
+    want_layered = false;
     lctx->memory_update(true);
     if (!stage || stage->get_size() < n_tokens) {
         return false;
@@ -1021,20 +1173,52 @@ llama_kv_cache_ragged_context::llama_kv_cache_ragged_context(
         llama_kv_cache_ragged * kv,
         std::vector<llama_ubatch> ubatches_stage,
         llama_kv_cache::slot_info_vec_t sinfos,
-        std::vector<llama_ubatch> ubatches_store) :
-    kv(kv), status(LLAMA_MEMORY_STATUS_SUCCESS), ubatches_stage(std::move(ubatches_stage)), ubatches_store(std::move(ubatches_store)) {
+        std::vector<llama_ubatch> ubatches_store,
+        bool layered) :
+    kv(kv), status(LLAMA_MEMORY_STATUS_SUCCESS), layered(layered),
+    ubatches_stage(std::move(ubatches_stage)), ubatches_store(std::move(ubatches_store)) {
     for (size_t i = 0; i < sinfos.size(); ++i) {
         stage_ctxs.push_back(std::make_unique<llama_kv_cache_context>(kv->stage.get(),
                     llama_kv_cache::slot_info_vec_t{ sinfos[i] }, std::vector<llama_ubatch>{ this->ubatches_stage[i] }));
     }
+    if (layered) {
+        kv->reading = true;
+        for (const auto & ubatch : this->ubatches_stage) {
+            no_output.resize(std::max<size_t>(no_output.size(), ubatch.n_tokens), 0);
+        }
+        for (const auto & ubatch : this->ubatches_stage) {
+            ubatches_silent.push_back(ubatch);
+            ubatches_silent.back().output = no_output.data();
+        }
+    }
 }
 
 bool llama_kv_cache_ragged_context::next() {
-    return ++i_cur < ubatches_stage.size() + ubatches_store.size();
+    if (!layered) {
+        return ++i_cur < ubatches_stage.size() + ubatches_store.size();
+    }
+    i_token += ubatches_stage[i_cur].n_tokens;
+    if (++i_cur == ubatches_stage.size()) {
+        i_cur   = 0;
+        i_token = 0;
+        ++i_layer;
+    }
+    kv->reading = i_layer < kv->n_layer();
+    return kv->reading;
 }
 
 bool llama_kv_cache_ragged_context::apply() {
     const llama_ubatch & ubatch = get_ubatch();
+    if (kv->progress) {
+        const int32_t n_tokens = layered ? (int32_t) kv->hidden->ne[1] : (int32_t) std::max<uint32_t>(kv->n_announced, ubatch.pos[0] + ubatch.n_tokens);
+        if (!is_store() && !kv->progress(i_layer, layered ? kv->n_layer() : 1, layered ? (int32_t) i_token : ubatch.pos[0], n_tokens, kv->progress_data)) {
+            return kv->fail("aborted");
+        }
+    }
+    if (layered && i_layer > 0) {
+        // cells and positions are those of the first layer
+        return i_cur > 0 || kv->end_layer(i_layer - 1);
+    }
     if (!is_store() && !stage_ctxs[i_cur]->apply()) {
         return false;
     }
@@ -1043,7 +1227,7 @@ bool llama_kv_cache_ragged_context::apply() {
         auto & seq = kv->seqs[ubatch.seq_id[i][0]];
         seq.n_pos = ubatch.pos[i] + 1;
         if (!is_store()) {
-            seq.state = llama_kv_cache_ragged::STAGED;
+            seq.state = layered ? llama_kv_cache_ragged::LAYERED : llama_kv_cache_ragged::STAGED;
             seq.window.resize(n_window, -1);
             seq.window[ubatch.pos[i] % n_window] = ubatch.pos[i];
         }
@@ -1056,6 +1240,9 @@ llama_memory_status llama_kv_cache_ragged_context::get_status() const {
 }
 
 const llama_ubatch & llama_kv_cache_ragged_context::get_ubatch() const {
+    if (layered && i_layer < kv->n_layer() - 1) {
+        return ubatches_silent[i_cur];
+    }
     return i_cur < ubatches_stage.size() ? ubatches_stage[i_cur] : ubatches_store[i_cur - ubatches_stage.size()];
 }
 

@@ -19,6 +19,10 @@
 //
 //   EMPTY -- first token --> STAGED -- headkv_end_prompt() --> STORED -- seq_rm(all) --> EMPTY
 //
+// A prompt that is announced as a whole and comes in one batch is read layer by layer: all its ubatches go through layer
+// il, that layer is compressed, and the next layer reuses its staging memory. The sequence is LAYERED in between: only
+// its last layer is still staged, and it can do nothing but be compressed.
+//
 // Positions always are the logical ones. A stored sequence can be truncated down to the end of its prompt, not below.
 
 class llama_kv_cache_ragged : public llama_memory_i {
@@ -63,7 +67,7 @@ public:
 
     // llama_kv_cache_ragged specific API
 
-    enum state_t { EMPTY = 0, STAGED = 1, STORED = 2 };
+    enum state_t { EMPTY = 0, STAGED = 1, STORED = 2, LAYERED = 3 };
 
     struct seq_t {
         state_t   state    = EMPTY;
@@ -74,8 +78,15 @@ public:
         std::vector<llama_pos> window; // [n_window] position whose query is in a slot of the ring, -1 = none
     };
 
-    // announce the size of a prompt
-    bool reserve(llama_seq_id seq_id, uint32_t n_tokens);
+    // announce the size of a sequence; whole: the next batch is a prompt from its first to its last token
+    void reserve(llama_seq_id seq_id, uint32_t n_tokens, bool whole);
+
+    // told (layer, layers, tokens, tokens of the prompt) before each step; false = abort
+    using progress_fn = bool (*)(int32_t il, int32_t n_layer, int32_t i_token, int32_t n_tokens, void * user_data);
+    void set_progress(progress_fn fn, void * user_data) { progress = fn; progress_data = user_data; }
+
+    // why prompts are not read layer by layer, empty = they are
+    const std::string & why_token_major() const { return token_major; }
 
     // compress a sequence now; false: error() says why and nothing has changed
     bool compress(llama_context * lctx, llama_seq_id seq_id);
@@ -98,6 +109,7 @@ public:
     const headkv_store & get_store() const { return store; }
 
     size_t bytes_staging() const;
+    size_t bytes_peak() const { return n_bytes_peak; } // of staging, hidden states, scratch and store during the last prompt
     size_t bytes_cell() const; // K and V of one token in all layers
 
     int64_t t_compress_us() const { return t_compress; }
@@ -120,6 +132,13 @@ public:
     ggml_tensor * build_input_v_rot(ggml_context * ctx) const { return stage_plan->build_input_v_rot(ctx); }
     void set_input_k_rot(ggml_tensor * dst) const { stage_plan->set_input_k_rot(dst); }
     void set_input_v_rot(ggml_tensor * dst) const { stage_plan->set_input_v_rot(dst); }
+
+    // layer-major prefill: the slice of the hidden states [n_embd, n_tokens] of the whole prompt, the diagonal block of the mask
+    ggml_tensor * get_hidden() const { return hidden; }
+    ggml_tensor * get_diag()   const { return diag; }
+
+    // The worst-case graph of a ubatch: decides whether its layers can be cut apart.
+    void note_layers(const std::string & why_not) { token_major = why_not; }
 
     // whether a worst-case graph went through the hooks for every layer with KV heads, each exactly once
     void note_graph(const std::vector<int32_t> & ils_built);
@@ -161,6 +180,7 @@ private:
     // what the next update has to do
     uint32_t want_stage   = 0; // cells
     uint32_t want_reserve = 0; // cells that were announced
+    uint32_t n_announced  = 0; // the same, for progress
     llama_seq_id want_tail_seq = -1;
     uint32_t     want_tail     = 0; // rows per head
     llama_seq_id want_compress = -1;
@@ -173,16 +193,42 @@ private:
     int64_t t_compress     = 0;
     int64_t n_compressions = 0;
 
-    std::unique_ptr<llama_kv_cache> make_stage(uint32_t n_cells, bool plan) const;
+    // layer-major prefill
+    progress_fn   progress      = nullptr;
+    void        * progress_data = nullptr;
+    std::string   token_major   = "no graph was examined";
+    bool          want_whole    = false; // the next batch is a whole prompt
+    bool          want_layered  = false; // the wanted staging is one layer
+    bool          is_layered    = false; // what the staging is
+    ring_t        hidden_buf;
+    ggml_tensor * hidden = nullptr; // F32 [n_embd, n_tokens] of the whole prompt
+    ggml_tensor * diag   = nullptr; // F16 [n_ubatch + 256, n_ubatch] causal mask of a ubatch among itself
+    bool          reading = false; // a layer-major batch is in progress
+    llama_context * lctx = nullptr; // of the last update
+    size_t        n_bytes_peak = 0;
+
+    struct compression; // of one sequence, in progress
+    std::unique_ptr<compression> running;
+
+    void alloc_hidden(uint32_t n_tokens);
+    void note_peak(size_t n_scratch);
+    void begin_compression(llama_seq_id seq_id); // throws
+    void compress_layer(headkv_store_layer & layer); // throws
+    void end_compression();
+    void abort_compression(); // the store is as it was before
+    bool end_layer(int32_t il); // all ubatches of a layered prompt went through it
+
+    std::unique_ptr<llama_kv_cache> make_stage(uint32_t n_cells, bool plan, bool one_layer) const;
     void make_rings(std::vector<ring_t> & rings, std::vector<ggml_tensor *> & of_layer, bool plan) const;
 
     void alloc_stage(uint32_t n_cells);
     void release_stage();
+    void release_idle_stage();
     bool is_staging() const; // any sequence is STAGED
     void grow_tail(llama_seq_id seq_id, uint32_t n_tail);
     bool has_update() const;
     bool apply_update(llama_context * lctx);
-    bool compress_impl(llama_context * lctx, llama_seq_id seq_id);
+    bool compress_impl(llama_seq_id seq_id);
     void drop_seq(llama_seq_id seq_id); // frees the rows of a sequence in the store
 
     bool fail(const std::string & what) const;
@@ -208,7 +254,8 @@ public:
             llama_kv_cache_ragged * kv,
             std::vector<llama_ubatch> ubatches_stage,
             llama_kv_cache::slot_info_vec_t sinfos,
-            std::vector<llama_ubatch> ubatches_store);
+            std::vector<llama_ubatch> ubatches_store,
+            bool layered);
 
     bool next()  override;
     bool apply() override;
@@ -223,6 +270,11 @@ public:
     // the graph to build: a full-cache context answers for both kinds
     bool is_full()  const { return full; }
     bool is_store() const { return !full && i_cur >= stage_ctxs.size(); }
+
+    // layer-major: the current step takes the current ubatch through one layer
+    bool    is_layered() const { return layered; }
+    int32_t layer_step() const { return i_layer; }
+    int64_t token_step() const { return i_token; } // tokens of the prompt before the ubatch
 
     // stock context of the current ubatch in the staging
     const llama_kv_cache_context * get_stage() const;
@@ -245,13 +297,20 @@ private:
 
     llama_memory_status status;
 
-    bool full = false;
+    bool full    = false;
+    bool layered = false;
 
-    size_t i_cur = 0;
+    size_t  i_cur   = 0;
+    int32_t i_layer = 0;
+    int64_t i_token = 0;
 
     // one stock context per ubatch, each with the number of cells that its ubatch attends
     std::vector<std::unique_ptr<llama_kv_cache_context>> stage_ctxs;
 
     std::vector<llama_ubatch> ubatches_stage;
     std::vector<llama_ubatch> ubatches_store;
+
+    // layer-major: the ubatches without outputs, for all layers but the last
+    std::vector<llama_ubatch> ubatches_silent;
+    std::vector<int8_t>       no_output;
 };

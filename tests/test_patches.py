@@ -1,0 +1,101 @@
+"""The patches: call sites only, complete headers, applying without fuzz to the pinned tree."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+PATCHES = Path(__file__).resolve().parents[1] / "patches"
+FIELDS = ("Subject: ", "Why: ", "Hooks: ", "Drop-when: ", "Test: ")
+
+
+def apply_module() -> ModuleType:
+    """patches/apply.py as a module."""
+    spec = importlib.util.spec_from_file_location("apply", PATCHES / "apply.py")
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+SERIES = apply_module().series()
+ALL_PATCHES = pytest.mark.parametrize("patch", SERIES, ids=lambda p: p.stem)
+
+
+def added(patch: Path) -> list[str]:
+    """Lines that a patch adds."""
+    return [line[1:] for line in patch.read_text().splitlines() if re.match(r"\+(?!\+\+)", line)]
+
+
+@pytest.fixture(scope="session")
+def pristine() -> Path:
+    """The unpatched tree of the stock build."""
+    lib = os.environ.get("PYHEADKV_STOCK_LIB")
+    if not lib:
+        pytest.skip("no pristine tree: run make test")
+    trees = sorted((Path(lib).parents[1] / "llama").glob("llama.cpp-stock-*"))
+    assert trees, "the stock build has no source tree"
+    return trees[0]
+
+
+def test_the_series_lists_every_patch_once() -> None:
+    assert sorted(SERIES) == sorted(PATCHES.glob("*.patch"))
+    assert len(set(SERIES)) == len(SERIES)
+
+
+@ALL_PATCHES
+def test_header_says_why_where_until_when_and_which_test(patch: Path) -> None:
+    text = patch.read_text()
+    for field in FIELDS:
+        assert re.search(rf"^{field}\S", text, re.M), f"{patch.name} lacks '{field}'"
+    test = re.search(r"^Test: (\S+)$", text, re.M)
+    assert test and (PATCHES.parent / test[1]).is_file()
+
+
+@ALL_PATCHES
+def test_patch_adds_only_an_include_and_guards_that_call_headkv(patch: Path) -> None:
+    body = [line.strip() for line in added(patch) if line.strip()]
+    assert not re.search(r"^-(?!--)", patch.read_text().split("\n---\n", 1)[1], re.M), "a patch removes nothing"
+    for line in body:
+        assert line.startswith("#include \"headkv-") or "headkv_" in line or line in ("}", "return inp;", "return cur;", "return mem;"), line
+
+
+def test_core_patches_stay_under_80_added_lines() -> None:
+    assert sum(len(added(p)) for p in SERIES) < 80
+
+
+def test_every_patch_applies_without_fuzz_to_the_pristine_tree(pristine: Path, tmp_path: Path) -> None:
+    git = shutil.which("git")
+    if not git:
+        pytest.skip("git is not installed")
+    for folder in ("src", "ggml", "common", "tools"):
+        shutil.copytree(pristine / folder, tmp_path / folder)
+    env = dict(os.environ, GIT_CEILING_DIRECTORIES=str(tmp_path.parent))
+    for patch in SERIES:
+        subprocess.run([git, "apply", "--verbose", str(patch)], cwd=tmp_path, env=env, check=True, capture_output=True)
+        for target in re.findall(r"^\+\+\+ b/(\S+)", patch.read_text(), re.M):
+            assert "headkv" in (tmp_path / target).read_text(), f"{patch.name} was skipped"
+
+
+def test_pin_is_the_llama_cpp_python_that_is_installed() -> None:
+    import importlib.metadata
+
+    pin = apply_module().read_pin()
+    assert importlib.metadata.version(pin["package"]) == pin["version"]
+    assert re.fullmatch("[0-9a-f]{64}", pin["sha256"])
+
+
+def test_an_sdist_with_another_checksum_is_refused(tmp_path: Path) -> None:
+    wrong = tmp_path / "sdist.tar.gz"
+    wrong.write_bytes(b"not the sdist")
+    with pytest.raises(SystemExit, match="sha256"):
+        apply_module().find_sdist(tmp_path, str(wrong))
+    with pytest.raises(SystemExit, match="no such file"):
+        apply_module().find_sdist(tmp_path, str(tmp_path / "missing"))

@@ -1,0 +1,107 @@
+"""Prompts read layer by layer against prompts read as upstream does, on random models."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Callable
+
+import numpy as np
+import pytest
+from conftest import SHAPES, Shape, load, logits, read_prompt, tokens
+
+pytestmark = pytest.mark.usefixtures("library")
+MakeModel = Callable[..., Path]
+ALL_SHAPES = pytest.mark.parametrize("shape", SHAPES, ids=lambda s: s.name)
+
+
+def outcome(llm: Any, prompt: list[int], shape: Shape) -> tuple[list[bytes], list[list[int]]]:
+    """Logits of the prompt's end and of three more tokens, and the kept positions of every head."""
+    out = [read_prompt(llm, prompt).tobytes()]
+    kept = [llm.kv_positions(il, ih).tolist() for il in range(shape.n_layer) for ih in range(shape.n_head_kv)]
+    for token in (9, 10, 11):
+        llm.eval([token])
+        out.append(logits(llm).tobytes())
+    return out, kept
+
+
+@ALL_SHAPES
+@pytest.mark.parametrize(("n_prompt", "n_ubatch"), [(2, 32), (31, 32), (700, 32), (700, 512), (1537, 512), (1537, 2048)])
+def test_logits_and_kept_cells_are_identical_to_token_major(shape: Shape, n_prompt: int, n_ubatch: int, make_model: MakeModel) -> None:
+    path, prompt = make_model(shape), tokens(n_prompt, seed=n_prompt)
+    outcomes = []
+    for prefill in ("token", "layer"):
+        llm = load(path, kv_size=48, prefill=prefill, n_ubatch=n_ubatch, n_batch=2048)
+        assert llm.prefill_mode == prefill
+        outcomes.append(outcome(llm, prompt, shape))
+        assert llm.kv_stats().bytes_staging == 0
+    assert outcomes[0] == outcomes[1]
+
+
+@pytest.mark.parametrize("type_kv", [8, 2], ids=["q8_0", "q4_0"])
+def test_quantised_cells_are_identical_to_token_major(type_kv: int, make_model: MakeModel) -> None:
+    shape = Shape("quant", "llama", 4, 2, n_layer=3, head_dim=64)
+    path, prompt = make_model(shape), tokens(700)
+    llms = [load(path, kv_size=48, prefill=prefill, type_k=type_kv, type_v=type_kv) for prefill in ("token", "layer")]
+    assert outcome(llms[0], prompt, shape) == outcome(llms[1], prompt, shape)
+
+
+def test_only_one_layer_is_staged(make_model: MakeModel) -> None:
+    shape = Shape("peak", "llama", 8, 8, n_layer=8, head_dim=64, n_ff=128)
+    path, n = make_model(shape, importance=None), 4000
+    peaks = {}
+    for prefill in ("token", "layer"):
+        llm = load(path, kv_size=64, policy="snapkv", prefill=prefill, n_ctx=8192)
+        read_prompt(llm, tokens(n))
+        peaks[prefill] = llm.kv_stats().bytes_peak
+    layer, hidden = n * 8 * 64 * 2 * 2, n * 512 * 4
+    store = llm.kv_stats().bytes_store
+    assert peaks["token"] >= 8 * layer
+    assert peaks["layer"] <= hidden + 1.1 * layer + store + (4 << 20)
+
+
+def test_plain_eval_does_not_end_the_prompt(make_model: MakeModel) -> None:
+    """What is evaluated in pieces is one prompt until end_prompt()."""
+    path, prompt = make_model(SHAPES[1]), tokens(500)
+    whole, pieces = load(path, kv_size=48), load(path, kv_size=48)
+    whole.read_prompt(prompt)
+    pieces.eval(prompt[:200])
+    assert pieces.kv_stats().state == "staged"
+    pieces.eval(prompt[200:])
+    pieces.end_prompt()
+    for il in range(3):
+        np.testing.assert_array_equal(whole.kv_positions(il, 0), pieces.kv_positions(il, 0))
+
+
+@pytest.mark.parametrize("prefill", ["token", "layer"])
+def test_abort_in_every_step_leaves_a_clean_state(prefill: str, make_model: MakeModel) -> None:
+    path, prompt = make_model(SHAPES[1]), tokens(150)
+    llm = load(path, kv_size=48, prefill=prefill, n_ubatch=64)
+    fresh = outcome(llm, prompt, SHAPES[1])
+    steps: list[tuple[int, int, int, int]] = []
+    llm.set_progress(lambda *step: steps.append(step))
+    llm.read_prompt(prompt)
+    assert steps[0][0] == 0 and steps[-1][3] == 150
+    assert len(steps) == {"token": 3, "layer": 9}[prefill]
+    assert sorted(steps) == steps
+    for abort_at in steps:
+        llm.set_progress(lambda *step, abort_at=abort_at: step != abort_at)
+        with pytest.raises(RuntimeError, match="aborted"):
+            llm.read_prompt(prompt)
+        llm.set_progress(None)
+        stats = llm.kv_stats()
+        if prefill == "layer":
+            assert (stats.state, stats.n_past, stats.bytes_staging) == ("empty", 0, 0)
+        assert outcome(llm, prompt, SHAPES[1]) == fresh
+
+
+def test_logits_of_all_tokens_are_read_token_by_token(make_model: MakeModel) -> None:
+    path, prompt = make_model(SHAPES[1]), tokens(100)
+    llm = load(path, kv_size=48, logits_all=True)
+    llm.read_prompt(prompt)
+    assert llm.kv_stats().state == "compressed"
+    assert np.isfinite(llm.scores[:100]).all()
+
+
+def test_wrong_prefill_is_a_value_error(make_model: MakeModel) -> None:
+    with pytest.raises(ValueError, match="prefill='rows'"):
+        load(make_model(SHAPES[1]), kv_size=48, prefill="rows")

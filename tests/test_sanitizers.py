@@ -1,0 +1,46 @@
+"""The ops and the memory under the address and undefined-behaviour sanitizers."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+TESTS = Path(__file__).parent
+# one of each kind of engine test; the names are checked to exist by pytest's exit code
+SELECTION = ("after_compression_equals_the_oracle or tail or prefix or quantised or shifting or removed_window or context_full or c_api or corrupt "
+             "or (kept_positions_equal_the_oracle and gqa7)")
+
+
+@pytest.fixture(scope="session")
+def asan_dir() -> Path:
+    path = os.environ.get("PYHEADKV_ASAN_DIR")
+    if not path or not Path(path).is_dir():
+        pytest.skip("no build with sanitizers: run make test, or make sanitize and set PYHEADKV_ASAN_DIR")
+    return Path(path)
+
+
+def run(cmd: list[str], **env: str) -> str:
+    options = "detect_leaks=0:abort_on_error=0:exitcode=99:halt_on_error=1"
+    env = {**os.environ, "ASAN_OPTIONS": options, "UBSAN_OPTIONS": "print_stacktrace=1:halt_on_error=1:exitcode=99", **env}
+    res = subprocess.run(cmd, env=env, capture_output=True, text=True)
+    assert res.returncode == 0, (res.stdout + res.stderr)[-4000:]
+    return res.stdout
+
+
+def test_ops_are_clean(asan_dir: Path) -> None:
+    found = re.search(r"^0 of (\d+) cases failed$", run([str(asan_dir / "test-headkv-ops")]), re.M)
+    assert found and int(found[1]) > 1000
+
+
+def test_engine_is_clean(asan_dir: Path) -> None:
+    preload = subprocess.run(["gcc", "-print-file-name=libasan.so"], capture_output=True, text=True).stdout.strip()
+    if not Path(preload).is_file():
+        pytest.skip("no shared libasan to preload into Python")
+    cmd = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(TESTS / "test_engine.py"), "-k", SELECTION]
+    out = run(cmd, LD_PRELOAD=preload, PYHEADKV_LIB_PATH=str(asan_dir), PYHEADKV_STOCK_LIB="", PYTHONMALLOC="malloc")
+    assert " passed" in out
