@@ -1,0 +1,228 @@
+"""Decode speed after a long prompt, against the stock cache, as ratios inside one run.
+
+Two worker processes hold the same model, one with the stock cache and one with a
+compressed one. They take turns, so that other load on the machine hits both; every
+figure is a median over the rounds and every ratio the median of paired ratios.
+
+    python bench/bench_decode.py --threads 2 --out bench/results/decode_cpu.csv
+
+The model has random weights of the shape of Llama-3.2-1B (16 layers, 32 query and
+8 KV heads of 64, q8_0); the head importance is that of Llama-3-8B-Instruct (every
+second layer), so that the budgets are as skewed as real ones. Prompts of the speed
+measurements are random cells; ``--prefill`` reads a real one to time compression.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import multiprocessing as mp
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+ROOT = Path(__file__).resolve().parents[1]
+IMPORTANCE = ROOT / "tests" / "golden" / "head_mean_llama3_8b_r2.json"
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Sizes of the random model."""
+
+    n_layer: int = 16
+    n_embd: int = 2048
+    n_head: int = 32
+    n_head_kv: int = 8
+    head_dim: int = 64
+    n_ff: int = 8192
+    n_vocab: int = 32000
+
+
+def make_model(path: Path, ftype: str) -> None:
+    """Write the random model, once."""
+    from pyheadkv.testing import write_random_model
+
+    if path.is_file():
+        return
+    shape = Shape()
+    importance = np.array(json.loads(IMPORTANCE.read_text())["mean_score"])[::2, :]
+    write_random_model(path, arch="llama", ftype=ftype, repeat_layers=True, importance=importance, seed=1, **vars(shape))
+
+
+def worker(conn: Any, model: str, options: dict[str, Any]) -> None:
+    """Serve commands (name, argument) of the parent; answers are seconds or numbers."""
+    from pyheadkv import Llama, _lib
+
+    llm = Llama(model, verbose=False, **options)
+    conn.send("ready")
+
+    def decode(n: int) -> float:
+        start = time.perf_counter()
+        for _ in range(n):
+            llm.eval([7])
+        return (time.perf_counter() - start) / n
+
+    def fill(n: int) -> float:
+        llm.reset()
+        _lib.check(_lib.lib.headkv_fill_prompt(llm.ctx, 0, n, 1))
+        llm.n_tokens = n
+        return 0.0
+
+    def empty(_: int) -> float:
+        llm.reset()
+        llm._ctx.kv_cache_clear()
+        llm.eval([1])
+        return 0.0
+
+    def truncate(n: int) -> float:
+        llm.n_tokens = n  # the next eval removes what is behind
+        return 0.0
+
+    def compress(_: int) -> float:
+        llm.end_prompt()
+        return llm.kv_stats().compress_ms / 1000
+
+    def prefill(n: int) -> float:
+        llm.reset()
+        tokens = [1, *np.random.default_rng(0).integers(300, 30000, size=n - 1).tolist()]
+        start = time.perf_counter()
+        llm.eval(tokens)
+        return time.perf_counter() - start
+
+    def store_bytes(_: int) -> float:
+        return llm.kv_stats().bytes_store
+
+    commands = {f.__name__: f for f in (decode, fill, empty, truncate, compress, prefill, store_bytes)}
+    while True:
+        name, argument = conn.recv()
+        if name == "stop":
+            return
+        conn.send(commands[name](argument))
+
+
+class Worker:
+    """A process with one model and one kind of cache."""
+
+    def __init__(self, model: Path, **options: Any) -> None:
+        context = mp.get_context("spawn")
+        self.conn, child = context.Pipe()
+        self.process = context.Process(target=worker, args=(child, str(model), options), daemon=True)
+        self.process.start()
+        self.conn.recv()
+
+    def __call__(self, name: str, argument: int = 0) -> float:
+        self.conn.send((name, argument))
+        return float(self.conn.recv())
+
+    def stop(self) -> None:
+        self.conn.send(("stop", 0))
+        self.process.join()
+
+
+def commit() -> str:
+    """Short hash of the checked-out commit, "?" outside of a checkout."""
+    res = subprocess.run(["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
+    return res.stdout.strip() or "?"
+
+
+def machine() -> str:
+    """Name of the processor and the number of usable cores."""
+    name = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.is_file():
+        name = next((line.split(":")[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")), name)
+    return f"{name}, {len(os.sched_getaffinity(0))} cores"
+
+
+def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """All figures as rows of (what, ms per token, ratio of speeds to the stock cache at empty context)."""
+    make_model(args.model, args.ftype)
+    options = dict(n_ctx=args.prompt + 2048, n_threads=args.threads, n_threads_batch=args.threads, n_batch=512)
+    if args.type_kv:
+        options.update(type_k=args.type_kv, type_v=args.type_kv)
+    stock = Worker(args.model, flash_attn=True, **options)
+    ours = Worker(args.model, kv_size=args.kv_size, **options)
+
+    ours("fill", args.prompt)
+    compress_s = ours("compress")
+    n_store = ours("store_bytes")
+    ours("decode", 4)
+    times: dict[str, list[float]] = {"stock, empty context": []}
+
+    def rounds(what: str, restore: int, n: int) -> None:
+        times[what] = []
+        base = f"stock beside: {what}"
+        times[base] = []
+        for i in tqdm(range(args.rounds), desc=what):
+            ours("truncate", restore)
+            for who in (stock, ours) if i % 2 == 0 else (ours, stock):
+                if who is stock:
+                    stock("empty")
+                    times[base].append(stock("decode", n))
+                    times["stock, empty context"].append(times[base][-1])
+                else:
+                    times[what].append(ours("decode", n))
+
+    rounds("ours, first 64 tokens", args.prompt, 64)
+    ours("truncate", args.prompt)
+    for _ in tqdm(range(0, args.generated - 64, 32), desc="generating"):
+        ours("decode", 32)
+    rounds(f"ours, at {args.generated} generated tokens", args.prompt + args.generated - 64, 64)
+    for n in (2048, args.prompt):
+        ours("fill", n)
+        rounds(f"full cache (same build), {n} tokens", n, 16)
+
+    rows = []
+    for what, values in times.items():
+        if what.startswith("stock beside"):
+            continue
+        base = times.get(f"stock beside: {what}", values)
+        ratio = statistics.median(b / v for b, v in zip(base, values))
+        rows.append({"what": what, "value": round(1000 * statistics.median(values), 3), "unit": "ms/token", "speed_ratio": round(ratio, 4)})
+    rows.append({"what": f"store after {args.prompt} tokens", "value": int(n_store), "unit": "bytes", "speed_ratio": ""})
+    rows.append({"what": f"compression of {args.prompt} tokens", "value": round(1000 * compress_s, 1), "unit": "ms", "speed_ratio": ""})
+    if args.prefill:
+        seconds = ours("prefill", args.prompt)
+        compress_s = ours("compress")
+        rows.append({"what": f"prefill of {args.prompt} tokens", "value": round(1000 * seconds, 1), "unit": "ms", "speed_ratio": ""})
+        rows.append({"what": "compression / prefill", "value": round(compress_s / seconds, 5), "unit": "share", "speed_ratio": ""})
+    stock.stop()
+    ours.stop()
+    return rows
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, default=Path("build/bench-1b-q8_0.gguf"), help="random model, made when missing")
+    parser.add_argument("--ftype", default="q8_0", help="weights of the random model")
+    parser.add_argument("--prompt", type=int, default=8192, help="prompt tokens (default: %(default)s)")
+    parser.add_argument("--generated", type=int, default=1024, help="generated tokens of the second point (default: %(default)s)")
+    parser.add_argument("--kv-size", type=int, default=128, help="mean cells per KV head (default: %(default)s)")
+    parser.add_argument("--type-kv", type=int, default=0, help="ggml type of K and V, 8 = q8_0 (default: f16)")
+    parser.add_argument("--threads", type=int, default=2, help="threads (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=7, help="rounds (default: %(default)s)")
+    parser.add_argument("--prefill", action="store_true", help="also read a real prompt (minutes)")
+    parser.add_argument("--out", type=Path, help="CSV to write")
+    args = parser.parse_args()
+
+    rows = measure(args)
+    head = {"command": "python bench/bench_decode.py " + " ".join(a for a in sys.argv[1:]), "commit": commit(), "machine": machine()}
+    out = open(args.out, "w", newline="") if args.out else sys.stdout
+    writer = csv.DictWriter(out, fieldnames=[*rows[0], *head])
+    writer.writeheader()
+    writer.writerows({**row, **head} for row in rows)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,117 @@
+"""Time and peak memory of reading a prompt: stock cache, token-major and layer-major.
+
+Every kind of cache runs in a process of its own, so that the peak of resident memory
+is its own; the rounds are interleaved and ratios are medians of paired ones.
+
+    python bench/bench_prefill.py --lengths 4096,8192 --out bench/results/prefill_cpu.csv
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from bench_decode import commit, machine, make_model
+from tqdm import tqdm
+
+KINDS: dict[str, dict[str, Any]] = {
+    "stock": {"flash_attn": True},
+    "token": {"kv_size": 128, "prefill": "token"},
+    "layer": {"kv_size": 128, "prefill": "layer"},
+}
+FLOOR = "model"  # the stock cache of one ubatch: what the loaded model and its compute buffers take
+
+
+def read(kind: str, model: str, n: int, n_ubatch: int, threads: int) -> dict[str, float]:
+    """Read one prompt in this process: seconds, compression ms, peak of resident bytes above the loaded model."""
+    from pyheadkv import Llama
+
+    if kind == FLOOR:
+        n = n_ubatch
+    llm = Llama(model, n_ctx=n + 256, n_batch=n_ubatch, n_ubatch=n_ubatch, n_threads=threads, n_threads_batch=threads,
+                verbose=False, **KINDS.get(kind, KINDS["stock"]))
+    prompt = [1, *np.random.default_rng(0).integers(300, 383, size=n - 1).tolist()]
+    llm.read_prompt(prompt[:n_ubatch])
+    llm.reset()
+    start = time.perf_counter()
+    llm.read_prompt(prompt)
+    seconds = time.perf_counter() - start
+    stats = llm.kv_stats() if llm.kv_options else None
+    return {"seconds": seconds, "compress_ms": stats.compress_ms if stats else 0.0, "rss_peak": peak_bytes(),
+            "rss_after": anon_bytes(), "bytes_peak": stats.bytes_peak if stats else 0, "bytes_store": stats.bytes_store if stats else 0}
+
+
+def anon_bytes() -> int:
+    """Resident bytes of this process that are not pages of a file."""
+    status = Path("/proc/self/status").read_text()
+    return int(status.split("RssAnon:")[1].split()[0]) * 1024
+
+
+def peak_bytes() -> int:
+    """Largest resident size of this process so far, pages of files included."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, default=Path("build/bench-1b-q8_0.gguf"), help="random model, made when missing")
+    parser.add_argument("--lengths", default="4096,8192", help="prompt tokens (default: %(default)s)")
+    parser.add_argument("--ubatch", type=int, default=512, help="tokens of a ubatch (default: %(default)s)")
+    parser.add_argument("--threads", type=int, default=2, help="threads (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=1, help="rounds (default: %(default)s)")
+    parser.add_argument("--kinds", default=",".join(KINDS), help="of %(default)s")
+    parser.add_argument("--out", type=Path, help="CSV to write")
+    parser.add_argument("--one", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.one:
+        kind, n = args.one.split(":")
+        print(json.dumps(read(kind, str(args.model), int(n), args.ubatch, args.threads)))
+        return
+
+    make_model(args.model, "q8_0")
+    def run(kind: str, n: int) -> dict[str, float]:
+        cmd = [sys.executable, __file__, "--one", f"{kind}:{n}", "--model", str(args.model), "--ubatch", str(args.ubatch),
+               "--threads", str(args.threads)]
+        return json.loads(subprocess.run(cmd, stdout=subprocess.PIPE, text=True, check=True).stdout.splitlines()[-1])
+
+    floor = run(FLOOR, args.ubatch)["rss_peak"]
+    rows = []
+    for n in [int(x) for x in args.lengths.split(",")]:
+        runs: dict[str, list[dict[str, float]]] = {kind: [] for kind in args.kinds.split(",")}
+        for i in tqdm(range(args.rounds), desc=f"{n} tokens"):
+            for kind in list(runs)[:: 1 if i % 2 == 0 else -1]:
+                runs[kind].append(run(kind, n))
+        for kind, found in runs.items():
+            def median(key: str, found: list[dict[str, float]] = found) -> float:
+                return statistics.median(run[key] for run in found)
+
+            row: dict[str, Any] = {"tokens": n, "prefill": kind, "seconds": round(median("seconds"), 2)}
+            if "stock" in runs:
+                pairs = zip(found, runs["stock"])
+                row["time_ratio_to_stock"] = round(statistics.median(a["seconds"] / b["seconds"] for a, b in pairs), 4)
+            row["compress_share"] = round(median("compress_ms") / 1000 / median("seconds"), 5)
+            row["rss_peak_mib"] = round(median("rss_peak") / 2**20, 1)
+            row["rss_peak_above_model_mib"] = round((median("rss_peak") - floor) / 2**20, 1)
+            row["rss_anon_after_mib"] = round(median("rss_after") / 2**20, 1)
+            row["ledger_peak_mib"] = round(median("bytes_peak") / 2**20, 1)
+            row["store_mib"] = round(median("bytes_store") / 2**20, 2)
+            rows.append(row)
+    head = {"command": "python bench/bench_prefill.py " + " ".join(sys.argv[1:]), "commit": commit(), "machine": machine()}
+    out = open(args.out, "w", newline="") if args.out else sys.stdout
+    writer = csv.DictWriter(out, fieldnames=[*dict.fromkeys(k for row in rows for k in row), *head])
+    writer.writeheader()
+    writer.writerows({**row, **head} for row in rows)
+
+
+if __name__ == "__main__":
+    main()

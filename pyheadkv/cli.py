@@ -1,0 +1,343 @@
+"""Console script ``pyheadkv``. A sub-command is one entry of ``COMMANDS``."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from . import __version__, demo, inspect
+from .demo import round_n_ctx, threads_kwargs
+from .inspect import format_bytes, model_path, read_shape
+from .options import POLICIES, POOLS, check_int
+
+if TYPE_CHECKING:
+    from .llama import Llama
+
+EXIT_ERROR, EXIT_INTERRUPT = 1, 130
+
+N_CHAT_TEMPLATE = 256  # tokens that a chat template may add to one message
+
+
+@dataclass(frozen=True)
+class Command:
+    """One sub-command.
+
+    Attributes
+    ----------
+    add_arguments : adds its options to a parser
+    run : does the work, returns the exit code
+    """
+
+    name: str
+    help: str
+    add_arguments: Callable[[argparse.ArgumentParser], None]
+    run: Callable[[argparse.Namespace], int]
+
+
+# generate
+
+
+def add_generate_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of ``pyheadkv generate``."""
+    parser.add_argument("model", nargs="?", metavar="MODEL.gguf", help="model (default: the embedded one)")
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument("-p", "--prompt", help="prompt (default: standard input)")
+    source.add_argument("-f", "--file", metavar="FILE", help="file that holds the prompt, UTF-8")
+    parser.add_argument(
+        "--chat", action="store_true", help="send the prompt as a user message of the model's chat template"
+    )
+    parser.add_argument(
+        "-n",
+        "--n-predict",
+        type=int,
+        default=128,
+        metavar="N",
+        help="tokens to generate at most (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--temp", type=float, default=0.0, metavar="X", help="temperature, 0 = greedy (default: %(default)s)"
+    )
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the sampling (default: %(default)s)")
+    _add_cache_arguments(parser.add_argument_group("KV cache"))
+    _add_engine_arguments(parser.add_argument_group("engine"))
+
+
+def _add_cache_arguments(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--kv-size",
+        type=int,
+        metavar="N",
+        help="mean cells per KV head after the prompt, window included (default: full cache)",
+    )
+    group.add_argument(
+        "--policy",
+        choices=POLICIES,
+        default="headkv",
+        help="budgets by importance, or uniform ones (default: %(default)s)",
+    )
+    group.add_argument(
+        "--beta", type=float, default=1.2, metavar="X", help="> 1, larger is more uniform (default: %(default)s)"
+    )
+    group.add_argument(
+        "--window",
+        type=int,
+        default=8,
+        metavar="N",
+        help="last tokens of the prompt, they score it and are kept (default: %(default)s)",
+    )
+    group.add_argument(
+        "--pool", choices=tuple(POOLS), default="max", help="pooling of the scores (default: %(default)s)"
+    )
+    group.add_argument(
+        "--pool-kernel", type=int, default=7, metavar="N", help="tokens, odd, 1 = none (default: %(default)s)"
+    )
+    group.add_argument(
+        "--importance", metavar="FILE", help="JSON scores or a GGUF with importance (default: the model's own)"
+    )
+
+
+def _add_engine_arguments(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--n-ctx",
+        type=int,
+        metavar="N",
+        help="context in tokens, rounded up to a multiple of 256 "
+        "(default: what the prompt and -n need, at most the context length of the model)",
+    )
+    group.add_argument(
+        "--n-batch", type=int, default=512, metavar="N", help="prompt tokens per step (default: %(default)s)"
+    )
+    group.add_argument(
+        "--threads", type=int, metavar="N", help="CPU threads (default: half of the CPUs, all for the prompt)"
+    )
+    group.add_argument(
+        "--n-gpu-layers", type=int, default=0, metavar="N", help="layers on the GPU, -1 = all (default: %(default)s)"
+    )
+
+
+def run_generate(args: argparse.Namespace) -> int:
+    """Stream a completion to standard output and one line of numbers to standard error."""
+    check_int("-n", args.n_predict, 1, 1 << 30)
+    check_int("--n-batch", args.n_batch, 1, 1 << 20)
+    path, prompt = model_path(args.model), _read_prompt(args)
+    if args.n_ctx is None:
+        n_ctx = _fit_n_ctx(path, prompt, args)
+    else:
+        n_ctx = round_n_ctx(check_int("--n-ctx", args.n_ctx, 1, 1 << 30))
+    llm = _open_model(path, args, n_ctx=n_ctx)
+    try:
+        meter = Meter(llm)
+        for text in _stream(llm, prompt, args, meter):
+            print(text, end="", flush=True)
+        print(flush=True)
+        print(f"{meter.summary()} | {_kv_summary(llm, path)}", file=sys.stderr)
+    finally:
+        llm.close()
+    return 0
+
+
+def _read_prompt(args: argparse.Namespace) -> str:
+    if args.prompt is not None:
+        prompt = str(args.prompt)
+    elif args.file is not None:
+        prompt = Path(args.file).read_text(encoding="utf-8")
+    else:
+        prompt = sys.stdin.read()
+    if not prompt.strip():
+        raise ValueError("the prompt is empty: give one with -p, -f or on standard input")
+    return prompt
+
+
+def _open_model(path: Path, args: argparse.Namespace, *, n_ctx: int) -> Llama:
+    from .llama import Llama
+
+    return Llama(
+        path,
+        kv_size=args.kv_size,
+        policy=args.policy,
+        beta=args.beta,
+        window=args.window,
+        pool=args.pool,
+        pool_kernel=args.pool_kernel,
+        importance=args.importance,
+        n_ctx=n_ctx,
+        n_batch=args.n_batch,
+        n_gpu_layers=args.n_gpu_layers,
+        seed=args.seed,
+        verbose=False,
+        **threads_kwargs(args.threads),
+    )
+
+
+def _fit_n_ctx(path: Path, prompt: str, args: argparse.Namespace) -> int:
+    """Tokens that the prompt and the answer need, up to what the model was trained on."""
+    import llama_cpp
+    from llama_cpp._internals import LlamaModel
+    from llama_cpp._logger import set_verbose
+
+    set_verbose(False)
+    params = llama_cpp.llama_model_default_params()
+    params.vocab_only = True
+    vocab = LlamaModel(path_model=str(path), params=params, verbose=False)
+    n_tokens = len(vocab.tokenize(prompt.encode(), True, True)) + args.n_predict + N_CHAT_TEMPLATE * args.chat
+    vocab.close()  # type: ignore[no-untyped-call]
+    n_ctx = round_n_ctx(max(n_tokens, args.kv_size or 0))
+    n_ctx_train = _n_ctx_train(path)
+    return min(n_ctx, n_ctx_train) if n_ctx_train else n_ctx
+
+
+def _n_ctx_train(path: Path) -> int:
+    try:
+        return read_shape(path).n_ctx_train
+    except ValueError:  # not a plain transformer, which the stock cache may still serve
+        return 0
+
+
+def _stream(llm: Llama, prompt: str, args: argparse.Namespace, meter: Meter) -> Iterator[str]:
+    options: dict[str, Any] = {
+        "max_tokens": args.n_predict,
+        "temperature": args.temp,
+        "seed": args.seed,
+        "stream": True,
+    }
+    if args.chat:
+        chunks: Any = llm.create_chat_completion([{"role": "user", "content": prompt}], **options)
+    else:
+        chunks = llm.create_completion(prompt, **options)
+    for chunk in chunks:
+        choice = chunk["choices"][0]
+        meter.stopped = choice["finish_reason"] == "stop"
+        yield choice["delta"].get("content") or "" if args.chat else choice["text"]
+
+
+class Meter:
+    """Times the evaluations of a ``Llama`` and shows a progress bar while the prompt is read.
+
+    Attributes
+    ----------
+    n_prompt, n_decoded : tokens evaluated, of the prompt and one by one after it
+    seconds_prompt, seconds_decode : the time they took, sampling included
+    stopped : the last token ended the text, it is not counted as generated
+    """
+
+    def __init__(self, llm: Llama) -> None:
+        self.n_prompt = self.n_decoded = 0
+        self.seconds_prompt = self.seconds_decode = 0.0
+        self.stopped = False
+        self._eval, self._decode = llm.eval, llm._ctx.decode
+        self._bar: Any = None
+        self._prompt_end = 0.0
+        llm.eval = self._timed_eval  # type: ignore[method-assign]
+        llm._ctx.decode = self._counted_decode  # type: ignore[method-assign]
+
+    def _timed_eval(self, tokens: Sequence[int]) -> None:
+        if self.n_prompt == 0:
+            self._read_prompt(tokens)
+            return
+        self._eval(tokens)
+        self.n_decoded += len(tokens)
+        self.seconds_decode = time.perf_counter() - self._prompt_end
+
+    def _read_prompt(self, tokens: Sequence[int]) -> None:
+        from tqdm import tqdm
+
+        begin = time.perf_counter()
+        # disable=None: no bar unless standard error is a terminal
+        with tqdm(total=len(tokens), desc="reading the prompt", unit=" tokens", leave=False, disable=None) as self._bar:
+            self._eval(tokens)
+        self._bar = None
+        self._prompt_end = time.perf_counter()
+        self.n_prompt, self.seconds_prompt = len(tokens), self._prompt_end - begin
+
+    def _counted_decode(self, batch: Any) -> None:
+        self._decode(batch)
+        if self._bar is not None:
+            self._bar.update(batch.n_tokens())
+
+    def summary(self) -> str:
+        """Tokens and tokens per second, of the prompt and of what was generated."""
+        n_generated = self.n_decoded + 1 - self.stopped  # the last token is sampled but not evaluated
+        return (
+            f"prompt {self.n_prompt} tokens, {_rate(self.n_prompt, self.seconds_prompt)} | "
+            f"generated {n_generated} tokens, {_rate(self.n_decoded, self.seconds_decode)}"
+        )
+
+
+def _rate(n_tokens: int, seconds: float) -> str:
+    return f"{n_tokens / seconds:.1f} tokens/s" if seconds > 0 else "- tokens/s"
+
+
+def _kv_summary(llm: Llama, path: Path) -> str:
+    """Bytes of K and V held now and of the same tokens in a full cache."""
+    if llm.kv_options is None:
+        try:
+            return f"KV cache {format_bytes(llm.n_tokens * read_shape(path).token_bytes)} (full)"
+        except ValueError:
+            return "KV cache full"
+    stats = llm.kv_stats()
+    n_held = stats.bytes_store + stats.bytes_staging
+    return (
+        f"KV cache {format_bytes(n_held)} held, full {format_bytes(stats.bytes_full)} "
+        f"({n_held / max(1, stats.bytes_full):.1%})"
+    )
+
+
+# all sub-commands
+
+COMMANDS = (
+    Command("generate", "continue a prompt", add_generate_arguments, run_generate),
+    Command("inspect", "show importance and budgets of a GGUF", inspect.add_arguments, inspect.run),
+    Command(
+        "demo",
+        "ask the embedded model needle questions, with the full cache and small budgets",
+        demo.add_arguments,
+        demo.run,
+    ),
+)
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """Parser of the whole command line."""
+    parser = argparse.ArgumentParser(prog="pyheadkv", description="llama.cpp with a KV-cache budget for every head")
+    parser.add_argument("--version", action="version", version=f"pyheadkv {__version__}")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    for command in COMMANDS:
+        sub = commands.add_parser(command.name, help=command.help, description=command.help)
+        command.add_arguments(sub)
+        sub.set_defaults(run=command.run)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one sub-command.
+
+    Parameters
+    ----------
+    argv : arguments without the program name; None = those of the process
+
+    Returns
+    -------
+    exit code: 0, 1 after an error (one line on standard error), 130 after Ctrl-C
+    """
+    args = make_parser().parse_args(argv)
+    try:
+        return int(args.run(args))
+    except BrokenPipeError:  # the reader of our output has gone, e.g. head
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_ERROR
+    except (ValueError, RuntimeError, OSError) as error:
+        print(f"pyheadkv: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return EXIT_ERROR
+    except KeyboardInterrupt:
+        print(file=sys.stderr)
+        return EXIT_INTERRUPT
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,391 @@
+"""``pyheadkv inspect``: importance and budgets of a GGUF, as a table and as a heat map. No weights are loaded."""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from . import _lib, embedded_model, gguf_keys
+from .options import POLICIES, Options, check_int, load_importance
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+BYTES_F16 = 2
+TOP_SHARES = (0.01, 0.05, 0.10, 0.25)  # of all query heads
+BARS, BARS_ASCII = "▁▂▃▄▅▆▇█", "12345678"
+
+REMEDY_IMPORTANCE = (
+    "write it with scripts/gguf_add_importance.py, name a score file with --importance, "
+    "or use --policy snapkv (uniform budgets)"
+)
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """Attention sizes of a GGUF, from its header.
+
+    Attributes
+    ----------
+    n_head, n_head_kv : query heads and KV heads per layer
+    n_embd_head_k, n_embd_head_v : values of one K and one V
+    n_ctx_train : tokens; 0 when the file does not say
+    """
+
+    arch: str
+    name: str
+    n_layer: int
+    n_head: int
+    n_head_kv: int
+    n_embd_head_k: int
+    n_embd_head_v: int
+    n_ctx_train: int
+
+    @property
+    def cell_bytes(self) -> int:
+        """Bytes of one cell, the f16 K and V of one token in one KV head."""
+        return (self.n_embd_head_k + self.n_embd_head_v) * BYTES_F16
+
+    @property
+    def token_bytes(self) -> int:
+        """Bytes of one token in an uncompressed f16 cache, all layers."""
+        return self.n_layer * self.n_head_kv * self.cell_bytes
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Budgets that a model would get.
+
+    Attributes
+    ----------
+    importance : (n_layer, n_head) float64, not normalised; None under a policy that needs none
+    budget : (n_layer, n_head_kv) int32, cells, window included
+    n_ctx : tokens of the full cache to compare with
+    """
+
+    shape: ModelShape
+    options: Options
+    importance: NDArray[np.float64] | None
+    budget: NDArray[np.int32]
+    n_ctx: int
+
+    @property
+    def n_bytes(self) -> int:
+        """Bytes that the cells of an ``n_ctx`` token prompt take, without generated tokens."""
+        return int(np.minimum(self.budget, self.n_ctx).sum()) * self.shape.cell_bytes
+
+    @property
+    def n_bytes_full(self) -> int:
+        """Bytes of an uncompressed cache of ``n_ctx`` tokens."""
+        return self.n_ctx * self.shape.token_bytes
+
+
+# command
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of ``pyheadkv inspect``."""
+    parser.add_argument("model", nargs="?", metavar="MODEL.gguf", help="model (default: the embedded one)")
+    parser.add_argument(
+        "--kv-size",
+        type=int,
+        default=128,
+        metavar="N",
+        help="mean cells per KV head, window included (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--policy",
+        choices=POLICIES,
+        default="headkv",
+        help="budgets by importance, or uniform ones (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--beta", type=float, default=1.2, metavar="X", help="> 1, larger is more uniform (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--window",
+        type=int,
+        default=8,
+        metavar="N",
+        help="last tokens of the prompt that every head keeps (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--importance", metavar="FILE", help="JSON scores or a GGUF with importance (default: the model's own)"
+    )
+    parser.add_argument(
+        "--n-ctx",
+        type=int,
+        metavar="N",
+        help="tokens of the full cache to compare with (default: the model's context length)",
+    )
+    parser.add_argument(
+        "-o", "--output", metavar="FILE.png", help="also draw a heat map of importance and budgets (default: none)"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print the plan of a model and draw it when asked to."""
+    options = Options(kv_size=args.kv_size, policy=args.policy, beta=args.beta, window=args.window)
+    plan = make_plan(model_path(args.model), options=options, importance=args.importance, n_ctx=args.n_ctx)
+    print(format_plan(plan))
+    if args.output is not None:
+        draw(plan).savefig(args.output, dpi=150)
+        print(f"heat map written to {args.output}")
+    return 0
+
+
+# reading
+
+
+def model_path(path: str | os.PathLike[str] | None) -> Path:
+    """Path of an existing model file; None means the embedded model.
+
+    Raises
+    ------
+    ValueError : there is no such file
+    """
+    if path is None and not embedded_model().is_file():
+        raise ValueError("the embedded model is missing in this installation: name a MODEL.gguf or install again")
+    found = embedded_model() if path is None else Path(path)
+    if not found.is_file():
+        raise ValueError(f"model={str(found)!r}: no such file, name a GGUF")
+    return found
+
+
+def read_shape(path: str | os.PathLike[str]) -> ModelShape:
+    """Attention sizes of a GGUF.
+
+    Raises
+    ------
+    ValueError : the file is damaged, or its layers differ in their number of heads
+    """
+    with gguf_keys._open_header(path) as header:
+        arch, pairs = header.arch, header.pairs
+
+    def get(name: str, default: Any = None) -> int:
+        pair = pairs.get(f"{arch}.{name}")
+        return _one_int(default if pair is None else pair.value, f"{path}: {arch}.{name}")
+
+    n_head = get("attention.head_count")
+    if n_head < 1:
+        raise ValueError(f"{path}: {arch}.attention.head_count = {n_head}: only models with attention have a KV cache")
+    n_embd_head = get("embedding_length") // n_head
+    name = pairs.get("general.name")
+    return ModelShape(
+        arch=arch,
+        name=Path(path).stem if name is None else str(name.value),
+        n_layer=get("block_count"),
+        n_head=n_head,
+        n_head_kv=get("attention.head_count_kv", n_head),
+        n_embd_head_k=get("attention.key_length", n_embd_head),
+        n_embd_head_v=get("attention.value_length", n_embd_head),
+        n_ctx_train=get("context_length", 0),
+    )
+
+
+def _one_int(value: Any, name: str) -> int:
+    if isinstance(value, np.ndarray) and len(value) and (value == value[0]).all():
+        value = value[0].item()
+    if isinstance(value, int):
+        return value
+    if np.ndim(value) > 0:
+        raise ValueError(f"{name} = {value.tolist()} differs between layers: one number for all layers is needed")
+    raise ValueError(f"{name} is {value!r}: a whole number is needed, the file is damaged or no language model")
+
+
+def make_plan(
+    path: str | os.PathLike[str],
+    *,
+    options: Options,
+    importance: str | os.PathLike[str] | None = None,
+    n_ctx: int | None = None,
+) -> Plan:
+    """Budgets of a model, by the function that contexts use.
+
+    Parameters
+    ----------
+    path : GGUF; only its header is read
+    importance : score file (JSON) or GGUF; None = the model's own
+    n_ctx : tokens; None = the model's context length
+
+    Raises
+    ------
+    ValueError : wrong option, damaged file, or no importance for a policy that needs it
+    """
+    shape = read_shape(path)
+    if n_ctx is None and shape.n_ctx_train < 1:
+        raise ValueError(f"{path}: {shape.arch}.context_length is missing: give --n-ctx")
+    n_ctx = shape.n_ctx_train if n_ctx is None else check_int("n_ctx", n_ctx, 1, 1 << 30)
+    if options.kv_size > n_ctx:
+        raise ValueError(f"kv_size={options.kv_size} is above n_ctx={n_ctx}: use a smaller kv_size or a larger n_ctx")
+    values = _importance(path, source=importance, options=options)
+    return Plan(shape, options, values, _budget(shape, options=options, importance=values), n_ctx)
+
+
+def _importance(
+    path: str | os.PathLike[str], *, source: str | os.PathLike[str] | None, options: Options
+) -> NDArray[np.float64] | None:
+    if source is not None:
+        return load_importance(source)
+    found = gguf_keys.read_importance(path)
+    if found is None and options.policy == "headkv":
+        raise ValueError(f"{path}: no head importance in the file: {REMEDY_IMPORTANCE}")
+    return None if found is None else found.values
+
+
+def _budget(shape: ModelShape, *, options: Options, importance: NDArray[np.float64] | None) -> NDArray[np.int32]:
+    cells = np.zeros((shape.n_layer, shape.n_head_kv), dtype=np.int32)
+    params = options.to_params(importance, None)
+    dst = cells.ctypes.data_as(ctypes.POINTER(ctypes.c_int32))
+    heads = shape.n_layer, shape.n_head, shape.n_head_kv
+    _lib.check(_lib.lib.headkv_plan(ctypes.byref(params), *heads, dst), ValueError)
+    return cells
+
+
+# numbers
+
+
+def gini(values: NDArray[np.float64]) -> float:
+    """Gini coefficient of non-negative values: 0 = all the same, towards 1 = one holds everything."""
+    ordered = np.sort(values, axis=None)
+    rank = np.arange(1, len(ordered) + 1)
+    return float(2 * (rank * ordered).sum() / (len(ordered) * ordered.sum()) - (len(ordered) + 1) / len(ordered))
+
+
+def top_shares(values: NDArray[np.float64]) -> dict[int, float]:
+    """Share of the sum that the k largest values hold, for the k that make up ``TOP_SHARES`` of all."""
+    cumulated = np.cumsum(np.sort(values, axis=None)[::-1])
+    counts = dict.fromkeys(max(1, round(share * values.size)) for share in TOP_SHARES)
+    return {k: float(cumulated[k - 1] / cumulated[-1]) for k in counts}
+
+
+def importance_kv(importance: NDArray[np.float64], *, n_head_kv: int) -> NDArray[np.float64]:
+    """Importance of each KV head, the mean over its query heads: (n_layer, n_head_kv)."""
+    mean: NDArray[np.float64] = importance.reshape(len(importance), n_head_kv, -1).mean(axis=2)
+    return mean
+
+
+def format_bytes(n_bytes: float) -> str:
+    """Bytes with a binary unit, e.g. ``"1.50 MiB"``."""
+    for unit in ("B", "KiB", "MiB"):
+        if n_bytes < 1024:
+            return f"{n_bytes:.0f} {unit}" if unit == "B" else f"{n_bytes:.2f} {unit}"
+        n_bytes /= 1024
+    return f"{n_bytes:.2f} GiB"
+
+
+def printable(text: str, otherwise: str) -> str:
+    """``text`` if standard output can encode it, else ``otherwise``."""
+    try:
+        text.encode(sys.stdout.encoding or "ascii")
+    except UnicodeEncodeError:
+        return otherwise
+    return text
+
+
+# table
+
+
+def format_plan(plan: Plan) -> str:
+    """The whole report as text, without a final line break."""
+    return "\n".join([*_head_lines(plan), "", *_table_lines(plan), "", *_total_lines(plan)])
+
+
+def _head_lines(plan: Plan) -> list[str]:
+    shape, options = plan.shape, plan.options
+    heads = f"{shape.n_head} query heads, {shape.n_head_kv} KV heads"
+    lines = [
+        f"model       {shape.name} ({shape.arch}): {shape.n_layer} layers, {heads}, {shape.cell_bytes} bytes per cell",
+        f"options     policy {options.policy}, kv_size {options.kv_size}, beta {options.beta}, window {options.window}",
+    ]
+    if plan.importance is None:
+        return [*lines, "importance  none, policy snapkv does not need it"]
+    shares = top_shares(plan.importance)
+    counts = " / ".join(map(str, shares))
+    percents = " / ".join(f"{share:.1%}" for share in shares.values())
+    top = f"of {plan.importance.size} query heads the top {counts} hold {percents}"
+    return [*lines, f"importance  Gini {gini(plan.importance):.3f}; {top}"]
+
+
+def _table_lines(plan: Plan) -> list[str]:
+    bars = _bars(plan)
+    width = max(len(str(plan.budget.max())), 3)
+    n_head_kv = plan.shape.n_head_kv
+    n_sum = max(len(str(plan.budget.sum(axis=1).max())), 5)
+    legend = "budget in cells"
+    if plan.importance is not None:
+        legend = "bar = importance (mean over its query heads), number = budget in cells"
+    lines = [f"layer | KV head: {legend}"]
+    lines.append("      |" + "".join(f" {ih:>{width + 2}}" for ih in range(n_head_kv)) + f" | {'cells':>{n_sum}}")
+    for il, row in enumerate(plan.budget):
+        cells = "".join(f" {bar} {n:>{width}}" for bar, n in zip(bars[il], row))
+        lines.append(f"{il:>5} |{cells} | {row.sum():>{n_sum}}")
+    return lines
+
+
+def _bars(plan: Plan) -> list[list[str]]:
+    """One character per KV head, its height relative to the most important one."""
+    if plan.importance is None:
+        return [[" "] * plan.shape.n_head_kv] * plan.shape.n_layer
+    ramp = printable(BARS, BARS_ASCII)
+    values = importance_kv(plan.importance, n_head_kv=plan.shape.n_head_kv)
+    steps = np.rint(values / values.max() * (len(ramp) - 1)).astype(int)
+    return [[ramp[step] for step in row] for row in steps]
+
+
+def _total_lines(plan: Plan) -> list[str]:
+    budget = plan.budget
+    total = (
+        f"{budget.sum()} cells, mean {budget.mean():.2f}, smallest {budget.min()}, largest {budget.max()} per KV head"
+    )
+    held, full = format_bytes(plan.n_bytes), format_bytes(plan.n_bytes_full)
+    share = plan.n_bytes / plan.n_bytes_full
+    return [
+        f"budget  {total}",
+        f"bytes   {held} after a prompt of {plan.n_ctx} tokens, full cache {full} (f16): {share:.2%}",
+    ]
+
+
+# heat map
+
+
+def draw(plan: Plan) -> Figure:
+    """Heat maps of importance, if there is one, and of the budgets."""
+    from matplotlib.figure import Figure  # not pyplot: no window system, no global state
+
+    n_panels = 1 if plan.importance is None else 2
+    n_inches = 1.6 + min(8.0, max(2.4, 0.2 * plan.shape.n_layer))
+    figure = Figure(figsize=(1.0 + 5.0 * n_panels, n_inches), layout="constrained")
+    axes = figure.subplots(1, n_panels, squeeze=False)[0]
+    if plan.importance is not None:
+        share = 100 * plan.importance / plan.importance.sum()
+        _draw_panel(
+            figure, axes[0], share, title="importance", head="query head", unit="share of the total importance (%)"
+        )
+    title = f"budget: {plan.options.policy}, kv_size {plan.options.kv_size}, beta {plan.options.beta}"
+    _draw_panel(figure, axes[-1], plan.budget, title=title, head="KV head", unit="budget (cells, window included)")
+    figure.suptitle(
+        f"{plan.shape.name}: {format_bytes(plan.n_bytes)} of {format_bytes(plan.n_bytes_full)} at {plan.n_ctx} tokens"
+    )
+    return figure
+
+
+def _draw_panel(figure: Figure, axes: Axes, values: NDArray[Any], *, title: str, head: str, unit: str) -> None:
+    from matplotlib.ticker import MaxNLocator
+
+    image = axes.imshow(values, aspect="auto", interpolation="nearest", cmap="viridis", vmin=0)
+    axes.set_title(title, fontsize=10)
+    axes.set_xlabel(f"{head} (index)")
+    axes.set_ylabel("layer (index)")
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    figure.colorbar(image, ax=axes, label=unit)
