@@ -132,6 +132,9 @@ class Llama(llama_cpp.Llama):
 
         self.kv_options = Options(kv_size=kv_size, policy=policy, beta=beta, window=window, pool=pool, pool_kernel=pool_kernel,
                                   n_tail=n_tail, attend=attend, n_buckets=n_buckets, prefill=prefill)
+        n_ctx = kwargs.get("n_ctx", 512)  # 0 = that of the model, checked by the library
+        if n_ctx and kv_size > n_ctx:
+            raise ValueError(f"kv_size={kv_size}: it must not be larger than n_ctx = {n_ctx}")
         values = load_importance(importance)
         if kwargs.get("embedding"):
             raise ValueError("embedding=True: embeddings have no generation to speed up, use kv_size=None")

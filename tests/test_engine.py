@@ -371,6 +371,7 @@ def test_a_thousand_short_completions_leave_memory_flat(make_model: MakeModel) -
         ({"kv_size": -1}, "kv_size=-1"),
         ({"kv_size": 8}, "kv_size=8"),
         ({"kv_size": 4096, "n_ctx": 2048}, "n_ctx = 2048"),
+        ({"kv_size": 64, "n_ctx": 32}, "n_ctx = 32"),
         ({"kv_size": "abc"}, "kv_size='abc'"),
         ({"kv_size": 128.5}, "kv_size=128.5"),
         ({"kv_size": 64, "beta": 1.0}, "beta=1.0"),

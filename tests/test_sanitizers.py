@@ -13,7 +13,7 @@ import pytest
 TESTS = Path(__file__).parent
 # one of each kind of engine test; the names are checked to exist by pytest's exit code
 SELECTION = ("after_compression_equals_the_oracle or tail or prefix or quantised or shifting or removed_window or context_full or c_api or corrupt "
-             "or (kept_positions_equal_the_oracle and gqa7)")
+             "or abort or (kept_positions_equal_the_oracle and gqa7)")
 
 
 @pytest.fixture(scope="session")
@@ -41,6 +41,7 @@ def test_engine_is_clean(asan_dir: Path) -> None:
     preload = subprocess.run(["gcc", "-print-file-name=libasan.so"], capture_output=True, text=True).stdout.strip()
     if not Path(preload).is_file():
         pytest.skip("no shared libasan to preload into Python")
-    cmd = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(TESTS / "test_engine.py"), "-k", SELECTION]
+    cmd = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(TESTS / "test_engine.py"), str(TESTS / "test_prefill_layer.py"),
+           "-k", SELECTION]
     out = run(cmd, LD_PRELOAD=preload, PYHEADKV_LIB_PATH=str(asan_dir), PYHEADKV_STOCK_LIB="", PYTHONMALLOC="malloc")
     assert " passed" in out
