@@ -25,6 +25,7 @@ $(VENV)/.tools: pyproject.toml
 
 # the Python part of llama-cpp-python; its library is ours
 $(VENV)/.llama-cpp-python: $(VENV)/.tools patches/UPSTREAM
+	mkdir -p build
 	$(BIN)/python patches/apply.py --out $(CACHE) --sdist=$(SDIST) --sdist-only > $(CACHE).sdist || (rm -f $(CACHE).sdist; exit 1)
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(PIP) install --no-build-isolation -C cmake.define.LLAMA_BUILD=OFF -C cmake.define.LLAVA_BUILD=OFF "$$(cat $(CACHE).sdist)"
 	touch $@

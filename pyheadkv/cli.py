@@ -234,7 +234,10 @@ class Meter:
         self._bar: Any = None
         self._prompt_end = 0.0
         llm.eval = self._timed_eval  # type: ignore[method-assign]
-        llm._ctx.decode = self._counted_decode  # type: ignore[method-assign]
+        if llm.kv_options is None:
+            llm._ctx.decode = self._counted_decode  # type: ignore[method-assign]
+        else:
+            llm.set_progress(self._show_step)
 
     def _timed_eval(self, tokens: Sequence[int]) -> None:
         if self.n_prompt == 0:
@@ -259,6 +262,12 @@ class Meter:
         self._decode(batch)
         if self._bar is not None:
             self._bar.update(batch.n_tokens())
+
+    def _show_step(self, il: int, n_layer: int, i_token: int, n_tokens: int) -> None:
+        if self._bar is not None:
+            self._bar.n = (il * n_tokens + i_token) // n_layer
+            self._bar.set_postfix_str(f"layer {il + 1}/{n_layer}" if n_layer > 1 else "", refresh=False)
+            self._bar.refresh()
 
     def summary(self) -> str:
         """Tokens and tokens per second, of the prompt and of what was generated."""

@@ -202,6 +202,21 @@ def test_tail_grows_and_answers_do_not_change(make_model: MakeModel) -> None:
     assert outputs[0] == outputs[1] == outputs[2]
 
 
+@pytest.mark.parametrize("n_buckets", [1, 2])
+def test_tail_of_the_composed_path_grows(n_buckets: int, make_model: MakeModel) -> None:
+    """Its rounding depends on the padding of the views, so logits are compared and not tokens."""
+    path, prompt = make_model(SHAPES[1]), tokens(300)
+    answers = tokens(60, seed=12)
+    results = []
+    for options in ({}, {"attend": "composed", "n_tail": 1, "n_buckets": n_buckets}):
+        llm = load(path, kv_size=40, **options)
+        read_prompt(llm, prompt)
+        for token in answers:
+            llm.eval([token])
+        results.append(logits(llm))
+    assert nmse(results[1], results[0]) < 1e-5
+
+
 @pytest.mark.parametrize("option", [{"n_threads": 1, "n_threads_batch": 1}, {"n_threads": 3, "n_threads_batch": 4}, {"n_batch": 64}])
 def test_kept_cells_and_logits_do_not_depend_on_threads_or_batches(option: dict[str, int], make_model: MakeModel) -> None:
     path, prompt = make_model(SHAPES[4]), tokens(600, seed=5)
