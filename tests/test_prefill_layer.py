@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any, Callable
 
@@ -105,3 +108,39 @@ def test_logits_of_all_tokens_are_read_token_by_token(make_model: MakeModel) -> 
 def test_wrong_prefill_is_a_value_error(make_model: MakeModel) -> None:
     with pytest.raises(ValueError, match="prefill='rows'"):
         load(make_model(SHAPES[1]), kv_size=48, prefill="rows")
+
+
+LIMIT_SCRIPT = """
+import resource, sys
+import os
+import subprocess
+import sys
+from pathlib import Path
+from pyheadkv import Llama
+path, prefill, n, mib = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
+options = dict(n_threads=2, n_threads_batch=2, verbose=False)
+options.update({"flash_attn": True} if prefill == "stock" else {"kv_size": 64, "policy": "snapkv", "prefill": prefill})
+first = Llama(path, n_ctx=512, **options)
+first.read_prompt([1, 5, 6])
+first.close()
+size = Path(path).stat().st_size + int(Path("/proc/self/status").read_text().split("VmSize:")[1].split()[0]) * 1024
+resource.setrlimit(resource.RLIMIT_AS, (size + (mib << 20), resource.RLIM_INFINITY))
+llm = Llama(path, n_ctx=n + 256, **options)
+llm.read_prompt([1] + [5 + i % 300 for i in range(n - 1)])
+llm.eval([7])
+print("answered after", llm.n_tokens)
+"""
+
+
+@pytest.mark.parametrize(("prefill", "fits"), [("stock", False), ("token", False), ("layer", True)])
+def test_a_prompt_fits_into_memory_that_is_too_small_for_its_full_cache(prefill: str, fits: bool, make_model: MakeModel) -> None:
+    """6000 tokens: 188 MiB of full cache, 170 MiB of address space for everything but the weights."""
+    shape = Shape("limit", "llama", 16, 16, n_layer=8, head_dim=64, n_ff=128)
+    path = make_model(shape, importance=None)
+    env = dict(os.environ, PYTHONPATH=os.pathsep.join(sys.path), MALLOC_ARENA_MAX="1")
+    cmd = [sys.executable, "-c", LIMIT_SCRIPT, str(path), prefill, "6000", "170"]
+    res = subprocess.run(cmd, env=env, capture_output=True, text=True)
+    if fits:
+        assert "answered after 6001" in res.stdout, res.stderr[-2000:]
+    else:  # a clean error, not a crash
+        assert res.returncode == 1 and ("Error" in res.stderr), (res.returncode, res.stderr[-2000:])
