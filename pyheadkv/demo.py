@@ -63,7 +63,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of ``pyheadkv demo``."""
     parser.add_argument(
         "--kv-size",
-        default="16,32,64",
+        default="64,128,256",
         metavar="N,N,..",
         help="mean cells per KV head, window included, one run each (default: %(default)s)",
     )

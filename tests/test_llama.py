@@ -1,0 +1,87 @@
+"""``pyheadkv.Llama`` as users of llama-cpp-python use it, on the embedded model."""
+
+from __future__ import annotations
+
+import pickle
+import random
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+
+pytestmark = pytest.mark.usefixtures("library")
+
+
+@pytest.fixture(scope="module")
+def llm() -> Any:
+    from pyheadkv import Llama, embedded_model
+
+    return Llama(embedded_model(), kv_size=256, n_ctx=4096, n_threads=2, n_threads_batch=2, verbose=False)
+
+
+@pytest.fixture(scope="module")
+def document() -> Any:
+    from pyheadkv import needle
+
+    return needle.make_document(random.Random(5), n_tokens=1500, kinds=("direct",))
+
+
+def complete(llm: Any, document: Any, **options: Any) -> Any:
+    return llm.create_completion(document.prompt(1), max_tokens=document.n_answer_tokens, temperature=0.0, **options)
+
+
+def test_a_needle_is_answered_from_the_compressed_cache(llm: Any, document: Any) -> None:
+    text = complete(llm, document)["choices"][0]["text"]
+    assert document.is_correct(text), (document.question, document.answer, text)
+    stats = llm.kv_stats()
+    assert stats.state == "compressed" and stats.bytes_staging == 0
+    assert stats.bytes_store < 0.3 * stats.bytes_full
+
+
+def test_streaming_gives_the_same_text(llm: Any, document: Any) -> None:
+    whole = complete(llm, document)["choices"][0]["text"]
+    pieces = [chunk["choices"][0]["text"] for chunk in complete(llm, document, stream=True)]
+    assert len(pieces) > 1 and "".join(pieces) == whole
+
+
+def test_a_stop_string_ends_the_text_and_the_next_prompt_works(llm: Any, document: Any) -> None:
+    whole = complete(llm, document)["choices"][0]["text"]
+    first = whole.split()[0]
+    second = whole.split()[1]
+    stopped = complete(llm, document, stop=[second])["choices"][0]
+    assert stopped["finish_reason"] == "stop" and first in stopped["text"] and second not in stopped["text"]
+    assert complete(llm, document)["choices"][0]["text"] == whole
+
+
+def test_a_grammar_constrains_the_answer(llm: Any, document: Any) -> None:
+    from llama_cpp import LlamaGrammar
+
+    grammar = LlamaGrammar.from_string('root ::= " " [0-9] [0-9] " ."', verbose=False)
+    text = complete(llm, document, grammar=grammar)["choices"][0]["text"]
+    assert len(text) == 5 and text.endswith(" .")
+
+
+def test_chat_completion_uses_the_template_of_the_model(llm: Any, document: Any) -> None:
+    answer = llm.create_chat_completion(document.messages(), max_tokens=document.n_answer_tokens, temperature=0.0)
+    assert document.is_correct(answer["choices"][0]["message"]["content"])
+
+
+def test_a_pickled_model_keeps_its_options(llm: Any, document: Any) -> None:
+    copy = pickle.loads(pickle.dumps(llm))
+    assert copy.kv_options == llm.kv_options
+    assert complete(copy, document)["choices"][0]["text"] == complete(llm, document)["choices"][0]["text"]
+
+
+@pytest.mark.parametrize("call", ["save_state", "load_state", "set_cache"])
+def test_state_calls_say_that_they_are_not_available(llm: Any, call: str) -> None:
+    args = {"save_state": (), "load_state": (None,), "set_cache": (object(),)}[call]
+    with pytest.raises(NotImplementedError, match="kv_size=None"):
+        getattr(llm, call)(*args)
+
+
+def test_a_stock_library_that_was_loaded_first_is_an_import_error(stock_lib: Any) -> None:
+    code = "import llama_cpp\nimport pyheadkv"
+    env = {"LLAMA_CPP_LIB_PATH": str(stock_lib), "PYTHONPATH": ":".join(sys.path), "PATH": "/usr/bin:/bin"}
+    res = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env)
+    assert res.returncode == 1 and "import pyheadkv first" in res.stderr
