@@ -124,6 +124,7 @@ class Llama(llama_cpp.Llama):
                              importance=importance, prefill=prefill, kv_reuse=kv_reuse, n_tail=n_tail, attend=attend, n_buckets=n_buckets)
         self._kv_reuse = kv_reuse
         self._prompt_pending = False
+        self._progress_error: BaseException | None = None
         model_path = fspath(model_path)
         if kv_size is None:
             self.kv_options: Options | None = None
@@ -207,6 +208,7 @@ class Llama(llama_cpp.Llama):
         if self.n_tokens + len(tokens) > n_ctx:
             raise ValueError(f"{self.n_tokens} + {len(tokens)} tokens do not fit into n_ctx={n_ctx}: "
                              "use a larger n_ctx or a shorter prompt")
+        self._progress_error = None
         whole = self._prompt_pending and self.n_tokens == 0 and self.prefill_mode == "layer" and not self._logits_all
         try:
             if whole and len(tokens) > 1:
@@ -217,6 +219,8 @@ class Llama(llama_cpp.Llama):
                 super().eval(tokens)
         except RuntimeError as e:
             self._requires_eval = True  # the next prompt is read from its beginning, even if it is the same
+            if self._progress_error is not None:
+                raise self._progress_error from None
             raise RuntimeError(f"{e}: {_lib.last_error()}" if _lib.last_error() else str(e)) from None
         if self._prompt_pending and self.n_tokens > 0:
             self._prompt_pending = False
@@ -258,8 +262,15 @@ class Llama(llama_cpp.Llama):
         aborts: the evaluation raises RuntimeError and the cache is empty. None = no calls.
         """
         self._need_options()
-        self._progress = _lib.Progress() if progress is None else _lib.Progress(
-            lambda il, n_layer, i_token, n_tokens, _: progress(il, n_layer, i_token, n_tokens) is not False)
+
+        def call(il: int, n_layer: int, i_token: int, n_tokens: int, _: Any) -> bool:
+            try:
+                return progress(il, n_layer, i_token, n_tokens) is not False
+            except BaseException as e:  # Ctrl-C too: nothing can be raised through the library
+                self._progress_error = e
+                return False
+
+        self._progress = _lib.Progress() if progress is None else _lib.Progress(call)
         _lib.check(_lib.lib.headkv_set_progress(self.ctx, self._progress, None))
 
     def generate(self, tokens: Sequence[int], *args: Any, **kwargs: Any) -> Generator[int, Sequence[int] | None, None]:

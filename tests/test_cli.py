@@ -322,5 +322,7 @@ def test_ctrl_c_exits_with_130(model: Path, monkeypatch: pytest.MonkeyPatch) -> 
     def interrupt(*_: Any) -> None:
         raise KeyboardInterrupt
 
+    monkeypatch.setattr(cli.Meter, "_show_step", interrupt)
     monkeypatch.setattr(cli.Meter, "_counted_decode", interrupt)
     assert generate(model, "-p", PROMPT, "--kv-size", "16") == 130
+    assert generate(model, "-p", PROMPT) == 130

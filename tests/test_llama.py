@@ -6,6 +6,7 @@ import pickle
 import random
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -83,5 +84,5 @@ def test_state_calls_say_that_they_are_not_available(llm: Any, call: str) -> Non
 def test_a_stock_library_that_was_loaded_first_is_an_import_error(stock_lib: Any) -> None:
     code = "import llama_cpp\nimport pyheadkv"
     env = {"LLAMA_CPP_LIB_PATH": str(stock_lib), "PYTHONPATH": ":".join(sys.path), "PATH": "/usr/bin:/bin"}
-    res = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env)
+    res = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, cwd=Path(__file__).parent)
     assert res.returncode == 1 and "import pyheadkv first" in res.stderr

@@ -139,7 +139,7 @@ def test_a_prompt_fits_into_memory_that_is_too_small_for_its_full_cache(prefill:
     path = make_model(shape, importance=None)
     env = dict(os.environ, PYTHONPATH=os.pathsep.join(sys.path), MALLOC_ARENA_MAX="1")
     cmd = [sys.executable, "-c", LIMIT_SCRIPT, str(path), prefill, "6000", "170"]
-    res = subprocess.run(cmd, env=env, capture_output=True, text=True)
+    res = subprocess.run(cmd, env=env, cwd=Path(__file__).parent, capture_output=True, text=True)
     if fits:
         assert "answered after 6001" in res.stdout, res.stderr[-2000:]
     else:  # a clean error, not a crash

@@ -27,7 +27,7 @@ def asan_dir() -> Path:
 def run(cmd: list[str], **env: str) -> str:
     options = "detect_leaks=0:abort_on_error=0:exitcode=99:halt_on_error=1"
     env = {**os.environ, "ASAN_OPTIONS": options, "UBSAN_OPTIONS": "print_stacktrace=1:halt_on_error=1:exitcode=99", **env}
-    res = subprocess.run(cmd, env=env, capture_output=True, text=True)
+    res = subprocess.run(cmd, env=env, cwd=TESTS, capture_output=True, text=True)
     assert res.returncode == 0, (res.stdout + res.stderr)[-4000:]
     return res.stdout
 
@@ -38,10 +38,12 @@ def test_ops_are_clean(asan_dir: Path) -> None:
 
 
 def test_engine_is_clean(asan_dir: Path) -> None:
-    preload = subprocess.run(["gcc", "-print-file-name=libasan.so"], capture_output=True, text=True).stdout.strip()
-    if not Path(preload).is_file():
-        pytest.skip("no shared libasan to preload into Python")
-    cmd = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(TESTS / "test_engine.py"), str(TESTS / "test_prefill_layer.py"),
-           "-k", SELECTION]
+    # libstdc++ too, or the sanitizer does not find the functions of it that it wraps
+    found = [subprocess.run(["gcc", f"-print-file-name={name}"], capture_output=True, text=True).stdout.strip()
+             for name in ("libasan.so", "libstdc++.so.6")]
+    if not all(Path(path).is_file() for path in found):
+        pytest.skip("no shared libasan and libstdc++ to preload into Python")
+    preload = " ".join(found)
+    cmd = [sys.executable, "-m", "pytest", "-q", "-s", "-p", "no:cacheprovider", "test_engine.py", "test_prefill_layer.py", "-k", SELECTION]
     out = run(cmd, LD_PRELOAD=preload, PYHEADKV_LIB_PATH=str(asan_dir), PYHEADKV_STOCK_LIB="", PYTHONMALLOC="malloc")
     assert " passed" in out
