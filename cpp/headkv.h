@@ -55,6 +55,7 @@ struct headkv_params {
     int32_t      attend;      // enum headkv_attend
     int32_t      n_buckets;   // attention calls per layer of the composed path, 1..8
     int32_t      prefill;     // enum headkv_prefill
+    int32_t      hidden_f16;  // 1 = hidden states between layers in f16: half the memory, rounded results
     // importance of each query head, row-major [n_layer][n_head]; NULL = read it from importance_gguf
     const double * importance;
     int32_t      n_layer;

@@ -58,6 +58,7 @@ class Params(ctypes.Structure):
         ("attend", ctypes.c_int32),
         ("n_buckets", ctypes.c_int32),
         ("prefill", ctypes.c_int32),
+        ("hidden_f16", ctypes.c_int32),
         ("importance", ctypes.POINTER(ctypes.c_double)),
         ("n_layer", ctypes.c_int32),
         ("n_head", ctypes.c_int32),

@@ -85,6 +85,9 @@ class Llama(llama_cpp.Llama):
     prefill : order in which prompts are read: "layer" (one layer's full cache is alive
         at a time), "token" (every layer's, as upstream) or "auto" (layer where it
         applies). The results are the same; ``prefill_mode`` says what was chosen
+    prefill_hidden : type of the hidden states between layers, "f32" (exact) or "f16" (half
+        the memory of what is left; logits of the random models of the tests change by a
+        normalised error below 1e-5)
     kv_reuse : continue on the compressed past when a prompt starts with it. Off by
         default: such a prompt is read again, so that the answer is that of a fresh one
     n_tail, attend, n_buckets : see ``cpp/headkv.h``
@@ -114,6 +117,7 @@ class Llama(llama_cpp.Llama):
         pool_kernel: int = 7,
         importance: ImportanceLike = None,
         prefill: str = "auto",
+        prefill_hidden: str = "f32",
         kv_reuse: bool = False,
         n_tail: int = 64,
         attend: str = "auto",
@@ -121,7 +125,8 @@ class Llama(llama_cpp.Llama):
         **kwargs: Any,
     ) -> None:
         self._kv_args = dict(kv_size=kv_size, policy=policy, beta=beta, window=window, pool=pool, pool_kernel=pool_kernel,
-                             importance=importance, prefill=prefill, kv_reuse=kv_reuse, n_tail=n_tail, attend=attend, n_buckets=n_buckets)
+                             importance=importance, prefill=prefill, prefill_hidden=prefill_hidden,
+                             kv_reuse=kv_reuse, n_tail=n_tail, attend=attend, n_buckets=n_buckets)
         self._kv_reuse = kv_reuse
         self._prompt_pending = False
         self._progress_error: BaseException | None = None
@@ -132,7 +137,8 @@ class Llama(llama_cpp.Llama):
             return
 
         self.kv_options = Options(kv_size=kv_size, policy=policy, beta=beta, window=window, pool=pool, pool_kernel=pool_kernel,
-                                  n_tail=n_tail, attend=attend, n_buckets=n_buckets, prefill=prefill)
+                                  n_tail=n_tail, attend=attend, n_buckets=n_buckets, prefill=prefill,
+                                  prefill_hidden=prefill_hidden)
         n_ctx = kwargs.get("n_ctx", 512)  # 0 = that of the model, checked by the library
         if n_ctx and kv_size > n_ctx:
             raise ValueError(f"kv_size={kv_size}: it must not be larger than n_ctx = {n_ctx}")

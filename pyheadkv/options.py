@@ -95,12 +95,14 @@ class Options:
     attend: str = "auto"
     n_buckets: int = 1
     prefill: str = "auto"
+    prefill_hidden: str = "f32"
 
     def __post_init__(self) -> None:
         check_choice("policy", self.policy, POLICIES)
         check_choice("pool", self.pool, tuple(POOLS))
         check_choice("attend", self.attend, tuple(ATTENDS))
         check_choice("prefill", self.prefill, tuple(PREFILLS))
+        check_choice("prefill_hidden", self.prefill_hidden, ("f32", "f16"))
         check_int("window", self.window, 1, 64)
         check_int("kv_size", self.kv_size, self.window + 1, 1 << 26,
                   f" (it counts the observation window of {self.window} cells)")
@@ -126,6 +128,7 @@ class Options:
         params.attend = ATTENDS[self.attend]
         params.n_buckets = self.n_buckets
         params.prefill = PREFILLS[self.prefill]
+        params.hidden_f16 = self.prefill_hidden == "f16"
         if importance is not None:
             params.importance = importance.ctypes.data_as(ctypes.POINTER(ctypes.c_double))
             params.n_layer, params.n_head = importance.shape

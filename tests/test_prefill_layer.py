@@ -10,7 +10,7 @@ from typing import Any, Callable
 
 import numpy as np
 import pytest
-from conftest import SHAPES, Shape, load, logits, read_prompt, tokens
+from conftest import SHAPES, Shape, load, logits, nmse, read_prompt, tokens
 
 pytestmark = pytest.mark.usefixtures("library")
 MakeModel = Callable[..., Path]
@@ -60,6 +60,18 @@ def test_only_one_layer_is_staged(make_model: MakeModel) -> None:
     store = llm.kv_stats().bytes_store
     assert peaks["token"] >= 8 * layer
     assert peaks["layer"] <= hidden + 1.1 * layer + store + (4 << 20)
+
+
+@ALL_SHAPES
+def test_hidden_states_in_f16_take_half_the_memory_and_change_little(shape: Shape, make_model: MakeModel) -> None:
+    path, prompt = make_model(shape), tokens(1500)
+    results = {}
+    for hidden in ("f32", "f16"):
+        llm = load(path, kv_size=48, prefill="layer", prefill_hidden=hidden, n_ubatch=256)
+        results[hidden] = (read_prompt(llm, prompt), llm.kv_stats().bytes_peak)
+    saved = results["f32"][1] - results["f16"][1]
+    assert abs(saved - 1500 * shape.n_head * shape.head_dim * 2) < 4096
+    assert 0 < nmse(results["f16"][0], results["f32"][0]) < 1e-5
 
 
 def test_plain_eval_does_not_end_the_prompt(make_model: MakeModel) -> None:

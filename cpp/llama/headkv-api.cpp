@@ -61,6 +61,7 @@ struct headkv_params headkv_default_params(void) {
         /*.attend          =*/ HEADKV_ATTEND_AUTO,
         /*.n_buckets       =*/ 1,
         /*.prefill         =*/ HEADKV_PREFILL_AUTO,
+        /*.hidden_f16      =*/ 0,
         /*.importance      =*/ nullptr,
         /*.n_layer         =*/ 0,
         /*.n_head          =*/ 0,

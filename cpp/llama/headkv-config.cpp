@@ -51,6 +51,8 @@ headkv_config headkv_config_from_params(const headkv_params & params) {
     cfg.n_buckets = check_range("n_buckets", params.n_buckets, 1, 8);
     cfg.prefill   = (headkv_prefill) check_range("prefill", params.prefill, HEADKV_PREFILL_AUTO, HEADKV_PREFILL_LAYER);
 
+    cfg.hidden_f16 = check_range("hidden_f16", params.hidden_f16, 0, 1) == 1;
+
     if (cfg.policy == HEADKV_POLICY_HEADKV) {
         if (params.importance) {
             cfg.importance.n_layer = check_range("n_layer of the importance", params.n_layer, 1, 65536);

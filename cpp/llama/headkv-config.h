@@ -29,6 +29,7 @@ struct headkv_config {
     headkv_attend attend;
     uint32_t      n_buckets;
     headkv_prefill prefill;
+    bool           hidden_f16;
 
     headkv_importance importance;
 };

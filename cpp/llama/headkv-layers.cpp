@@ -119,19 +119,32 @@ void headkv_cut_graph(const llm_graph_params & params, llm_graph_result & res) {
         }
     }
 
-    if (begin >= 0) {
-        ggml_tensor * x = nodes[begin];
+    ggml_context * ctx   = res.get_ctx();
+    ggml_tensor  * slice = ggml_view_2d(ctx, hidden, hidden->ne[0], n_tokens, hidden->nb[1], offset);
+
+    ggml_tensor * x = begin >= 0 ? nodes[begin] : nullptr;
+    if (x) {
         x->op = GGML_OP_NONE;
         x->flags &= ~GGML_TENSOR_FLAG_COMPUTE;
         for (auto & src : x->src) {
             src = nullptr;
         }
-        ggml_backend_tensor_alloc(hidden->buffer, x, (char *) hidden->data + offset);
+        if (hidden->type == x->type) {
+            ggml_backend_tensor_alloc(hidden->buffer, x, (char *) hidden->data + offset);
+        } else {
+            // what ggml_cast() would make
+            x->op     = GGML_OP_CPY;
+            x->src[0] = slice;
+            x->src[1] = x;
+        }
     }
 
     ggml_graph_clear(gf);
     for (ggml_tensor * t : inputs) {
         ggml_build_forward_expand(gf, t);
+    }
+    if (x && x->op != GGML_OP_NONE) {
+        ggml_build_forward_expand(gf, x);
     }
     for (int i = begin + 1; i <= end; ++i) {
         // upstream keeps branches in the graph that it does not compute
@@ -142,7 +155,6 @@ void headkv_cut_graph(const llm_graph_params & params, llm_graph_result & res) {
         }
     }
     if (!last) {
-        ggml_context * ctx = res.get_ctx();
-        ggml_build_forward_expand(gf, ggml_cpy(ctx, nodes[end], ggml_view_2d(ctx, hidden, hidden->ne[0], n_tokens, hidden->nb[1], offset)));
+        ggml_build_forward_expand(gf, ggml_cpy(ctx, nodes[end], slice));
     }
 }

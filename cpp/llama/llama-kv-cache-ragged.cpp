@@ -651,7 +651,7 @@ void llama_kv_cache_ragged::alloc_hidden(uint32_t n_tokens) {
 
     ggml_init_params params = { /*.mem_size =*/ 2*ggml_tensor_overhead(), /*.mem_buffer =*/ nullptr, /*.no_alloc =*/ true };
     hidden_buf.ctx.reset(ggml_init(params));
-    hidden = ggml_new_tensor_2d(hidden_buf.ctx.get(), GGML_TYPE_F32, hparams.n_embd, n_tokens);
+    hidden = ggml_new_tensor_2d(hidden_buf.ctx.get(), cfg->hidden_f16 ? GGML_TYPE_F16 : GGML_TYPE_F32, hparams.n_embd, n_tokens);
     diag   = ggml_new_tensor_2d(hidden_buf.ctx.get(), GGML_TYPE_F16, n_ubatch + 256, n_ubatch);
     hidden_buf.buf.reset(ggml_backend_alloc_ctx_tensors_from_buft(hidden_buf.ctx.get(), store.layers[0].buft));
     if (!hidden_buf.buf) {

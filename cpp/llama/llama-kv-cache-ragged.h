@@ -201,7 +201,7 @@ private:
     bool          want_layered  = false; // the wanted staging is one layer
     bool          is_layered    = false; // what the staging is
     ring_t        hidden_buf;
-    ggml_tensor * hidden = nullptr; // F32 [n_embd, n_tokens] of the whole prompt
+    ggml_tensor * hidden = nullptr; // F32 or F16 [n_embd, n_tokens] of the whole prompt
     ggml_tensor * diag   = nullptr; // F16 [n_ubatch + 256, n_ubatch] causal mask of a ubatch among itself
     bool          reading = false; // a layer-major batch is in progress
     llama_context * lctx = nullptr; // of the last update
