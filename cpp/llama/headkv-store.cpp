@@ -104,7 +104,7 @@ static uint32_t n_rows_viewed(const std::vector<headkv_bucket> & buckets) {
     return res;
 }
 
-static void copy_rows(ggml_tensor * src, uint32_t off_src, ggml_tensor * dst, uint32_t off_dst, uint32_t n_rows) {
+void headkv_copy_rows(ggml_tensor * src, uint32_t off_src, ggml_tensor * dst, uint32_t off_dst, uint32_t n_rows) {
     if (n_rows == 0) {
         return;
     }
@@ -181,8 +181,8 @@ void headkv_store::relayout(headkv_store_layer & layer, int32_t s, const std::ve
             const auto & src = layer.ranges[i][h];
             const auto & dst = ranges[i][h];
             const uint32_t n = (int32_t) i == s ? (n_used.empty() ? 0 : n_used[h]) : std::min(src.n_cap, dst.n_cap);
-            copy_rows(layer.k, src.off, k, dst.off, n);
-            copy_rows(layer.v, src.off, v, dst.off, n);
+            headkv_copy_rows(layer.k, src.off, k, dst.off, n);
+            headkv_copy_rows(layer.v, src.off, v, dst.off, n);
         }
     }
 

@@ -76,3 +76,6 @@ public:
 // Cuts heads, sorted by n_rows ascending, into at most n_buckets runs with the least padding.
 // Returns the sizes of the runs.
 std::vector<uint32_t> headkv_bucket_sizes(const std::vector<uint32_t> & n_rows_sorted, uint32_t n_buckets);
+
+// copies rows of one 2-d tensor into another one of the same type and row length, on whatever device they are
+void headkv_copy_rows(ggml_tensor * src, uint32_t off_src, ggml_tensor * dst, uint32_t off_dst, uint32_t n_rows);

@@ -593,16 +593,6 @@ static void occupy(llama_kv_cache & cache, uint32_t i_cell, llama_seq_id seq_id,
     cache.apply_ubatch(sinfo, ubatch);
 }
 
-static void copy_rows(ggml_tensor * src, ggml_tensor * dst, int64_t n) {
-    ggml_init_params params = { /*.mem_size =*/ 2*ggml_tensor_overhead(), /*.mem_buffer =*/ nullptr, /*.no_alloc =*/ true };
-    ggml_context_ptr ctx(ggml_init(params));
-    src = ggml_view_2d(ctx.get(), src, src->ne[0], n, src->nb[1], 0);
-    dst = ggml_view_2d(ctx.get(), dst, dst->ne[0], n, dst->nb[1], 0);
-    ggml_backend_view_init(src);
-    ggml_backend_view_init(dst);
-    ggml_backend_tensor_copy(src, dst);
-}
-
 void llama_kv_cache_ragged::alloc_stage(uint32_t n_cells) {
     const uint32_t n_tokens = n_cells;
     n_cells = std::min<uint32_t>(GGML_PAD(n_cells, 256), n_ctx); // upstream attends multiples of 256 cells
@@ -633,7 +623,7 @@ void llama_kv_cache_ragged::alloc_stage(uint32_t n_cells) {
 
         for (int32_t il : ils) {
             for (bool v : { false, true }) {
-                copy_rows(storage_of(*stage, il, v), storage_of(*res, il, v), n);
+                headkv_copy_rows(storage_of(*stage, il, v), 0, storage_of(*res, il, v), 0, n);
             }
         }
         for (uint32_t i = 0; i < n; ++i) {
