@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from . import __version__, demo, inspect
 from .demo import round_n_ctx, threads_kwargs
 from .inspect import format_bytes, model_path, read_shape
-from .options import POLICIES, POOLS, check_int
+from .options import POOLS, PREFILLS, check_int
 
 if TYPE_CHECKING:
     from .llama import Llama
@@ -69,28 +69,7 @@ def add_generate_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_cache_arguments(group: argparse._ArgumentGroup) -> None:
-    group.add_argument(
-        "--kv-size",
-        type=int,
-        metavar="N",
-        help="mean cells per KV head after the prompt, window included (default: full cache)",
-    )
-    group.add_argument(
-        "--policy",
-        choices=POLICIES,
-        default="headkv",
-        help="budgets by importance, or uniform ones (default: %(default)s)",
-    )
-    group.add_argument(
-        "--beta", type=float, default=1.2, metavar="X", help="> 1, larger is more uniform (default: %(default)s)"
-    )
-    group.add_argument(
-        "--window",
-        type=int,
-        default=8,
-        metavar="N",
-        help="last tokens of the prompt, they score it and are kept (default: %(default)s)",
-    )
+    inspect.add_budget_arguments(group, kv_size=None)
     group.add_argument(
         "--pool", choices=tuple(POOLS), default="max", help="pooling of the scores (default: %(default)s)"
     )
@@ -98,7 +77,10 @@ def _add_cache_arguments(group: argparse._ArgumentGroup) -> None:
         "--pool-kernel", type=int, default=7, metavar="N", help="tokens, odd, 1 = none (default: %(default)s)"
     )
     group.add_argument(
-        "--importance", metavar="FILE", help="JSON scores or a GGUF with importance (default: the model's own)"
+        "--prefill",
+        choices=tuple(PREFILLS),
+        default="auto",
+        help="order in which the prompt is read; layer keeps one layer's full cache at a time (default: %(default)s)",
     )
 
 
@@ -166,6 +148,7 @@ def _open_model(path: Path, args: argparse.Namespace, *, n_ctx: int) -> Llama:
         pool=args.pool,
         pool_kernel=args.pool_kernel,
         importance=args.importance,
+        prefill=args.prefill,
         n_ctx=n_ctx,
         n_batch=args.n_batch,
         n_gpu_layers=args.n_gpu_layers,

@@ -93,7 +93,7 @@ def read_importance(path: PathLike) -> Importance | None:
     ------
     ValueError : the file or its keys are damaged, or do not fit the model's block_count and head_count
     """
-    with _open_header(path) as header:
+    with open_header(path) as header:
         return _importance_of(header)
 
 
@@ -119,7 +119,7 @@ def write_importance(
     """
     src, dst = Path(src), Path(dst)
     _check_destination(src, dst, force=force)
-    with _open_header(src) as header:
+    with open_header(src) as header:
         values = check_importance(importance, name="importance")
         if header.pairs.get("split.count", _NO_PAIR).value not in (None, 0, 1):
             raise ValueError(
@@ -352,7 +352,7 @@ class _Cursor:
 
 
 @contextmanager
-def _open_header(path: PathLike) -> Iterator[_Header]:
+def open_header(path: PathLike) -> Iterator[_Header]:
     """Map a GGUF file and parse all of it but the tensor data."""
     path = Path(path)
     with open(path, "rb") as file:

@@ -92,15 +92,14 @@ class Plan:
 # command
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Options of ``pyheadkv inspect``."""
-    parser.add_argument("model", nargs="?", metavar="MODEL.gguf", help="model (default: the embedded one)")
+def add_budget_arguments(parser: argparse._ActionsContainer, *, kv_size: int | None) -> None:
+    """The options that decide the budgets; ``kv_size`` is the default, None = the full cache."""
     parser.add_argument(
         "--kv-size",
         type=int,
-        default=128,
+        default=kv_size,
         metavar="N",
-        help="mean cells per KV head, window included (default: %(default)s)",
+        help=f"mean cells per KV head, window included (default: {kv_size or 'full cache'})",
     )
     parser.add_argument(
         "--policy",
@@ -116,11 +115,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=int,
         default=8,
         metavar="N",
-        help="last tokens of the prompt that every head keeps (default: %(default)s)",
+        help="last tokens of the prompt, they score it and are kept (default: %(default)s)",
     )
     parser.add_argument(
         "--importance", metavar="FILE", help="JSON scores or a GGUF with importance (default: the model's own)"
     )
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of ``pyheadkv inspect``."""
+    parser.add_argument("model", nargs="?", metavar="MODEL.gguf", help="model (default: the embedded one)")
+    add_budget_arguments(parser, kv_size=128)
     parser.add_argument(
         "--n-ctx",
         type=int,
@@ -168,7 +173,7 @@ def read_shape(path: str | os.PathLike[str]) -> ModelShape:
     ------
     ValueError : the file is damaged, or its layers differ in their number of heads
     """
-    with gguf_keys._open_header(path) as header:
+    with gguf_keys.open_header(path) as header:
         arch, pairs = header.arch, header.pairs
 
     def get(name: str, default: Any = None) -> int:
