@@ -97,7 +97,8 @@ LLAMA_API int32_t headkv_begin_prompt(struct llama_context * ctx, llama_seq_id s
 LLAMA_API const char * headkv_why_token_prefill(const struct llama_context * ctx);
 
 // Called before each step of a prompt: layer il of n_layer (0 of 1 when all layers are one step), tokens
-// [i_token, ..) of n_tokens. Returning false aborts: llama_decode() fails and the sequence is empty.
+// [i_token, ..) of n_tokens. Returning false aborts: llama_decode() fails, and the step's tokens are removed, or the
+// whole prompt when it was read layer by layer.
 typedef bool (*headkv_progress)(int32_t il, int32_t n_layer, int32_t i_token, int32_t n_tokens, void * user_data);
 LLAMA_API int32_t headkv_set_progress(struct llama_context * ctx, headkv_progress progress, void * user_data);
 

@@ -265,7 +265,8 @@ class Llama(llama_cpp.Llama):
         """Call ``progress(il, n_layer, i_token, n_tokens)`` before each step of a prompt.
 
         ``n_layer`` is 1 when a step takes the tokens through all layers. Returning False
-        aborts: the evaluation raises RuntimeError and the cache is empty. None = no calls.
+        aborts: the evaluation raises RuntimeError, and the prompt is to be read again.
+        What ``progress`` raises is raised by the evaluation. None = no calls.
         """
         self._need_options()
 

@@ -10,7 +10,7 @@
 #include "llama-graph.h"
 #include "llama-impl.h"
 
-#include <cstring>
+#include <string>
 #include <unordered_map>
 #include <unordered_set>
 #include <vector>
@@ -23,7 +23,7 @@ static std::vector<ggml_tensor *> graph_nodes(ggml_cgraph * gf) {
     return res;
 }
 
-// index of the output of layer il, -1 = none; il = -1 stands for the input of the first layer
+// index of the output of layer il, -1 = none
 static int find_l_out(const std::vector<ggml_tensor *> & nodes, int32_t il) {
     const std::string name = "l_out-" + std::to_string(il);
     for (size_t i = 0; i < nodes.size(); ++i) {
@@ -80,8 +80,8 @@ static std::string why_not_separable(const std::vector<ggml_tensor *> & nodes, i
 
 void headkv_cut_graph(const llm_graph_params & params, llm_graph_result & res) {
     const auto * mctx = dynamic_cast<const llama_kv_cache_ragged_context *>(params.mctx);
-    if (!mctx) {
-        return;
+    if (!mctx || (!mctx->is_full() && !mctx->is_layered())) {
+        return; // decode builds graphs too
     }
     auto * kv = mctx->get_kv();
     ggml_cgraph * gf = res.get_gf();
@@ -92,9 +92,6 @@ void headkv_cut_graph(const llm_graph_params & params, llm_graph_result & res) {
         if (params.ubatch.n_tokens > params.ubatch.n_seqs) {
             kv->note_layers(why_not_separable(nodes, kv->n_layer(), params.hparams.n_embd, n_tokens));
         }
-        return;
-    }
-    if (!mctx->is_layered()) {
         return;
     }
 

@@ -103,7 +103,6 @@ public:
     int32_t n_head_kv_max() const;
     int32_t n_layer() const;
 
-    uint32_t budget(int32_t il, int32_t ih) const { return budgets[il][ih]; }
     const std::vector<uint32_t> & budget(int32_t il) const { return budgets[il]; }
 
     const headkv_store & get_store() const { return store; }
