@@ -45,7 +45,7 @@ enum headkv_prefill {
 
 struct headkv_params {
     size_t       size;        // sizeof(struct headkv_params)
-    const char * policy;      // "headkv" (importance decides), "snapkv" (uniform)
+    const char * policy;      // "headkv" (importance decides), "snapkv" (uniform), "streaming" (4 sinks and the last cells)
     int32_t      kv_size;     // mean cells per KV head, observation window included
     int32_t      window;      // queries that score the prompt, 1..64
     int32_t      pool;        // enum headkv_pool
@@ -56,6 +56,7 @@ struct headkv_params {
     int32_t      n_buckets;   // attention calls per layer of the composed path, 1..8
     int32_t      prefill;     // enum headkv_prefill
     int32_t      hidden_f16;  // 1 = hidden states between layers in f16: half the memory, rounded results
+    int32_t      keep_prompt; // 1 = the full cache of a prompt stays after compression, for headkv_restore_prompt()
     // importance of each query head, row-major [n_layer][n_head]; NULL = read it from importance_gguf
     const double * importance;
     int32_t      n_layer;
@@ -84,6 +85,10 @@ LLAMA_API int32_t headkv_set_params(const struct headkv_params * params);
 // Reason of the last failure on this thread; never NULL.
 LLAMA_API const char * headkv_last_error(void);
 
+// Other parameters for the compressions to come: policy, kv_size, beta, pool, pool_kernel and importance can change, the
+// others size what the context owns and must be those it was created with.
+LLAMA_API int32_t headkv_configure(struct llama_context * ctx, const struct headkv_params * params);
+
 // Whether the context has a ragged cache.
 LLAMA_API bool headkv_enabled(const struct llama_context * ctx);
 
@@ -104,6 +109,11 @@ LLAMA_API int32_t headkv_set_progress(struct llama_context * ctx, headkv_progres
 
 // Compresses the sequence and releases the staging memory. A no-op for a compressed sequence.
 LLAMA_API int32_t headkv_end_prompt(struct llama_context * ctx, llama_seq_id seq_id);
+
+// Takes a compressed sequence back to the first n_tokens of its prompt, uncompressed: another end can be read, or the same
+// prompt compressed in another way, without reading it again. As many tokens as were taken back, at most `window`, must be
+// read before the next compression. Needs keep_prompt, which costs the memory of the full cache.
+LLAMA_API int32_t headkv_restore_prompt(struct llama_context * ctx, llama_seq_id seq_id, int32_t n_tokens);
 
 LLAMA_API int32_t headkv_get_stats(const struct llama_context * ctx, llama_seq_id seq_id, struct headkv_stats * stats);
 

@@ -59,6 +59,7 @@ class Params(ctypes.Structure):
         ("n_buckets", ctypes.c_int32),
         ("prefill", ctypes.c_int32),
         ("hidden_f16", ctypes.c_int32),
+        ("keep_prompt", ctypes.c_int32),
         ("importance", ctypes.POINTER(ctypes.c_double)),
         ("n_layer", ctypes.c_int32),
         ("n_head", ctypes.c_int32),
@@ -94,6 +95,10 @@ _PROTOTYPES: dict[str, tuple[list[Any], Any]] = {
     "headkv_default_params": ([], Params),
     # int32_t headkv_set_params(const struct headkv_params * params);
     "headkv_set_params": ([ctypes.POINTER(Params)], ctypes.c_int32),
+    # int32_t headkv_configure(struct llama_context * ctx, const struct headkv_params * params);
+    "headkv_configure": ([_CTX, ctypes.POINTER(Params)], ctypes.c_int32),
+    # int32_t headkv_restore_prompt(struct llama_context * ctx, llama_seq_id seq_id, int32_t n_tokens);
+    "headkv_restore_prompt": ([_CTX, ctypes.c_int32, ctypes.c_int32], ctypes.c_int32),
     # const char * headkv_last_error(void);
     "headkv_last_error": ([], ctypes.c_char_p),
     # bool headkv_enabled(const struct llama_context * ctx);

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from os import PathLike, fspath
 from typing import Any, Callable, Generator, Sequence
 
@@ -76,7 +76,8 @@ class Llama(llama_cpp.Llama):
     model_path : path of a GGUF file
     kv_size : mean cells per KV head after the prompt, window included;
         None = the stock cache, bit-identical to upstream
-    policy : "headkv" (budgets by head importance) or "snapkv" (uniform budgets)
+    policy : "headkv" (budgets by head importance), "snapkv" (uniform budgets) or "streaming"
+        (uniform budgets: the first 4 cells and the last ones, whatever the queries look at)
     beta : > 1; a share 1/beta of the budget is given out by importance, the rest evenly
     window : number of last queries that score the prompt; these cells are always kept
     pool, pool_kernel : pooling of the scores along the prompt, "max" or "avg", odd size
@@ -90,6 +91,9 @@ class Llama(llama_cpp.Llama):
         normalised error below 1e-5)
     kv_reuse : continue on the compressed past when a prompt starts with it. Off by
         default: such a prompt is read again, so that the answer is that of a fresh one
+    keep_prompt : keep the full cache of the prompt beside the compressed one, so that
+        ``restore_prompt`` can go back to it. For evaluations: it costs the memory that
+        compression saves
     n_tail, attend, n_buckets : see ``cpp/headkv.h``
     **kwargs : every argument of ``llama_cpp.Llama``; ``flash_attn`` is on when
         compression is
@@ -119,6 +123,7 @@ class Llama(llama_cpp.Llama):
         prefill: str = "auto",
         prefill_hidden: str = "f32",
         kv_reuse: bool = False,
+        keep_prompt: bool = False,
         n_tail: int = 64,
         attend: str = "auto",
         n_buckets: int = 1,
@@ -126,7 +131,7 @@ class Llama(llama_cpp.Llama):
     ) -> None:
         self._kv_args = dict(kv_size=kv_size, policy=policy, beta=beta, window=window, pool=pool, pool_kernel=pool_kernel,
                              importance=importance, prefill=prefill, prefill_hidden=prefill_hidden,
-                             kv_reuse=kv_reuse, n_tail=n_tail, attend=attend, n_buckets=n_buckets)
+                             kv_reuse=kv_reuse, keep_prompt=keep_prompt, n_tail=n_tail, attend=attend, n_buckets=n_buckets)
         self._kv_reuse = kv_reuse
         self._prompt_pending = False
         self._progress_error: BaseException | None = None
@@ -138,7 +143,7 @@ class Llama(llama_cpp.Llama):
 
         self.kv_options = Options(kv_size=kv_size, policy=policy, beta=beta, window=window, pool=pool, pool_kernel=pool_kernel,
                                   n_tail=n_tail, attend=attend, n_buckets=n_buckets, prefill=prefill,
-                                  prefill_hidden=prefill_hidden)
+                                  prefill_hidden=prefill_hidden, keep_prompt=keep_prompt)
         n_ctx = kwargs.get("n_ctx", 512)  # 0 = that of the model, checked by the library
         if n_ctx and kv_size > n_ctx:
             raise ValueError(f"kv_size={kv_size}: it must not be larger than n_ctx = {n_ctx}")
@@ -260,6 +265,39 @@ class Llama(llama_cpp.Llama):
             self.eval(tokens)
         finally:
             self._prompt_pending = False
+
+    def configure(self, *, importance: ImportanceLike = None, **options: Any) -> None:
+        """Change how the prompts to come are compressed.
+
+        Parameters
+        ----------
+        importance : as for the constructor; None = from the model's metadata
+        **options : any of ``kv_size, policy, beta, pool, pool_kernel``; the others stay
+
+        Raises
+        ------
+        ValueError
+            wrong value, or an option that sizes what the context owns; nothing has changed then
+        """
+        new = replace(self._need_options(), **options)
+        params = new.to_params(load_importance(importance), self.model_path)
+        _lib.check(_lib.lib.headkv_configure(self.ctx, ctypes.byref(params)), ValueError)
+        self.kv_options = new
+
+    def restore_prompt(self, n_tokens: int) -> None:
+        """Go back to the first ``n_tokens`` of the compressed prompt, uncompressed, without reading them again.
+
+        As many tokens as were taken back, at most ``window``, must be evaluated before
+        ``end_prompt``, which needs their queries.
+
+        Raises
+        ------
+        RuntimeError
+            the prompt was not kept (``keep_prompt``) or is shorter
+        """
+        self._need_options()
+        _lib.check(_lib.lib.headkv_restore_prompt(self.ctx, 0, n_tokens))
+        self.n_tokens = n_tokens
 
     def set_progress(self, progress: Callable[[int, int, int, int], bool | None] | None) -> None:
         """Call ``progress(il, n_layer, i_token, n_tokens)`` before each step of a prompt.

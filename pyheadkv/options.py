@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from . import _lib
 
-POLICIES = ("headkv", "snapkv")
+POLICIES = ("headkv", "snapkv", "streaming")
 POOLS = {"max": 0, "avg": 1}
 ATTENDS = {"auto": 0, "fused": 1, "composed": 2}
 PREFILLS = {"auto": 0, "token": 1, "layer": 2}
@@ -96,6 +96,7 @@ class Options:
     n_buckets: int = 1
     prefill: str = "auto"
     prefill_hidden: str = "f32"
+    keep_prompt: bool = False
 
     def __post_init__(self) -> None:
         check_choice("policy", self.policy, POLICIES)
@@ -114,6 +115,9 @@ class Options:
             raise ValueError(f"beta={self.beta!r}: it must be a finite number > 1 (larger = more uniform budgets)")
         check_int("n_tail", self.n_tail, 1, 1 << 20)
         check_int("n_buckets", self.n_buckets, 1, 8)
+        if self.keep_prompt and self.prefill == "layer":
+            raise ValueError("keep_prompt=True, prefill='layer': a prompt that is read layer by layer is never held as a whole, "
+                             "use prefill='auto'")
 
     def to_params(self, importance: npt.NDArray[np.float64] | None, model_path: str | None) -> _lib.Params:
         """The C struct. It refers to ``importance``, which must outlive it."""
@@ -129,6 +133,7 @@ class Options:
         params.n_buckets = self.n_buckets
         params.prefill = PREFILLS[self.prefill]
         params.hidden_f16 = self.prefill_hidden == "f16"
+        params.keep_prompt = self.keep_prompt
         if importance is not None:
             params.importance = importance.ctypes.data_as(ctypes.POINTER(ctypes.c_double))
             params.n_layer, params.n_head = importance.shape

@@ -62,6 +62,7 @@ struct headkv_params headkv_default_params(void) {
         /*.n_buckets       =*/ 1,
         /*.prefill         =*/ HEADKV_PREFILL_AUTO,
         /*.hidden_f16      =*/ 0,
+        /*.keep_prompt     =*/ 0,
         /*.importance      =*/ nullptr,
         /*.n_layer         =*/ 0,
         /*.n_head          =*/ 0,
@@ -78,6 +79,22 @@ int32_t headkv_set_params(const struct headkv_params * params) {
     }
     try {
         headkv_thread_config() = std::make_shared<const headkv_config>(headkv_config_from_params(*params));
+    } catch (const std::exception & e) {
+        return fail(e.what());
+    }
+    return 0;
+}
+
+int32_t headkv_configure(struct llama_context * ctx, const struct headkv_params * params) {
+    llama_kv_cache_ragged * kv = get_kv_seq(ctx, 0);
+    if (!kv) {
+        return -1;
+    }
+    try {
+        if (!params) {
+            throw std::invalid_argument("no parameters");
+        }
+        kv->configure(std::make_shared<const headkv_config>(headkv_config_from_params(*params)));
     } catch (const std::exception & e) {
         return fail(e.what());
     }
@@ -135,6 +152,14 @@ int32_t headkv_end_prompt(struct llama_context * ctx, llama_seq_id seq_id) {
         return fail(e.what());
     }
     return 0;
+}
+
+int32_t headkv_restore_prompt(struct llama_context * ctx, llama_seq_id seq_id, int32_t n_tokens) {
+    llama_kv_cache_ragged * kv = get_kv_seq(ctx, seq_id);
+    if (!kv) {
+        return -1;
+    }
+    return kv->restore(seq_id, (uint32_t) std::max(n_tokens, 0)) ? 0 : fail(kv->error());
 }
 
 int32_t headkv_get_stats(const struct llama_context * ctx, llama_seq_id seq_id, struct headkv_stats * stats) {

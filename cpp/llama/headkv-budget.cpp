@@ -39,7 +39,7 @@ static std::vector<double> normalized(const std::vector<double> & v) {
 std::vector<int64_t> headkv_budget_query_heads(const headkv_config & cfg, const std::vector<double> & importance, int32_t n_heads) {
     const double base = (double) cfg.kv_size - cfg.window;
 
-    if (cfg.policy == HEADKV_POLICY_SNAPKV) {
+    if (cfg.policy != HEADKV_POLICY_HEADKV) {
         return std::vector<int64_t>(n_heads, (int64_t) base);
     }
 

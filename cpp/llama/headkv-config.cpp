@@ -15,6 +15,32 @@ static int32_t check_range(const char * name, int32_t value, int32_t lo, int32_t
     return value;
 }
 
+static const struct { const char * name; headkv_policy policy; } policies[] = {
+    { "headkv",    HEADKV_POLICY_HEADKV    },
+    { "snapkv",    HEADKV_POLICY_SNAPKV    },
+    { "streaming", HEADKV_POLICY_STREAMING },
+};
+
+const char * headkv_policy_name(headkv_policy policy) {
+    for (const auto & p : policies) {
+        if (p.policy == policy) {
+            return p.name;
+        }
+    }
+    GGML_ABORT("unknown policy");
+}
+
+static headkv_policy policy_of(const std::string & name) {
+    std::string known;
+    for (const auto & p : policies) {
+        if (name == p.name) {
+            return p.policy;
+        }
+        known += (known.empty() ? "" : ", ") + std::string(p.name);
+    }
+    throw std::invalid_argument(format("policy is '%s': it must be one of %s", name.c_str(), known.c_str()));
+}
+
 headkv_config headkv_config_from_params(const headkv_params & params) {
     if (params.size != sizeof(headkv_params)) {
         throw std::invalid_argument(format("headkv_params.size is %zu, this library expects %zu", params.size, sizeof(headkv_params)));
@@ -22,15 +48,7 @@ headkv_config headkv_config_from_params(const headkv_params & params) {
 
     headkv_config cfg;
 
-    const std::string policy = params.policy ? params.policy : "";
-    if (policy == "headkv") {
-        cfg.policy = HEADKV_POLICY_HEADKV;
-    } else if (policy == "snapkv") {
-        cfg.policy = HEADKV_POLICY_SNAPKV;
-    } else {
-        throw std::invalid_argument(format("policy is '%s': it must be one of headkv, snapkv", policy.c_str()));
-    }
-
+    cfg.policy      = policy_of(params.policy ? params.policy : "");
     cfg.window      = check_range("window", params.window, 1, 64);
     cfg.pool        = (headkv_pool) check_range("pool", params.pool, HEADKV_POOL_MAX, HEADKV_POOL_AVG);
     cfg.pool_kernel = check_range("pool_kernel", params.pool_kernel, 1, 31);
@@ -51,7 +69,15 @@ headkv_config headkv_config_from_params(const headkv_params & params) {
     cfg.n_buckets = check_range("n_buckets", params.n_buckets, 1, 8);
     cfg.prefill   = (headkv_prefill) check_range("prefill", params.prefill, HEADKV_PREFILL_AUTO, HEADKV_PREFILL_LAYER);
 
-    cfg.hidden_f16 = check_range("hidden_f16", params.hidden_f16, 0, 1) == 1;
+    cfg.hidden_f16  = check_range("hidden_f16",  params.hidden_f16,  0, 1) == 1;
+    cfg.keep_prompt = check_range("keep_prompt", params.keep_prompt, 0, 1) == 1;
+    if (cfg.keep_prompt && cfg.prefill == HEADKV_PREFILL_LAYER) {
+        throw std::invalid_argument("keep_prompt is 1 and prefill is 'layer': a prompt that is read layer by layer is never held as a whole, "
+                "use prefill 'token'");
+    }
+    if (cfg.keep_prompt) {
+        cfg.prefill = HEADKV_PREFILL_TOKEN;
+    }
 
     if (cfg.policy == HEADKV_POLICY_HEADKV) {
         if (params.importance) {

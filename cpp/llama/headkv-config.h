@@ -14,9 +14,13 @@ struct headkv_importance {
 };
 
 enum headkv_policy {
-    HEADKV_POLICY_HEADKV, // budgets by importance
-    HEADKV_POLICY_SNAPKV, // uniform budgets
+    HEADKV_POLICY_HEADKV,    // budgets by importance
+    HEADKV_POLICY_SNAPKV,    // uniform budgets
+    HEADKV_POLICY_STREAMING, // uniform budgets, the first cells and the last ones
 };
+
+// name of a policy, as in headkv_params
+const char * headkv_policy_name(headkv_policy policy);
 
 struct headkv_config {
     headkv_policy policy;
@@ -30,6 +34,7 @@ struct headkv_config {
     uint32_t      n_buckets;
     headkv_prefill prefill;
     bool           hidden_f16;
+    bool           keep_prompt;
 
     headkv_importance importance;
 };

@@ -20,9 +20,6 @@
 static std::string refusal(const llama_model & model, const llama_memory_params & params, const llama_cparams & cparams) {
     const auto & hparams = model.hparams;
 
-    if (cparams.n_seq_max != 1) {
-        return format("n_seq_max is %u, only 1 is supported", cparams.n_seq_max);
-    }
     if (!cparams.flash_attn) {
         return "flash attention is off and is required: use flash_attn=True or -fa on";
     }
@@ -78,8 +75,8 @@ llama_memory_i * headkv_create_memory(const llama_model & model, const llama_mem
         if (!why.empty()) {
             throw std::runtime_error(format("KV compression is not possible for this context (architecture %s): %s", model.arch_name().c_str(), why.c_str()));
         }
-        if (cfg->kv_size > cparams.n_ctx) {
-            throw std::invalid_argument(format("kv_size is %u: it must not be larger than n_ctx = %u", cfg->kv_size, cparams.n_ctx));
+        if (cfg->kv_size > cparams.n_ctx_seq) {
+            throw std::invalid_argument(format("kv_size is %u: it must not be larger than n_ctx = %u", cfg->kv_size, cparams.n_ctx_seq));
         }
 
         // Ask upstream, on a small context, which memory the architecture gets: anything but the plain cache is not ours.
@@ -146,7 +143,9 @@ public:
         }
         mctx_ragged = mctx_new;
         if (store) {
-            return rows->ne[0] == n_head_kv_all*params.ubatch.n_tokens && n_seqs == params.ubatch.n_seqs_unq;
+            // the views and masks of the composed path are those of a sequence
+            const bool same_seq = masks.empty() || seq == params.ubatch.seq_id_unq[0];
+            return rows->ne[0] == n_head_kv_all*params.ubatch.n_tokens && n_seqs == params.ubatch.n_seqs_unq && same_seq;
         }
         mctx = mctx_ragged->get_stage();
         return self_k_idxs->ne[0] == params.ubatch.n_tokens &&
@@ -178,7 +177,8 @@ public:
     ggml_tensor * ranges = nullptr; // I32, per layer [2, n_head_kv, n_seqs]
     std::unordered_map<int32_t, int64_t> first_head; // of a layer, counted over all layers
     int64_t  n_head_kv_all = 0;
-    uint32_t n_seqs        = 0;
+    uint32_t     n_seqs    = 0;
+    llama_seq_id seq       = 0; // the first one; the composed path attends for one
 
     struct mask_t  { ggml_tensor * mask; int32_t il; size_t i_bucket; };
     struct order_t { ggml_tensor * tensor; std::vector<int32_t> values; };
@@ -234,6 +234,7 @@ llm_graph_input_attn_kv * headkv_build_inp(const llm_graph_context & gctx) {
 
     if (store) {
         inp->n_seqs = ubatch.n_seqs_unq;
+        inp->seq    = ubatch.seq_id_unq[0];
         for (const auto & layer : kv->get_store().layers) {
             inp->first_head[layer.il] = inp->n_head_kv_all;
             inp->n_head_kv_all += layer.n_head_kv;
@@ -283,7 +284,7 @@ static ggml_tensor * build_attend_composed(const llm_graph_context & gctx, headk
     const int64_t G = layer.n_head/layer.n_head_kv;
     const int64_t T = q->ne[2];
 
-    const auto & buckets = layer.buckets.at(0);
+    const auto & buckets = layer.buckets.at(inp.seq);
     const bool natural = buckets.size() == 1;
 
     ggml_tensor * order   = nullptr;

@@ -173,7 +173,7 @@ void headkv_store::relayout(headkv_store_layer & layer, int32_t s, const std::ve
         }
     }
 
-    for (size_t i = 0; i < ranges.size() && layer.k; ++i) {
+    for (size_t i = 0; i < ranges.size() && layer.k && !no_alloc; ++i) {
         if (i >= layer.ranges.size()) {
             break;
         }

@@ -40,31 +40,25 @@ llama_kv_cache_ragged::llama_kv_cache_ragged(
       const llama_cparams & cparams,
         headkv_config_ptr   cfg) :
     model(model), hparams(model.hparams), cfg(std::move(cfg)), hparams_plan(model.hparams),
-    offload(cparams.offload_kqv), n_ctx(cparams.n_ctx), type_k(type_k), type_v(type_v) {
+    offload(cparams.offload_kqv), n_ctx(cparams.n_ctx), n_ctx_seq(cparams.n_ctx_seq), type_k(type_k), type_v(type_v) {
     const auto & c = *this->cfg;
 
     hparams_plan.no_alloc = true;
 
     seqs.resize(cparams.n_seq_max);
 
-    std::vector<int32_t> n_head;
-    std::vector<int32_t> n_head_kv;
-    for (uint32_t il = 0; il < hparams.n_layer(); ++il) {
-        n_head_kv.push_back(hparams.n_head_kv(il));
-        n_head   .push_back(hparams.n_head_kv(il) > 0 ? hparams.n_head(il) : 0);
-    }
-    budgets = headkv_budget(c, n_head, n_head_kv);
+    budgets = make_budgets(c);
 
     for (uint32_t il = 0; il < hparams.n_layer(); ++il) {
-        if (n_head_kv[il] == 0) {
+        if (hparams.n_head_kv(il) == 0) {
             continue;
         }
         ils.push_back(il);
         for (headkv_store * s : { &store, &store_plan }) {
             headkv_store_layer layer;
             layer.il          = il;
-            layer.n_head      = n_head[il];
-            layer.n_head_kv   = n_head_kv[il];
+            layer.n_head      = hparams.n_head(il);
+            layer.n_head_kv   = hparams.n_head_kv(il);
             layer.n_embd_head = hparams.n_embd_head_k(il);
             layer.type_k      = type_k;
             layer.type_v      = type_v;
@@ -89,9 +83,11 @@ llama_kv_cache_ragged::llama_kv_cache_ragged(
         std::vector<uint32_t> n_kept;
         for (int32_t ih = 0; ih < layer.n_head_kv; ++ih) {
             // the fused op's scratch grows with the rows, the composed graph with the longest range
-            n_kept.push_back(layer.fused ? n_ctx : std::min(n_ctx, budgets[layer.il][ih]));
+            n_kept.push_back(layer.fused ? n_ctx_seq : std::min(n_ctx_seq, budgets[layer.il][ih]));
         }
-        store_plan.relayout(layer, 0, n_kept, c.n_tail, c.n_buckets, {});
+        for (size_t s = 0; s < seqs.size(); ++s) {
+            store_plan.relayout(layer, (int32_t) s, n_kept, c.n_tail, c.n_buckets, {});
+        }
     }
 
     uint64_t n_cells = 0;
@@ -103,11 +99,21 @@ llama_kv_cache_ragged::llama_kv_cache_ragged(
         }
     }
     LLAMA_LOG_INFO("%s: policy %s, kv_size %u: %.1f cells per KV head of %llu, window %u, beta %g, attend %s\n", __func__,
-            c.policy == HEADKV_POLICY_HEADKV ? "headkv" : "snapkv", c.kv_size, (double) n_cells/n_heads, (unsigned long long) n_heads,
+            headkv_policy_name(c.policy), c.kv_size, (double) n_cells/n_heads, (unsigned long long) n_heads,
             c.window, c.beta, store.layers[0].fused ? "fused" : "composed");
 }
 
 llama_kv_cache_ragged::~llama_kv_cache_ragged() = default;
+
+std::vector<std::vector<uint32_t>> llama_kv_cache_ragged::make_budgets(const headkv_config & c) const {
+    std::vector<int32_t> n_head;
+    std::vector<int32_t> n_head_kv;
+    for (uint32_t il = 0; il < hparams.n_layer(); ++il) {
+        n_head_kv.push_back(hparams.n_head_kv(il));
+        n_head   .push_back(hparams.n_head_kv(il) > 0 ? hparams.n_head(il) : 0);
+    }
+    return headkv_budget(c, n_head, n_head_kv);
+}
 
 std::unique_ptr<llama_kv_cache> llama_kv_cache_ragged::make_stage(uint32_t n_cells, bool plan, bool one_layer) const {
     // layers after the last one belong to draft heads (MTP)
@@ -264,14 +270,27 @@ bool llama_kv_cache_ragged::get_can_shift() const {
     return false; // a cell has no single successor to shift
 }
 
+bool llama_kv_cache_ragged::is_staged(llama_seq_id seq_id) const {
+    const seq_t & seq = seqs[seq_id];
+    return seq.state == STAGED || seq.state == LAYERED || seq.kept;
+}
+
 bool llama_kv_cache_ragged::is_staging() const {
-    return std::any_of(seqs.begin(), seqs.end(), [](const seq_t & s) { return s.state == STAGED || s.state == LAYERED; });
+    return n_staged() > 0;
+}
+
+uint32_t llama_kv_cache_ragged::n_staged() const {
+    uint32_t res = 0;
+    for (llama_seq_id s = 0; s < (llama_seq_id) seqs.size(); ++s) {
+        res += !is_staged(s) ? 0 : seqs[s].kept ? seqs[s].n_prompt : seqs[s].n_pos;
+    }
+    return res;
 }
 
 void llama_kv_cache_ragged::clear(bool data) {
     GGML_UNUSED(data); // memory is cleared when it is allocated and released with the next update
     abort_compression();
-    reading = false;
+    reading = -1;
     for (auto & seq : seqs) {
         seq = seq_t();
     }
@@ -297,16 +316,16 @@ bool llama_kv_cache_ragged::seq_rm(llama_seq_id seq_id, llama_pos p0, llama_pos 
     p0 = std::max<llama_pos>(p0, 0);
     p1 = p1 < 0 ? std::numeric_limits<llama_pos>::max() : p1;
 
-    if (p0 >= std::min(p1, seq.n_pos) && !reading) {
+    if (p0 >= std::min(p1, seq.n_pos) && reading != seq_id) {
         release_idle_stage(); // a prompt that failed with its first ubatch has left it
         return true;
     }
     if (p1 < seq.n_pos) {
         return false; // a hole
     }
-    if (reading || seq.state == LAYERED) {
+    if (reading == seq_id || seq.state == LAYERED) {
         // upstream cleans up after a failed or aborted ubatch: no part of the prompt is complete
-        reading = false;
+        reading = -1;
         abort_compression();
         stage->clear(false);
         seq = seq_t();
@@ -320,7 +339,7 @@ bool llama_kv_cache_ragged::seq_rm(llama_seq_id seq_id, llama_pos p0, llama_pos 
         seq.n_pos = p0;
         return true;
     }
-    if (seq.state == STAGED) {
+    if (is_staged(seq_id)) {
         stage->seq_rm(seq_id, p0, p1);
     }
     if (p0 == 0) {
@@ -401,9 +420,109 @@ void llama_kv_cache_ragged::state_read(llama_io_read_i & io, llama_seq_id seq_id
 // batches
 //
 
+void llama_kv_cache_ragged::configure(headkv_config_ptr other) {
+    const auto & a = *cfg;
+    const auto & b = *other;
+    if (b.window != a.window || b.n_tail != a.n_tail || b.attend != a.attend || b.n_buckets != a.n_buckets ||
+            b.prefill != a.prefill || b.hidden_f16 != a.hidden_f16 || b.keep_prompt != a.keep_prompt) {
+        throw std::invalid_argument("window, n_tail, attend, n_buckets, prefill, hidden_f16 and keep_prompt cannot change: create another context");
+    }
+    if (b.kv_size > n_ctx_seq) {
+        throw std::invalid_argument(format("kv_size is %u: it must not be larger than n_ctx = %u", b.kv_size, n_ctx_seq));
+    }
+    budgets = make_budgets(b);
+    cfg     = std::move(other);
+}
+
+bool llama_kv_cache_ragged::restore(llama_seq_id seq_id, uint32_t n_tokens) {
+    seq_t & seq = seqs[seq_id];
+    if (!seq.kept) {
+        return fail(format("sequence %d has no kept prompt: compress it in a context with keep_prompt = 1", seq_id));
+    }
+    if (n_tokens < 1 || (llama_pos) n_tokens > seq.n_prompt) {
+        return fail(format("%u tokens of a prompt of %d: it must be in [1, %d]", n_tokens, seq.n_prompt, seq.n_prompt));
+    }
+    drop_seq(seq_id);
+    stage->seq_rm(seq_id, (llama_pos) n_tokens, -1);
+    seq.state    = STAGED;
+    seq.kept     = false;
+    seq.n_pos    = (llama_pos) n_tokens;
+    seq.n_prompt = 0;
+    seq.n_tail   = 0;
+    for (llama_pos & pos : seq.window) {
+        pos = pos >= seq.n_pos ? -1 : pos;
+    }
+    return true;
+}
+
 void llama_kv_cache_ragged::reserve(llama_seq_id seq_id, uint32_t n_tokens, bool whole) {
-    want_reserve = n_announced = std::min(n_tokens, n_ctx);
+    reserved_seq = seq_id;
+    want_reserve = n_announced = std::min(n_tokens, n_ctx_seq);
     want_whole   = whole && seqs[seq_id].state == EMPTY;
+}
+
+// one ubatch out of several: sequence after sequence, each with the same number of tokens
+static llama_ubatch concat_ubatches(const std::vector<llama_ubatch> & parts) {
+    auto data = std::make_shared<llama_ubatch::data_t>();
+    const auto append = [](auto & dst, const auto & src) { dst.insert(dst.end(), src.begin(), src.end()); };
+
+    data->seq_idx.assign(LLAMA_MAX_SEQ, -1);
+    for (const auto & part : parts) {
+        append(data->token,       part.data->token);
+        append(data->embd,        part.data->embd);
+        append(data->pos,         part.data->pos); // one position per token: others are refused
+        append(data->n_seq_id,    part.data->n_seq_id);
+        append(data->output,      part.data->output);
+        append(data->batch_idxs,  part.data->batch_idxs);
+        append(data->seq_id_data, part.data->seq_id_data);
+        data->seq_idx[part.seq_id_unq[0]] = (int32_t) data->seq_id_unq.size();
+        append(data->seq_id_unq,  part.data->seq_id_unq);
+    }
+    for (auto & id : data->seq_id_data) {
+        data->seq_id.push_back(&id);
+    }
+    llama_ubatch res = parts[0];
+    res.n_seqs     = res.n_seqs_unq = (uint32_t) parts.size();
+    res.n_tokens   = res.n_seqs*res.n_seq_tokens;
+    res.token      = res.token ? data->token.data() : nullptr;
+    res.embd       = res.embd  ? data->embd.data()  : nullptr;
+    res.pos        = data->pos.data();
+    res.n_seq_id   = data->n_seq_id.data();
+    res.seq_id     = data->seq_id.data();
+    res.seq_id_unq = data->seq_id_unq.data();
+    res.seq_idx    = data->seq_idx.data();
+    res.output     = data->output.data();
+    res.data       = std::move(data);
+    return res;
+}
+
+// The fused op attends for all sequences of a ubatch at once, the composed path for one. Sequences with as many tokens
+// share a ubatch; a sequence keeps the order of its own ubatches.
+std::vector<llama_ubatch> llama_kv_cache_ragged::merge_store(const std::vector<llama_ubatch> & ubatches) const {
+    const bool one_by_one = std::any_of(store.layers.begin(), store.layers.end(), [](const headkv_store_layer & l) { return !l.fused; });
+
+    // (how many of its sequence came before, tokens) -> ubatches in order of their sequences
+    std::map<std::pair<uint32_t, uint32_t>, std::map<llama_seq_id, llama_ubatch>> groups;
+    std::map<llama_seq_id, uint32_t> n_before;
+    for (const auto & ubatch : ubatches) {
+        const llama_seq_id s = ubatch.seq_id_unq[0];
+        groups[{ n_before[s]++, ubatch.n_tokens }][s] = ubatch;
+    }
+    std::vector<llama_ubatch> res;
+    for (const auto & [key, of_seq] : groups) {
+        std::vector<llama_ubatch> parts;
+        for (const auto & [s, ubatch] : of_seq) {
+            parts.push_back(ubatch);
+            if (one_by_one || ubatch.n_tokens*(parts.size() + 1) > lctx->n_ubatch()) {
+                res.push_back(concat_ubatches(parts));
+                parts.clear();
+            }
+        }
+        if (!parts.empty()) {
+            res.push_back(concat_ubatches(parts));
+        }
+    }
+    return res;
 }
 
 llama_memory_context_ptr llama_kv_cache_ragged::init_batch(llama_batch_allocr & balloc, uint32_t n_ubatch, bool embd_all) {
@@ -418,68 +537,115 @@ llama_memory_context_ptr llama_kv_cache_ragged::init_batch(llama_batch_allocr & 
         return failed();
     }
 
-    const uint32_t n_tokens = balloc.get_n_tokens();
-    seq_t & seq = seqs[0];
-
-    if ((uint64_t) seq.n_pos + n_tokens > n_ctx) {
-        fail(format("the context is full: %d tokens and %u new ones do not fit into n_ctx = %u", seq.n_pos, n_tokens, n_ctx));
-        return failed();
-    }
-
+    // ubatches of one sequence each
+    std::vector<llama_ubatch> to_store;
+    std::vector<llama_ubatch> to_stage;
+    std::map<llama_seq_id, uint32_t> n_new;
     balloc.split_reset();
-    std::vector<llama_ubatch> ubatches;
     while (true) {
-        auto ubatch = balloc.split_simple(n_ubatch);
+        auto ubatch = balloc.split_seq(n_ubatch);
         if (ubatch.n_tokens == 0) {
             break;
         }
-        ubatches.push_back(std::move(ubatch)); // NOLINT
-    }
-    if (balloc.get_n_used() < n_tokens) {
-        return failed();
-    }
-
-    if (seq.state == LAYERED) {
-        want_compress = 0; // its last layer, before anything else
-        return failed();
-    }
-
-    if (seq.state == STORED) {
-        const uint32_t n_tail = seq.n_pos - seq.n_prompt + n_tokens;
-        if (n_tail > seq.n_tail) {
-            // grown in the update that follows a failed preparation
-            want_tail_seq = 0;
-            want_tail     = std::max(n_tail, seq.n_tail + std::max(seq.n_tail/4, cfg->n_tail));
+        if (ubatch.n_seqs_unq != 1) {
+            fail("a token belongs to more than one sequence, which the ragged cache cannot do");
             return failed();
         }
-        return std::make_unique<llama_kv_cache_ragged_context>(this, std::vector<llama_ubatch>(), llama_kv_cache::slot_info_vec_t(), std::move(ubatches), false);
+        const llama_seq_id s = ubatch.seq_id_unq[0];
+        n_new[s] += ubatch.n_tokens;
+        (seqs[s].state == STORED || seqs[s].state == LAYERED ? to_store : to_stage).push_back(std::move(ubatch)); // NOLINT
+    }
+    if (balloc.get_n_used() < balloc.get_n_tokens()) {
+        return failed();
     }
 
-    // logits of all tokens would need all outputs at once
-    const bool layered = want_whole && seq.state == EMPTY && n_tokens == want_reserve && n_tokens > 1 &&
-        balloc.get_n_outputs() < n_tokens && cfg->prefill != HEADKV_PREFILL_TOKEN && token_major.empty();
+    bool is_ready = true;
 
-    const uint32_t n_cells = seq.n_pos + n_tokens;
-    if (!stage || stage->get_size() < n_cells || is_layered != layered || (layered && (!hidden || hidden->ne[1] < n_tokens))) {
-        if (seq.state == STAGED && is_layered != layered) {
-            fail("the staging holds a prompt that is read in another order");
+    for (llama_seq_id s = 0; s < (llama_seq_id) seqs.size(); ++s) {
+        if (seqs[s].state == LAYERED && (n_new.count(s) || !to_stage.empty())) {
+            want_compress = s; // its last layer, before anything else
+            is_ready      = false;
+        }
+    }
+    for (const auto & [s, n] : n_new) {
+        const seq_t & seq = seqs[s];
+        if ((uint64_t) seq.n_pos + n > n_ctx_seq) {
+            fail(format("the context is full: %d tokens and %u new ones do not fit into n_ctx = %u", seq.n_pos, n, n_ctx_seq));
             return failed();
         }
-        want_stage   = std::max({ n_cells, want_reserve, stage && !layered ? 2*stage->get_size() : 0 });
-        want_layered = layered;
+        if (seq.state == STORED || seq.state == LAYERED) {
+            const uint32_t n_have = seq.state == STORED ? seq.n_tail : cfg->n_tail;
+            const uint32_t n_tail = n + (seq.state == STORED ? seq.n_pos - seq.n_prompt : 0);
+            if (n_tail > n_have) {
+                // grown in the update that follows a failed preparation
+                want_tail[s] = std::max(n_tail, n_have + std::max(n_have/4, cfg->n_tail));
+                is_ready     = false;
+            }
+        }
+    }
+
+    bool layered = false;
+    llama_kv_cache::slot_info_vec_t sinfos;
+    if (!to_stage.empty()) {
+        const llama_seq_id s0 = to_stage[0].seq_id_unq[0];
+        uint32_t n_stage = 0;
+        uint32_t n_out   = 0;
+        for (const auto & ubatch : to_stage) {
+            n_stage += ubatch.n_tokens;
+            n_out   += (uint32_t) std::count_if(ubatch.output, ubatch.output + ubatch.n_tokens, [](int8_t x) { return x != 0; });
+        }
+        uint32_t n_to_come = 0;
+        if (n_new.count(reserved_seq)) {
+            const uint32_t n = seqs[reserved_seq].n_pos + n_new[reserved_seq];
+            n_to_come = want_reserve - std::min(want_reserve, n);
+        }
+
+        // logits of all tokens would need all outputs at once; other sequences in the staging need all of its layers
+        layered = want_whole && s0 == reserved_seq && seqs[s0].state == EMPTY && n_stage == n_new[s0] && n_stage == want_reserve && n_stage > 1 &&
+            n_out < n_stage && (n_staged() == 0 || want_compress >= 0) && cfg->prefill != HEADKV_PREFILL_TOKEN && token_major.empty();
+
+        const uint32_t n_cells = (want_compress >= 0 ? 0 : n_staged()) + n_stage;
+        if (!stage || stage->get_size() < n_cells || want_compress >= 0 || is_layered != layered || (layered && (!hidden || hidden->ne[1] < n_stage))) {
+            if (n_staged() > 0 && want_compress < 0 && is_layered != layered) {
+                fail("the staging holds a prompt that is read in another order");
+                return failed();
+            }
+            want_stage   = std::max(n_cells + n_to_come, stage && !layered && want_compress < 0 ? 2*stage->get_size() : 0);
+            want_layered = layered;
+            is_ready     = false;
+        }
+    }
+    if (!is_ready) {
         return failed();
     }
-    auto sinfos = stage->prepare(ubatches);
-    if (sinfos.empty()) {
-        return failed();
+    if (!to_stage.empty()) {
+        sinfos = stage->prepare(to_stage);
+        if (sinfos.empty()) {
+            return failed();
+        }
+        want_whole   = false;
+        want_reserve = 0;
+        reserved_seq = -1;
+        if (n_staged() == 0) {
+            n_bytes_peak = 0;
+        }
+        note_peak(0);
     }
-    want_whole   = false;
-    want_reserve = 0;
-    if (seq.state == EMPTY) {
-        n_bytes_peak = 0;
+
+    // upstream reads the outputs in the order in which the ubatches are computed
+    to_store = merge_store(to_store);
+    std::vector<int32_t> & out_ids = balloc.get_out_ids();
+    out_ids.clear();
+    for (const auto * ubatches : { &to_store, &to_stage }) {
+        for (const auto & ubatch : *ubatches) {
+            for (uint32_t i = 0; i < ubatch.n_tokens; ++i) {
+                if (ubatch.output[i]) {
+                    out_ids.push_back(ubatch.data->batch_idxs[i]);
+                }
+            }
+        }
     }
-    note_peak(0);
-    return std::make_unique<llama_kv_cache_ragged_context>(this, std::move(ubatches), std::move(sinfos), std::vector<llama_ubatch>(), layered);
+    return std::make_unique<llama_kv_cache_ragged_context>(this, std::move(to_store), std::move(to_stage), std::move(sinfos), layered);
 }
 
 llama_memory_context_ptr llama_kv_cache_ragged::init_full() {
@@ -514,7 +680,7 @@ llama_memory_context_ptr llama_kv_cache_ragged::init_update(llama_context * lctx
 }
 
 bool llama_kv_cache_ragged::has_update() const {
-    return want_stage > 0 || want_tail_seq >= 0 || want_compress >= 0;
+    return want_stage > 0 || !want_tail.empty() || want_compress >= 0;
 }
 
 bool llama_kv_cache_ragged::apply_update(llama_context * lctx) {
@@ -523,21 +689,23 @@ bool llama_kv_cache_ragged::apply_update(llama_context * lctx) {
 
     bool res = true;
     try {
-        if (want_tail_seq >= 0) {
-            grow_tail(want_tail_seq, want_tail);
-        }
-        if (want_stage > 0) {
-            alloc_stage(want_stage);
-        }
         if (want_compress >= 0) {
             did_compress = res = compress_impl(want_compress);
+        }
+        for (const auto & [s, n_tail] : want_tail) {
+            if (res) {
+                grow_tail(s, n_tail);
+            }
+        }
+        if (want_stage > 0 && res) {
+            alloc_stage(want_stage);
         }
     } catch (const std::exception & e) {
         res = fail(format("not enough memory (%s)", e.what()));
     }
-    want_tail_seq = -1;
-    want_stage    = 0;
     want_compress = -1;
+    want_tail.clear();
+    want_stage    = 0;
     return res;
 }
 
@@ -551,7 +719,7 @@ void llama_kv_cache_ragged::drop_seq(llama_seq_id seq_id) {
 
 void llama_kv_cache_ragged::grow_tail(llama_seq_id seq_id, uint32_t n_tail) {
     seq_t & seq = seqs[seq_id];
-    n_tail = std::min<uint32_t>(n_tail, n_ctx - seq.n_prompt);
+    n_tail = std::min<uint32_t>(n_tail, n_ctx_seq - seq.n_prompt);
 
     for (auto & layer : store.layers) {
         std::vector<uint32_t> n_kept;
@@ -819,6 +987,7 @@ struct llama_kv_cache_ragged::compression {
 
     std::vector<ggml_fp16_t> mask;       // [n, n_window], causal within the window
     std::vector<float>       window_pos; // [n_window]
+    std::vector<float>       recency;    // [n_prefix] scores of the streaming policy
 
     runner_t runner;
 
@@ -830,6 +999,9 @@ struct llama_kv_cache_ragged::compression {
         }
     }
 };
+
+// first cells that the streaming policy keeps, as its authors do
+static constexpr int64_t N_SINKS = 4;
 
 void llama_kv_cache_ragged::begin_compression(llama_seq_id seq_id) {
     running = std::make_unique<compression>(lctx, seq_id);
@@ -844,7 +1016,7 @@ void llama_kv_cache_ragged::begin_compression(llama_seq_id seq_id) {
 
     c.slots = window_slots(seq_id);
     c.cells = stage_cells(seq_id);
-    if (!c.keep_all && (int64_t) c.slots.size() != c.n_window) {
+    if (cfg->policy != HEADKV_POLICY_STREAMING && !c.keep_all && (int64_t) c.slots.size() != c.n_window) {
         throw std::runtime_error(format("queries of the last %d tokens are missing, because tokens were removed from the end of the prompt: "
                     "evaluate the prompt again", (int) c.n_window));
     }
@@ -856,7 +1028,9 @@ void llama_kv_cache_ragged::begin_compression(llama_seq_id seq_id) {
     for (int64_t i = 0; i < c.n_window; ++i) {
         c.window_pos.push_back((float) (c.n_prefix + i));
     }
-    if (!c.keep_all) {
+    if (cfg->policy == HEADKV_POLICY_STREAMING) {
+        c.recency = headkv_score_recency(c.n_prefix, N_SINKS);
+    } else if (!c.keep_all) {
         c.mask.assign(c.n*c.n_window, ggml_fp32_to_fp16(0.0f));
         for (int64_t i = 0; i < c.n_window; ++i) {
             std::fill(c.mask.begin() + i*c.n + c.n_prefix + i + 1, c.mask.begin() + (i + 1)*c.n, ggml_fp32_to_fp16(-INFINITY));
@@ -896,7 +1070,7 @@ void llama_kv_cache_ragged::compress_layer(headkv_store_layer & layer) {
     ggml_tensor * t_select = ggml_new_tensor_2d(scratch.ctx.get(), GGML_TYPE_I32, 2, H);
     ggml_tensor * t_plan   = ggml_new_tensor_2d(scratch.ctx.get(), GGML_TYPE_I32, 3, H);
     ggml_tensor * t_window = ggml_new_tensor_1d(scratch.ctx.get(), GGML_TYPE_F32, n_window);
-    ggml_tensor * t_mask   = c.keep_all ? nullptr : ggml_new_tensor_2d(scratch.ctx.get(), GGML_TYPE_F16, n, n_window);
+    ggml_tensor * t_mask   = c.mask.empty() ? nullptr : ggml_new_tensor_2d(scratch.ctx.get(), GGML_TYPE_F16, n, n_window);
     scratch.alloc(layer.buft);
     set_data(t_cells,  c.cells);
     set_data(t_select, plan_select);
@@ -913,7 +1087,11 @@ void llama_kv_cache_ragged::compress_layer(headkv_store_layer & layer) {
     };
 
     // score
-    if (!c.keep_all) {
+    if (cfg->policy == HEADKV_POLICY_STREAMING) {
+        for (int64_t ih = 0; ih < H && n_prefix > 0; ++ih) {
+            ggml_backend_tensor_set(t_scores, c.recency.data(), ih*t_scores->nb[1], n_prefix*sizeof(float));
+        }
+    } else if (!c.keep_all) {
         set_data(t_slots, c.slots);
         set_data(t_mask, c.mask);
 
@@ -992,11 +1170,14 @@ void llama_kv_cache_ragged::end_compression() {
     n_compressions++;
     running.reset();
 
-    stage->seq_rm(seq_id, -1, -1);
     seq.state    = STORED;
     seq.n_prompt = seq.n_pos;
     seq.n_tail   = cfg->n_tail;
-    seq.window.clear();
+    seq.kept     = cfg->keep_prompt;
+    if (!seq.kept) {
+        stage->seq_rm(seq_id, -1, -1);
+        seq.window.clear();
+    }
     if (!is_staging()) {
         release_stage();
     }
@@ -1015,7 +1196,7 @@ void llama_kv_cache_ragged::abort_compression() {
 bool llama_kv_cache_ragged::end_layer(int32_t il) {
     try {
         if (!running) {
-            begin_compression(0);
+            begin_compression(reading);
         }
         if (headkv_store_layer * layer = store.find(il)) {
             compress_layer(*layer);
@@ -1161,18 +1342,17 @@ llama_kv_cache_ragged_context::llama_kv_cache_ragged_context(llama_kv_cache_ragg
 
 llama_kv_cache_ragged_context::llama_kv_cache_ragged_context(
         llama_kv_cache_ragged * kv,
+        std::vector<llama_ubatch> ubatches_store,
         std::vector<llama_ubatch> ubatches_stage,
         llama_kv_cache::slot_info_vec_t sinfos,
-        std::vector<llama_ubatch> ubatches_store,
         bool layered) :
     kv(kv), status(LLAMA_MEMORY_STATUS_SUCCESS), layered(layered),
-    ubatches_stage(std::move(ubatches_stage)), ubatches_store(std::move(ubatches_store)) {
+    ubatches_store(std::move(ubatches_store)), ubatches_stage(std::move(ubatches_stage)) {
     for (size_t i = 0; i < sinfos.size(); ++i) {
         stage_ctxs.push_back(std::make_unique<llama_kv_cache_context>(kv->stage.get(),
                     llama_kv_cache::slot_info_vec_t{ sinfos[i] }, std::vector<llama_ubatch>{ this->ubatches_stage[i] }));
     }
     if (layered) {
-        kv->reading = true;
         for (const auto & ubatch : this->ubatches_stage) {
             no_output.resize(std::max<size_t>(no_output.size(), ubatch.n_tokens), 0);
         }
@@ -1184,32 +1364,41 @@ llama_kv_cache_ragged_context::llama_kv_cache_ragged_context(
 }
 
 bool llama_kv_cache_ragged_context::next() {
-    if (!layered) {
-        return ++i_cur < ubatches_stage.size() + ubatches_store.size();
+    const size_t n_ubatches = ubatches_store.size() + ubatches_stage.size();
+    if (!is_layered()) {
+        return ++i_cur < n_ubatches;
     }
-    i_token += ubatches_stage[i_cur].n_tokens;
-    if (++i_cur == ubatches_stage.size()) {
-        i_cur   = 0;
+    i_token += ubatches_stage[i_stage()].n_tokens;
+    if (++i_cur == n_ubatches) {
+        i_cur   = ubatches_store.size();
         i_token = 0;
         ++i_layer;
     }
-    kv->reading = i_layer < kv->n_layer();
-    return kv->reading;
+    if (i_layer == kv->n_layer()) {
+        kv->reading = -1;
+        return false;
+    }
+    return true;
 }
 
 bool llama_kv_cache_ragged_context::apply() {
     const llama_ubatch & ubatch = get_ubatch();
-    if (kv->progress) {
+    if (is_layered()) {
+        kv->reading = ubatch.seq_id[0][0];
+    }
+    if (kv->progress && !is_store()) {
+        const int32_t n_layer  = layered ? kv->n_layer() : 1;
+        const int32_t n_before = layered ? (int32_t) i_token : ubatch.pos[0];
         const int32_t n_tokens = layered ? (int32_t) kv->hidden->ne[1] : (int32_t) std::max<uint32_t>(kv->n_announced, ubatch.pos[0] + ubatch.n_tokens);
-        if (!is_store() && !kv->progress(i_layer, layered ? kv->n_layer() : 1, layered ? (int32_t) i_token : ubatch.pos[0], n_tokens, kv->progress_data)) {
+        if (!kv->progress(i_layer, n_layer, n_before, n_tokens, kv->progress_data)) {
             return kv->fail("aborted");
         }
     }
-    if (layered && i_layer > 0) {
+    if (is_layered() && i_layer > 0) {
         // cells and positions are those of the first layer
-        return i_cur > 0 || kv->end_layer(i_layer - 1);
+        return i_stage() > 0 || kv->end_layer(i_layer - 1);
     }
-    if (!is_store() && !stage_ctxs[i_cur]->apply()) {
+    if (!is_store() && !stage_ctxs[i_stage()]->apply()) {
         return false;
     }
     const llama_pos n_window = kv->config().window;
@@ -1230,14 +1419,14 @@ llama_memory_status llama_kv_cache_ragged_context::get_status() const {
 }
 
 const llama_ubatch & llama_kv_cache_ragged_context::get_ubatch() const {
-    if (layered && i_layer < kv->n_layer() - 1) {
-        return ubatches_silent[i_cur];
+    if (is_store()) {
+        return ubatches_store[i_cur];
     }
-    return i_cur < ubatches_stage.size() ? ubatches_stage[i_cur] : ubatches_store[i_cur - ubatches_stage.size()];
+    return layered && i_layer < kv->n_layer() - 1 ? ubatches_silent[i_stage()] : ubatches_stage[i_stage()];
 }
 
 const llama_kv_cache_context * llama_kv_cache_ragged_context::get_stage() const {
-    return stage_ctxs.at(i_cur).get();
+    return stage_ctxs.at(i_stage()).get();
 }
 
 headkv_store_layer * llama_kv_cache_ragged_context::get_layer(int32_t il) const {

@@ -5,6 +5,7 @@
 #include "headkv-config.h"
 #include "headkv-store.h"
 
+#include <map>
 #include <memory>
 #include <string>
 #include <vector>
@@ -22,6 +23,9 @@
 // A prompt that is announced as a whole and comes in one batch is read layer by layer: all its ubatches go through layer
 // il, that layer is compressed, and the next layer reuses its staging memory. The sequence is LAYERED in between: only
 // its last layer is still staged, and it can do nothing but be compressed.
+//
+// Sequences are independent of each other: some can be read while others are decoded, in one batch. Tokens of stored
+// sequences share their ubatches. One sequence at a time is read layer by layer, and only while no other one is staged.
 //
 // Positions always are the logical ones. A stored sequence can be truncated down to the end of its prompt, not below.
 
@@ -74,9 +78,16 @@ public:
         llama_pos n_pos    = 0; // logical tokens
         llama_pos n_prompt = 0; // of them at compression; the rest was generated
         uint32_t  n_tail   = 0; // rows reserved per head for generated tokens
+        bool      kept     = false; // STORED, and its prompt is still in the staging
 
         std::vector<llama_pos> window; // [n_window] position whose query is in a slot of the ring, -1 = none
     };
+
+    // parameters for the compressions to come; throws std::invalid_argument
+    void configure(headkv_config_ptr other);
+
+    // from STORED back to STAGED with the first n_tokens of the prompt
+    bool restore(llama_seq_id seq_id, uint32_t n_tokens);
 
     // announce the size of a sequence; whole: the next batch is a prompt from its first to its last token
     void reserve(llama_seq_id seq_id, uint32_t n_tokens, bool whole);
@@ -148,12 +159,13 @@ private:
 
     const llama_model   & model;
     const llama_hparams & hparams;
-    const headkv_config_ptr cfg;
+    headkv_config_ptr cfg;
 
     llama_hparams hparams_plan; // no_alloc set
 
     const bool      offload;
-    const uint32_t  n_ctx;
+    const uint32_t  n_ctx;     // cells of the staging at most
+    const uint32_t  n_ctx_seq; // tokens of a sequence at most
     const ggml_type type_k;
     const ggml_type type_v;
 
@@ -176,14 +188,17 @@ private:
     headkv_store store;
     headkv_store store_plan; // without memory
 
-    // what the next update has to do
-    uint32_t want_stage   = 0; // cells
-    uint32_t want_reserve = 0; // cells that were announced
-    uint32_t n_announced  = 0; // the same, for progress
-    llama_seq_id want_tail_seq = -1;
-    uint32_t     want_tail     = 0; // rows per head
-    llama_seq_id want_compress = -1;
-    bool         did_compress  = false;
+    // what was announced
+    llama_seq_id reserved_seq = -1;
+    uint32_t     want_reserve = 0;     // tokens
+    bool         want_whole   = false; // the next batch is a whole prompt
+    uint32_t     n_announced  = 0;     // tokens, for progress
+
+    // what the next update has to do, in this order
+    llama_seq_id                     want_compress = -1;
+    std::map<llama_seq_id, uint32_t> want_tail;          // rows per head
+    uint32_t                         want_stage    = 0;  // cells
+    bool                             did_compress  = false;
 
     bool        graph_complete = false;
     mutable std::string error_msg;
@@ -196,13 +211,12 @@ private:
     progress_fn   progress      = nullptr;
     void        * progress_data = nullptr;
     std::string   token_major   = "no graph was examined";
-    bool          want_whole    = false; // the next batch is a whole prompt
     bool          want_layered  = false; // the wanted staging is one layer
     bool          is_layered    = false; // what the staging is
     ring_t        hidden_buf;
     ggml_tensor * hidden = nullptr; // F32 or F16 [n_embd, n_tokens] of the whole prompt
     ggml_tensor * diag   = nullptr; // F16 [n_ubatch + 256, n_ubatch] causal mask of a ubatch among itself
-    bool          reading = false; // a layer-major batch is in progress
+    llama_seq_id  reading = -1; // sequence whose layer-major batch is in progress
     llama_context * lctx = nullptr; // of the last update
     size_t        n_bytes_peak = 0;
 
@@ -217,18 +231,22 @@ private:
     void abort_compression(); // the store is as it was before
     bool end_layer(int32_t il); // all ubatches of a layered prompt went through it
 
+    std::vector<std::vector<uint32_t>> make_budgets(const headkv_config & c) const;
     std::unique_ptr<llama_kv_cache> make_stage(uint32_t n_cells, bool plan, bool one_layer) const;
     void make_rings(std::vector<ring_t> & rings, std::vector<ggml_tensor *> & of_layer, bool plan) const;
 
     void alloc_stage(uint32_t n_cells);
     void release_stage();
     void release_idle_stage();
-    bool is_staging() const; // any sequence is STAGED
+    bool is_staged(llama_seq_id seq_id) const; // it has cells in the staging
+    bool is_staging() const;                   // any sequence has
+    uint32_t n_staged() const;                 // cells in use
     void grow_tail(llama_seq_id seq_id, uint32_t n_tail);
     bool has_update() const;
     bool apply_update(llama_context * lctx);
     bool compress_impl(llama_seq_id seq_id);
     void drop_seq(llama_seq_id seq_id); // frees the rows of a sequence in the store
+    std::vector<llama_ubatch> merge_store(const std::vector<llama_ubatch> & ubatches) const;
 
     bool fail(const std::string & what) const;
 
@@ -239,7 +257,7 @@ private:
     std::vector<int32_t> window_slots(llama_seq_id seq_id) const;
 };
 
-// the memory of one llama_decode call: ubatches that go to the staging, then ubatches that go to the store
+// the memory of one llama_decode call: ubatches that go to the store, then ubatches that go to the staging
 class llama_kv_cache_ragged_context : public llama_memory_context_i {
 public:
     // used for errors
@@ -251,9 +269,9 @@ public:
     // used to create a batch processing context from a batch
     llama_kv_cache_ragged_context(
             llama_kv_cache_ragged * kv,
+            std::vector<llama_ubatch> ubatches_store,
             std::vector<llama_ubatch> ubatches_stage,
             llama_kv_cache::slot_info_vec_t sinfos,
-            std::vector<llama_ubatch> ubatches_store,
             bool layered);
 
     bool next()  override;
@@ -268,10 +286,10 @@ public:
 
     // the graph to build: a full-cache context answers for both kinds
     bool is_full()  const { return full; }
-    bool is_store() const { return !full && i_cur >= stage_ctxs.size(); }
+    bool is_store() const { return !full && i_cur < ubatches_store.size(); }
 
     // layer-major: the current step takes the current ubatch through one layer
-    bool    is_layered() const { return layered; }
+    bool    is_layered() const { return layered && !is_store(); }
     int32_t layer_step() const { return i_layer; }
     int64_t token_step() const { return i_token; } // tokens of the prompt before the ubatch
 
@@ -299,15 +317,17 @@ private:
     bool full    = false;
     bool layered = false;
 
-    size_t  i_cur   = 0;
+    size_t  i_cur   = 0; // ubatch, those of the store first
     int32_t i_layer = 0;
     int64_t i_token = 0;
 
     // one stock context per ubatch, each with the number of cells that its ubatch attends
     std::vector<std::unique_ptr<llama_kv_cache_context>> stage_ctxs;
 
-    std::vector<llama_ubatch> ubatches_stage;
     std::vector<llama_ubatch> ubatches_store;
+    std::vector<llama_ubatch> ubatches_stage;
+
+    size_t i_stage() const { return i_cur - ubatches_store.size(); }
 
     // layer-major: the ubatches without outputs, for all layers but the last
     std::vector<llama_ubatch> ubatches_silent;

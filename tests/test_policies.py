@@ -1,0 +1,110 @@
+"""Policies, and changing them without reading the prompt again."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Callable
+
+import pytest
+from conftest import SHAPES, Shape, load, logits, tokens
+
+pytestmark = pytest.mark.usefixtures("library")
+MakeModel = Callable[..., Path]
+SHAPE = SHAPES[1]
+
+
+def kept(llm: Any, shape: Shape = SHAPE) -> list[list[int]]:
+    """Kept positions of every head, layer by layer."""
+    return [llm.kv_positions(il, ih).tolist() for il in range(shape.n_layer) for ih in range(shape.n_head_kv)]
+
+
+def outcome(llm: Any) -> tuple[list[list[int]], list[bytes]]:
+    """Kept positions, and logits of three tokens after the prompt."""
+    positions, out = kept(llm), []
+    for token in (9, 10, 11):
+        llm.eval([token])
+        out.append(logits(llm).tobytes())
+    return positions, out
+
+
+@pytest.mark.parametrize("prefill", ["token", "layer"])
+@pytest.mark.parametrize(("n_prompt", "kv_size"), [(300, 32), (300, 9), (40, 39), (20, 32), (3, 9)])
+def test_streaming_keeps_the_first_four_cells_and_the_last_ones(n_prompt: int, kv_size: int, prefill: str, make_model: MakeModel) -> None:
+    """Of a budget that is smaller than 4 sinks and the window, the window comes first."""
+    llm = load(make_model(SHAPE, importance=None), kv_size=kv_size, policy="streaming", prefill=prefill)
+    llm.read_prompt(tokens(n_prompt))
+    n_kept = min(n_prompt, kv_size)
+    n_sinks = min(4, n_kept - min(8, n_kept)) if n_kept < n_prompt else 0
+    expected = [*range(n_sinks), *range(n_prompt - n_kept + n_sinks, n_prompt)]
+    assert kept(llm) == [expected] * (SHAPE.n_layer * SHAPE.n_head_kv)
+
+
+def test_streaming_needs_no_window_queries(make_model: MakeModel) -> None:
+    llm = load(make_model(SHAPE), kv_size=32, policy="streaming")
+    llm.eval(tokens(200))
+    llm._ctx.kv_cache_seq_rm(0, 198, -1)  # the queries of the last tokens are gone
+    llm.n_tokens = 198
+    llm.end_prompt()
+    assert kept(llm)[0] == [*range(4), *range(170, 198)]
+
+
+@pytest.mark.parametrize("options", [
+    {"kv_size": 24}, {"kv_size": 96, "policy": "snapkv"}, {"policy": "streaming"}, {"beta": 3.0}, {"pool": "avg", "pool_kernel": 5},
+], ids=str)
+def test_a_restored_prompt_compressed_otherwise_equals_a_fresh_one(options: dict[str, Any], make_model: MakeModel) -> None:
+    path, prompt, first = make_model(SHAPE), tokens(400), {"kv_size": 48, "n_ubatch": 64}
+    fresh = load(path, **{**first, **options})
+    fresh.read_prompt(prompt)
+    llm = load(path, keep_prompt=True, **first)
+    llm.read_prompt([*prompt[:320], *tokens(90, seed=5)])  # another end, which is taken back
+    llm.eval([7])
+    llm.restore_prompt(320)
+    assert llm.kv_stats().state == "staged"
+    llm.configure(**options)
+    llm.eval(prompt[320:])  # in the ubatches of the fresh one
+    llm.end_prompt()
+    assert llm.kv_stats().bytes_staging > 0
+    assert outcome(llm) == outcome(fresh)
+
+
+def test_a_prompt_can_be_restored_again_and_again(make_model: MakeModel) -> None:
+    path, prompt = make_model(SHAPE), tokens(300)
+    llm = load(path, kv_size=48, keep_prompt=True, n_ubatch=64)
+    llm.read_prompt(prompt)
+    first = outcome(llm)
+    for _ in range(3):
+        llm.restore_prompt(256)
+        llm.eval(prompt[256:])
+        llm.end_prompt()
+        assert outcome(llm) == first
+    llm.reset()
+    llm.read_prompt(prompt)
+    assert outcome(llm) == first
+
+
+def test_the_window_must_be_read_again_after_restoring(make_model: MakeModel) -> None:
+    llm = load(make_model(SHAPE), kv_size=48, keep_prompt=True)
+    llm.read_prompt(tokens(300))
+    llm.restore_prompt(290)
+    llm.eval([5, 6, 7])
+    with pytest.raises(RuntimeError, match="queries of the last 8 tokens are missing"):
+        llm.end_prompt()
+
+
+def test_what_cannot_be_restored_or_configured_is_an_error(make_model: MakeModel) -> None:
+    path = make_model(SHAPE)
+    llm = load(path, kv_size=48)
+    llm.read_prompt(tokens(300))
+    with pytest.raises(RuntimeError, match="keep_prompt"):
+        llm.restore_prompt(100)
+    for options, message in [({"window": 16}, "cannot change"), ({"kv_size": 5000}, "kv_size is 5000"), ({"policy": "x"}, "policy='x'")]:
+        with pytest.raises(ValueError, match=message):
+            llm.configure(**options)
+    assert llm.kv_options.kv_size == 48
+    with pytest.raises(ValueError, match="keep_prompt=True, prefill='layer'"):
+        load(path, kv_size=48, keep_prompt=True, prefill="layer")
+    kept_llm = load(path, kv_size=48, keep_prompt=True)
+    assert kept_llm.prefill_mode == "token"
+    kept_llm.read_prompt(tokens(300))
+    with pytest.raises(RuntimeError, match=r"301 tokens of a prompt of 300"):
+        kept_llm.restore_prompt(301)

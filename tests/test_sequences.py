@@ -1,0 +1,247 @@
+"""Several sequences in one context: each behaves as if it were alone."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Callable
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+from conftest import SHAPES, Shape, load, nmse, tokens
+
+pytestmark = pytest.mark.usefixtures("library")
+MakeModel = Callable[..., Path]
+ALL_SHAPES = pytest.mark.parametrize("shape", SHAPES, ids=lambda s: s.name)
+KV_SIZE = 40
+
+
+class Sequences:
+    """A context for several sequences, through the C API.
+
+    Parameters
+    ----------
+    llm : lends its model
+    """
+
+    def __init__(self, llm: Any, *, n_seq_max: int, n_ctx: int = 8192, n_ubatch: int = 64, unified: bool = True, **options: Any) -> None:
+        import llama_cpp
+
+        from pyheadkv import _lib
+        from pyheadkv.options import Options
+
+        self.c, self.headkv, self.model = llama_cpp, _lib, llm.model
+        self.n_vocab = llm.n_vocab()
+        params = llama_cpp.llama_context_default_params()
+        params.n_ctx, params.n_batch, params.n_ubatch, params.n_seq_max = n_ctx, n_ctx, n_ubatch, n_seq_max
+        params.n_threads = params.n_threads_batch = 2
+        params.kv_unified = unified
+        params.flash_attn_type = llama_cpp.LLAMA_FLASH_ATTN_TYPE_ENABLED
+        headkv = Options(kv_size=KV_SIZE, policy="snapkv", **options).to_params(None, None)
+        _lib.check(_lib.lib.headkv_set_params(ctypes.byref(headkv)))
+        try:
+            self.ctx = llama_cpp.llama_init_from_model(self.model, params)
+        finally:
+            _lib.lib.headkv_set_params(None)
+        assert self.ctx, _lib.last_error()
+        self.n_past = [0] * n_seq_max
+
+    def announce(self, s: int, n: int, *, whole: bool = True) -> None:
+        self.headkv.check(self.headkv.lib.headkv_begin_prompt(self.ctx, s, n, whole))
+
+    def end_prompt(self, s: int) -> None:
+        self.headkv.check(self.headkv.lib.headkv_end_prompt(self.ctx, s))
+
+    def state(self, s: int) -> int:
+        stats = self.headkv.Stats(size=ctypes.sizeof(self.headkv.Stats))
+        self.headkv.check(self.headkv.lib.headkv_get_stats(self.ctx, s, ctypes.byref(stats)))
+        return int(stats.state)
+
+    def positions(self, s: int, il: int, ih: int) -> list[int]:
+        out = np.zeros(8192, dtype=np.int32)
+        n = self.headkv.lib.headkv_get_positions(self.ctx, s, il, ih, out.ctypes.data_as(ctypes.POINTER(ctypes.c_int32)), len(out))
+        return out[: self.headkv.check(n)].tolist()
+
+    def decode(self, new: Mapping[int, Sequence[int]], *, interleave: bool = False) -> dict[int, npt.NDArray[np.float32]]:
+        """One llama_decode call: tokens by sequence. Returns the logits of the last token of each."""
+        entries = [(s, self.n_past[s] + i, token, i == len(row) - 1) for s, row in new.items() for i, token in enumerate(row)]
+        if interleave:
+            entries.sort(key=lambda e: (e[1] - self.n_past[e[0]], e[0]))
+        batch = self.c.llama_batch_init(len(entries), 0, 1)
+        try:
+            batch.n_tokens = len(entries)
+            for i, (s, pos, token, last) in enumerate(entries):
+                batch.token[i], batch.pos[i], batch.n_seq_id[i], batch.seq_id[i][0], batch.logits[i] = token, pos, 1, s, last
+            code = self.c.llama_decode(self.ctx, batch)
+        finally:
+            self.c.llama_batch_free(batch)
+        if code != 0:
+            raise RuntimeError(f"llama_decode returned {code}: {self.headkv.last_error()}")
+        for s, row in new.items():
+            self.n_past[s] += len(row)
+        return {s: np.ctypeslib.as_array(self.c.llama_get_logits_ith(self.ctx, i), shape=(self.n_vocab,)).copy()
+                for i, (s, _, _, last) in enumerate(entries) if last}
+
+    def remove(self, s: int) -> None:
+        assert self.c.llama_memory_seq_rm(self.c.llama_get_memory(self.ctx), s, -1, -1)
+        self.n_past[s] = 0
+
+    def read(self, s: int, prompt: Sequence[int], **others: Any) -> dict[int, npt.NDArray[np.float32]]:
+        self.announce(s, len(prompt))
+        out = self.decode({s: prompt, **others})
+        self.end_prompt(s)
+        return out
+
+
+@contextmanager
+def sequences(path: Path, **kwargs: Any) -> Iterator[Sequences]:
+    llm = load(path, n_ctx=256, n_ubatch=64, flash_attn=True)
+    made = Sequences(llm, **kwargs)
+    try:
+        yield made
+    finally:
+        made.c.llama_free(made.ctx)
+        llm.close()
+
+
+def alone(path: Path, prompt: Sequence[int], n: int, **options: Any) -> list[npt.NDArray[np.float32]]:
+    """Logits of a sequence that has its context to itself: of the prompt's end, then of n greedy tokens."""
+    with sequences(path, n_seq_max=1, **options) as one:
+        out = [one.read(0, prompt)[0]]
+        for _ in range(n):
+            out.append(one.decode({0: [int(out[-1].argmax())]})[0])
+        return out
+
+
+MODES: dict[str, dict[str, Any]] = {
+    "fused": {}, "composed": {"attend": "composed"}, "buckets": {"attend": "composed", "n_buckets": 2}, "token": {"prefill": "token"},
+}
+CASES = [(shape, mode, 4) for shape in SHAPES for mode in MODES] + [(SHAPES[1], "fused", 2), (SHAPES[1], "fused", 8)]
+
+
+@pytest.mark.parametrize(("shape", "mode", "n_seq"), CASES, ids=lambda x: getattr(x, "name", str(x)))
+def test_sequences_decode_together_as_they_do_alone(shape: Shape, mode: str, n_seq: int, make_model: MakeModel) -> None:
+    """Greedy tokens are equal; logits too, up to the matrix products of a larger batch."""
+    options = MODES[mode]
+    path, n = make_model(shape), 12
+    prompts = [tokens(60 + 97 * s, seed=s) for s in range(n_seq)]
+    expected = [alone(path, prompt, n, **options) for prompt in prompts]
+    with sequences(path, n_seq_max=n_seq, **options) as many:
+        logits = {s: many.read(s, prompt)[s] for s, prompt in enumerate(prompts)}
+        for s in range(n_seq):
+            assert (logits[s] == expected[s][0]).all()
+        for i in range(1, n + 1):
+            logits = many.decode({s: [int(expected[s][i - 1].argmax())] for s in range(n_seq)})
+            for s in range(n_seq):
+                assert nmse(logits[s], expected[s][i]) < 1e-5
+                best, ours = int(expected[s][i].argmax()), int(logits[s].argmax())
+                assert best == ours or expected[s][i][best] - expected[s][i][ours] < 5e-3 * expected[s][i].std()
+
+
+@ALL_SHAPES
+@pytest.mark.parametrize("prefill", ["token", "layer"])
+def test_others_decode_on_in_the_batch_of_a_prompt(prefill: str, shape: Shape, make_model: MakeModel) -> None:
+    path, first, second = make_model(shape), tokens(150, seed=1), tokens(333, seed=2)
+    expected = [alone(path, prompt, 3, prefill=prefill) for prompt in (first, second)]
+    with sequences(path, n_seq_max=3, prefill=prefill) as many:
+        many.read(0, first)
+        token = int(expected[0][0].argmax())
+        many.announce(2, len(second))
+        logits = many.decode({2: second, 0: [token]}, interleave=True)
+        assert many.state(2) == {"token": 1, "layer": 3}[prefill]  # staged, layered
+        assert (logits[2] == expected[1][0]).all()
+        assert nmse(logits[0], expected[0][1]) < 1e-5
+        # before its end is announced the new one is decoded in the staging, the other one in the store
+        many.end_prompt(2)
+        logits = many.decode({0: [int(expected[0][1].argmax())], 2: [int(expected[1][0].argmax())]})
+        assert nmse(logits[0], expected[0][2]) < 1e-5 and nmse(logits[2], expected[1][1]) < 1e-5
+
+
+def test_prompts_staged_together_keep_what_they_keep_alone(make_model: MakeModel) -> None:
+    shape = SHAPES[1]
+    path, prompts = make_model(shape), [tokens(200 + 50 * s, seed=s) for s in range(3)]
+    kept = []
+    for prompt in prompts:
+        with sequences(path, n_seq_max=1, prefill="token") as one:
+            one.read(0, prompt)
+            kept.append([one.positions(0, il, ih) for il in range(shape.n_layer) for ih in range(shape.n_head_kv)])
+    with sequences(path, n_seq_max=3, prefill="token") as many:
+        for part in (slice(0, 130), slice(130, None)):
+            many.decode({s: prompt[part] for s, prompt in enumerate(prompts)}, interleave=True)
+        for s in (1, 0, 2):
+            many.end_prompt(s)
+            assert [many.positions(s, il, ih) for il in range(shape.n_layer) for ih in range(shape.n_head_kv)] == kept[s]
+
+
+def test_a_prompt_beside_a_staged_one_is_read_token_by_token(make_model: MakeModel) -> None:
+    path, prompts = make_model(SHAPES[1]), [tokens(100, seed=1), tokens(120, seed=2)]
+    expected = [alone(path, prompt, 1) for prompt in prompts]
+    with sequences(path, n_seq_max=2) as many:
+        many.decode({0: prompts[0]})
+        many.announce(1, 120)
+        many.decode({1: prompts[1]})
+        assert (many.state(0), many.state(1)) == (1, 1)
+        for s in (0, 1):
+            many.end_prompt(s)
+        logits = many.decode({s: [int(expected[s][0].argmax())] for s in (0, 1)})
+        assert all(nmse(logits[s], expected[s][1]) < 1e-5 for s in (0, 1))
+
+
+def test_the_pending_last_layer_is_compressed_before_another_prompt(make_model: MakeModel) -> None:
+    path, prompts = make_model(SHAPES[1]), [tokens(100, seed=1), tokens(120, seed=2)]
+    expected = [alone(path, prompt, 1) for prompt in prompts]
+    with sequences(path, n_seq_max=2) as many:
+        for s, prompt in enumerate(prompts):
+            many.announce(s, len(prompt))
+            many.decode({s: prompt})
+            assert many.state(s) == 3
+        assert many.state(0) == 2
+        logits = many.decode({s: [int(expected[s][0].argmax())] for s in (0, 1)})
+        assert all(nmse(logits[s], expected[s][1]) < 1e-5 for s in (0, 1))
+
+
+def test_sequences_come_and_go(make_model: MakeModel) -> None:
+    """Tails of different lengths grow, removed sequences give their rows back, none disturbs another."""
+    path = make_model(SHAPES[1])
+    with sequences(path, n_seq_max=3, n_tail=4) as many:
+        history: dict[int, list[int]] = {}
+        for step in range(40):
+            s = step % 3
+            if step % 10 == s:
+                if s in history:
+                    many.remove(s)
+                history[s] = tokens(80 + step, seed=step)
+                many.read(s, history[s])
+            for s in history:
+                history[s] = [*history[s], 20 + (step * 7 + s) % 300]
+            last = many.decode({s: [row[-1]] for s, row in history.items()})
+        for s, row in history.items():
+            n_prompt = 80 + max(step for step in range(40) if step % 3 == s and step % 10 == s)
+            with sequences(path, n_seq_max=1) as one:
+                one.read(0, row[:n_prompt])
+                for token in row[n_prompt:]:
+                    expected = one.decode({0: [token]})[0]
+            assert nmse(last[s], expected) < 1e-5
+
+
+def test_limits_are_those_of_a_sequence(make_model: MakeModel) -> None:
+    with sequences(make_model(SHAPES[1]), n_seq_max=2, n_ctx=1024, unified=False) as many:
+        many.read(0, tokens(500))
+        with pytest.raises(RuntimeError, match=r"500 tokens and 13 new ones do not fit into n_ctx = 512"):
+            many.decode({0: tokens(13)})
+        many.decode({0: tokens(12)})
+
+
+def test_a_token_of_two_sequences_is_refused(make_model: MakeModel) -> None:
+    with sequences(make_model(SHAPES[1]), n_seq_max=2) as many:
+        batch = many.c.llama_batch_init(1, 0, 2)
+        batch.n_tokens = 1
+        batch.token[0], batch.pos[0], batch.n_seq_id[0], batch.logits[0] = 5, 0, 2, True
+        batch.seq_id[0][0], batch.seq_id[0][1] = 0, 1
+        assert many.c.llama_decode(many.ctx, batch) != 0
+        assert "more than one sequence" in many.headkv.last_error()
+        many.c.llama_batch_free(batch)
+        many.read(0, tokens(50))
