@@ -98,6 +98,10 @@ LLAMA_API bool headkv_enabled(const struct llama_context * ctx);
 // Clears headkv_last_error(): what is found there after a failed llama_decode() is its reason.
 LLAMA_API int32_t headkv_begin_prompt(struct llama_context * ctx, llama_seq_id seq_id, int32_t n_tokens, bool whole);
 
+// headkv_begin_prompt() and llama_decode() of a whole prompt into an empty sequence, with logits for its last token.
+// Returns what llama_decode() does; -4: not enough memory for the batch. The sequence is empty after a failure.
+LLAMA_API int32_t headkv_read_prompt(struct llama_context * ctx, llama_seq_id seq_id, const llama_token * tokens, int32_t n_tokens);
+
 // Why prompts are not read layer by layer in this context; empty = they are.
 LLAMA_API const char * headkv_why_token_prefill(const struct llama_context * ctx);
 
@@ -108,6 +112,8 @@ typedef bool (*headkv_progress)(int32_t il, int32_t n_layer, int32_t i_token, in
 LLAMA_API int32_t headkv_set_progress(struct llama_context * ctx, headkv_progress progress, void * user_data);
 
 // Compresses the sequence and releases the staging memory. A no-op for a compressed sequence.
+// Afterwards llama_memory_seq_rm() can take back generated tokens and the prompt's last `window` tokens, which every head
+// keeps, but no more than these.
 LLAMA_API int32_t headkv_end_prompt(struct llama_context * ctx, llama_seq_id seq_id);
 
 // Takes a compressed sequence back to the first n_tokens of its prompt, uncompressed: another end can be read, or the same

@@ -238,22 +238,14 @@ class Llama(llama_cpp.Llama):
             self.end_prompt()
 
     def _eval_whole(self, tokens: Sequence[int]) -> None:
-        # one batch with the whole prompt, output for its last token
         n = len(tokens)
+        ids = np.ascontiguousarray(tokens, dtype=np.int32)
         self._ctx.kv_cache_seq_rm(0, 0, -1)
-        _lib.check(_lib.lib.headkv_begin_prompt(self.ctx, 0, n, True))
-        batch = llama_cpp.llama_batch_init(n, 0, 1)
-        try:
-            batch.n_tokens = n
-            for i, token in enumerate(tokens):
-                batch.token[i], batch.pos[i], batch.n_seq_id[i], batch.seq_id[i][0], batch.logits[i] = token, i, 1, 0, i == n - 1
-            code = llama_cpp.llama_decode(self.ctx, batch)
-        finally:
-            llama_cpp.llama_batch_free(batch)
+        code = _lib.lib.headkv_read_prompt(self.ctx, 0, ids.ctypes.data_as(ctypes.POINTER(ctypes.c_int32)), n)
         if code != 0:
             self.n_tokens = 0
             raise RuntimeError(f"llama_decode returned {code}")
-        self.input_ids[:n] = tokens
+        self.input_ids[:n] = ids
         self.n_tokens = n
         self._requires_eval = False
 

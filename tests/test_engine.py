@@ -196,6 +196,45 @@ def test_decode_after_compression_equals_the_oracle(shape: Shape, attend: str, m
     assert nmse(full.decode(16), expected) > 1e-3  # the full cache answers otherwise: the comparison can fail
 
 
+@ALL_SHAPES
+@pytest.mark.parametrize("attend", ["fused", "composed"])
+def test_a_compressed_prompt_can_be_truncated_down_to_its_window(shape: Shape, attend: str, make_model: MakeModel) -> None:
+    path, prompt = make_model(shape), tokens(400, seed=4)
+    llm = load(path, kv_size=40, attend=attend, n_tail=4)
+    read_prompt(llm, prompt)
+    before = [[llm.kv_positions(il, ih) for ih in range(shape.n_head_kv)] for il in range(shape.n_layer)]
+    llm.eval([5, 6])
+    assert not llm._ctx.kv_cache_seq_rm(0, 400 - WINDOW - 1, -1)
+    for n in (397, 393):
+        assert llm._ctx.kv_cache_seq_rm(0, n, -1)
+        llm.n_tokens = n
+        assert llm.kv_stats().n_prompt == llm.kv_stats().n_past == n
+    kept = [[llm.kv_positions(il, ih) for ih in range(shape.n_head_kv)] for il in range(shape.n_layer)]
+    assert all((a == b[b < 393]).all() for rows, rows_before in zip(kept, before) for a, b in zip(rows, rows_before))
+    oracle = reference.ReferenceModel(path, kv_round=np.float16)
+    oracle.prefill(prompt[:393])
+    oracle.retain(kept)
+    for chunk in ([prompt[393]], [12, 13, 14], list(range(20, 40))):
+        llm.eval(chunk)
+        for token in chunk:
+            expected = oracle.decode(token)
+        assert nmse(logits(llm), expected) < 2e-5
+    assert not llm._ctx.kv_cache_seq_rm(0, 391, -1)
+    assert llm._ctx.kv_cache_seq_rm(0, 392, -1)
+
+
+def test_a_prompt_that_was_kept_whole_can_be_truncated_anywhere(make_model: MakeModel) -> None:
+    path, prompt = make_model(SHAPES[1]), tokens(100)
+    llm, fresh = load(path, kv_size=200), load(path, kv_size=200)
+    read_prompt(llm, prompt)
+    assert llm._ctx.kv_cache_seq_rm(0, 30, -1)
+    llm.n_tokens = 30
+    read_prompt(fresh, prompt[:30])
+    for model in (llm, fresh):
+        model.eval([9])
+    assert nmse(logits(llm), logits(fresh)) < 1e-5
+
+
 def test_tail_grows_and_answers_do_not_change(make_model: MakeModel) -> None:
     path, prompt = make_model(SHAPES[1]), tokens(300)
     outputs = [greedy(load(path, kv_size=40, n_tail=n_tail), prompt, 150) for n_tail in (1, 64, 512)]
@@ -263,7 +302,7 @@ def test_tail_can_be_truncated_but_not_the_prompt(make_model: MakeModel) -> None
     llm.eval([10, 11, 12])
     assert llm._ctx.kv_cache_seq_rm(0, 201, -1)
     llm.n_tokens = 201
-    assert not llm._ctx.kv_cache_seq_rm(0, 100, -1)
+    assert not llm._ctx.kv_cache_seq_rm(0, 191, -1)
     assert not llm._ctx.kv_cache_seq_rm(0, 50, 60)
     assert llm.kv_stats().n_past == 201
     assert llm._ctx.kv_cache_seq_rm(0, 200, -1)

@@ -8,6 +8,8 @@
 #include "llama-impl.h"
 
 #include <algorithm>
+#include <new>
+#include <numeric>
 #include <stdexcept>
 
 static std::string & thread_error() {
@@ -120,6 +122,37 @@ int32_t headkv_begin_prompt(struct llama_context * ctx, llama_seq_id seq_id, int
     headkv_set_error(""); // what is found there after llama_decode() belongs to it
     kv->reserve(seq_id, n_tokens, whole);
     return 0;
+}
+
+int32_t headkv_read_prompt(struct llama_context * ctx, llama_seq_id seq_id, const llama_token * tokens, int32_t n_tokens) {
+    llama_kv_cache_ragged * kv = get_kv_seq(ctx, seq_id);
+    if (!kv) {
+        return -1;
+    }
+    if (kv->get_seq(seq_id).n_pos > 0) {
+        return fail(format("sequence %d holds %d tokens: remove them first", seq_id, kv->get_seq(seq_id).n_pos));
+    }
+    if (headkv_begin_prompt(ctx, seq_id, n_tokens, true) != 0) {
+        return -1;
+    }
+    int32_t res;
+    try {
+        std::vector<llama_token>    ids(tokens, tokens + n_tokens);
+        std::vector<llama_pos>      pos(n_tokens);
+        std::vector<int32_t>        n_seq_id(n_tokens, 1);
+        std::vector<llama_seq_id *> seq_ids(n_tokens, &seq_id);
+        std::vector<int8_t>         output(n_tokens, 0);
+        std::iota(pos.begin(), pos.end(), 0);
+        output.back() = 1;
+        res = llama_decode(ctx, { n_tokens, ids.data(), nullptr, pos.data(), n_seq_id.data(), seq_ids.data(), output.data() });
+    } catch (const std::bad_alloc &) {
+        fail(format("not enough memory for a batch of %d tokens", n_tokens));
+        res = -4;
+    }
+    if (res != 0) {
+        kv->seq_rm(seq_id, -1, -1);
+    }
+    return res;
 }
 
 const char * headkv_why_token_prefill(const struct llama_context * ctx) {

@@ -3,7 +3,6 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
-#include <vector>
 
 // Larger key = better cell: the score in an order-preserving integer code, then the lower position. No two keys
 // are equal, so the outcome does not depend on the algorithm. NaN counts as the lowest score.
@@ -26,23 +25,25 @@ static void select_op(ggml_tensor * dst, int ith, int nth, void * userdata) {
     int32_t n_window;
     memcpy(&n_window, (const char *) dst->op_params + GGML_MAX_OP_PARAMS - sizeof(n_window), sizeof(n_window));
 
-    std::vector<uint64_t> keys;
+    // the keys come before the result
+    uint64_t * all_keys = (uint64_t *) dst->data;
+    int32_t  * res      = (int32_t *) (all_keys + n_prefix*scores->ne[1]);
     for (int64_t h = ith; h < scores->ne[1]; h += nth) {
         const int32_t * p      = (const int32_t *) ((const char *) plan->data + h*plan->nb[1]);
         const float   * s      = (const float   *) ((const char *) scores->data + h*scores->nb[1]);
         const int32_t   n_keep = p[1];
-        int32_t       * out    = (int32_t *) dst->data + p[0];
+        int32_t       * out    = res + p[0];
 
         if (n_keep >= n_prefix) {
             for (int64_t i = 0; i < n_prefix; ++i) {
                 out[i] = (int32_t) i;
             }
         } else {
-            keys.resize(n_prefix);
+            uint64_t * keys = all_keys + h*n_prefix;
             for (int64_t i = 0; i < n_prefix; ++i) {
                 keys[i] = cell_key(s[i], (uint32_t) i);
             }
-            std::nth_element(keys.begin(), keys.begin() + n_keep, keys.end(), std::greater<uint64_t>());
+            std::nth_element(keys, keys + n_keep, keys + n_prefix, std::greater<uint64_t>());
             for (int32_t i = 0; i < n_keep; ++i) {
                 out[i] = (int32_t) (0xffffffffu - (uint32_t) keys[i]);
             }
@@ -57,12 +58,13 @@ static void select_op(ggml_tensor * dst, int ith, int nth, void * userdata) {
 ggml_tensor * headkv_build_select(ggml_context * ctx, ggml_tensor * scores, ggml_tensor * plan, int64_t n_window, int64_t n_total) {
     GGML_ASSERT(scores->type == GGML_TYPE_F32 && plan->type == GGML_TYPE_I32 && plan->ne[1] == scores->ne[1]);
     ggml_tensor * args[] = { scores, plan };
-    ggml_tensor * res = ggml_custom_4d(ctx, GGML_TYPE_I32, n_total, 1, 1, 1, args, 2, select_op, GGML_N_TASKS_MAX, nullptr);
+    const int64_t n_keys = 2*ggml_nelements(scores); // of 64 bits each
+    ggml_tensor * res = ggml_custom_4d(ctx, GGML_TYPE_I32, n_keys + n_total, 1, 1, 1, args, 2, select_op, GGML_N_TASKS_MAX, nullptr);
 
     // behind the parameters of the custom op
     const int32_t n = (int32_t) n_window;
     memcpy((char *) res->op_params + GGML_MAX_OP_PARAMS - sizeof(n), &n, sizeof(n));
-    return res;
+    return ggml_view_1d(ctx, res, n_total, n_keys*sizeof(int32_t));
 }
 
 ggml_tensor * headkv_build_select_composed(ggml_context * ctx, ggml_tensor * scores, int64_t n_keep, ggml_tensor * window) {

@@ -255,6 +255,12 @@ void llama_kv_cache_ragged::note_graph(const std::vector<int32_t> & built) {
     graph_complete = sorted == ils;
 }
 
+static const char * const NO_MEMORY = "not enough memory";
+
+static const char * reason(const std::exception & e) {
+    return dynamic_cast<const std::bad_alloc *>(&e) ? NO_MEMORY : e.what();
+}
+
 bool llama_kv_cache_ragged::fail(const std::string & what) const {
     LLAMA_LOG_ERROR("headkv: %s\n", what.c_str());
     error_msg = what;
@@ -333,8 +339,11 @@ bool llama_kv_cache_ragged::seq_rm(llama_seq_id seq_id, llama_pos p0, llama_pos 
         return p0 == 0;
     }
     if (seq.state == STORED && p0 > 0) {
-        if (p0 < seq.n_prompt) {
+        if (p0 < seq.n_prompt - seq.n_whole) {
             return false; // the heads have lost most of these positions
+        }
+        if (p0 < seq.n_prompt) {
+            truncate_prompt(seq_id, p0);
         }
         seq.n_pos = p0;
         return true;
@@ -352,6 +361,25 @@ bool llama_kv_cache_ragged::seq_rm(llama_seq_id seq_id, llama_pos p0, llama_pos 
     }
     seq.n_pos = p0;
     return true;
+}
+
+void llama_kv_cache_ragged::truncate_prompt(llama_seq_id seq_id, llama_pos p0) {
+    seq_t & seq = seqs[seq_id];
+    const llama_pos n_gone = seq.n_prompt - p0;
+
+    // the last cells of every head
+    for (auto & layer : store.layers) {
+        for (auto & range : layer.ranges[seq_id]) {
+            range.n_kept -= n_gone;
+            range.pos.resize(range.n_kept);
+        }
+    }
+    seq.n_prompt = p0;
+    seq.n_whole -= n_gone;
+    seq.n_tail  += n_gone;
+    if (seq.kept) {
+        stage->seq_rm(seq_id, p0, -1);
+    }
 }
 
 void llama_kv_cache_ragged::seq_cp(llama_seq_id seq_id_src, llama_seq_id seq_id_dst, llama_pos p0, llama_pos p1) {
@@ -394,8 +422,8 @@ llama_pos llama_kv_cache_ragged::seq_pos_min(llama_seq_id seq_id) const {
     if (seq.n_pos == 0) {
         return -1;
     }
-    // below the end of the prompt nothing can be removed or continued
-    return seq.state == STORED ? std::min(seq.n_prompt, seq.n_pos - 1) : 0;
+    // below the observation window nothing can be removed or continued
+    return seq.state == STORED ? std::min(seq.n_prompt - seq.n_whole, seq.n_pos - 1) : 0;
 }
 
 llama_pos llama_kv_cache_ragged::seq_pos_max(llama_seq_id seq_id) const {
@@ -701,7 +729,8 @@ bool llama_kv_cache_ragged::apply_update(llama_context * lctx) {
             alloc_stage(want_stage);
         }
     } catch (const std::exception & e) {
-        res = fail(format("not enough memory (%s)", e.what()));
+        const std::string what = reason(e);
+        res = fail(what == NO_MEMORY ? what : format("%s (%s)", NO_MEMORY, what.c_str()));
     }
     want_compress = -1;
     want_tail.clear();
@@ -1165,6 +1194,7 @@ void llama_kv_cache_ragged::compress_layer(headkv_store_layer & layer) {
 void llama_kv_cache_ragged::end_compression() {
     const llama_seq_id seq_id = running->seq_id;
     seq_t & seq = seqs[seq_id];
+    seq.n_whole = running->keep_all ? seq.n_pos : (llama_pos) running->n_window;
 
     t_compress = running->t_us;
     n_compressions++;
@@ -1202,7 +1232,7 @@ bool llama_kv_cache_ragged::end_layer(int32_t il) {
             compress_layer(*layer);
         }
     } catch (const std::exception & e) {
-        return fail(format("compression of layer %d failed: %s", il, e.what()));
+        return fail(format("compression of layer %d failed: %s", il, reason(e)));
     }
     return true;
 }
@@ -1223,7 +1253,7 @@ bool llama_kv_cache_ragged::compress_impl(llama_seq_id seq_id) {
         if (!layered) {
             abort_compression(); // the sequence stays in the staging
         }
-        return fail(format("compression failed: %s", e.what()));
+        return fail(format("compression failed: %s", reason(e)));
     }
     end_compression();
     return true;

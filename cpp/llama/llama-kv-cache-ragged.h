@@ -27,7 +27,8 @@
 // Sequences are independent of each other: some can be read while others are decoded, in one batch. Tokens of stored
 // sequences share their ubatches. One sequence at a time is read layer by layer, and only while no other one is staged.
 //
-// Positions always are the logical ones. A stored sequence can be truncated down to the end of its prompt, not below.
+// Positions always are the logical ones. A stored sequence can be truncated as far as every head still has its last cells:
+// down to the beginning of the observation window.
 
 class llama_kv_cache_ragged : public llama_memory_i {
 public:
@@ -77,6 +78,7 @@ public:
         state_t   state    = EMPTY;
         llama_pos n_pos    = 0; // logical tokens
         llama_pos n_prompt = 0; // of them at compression; the rest was generated
+        llama_pos n_whole  = 0; // last tokens of the prompt that every head kept
         uint32_t  n_tail   = 0; // rows reserved per head for generated tokens
         bool      kept     = false; // STORED, and its prompt is still in the staging
 
@@ -245,6 +247,7 @@ private:
     bool has_update() const;
     bool apply_update(llama_context * lctx);
     bool compress_impl(llama_seq_id seq_id);
+    void truncate_prompt(llama_seq_id seq_id, llama_pos p0);
     void drop_seq(llama_seq_id seq_id); // frees the rows of a sequence in the store
     std::vector<llama_ubatch> merge_store(const std::vector<llama_ubatch> & ubatches) const;
 

@@ -1,0 +1,46 @@
+// Preloaded by tests/test_out_of_memory.py: makes one large allocation fail.
+#define _GNU_SOURCE
+#include <dlfcn.h>
+#include <errno.h>
+#include <stdatomic.h>
+#include <stddef.h>
+
+// smaller ones are not looked at: C and C++ programs do not survive the loss of those
+static const size_t N_BYTES_MIN = 64*1024;
+
+static atomic_long n_seen;
+static atomic_long n_fail; // number of the allocation that fails, 0 = none
+static atomic_int  armed;
+
+// starts to count; the k-th large allocation fails, 0 = none does
+void fail_alloc_arm(long k) {
+    n_seen = 0;
+    n_fail = k;
+    armed  = 1;
+}
+
+// stops; returns the number of large allocations since fail_alloc_arm()
+long fail_alloc_disarm(void) {
+    armed = 0;
+    return n_seen;
+}
+
+static int fails(size_t size) {
+    return armed && size >= N_BYTES_MIN && ++n_seen == n_fail;
+}
+
+void * malloc(size_t size) {
+    static void * (*next)(size_t);
+    if (!next) {
+        next = (void * (*)(size_t)) dlsym(RTLD_NEXT, "malloc");
+    }
+    return fails(size) ? NULL : next(size);
+}
+
+int posix_memalign(void ** res, size_t alignment, size_t size) {
+    static int (*next)(void **, size_t, size_t);
+    if (!next) {
+        next = (int (*)(void **, size_t, size_t)) dlsym(RTLD_NEXT, "posix_memalign");
+    }
+    return fails(size) ? ENOMEM : next(res, alignment, size);
+}
