@@ -75,10 +75,10 @@ struct headkv_params headkv_default_params(void) {
 
 int32_t headkv_set_params(const struct headkv_params * params) {
     headkv_thread_config().reset();
-    headkv_set_error("");
     if (!params) {
-        return 0;
+        return 0; // the reason of a failed llama_init_from_model() stays
     }
+    headkv_set_error("");
     try {
         headkv_thread_config() = std::make_shared<const headkv_config>(headkv_config_from_params(*params));
     } catch (const std::exception & e) {

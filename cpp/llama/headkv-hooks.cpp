@@ -128,10 +128,17 @@ public:
         if (ranges) {
             mctx_ragged->set_input_ranges(ranges, ubatch);
         }
+        // the output of a layer may be unused: what belongs to it is not part of the graph then
         for (const auto & m : masks) {
+            if (!m.mask->buffer) {
+                continue;
+            }
             mctx_ragged->set_input_mask(m.mask, *kv->layer(m.il), m.i_bucket, ubatch);
         }
         for (const auto & o : orders) {
+            if (!o.tensor->buffer) {
+                continue;
+            }
             ggml_backend_tensor_set(o.tensor, o.values.data(), 0, o.values.size()*sizeof(int32_t));
         }
     }
@@ -361,21 +368,20 @@ ggml_tensor * headkv_build_attn(const llm_graph_context & gctx, llm_graph_input_
     const auto * mctx = inp->mctx_ragged;
     auto * kv = mctx->get_kv();
 
+    headkv_store_layer * layer = mctx->get_layer(il);
+
     // a worst-case graph is built when the context is created: a refusal ends up there
     if (kq_b || sinks) {
-        const std::string what = format("KV compression is not possible for architecture %s: layer %d adds %s to its attention",
-                llm_arch_name(gctx.arch), il, kq_b ? "a bias" : "sinks");
-        headkv_set_error(what);
-        throw std::runtime_error(what);
+        kv->refuse(format("layer %d adds %s to its attention", il, kq_b ? "a bias" : "sinks"));
+    }
+    if (!layer) {
+        kv->refuse(format("it attends in layer %d, which has no KV heads", il));
     }
 
     inp->ils_built.push_back(il);
     if (mctx->is_full()) {
         kv->note_graph(inp->ils_built);
     }
-
-    headkv_store_layer * layer = mctx->get_layer(il);
-    GGML_ASSERT(layer && "attention in a layer without KV heads");
 
     ggml_context * ctx = gctx.ctx0;
 

@@ -89,6 +89,9 @@ void headkv_cut_graph(const llm_graph_params & params, llm_graph_result & res) {
     const int64_t n_tokens = params.ubatch.n_tokens;
 
     if (mctx->is_full()) {
+        if (!kv->is_graph_complete()) {
+            kv->refuse("it does not pass every layer's attention through the cache exactly once");
+        }
         if (params.ubatch.n_tokens > params.ubatch.n_seqs) {
             kv->note_layers(why_not_separable(nodes, kv->n_layer(), params.hparams.n_embd, n_tokens));
         }

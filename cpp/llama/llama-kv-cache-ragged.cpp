@@ -249,6 +249,12 @@ ggml_tensor * llama_kv_cache_ragged::get_ring(int32_t il) const {
     return ring_of_layer.empty() ? nullptr : ring_of_layer[il];
 }
 
+void llama_kv_cache_ragged::refuse(const std::string & why) const {
+    const std::string what = format("KV compression is not possible for architecture %s: %s", model.arch_name().c_str(), why.c_str());
+    headkv_set_error(what);
+    throw std::runtime_error(what);
+}
+
 void llama_kv_cache_ragged::note_graph(const std::vector<int32_t> & built) {
     std::vector<int32_t> sorted(built);
     std::sort(sorted.begin(), sorted.end());
@@ -886,9 +892,6 @@ bool llama_kv_cache_ragged::compress(llama_context * lctx, llama_seq_id seq_id) 
     }
     if (!broken.empty()) {
         return fail(broken);
-    }
-    if (!graph_complete) {
-        return fail(format("architecture %s does not pass every layer's attention through the cache exactly once: it cannot be compressed", model.arch_name().c_str()));
     }
     did_compress  = false;
     want_compress = seq_id;

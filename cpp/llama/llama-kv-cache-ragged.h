@@ -149,11 +149,15 @@ public:
     ggml_tensor * get_hidden() const { return hidden; }
     ggml_tensor * get_diag()   const { return diag; }
 
+    // The worst-case graph is not one that can be compressed; the creation of the context fails with it.
+    [[noreturn]] void refuse(const std::string & why) const;
+
     // The worst-case graph of a ubatch: decides whether its layers can be cut apart.
     void note_layers(const std::string & why_not) { token_major = why_not; }
 
     // whether a worst-case graph went through the hooks for every layer with KV heads, each exactly once
     void note_graph(const std::vector<int32_t> & ils_built);
+    bool is_graph_complete() const { return graph_complete; }
 
 private:
     friend class llama_kv_cache_ragged_context;
