@@ -146,7 +146,12 @@ void headkv_cut_graph(const llm_graph_params & params, llm_graph_result & res) {
     if (x && x->op != GGML_OP_NONE) {
         ggml_build_forward_expand(gf, x);
     }
+    // of the last layer, tokens without output leave nothing but their cells
+    const bool only_cells = last && params.n_outputs == 0;
     for (int i = begin + 1; i <= end; ++i) {
+        if (only_cells && nodes[i]->op != GGML_OP_SET_ROWS) {
+            continue;
+        }
         // upstream keeps branches in the graph that it does not compute
         if (nodes[i]->flags & GGML_TENSOR_FLAG_COMPUTE) {
             ggml_build_forward_expand(gf, nodes[i]);
