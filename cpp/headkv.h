@@ -142,6 +142,11 @@ LLAMA_API int32_t headkv_fill_prompt(struct llama_context * ctx, llama_seq_id se
 // For tests and tools: rows as the cache holds them, converted to float.
 // The window queries of a sequence in position order, [n_window][n_head][n_embd_head]; returns n_window.
 LLAMA_API int32_t headkv_read_window(const struct llama_context * ctx, llama_seq_id seq_id, int32_t il, float * dst, int64_t n);
+// Attention of the last token over a sequence that is not compressed, reduced for each query head, [n_layer][n_head_max]:
+// mass: sum of those of the n_top largest probabilities whose positions are in one of n_spans spans [start, end); 0 in
+// layers without KV heads; top: position of the largest one, -1 there. Returns the number of values; mass may be NULL to
+// ask for it.
+LLAMA_API int32_t headkv_read_attention(struct llama_context * ctx, llama_seq_id seq_id, const int32_t * spans, int32_t n_spans, int32_t n_top, float * mass, int32_t * top, int32_t n);
 // K (or V) of one head: of the whole prompt while it is staged, else of the cells that the head holds,
 // [n_cells][n_embd_head]; returns n_cells.
 LLAMA_API int32_t headkv_read_cells(const struct llama_context * ctx, llama_seq_id seq_id, int32_t il, int32_t ih, bool v, float * dst, int64_t n);

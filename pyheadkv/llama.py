@@ -396,6 +396,38 @@ class Llama(llama_cpp.Llama):
             compress_ms=s.t_compress_us / 1000,
         )
 
+    def read_attention(self, spans: Sequence[tuple[int, int]], n_top: int) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int32]]:
+        """Attention of the last evaluated token over a prompt that is not compressed yet.
+
+        Reduced where the cache is: rows of attention are never copied.
+
+        Parameters
+        ----------
+        spans : (start, end) token positions, end excluded
+        n_top : how many of the largest probabilities are looked at
+
+        Returns
+        -------
+        mass : float32 (n_layer, n_head), the sum of those of the ``n_top`` largest
+            probabilities whose positions lie in a span; 0 in layers without attention
+        top : int32 (n_layer, n_head), position of the largest one; -1 there
+
+        Raises
+        ------
+        ValueError
+            the prompt is compressed or empty, a span leaves it, or ``n_top`` exceeds it
+        """
+        self._need_options()
+        i32, f32 = ctypes.POINTER(ctypes.c_int32), ctypes.POINTER(ctypes.c_float)
+        bounds = np.ascontiguousarray(spans, dtype=np.int32).reshape(-1, 2)
+        head = (self.ctx, 0, bounds.ctypes.data_as(i32), len(bounds), n_top)
+        n = _lib.check(_lib.lib.headkv_read_attention(*head, None, None, 0), ValueError)
+        n_layer = llama_cpp.llama_model_n_layer(self.model)
+        mass = np.zeros((n_layer, n // n_layer), dtype=np.float32)
+        top = np.zeros(mass.shape, dtype=np.int32)
+        _lib.check(_lib.lib.headkv_read_attention(*head, mass.ctypes.data_as(f32), top.ctypes.data_as(i32), n), ValueError)
+        return mass, top
+
     def _read_floats(self, func: Any, n_row: int, n_max: int, *args: Any) -> npt.NDArray[np.float32]:
         values = np.zeros((n_max, n_row), dtype=np.float32)
         n = _lib.check(func(self.ctx, 0, *args, values.ctypes.data_as(ctypes.POINTER(ctypes.c_float)), values.size), ValueError)

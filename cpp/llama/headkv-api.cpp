@@ -313,6 +313,29 @@ int32_t headkv_read_window(const struct llama_context * ctx, llama_seq_id seq_id
     return res < 0 ? fail(kv->error()) : res;
 }
 
+int32_t headkv_read_attention(struct llama_context * ctx, llama_seq_id seq_id, const int32_t * spans, int32_t n_spans, int32_t n_top, float * mass, int32_t * top, int32_t n) {
+    llama_kv_cache_ragged * kv = get_kv_seq(ctx, seq_id);
+    if (!kv) {
+        return -1;
+    }
+    const int32_t n_values = kv->n_layer()*kv->n_head_max();
+    if (!mass) {
+        return n_values;
+    }
+    if (n < n_values) {
+        return fail(format("room for %d values, %d are needed", n, n_values));
+    }
+    std::vector<std::pair<int32_t, int32_t>> ranges;
+    for (int32_t i = 0; i < n_spans; ++i) {
+        ranges.push_back({ spans[2*i], spans[2*i + 1] });
+    }
+    try {
+        return kv->read_attention(ctx, seq_id, ranges, n_top, mass, top) ? n_values : fail(kv->error());
+    } catch (const std::exception & e) {
+        return fail(e.what());
+    }
+}
+
 int32_t headkv_read_cells(const struct llama_context * ctx, llama_seq_id seq_id, int32_t il, int32_t ih, bool v, float * dst, int64_t n) {
     llama_kv_cache_ragged * kv = get_kv_seq(ctx, seq_id);
     if (!kv || !is_head(*kv, il, ih)) {

@@ -119,6 +119,11 @@ public:
         if (!store) {
             llm_graph_input_attn_kv::set_input(ubatch);
             mctx_ragged->set_input_window(tokens, slots, ubatch);
+            if (banded) {
+                const size_t nb = mctx_ragged->get_kv()->get_band()->nb[1];
+                banded->nb[1] = nb;
+                banded->nb[2] = banded->nb[3] = nb*banded->ne[1];
+            }
             return;
         }
         auto * kv = mctx_ragged->get_kv();
@@ -178,6 +183,7 @@ public:
     // prompt: which tokens of the ubatch go to which slots of the window
     ggml_tensor * tokens = nullptr; // I32 [n]
     ggml_tensor * slots  = nullptr; // I64 [n]
+    ggml_tensor * banded = nullptr; // the mask, if it is a window into the band
 
     // decode: where the new rows go and what each head sees, all layers one after the other
     ggml_tensor * rows   = nullptr; // I32, per layer [n_head_kv, n_tokens]
@@ -202,26 +208,34 @@ static ggml_tensor * new_input(ggml_context * ctx, ggml_type type, int64_t n, co
     return res;
 }
 
-// The mask of a ubatch of a prompt whose cells are its positions, without host writes: zeros for the tokens before the
-// ubatch, then the diagonal block. Null where a backend lacks an op.
-static ggml_tensor * build_mask_on_device(ggml_context * ctx, const llama_kv_cache_ragged_context & mctx, int64_t n_tokens, const ggml_tensor * like) {
-    ggml_tensor * diag = mctx.get_kv()->get_diag();
-    if (like->type != diag->type) {
+// The mask of a ubatch of a prompt whose cells are its positions, without writing it for every step. In host memory: a
+// window into the band, which has its own row stride; set_input() sets it, because ggml_flash_attn_ext() asks for
+// contiguous rows when it is called. Elsewhere: zeros for the tokens before the ubatch, then the diagonal block; null where
+// a backend lacks an op.
+static ggml_tensor * build_mask_of_step(ggml_context * ctx, headkv_input & inp, const llama_kv_cache_ragged_context & mctx,
+        int64_t n_tokens, const ggml_tensor * like) {
+    ggml_tensor * band = mctx.get_kv()->get_band();
+    if (like->type != band->type) {
         return nullptr;
     }
     const int64_t n_kv   = like->ne[0];
     const int64_t n_past = mctx.token_step();
 
-    ggml_tensor * mask = ggml_cont(ctx, ggml_view_2d(ctx, diag, n_kv - n_past, n_tokens, diag->nb[1], 0));
+    if (ggml_backend_buffer_is_host(band->buffer)) {
+        ggml_tensor * mask = ggml_new_tensor_2d(ctx, band->type, n_kv, n_tokens);
+        ggml_backend_tensor_alloc(band->buffer, mask, (char *) band->data + (mctx.get_kv()->n_band() - n_past)*band->nb[0]);
+        inp.banded = mask;
+        return mask;
+    }
+    ggml_tensor * mask = ggml_cont(ctx, ggml_view_2d(ctx, band, n_kv - n_past, n_tokens, band->nb[1], 0));
     if (n_past > 0) {
-        ggml_tensor * zeros = ggml_fill_inplace(ctx, ggml_new_tensor_2d(ctx, diag->type, n_past, n_tokens), 0.0f);
+        ggml_tensor * zeros = ggml_fill_inplace(ctx, ggml_new_tensor_2d(ctx, band->type, n_past, n_tokens), 0.0f);
         mask = ggml_concat(ctx, zeros, mask, 0);
-        const ggml_backend_dev_t dev = ggml_backend_buft_get_device(ggml_backend_buffer_get_type(diag->buffer));
+        const ggml_backend_dev_t dev = ggml_backend_buft_get_device(ggml_backend_buffer_get_type(band->buffer));
         if (!dev || !ggml_backend_dev_supports_op(dev, zeros) || !ggml_backend_dev_supports_op(dev, mask)) {
             return nullptr;
         }
     }
-    ggml_set_name(mask, "headkv_mask");
     return mask;
 }
 
@@ -261,7 +275,8 @@ llm_graph_input_attn_kv * headkv_build_inp(const llm_graph_context & gctx) {
         ggml_set_name(inp->self_kq_mask, "attn_inp_kq_mask");
         inp->self_kq_mask_cnv = inp->self_kq_mask;
         if (mctx->is_layered()) {
-            if (ggml_tensor * mask = build_mask_on_device(ctx, *mctx, ubatch.n_tokens, inp->self_kq_mask)) {
+            if (ggml_tensor * mask = build_mask_of_step(ctx, *inp, *mctx, ubatch.n_tokens, inp->self_kq_mask)) {
+                ggml_set_name(mask, "headkv_mask");
                 inp->self_kq_mask     = nullptr; // nothing to fill
                 inp->self_kq_mask_cnv = mask;
             }

@@ -194,6 +194,14 @@ int32_t llama_kv_cache_ragged::n_head_kv_max() const {
     return (int32_t) res;
 }
 
+int32_t llama_kv_cache_ragged::n_head_max() const {
+    int32_t res = 0;
+    for (const auto & layer : store.layers) {
+        res = std::max(res, layer.n_head);
+    }
+    return res;
+}
+
 bool llama_kv_cache_ragged::has_fused() const {
     return std::any_of(store.layers.begin(), store.layers.end(), [](const headkv_store_layer & l) { return l.fused; });
 }
@@ -811,7 +819,7 @@ void llama_kv_cache_ragged::alloc_stage(uint32_t n_cells) {
     if (!is_staging()) {
         stage.reset(); // the old memory goes before the new one comes
         hidden_buf = ring_t();
-        hidden = diag = nullptr;
+        hidden = band = nullptr;
     }
     auto res = make_stage(n_cells, false, want_layered);
     if (want_layered) {
@@ -841,21 +849,25 @@ void llama_kv_cache_ragged::alloc_stage(uint32_t n_cells) {
 
 void llama_kv_cache_ragged::alloc_hidden(uint32_t n_tokens) {
     const int64_t n_ubatch = lctx->n_ubatch();
+    const ggml_backend_buffer_type_t buft = store.layers[0].buft;
 
     ggml_init_params params = { /*.mem_size =*/ 2*ggml_tensor_overhead(), /*.mem_buffer =*/ nullptr, /*.no_alloc =*/ true };
     hidden_buf.ctx.reset(ggml_init(params));
     hidden = ggml_new_tensor_2d(hidden_buf.ctx.get(), cfg->hidden_f16 ? GGML_TYPE_F16 : GGML_TYPE_F32, hparams.n_embd, n_tokens);
-    diag   = ggml_new_tensor_2d(hidden_buf.ctx.get(), GGML_TYPE_F16, n_ubatch + 256, n_ubatch);
-    hidden_buf.buf.reset(ggml_backend_alloc_ctx_tensors_from_buft(hidden_buf.ctx.get(), store.layers[0].buft));
+    // an odd number of cache lines: rows that are read together must not share cache sets
+    const int64_t n_cols = GGML_PAD((ggml_backend_buft_is_host(buft) ? n_tokens : 0) + n_ubatch + 256, 64) + 32;
+    band   = ggml_new_tensor_2d(hidden_buf.ctx.get(), GGML_TYPE_F16, n_cols, n_ubatch);
+    hidden_buf.buf.reset(ggml_backend_alloc_ctx_tensors_from_buft(hidden_buf.ctx.get(), buft));
     if (!hidden_buf.buf) {
-        hidden = diag = nullptr;
+        hidden = band = nullptr;
         throw std::runtime_error("no memory for the hidden states of the prompt");
     }
-    std::vector<ggml_fp16_t> mask(ggml_nelements(diag), ggml_fp32_to_fp16(-INFINITY));
+    std::vector<ggml_fp16_t> row(n_cols, ggml_fp32_to_fp16(-INFINITY));
+    std::fill(row.begin(), row.begin() + n_band(), ggml_fp32_to_fp16(0.0f));
     for (int64_t i = 0; i < n_ubatch; ++i) {
-        std::fill(mask.begin() + i*diag->ne[0], mask.begin() + i*diag->ne[0] + i + 1, ggml_fp32_to_fp16(0.0f));
+        row[n_band() + i] = ggml_fp32_to_fp16(0.0f);
+        ggml_backend_tensor_set(band, row.data(), i*band->nb[1], band->nb[1]);
     }
-    ggml_backend_tensor_set(diag, mask.data(), 0, ggml_nbytes(diag));
 }
 
 void llama_kv_cache_ragged::release_idle_stage() {
@@ -867,7 +879,7 @@ void llama_kv_cache_ragged::release_idle_stage() {
 
 void llama_kv_cache_ragged::release_stage() {
     hidden_buf = ring_t();
-    hidden = diag = nullptr;
+    hidden = band = nullptr;
     is_layered = false;
     stage.reset();
     rings.clear();
@@ -1127,21 +1139,17 @@ void llama_kv_cache_ragged::compress_layer(headkv_store_layer & layer) {
         set_data(t_slots, c.slots);
         set_data(t_mask, c.mask);
 
-        // nodes per head: at most 32, and 5 for each halving of the window rows
-        const int64_t n_heads_graph = std::max<int64_t>(1, runner_t::N_NODES/(32 + 5*8) - 1);
-        for (int64_t ih0 = 0; ih0 < H; ih0 += n_heads_graph) {
+        // one head at a time: the probabilities of a head are the largest part of the scratch memory
+        for (int64_t ih = 0; ih < H; ++ih) {
             c.runner.begin();
             ggml_context * ctx = c.runner.ctx.get();
 
-            ggml_tensor * q = ggml_get_rows(ctx, ring_of_layer[layer.il], t_slots);                 // [D*n_head, w]
-            q = ggml_cont(ctx, ggml_permute(ctx, ggml_reshape_3d(ctx, q, D, layer.n_head, n_window), 0, 2, 1, 3)); // [D, w, n_head]
-
-            for (int64_t ih = ih0; ih < std::min(H, ih0 + n_heads_graph); ++ih) {
-                ggml_tensor * qh = ggml_view_3d(ctx, q, D, n_window, G, q->nb[1], q->nb[2], ih*G*q->nb[2]);
-                ggml_tensor * s  = headkv_build_score(ctx, c.runner.gf, qh, head_cells(ctx, k_all, ih), t_mask,
-                        layer.attend->scale, layer.attend->softcap, cfg->pool, cfg->pool_kernel);
-                ggml_build_forward_expand(c.runner.gf, ggml_cpy(ctx, s, ggml_view_1d(ctx, t_scores, n_prefix, ih*t_scores->nb[1])));
-            }
+            ggml_tensor * q = ggml_get_rows(ctx, ring_of_layer[layer.il], t_slots);         // [D*n_head, w]
+            q = ggml_view_3d(ctx, q, D, G, n_window, D*q->nb[0], q->nb[1], ih*G*D*q->nb[0]);
+            q = ggml_cont(ctx, ggml_permute(ctx, q, 0, 2, 1, 3));                           // [D, w, G]
+            ggml_tensor * s = headkv_build_score(ctx, c.runner.gf, q, head_cells(ctx, k_all, ih), t_mask,
+                    layer.attend->scale, layer.attend->softcap, cfg->pool, cfg->pool_kernel);
+            ggml_build_forward_expand(c.runner.gf, ggml_cpy(ctx, s, ggml_view_1d(ctx, t_scores, n_prefix, ih*t_scores->nb[1])));
             c.run();
         }
     }
@@ -1306,6 +1314,83 @@ bool llama_kv_cache_ragged::fill(llama_context * lctx, llama_seq_id seq_id, uint
     seq.window.assign(cfg->window, -1);
     for (llama_pos pos = std::max(0, seq.n_pos - (llama_pos) cfg->window); pos < seq.n_pos; ++pos) {
         seq.window[pos % cfg->window] = pos;
+    }
+    return true;
+}
+
+bool llama_kv_cache_ragged::read_attention(llama_context * lctx, llama_seq_id seq_id, const std::vector<std::pair<int32_t, int32_t>> & spans,
+        int32_t n_top, float * mass, int32_t * top) {
+    const seq_t & seq = seqs[seq_id];
+    if (seq.state != STAGED) {
+        return fail(format("sequence %d is not staged: attention is that of a prompt before its compression", seq_id));
+    }
+    const int64_t n = seq.n_pos;
+    if (n_top < 1 || n_top > n) {
+        return fail(format("%d largest probabilities of %d: it must be in [1, %d]", n_top, seq.n_pos, seq.n_pos));
+    }
+    std::vector<float> inside(n, 0.0f);
+    for (const auto & [start, end] : spans) {
+        if (start < 0 || end <= start || end > n) {
+            return fail(format("span [%d, %d) of %d tokens: it must not be empty and lie within them", start, end, seq.n_pos));
+        }
+        std::fill(inside.begin() + start, inside.begin() + end, 1.0f);
+    }
+    const auto slots = window_slots(seq_id);
+    if (slots.empty()) {
+        return fail("the query of the last token is missing: evaluate it again");
+    }
+    const std::vector<int32_t> cells = stage_cells(seq_id);
+
+    const size_t n_row = n_head_max();
+    std::fill(mass, mass + n_layer()*n_row, 0.0f);
+    std::fill(top,  top  + n_layer()*n_row, -1);
+
+    lctx->synchronize();
+    runner_t runner(lctx);
+    for (const auto & layer : store.layers) {
+        const int64_t D = layer.n_embd_head;
+        const int64_t H = layer.n_head_kv;
+        const int64_t G = layer.n_head/layer.n_head_kv;
+
+        scratch_t scratch;
+        ggml_tensor * t_cells  = ggml_new_tensor_1d(scratch.ctx.get(), GGML_TYPE_I32, n);
+        ggml_tensor * t_inside = ggml_new_tensor_2d(scratch.ctx.get(), GGML_TYPE_F32, 1, n);
+        ggml_tensor * t_mass   = ggml_new_tensor_1d(scratch.ctx.get(), GGML_TYPE_F32, layer.n_head);
+        ggml_tensor * t_top    = ggml_new_tensor_1d(scratch.ctx.get(), GGML_TYPE_I32, layer.n_head);
+        scratch.alloc(layer.buft);
+        set_data(t_cells,  cells);
+        set_data(t_inside, inside);
+
+        ggml_tensor * k_all = storage_of(*stage, layer.il, false);
+        ggml_tensor * ring  = ring_of_layer[layer.il];
+        for (int64_t ih = 0; ih < H; ++ih) {
+            runner.begin();
+            ggml_context * ctx = runner.ctx.get();
+            ggml_tensor * q = ggml_view_2d(ctx, ring, D, G, D*ring->nb[0], slots.back()*ring->nb[1] + ih*G*D*ring->nb[0]);
+            ggml_tensor * k = ggml_view_2d(ctx, k_all, D, k_all->ne[1], k_all->nb[1], ih*ggml_row_size(k_all->type, D));
+            ggml_tensor * p = ggml_mul_mat(ctx, ggml_get_rows(ctx, k, t_cells), q); // [n, G]
+            ggml_prec_set_acc(p, GGML_PREC_F32);
+            float scale = layer.attend->scale;
+            if (layer.attend->softcap > 0.0f) {
+                p = ggml_scale(ctx, ggml_tanh(ctx, ggml_scale(ctx, p, scale/layer.attend->softcap)), layer.attend->softcap);
+                scale = 1.0f;
+            }
+            p = ggml_soft_max_ext(ctx, p, nullptr, scale, 0.0f);
+            for (int64_t g = 0; g < G; ++g) {
+                ggml_tensor * row  = ggml_view_1d(ctx, p, n, g*p->nb[1]);
+                ggml_tensor * best = ggml_top_k(ctx, row, n_top);
+                ggml_tensor * hit  = ggml_get_rows(ctx, t_inside, best);                        // [1, n_top]
+                ggml_tensor * prob = ggml_get_rows(ctx, ggml_reshape_2d(ctx, row, 1, n), best); // [1, n_top]
+                ggml_tensor * sum  = ggml_sum(ctx, ggml_mul(ctx, prob, hit));
+                ggml_build_forward_expand(runner.gf, ggml_cpy(ctx, sum, ggml_view_1d(ctx, t_mass, 1, (ih*G + g)*sizeof(float))));
+            }
+            ggml_build_forward_expand(runner.gf, ggml_cpy(ctx, ggml_argmax(ctx, p), ggml_view_1d(ctx, t_top, G, ih*G*sizeof(int32_t))));
+            if (!runner.run()) {
+                return fail("a graph could not be computed");
+            }
+        }
+        ggml_backend_tensor_get(t_mass, mass + layer.il*n_row, 0, layer.n_head*sizeof(float));
+        ggml_backend_tensor_get(t_top,  top  + layer.il*n_row, 0, layer.n_head*sizeof(int32_t));
     }
     return true;
 }

@@ -114,6 +114,7 @@ public:
     uint32_t n_seq_max() const { return (uint32_t) seqs.size(); }
 
     int32_t n_head_kv_max() const;
+    int32_t n_head_max() const;
     int32_t n_layer() const;
 
     const std::vector<uint32_t> & budget(int32_t il) const { return budgets[il]; }
@@ -126,6 +127,10 @@ public:
 
     int64_t t_compress_us() const { return t_compress; }
     int64_t n_compress()    const { return n_compressions; }
+
+    // attention of the last token of a staged sequence, see headkv_read_attention()
+    bool read_attention(llama_context * lctx, llama_seq_id seq_id, const std::vector<std::pair<int32_t, int32_t>> & spans,
+            int32_t n_top, float * mass, int32_t * top);
 
     // rows converted to float; the number of rows, or -1 and error()
     int32_t read_window(llama_seq_id seq_id, int32_t il, float * dst, int64_t n) const;
@@ -145,9 +150,10 @@ public:
     void set_input_k_rot(ggml_tensor * dst) const { stage_plan->set_input_k_rot(dst); }
     void set_input_v_rot(ggml_tensor * dst) const { stage_plan->set_input_v_rot(dst); }
 
-    // layer-major prefill: the slice of the hidden states [n_embd, n_tokens] of the whole prompt, the diagonal block of the mask
+    // layer-major prefill: the hidden states [n_embd, n_tokens] of the whole prompt, the causal mask of all ubatches
     ggml_tensor * get_hidden() const { return hidden; }
-    ggml_tensor * get_diag()   const { return diag; }
+    ggml_tensor * get_band()   const { return band; }
+    int64_t n_band() const { return ggml_backend_buffer_is_host(band->buffer) ? hidden->ne[1] : 0; }
 
     // The worst-case graph is not one that can be compressed; the creation of the context fails with it.
     [[noreturn]] void refuse(const std::string & why) const;
@@ -221,7 +227,7 @@ private:
     bool          is_layered    = false; // what the staging is
     ring_t        hidden_buf;
     ggml_tensor * hidden = nullptr; // F32 or F16 [n_embd, n_tokens] of the whole prompt
-    ggml_tensor * diag   = nullptr; // F16 [n_ubatch + 256, n_ubatch] causal mask of a ubatch among itself
+    ggml_tensor * band   = nullptr; // F16 [n_band + n_ubatch + 256, n_ubatch], 0 up to column n_band + row, then -inf
     llama_seq_id  reading = -1; // sequence whose layer-major batch is in progress
     llama_context * lctx = nullptr; // of the last update
     size_t        n_bytes_peak = 0;
