@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from . import __version__, demo, inspect
+from . import __version__, demo, inspect, plan, score
 from .demo import round_n_ctx, threads_kwargs
 from .inspect import format_bytes, model_path, read_shape
 from .options import POOLS, PREFILLS, check_int
@@ -285,6 +285,8 @@ def _kv_summary(llm: Llama, path: Path) -> str:
 COMMANDS = (
     Command("generate", "continue a prompt", add_generate_arguments, run_generate),
     Command("inspect", "show importance and budgets of a GGUF", inspect.add_arguments, inspect.run),
+    Command("score", "measure the importance of the heads of a model", score.add_arguments, score.run),
+    Command("plan", "find the longest prompt that fits into a memory", plan.add_arguments, plan.run),
     Command(
         "demo",
         "ask the embedded model needle questions, with the full cache and small budgets",
