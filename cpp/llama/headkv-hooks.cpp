@@ -222,6 +222,10 @@ static ggml_tensor * build_mask_of_step(ggml_context * ctx, headkv_input & inp, 
     const int64_t n_past = mctx.token_step();
 
     if (ggml_backend_buffer_is_host(band->buffer)) {
+        const headkv_store_layer * layer = mctx.get_layer(mctx.layer_step());
+        if (!layer || layer->buft != ggml_backend_buffer_get_type(band->buffer)) {
+            return nullptr; // the mask is copied to another device, which takes contiguous rows
+        }
         ggml_tensor * mask = ggml_new_tensor_2d(ctx, band->type, n_kv, n_tokens);
         ggml_backend_tensor_alloc(band->buffer, mask, (char *) band->data + (mctx.get_kv()->n_band() - n_past)*band->nb[0]);
         inp.banded = mask;

@@ -70,7 +70,23 @@ ggml_tensor * headkv_build_select(ggml_context * ctx, ggml_tensor * scores, ggml
 ggml_tensor * headkv_build_select_composed(ggml_context * ctx, ggml_tensor * scores, int64_t n_keep, ggml_tensor * window) {
     ggml_tensor * kept = window;
     if (n_keep > 0) {
-        ggml_tensor * top = ggml_top_k(ctx, scores, (int) n_keep); // unordered
+        const int64_t n = scores->ne[0];
+
+        // The smallest score to keep. Which of several cells with this score top_k takes is up to the backend.
+        ggml_tensor * top    = ggml_top_k(ctx, scores, (int) n_keep); // unordered
+        ggml_tensor * best   = ggml_get_rows(ctx, ggml_reshape_2d(ctx, scores, 1, n), top); // [1, n_keep]
+        ggml_tensor * lowest = ggml_view_1d(ctx, ggml_argsort(ctx, ggml_reshape_1d(ctx, best, n_keep), GGML_SORT_ORDER_ASC), 1, 0);
+        ggml_tensor * limit  = ggml_reshape_1d(ctx, ggml_get_rows(ctx, best, lowest), 1);
+
+        // Keys without ties: 2, 1 or 0 for a score above, at or below the limit, then the lower position; integers up to
+        // 3*n, exact in F32.
+        ggml_tensor * d     = ggml_sub(ctx, scores, limit);
+        ggml_tensor * above = ggml_step(ctx, d);
+        ggml_tensor * below = ggml_step(ctx, ggml_neg(ctx, d));
+        ggml_tensor * rank  = ggml_scale_bias(ctx, ggml_sub(ctx, above, below), (float) n, (float) n);
+        ggml_tensor * key   = ggml_sub(ctx, rank, ggml_arange(ctx, 0.0f, (float) n, 1.0f));
+        top = ggml_top_k(ctx, key, (int) n_keep);
+
         // positions below 2^24 are exact in F32
         top  = ggml_reshape_2d(ctx, ggml_cast(ctx, top, GGML_TYPE_F32), 1, n_keep);
         ggml_tensor * order = ggml_argsort(ctx, ggml_reshape_1d(ctx, top, n_keep), GGML_SORT_ORDER_ASC);

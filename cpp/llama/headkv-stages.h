@@ -1,5 +1,6 @@
 // Stages 3 to 6 as pieces of ggml graphs. The CPU versions of select and compact are custom ops and the definition;
-// the composed versions run on every backend and may differ from them only inside a tie of the scores.
+// the composed versions run on every backend and select the same cells. (NaN, which a sound model does not score, is the
+// lowest score of the former and unspecified in the latter.)
 #pragma once
 
 #include "ggml.h"
@@ -35,7 +36,8 @@ std::vector<float> headkv_score_recency(int64_t n_prefix, int64_t n_sinks);
 //   dst    I32 [n_total]
 ggml_tensor * headkv_build_select(ggml_context * ctx, ggml_tensor * scores, ggml_tensor * plan, int64_t n_window, int64_t n_total);
 
-// the same for one head, out of existing ops; window: F32 [n_window] positions of the window
+// the same for one head, out of existing ops; scores F32 [n_prefix], n_prefix below 2^22; window: F32 [n_window] positions
+// of the window
 ggml_tensor * headkv_build_select_composed(ggml_context * ctx, ggml_tensor * scores, int64_t n_keep, ggml_tensor * window);
 
 // Stage 6, compact: pool row row[h] + i = cell kept[i] of head h, as raw bytes.

@@ -267,6 +267,33 @@ static bool test_select(int n_prefix, int H, int n_window, bool ties) {
     return true;
 }
 
+// composed of ggml ops, one head: the same cells, ties included
+static bool test_select_composed(int n_prefix, int n_keep, int n_values) {
+    std::vector<float> scores((size_t) n_prefix);
+    for (float & s : scores) {
+        s = (float) (rng() % n_values)/n_values;
+    }
+    const std::vector<int32_t> plan = { 0, n_keep };
+    std::vector<int32_t> got[2];
+    for (int composed : { 0, 1 }) {
+        cpu_graph g;
+        ggml_tensor * s = ggml_new_tensor_2d(g.ctx.get(), GGML_TYPE_F32, n_prefix, 1);
+        ggml_tensor * p = ggml_new_tensor_2d(g.ctx.get(), GGML_TYPE_I32, 2, 1);
+        ggml_tensor * w = ggml_new_tensor_1d(g.ctx.get(), GGML_TYPE_F32, 1);
+        ggml_tensor * out = composed
+            ? headkv_build_select_composed(g.ctx.get(), ggml_view_1d(g.ctx.get(), s, n_prefix, 0), n_keep, w)
+            : headkv_build_select(g.ctx.get(), s, p, 1, n_keep + 1);
+        g.alloc(out);
+        const float window = (float) n_prefix;
+        ggml_backend_tensor_set(s, scores.data(), 0, ggml_nbytes(s));
+        ggml_backend_tensor_set(composed ? w : p, composed ? (const void *) &window : plan.data(), 0, composed ? sizeof(float) : ggml_nbytes(p));
+        g.run(2);
+        got[composed].resize(n_keep + 1);
+        ggml_backend_tensor_get(out, got[composed].data(), 0, ggml_nbytes(out));
+    }
+    return got[0] == got[1];
+}
+
 //
 // buckets
 //
@@ -387,6 +414,16 @@ int main(int argc, char ** argv) {
     for (int n_prefix : { 1, 2, 31, 257, 5000 }) {
         for (bool ties : { false, true }) {
             cases.push_back({ "select,n=" + std::to_string(n_prefix) + ",ties=" + std::to_string(ties), [=]() { return test_select(n_prefix, 6, 8, ties); } });
+        }
+    }
+    for (int n_prefix : { 1, 2, 31, 257, 5000 }) {
+        for (int n_values : { 1, 3, 1 << 20 }) {
+            for (int n_keep : { 1, n_prefix/3, n_prefix - 1 }) {
+                if (n_keep > 0) {
+                    cases.push_back({ "select_composed,n=" + std::to_string(n_prefix) + ",values=" + std::to_string(n_values) + ",keep=" + std::to_string(n_keep),
+                            [=]() { return test_select_composed(n_prefix, n_keep, n_values); } });
+                }
+            }
         }
     }
     cases.push_back({ "buckets", test_buckets });
