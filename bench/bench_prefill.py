@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import csv
 import json
-import resource
 import statistics
 import subprocess
 import sys
@@ -46,19 +45,13 @@ def read(kind: str, model: str, n: int, n_ubatch: int, threads: int) -> dict[str
     llm.read_prompt(prompt)
     seconds = time.perf_counter() - start
     stats = llm.kv_stats() if llm.kv_options else None
-    return {"seconds": seconds, "compress_ms": stats.compress_ms if stats else 0.0, "rss_peak": peak_bytes(),
-            "rss_after": anon_bytes(), "bytes_peak": stats.bytes_peak if stats else 0, "bytes_store": stats.bytes_store if stats else 0}
+    return {"seconds": seconds, "compress_ms": stats.compress_ms if stats else 0.0, "rss_peak": status_bytes("VmHWM"),
+            "rss_after": status_bytes("RssAnon"), "bytes_peak": stats.bytes_peak if stats else 0, "bytes_store": stats.bytes_store if stats else 0}
 
 
-def anon_bytes() -> int:
-    """Resident bytes of this process that are not pages of a file."""
-    status = Path("/proc/self/status").read_text()
-    return int(status.split("RssAnon:")[1].split()[0]) * 1024
-
-
-def peak_bytes() -> int:
-    """Largest resident size of this process so far, pages of files included."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+def status_bytes(field: str) -> int:
+    """A size in /proc/self/status: RssAnon, resident pages of no file; VmHWM, largest resident size so far."""
+    return int(Path("/proc/self/status").read_text().split(f"{field}:")[1].split()[0]) * 1024
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""Head importance as GGUF metadata: names and types of the keys, reading, writing, and the authors' JSON.
+"""Head importance as GGUF metadata: names and types of the keys, reading, writing, and files of scores.
 
 =========================================  ==============  =======================================================
 key                                        type            meaning
@@ -21,6 +21,7 @@ bytes that are left before it is used.
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import mmap
@@ -28,6 +29,8 @@ import os
 import struct
 import sys
 import tempfile
+import tokenize
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -61,6 +64,13 @@ MAX_ALIGNMENT = 1 << 20  # far above any real one; it is also the size of the pa
 MIN_PAIR_BYTES = 8 + 4 + 1  # empty key, type, smallest value
 MIN_TENSOR_BYTES = 8 + 4 + 4 + 8  # empty name, no dimensions, type, offset
 MAX_DIMS = 4
+
+SCORE_SUFFIXES = (".json", ".npy", ".csv", ".tsv")
+MAX_SCORE_BYTES = 1 << 26  # of a score file; the authors' largest has 2 MB
+NPY_ERRORS = (  # what numpy raises at damaged headers, of which it tokenises and parses the text
+    ValueError, TypeError, KeyError, EOFError, OverflowError, RecursionError, MemoryError, SyntaxError, Warning,
+    tokenize.TokenError,
+)  # fmt: skip
 
 REMEDY_DAMAGED = "the file is damaged or not complete, fetch or write it again"
 REMEDY_WRITE = "write it with scripts/gguf_add_importance.py"
@@ -118,7 +128,7 @@ def write_importance(
     force : replace an existing ``dst`` and an importance that ``src`` already has
     """
     src, dst = Path(src), Path(dst)
-    _check_destination(src, dst, force=force)
+    check_destination(src, dst, force=force)
     with open_header(src) as header:
         values = check_importance(importance, name="importance")
         if header.pairs.get("split.count", _NO_PAIR).value not in (None, 0, 1):
@@ -131,33 +141,53 @@ def write_importance(
             raise ValueError(f"{src}: {sorted(old_keys)[0]} is already there: pass force=True (--force) to replace it")
         _check_model_shape(header, values.shape)
         fields = importance_fields(values, arch=header.arch, method=method, source=source)
-        _replace_file(dst, lambda out: _copy_with_fields(header, out, fields, without=old_keys))
+        replace_file(dst, lambda out: _copy_with_fields(header, out, fields, without=old_keys))
 
 
 def load_scores(path: PathLike) -> NDArray[np.float64]:
-    """Importance from a JSON file.
+    """Importance from a file of numbers; nothing in it is ever executed.
 
-    Two forms: the authors' ``{"layer-head": [float, ..], ..}``, one score per accepted example, of which the mean
-    is taken (HeadKV 0862a09, snapkv_utils.py:381), and ``{"importance": [[float, ..], ..]}``.
+    ``.json`` has two forms: the authors' ``{"layer-head": [float, ..], ..}``, one score per accepted example, of which
+    the mean is taken (HeadKV 0862a09, snapkv_utils.py:381), and ``{"importance": [[float, ..], ..]}``, what
+    ``pyheadkv score`` writes. ``.npy``, ``.csv`` (commas) and ``.tsv`` (tabs, the patterns of DuoAttention) hold one
+    row per layer; they may have one number per KV head, see :func:`fit_heads`.
 
     Returns
     -------
     (n_layer, n_head) float64
+
+    Raises
+    ------
+    ValueError : another suffix, a damaged file, or one above MAX_SCORE_BYTES
     """
     path = Path(path)
-    try:
-        data = json.loads(path.read_bytes(), object_pairs_hook=_no_duplicates)
-    except ValueError as error:  # also what a byte that is not UTF-8 and broken JSON raise
-        raise ValueError(f"{path}: not readable as JSON: {error}; {REMEDY_DAMAGED}") from None
-    except RecursionError:
-        raise ValueError(f"{path}: not readable as JSON: nested too deeply; {REMEDY_DAMAGED}") from None
-    if not isinstance(data, dict) or not data:
-        raise ValueError(
-            f'{path}: holds {_brief(data)}: use {{"layer-head": [floats]}} or {{"importance": [[floats]]}}'
-        )
-    if "importance" in data:
-        return check_importance(data["importance"], name=f"{path}: importance")
-    return check_importance(_mean_per_head(data, path), name=f"{path}: mean scores")
+    load = {".json": _load_json, ".npy": _load_npy, ".csv": _load_text, ".tsv": _load_text}.get(path.suffix.lower())
+    if load is None:
+        raise ValueError(f"{path}: score files end in {', '.join(SCORE_SUFFIXES)}: rename or convert it")
+    n_bytes = path.stat().st_size
+    if n_bytes > MAX_SCORE_BYTES:
+        raise ValueError(f"{path} has {n_bytes} bytes, at most {MAX_SCORE_BYTES} are read: no model has so many heads")
+    return load(path.read_bytes(), path)
+
+
+def fit_heads(values: NDArray[np.float64], model: PathLike) -> NDArray[np.float64]:
+    """Importance with one column per query head: a column per KV head is repeated for its query heads.
+
+    Parameters
+    ----------
+    values : (n_layer, n_head) or (n_layer, n_head_kv)
+    model : GGUF; where its layers differ in n_head_kv, layers without KV heads do not count
+
+    Raises
+    ------
+    ValueError : ``values`` has neither shape
+    """
+    with open_header(model) as header:
+        n_head, n_head_kv = (_head_counts(header, key) for key in ("attention.head_count", "attention.head_count_kv"))
+        if len(n_head) == len(n_head_kv) == 1 and values.shape[1] == n_head_kv[0] != n_head[0]:
+            values = np.repeat(values, n_head[0] // n_head_kv[0], axis=1)
+        _check_model_shape(header, values.shape)
+    return values
 
 
 def add_importance_keys(
@@ -218,7 +248,58 @@ def check_importance(values: ArrayLike, *, name: str) -> NDArray[np.float64]:
     return array
 
 
-# JSON
+# score files
+
+
+def _load_json(raw: bytes, path: Path) -> NDArray[np.float64]:
+    try:
+        data = json.loads(raw, object_pairs_hook=_no_duplicates)
+    except ValueError as error:  # also what a byte that is not UTF-8 and broken JSON raise
+        raise ValueError(f"{path}: not readable as JSON: {error}; {REMEDY_DAMAGED}") from None
+    except RecursionError:
+        raise ValueError(f"{path}: not readable as JSON: nested too deeply; {REMEDY_DAMAGED}") from None
+    if not isinstance(data, dict) or not data:
+        raise ValueError(
+            f'{path}: holds {_brief(data)}: use {{"layer-head": [floats]}} or {{"importance": [[floats]]}}'
+        )
+    if "importance" in data:
+        return check_importance(data["importance"], name=f"{path}: importance")
+    return check_importance(_mean_per_head(data, path), name=f"{path}: mean scores")
+
+
+def _load_npy(raw: bytes, path: Path) -> NDArray[np.float64]:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            _check_npy_header(raw)
+            values = np.load(io.BytesIO(raw), allow_pickle=False)
+    except NPY_ERRORS as error:
+        raise ValueError(f"{path}: not readable as .npy: {error}; {REMEDY_DAMAGED}") from None
+    return check_importance(values, name=str(path))
+
+
+def _check_npy_header(raw: bytes) -> None:
+    """Refuse a header whose array is not in the file, before memory is taken for it."""
+    file = io.BytesIO(raw)
+    version = np.lib.format.read_magic(file)
+    if version == (1, 0):
+        shape, _, dtype = np.lib.format.read_array_header_1_0(file)
+    elif version == (2, 0):
+        shape, _, dtype = np.lib.format.read_array_header_2_0(file)
+    else:
+        raise ValueError(f"version {version}, readable are 1.0 and 2.0")
+    if dtype.kind not in "iuf" or math.prod(shape) * dtype.itemsize != len(raw) - file.tell():
+        raise ValueError(f"an array of shape {shape} and type {dtype} in {len(raw) - file.tell()} bytes")
+
+
+def _load_text(raw: bytes, path: Path) -> NDArray[np.float64]:
+    separator = "\t" if path.suffix.lower() == ".tsv" else ","
+    try:
+        lines = raw.decode("ascii").splitlines()
+        rows = [[float(field) for field in line.split(separator)] for line in lines if line.strip()]
+    except ValueError as error:  # also what a byte that is not ASCII raises
+        raise ValueError(f"{path}: not rows of numbers: {error}; {REMEDY_DAMAGED}") from None
+    return check_importance(rows, name=str(path))
 
 
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -490,6 +571,12 @@ def _typed(header: _Header, key: str, types: tuple[int, ...], *, array: bool = F
     return pair.value
 
 
+def _head_counts(header: _Header, key: str) -> list[int]:
+    """The different numbers of heads above 0 of the layers; empty without the key."""
+    value = header.pairs.get(f"{header.arch}.{key}", _NO_PAIR).value
+    return [] if value is None else sorted({int(n) for n in np.atleast_1d(value)} - {0})
+
+
 def _check_model_shape(header: _Header, shape: tuple[int, ...]) -> None:
     """Refuse an importance that is not (block_count, head_count); a file without these keys fits anything."""
     n_layer = header.pairs.get(f"{header.arch}.block_count", _NO_PAIR).value
@@ -513,7 +600,7 @@ def _check_model_shape(header: _Header, shape: tuple[int, ...]) -> None:
 # writing
 
 
-def _check_destination(src: Path, dst: Path, *, force: bool) -> None:
+def check_destination(src: Path, dst: Path, *, force: bool) -> None:
     if dst.exists() and src.exists() and dst.samefile(src):
         raise ValueError(f"output {dst} is the input itself: choose another name")
     if dst.exists() and not force:
@@ -524,7 +611,7 @@ def _check_destination(src: Path, dst: Path, *, force: bool) -> None:
         )
 
 
-def _replace_file(dst: Path, write: Callable[[BinaryIO], None]) -> None:
+def replace_file(dst: Path, write: Callable[[BinaryIO], object]) -> None:
     """Create ``dst`` completely or not at all."""
     handle, temporary = tempfile.mkstemp(dir=dst.parent, prefix=dst.name + ".", suffix=".part")
     try:

@@ -240,7 +240,7 @@ def _importance(
     path: str | os.PathLike[str], *, source: str | os.PathLike[str] | None, options: Options
 ) -> NDArray[np.float64] | None:
     if source is not None:
-        return load_importance(source)
+        return load_importance(source, path)
     found = gguf_keys.read_importance(path)
     if found is None and options.policy == "headkv":
         raise ValueError(f"{path}: no head importance in the file: {REMEDY_IMPORTANCE}")

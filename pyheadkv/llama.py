@@ -147,7 +147,7 @@ class Llama(llama_cpp.Llama):
         n_ctx = kwargs.get("n_ctx", 512)  # 0 = that of the model, checked by the library
         if n_ctx and kv_size > n_ctx:
             raise ValueError(f"kv_size={kv_size}: it must not be larger than n_ctx = {n_ctx}")
-        values = load_importance(importance)
+        values = load_importance(importance, model_path)
         if kwargs.get("embedding"):
             raise ValueError("embedding=True: embeddings have no generation to speed up, use kv_size=None")
         if kwargs.get("flash_attn") is False:
@@ -272,7 +272,7 @@ class Llama(llama_cpp.Llama):
             wrong value, or an option that sizes what the context owns; nothing has changed then
         """
         new = replace(self._need_options(), **options)
-        params = new.to_params(load_importance(importance), self.model_path)
+        params = new.to_params(load_importance(importance, self.model_path), self.model_path)
         _lib.check(_lib.lib.headkv_configure(self.ctx, ctypes.byref(params)), ValueError)
         self.kv_options = new
 

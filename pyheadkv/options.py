@@ -56,8 +56,8 @@ def check_importance(values: npt.ArrayLike) -> npt.NDArray[np.float64]:
     return np.ascontiguousarray(array)
 
 
-def load_importance(source: ImportanceLike) -> npt.NDArray[np.float64] | None:
-    """Importance from an array, a score file (JSON) or a GGUF file; None = the model's own."""
+def load_importance(source: ImportanceLike, model: str | PathLike[str]) -> npt.NDArray[np.float64] | None:
+    """Importance for a model, from an array, a score file (see ``gguf_keys``) or a GGUF file; None = the model's own."""
     if source is None:
         return None
     if not isinstance(source, (str, PathLike)):
@@ -67,8 +67,8 @@ def load_importance(source: ImportanceLike) -> npt.NDArray[np.float64] | None:
     path = Path(source)
     if not path.is_file():
         raise ValueError(f"importance={str(source)!r}: no such file")
-    if path.suffix.lower() == ".json":
-        return check_importance(gguf_keys.load_scores(path))
+    if path.suffix.lower() in gguf_keys.SCORE_SUFFIXES:
+        return check_importance(gguf_keys.fit_heads(gguf_keys.load_scores(path), model))
     found = gguf_keys.read_importance(path)
     if found is None:
         raise ValueError(f"importance={str(source)!r}: the file has no head importance")

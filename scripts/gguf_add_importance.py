@@ -1,7 +1,9 @@
 #!/usr/bin/env python3
 """Put head importance into a GGUF model: a copy with other metadata, tensors untouched.
 
-SCORES.json is the authors' {"layer-head": [score, ..], ..} or {"importance": [[value, ..], ..]}.
+SCORES is the authors' JSON {"layer-head": [score, ..], ..}, {"importance": [[value, ..], ..]} as pyheadkv score
+writes it, a DuoAttention pattern (.tsv), or a matrix of one row per layer (.npy, .csv). A column per KV head counts for
+each of its query heads.
 """
 
 from __future__ import annotations
@@ -33,10 +35,10 @@ def load_gguf_keys() -> ModuleType:
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path, metavar="MODEL.gguf", help="model to copy")
-    parser.add_argument("scores", type=Path, metavar="SCORES.json", help="importance of its query heads")
+    parser.add_argument("scores", type=Path, metavar="SCORES", help="importance of its query heads")
     parser.add_argument("out", type=Path, metavar="OUT.gguf", help="file to write")
     parser.add_argument("--method", default="headkv-r2", help="how it was measured (default: %(default)s)")
-    parser.add_argument("--source", help="where it came from (default: name and SHA-256 of SCORES.json)")
+    parser.add_argument("--source", help="where it came from (default: name and SHA-256 of SCORES)")
     parser.add_argument("--force", action="store_true", help="replace OUT.gguf and an importance already in the model")
     return parser.parse_args(argv)
 
@@ -46,7 +48,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     gguf_keys = load_gguf_keys()
     try:
-        values = gguf_keys.load_scores(args.scores)
+        values = gguf_keys.fit_heads(gguf_keys.load_scores(args.scores), args.model)
         source = args.source
         if source is None:
             source = f"{args.scores.name} sha256:{hashlib.sha256(args.scores.read_bytes()).hexdigest()}"

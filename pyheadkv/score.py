@@ -1,0 +1,505 @@
+"""``pyheadkv score``: measure the importance of every query head on the model itself.
+
+Each example is a prompt with a needle, read with full attention, and a greedy answer. The attention of the tokens that
+produce the answer is reduced inside the engine. Three formulas, per query head and example (N = tokens of the needle):
+
+====== ============================================================================================= ==================
+method score                                                                                         examples
+====== ============================================================================================= ==================
+r      for each generated token: 1/N if the most attended position is in the needle and holds it     retrieval
+er     for each generated token: mass of those of the N most attended positions in the needle, by N  retrieval
+r2     the same                                                                                      reasoning
+====== ============================================================================================= ==================
+
+Importance is the mean over the examples that the model answered. The answer of every example is appended to a file
+beside the output as soon as it is there, from which ``--resume`` goes on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from . import __version__, gguf_keys
+from .demo import round_n_ctx, threads_kwargs
+from .inspect import gini, model_path, read_shape
+from .options import check_int
+from .score_examples import (
+    METHODS,
+    N_QUESTION,
+    PROTOCOLS,
+    Example,
+    Examples,
+    Slot,
+    make_examples,
+    speaks_needle_language,
+)
+
+if TYPE_CHECKING:
+    from .llama import Llama
+
+ACCEPT_ABOVE = 0.5
+MAX_TOKENS = 10000  # of the authors
+CORPUS_MAX_TOKENS = 2048  # a small model: more examples say more than longer ones
+N_ANSWER = 64  # tokens of the context that are left for the answer
+N_TOP_HEADS = 10  # named in the report
+
+
+class Reader(Protocol):
+    """What examples are read with: ``LlamaReader``, or the NumPy oracle in the tests.
+
+    Attributes
+    ----------
+    shape : (n_layer, n_head)
+    """
+
+    shape: tuple[int, int]
+
+    def begin(self, tokens: Sequence[int]) -> None:
+        """Forget everything and read a prompt."""
+
+    def append(self, token: int) -> None:
+        """Read one generated token."""
+
+    def attention(
+        self, spans: Sequence[tuple[int, int]], n_top: int
+    ) -> tuple[NDArray[np.float32], NDArray[np.int32]]:
+        """Attention of the last token, as ``Llama.read_attention`` gives it."""
+
+    def greedy(self) -> int:
+        """The most likely next token."""
+
+
+class LlamaReader:
+    """Reads with a ``Llama`` whose prompts are never compressed."""
+
+    def __init__(self, llm: Llama) -> None:
+        import llama_cpp
+
+        self.llm = llm
+        self.shape = llama_cpp.llama_model_n_layer(llm.model), llama_cpp.llama_model_n_head(llm.model)
+
+    def begin(self, tokens: Sequence[int]) -> None:
+        self.llm.reset()
+        self.llm.eval(tokens)
+
+    def append(self, token: int) -> None:
+        self.llm.eval([token])
+
+    def attention(
+        self, spans: Sequence[tuple[int, int]], n_top: int
+    ) -> tuple[NDArray[np.float32], NDArray[np.int32]]:
+        return self.llm.read_attention(spans, n_top)
+
+    def greedy(self) -> int:
+        logits = np.ctypeslib.as_array(self.llm._ctx.get_logits_ith(-1), shape=(self.llm.n_vocab(),))
+        return int(logits.argmax())
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One example, measured.
+
+    Attributes
+    ----------
+    name, kind : of the example
+    n_tokens : of its prompt
+    quality : of the response, 0 to 1
+    accepted : the scores count
+    scores : (n_layer, n_head) nested lists
+    """
+
+    name: str
+    kind: str
+    n_tokens: int
+    quality: float
+    accepted: bool
+    response: str
+    answer: str
+    scores: list[list[float]]
+
+
+# formulas
+
+
+def copy_scores(
+    top: NDArray[np.int32], *, token: int, tokens: Sequence[int], spans: Sequence[tuple[int, int]], n_span: int
+) -> NDArray[np.float64]:
+    """Method r, one generated token: 1/n_span where a head looks most at this token inside a span.
+
+    Parameters
+    ----------
+    top : (n_layer, n_head) most attended positions, -1 for none
+    token : the generated one
+    tokens : the prompt
+    """
+    copied = [i for start, end in spans for i in range(start, end) if tokens[i] == token]
+    return np.isin(top, copied) / n_span
+
+
+def mass_scores(mass: NDArray[np.float32], *, n_span: int) -> NDArray[np.float64]:
+    """Methods er and r2, one generated token: mass in the spans among the n_span largest, divided by n_span."""
+    return mass.astype(np.float64) / n_span
+
+
+def score_example(
+    reader: Reader, example: Example, *, method: str, examples: Examples
+) -> tuple[NDArray[np.float64], list[int]]:
+    """Scores of all heads in one example.
+
+    Returns
+    -------
+    (n_layer, n_head) float64; the generated tokens without the one that ended them
+    """
+    reader.begin(example.tokens)
+    total: NDArray[np.float64] = np.zeros(reader.shape)
+    response: list[int] = []
+    for _ in range(example.n_steps):
+        token = reader.greedy()
+        stopped = examples.is_stop(token)
+        if example.spans and (not stopped or examples.scores_stop):
+            total += _score_token(reader, example, token=token, method=method)
+        if stopped:
+            break
+        response.append(token)
+        if len(response) < example.n_steps:
+            reader.append(token)
+    return total, response
+
+
+def _score_token(reader: Reader, example: Example, *, token: int, method: str) -> NDArray[np.float64]:
+    if method == "r":
+        _, top = reader.attention(example.spans, 1)
+        return copy_scores(top, token=token, tokens=example.tokens, spans=example.spans, n_span=example.n_span)
+    mass, _ = reader.attention(example.spans, example.n_span)
+    return mass_scores(mass, n_span=example.n_span)
+
+
+def mean_importance(outcomes: Sequence[Outcome]) -> NDArray[np.float64]:
+    """Mean of the scores of the accepted examples, (n_layer, n_head).
+
+    Raises
+    ------
+    ValueError : no example was accepted, or no head ever scored
+    """
+    accepted = [np.asarray(o.scores) for o in outcomes if o.accepted]
+    if not accepted:
+        best = max((o.quality for o in outcomes), default=0.0)
+        raise ValueError(
+            f"the model answered none of {len(outcomes)} examples (best quality {best:.2f}, above {ACCEPT_ABOVE} is "
+            "needed): try shorter ones with --max-tokens, or another protocol"
+        )
+    return gguf_keys.check_importance(np.mean(accepted, axis=0), name="importance")
+
+
+# a run
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What decides the result of a run; equal settings give an equal file.
+
+    Attributes
+    ----------
+    max_tokens : length of the longest prompt
+    model_sha256 : of the file
+    engine : threads, batch and layers on the GPU, which decide how sums are rounded
+    versions : of pyheadkv and llama_cpp_python
+    """
+
+    method: str
+    protocol: str
+    n_examples: int
+    max_tokens: int
+    seed: int
+    model_sha256: str
+    engine: dict[str, int]
+    versions: dict[str, str]
+
+
+class Journal:
+    """File of one line for the settings and one for each example that is done."""
+
+    def __init__(self, path: Path, settings: Settings, *, resume: bool) -> None:
+        self.path = path
+        self.outcomes: list[Outcome] = []
+        if resume and path.exists():
+            self._restore(settings)
+        else:
+            path.write_text(json.dumps(asdict(settings)) + "\n", encoding="utf-8")
+
+    def _restore(self, settings: Settings) -> None:
+        lines = self.path.read_bytes().split(b"\n")
+        complete = lines[:-1]  # what comes after the last line break is a line that was not finished
+        try:
+            header, *entries = (json.loads(line) for line in complete)
+            begun = Settings(**header)
+            self.outcomes = [Outcome(**entry) for entry in entries]
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{self.path} is damaged ({error}): begin again without --resume, with --force") from None
+        for name, value in asdict(settings).items():
+            if getattr(begun, name) != value:
+                raise ValueError(
+                    f"{self.path} was begun with {name} = {getattr(begun, name)!r}, not {value!r}: "
+                    "use the same, or begin again without --resume, with --force"
+                )
+        with open(self.path, "r+b") as file:
+            file.truncate(sum(len(line) + 1 for line in complete))
+
+    def append(self, outcome: Outcome) -> None:
+        """Add one example and see it on the disk."""
+        self.outcomes.append(outcome)
+        with open(self.path, "ab") as file:
+            file.write(json.dumps(asdict(outcome)).encode() + b"\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+
+def measure(reader: Reader, examples: Examples, journal: Journal, *, method: str) -> int:
+    """Score the examples that the journal does not have yet, with a progress bar.
+
+    Returns
+    -------
+    prompt tokens that were read
+    """
+    from tqdm import tqdm
+
+    n_done, n_read = len(journal.outcomes), 0
+    lengths = [max(slot.n_tokens, N_QUESTION) for slot in examples.slots]
+    total, initial = sum(lengths), sum(lengths[:n_done])
+    look = {"desc": "scoring", "unit": " tokens", "unit_scale": True, "leave": False, "disable": None}
+    with tqdm(total=total, initial=initial, **look) as bar:
+        for slot, n_planned in zip(examples.slots[n_done:], lengths[n_done:], strict=True):
+            outcome = _measure_one(reader, examples, slot, method=method)
+            journal.append(outcome)
+            n_read += outcome.n_tokens
+            n_accepted = sum(o.accepted for o in journal.outcomes)
+            bar.set_postfix_str(f"{n_accepted}/{len(journal.outcomes)} accepted", refresh=False)
+            bar.update(n_planned)
+    return n_read
+
+
+def _measure_one(reader: Reader, examples: Examples, slot: Slot, *, method: str) -> Outcome:
+    example = examples.make(slot)
+    scores, tokens = score_example(reader, example, method=method, examples=examples)
+    response = examples.text(tokens)
+    quality = examples.quality(response, example.answer)
+    return Outcome(
+        name=slot.name,
+        kind=slot.kind,
+        n_tokens=len(example.tokens),
+        quality=quality,
+        accepted=quality > ACCEPT_ABOVE,
+        response=response,
+        answer=example.answer,
+        scores=scores.tolist(),
+    )
+
+
+def result(settings: Settings, outcomes: Sequence[Outcome]) -> dict[str, Any]:
+    """Content of the score file."""
+    examples = [{name: value for name, value in asdict(o).items() if name != "scores"} for o in outcomes]
+    return {
+        "importance": mean_importance(outcomes).tolist(),
+        **asdict(settings),
+        "accepted": sum(o.accepted for o in outcomes),
+        "examples": examples,
+    }
+
+
+# command
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of ``pyheadkv score``."""
+    parser.add_argument("model", nargs="?", metavar="MODEL.gguf", help="model (default: the embedded one)")
+    parser.add_argument("-o", "--output", type=Path, required=True, metavar="FILE.json", help="score file to write")
+    parser.add_argument(
+        "--write", type=Path, metavar="OUT.gguf", help="also write a copy of the model with the importance"
+    )
+    parser.add_argument(
+        "--method",
+        choices=METHODS,
+        default="r2",
+        help="r2 retrieval and reasoning, er retrieval, r retrieval heads by copying (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--protocol",
+        choices=PROTOCOLS,
+        default="clean",
+        help="clean: chat template, exact spans; authors: as the scripts of the HeadKV authors (default: %(default)s)",
+    )
+    parser.add_argument("--examples", type=int, metavar="N", help="of protocol clean (default: 60)")
+    parser.add_argument(
+        "--max-tokens",
+        type=int,
+        metavar="N",
+        help=f"longest prompt (default: {MAX_TOKENS}, in protocol clean at most the context length of the model; "
+        f"{CORPUS_MAX_TOKENS} for the embedded model)",
+    )
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the haystacks (default: %(default)s)")
+    parser.add_argument("--resume", action="store_true", help="go on with a run that was interrupted")
+    parser.add_argument("--force", action="store_true", help="replace files that exist and importance in the model")
+    group = parser.add_argument_group("engine")
+    group.add_argument("--n-batch", type=int, default=512, metavar="N", help="tokens per step (default: %(default)s)")
+    group.add_argument(
+        "--threads", type=int, metavar="N", help="CPU threads (default: half of the CPUs, all for the prompts)"
+    )
+    group.add_argument(
+        "--n-gpu-layers", type=int, default=0, metavar="N", help="layers on the GPU, -1 = all (default: %(default)s)"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Measure, write the score file and the model when asked to, and report."""
+    path = model_path(args.model)
+    journal_path = _check_files(path, args)
+    max_tokens = _max_tokens(args, n_ctx_train=read_shape(path).n_ctx_train)
+    if args.examples is not None:
+        check_int("--examples", args.examples, 1, 1 << 20)
+    llm = _open_model(path, args, n_ctx=round_n_ctx(max_tokens + N_QUESTION + N_ANSWER))
+    try:
+        if args.max_tokens is None and speaks_needle_language(llm):
+            max_tokens = CORPUS_MAX_TOKENS
+        examples = make_examples(
+            llm,
+            method=args.method,
+            protocol=args.protocol,
+            max_tokens=max_tokens,
+            n_examples=args.examples,
+            seed=args.seed,
+        )
+        settings = Settings(
+            method=args.method,
+            protocol=args.protocol,
+            n_examples=len(examples.slots),
+            max_tokens=max_tokens,
+            seed=args.seed,
+            model_sha256=_sha256(path),
+            engine={
+                "n_threads": llm.n_threads,
+                "n_threads_batch": llm.n_threads_batch,
+                "n_batch": args.n_batch,
+                "n_gpu_layers": args.n_gpu_layers,
+            },
+            versions=_versions(),
+        )
+        journal = Journal(journal_path, settings, resume=args.resume)
+        begin = time.perf_counter()
+        n_read = measure(LlamaReader(llm), examples, journal, method=args.method)
+        seconds = time.perf_counter() - begin
+    finally:
+        llm.close()
+    scores = result(settings, journal.outcomes)
+    _write_json(args.output, scores)
+    journal_path.unlink()
+    if args.write is not None:
+        _write_model(path, args, scores)
+    print(report(scores, n_read=n_read, seconds=seconds))
+    return 0
+
+
+def report(scores: dict[str, Any], *, n_read: int, seconds: float) -> str:
+    """What was measured, as text without a final line break."""
+    importance = np.asarray(scores["importance"])
+    best = np.argsort(-importance, axis=None, kind="stable")[:N_TOP_HEADS]
+    heads = "  ".join("{}-{} {:.3g}".format(*divmod(int(i), importance.shape[1]), importance.flat[i]) for i in best)
+    cost = f", {1000 * seconds / n_read:.2f} s per 1000 prompt tokens" if n_read else ""
+    how = f"method {scores['method']}, protocol {scores['protocol']}"
+    lines = (
+        f"examples    {scores['accepted']} of {scores['n_examples']} answered and counted, {how}",
+        f"time        {seconds:.1f} s for {n_read} prompt tokens{cost}",
+        f"importance  Gini {gini(importance):.3f}; largest, as layer-head: {heads}",
+    )
+    return "\n".join(lines)
+
+
+def _check_files(path: Path, args: argparse.Namespace) -> Path:
+    """Refuse now what would fail after hours; the path of the journal."""
+    journal: Path = args.output.with_name(args.output.name + ".part")
+    if args.output.exists() and not args.force:
+        raise ValueError(f"output {args.output} exists: pass --force to replace it, or choose another name")
+    if not args.output.parent.is_dir():
+        raise ValueError(f"output {args.output} is in a folder that does not exist: choose an existing one")
+    if journal.exists() and not (args.resume or args.force):
+        raise ValueError(f"{journal} holds an interrupted run: pass --resume to go on, or --force to begin again")
+    if args.write is not None:
+        gguf_keys.check_destination(path, args.write, force=args.force)
+        if not args.force and gguf_keys.read_importance(path) is not None:
+            raise ValueError(f"{path} has an importance already: pass --force to replace it in {args.write}")
+    return journal
+
+
+def _max_tokens(args: argparse.Namespace, *, n_ctx_train: int) -> int:
+    """Length of the longest prompt."""
+    if args.max_tokens is not None:
+        return check_int("--max-tokens", args.max_tokens, 1, 1 << 24)
+    if args.protocol == "authors" or not n_ctx_train:
+        return MAX_TOKENS
+    return min(MAX_TOKENS, n_ctx_train - N_ANSWER)
+
+
+def _open_model(path: Path, args: argparse.Namespace, *, n_ctx: int) -> Llama:
+    from .llama import Llama
+
+    # any compressed cache: prompts are read and never compressed
+    return Llama(
+        path,
+        kv_size=64,
+        policy="snapkv",
+        prefill="token",
+        n_ctx=n_ctx,
+        n_batch=check_int("--n-batch", args.n_batch, 1, 1 << 20),
+        n_gpu_layers=args.n_gpu_layers,
+        verbose=False,
+        **threads_kwargs(args.threads),
+    )
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    """One line per value, and per element of a list."""
+    lines = [f"{json.dumps(name)}: {_json_lines(value)}" for name, value in content.items()]
+    text = "{\n" + ",\n".join(lines) + "\n}\n"
+    gguf_keys.replace_file(path, lambda out: out.write(text.encode()))
+
+
+def _json_lines(value: Any) -> str:
+    if not isinstance(value, list):
+        return json.dumps(value)
+    return "[\n " + ",\n ".join(map(json.dumps, value)) + "\n]"
+
+
+def _write_model(path: Path, args: argparse.Namespace, scores: dict[str, Any]) -> None:
+    source = (
+        f"pyheadkv {__version__} score, protocol {args.protocol}, {scores['accepted']} of {scores['n_examples']} "
+        f"examples up to {scores['max_tokens']} tokens, seed {args.seed}, measured on sha256:{scores['model_sha256']}"
+    )
+    gguf_keys.write_importance(
+        path, args.write, scores["importance"], method=f"headkv-{args.method}", source=source, force=args.force
+    )
+    print(f"importance written to {args.write}", file=sys.stderr)
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        digest = hashlib.sha256()
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _versions() -> dict[str, str]:
+    import llama_cpp
+
+    return {"pyheadkv": __version__, "llama_cpp_python": llama_cpp.__version__}

@@ -1,0 +1,594 @@
+"""Examples that head importance is measured on: a haystack, a needle, a question and where the answer stands.
+
+Three sources of examples. ``CorpusExamples`` asks the embedded model in its own language. ``ProseExamples`` (protocol
+clean) puts a needle between whole sentences, tokenised piece by piece, so that the span of the answer is exact, and
+wraps it in the chat template of the model. ``AuthorsExamples`` (protocol authors) does what the HeadKV authors'
+detection scripts do, side effects included: text is tokenised, cut, decoded and tokenised again several times, which
+leaves a beginning-of-sequence token before the needle; the answer is searched by overlap of token sets.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+import string
+from abc import ABC, abstractmethod
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from . import needle
+
+if TYPE_CHECKING:
+    from .llama import Llama
+
+METHODS = ("r2", "er", "r")
+PROTOCOLS = ("clean", "authors")
+
+N_LENGTHS, N_DEPTHS = 5, 10  # the authors' grid; the lengths of protocol clean too
+N_SPARE = 16  # tokens that an answer may begin with before it copies, method r
+N_QUESTION = 128  # tokens for a question, an instruction and a chat template, at most
+MIN_HAYSTACK = 64  # tokens
+
+CORPUS_KINDS: dict[str, tuple[needle.Kind, ...]] = {
+    "r": ("direct", "list"),
+    "er": ("direct", "list"),
+    "r2": ("direct", "two-hop", "comparison"),
+}
+
+
+@dataclass(frozen=True)
+class Slot:
+    """Place of one example in a run.
+
+    Attributes
+    ----------
+    name : unique in a run
+    kind : of the needle
+    n_tokens : length that is aimed at
+    depth : where the needle goes, 0 to 1
+    index : of the needle among those of its source
+    """
+
+    name: str
+    kind: str
+    n_tokens: int
+    depth: float
+    index: int
+
+
+@dataclass(frozen=True)
+class Example:
+    """One question, tokenised.
+
+    Attributes
+    ----------
+    tokens : the whole prompt
+    spans : (start, end) token positions of the answer in the prompt, end excluded; none if it was not found
+    n_span : length of the answer in tokens, what scores are divided by
+    answer : text that the response is compared with
+    n_steps : tokens to generate at most
+    """
+
+    tokens: tuple[int, ...]
+    spans: tuple[tuple[int, int], ...]
+    n_span: int
+    answer: str
+    n_steps: int
+
+
+class Examples(ABC):
+    """A source of examples.
+
+    Attributes
+    ----------
+    slots : what a run consists of, in order
+    scores_stop : the token that ends an answer counts like the others
+    """
+
+    slots: Sequence[Slot]
+    scores_stop = False
+
+    def __init__(self, llm: Llama) -> None:
+        self.llm = llm
+
+    @abstractmethod
+    def make(self, slot: Slot) -> Example:
+        """The example of a slot; the same slot always gives the same example."""
+
+    @abstractmethod
+    def is_stop(self, token: int) -> bool:
+        """Whether generation ends with this token."""
+
+    def quality(self, response: str, answer: str) -> float:
+        """0 to 1; an example counts when this is above 0.5."""
+        return token_f1(response, answer)
+
+    def text(self, tokens: Sequence[int]) -> str:
+        """Generated tokens as text, without special tokens."""
+        return self.llm.detokenize(list(tokens)).decode("utf-8", "replace").strip()
+
+    def _is_end(self, token: int) -> bool:
+        """One of the tokens that end a turn or a text."""
+        import llama_cpp
+
+        return bool(llama_cpp.llama_vocab_is_eog(self.llm._model.vocab, token))
+
+
+def make_examples(
+    llm: Llama, *, method: str, protocol: str, max_tokens: int, n_examples: int | None = None, seed: int = 0
+) -> Examples:
+    """The examples for a model.
+
+    Parameters
+    ----------
+    method : "r2", "er" or "r"
+    protocol : "clean" or "authors"
+    max_tokens : length of the longest prompt
+    n_examples : None = as many as the protocol has; protocol authors has a fixed grid
+    seed : of the haystacks of protocol clean
+
+    Raises
+    ------
+    ValueError : the protocol does not apply to the model or to ``n_examples``
+    """
+    if protocol == "authors":
+        if n_examples is not None:
+            raise ValueError(f"n_examples={n_examples}: protocol authors has a fixed grid, use protocol clean")
+        if speaks_needle_language(llm):
+            raise ValueError("the model has the closed vocabulary of the needle language: use protocol clean")
+        return AuthorsExamples(llm, method=method, max_tokens=max_tokens)
+    source = CorpusExamples if speaks_needle_language(llm) else ProseExamples
+    return source(llm, method=method, max_tokens=max_tokens, n_examples=n_examples, seed=seed)
+
+
+def speaks_needle_language(llm: Llama) -> bool:
+    """Whether the vocabulary is the one of ``pyheadkv.needle``."""
+    words = needle.token_list()
+    first = needle.FIRST_WORD_ID
+    return llm.n_vocab() == len(words) and all(
+        llm._model.token_get_text(i) == words[i] for i in range(first, first + len(needle.WORDS))
+    )
+
+
+def token_f1(response: str, answer: str) -> float:
+    """F1 of the words that two texts share; case, punctuation and articles do not count (SQuAD)."""
+    said, wanted = _plain_words(response), _plain_words(answer)
+    n_common = sum((Counter(said) & Counter(wanted)).values())
+    return 2 * n_common / (len(said) + len(wanted)) if n_common else 0.0
+
+
+def word_recall(response: str, answer: str) -> float:
+    """Share of the words of the answer that the response has (ROUGE-1 recall, words not stemmed)."""
+    said, wanted = (Counter(re.findall(r"[a-z0-9]+", text.lower())) for text in (response, answer))
+    return sum((said & wanted).values()) / max(1, sum(wanted.values()))
+
+
+def _plain_words(text: str) -> list[str]:
+    text = "".join(c for c in text.lower() if c not in string.punctuation)
+    return re.sub(r"\b(a|an|the)\b", " ", text).split()
+
+
+def _spread(kinds: Sequence[str], *, n_examples: int, n_min: int, n_max: int) -> list[Slot]:
+    """Kinds in turn, N_LENGTHS lengths up to n_max, depths that fill 0..1 evenly however many there are."""
+    if n_max < n_min:
+        raise ValueError(f"max_tokens leaves {n_max} tokens for a prompt: at least {n_min} are needed, raise it")
+    golden = 0.6180339887498949
+    slots = []
+    for i in range(n_examples):
+        index = i % len(kinds)
+        n_tokens = max(n_min, n_max * (1 + (i + i // len(kinds)) % N_LENGTHS) // N_LENGTHS)
+        depth = round((0.5 + i) * golden % 1, 4)
+        slots.append(Slot(f"{kinds[index]}/{n_tokens}/{depth}/{i}", kinds[index], n_tokens, depth, index))
+    return slots
+
+
+# the language of the embedded model
+
+
+class CorpusExamples(Examples):
+    """Documents of ``pyheadkv.needle``: the facts that an answer is copied from are its span."""
+
+    N_EXAMPLES = 60
+    N_MIN = 512  # the facts of a document alone take half of it
+
+    def __init__(self, llm: Llama, *, method: str, max_tokens: int, n_examples: int | None, seed: int) -> None:
+        super().__init__(llm)
+        self._seed = seed
+        n = self.N_EXAMPLES if n_examples is None else n_examples
+        self.slots = _spread(CORPUS_KINDS[method], n_examples=n, n_min=self.N_MIN, n_max=max_tokens)
+
+    def make(self, slot: Slot) -> Example:
+        rng = random.Random(f"{self._seed} {slot.name}")
+        kind = next(kind for kind in needle.KINDS if kind == slot.kind)
+        document = needle.make_document(rng, n_tokens=slot.n_tokens, kinds=[kind], depth=slot.depth)
+        spans = document.turns[-1].spans
+        if kind == "two-hop":
+            spans = spans[:1]  # the other fact says whose value it is, the answer is not in it
+        tokens = (needle.BOS, *needle.encode(document.prompt()))
+        n_span = sum(end - start for start, end in spans)
+        return Example(tokens, spans, n_span, document.answer, document.n_answer_tokens)
+
+    def is_stop(self, token: int) -> bool:
+        return self._is_end(token)
+
+
+# English prose
+
+
+@dataclass(frozen=True)
+class Needle:
+    """What is hidden and asked.
+
+    Attributes
+    ----------
+    before : sentences of the needle that do not answer the question, in order
+    answer : what answers it, up to the end of its sentence
+    after : sentences behind the answer
+    """
+
+    kind: str
+    question: str
+    before: tuple[str, ...]
+    answer: str
+    after: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two reasons and two answers: the question and the reversed question have one of them each."""
+
+    kinds: tuple[str, str]
+    reasons: tuple[str, str]
+    answers: tuple[str, str]
+    questions: tuple[str, str]
+
+    def needle(self, which: int, *, order: Sequence[int] = (0, 1, 2)) -> Needle:
+        """Needle of one of the questions; ``order`` of reason (0), wrong answer (1) and correct answer (2)."""
+        parts = (self.reasons, (self.answers[1 - which],), (self.answers[which],))
+        at = list(order).index(2)
+        before, after = ([text for i in half for text in parts[i]] for half in (order[:at], order[at + 1 :]))
+        return Needle(self.kinds[which], self.questions[which], tuple(before), self.answers[which], tuple(after))
+
+
+RETRIEVAL = (
+    Needle(
+        "ferry",
+        "Why does the night ferry to Orsund leave late?",
+        ("The night ferry to Orsund leaves late because",),
+        "the cook waits at the pier for fresh bread and the captain counts every passenger twice.",
+    ),
+    Needle(
+        "survey",
+        "What did the survey of the Halden caves show?",
+        ("The survey of the Halden caves showed that",),
+        "three chambers lie below the river, that two of them are dry and that bats sleep in the third.",
+    ),
+    Needle(
+        "advice",
+        "What is the best way to spend a rainy afternoon in Valmora?",
+        ("The best way to spend a rainy afternoon in Valmora is to",),
+        "drink plum tea in the glass arcade and listen to the clockmaker tune his seven violins.",
+    ),
+    Needle(
+        "recipe",
+        "How does Aunt Petra thicken her barley soup?",
+        ("Aunt Petra thickens her barley soup with",),
+        "roasted chestnuts, a spoon of dark honey and the rind of an old mountain cheese.",
+    ),
+    Needle(
+        "password",
+        "What must a visitor say at the gate of the Tillman archive?",
+        ("At the gate of the Tillman archive a visitor must say",),
+        "that the copper fox sleeps under nine grey stones and never wakes before noon.",
+    ),
+    Needle(
+        "repair",
+        "What did the engineer replace in the Marrow bridge?",
+        ("In the Marrow bridge the engineer replaced",),
+        "forty rusted bolts, the wooden rail on the eastern side and the lamp above the toll booth.",
+    ),
+    Needle(
+        "prize",
+        "What did Ludmila win at the spring fair?",
+        ("At the spring fair Ludmila won",),
+        "a speckled goat, two tickets to the puppet theatre and a kettle without a lid.",
+    ),
+    Needle(
+        "rule",
+        "When may the members of the Quill society speak?",
+        ("The members of the Quill society may speak only",),
+        "after the youngest has lit the blue candle and the oldest has closed the window.",
+    ),
+)
+
+REASONING = (
+    Pair(
+        ("older", "younger"),
+        ("Nadia is 58 years old.", "Tobias is 41 years old."),
+        (
+            "On Sundays Nadia repairs broken clocks in the cellar of the school and sells them at the harbour fair.",
+            "On Sundays Tobias paints wooden signs behind the bakery and gives them to the village children.",
+        ),
+        (
+            "What does the older one of Nadia and Tobias do on Sundays?",
+            "What does the younger one of Nadia and Tobias do on Sundays?",
+        ),
+    ),
+    Pair(
+        ("cheaper", "dearer"),
+        ("The red canoe cost 400 crowns.", "The green canoe cost 900 crowns."),
+        (
+            "The red canoe lies upside down under a torn sail beside the mill pond of Hessel.",
+            "The green canoe hangs from two iron hooks in the barn of the deaf ferryman.",
+        ),
+        (
+            "Where is the cheaper one of the red and the green canoe kept?",
+            "Where is the more expensive one of the red and the green canoe kept?",
+        ),
+    ),
+    Pair(
+        ("nearer", "farther"),
+        ("The lighthouse of Skarn is 6 miles from the town.", "The lighthouse of Brenn is 20 miles from the town."),
+        (
+            "The keeper of Skarn grows blue potatoes in barrels and trades them for lamp oil every spring.",
+            "The keeper of Brenn carves chess pieces out of driftwood and posts them to his sister in Malta.",
+        ),
+        (
+            "What does the keeper of the lighthouse that is nearer to the town do?",
+            "What does the keeper of the lighthouse that is farther from the town do?",
+        ),
+    ),
+    Pair(
+        ("first", "last"),
+        ("The caravan of Idris reached the well on Monday.", "The caravan of Salma reached the well on Thursday."),
+        (
+            "The caravan of Idris carried copper kettles wrapped in straw and forty sacks of dried figs.",
+            "The caravan of Salma carried a dismantled piano, bolts of white linen and a cage of quails.",
+        ),
+        (
+            "What did the caravan that reached the well first carry?",
+            "What did the caravan that reached the well last carry?",
+        ),
+    ),
+    Pair(
+        ("taller", "lower"),
+        ("The tower of Aldmoor has 310 steps.", "The tower of Westry has 95 steps."),
+        (
+            "The tower of Aldmoor holds a cracked bronze bell that rings only when the wind comes from the marsh.",
+            "The tower of Westry holds the maps of a drowned island and a telescope without lenses.",
+        ),
+        (
+            "What does the one of the towers of Aldmoor and Westry that has more steps hold?",
+            "What does the one of the towers of Aldmoor and Westry that has fewer steps hold?",
+        ),
+    ),
+    Pair(
+        ("faster", "slower"),
+        ("The ship Petrel sailed to Lisbon in 9 days.", "The ship Curlew sailed to Lisbon in 16 days."),
+        (
+            "The mate of the Petrel keeps a tame raven in the chart room and teaches it the names of the stars.",
+            "The mate of the Curlew brews ginger beer in the lifeboat and hides it from the inspectors.",
+        ),
+        (
+            "What does the mate of the ship that was faster, Petrel or Curlew, do?",
+            "What does the mate of the ship that was slower, Petrel or Curlew, do?",
+        ),
+    ),
+)
+
+HAYSTACK = Path(__file__).resolve().parent / "data" / "haystack.txt"
+MARK = "<<context>>"  # stands for haystack and needle while a chat template is rendered
+
+
+def haystack_sentences() -> list[str]:
+    """The sentences of the haystack."""
+    text = " ".join(HAYSTACK.read_text(encoding="utf-8").split())
+    return re.split(r'(?<=[.!?])(?<!Mr\.)(?<!Mrs\.)(?<!Dr\.) (?=["A-Z])', text)
+
+
+class ProseExamples(Examples):
+    """Needles between the sentences of a shuffled public-domain text."""
+
+    N_EXAMPLES = 60
+
+    def __init__(self, llm: Llama, *, method: str, max_tokens: int, n_examples: int | None, seed: int) -> None:
+        super().__init__(llm)
+        self._seed, self._copies = seed, method == "r"
+        self._retrieval = method != "r2"
+        self._adds_space = llm.detokenize(llm.tokenize(b"a", add_bos=False)).startswith(b" ")
+        self._sentences = [self._continued(sentence) for sentence in haystack_sentences()]
+        kinds = [n.kind for n in RETRIEVAL] if self._retrieval else [kind for pair in REASONING for kind in pair.kinds]
+        n = self.N_EXAMPLES if n_examples is None else n_examples
+        self.slots = _spread(kinds, n_examples=n, n_min=MIN_HAYSTACK + 2 * N_QUESTION, n_max=max_tokens)
+
+    def make(self, slot: Slot) -> Example:
+        rng = random.Random(f"{self._seed} {slot.name}")
+        needle_ = self._needle(slot, rng)
+        prefix, suffix = self._frame(needle_.question)
+        before, answer, after = (
+            [t for text in texts for t in self._continued(text)]
+            for texts in (needle_.before, (needle_.answer,), needle_.after)
+        )
+        n_rest = len(prefix) + len(before) + len(answer) + len(after) + len(suffix)
+        head, tail = self._haystack(rng, slot.n_tokens - n_rest, slot.depth)
+        start = len(prefix) + len(head) + len(before)
+        tokens = (*prefix, *head, *before, *answer, *after, *tail, *suffix)
+        n_steps = len(answer) + N_SPARE * self._copies
+        return Example(tokens, ((start, start + len(answer)),), len(answer), needle_.answer, n_steps)
+
+    def is_stop(self, token: int) -> bool:
+        return self._is_end(token)
+
+    def _needle(self, slot: Slot, rng: random.Random) -> Needle:
+        if self._retrieval:
+            return RETRIEVAL[slot.index]
+        return REASONING[slot.index // 2].needle(slot.index % 2, order=rng.sample(range(3), 3))
+
+    def _haystack(self, rng: random.Random, n_tokens: int, depth: float) -> tuple[list[int], list[int]]:
+        """Tokens before and after the needle, whole sentences, at most n_tokens."""
+        chosen: list[list[int]] = []
+        n_left = n_tokens
+        while fitting := [sentence for sentence in self._sentences if len(sentence) <= n_left]:
+            for sentence in rng.sample(fitting, len(fitting)):
+                if len(sentence) <= n_left:
+                    chosen.append(sentence)
+                    n_left -= len(sentence)
+        n_before = depth * sum(map(len, chosen))
+        head: list[int] = []
+        while chosen and len(head) + len(chosen[0]) / 2 <= n_before:
+            head += chosen.pop(0)
+        return head, [t for sentence in chosen for t in sentence]
+
+    def _continued(self, text: str) -> list[int]:
+        """Tokens of a text that stands after a space."""
+        return self.llm.tokenize((text if self._adds_space else " " + text).encode(), add_bos=False)
+
+    def _frame(self, question: str) -> tuple[list[int], list[int]]:
+        """Tokens before the haystack and after it."""
+        template = self.llm.metadata.get("tokenizer.chat_template")
+        if template is None:
+            prefix, suffix = "", f"\n\nQuestion: {question}\nAnswer:"
+        else:
+            content = f"{MARK}\n\n{question} Answer with the words of the text."
+            prefix, suffix = _split_chat(render_chat(self.llm, template, content))
+        text = prefix.rstrip(" ")  # the haystack brings its own space
+        bos = _token_text(self.llm, self.llm.token_bos())
+        add_bos = not (bos and text.startswith(bos))
+        return (
+            self.llm.tokenize(text.encode(), add_bos=add_bos, special=True),
+            self.llm.tokenize(suffix.encode(), add_bos=False, special=True),
+        )
+
+
+def render_chat(llm: Llama, template: str, content: str) -> str:
+    """One user message in a chat template, up to where the answer begins.
+
+    Raises
+    ------
+    ValueError : the template cannot be rendered
+    """
+    import jinja2
+    from llama_cpp.llama_chat_format import Jinja2ChatFormatter
+
+    bos, eos = (_token_text(llm, token) for token in (llm.token_bos(), llm.token_eos()))
+    try:
+        formatter: Any = Jinja2ChatFormatter(template, eos_token=eos, bos_token=bos)
+        formatter.strftime_now = datetime(2025, 1, 1).strftime  # the same prompt on every day
+        return str(formatter(messages=[{"role": "user", "content": content}], enable_thinking=False).prompt)
+    except (jinja2.TemplateError, TypeError, ValueError) as error:
+        raise ValueError(f"the chat template of the model cannot be rendered ({error}): use protocol authors") from None
+
+
+def _split_chat(text: str) -> tuple[str, str]:
+    parts = text.split(MARK)
+    if len(parts) != 2:
+        raise ValueError(f"the chat template repeats the message {len(parts) - 1} times: use protocol authors")
+    return parts[0], parts[1]
+
+
+def _token_text(llm: Llama, token: int) -> str:
+    return llm._model.token_get_text(token) if token >= 0 else ""
+
+
+# as the authors do it
+
+
+class AuthorsExamples(Examples):
+    """The detection of the HeadKV authors (FYYFU/HeadKV 0862a09), with needles of our own in the form of theirs.
+
+    The grid is 5 lengths from 0 x 10 depths for each of 3 needles (r, er) or 2 needles (r2).
+    """
+
+    N_BUFFER = 200  # tokens that are taken off the length before the needle goes in
+    N_STEPS = 50  # of method r
+    SCORED_NEWLINE = 144  # token id that the scripts compare with, whatever it means to the model
+    scores_stop = True
+
+    def __init__(self, llm: Llama, *, method: str, max_tokens: int) -> None:
+        super().__init__(llm)
+        self._method = method
+        self._bos = llm.tokenize(b"", add_bos=True)[:1]
+        self._needles = _authors_needles(method)
+        self._haystack = self._encode(_repeat_words(HAYSTACK.read_text(encoding="utf-8"), n_words=max_tokens))
+        self._periods = {llm.tokenize(text, add_bos=False)[-1] for text in (b".", b"x.")}
+        lengths = [round(max_tokens * i / (N_LENGTHS - 1)) for i in range(N_LENGTHS)]
+        depths = [round(100 * i / (N_DEPTHS - 1)) for i in range(N_DEPTHS)]
+        self.slots = [
+            Slot(f"{i}-{needle_.kind}/{length}/{depth}", needle_.kind, length, depth / 100, i)
+            for i, needle_ in enumerate(self._needles)
+            for length in lengths
+            for depth in depths
+        ]
+
+    def make(self, slot: Slot) -> Example:
+        needle_ = self._needles[slot.index]
+        said = " ".join((*needle_.before, needle_.answer, *needle_.after))
+        context = self._insert(said if self._method != "r2" else " " + said, slot)
+        question = f"Based on the content of the book, Question: {needle_.question}\nAnswer:"
+        tokens = self._encode(context + question)
+        answer = self.llm.tokenize(needle_.answer.encode(), add_bos=False)
+        start = self._find(tokens, answer)
+        spans = () if start < 0 else ((start, start + len(answer)),)
+        n_steps = self.N_STEPS if self._method == "r" else len(answer)
+        return Example(tuple(tokens), spans, len(answer), needle_.answer, n_steps)
+
+    def is_stop(self, token: int) -> bool:
+        is_newline = token == self.SCORED_NEWLINE or self.llm._model.token_get_text(token) == "<0x0A>"
+        return is_newline or (self._method != "r" and token == self.llm.token_eos())
+
+    def quality(self, response: str, answer: str) -> float:
+        return token_f1(response, answer) if self._method == "r2" else word_recall(response, answer)
+
+    def _encode(self, text: str) -> list[int]:
+        """Tokens behind a BOS, which text that was decoded with one has twice."""
+        return self._bos + self.llm.tokenize(text.encode(), add_bos=False, special=True)
+
+    def _decode(self, tokens: list[int]) -> str:
+        return self.llm.detokenize(tokens, special=True).decode("utf-8", "replace")
+
+    def _insert(self, said: str, slot: Slot) -> str:
+        """Cut the haystack and put the needle behind the last sentence that ends before its depth."""
+        tokens_needle = self._encode(said)
+        tokens = self._encode(self._decode(self._haystack[: slot.n_tokens]))
+        n_room = slot.n_tokens - self.N_BUFFER
+        if len(tokens) + len(tokens_needle) > n_room:
+            tokens = tokens[: max(0, n_room - len(tokens_needle))]
+        point = len(tokens) if slot.depth == 1 else int(len(tokens) * slot.depth)
+        if slot.depth < 1:
+            while point > 0 and tokens[point - 1] not in self._periods:
+                point -= 1
+        return self._decode(tokens[:point] + tokens_needle + tokens[point:])
+
+    def _find(self, tokens: list[int], answer: list[int]) -> int:
+        """Start of the answer, or -1."""
+        n, wanted = len(answer), set(answer)
+        starts = range(len(tokens) - n + 1)
+        if self._method == "r2":
+            return find_after_bos(tokens, answer, bos=self._bos)
+        return next((i for i in starts if len(wanted & set(tokens[i : i + n])) > 0.9 * len(wanted)), -1)
+
+
+def find_after_bos(tokens: Sequence[int], answer: Sequence[int], *, bos: Sequence[int]) -> int:
+    """Start of the span after a BOS whose tokens overlap most with the answer, the last of equals; -1 for none.
+
+    A model without BOS (``bos`` empty) is searched at every position.
+    """
+    n, wanted = len(answer), set(answer)
+    starts = [i + len(bos) for i in range(len(tokens)) if list(tokens[i : i + len(bos)]) == list(bos)]
+    starts = [i for i in starts if i + n <= len(tokens)]
+    return max(starts, key=lambda i: (len(wanted & set(tokens[i : i + n])), i), default=-1)
+
+
+def _authors_needles(method: str) -> list[Needle]:
+    """Three needles to retrieve, or one pair of reasoning in the order of the authors' files: answer, wrong, reason."""
+    if method != "r2":
+        return list(RETRIEVAL[:3])
+    return [REASONING[0].needle(which, order=(2, 1, 0)) for which in (0, 1)]
+
+
+def _repeat_words(text: str, *, n_words: int) -> str:
+    return text * -(-max(1, n_words) // len(text.split()))
