@@ -69,7 +69,8 @@ WORDS: tuple[str, ...] = tuple(
 SPECIAL_TOKENS: tuple[str, ...] = ("<unk>", "<s>", "</s>")
 BYTE_TOKENS: tuple[str, ...] = tuple(f"<0x{i:02X}>" for i in range(256))
 BOS, EOS = 1, 2
-FIRST_WORD_ID = len(SPECIAL_TOKENS) + len(BYTE_TOKENS)
+FIRST_BYTE_ID = len(SPECIAL_TOKENS)
+FIRST_WORD_ID = FIRST_BYTE_ID + len(BYTE_TOKENS)
 #: tokens that training sees; the embedding rows of VARIANTS are copies made at export
 N_TRAINED_TOKENS = FIRST_WORD_ID + len(WORDS)
 WORD_ID: dict[str, int] = {word: FIRST_WORD_ID + i for i, word in enumerate(WORDS)}
@@ -94,6 +95,7 @@ def variants() -> list[tuple[str, int]]:
     list of (token text, id of the trained word it stands for)
     """
     out = [(word, WORD_ID[word]) for word in WORDS]
+    out.append((" ", FIRST_BYTE_ID + ord(" ")))  # before a word that is not known
     for word in _CAPITALISED:
         out += [(f" {word.capitalize()}", WORD_ID[word]), (word.capitalize(), WORD_ID[word])]
     return out
@@ -244,6 +246,8 @@ class WorldOptions:
     n_keys: tuple[int, int] = (2, 6)
     n_value: tuple[int, int] = (2, 8)
     n_key_value: tuple[int, int] = (2, 4)
+    #: share of the values that begin as another one of the same attribute does
+    twin_share: float = 0.0
 
 
 class World:
@@ -266,6 +270,9 @@ class World:
 
     def _tell(self, attribute: str, name: str) -> None:
         value = self._value(self.options.n_value)
+        twins = [said for (other, _), (said, _) in self._direct.items() if other == attribute and said[0] not in value]
+        if self.options.twin_share and twins and self._rng.random() < self.options.twin_share:
+            value = (self._rng.choice(twins)[0], *value[1:])
         fact = Fact(("the", attribute, "of", name, "is", *value, "."), 5, len(value))
         self._direct[attribute, name] = (value, fact)
         self.facts.append(fact)

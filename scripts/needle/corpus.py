@@ -30,6 +30,8 @@ class Mix:
     n_keys: tuple[int, int] = (2, 6)
     n_value: tuple[int, int] = (2, 8)
     n_key_value: tuple[int, int] = (2, 4)
+    #: share of the values that begin as another one of the same attribute does
+    twin_share: float = 0.0
     #: share of the sequence that questions and answers may take
     question_share: float = 0.4
     #: share of the questions asked in mid-document, as soon as their facts are known
@@ -130,6 +132,7 @@ def _world_options(rng: random.Random, mix: Mix) -> language.WorldOptions:
         n_keys=mix.n_keys,
         n_value=mix.n_value,
         n_key_value=mix.n_key_value,
+        twin_share=mix.twin_share,
     )
 
 
