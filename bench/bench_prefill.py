@@ -30,15 +30,15 @@ KINDS: dict[str, dict[str, Any]] = {
 FLOOR = "model"  # the stock cache of one ubatch: what the loaded model and its compute buffers take
 
 
-def read(kind: str, model: str, n: int, n_ubatch: int, threads: int) -> dict[str, float]:
-    """Read one prompt in this process: seconds, compression ms, peak of resident bytes above the loaded model."""
+def read(kind: str, model: str, n: int, n_read: int, n_ubatch: int, threads: int) -> dict[str, float]:
+    """Read one prompt, or its first n_read tokens, in this process: seconds, compression ms, peak of resident bytes above the loaded model."""
     from pyheadkv import Llama
 
     if kind == FLOOR:
         n = n_ubatch
     llm = Llama(model, n_ctx=n + 256, n_batch=n_ubatch, n_ubatch=n_ubatch, n_threads=threads, n_threads_batch=threads,
                 verbose=False, **KINDS.get(kind, KINDS["stock"]))
-    prompt = [1, *np.random.default_rng(0).integers(300, 383, size=n - 1).tolist()]
+    prompt = [1, *np.random.default_rng(0).integers(300, 383, size=min(n, n_read) - 1).tolist()]
     llm.read_prompt(prompt[:n_ubatch])
     llm.reset()
     start = time.perf_counter()
@@ -62,19 +62,21 @@ def main() -> None:
     parser.add_argument("--ubatch", type=int, default=512, help="tokens of a ubatch (default: %(default)s)")
     parser.add_argument("--threads", type=int, default=2, help="threads (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=1, help="rounds (default: %(default)s)")
+    parser.add_argument("--read", type=int, default=1 << 30, help="tokens to read of a context for more: the stock cache is written "
+                        "when it is made, so that its peak is nearly there from the beginning (default: all)")
     parser.add_argument("--kinds", default=",".join(KINDS), help="of %(default)s")
     parser.add_argument("--out", type=Path, help="CSV to write")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.one:
         kind, n = args.one.split(":")
-        print(json.dumps(read(kind, str(args.model), int(n), args.ubatch, args.threads)))
+        print(json.dumps(read(kind, str(args.model), int(n), args.read, args.ubatch, args.threads)))
         return
 
     make_model(args.model, "q8_0")
     def run(kind: str, n: int) -> dict[str, float]:
         cmd = [sys.executable, __file__, "--one", f"{kind}:{n}", "--model", str(args.model), "--ubatch", str(args.ubatch),
-               "--threads", str(args.threads)]
+               "--threads", str(args.threads), "--read", str(args.read)]
         return json.loads(subprocess.run(cmd, stdout=subprocess.PIPE, text=True, check=True).stdout.splitlines()[-1])
 
     floor = run(FLOOR, args.ubatch)["rss_peak"]
