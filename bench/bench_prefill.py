@@ -30,8 +30,8 @@ KINDS: dict[str, dict[str, Any]] = {
 FLOOR = "model"  # the stock cache of one ubatch: what the loaded model and its compute buffers take
 
 
-def read(kind: str, model: str, n: int, n_read: int, n_ubatch: int, threads: int) -> dict[str, float]:
-    """Read one prompt, or its first n_read tokens, in this process: seconds, compression ms, peak of resident bytes above the loaded model."""
+def read(kind: str, model: str, n: int, n_read: int, n_layer: int, n_ubatch: int, threads: int) -> dict[str, float]:
+    """Read one prompt, or its first n_read tokens or n_layer layers, in this process: seconds, compression ms, peak of resident bytes above the loaded model."""
     from pyheadkv import Llama
 
     if kind == FLOOR:
@@ -41,8 +41,14 @@ def read(kind: str, model: str, n: int, n_read: int, n_ubatch: int, threads: int
     prompt = [1, *np.random.default_rng(0).integers(300, 383, size=min(n, n_read) - 1).tolist()]
     llm.read_prompt(prompt[:n_ubatch])
     llm.reset()
+    if kind == "layer":
+        llm.set_progress(lambda il, *_: il < n_layer)
     start = time.perf_counter()
-    llm.read_prompt(prompt)
+    try:
+        llm.read_prompt(prompt)
+    except RuntimeError as error:
+        if "aborted" not in str(error):
+            raise
     seconds = time.perf_counter() - start
     stats = llm.kv_stats() if llm.kv_options else None
     return {"seconds": seconds, "compress_ms": stats.compress_ms if stats else 0.0, "rss_peak": status_bytes("VmHWM"),
@@ -64,19 +70,21 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=1, help="rounds (default: %(default)s)")
     parser.add_argument("--read", type=int, default=1 << 30, help="tokens to read of a context for more: the stock cache is written "
                         "when it is made, so that its peak is nearly there from the beginning (default: all)")
+    parser.add_argument("--layers", type=int, default=1 << 30, help="layers to read layer by layer: the first two take the memory of all but "
+                        "for the store (default: all)")
     parser.add_argument("--kinds", default=",".join(KINDS), help="of %(default)s")
     parser.add_argument("--out", type=Path, help="CSV to write")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.one:
         kind, n = args.one.split(":")
-        print(json.dumps(read(kind, str(args.model), int(n), args.read, args.ubatch, args.threads)))
+        print(json.dumps(read(kind, str(args.model), int(n), args.read, args.layers, args.ubatch, args.threads)))
         return
 
     make_model(args.model, "q8_0")
     def run(kind: str, n: int) -> dict[str, float]:
         cmd = [sys.executable, __file__, "--one", f"{kind}:{n}", "--model", str(args.model), "--ubatch", str(args.ubatch),
-               "--threads", str(args.threads), "--read", str(args.read)]
+               "--threads", str(args.threads), "--read", str(args.read), "--layers", str(args.layers)]
         return json.loads(subprocess.run(cmd, stdout=subprocess.PIPE, text=True, check=True).stdout.splitlines()[-1])
 
     floor = run(FLOOR, args.ubatch)["rss_peak"]

@@ -173,14 +173,14 @@ def _accuracy_lines(name: str, tally: Tally, options: ReportOptions) -> list[str
     return [*lines, "", "A list is entered at the depth of its first key.", ""]
 
 
-def _importance_lines(importance: NDArray[np.float32], source: str, n_head_kv: int) -> list[str]:
+def _importance_lines(importance: NDArray[np.float32], source: str, n_head_kv: int, picture: str) -> list[str]:
     by_kv = importance.reshape(len(importance), n_head_kv, -1).mean(-1)
     top = np.sort(by_kv.ravel())[::-1]
     n_quarter = max(1, len(top) // 4)
     floor = 1e-6
     ratio = by_kv.max(1) / np.maximum(by_kv.min(1), floor)
     busiest = int(by_kv.sum(1).argmax())
-    lines = ["## Head importance", "", f"Source: `{source}`. Sums to 100 %.", "", "![importance](needle_model_importance.png)", ""]
+    lines = ["## Head importance", "", f"Source: `{source}`. Sums to 100 %.", "", f"![importance]({picture})", ""]
     lines.append(_row(["layer", *(f"head {h}" for h in range(importance.shape[1])), "max / min of its KV heads"]))
     lines.append(_row(["---"] * (2 + importance.shape[1])))
     for layer, row in enumerate(importance):
@@ -195,16 +195,17 @@ def write_report(tallies: dict[str, Tally], seconds: dict[str, float], options: 
     importance, source = read_importance(path)
     folder = options.out.parent
     folder.mkdir(parents=True, exist_ok=True)
-    plot_importance(importance, folder / "needle_model_importance.png")
-    plot_accuracy(tallies, options, folder / "needle_model_accuracy.png")
-    lines = ["# The embedded needle model", "", "Made by `scripts/report_needle_model.py` through llama.cpp, full cache, greedy; "
+    name = options.out.stem.removesuffix("_report")
+    plot_importance(importance, folder / f"{name}_importance.png")
+    plot_accuracy(tallies, options, folder / f"{name}_accuracy.png")
+    lines = ["# Needle model", "", "Made by `scripts/report_needle_model.py` through llama.cpp, full cache, greedy; "
              f"seed {options.seed}, {options.n_contexts} contexts per length, up to {options.n_each} questions of each kind in each.", ""]
-    for name, file in options.models.items():
-        lines.append(f"- {name}: {file.stat().st_size / 1e6:.2f} MB, {seconds[name]:.0f} s for all questions on {options.n_threads} thread(s)")
-    lines += ["", "## Accuracy", "", "![accuracy](needle_model_accuracy.png)", ""]
-    for name, tally in tallies.items():
-        lines += _accuracy_lines(name, tally, options)
-    lines += _importance_lines(importance, source, read_n_head_kv(path))
+    for model, file in options.models.items():
+        lines.append(f"- {model}: {file.stat().st_size / 1e6:.2f} MB, {seconds[model]:.0f} s for all questions on {options.n_threads} thread(s)")
+    lines += ["", "## Accuracy", "", f"![accuracy]({name}_accuracy.png)", ""]
+    for model, tally in tallies.items():
+        lines += _accuracy_lines(model, tally, options)
+    lines += _importance_lines(importance, source, read_n_head_kv(path), f"{name}_importance.png")
     options.out.write_text("\n".join(lines), encoding="utf-8")
 
 

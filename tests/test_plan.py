@@ -161,7 +161,8 @@ def test_resident_memory_of_a_prompt_stays_below_the_plan(tmp_path: Path, kind: 
     write_random_model(path, n_layer=4, n_embd=512, n_head=4, n_head_kv=4, n_ff=64, seed=1, ftype="q8_0")
     options = {} if kind == "stock" else {"kv_size": KV_SIZE, "policy": "snapkv", "prefill": kind}
     command = [sys.executable, "-c", READ, str(path), str(n_prompt), json.dumps(options)]
-    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, check=True, timeout=120)
+    # not in the checkout, whose package has no library
+    done = subprocess.run(command, cwd=Path(__file__).parent, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, check=True, timeout=120)
     measured = int(done.stdout.split()[-1]) * 1024
     with plan.Probe(path) as probe:
         planned = MemoryModel(probe, n_predict=N_PREDICT).footprint(kind, n_prompt=n_prompt, kv_size=KV_SIZE)
