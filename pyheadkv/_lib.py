@@ -5,6 +5,8 @@ from __future__ import annotations
 import ctypes
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -163,3 +165,19 @@ def check(result: int, error: type[Exception] = RuntimeError) -> int:
     if result < 0:
         raise error(last_error())
     return result
+
+
+@contextmanager
+def creating(params: Params) -> Iterator[None]:
+    """The contexts that this thread creates inside of the ``with`` statement compress as ``params`` say.
+
+    Raises
+    ------
+    ValueError
+        the parameters are refused
+    """
+    check(lib.headkv_set_params(ctypes.byref(params)), ValueError)
+    try:
+        yield
+    finally:
+        lib.headkv_set_params(None)

@@ -118,7 +118,7 @@ def add_budget_arguments(parser: argparse._ActionsContainer, *, kv_size: int | N
         help="last tokens of the prompt, they score it and are kept (default: %(default)s)",
     )
     parser.add_argument(
-        "--importance", metavar="FILE", help="JSON scores or a GGUF with importance (default: the model's own)"
+        "--importance", metavar="FILE", help="score file (.json, .npy, .csv, .tsv) or a GGUF with importance (default: the model's own)"
     )
 
 

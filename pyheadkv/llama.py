@@ -81,7 +81,7 @@ class Llama(llama_cpp.Llama):
     beta : > 1; a share 1/beta of the budget is given out by importance, the rest evenly
     window : number of last queries that score the prompt; these cells are always kept
     pool, pool_kernel : pooling of the scores along the prompt, "max" or "avg", odd size
-    importance : None = from the model's metadata; or a path (JSON scores, GGUF), or a
+    importance : None = from the model's metadata; or a path (score file, GGUF), or a
         (n_layer, n_head) array
     prefill : order in which prompts are read: "layer" (one layer's full cache is alive
         at a time), "token" (every layer's, as upstream) or "auto" (layer where it
@@ -147,7 +147,7 @@ class Llama(llama_cpp.Llama):
         n_ctx = kwargs.get("n_ctx", 512)  # 0 = that of the model, checked by the library
         if n_ctx and kv_size > n_ctx:
             raise ValueError(f"kv_size={kv_size}: it must not be larger than n_ctx = {n_ctx}")
-        values = load_importance(importance, model_path)
+        self._importance = values = load_importance(importance, model_path)
         if kwargs.get("embedding"):
             raise ValueError("embedding=True: embeddings have no generation to speed up, use kv_size=None")
         if kwargs.get("flash_attn") is False:
@@ -156,8 +156,8 @@ class Llama(llama_cpp.Llama):
 
         params = self.kv_options.to_params(values, model_path)
         try:
-            _lib.check(_lib.lib.headkv_set_params(ctypes.byref(params)), ValueError)
-            super().__init__(model_path, **kwargs)
+            with _lib.creating(params):
+                super().__init__(model_path, **kwargs)
         except ValueError as e:
             self._close_partial()
             reason = _lib.last_error()
@@ -165,8 +165,6 @@ class Llama(llama_cpp.Llama):
         except BaseException:
             self._close_partial()
             raise
-        finally:
-            _lib.lib.headkv_set_params(None)
         if prefill == "layer" and self.prefill_mode != "layer":
             why = _lib.lib.headkv_why_token_prefill(self.ctx).decode()
             self.close()
@@ -263,7 +261,7 @@ class Llama(llama_cpp.Llama):
 
         Parameters
         ----------
-        importance : as for the constructor; None = from the model's metadata
+        importance : as for the constructor; None = what was used until now
         **options : any of ``kv_size, policy, beta, pool, pool_kernel``; the others stay
 
         Raises
@@ -272,9 +270,10 @@ class Llama(llama_cpp.Llama):
             wrong value, or an option that sizes what the context owns; nothing has changed then
         """
         new = replace(self._need_options(), **options)
-        params = new.to_params(load_importance(importance, self.model_path), self.model_path)
+        values = self._importance if importance is None else load_importance(importance, self.model_path)
+        params = new.to_params(values, self.model_path)
         _lib.check(_lib.lib.headkv_configure(self.ctx, ctypes.byref(params)), ValueError)
-        self.kv_options = new
+        self.kv_options, self._importance = new, values
 
     def restore_prompt(self, n_tokens: int) -> None:
         """Go back to the first ``n_tokens`` of the compressed prompt, uncompressed, without reading them again.
@@ -395,6 +394,11 @@ class Llama(llama_cpp.Llama):
             bytes_full=s.bytes_full,
             compress_ms=s.t_compress_us / 1000,
         )
+
+    @property
+    def last_logits(self) -> npt.NDArray[np.float32]:
+        """Logits after the last evaluated token, float32 (n_vocab,)."""
+        return np.array(np.ctypeslib.as_array(self._ctx.get_logits_ith(-1), shape=(self.n_vocab(),)))
 
     def read_attention(self, spans: Sequence[tuple[int, int]], n_top: int) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int32]]:
         """Attention of the last evaluated token over a prompt that is not compressed yet.

@@ -429,14 +429,10 @@ class Probe:
         # any budgets do: the graphs are reserved for n_ctx cells per head
         options = Options(kv_size=64, policy="snapkv").to_params(None, None)
         with captured_log() as lines:
-            _lib.check(_lib.lib.headkv_set_params(ctypes.byref(options)), ValueError)
-            try:
+            with _lib.creating(options):
                 ctx = llama_cpp.llama_init_from_model(self._model, params)
-                reason = _lib.last_error()
-            finally:
-                _lib.lib.headkv_set_params(None)
             if not ctx:
-                raise ValueError(f"{self.path}: {reason or _reason(lines)}; the stock cache (kv_size=None) may work")
+                raise ValueError(f"{self.path}: {_lib.last_error() or _reason(lines)}; the stock cache (kv_size=None) may work")
             self.why_not_layer = _lib.lib.headkv_why_token_prefill(ctx).decode()
             llama_cpp.llama_free(ctx)
         return compute_bytes_in("".join(lines))

@@ -103,8 +103,7 @@ class LlamaReader:
         return self.llm.read_attention(spans, n_top)
 
     def greedy(self) -> int:
-        logits = np.ctypeslib.as_array(self.llm._ctx.get_logits_ith(-1), shape=(self.llm.n_vocab(),))
-        return int(logits.argmax())
+        return int(self.llm.last_logits.argmax())
 
 
 @dataclass(frozen=True)

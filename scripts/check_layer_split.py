@@ -68,7 +68,7 @@ def run(path: str, **options: Any) -> tuple[np.ndarray, list[list[int]]]:
     for token in (None, 9, 10, 11, 12, 13, 14):
         if token is not None:
             llm.eval([token])
-        rows.append(np.ctypeslib.as_array(llm._ctx.get_logits_ith(-1), shape=(llm.n_vocab(),)).copy())
+        rows.append(llm.last_logits)
     kept = [llm.kv_positions(il, ih).tolist() for il in range(N_LAYER) for ih in range(N_HEAD_KV)]
     assert llm.kv_stats().bytes_staging == 0
     print(f"  {options}: {llm.prefill_mode}, {llm.kv_stats().bytes_store} bytes held")

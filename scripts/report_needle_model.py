@@ -146,7 +146,8 @@ def plot_accuracy(tallies: dict[str, Tally], options: ReportOptions, path: Path)
     plt.close(figure)
 
 
-def _row(cells: list[str]) -> str:
+def table_row(cells: list[str]) -> str:
+    """One row of a Markdown table."""
     return "| " + " | ".join(cells) + " |"
 
 
@@ -159,17 +160,17 @@ def _cell(rate: tuple[int, int], *, interval: bool = False) -> str:
 
 
 def _accuracy_lines(name: str, tally: Tally, options: ReportOptions) -> list[str]:
-    lines = [f"### {name}, by length: exact answers in % (95 % interval)", "", _row(["kind", *map(str, options.lengths)])]
-    lines.append(_row(["---"] * (1 + len(options.lengths))))
+    lines = [f"### {name}, by length: exact answers in % (95 % interval)", "", table_row(["kind", *map(str, options.lengths)])]
+    lines.append(table_row(["---"] * (1 + len(options.lengths))))
     for kind in language.KINDS:
-        lines.append(_row([kind, *(_cell(tally.rate(length=n, kind=kind), interval=True) for n in options.lengths)]))
+        lines.append(table_row([kind, *(_cell(tally.rate(length=n, kind=kind), interval=True) for n in options.lengths)]))
     n_asked = tally.rate(length=options.lengths[0], kind="direct")[1]
     lines += ["", f"{n_asked} direct questions per length, other kinds alike.", ""]
     lines += [f"### {name}, by depth of the value needle, all lengths: exact answers in %", ""]
-    lines.append(_row(["kind", *(f"{10 * i}-{10 * i + 10} %" for i in range(N_DECILES))]))
-    lines.append(_row(["---"] * (1 + N_DECILES)))
+    lines.append(table_row(["kind", *(f"{10 * i}-{10 * i + 10} %" for i in range(N_DECILES))]))
+    lines.append(table_row(["---"] * (1 + N_DECILES)))
     for kind in language.KINDS:
-        lines.append(_row([kind, *(_cell(tally.rate(kind=kind, decile=i)) for i in range(N_DECILES))]))
+        lines.append(table_row([kind, *(_cell(tally.rate(kind=kind, decile=i)) for i in range(N_DECILES))]))
     return [*lines, "", "A list is entered at the depth of its first key.", ""]
 
 
@@ -181,10 +182,10 @@ def _importance_lines(importance: NDArray[np.float32], source: str, n_head_kv: i
     ratio = by_kv.max(1) / np.maximum(by_kv.min(1), floor)
     busiest = int(by_kv.sum(1).argmax())
     lines = ["## Head importance", "", f"Source: `{source}`. Sums to 100 %.", "", f"![importance]({picture})", ""]
-    lines.append(_row(["layer", *(f"head {h}" for h in range(importance.shape[1])), "max / min of its KV heads"]))
-    lines.append(_row(["---"] * (2 + importance.shape[1])))
+    lines.append(table_row(["layer", *(f"head {h}" for h in range(importance.shape[1])), "max / min of its KV heads"]))
+    lines.append(table_row(["---"] * (2 + importance.shape[1])))
     for layer, row in enumerate(importance):
-        lines.append(_row([str(layer), *(f"{100 * x:.2f}" for x in row), f"{min(ratio[layer], 9999):.1f}"]))
+        lines.append(table_row([str(layer), *(f"{100 * x:.2f}" for x in row), f"{min(ratio[layer], 9999):.1f}"]))
     lines += ["", f"The top quarter of the KV heads ({n_quarter} of {len(top)}) holds {100 * top[:n_quarter].sum() / top.sum():.1f} % "
               f"of the mass. In layer {busiest}, which holds most, KV heads differ by a factor of {ratio[busiest]:.1f}.", ""]
     return lines

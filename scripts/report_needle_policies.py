@@ -30,7 +30,7 @@ import numpy as np
 from tqdm import tqdm
 
 from pyheadkv import Llama, embedded_model, needle
-from report_needle_model import wilson
+from report_needle_model import table_row, wilson
 
 RESULTS = Path(__file__).resolve().parents[1] / "bench" / "results"
 #: cells before the question that are read again with it, so that the window has its queries
@@ -70,8 +70,7 @@ def greedy(llm: Llama, token: int, n: int) -> list[int]:
     out: list[int] = []
     while len(out) < n:
         llm.eval([token])
-        logits = np.ctypeslib.as_array(llm._ctx.get_logits_ith(-1), shape=(llm.n_vocab(),))
-        token = int(logits.argmax())
+        token = int(llm.last_logits.argmax())
         out.append(token)
     return out
 
@@ -152,10 +151,6 @@ def _percent(right_asked: tuple[int, int]) -> str:
     return f"{100 * right / asked:.0f} ({100 * low:.0f}-{100 * high:.0f})"
 
 
-def _row(cells: list[str]) -> str:
-    return "| " + " | ".join(cells) + " |"
-
-
 def write_markdown(path: Path, results: list[Result], configs: list[Config], command: str, args: argparse.Namespace) -> None:
     """Tables of accuracy and of paired differences."""
     kinds = [kind for kind in needle.KINDS if any(r.kind == kind for r in results)]
@@ -163,15 +158,15 @@ def write_markdown(path: Path, results: list[Result], configs: list[Config], com
     lines = ["# Cache policies on the needle model", "", f"`{command}`: haystacks of {args.tokens} tokens, {args.contexts} of them, "
              "strict (the last prompt token runs against the compressed cache), greedy, exact answers in % with 95 % intervals. "
              "KiB: cells held after compression, the same for all policies at one kv_size up to rounding.", "",
-             "![accuracy](needle_policies.png)", "", _row(["policy", "KiB", *kinds, "all"]), _row(["---"] * (3 + len(kinds)))]
+             "![accuracy](needle_policies.png)", "", table_row(["policy", "KiB", *kinds, "all"]), table_row(["---"] * (3 + len(kinds)))]
     for config in configs:
         cells = [_percent(rate(results, config, kind)) for kind in kinds]
-        lines.append(_row([config.name, f"{n_bytes[config] / 1024:.0f}", *cells, _percent(rate(results, config))]))
+        lines.append(table_row([config.name, f"{n_bytes[config] / 1024:.0f}", *cells, _percent(rate(results, config))]))
     n_asked = {kind: rate(results, FULL, kind)[1] for kind in kinds}
     lines += ["", "Questions: " + ", ".join(f"{n} {kind}" for kind, n in n_asked.items()) + ".", "",
               "## Importance against uniform budgets", "",
               "headkv less snapkv in points, same questions, same bytes; interval by bootstrap over contexts.", "",
-              _row(["pool", "kv_size", *kinds, "all"]), _row(["---"] * (3 + len(kinds)))]
+              table_row(["pool", "kv_size", *kinds, "all"]), table_row(["---"] * (3 + len(kinds)))]
     rng = np.random.default_rng(0)
     for config in configs:
         other = Config("snapkv", config.kv_size, config.pool)
@@ -180,7 +175,7 @@ def write_markdown(path: Path, results: list[Result], configs: list[Config], com
             for chosen in [{kind} for kind in kinds] + [set(kinds)]:
                 mean, low, high = difference(results, config, other, chosen, rng)
                 cells.append(f"{100 * mean:+.0f} ({100 * low:+.0f} to {100 * high:+.0f})")
-            lines.append(_row([config.pool, str(config.kv_size), *cells]))
+            lines.append(table_row([config.pool, str(config.kv_size), *cells]))
     path.write_text("\n".join([*lines, ""]), encoding="utf-8")
 
 

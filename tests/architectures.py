@@ -9,6 +9,7 @@ The models are made in memory: metadata from the tables below, weights from a ge
 from __future__ import annotations
 
 import argparse
+import contextlib
 import ctypes
 import json
 import os
@@ -23,6 +24,7 @@ from typing import Any, Callable, Iterator
 
 import numpy as np
 import numpy.typing as npt
+from conftest import nmse
 from pyheadkv import _lib  # before llama_cpp, which then loads our library
 from pyheadkv.llama import STATES
 from pyheadkv.options import Options
@@ -281,13 +283,13 @@ class Context:
         params = llama_cpp.llama_context_default_params()
         params.n_ctx, params.n_batch, params.n_ubatch = N_CTX, N_CTX, N_UBATCH
         params.n_threads = params.n_threads_batch = params.flash_attn_type = 1
+        how: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
         if kv_size is not None:
-            options = Options(kv_size=kv_size, policy="snapkv", prefill=prefill, attend=attend).to_params(None, None)
-            _lib.check(_lib.lib.headkv_set_params(ctypes.byref(options)))
-        self.ctx = llama_cpp.llama_init_from_model(model, params)
-        reason = _lib.last_error()  # the next call forgets it
-        _lib.lib.headkv_set_params(None)
+            how = _lib.creating(Options(kv_size=kv_size, policy="snapkv", prefill=prefill, attend=attend).to_params(None, None))
+        with how:
+            self.ctx = llama_cpp.llama_init_from_model(model, params)
         if not self.ctx:
+            reason = _lib.last_error() if kv_size is not None else ""
             raise Refused(re.sub(r"^KV compression is not possible for .*?architecture \S+: ", "", reason))
         self.why_token = "" if kv_size is None else _lib.lib.headkv_why_token_prefill(self.ctx).decode()
         self.layered = False  # whether the last prompt was read layer by layer
@@ -383,11 +385,6 @@ class Result:
     def kind(self) -> str:
         """First word of the outcome."""
         return self.outcome.split(":")[0]
-
-
-def nmse(a: npt.NDArray[np.float32], b: npt.NDArray[np.float32]) -> float:
-    """Mean squared error of a against b, relative to the mean square of b."""
-    return float(np.mean((a.astype(np.float64) - b) ** 2) / np.mean(b.astype(np.float64) ** 2))
 
 
 def examine(name: str, arch: str, keys: Keys, log: list[str]) -> Result:

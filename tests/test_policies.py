@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Callable
 
+import numpy as np
 import pytest
 from conftest import SHAPES, Shape, load, logits, tokens
 
@@ -65,6 +66,16 @@ def test_a_restored_prompt_compressed_otherwise_equals_a_fresh_one(options: dict
     llm.end_prompt()
     assert llm.kv_stats().bytes_staging > 0
     assert outcome(llm) == outcome(fresh)
+
+
+def test_configure_keeps_the_importance_that_was_given(make_model: MakeModel) -> None:
+    """The model's metadata holds other scores; they do not come back unasked."""
+    given = np.random.default_rng(7).random((SHAPE.n_layer, SHAPE.n_head)) ** 4
+    llm = load(make_model(SHAPE), kv_size=48, importance=given)
+    fresh = load(make_model(SHAPE), kv_size=24, importance=given)
+    llm.configure(kv_size=24)
+    assert np.array_equal(llm.kv_budget, fresh.kv_budget)
+    assert not np.array_equal(llm.kv_budget, load(make_model(SHAPE), kv_size=24).kv_budget)
 
 
 def test_a_prompt_can_be_restored_again_and_again(make_model: MakeModel) -> None:

@@ -124,9 +124,6 @@ def test_wrong_prefill_is_a_value_error(make_model: MakeModel) -> None:
 
 LIMIT_SCRIPT = """
 import resource, sys
-import os
-import subprocess
-import sys
 from pathlib import Path
 from pyheadkv import Llama
 path, prefill, n, mib = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])

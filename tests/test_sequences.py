@@ -41,11 +41,8 @@ class Sequences:
         params.kv_unified = unified
         params.flash_attn_type = llama_cpp.LLAMA_FLASH_ATTN_TYPE_ENABLED
         headkv = Options(kv_size=KV_SIZE, policy="snapkv", **options).to_params(None, None)
-        _lib.check(_lib.lib.headkv_set_params(ctypes.byref(headkv)))
-        try:
+        with _lib.creating(headkv):
             self.ctx = llama_cpp.llama_init_from_model(self.model, params)
-        finally:
-            _lib.lib.headkv_set_params(None)
         assert self.ctx, _lib.last_error()
         self.n_past = [0] * n_seq_max
 

@@ -58,7 +58,7 @@ static void select_op(ggml_tensor * dst, int ith, int nth, void * userdata) {
 ggml_tensor * headkv_build_select(ggml_context * ctx, ggml_tensor * scores, ggml_tensor * plan, int64_t n_window, int64_t n_total) {
     GGML_ASSERT(scores->type == GGML_TYPE_F32 && plan->type == GGML_TYPE_I32 && plan->ne[1] == scores->ne[1]);
     ggml_tensor * args[] = { scores, plan };
-    const int64_t n_keys = 2*ggml_nelements(scores); // of 64 bits each
+    const int64_t n_keys = 2*ggml_nelements(scores); // elements that the keys, of 64 bits each, take
     ggml_tensor * res = ggml_custom_4d(ctx, GGML_TYPE_I32, n_keys + n_total, 1, 1, 1, args, 2, select_op, GGML_N_TASKS_MAX, nullptr);
 
     // behind the parameters of the custom op

@@ -490,6 +490,7 @@ bool llama_kv_cache_ragged::restore(llama_seq_id seq_id, uint32_t n_tokens) {
     seq.kept     = false;
     seq.n_pos    = (llama_pos) n_tokens;
     seq.n_prompt = 0;
+    seq.n_whole  = 0;
     seq.n_tail   = 0;
     for (llama_pos & pos : seq.window) {
         pos = pos >= seq.n_pos ? -1 : pos;
@@ -505,6 +506,9 @@ void llama_kv_cache_ragged::reserve(llama_seq_id seq_id, uint32_t n_tokens, bool
 
 // one ubatch out of several: sequence after sequence, each with the same number of tokens
 static llama_ubatch concat_ubatches(const std::vector<llama_ubatch> & parts) {
+    if (parts.size() == 1) {
+        return parts[0];
+    }
     auto data = std::make_shared<llama_ubatch::data_t>();
     const auto append = [](auto & dst, const auto & src) { dst.insert(dst.end(), src.begin(), src.end()); };
 
