@@ -19,6 +19,7 @@ import numpy as np
 from bench_decode import commit, machine
 
 from pyheadkv import _lib
+from pyheadkv.gguf_keys import Importance
 from pyheadkv.options import Options
 from pyheadkv.testing import random_importance
 
@@ -26,7 +27,7 @@ from pyheadkv.testing import random_importance
 def times_ms(*, n_layer: int, n_head: int, n_head_kv: int, kv_size: int, n_calls: int) -> list[float]:
     """Milliseconds of each call."""
     importance = random_importance(n_layer=n_layer, n_head=n_head, seed=1).astype(np.float64)
-    params = Options(kv_size=kv_size).to_params(importance, None)
+    params = Options(kv_size=kv_size).to_params(Importance(importance), None)
     cells = np.zeros((n_layer, n_head_kv), dtype=np.int32)
     dst = cells.ctypes.data_as(ctypes.POINTER(ctypes.c_int32))
     times = []

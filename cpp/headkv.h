@@ -50,7 +50,7 @@ struct headkv_params {
     int32_t      window;      // queries that score the prompt, 1..64
     int32_t      pool;        // enum headkv_pool
     int32_t      pool_kernel; // odd, 1..31; 1 = no pooling
-    double       beta;        // > 1; larger = more uniform
+    double       beta;        // > 1; larger = more uniform; 0 = the one stored with the importance, else 1.2
     int32_t      n_tail;      // rows reserved per head for generated tokens before the store grows, >= 1
     int32_t      attend;      // enum headkv_attend
     int32_t      n_buckets;   // attention calls per layer of the composed path, 1..8

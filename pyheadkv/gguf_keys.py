@@ -9,6 +9,7 @@ key                                        type            meaning
 ``{arch}.attention.head_importance.method``  string          how it was measured, e.g. "headkv-r2"
 ``{arch}.attention.head_importance.source``  string          where it came from
 ``{arch}.attention.head_importance.version`` U32             1
+``{arch}.attention.head_importance.beta``    F64             beta that suits these scores; may be missing
 =========================================  ==============  =======================================================
 
 Values that float32 cannot hold exactly are stored as F64: rounding the authors' Mistral R2 importance to float32
@@ -50,6 +51,7 @@ KEY_SHAPE = KEY_IMPORTANCE + ".shape"
 KEY_METHOD = KEY_IMPORTANCE + ".method"
 KEY_SOURCE = KEY_IMPORTANCE + ".source"
 KEY_VERSION = KEY_IMPORTANCE + ".version"
+KEY_BETA = KEY_IMPORTANCE + ".beta"
 VERSION = 1
 
 # GGUF value types, ggml/include/gguf.h
@@ -86,7 +88,8 @@ class Importance:
     method : how it was measured, may be empty
     source : where it came from, may be empty
     version : of the keys
-    arch : general.architecture of the model; empty for a JSON file
+    arch : general.architecture of the model; empty for a score file
+    beta : that suits these scores, as ``pyheadkv score --calibrate`` chose it; None = not chosen
     """
 
     values: NDArray[np.float64]
@@ -94,6 +97,7 @@ class Importance:
     source: str = ""
     version: int = VERSION
     arch: str = ""
+    beta: float | None = None
 
 
 def read_importance(path: PathLike) -> Importance | None:
@@ -114,6 +118,7 @@ def write_importance(
     *,
     method: str = "",
     source: str = "",
+    beta: float | None = None,
     force: bool = False,
 ) -> None:
     """Copy a GGUF and set its importance; other keys and all tensors keep their bytes.
@@ -125,6 +130,7 @@ def write_importance(
     src : model to copy
     dst : file to write, another one than ``src``
     importance : (n_layer, n_head), >= 0, at least one > 0
+    beta : that suits it; None = not stored
     force : replace an existing ``dst`` and an importance that ``src`` already has
     """
     src, dst = Path(src), Path(dst)
@@ -140,21 +146,17 @@ def write_importance(
         if old_keys and not force:
             raise ValueError(f"{src}: {sorted(old_keys)[0]} is already there: pass force=True (--force) to replace it")
         _check_model_shape(header, values.shape)
-        fields = importance_fields(values, arch=header.arch, method=method, source=source)
+        fields = importance_fields(values, arch=header.arch, method=method, source=source, beta=beta)
         replace_file(dst, lambda out: _copy_with_fields(header, out, fields, without=old_keys))
 
 
-def load_scores(path: PathLike) -> NDArray[np.float64]:
+def load_scores(path: PathLike) -> Importance:
     """Importance from a file of numbers; nothing in it is ever executed.
 
     ``.json`` has two forms: the authors' ``{"layer-head": [float, ..], ..}``, one score per accepted example, of which
     the mean is taken (HeadKV 0862a09, snapkv_utils.py:381), and ``{"importance": [[float, ..], ..]}``, what
-    ``pyheadkv score`` writes. ``.npy``, ``.csv`` (commas) and ``.tsv`` (tabs, the patterns of DuoAttention) hold one
+    ``pyheadkv score`` writes, with "method" and "beta" beside it. ``.npy``, ``.csv`` (commas) and ``.tsv`` (tabs, the patterns of DuoAttention) hold one
     row per layer; they may have one number per KV head, see :func:`fit_heads`.
-
-    Returns
-    -------
-    (n_layer, n_head) float64
 
     Raises
     ------
@@ -210,18 +212,28 @@ def add_importance_keys(
 
 
 def importance_fields(
-    values: NDArray[np.float64], *, arch: str, method: str = "", source: str = ""
+    values: NDArray[np.float64], *, arch: str, method: str = "", source: str = "", beta: float | None = None
 ) -> list[tuple[str, int, int | None, Any]]:
     """The keys to write, each as (name, GGUF type, type of array elements or None, value)."""
     with np.errstate(over="ignore", under="ignore"):
         exact = np.array_equal(values.astype(np.float32).astype(np.float64), values)
-    return [
+    fields: list[tuple[str, int, int | None, Any]] = [
         (KEY_IMPORTANCE.format(arch=arch), ARRAY, FLOAT32 if exact else FLOAT64, values.ravel().tolist()),
         (KEY_SHAPE.format(arch=arch), ARRAY, UINT32, list(values.shape)),
         (KEY_METHOD.format(arch=arch), STRING, None, method),
         (KEY_SOURCE.format(arch=arch), STRING, None, source),
         (KEY_VERSION.format(arch=arch), UINT32, None, VERSION),
     ]
+    if beta is not None:
+        fields.append((KEY_BETA.format(arch=arch), FLOAT64, None, check_beta(beta, name="beta")))
+    return fields
+
+
+def check_beta(value: Any, *, name: str) -> float:
+    """``value`` as float, if it is a finite number above 1, else ValueError."""
+    if isinstance(value, (bool, str)) or not isinstance(value, (int, float, np.floating)) or not 1 < value < math.inf:
+        raise ValueError(f"{name}={value!r}: it must be a finite number > 1 (larger = more uniform budgets)")
+    return float(value)
 
 
 def check_importance(values: ArrayLike, *, name: str) -> NDArray[np.float64]:
@@ -230,7 +242,7 @@ def check_importance(values: ArrayLike, *, name: str) -> NDArray[np.float64]:
         raw = np.asarray(values)
         if raw.dtype.kind not in "iuf":
             raise ValueError(f"elements of type {raw.dtype}")
-        array = raw.astype(np.float64)
+        array = raw.astype(np.float64, order="C")
     except (ValueError, TypeError, OverflowError) as error:
         raise ValueError(f"{name} is no rectangle of numbers ({error}): give n_layer rows of n_head numbers") from None
     if array.ndim != 2 or array.size == 0:
@@ -251,7 +263,7 @@ def check_importance(values: ArrayLike, *, name: str) -> NDArray[np.float64]:
 # score files
 
 
-def _load_json(raw: bytes, path: Path) -> NDArray[np.float64]:
+def _load_json(raw: bytes, path: Path) -> Importance:
     try:
         data = json.loads(raw, object_pairs_hook=_no_duplicates)
     except ValueError as error:  # also what a byte that is not UTF-8 and broken JSON raise
@@ -263,11 +275,16 @@ def _load_json(raw: bytes, path: Path) -> NDArray[np.float64]:
             f'{path}: holds {_brief(data)}: use {{"layer-head": [floats]}} or {{"importance": [[floats]]}}'
         )
     if "importance" in data:
-        return check_importance(data["importance"], name=f"{path}: importance")
-    return check_importance(_mean_per_head(data, path), name=f"{path}: mean scores")
+        beta, method = data.get("beta"), data.get("method", "")
+        return Importance(
+            check_importance(data["importance"], name=f"{path}: importance"),
+            method=method if isinstance(method, str) else "",
+            beta=None if beta is None else check_beta(beta, name=f"{path}: beta"),
+        )
+    return Importance(check_importance(_mean_per_head(data, path), name=f"{path}: mean scores"))
 
 
-def _load_npy(raw: bytes, path: Path) -> NDArray[np.float64]:
+def _load_npy(raw: bytes, path: Path) -> Importance:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error")
@@ -275,7 +292,7 @@ def _load_npy(raw: bytes, path: Path) -> NDArray[np.float64]:
             values = np.load(io.BytesIO(raw), allow_pickle=False)
     except NPY_ERRORS as error:
         raise ValueError(f"{path}: not readable as .npy: {error}; {REMEDY_DAMAGED}") from None
-    return check_importance(values, name=str(path))
+    return Importance(check_importance(values, name=str(path)))
 
 
 def _check_npy_header(raw: bytes) -> None:
@@ -292,14 +309,14 @@ def _check_npy_header(raw: bytes) -> None:
         raise ValueError(f"an array of shape {shape} and type {dtype} in {len(raw) - file.tell()} bytes")
 
 
-def _load_text(raw: bytes, path: Path) -> NDArray[np.float64]:
+def _load_text(raw: bytes, path: Path) -> Importance:
     separator = "\t" if path.suffix.lower() == ".tsv" else ","
     try:
         lines = raw.decode("ascii").splitlines()
         rows = [[float(field) for field in line.split(separator)] for line in lines if line.strip()]
     except ValueError as error:  # also what a byte that is not ASCII raises
         raise ValueError(f"{path}: not rows of numbers: {error}; {REMEDY_DAMAGED}") from None
-    return check_importance(rows, name=str(path))
+    return Importance(check_importance(rows, name=str(path)))
 
 
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -551,7 +568,10 @@ def _importance_of(header: _Header) -> Importance | None:
     values = check_importance(flat.reshape(shape), name=f"{header.path}: {prefix}")
     _check_model_shape(header, shape)
     method, source = (_typed(header, key, (STRING,)) for key in (KEY_METHOD, KEY_SOURCE))
-    return Importance(values, method, source, version, header.arch)
+    beta = None
+    if KEY_BETA.format(arch=header.arch) in header.pairs:
+        beta = check_beta(_typed(header, KEY_BETA, (FLOAT64,)), name=f"{header.path}: {prefix}.beta")
+    return Importance(values, method, source, version, header.arch, beta)
 
 
 def _typed(header: _Header, key: str, types: tuple[int, ...], *, array: bool = False) -> Any:

@@ -6,7 +6,7 @@ import argparse
 import ctypes
 import os
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from . import _lib, embedded_model, gguf_keys
-from .options import POLICIES, Options, check_int, load_importance
+from .options import DEFAULT_BETA, POLICIES, Options, check_int, load_importance
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -108,7 +108,10 @@ def add_budget_arguments(parser: argparse._ActionsContainer, *, kv_size: int | N
         help="budgets by importance, or uniform ones (default: %(default)s)",
     )
     parser.add_argument(
-        "--beta", type=float, default=1.2, metavar="X", help="> 1, larger is more uniform (default: %(default)s)"
+        "--beta",
+        type=float,
+        metavar="X",
+        help=f"> 1, larger is more uniform (default: the one stored with the importance, else {DEFAULT_BETA})",
     )
     parser.add_argument(
         "--window",
@@ -232,22 +235,23 @@ def make_plan(
     n_ctx = shape.n_ctx_train if n_ctx is None else check_int("n_ctx", n_ctx, 1, 1 << 30)
     if options.kv_size > n_ctx:
         raise ValueError(f"kv_size={options.kv_size} is above n_ctx={n_ctx}: use a smaller kv_size or a larger n_ctx")
-    values = _importance(path, source=importance, options=options)
-    return Plan(shape, options, values, _budget(shape, options=options, importance=values), n_ctx)
+    found = _importance(path, source=importance, options=options)
+    options = replace(options, beta=options.beta or (found and found.beta) or DEFAULT_BETA)
+    return Plan(shape, options, found and found.values, _budget(shape, options=options, importance=found), n_ctx)
 
 
 def _importance(
     path: str | os.PathLike[str], *, source: str | os.PathLike[str] | None, options: Options
-) -> NDArray[np.float64] | None:
+) -> gguf_keys.Importance | None:
     if source is not None:
         return load_importance(source, path)
     found = gguf_keys.read_importance(path)
     if found is None and options.policy == "headkv":
         raise ValueError(f"{path}: no head importance in the file: {REMEDY_IMPORTANCE}")
-    return None if found is None else found.values
+    return found
 
 
-def _budget(shape: ModelShape, *, options: Options, importance: NDArray[np.float64] | None) -> NDArray[np.int32]:
+def _budget(shape: ModelShape, *, options: Options, importance: gguf_keys.Importance | None) -> NDArray[np.int32]:
     cells = np.zeros((shape.n_layer, shape.n_head_kv), dtype=np.int32)
     params = options.to_params(importance, None)
     dst = cells.ctypes.data_as(ctypes.POINTER(ctypes.c_int32))

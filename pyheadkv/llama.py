@@ -78,7 +78,8 @@ class Llama(llama_cpp.Llama):
         None = the stock cache, bit-identical to upstream
     policy : "headkv" (budgets by head importance), "snapkv" (uniform budgets) or "streaming"
         (uniform budgets: the first 4 cells and the last ones, whatever the queries look at)
-    beta : > 1; a share 1/beta of the budget is given out by importance, the rest evenly
+    beta : > 1; a share 1/beta of the budget is given out by importance, the rest evenly;
+        None = the one stored with the importance (``pyheadkv score --calibrate``), else 1.2
     window : number of last queries that score the prompt; these cells are always kept
     pool, pool_kernel : pooling of the scores along the prompt, "max" or "avg", odd size
     importance : None = from the model's metadata; or a path (score file, GGUF), or a
@@ -115,7 +116,7 @@ class Llama(llama_cpp.Llama):
         *,
         kv_size: int | None = None,
         policy: str = "headkv",
-        beta: float = 1.2,
+        beta: float | None = None,
         window: int = 8,
         pool: str = "max",
         pool_kernel: int = 7,

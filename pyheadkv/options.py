@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from os import PathLike
 from pathlib import Path
 from typing import Any, Union
@@ -12,12 +11,15 @@ from typing import Any, Union
 import numpy as np
 import numpy.typing as npt
 
-from . import _lib
+from . import _lib, gguf_keys
+from .gguf_keys import Importance
 
 POLICIES = ("headkv", "snapkv", "streaming")
 POOLS = {"max": 0, "avg": 1}
 ATTENDS = {"auto": 0, "fused": 1, "composed": 2}
 PREFILLS = {"auto": 0, "token": 1, "layer": 2}
+
+DEFAULT_BETA = 1.2  # where none was chosen for the scores
 
 ImportanceLike = Union[str, PathLike, npt.ArrayLike, None]
 
@@ -44,35 +46,22 @@ def check_choice(name: str, value: Any, choices: Any) -> str:
     return value
 
 
-def check_importance(values: npt.ArrayLike) -> npt.NDArray[np.float64]:
-    """Importance as a (n_layer, n_head) float64 array, finite, >= 0, not all zero."""
-    array = np.asarray(values, dtype=np.float64)
-    if array.ndim != 2 or array.size == 0:
-        raise ValueError(f"importance has shape {array.shape}: it must be (n_layer, n_head)")
-    if not np.isfinite(array).all() or (array < 0).any():
-        raise ValueError("importance holds NaN, infinite or negative values: every head needs a finite number >= 0")
-    if not array.sum() > 0:
-        raise ValueError("importance is all zero: at least one head must be > 0")
-    return np.ascontiguousarray(array)
-
-
-def load_importance(source: ImportanceLike, model: str | PathLike[str]) -> npt.NDArray[np.float64] | None:
+def load_importance(source: ImportanceLike, model: str | PathLike[str]) -> Importance | None:
     """Importance for a model, from an array, a score file (see ``gguf_keys``) or a GGUF file; None = the model's own."""
     if source is None:
         return None
     if not isinstance(source, (str, PathLike)):
-        return check_importance(source)
-    from . import gguf_keys
-
+        return Importance(gguf_keys.check_importance(source, name="importance"))
     path = Path(source)
     if not path.is_file():
         raise ValueError(f"importance={str(source)!r}: no such file")
     if path.suffix.lower() in gguf_keys.SCORE_SUFFIXES:
-        return check_importance(gguf_keys.fit_heads(gguf_keys.load_scores(path), model))
+        scores = gguf_keys.load_scores(path)
+        return replace(scores, values=gguf_keys.fit_heads(scores.values, model))
     found = gguf_keys.read_importance(path)
     if found is None:
         raise ValueError(f"importance={str(source)!r}: the file has no head importance")
-    return check_importance(found.values)
+    return found
 
 
 @dataclass(frozen=True)
@@ -87,7 +76,7 @@ class Options:
 
     kv_size: int
     policy: str = "headkv"
-    beta: float = 1.2
+    beta: float | None = None
     window: int = 8
     pool: str = "max"
     pool_kernel: int = 7
@@ -110,24 +99,23 @@ class Options:
         check_int("pool_kernel", self.pool_kernel, 1, 31)
         if self.pool_kernel % 2 == 0:
             raise ValueError(f"pool_kernel={self.pool_kernel}: it must be odd, so that the pooling is centred")
-        if isinstance(self.beta, (bool, str)) or not isinstance(self.beta, (int, float, np.floating)) \
-                or not math.isfinite(self.beta) or self.beta <= 1:
-            raise ValueError(f"beta={self.beta!r}: it must be a finite number > 1 (larger = more uniform budgets)")
+        if self.beta is not None:
+            gguf_keys.check_beta(self.beta, name="beta")
         check_int("n_tail", self.n_tail, 1, 1 << 20)
         check_int("n_buckets", self.n_buckets, 1, 8)
         if self.keep_prompt and self.prefill == "layer":
             raise ValueError("keep_prompt=True, prefill='layer': a prompt that is read layer by layer is never held as a whole, "
                              "use prefill='auto'")
 
-    def to_params(self, importance: npt.NDArray[np.float64] | None, model_path: str | None) -> _lib.Params:
-        """The C struct. It refers to ``importance``, which must outlive it."""
+    def to_params(self, importance: Importance | None, model_path: str | None) -> _lib.Params:
+        """The C struct. It refers to the values of ``importance``, which must outlive it."""
         params = _lib.lib.headkv_default_params()
         params.policy = self.policy.encode()
         params.kv_size = self.kv_size
         params.window = self.window
         params.pool = POOLS[self.pool]
         params.pool_kernel = self.pool_kernel
-        params.beta = float(self.beta)
+        params.beta = float(self.beta or (importance and importance.beta) or 0)  # 0 = the library looks it up
         params.n_tail = self.n_tail
         params.attend = ATTENDS[self.attend]
         params.n_buckets = self.n_buckets
@@ -135,7 +123,7 @@ class Options:
         params.hidden_f16 = self.prefill_hidden == "f16"
         params.keep_prompt = self.keep_prompt
         if importance is not None:
-            params.importance = importance.ctypes.data_as(ctypes.POINTER(ctypes.c_double))
-            params.n_layer, params.n_head = importance.shape
+            params.importance = importance.values.ctypes.data_as(ctypes.POINTER(ctypes.c_double))
+            params.n_layer, params.n_head = importance.values.shape
         params.importance_gguf = model_path.encode() if model_path else None
         return params

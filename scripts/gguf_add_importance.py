@@ -48,11 +48,14 @@ def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     gguf_keys = load_gguf_keys()
     try:
-        values = gguf_keys.fit_heads(gguf_keys.load_scores(args.scores), args.model)
+        scores = gguf_keys.load_scores(args.scores)
+        values = gguf_keys.fit_heads(scores.values, args.model)
         source = args.source
         if source is None:
             source = f"{args.scores.name} sha256:{hashlib.sha256(args.scores.read_bytes()).hexdigest()}"
-        gguf_keys.write_importance(args.model, args.out, values, method=args.method, source=source, force=args.force)
+        gguf_keys.write_importance(
+            args.model, args.out, values, method=args.method, source=source, beta=scores.beta, force=args.force
+        )
     except (ValueError, OSError) as error:
         print(f"error: {error}".replace("\n", " "), file=sys.stderr)
         return 1

@@ -57,7 +57,7 @@ def test_budget_equals_golden(case: dict[str, Any]) -> None:
 def test_authors_score_file_gives_the_golden_means(name: str, tmp_path: Path) -> None:
     path = tmp_path / "scores.json"
     path.write_bytes(gzip.decompress((GOLDEN / f"head_score_{name}.json.gz").read_bytes()))
-    np.testing.assert_array_equal(load_scores(path), IMPORTANCE[name])
+    np.testing.assert_array_equal(load_scores(path).values, IMPORTANCE[name])
 
 
 @pytest.mark.parametrize(

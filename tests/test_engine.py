@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import ctypes
+import json
+import math
 import os
+import struct
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +17,9 @@ import numpy.typing as npt
 import pytest
 from conftest import SHAPES, Shape, greedy, load, logits, nmse, read_prompt, rss, tokens
 
-from pyheadkv import reference
+from pyheadkv import gguf_keys, inspect, reference
+from pyheadkv.options import Options
+from pyheadkv.testing import random_importance
 
 pytestmark = pytest.mark.usefixtures("library")
 MakeModel = Callable[..., Path]
@@ -435,9 +440,9 @@ def test_a_thousand_short_completions_leave_memory_flat(make_model: MakeModel) -
         ({"kv_size": 64, "policy": "magic"}, "policy='magic'"),
         ({"kv_size": 64, "window": 0}, "window=0"),
         ({"kv_size": 64, "importance": np.ones((2, 2))}, "2 layers x 2 heads"),
-        ({"kv_size": 64, "importance": -np.ones((3, 8))}, "negative"),
-        ({"kv_size": 64, "importance": np.zeros((3, 8))}, "all zero"),
-        ({"kv_size": 64, "importance": np.full((3, 8), np.nan)}, "NaN"),
+        ({"kv_size": 64, "importance": -np.ones((3, 8))}, "layer 0 head 0 is -1.0: every value must be >= 0"),
+        ({"kv_size": 64, "importance": np.zeros((3, 8))}, "sum 0.0: it must be above 0"),
+        ({"kv_size": 64, "importance": np.full((3, 8), np.nan)}, "is nan: every value must be finite"),
         ({"kv_size": 64, "importance": "/no/such/file.json"}, "no such file"),
         ({"kv_size": 64, "flash_attn": False}, "flash attention"),
         ({"kv_size": 64, "embedding": True}, "embedding=True"),
@@ -506,3 +511,41 @@ def test_c_budgets_equal_the_oracle_on_the_golden_cases() -> None:
             _lib.check(_lib.lib.headkv_plan(ctypes.byref(params), 32, 32, n_head_kv, got.ctypes.data_as(ctypes.POINTER(ctypes.c_int32))))
             caps = reference.budget(scores, kv_size=case["kv_size"], window=WINDOW, beta=case["beta"])
             np.testing.assert_array_equal(got, reference.budget_kv(caps, n_head_kv=n_head_kv, window=WINDOW))
+
+
+def test_beta_comes_with_the_importance_unless_it_is_given(make_model: MakeModel, tmp_path: Path) -> None:
+    shape = SHAPES[1]
+    values = random_importance(n_layer=shape.n_layer, n_head=shape.n_head, seed=3)
+    bare = make_model(shape, importance=None)
+    stored, scores = tmp_path / "stored.gguf", tmp_path / "scores.json"
+    gguf_keys.write_importance(bare, stored, values, beta=2.5)
+    scores.write_text(json.dumps({"importance": values.tolist(), "beta": 2.5}))
+
+    def budget(path: Path, **options: Any) -> list[list[int]]:
+        cells = load(path, kv_size=48, **options).kv_budget
+        if "policy" not in options:
+            plan = inspect.make_plan(path, options=Options(kv_size=48, beta=options.get("beta")), importance=options.get("importance"))
+            assert plan.budget.tolist() == cells.tolist()
+        return cells.tolist()
+
+    expected = budget(bare, importance=values, beta=2.5)
+    assert budget(stored) == budget(bare, importance=scores) == budget(bare, importance=stored) == expected
+    assert budget(bare, importance=values) == budget(stored, beta=1.2) != expected
+    assert budget(stored, policy="snapkv") != expected
+    llm = load(stored, kv_size=48, beta=1.2)
+    llm.configure(beta=None)
+    assert llm.kv_budget.tolist() == expected
+
+
+@pytest.mark.parametrize(("value", "message"), [(1.0, "beta is 1:"), (math.nan, "beta is -?nan:"), (None, "must be a float64")])
+def test_a_damaged_beta_in_the_model_is_refused_by_the_library(value: float | None, message: str, make_model: MakeModel, tmp_path: Path) -> None:
+    path = tmp_path / "m.gguf"
+    values = random_importance(n_layer=SHAPES[1].n_layer, n_head=SHAPES[1].n_head, seed=3)
+    gguf_keys.write_importance(make_model(SHAPES[1], importance=None), path, values, beta=2.5)
+    raw = path.read_bytes()
+    old = struct.pack("<I", gguf_keys.FLOAT64) + struct.pack("<d", 2.5)
+    new = struct.pack("<I", 10) + old[4:] if value is None else old[:4] + struct.pack("<d", value)  # 10 = u64
+    assert raw.count(old) == 1
+    path.write_bytes(raw.replace(old, new))
+    with pytest.raises(ValueError, match=message):
+        load(path, kv_size=48)

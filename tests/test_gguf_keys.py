@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import struct
 import subprocess
@@ -423,13 +424,13 @@ def scores_file(folder: Path, content: Any) -> Path:
 
 def test_authors_json_gives_the_mean_of_each_list_in_any_order(tmp_path: Path) -> None:
     path = scores_file(tmp_path, {"1-0": [4], "0-1": [0, 0], "0-0": [1.0, 2, 6], "1-1": [0.5, 0.25]})
-    assert load_scores(path).tolist() == [[3, 0], [4, 0.375]]
+    assert load_scores(path).values.tolist() == [[3, 0], [4, 0.375]]
 
 
 def test_plain_json_is_taken_as_it_is(tmp_path: Path) -> None:
     values = exact() / 3
     path = scores_file(tmp_path, {"importance": values.tolist(), "comment": "x"})
-    np.testing.assert_array_equal(load_scores(path), values)
+    np.testing.assert_array_equal(load_scores(path).values, values)
 
 
 BAD_JSON: dict[str, tuple[Any, str]] = {
@@ -492,7 +493,7 @@ def test_script_adds_the_authors_scores_to_a_model(model: Path, tmp_path: Path) 
     assert (done.returncode, done.stderr) == (0, "")
     found = read_importance(out)
     assert found is not None and found.method == "mine" and found.source.startswith("scores.json sha256:")
-    np.testing.assert_array_equal(found.values, load_scores(scores))
+    np.testing.assert_array_equal(found.values, load_scores(scores).values)
 
 
 @pytest.mark.parametrize("case", ["shape", "json", "model", "no model", "exists"])
@@ -520,3 +521,28 @@ def test_script_refuses_with_one_line_and_exit_code_1(case: str, model: Path, tm
 def test_key_names_are_the_agreed_ones() -> None:
     names = [field[0] for field in gguf_keys.importance_fields(exact(), arch="llama")]
     assert names == [KEY, KEY + ".shape", KEY + ".method", KEY + ".source", KEY + ".version"]
+
+
+# beta
+
+
+def test_beta_is_stored_with_the_importance(model: Path, tmp_path: Path) -> None:
+    out = tmp_path / "m.gguf"
+    write_importance(model, out, exact(), beta=1.375)
+    found = read_importance(out)
+    assert found is not None and found.beta == 1.375
+    again = tmp_path / "n.gguf"
+    write_importance(out, again, exact(), force=True)
+    found = read_importance(again)
+    assert found is not None and found.beta is None
+
+
+@pytest.mark.parametrize("beta", [1.0, 0.0, -2.0, math.inf, math.nan, True, "1.2"])
+def test_a_wrong_beta_is_refused(beta: Any, model: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="beta=.*must be a finite number > 1"):
+        write_importance(model, tmp_path / "m.gguf", exact(), beta=beta)
+    assert list(tmp_path.glob("m.gguf*")) == []
+    scores = tmp_path / "s.json"
+    scores.write_text(json.dumps({"importance": exact().tolist(), "beta": beta}))
+    with pytest.raises(ValueError, match="s.json: beta="):
+        load_scores(scores)

@@ -69,7 +69,7 @@ def written(folder: Path, name: str, content: bytes) -> Path:
 
 @pytest.mark.parametrize("name", WRITERS)
 def test_every_form_gives_the_values_that_were_written(name: str, tmp_path: Path) -> None:
-    found = load_scores(written(tmp_path, name, WRITERS[name](VALUES)))
+    found = load_scores(written(tmp_path, name, WRITERS[name](VALUES))).values
     assert found.dtype == np.float64
     np.testing.assert_array_equal(found, VALUES)
 
@@ -77,14 +77,14 @@ def test_every_form_gives_the_values_that_were_written(name: str, tmp_path: Path
 def test_text_may_be_written_by_numpy(tmp_path: Path) -> None:
     for name, separator in (("a.tsv", "\t"), ("a.csv", ",")):
         np.savetxt(tmp_path / name, VALUES, delimiter=separator, newline="\r\n")
-        np.testing.assert_allclose(load_scores(tmp_path / name), VALUES, rtol=1e-15)
+        np.testing.assert_allclose(load_scores(tmp_path / name).values, VALUES, rtol=1e-15)
 
 
 @pytest.mark.parametrize("dtype", ["<f2", "<f4", ">f8", "u1", "<i8"])
 @pytest.mark.parametrize("order", ["C", "F"])
 def test_arrays_of_other_types_and_orders_are_read(dtype: str, order: Any, tmp_path: Path) -> None:
     values = np.asarray(np.arange(12).reshape(3, 4), dtype=dtype, order=order)
-    np.testing.assert_array_equal(load_scores(written(tmp_path, "a.npy", npy(values))), values)
+    np.testing.assert_array_equal(load_scores(written(tmp_path, "a.npy", npy(values))).values, values)
 
 
 BAD: dict[str, tuple[str, bytes]] = {
@@ -164,7 +164,7 @@ def test_a_hundred_damaged_files_are_value_errors_or_scores(name: str, tmp_path:
     for _ in range(100):
         path = written(tmp_path, name, damage(raw, rng))
         try:
-            found = load_scores(path)
+            found = load_scores(path).values
         except ValueError:
             n_refused += 1
         else:  # e.g. another digit: such a file is as good as any

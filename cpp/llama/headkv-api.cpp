@@ -58,7 +58,7 @@ struct headkv_params headkv_default_params(void) {
         /*.window          =*/ 8,
         /*.pool            =*/ HEADKV_POOL_MAX,
         /*.pool_kernel     =*/ 7,
-        /*.beta            =*/ 1.2,
+        /*.beta            =*/ 0.0,
         /*.n_tail          =*/ 64,
         /*.attend          =*/ HEADKV_ATTEND_AUTO,
         /*.n_buckets       =*/ 1,

@@ -60,10 +60,6 @@ headkv_config headkv_config_from_params(const headkv_params & params) {
                     params.kv_size, params.window, params.window + 1, 1 << 26));
     }
     cfg.kv_size = params.kv_size;
-    if (!std::isfinite(params.beta) || !(params.beta > 1.0)) {
-        throw std::invalid_argument(format("beta is %g: it must be a finite number > 1 (larger = more uniform budgets)", params.beta));
-    }
-    cfg.beta      = params.beta;
     cfg.n_tail    = check_range("n_tail", params.n_tail, 1, 1 << 20);
     cfg.attend    = (headkv_attend) check_range("attend", params.attend, HEADKV_ATTEND_AUTO, HEADKV_ATTEND_COMPOSED);
     cfg.n_buckets = check_range("n_buckets", params.n_buckets, 1, 8);
@@ -92,6 +88,12 @@ headkv_config headkv_config_from_params(const headkv_params & params) {
             throw std::invalid_argument("policy 'headkv' needs the importance of each head and the model has none: add it with "
                     "scripts/gguf_add_importance.py, pass importance=, or use policy 'snapkv'");
         }
+    }
+
+    const double known = cfg.importance.beta != 0.0 ? cfg.importance.beta : 1.2;
+    cfg.beta = params.beta != 0.0 ? params.beta : known;
+    if (!std::isfinite(cfg.beta) || !(cfg.beta > 1.0)) {
+        throw std::invalid_argument(format("beta is %g: it must be a finite number > 1 (larger = more uniform budgets)", cfg.beta));
     }
 
     return cfg;

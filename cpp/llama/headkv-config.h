@@ -10,6 +10,7 @@
 struct headkv_importance {
     int32_t n_layer = 0;
     int32_t n_head  = 0;
+    double  beta    = 0.0; // that suits the values; 0 = not known
     std::vector<double> values; // [n_layer*n_head], query heads, finite, >= 0, sum > 0; empty = none given
 };
 
@@ -28,7 +29,7 @@ struct headkv_config {
     uint32_t      window;
     headkv_pool   pool;
     uint32_t      pool_kernel;
-    double        beta;
+    double        beta; // > 1
     uint32_t      n_tail;
     headkv_attend attend;
     uint32_t      n_buckets;

@@ -67,5 +67,16 @@ headkv_importance headkv_importance_from_gguf(const char * path) {
     }
     headkv_importance_check(res);
 
+    const int64_t id_beta = gguf_find_key(gguf.get(), (key + ".beta").c_str());
+    if (id_beta >= 0) {
+        if (gguf_get_kv_type(gguf.get(), id_beta) != GGUF_TYPE_FLOAT64) {
+            throw std::invalid_argument(key + ".beta must be a float64");
+        }
+        res.beta = gguf_get_val_f64(gguf.get(), id_beta);
+        if (!std::isfinite(res.beta) || !(res.beta > 1.0)) {
+            throw std::invalid_argument(format("%s.beta is %g: it must be a finite number > 1", key.c_str(), res.beta));
+        }
+    }
+
     return res;
 }
