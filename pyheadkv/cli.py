@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from . import __version__, demo, inspect, plan, score
+from . import __version__, demo, evaluate, inspect, plan, score
 from .demo import round_n_ctx, threads_kwargs
 from .inspect import format_bytes, model_path, read_shape
 from .options import POOLS, PREFILLS, check_int
@@ -286,6 +286,7 @@ COMMANDS = (
     Command("generate", "continue a prompt", add_generate_arguments, run_generate),
     Command("inspect", "show importance and budgets of a GGUF", inspect.add_arguments, inspect.run),
     Command("score", "measure the importance of the heads of a model", score.add_arguments, score.run),
+    Command("eval", "compare cache policies at equal bytes", evaluate.add_arguments, evaluate.run),
     Command("plan", "find the longest prompt that fits into a memory", plan.add_arguments, plan.run),
     Command(
         "demo",

@@ -21,7 +21,7 @@ PREFILLS = {"auto": 0, "token": 1, "layer": 2}
 
 DEFAULT_BETA = 1.2  # where none was chosen for the scores
 
-ImportanceLike = Union[str, PathLike, npt.ArrayLike, None]
+ImportanceLike = Union[str, PathLike, npt.ArrayLike, Importance, None]
 
 
 def check_int(name: str, value: Any, lo: int, hi: int, remedy: str = "") -> int:
@@ -48,8 +48,8 @@ def check_choice(name: str, value: Any, choices: Any) -> str:
 
 def load_importance(source: ImportanceLike, model: str | PathLike[str]) -> Importance | None:
     """Importance for a model, from an array, a score file (see ``gguf_keys``) or a GGUF file; None = the model's own."""
-    if source is None:
-        return None
+    if source is None or isinstance(source, Importance):
+        return source
     if not isinstance(source, (str, PathLike)):
         return Importance(gguf_keys.check_importance(source, name="importance"))
     path = Path(source)

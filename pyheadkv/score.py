@@ -24,16 +24,19 @@ import os
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from . import __version__, gguf_keys
+from . import __version__, calibrate, gguf_keys
+from .calibrate import Calibration, HeldOut
 from .demo import round_n_ctx, threads_kwargs
+from .gguf_keys import Importance
 from .inspect import gini, model_path, read_shape
+from .journal import REMEDY, Journal
 from .options import check_int
 from .score_examples import (
     METHODS,
@@ -215,6 +218,7 @@ class Settings:
     model_sha256 : of the file
     engine : threads, batch and layers on the GPU, which decide how sums are rounded
     versions : of pyheadkv and llama_cpp_python
+    calibration : examples and cache sizes that beta is chosen on; empty = it is not
     """
 
     method: str
@@ -225,44 +229,15 @@ class Settings:
     model_sha256: str
     engine: dict[str, int]
     versions: dict[str, str]
+    calibration: dict[str, Any] = field(default_factory=dict)
 
 
-class Journal:
-    """File of one line for the settings and one for each example that is done."""
-
-    def __init__(self, path: Path, settings: Settings, *, resume: bool) -> None:
-        self.path = path
-        self.outcomes: list[Outcome] = []
-        if resume and path.exists():
-            self._restore(settings)
-        else:
-            path.write_text(json.dumps(asdict(settings)) + "\n", encoding="utf-8")
-
-    def _restore(self, settings: Settings) -> None:
-        lines = self.path.read_bytes().split(b"\n")
-        complete = lines[:-1]  # what comes after the last line break is a line that was not finished
-        try:
-            header, *entries = (json.loads(line) for line in complete)
-            begun = Settings(**header)
-            self.outcomes = [Outcome(**entry) for entry in entries]
-        except (ValueError, TypeError) as error:
-            raise ValueError(f"{self.path} is damaged ({error}): begin again without --resume, with --force") from None
-        for name, value in asdict(settings).items():
-            if getattr(begun, name) != value:
-                raise ValueError(
-                    f"{self.path} was begun with {name} = {getattr(begun, name)!r}, not {value!r}: "
-                    "use the same, or begin again without --resume, with --force"
-                )
-        with open(self.path, "r+b") as file:
-            file.truncate(sum(len(line) + 1 for line in complete))
-
-    def append(self, outcome: Outcome) -> None:
-        """Add one example and see it on the disk."""
-        self.outcomes.append(outcome)
-        with open(self.path, "ab") as file:
-            file.write(json.dumps(asdict(outcome)).encode() + b"\n")
-            file.flush()
-            os.fsync(file.fileno())
+def outcomes_of(journal: Journal) -> list[Outcome]:
+    """The examples that a journal has."""
+    try:
+        return [Outcome(**entry) for entry in journal.entries if "scores" in entry]
+    except TypeError as error:
+        raise ValueError(f"{journal.path} is damaged ({error}): {REMEDY}") from None
 
 
 def measure(reader: Reader, examples: Examples, journal: Journal, *, method: str) -> int:
@@ -274,17 +249,19 @@ def measure(reader: Reader, examples: Examples, journal: Journal, *, method: str
     """
     from tqdm import tqdm
 
-    n_done, n_read = len(journal.outcomes), 0
+    outcomes = outcomes_of(journal)
+    n_done, n_read = len(outcomes), 0
     lengths = [max(slot.n_tokens, N_QUESTION) for slot in examples.slots]
     total, initial = sum(lengths), sum(lengths[:n_done])
     look = {"desc": "scoring", "unit": " tokens", "unit_scale": True, "leave": False, "disable": None}
     with tqdm(total=total, initial=initial, **look) as bar:
         for slot, n_planned in zip(examples.slots[n_done:], lengths[n_done:], strict=True):
             outcome = _measure_one(reader, examples, slot, method=method)
-            journal.append(outcome)
+            journal.append(asdict(outcome))
+            outcomes.append(outcome)
             n_read += outcome.n_tokens
-            n_accepted = sum(o.accepted for o in journal.outcomes)
-            bar.set_postfix_str(f"{n_accepted}/{len(journal.outcomes)} accepted", refresh=False)
+            n_accepted = sum(o.accepted for o in outcomes)
+            bar.set_postfix_str(f"{n_accepted}/{len(outcomes)} accepted", refresh=False)
             bar.update(n_planned)
     return n_read
 
@@ -306,12 +283,16 @@ def _measure_one(reader: Reader, examples: Examples, slot: Slot, *, method: str)
     )
 
 
-def result(settings: Settings, outcomes: Sequence[Outcome]) -> dict[str, Any]:
+def result(settings: Settings, outcomes: Sequence[Outcome], calibration: Calibration | None = None) -> dict[str, Any]:
     """Content of the score file."""
+    how = asdict(settings)
+    del how["calibration"]
+    if calibration is not None:
+        how |= {"beta": calibration.beta, "calibration": calibration.table()}
     examples = [{name: value for name, value in asdict(o).items() if name != "scores"} for o in outcomes]
     return {
         "importance": mean_importance(outcomes).tolist(),
-        **asdict(settings),
+        **how,
         "accepted": sum(o.accepted for o in outcomes),
         "examples": examples,
     }
@@ -348,6 +329,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         f"{CORPUS_MAX_TOKENS} for the embedded model)",
     )
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the haystacks (default: %(default)s)")
+    parser.add_argument(
+        "--calibrate", action="store_true", help="also choose beta on held-out examples and store it with the importance"
+    )
+    parser.add_argument(
+        "--kv-size",
+        type=int,
+        nargs="+",
+        metavar="N",
+        help="cells per KV head that --calibrate compresses to "
+        f"(default: {' '.join(map(str, calibrate.KV_SIZES))})",
+    )
     parser.add_argument("--resume", action="store_true", help="go on with a run that was interrupted")
     parser.add_argument("--force", action="store_true", help="replace files that exist and importance in the model")
     group = parser.add_argument_group("engine")
@@ -367,6 +359,9 @@ def run(args: argparse.Namespace) -> int:
     max_tokens = _max_tokens(args, n_ctx_train=read_shape(path).n_ctx_train)
     if args.examples is not None:
         check_int("--examples", args.examples, 1, 1 << 20)
+    if args.kv_size is not None and not args.calibrate:
+        raise ValueError(f"--kv-size={args.kv_size}: it is for --calibrate, scores do not depend on it")
+    kv_sizes = [check_int("--kv-size", n, 9, max_tokens) for n in args.kv_size or calibrate.KV_SIZES if args.calibrate]
     llm = _open_model(path, args, n_ctx=round_n_ctx(max_tokens + N_QUESTION + N_ANSWER))
     try:
         if args.max_tokens is None and speaks_needle_language(llm):
@@ -393,19 +388,29 @@ def run(args: argparse.Namespace) -> int:
                 "n_gpu_layers": args.n_gpu_layers,
             },
             versions=_versions(),
+            calibration={"n_examples": calibrate.N_EXAMPLES, "kv_sizes": kv_sizes} if args.calibrate else {},
         )
-        journal = Journal(journal_path, settings, resume=args.resume)
+        journal = Journal(journal_path, asdict(settings), resume=args.resume)
         begin = time.perf_counter()
         n_read = measure(LlamaReader(llm), examples, journal, method=args.method)
         seconds = time.perf_counter() - begin
+        outcomes, calibration = outcomes_of(journal), None
+        if args.calibrate:
+            held_out = HeldOut(llm, max_tokens=max_tokens, n_examples=calibrate.N_EXAMPLES, seed=args.seed)
+            importance = Importance(mean_importance(outcomes))
+            calibration = calibrate.calibrate(
+                llm, importance, held_out, journal, kv_sizes=kv_sizes, accept_above=ACCEPT_ABOVE
+            )
     finally:
         llm.close()
-    scores = result(settings, journal.outcomes)
+    scores = result(settings, outcomes, calibration)
     _write_json(args.output, scores)
     journal_path.unlink()
     if args.write is not None:
         _write_model(path, args, scores)
     print(report(scores, n_read=n_read, seconds=seconds))
+    if calibration is not None:
+        print("\n".join(calibration.lines()))
     return 0
 
 
@@ -458,6 +463,7 @@ def _open_model(path: Path, args: argparse.Namespace, *, n_ctx: int) -> Llama:
         kv_size=64,
         policy="snapkv",
         prefill="token",
+        keep_prompt=args.calibrate,
         n_ctx=n_ctx,
         n_batch=check_int("--n-batch", args.n_batch, 1, 1 << 20),
         n_gpu_layers=args.n_gpu_layers,
@@ -485,7 +491,13 @@ def _write_model(path: Path, args: argparse.Namespace, scores: dict[str, Any]) -
         f"examples up to {scores['max_tokens']} tokens, seed {args.seed}, measured on sha256:{scores['model_sha256']}"
     )
     gguf_keys.write_importance(
-        path, args.write, scores["importance"], method=f"headkv-{args.method}", source=source, force=args.force
+        path,
+        args.write,
+        scores["importance"],
+        method=f"headkv-{args.method}",
+        source=source,
+        beta=scores.get("beta"),
+        force=args.force,
     )
     print(f"importance written to {args.write}", file=sys.stderr)
 

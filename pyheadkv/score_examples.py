@@ -119,7 +119,7 @@ class Examples(ABC):
 
 
 def make_examples(
-    llm: Llama, *, method: str, protocol: str, max_tokens: int, n_examples: int | None = None, seed: int = 0
+    llm: Llama, *, method: str, protocol: str, max_tokens: int, n_examples: int | None = None, seed: int | str = 0
 ) -> Examples:
     """The examples for a model.
 
@@ -195,7 +195,7 @@ class CorpusExamples(Examples):
     N_EXAMPLES = 60
     N_MIN = 512  # the facts of a document alone take half of it
 
-    def __init__(self, llm: Llama, *, method: str, max_tokens: int, n_examples: int | None, seed: int) -> None:
+    def __init__(self, llm: Llama, *, method: str, max_tokens: int, n_examples: int | None, seed: int | str) -> None:
         super().__init__(llm)
         self._seed = seed
         n = self.N_EXAMPLES if n_examples is None else n_examples
@@ -390,17 +390,66 @@ def haystack_sentences() -> list[str]:
     return re.split(r'(?<=[.!?])(?<!Mr\.)(?<!Mrs\.)(?<!Dr\.) (?=["A-Z])', text)
 
 
+class Prose:
+    """Pieces of a prompt in English, tokenised one by one, so that every piece has an exact span."""
+
+    def __init__(self, llm: Llama) -> None:
+        self.llm = llm
+        self._adds_space = llm.detokenize(llm.tokenize(b"a", add_bos=False)).startswith(b" ")
+        self._sentences = [self.continued(sentence) for sentence in haystack_sentences()]
+
+    def continued(self, text: str) -> list[int]:
+        """Tokens of a text that stands after a space."""
+        return self.llm.tokenize((text if self._adds_space else " " + text).encode(), add_bos=False)
+
+    def haystack(self, rng: random.Random, n_tokens: int) -> list[list[int]]:
+        """Shuffled sentences of at most n_tokens together, as many as fit."""
+        chosen: list[list[int]] = []
+        n_left = n_tokens
+        while fitting := [sentence for sentence in self._sentences if len(sentence) <= n_left]:
+            for sentence in rng.sample(fitting, len(fitting)):
+                if len(sentence) <= n_left:
+                    chosen.append(sentence)
+                    n_left -= len(sentence)
+        return chosen
+
+    def frame(self, question: str, *, how: str = "Answer with the words of the text.") -> tuple[list[int], list[int]]:
+        """Tokens before the haystack and after it, in the chat template of the model if it has one."""
+        template = self.llm.metadata.get("tokenizer.chat_template")
+        if template is None:
+            prefix, suffix = "", f"\n\nQuestion: {question}\nAnswer:"
+        else:
+            content = f"{MARK}\n\n{question} {how}"
+            prefix, suffix = _split_chat(render_chat(self.llm, template, content))
+        text = prefix.rstrip(" ")  # the haystack brings its own space
+        bos = _token_text(self.llm, self.llm.token_bos())
+        add_bos = not (bos and text.startswith(bos))
+        return (
+            self.llm.tokenize(text.encode(), add_bos=add_bos, special=True),
+            self.llm.tokenize(suffix.encode(), add_bos=False, special=True),
+        )
+
+
+def split_at(sentences: list[list[int]], depth: float) -> tuple[list[list[int]], list[list[int]]]:
+    """Sentences before and after a depth, 0 to 1 of their tokens."""
+    n_before = depth * sum(map(len, sentences))
+    n = i = 0
+    while i < len(sentences) and n + len(sentences[i]) / 2 <= n_before:
+        n += len(sentences[i])
+        i += 1
+    return sentences[:i], sentences[i:]
+
+
 class ProseExamples(Examples):
     """Needles between the sentences of a shuffled public-domain text."""
 
     N_EXAMPLES = 60
 
-    def __init__(self, llm: Llama, *, method: str, max_tokens: int, n_examples: int | None, seed: int) -> None:
+    def __init__(self, llm: Llama, *, method: str, max_tokens: int, n_examples: int | None, seed: int | str) -> None:
         super().__init__(llm)
         self._seed, self._copies = seed, method == "r"
         self._retrieval = method != "r2"
-        self._adds_space = llm.detokenize(llm.tokenize(b"a", add_bos=False)).startswith(b" ")
-        self._sentences = [self._continued(sentence) for sentence in haystack_sentences()]
+        self._prose = Prose(llm)
         kinds = [n.kind for n in RETRIEVAL] if self._retrieval else [kind for pair in REASONING for kind in pair.kinds]
         n = self.N_EXAMPLES if n_examples is None else n_examples
         self.slots = _spread(kinds, n_examples=n, n_min=MIN_HAYSTACK + 2 * N_QUESTION, n_max=max_tokens)
@@ -408,13 +457,14 @@ class ProseExamples(Examples):
     def make(self, slot: Slot) -> Example:
         rng = random.Random(f"{self._seed} {slot.name}")
         needle_ = self._needle(slot, rng)
-        prefix, suffix = self._frame(needle_.question)
+        prefix, suffix = self._prose.frame(needle_.question)
         before, answer, after = (
-            [t for text in texts for t in self._continued(text)]
+            [t for text in texts for t in self._prose.continued(text)]
             for texts in (needle_.before, (needle_.answer,), needle_.after)
         )
         n_rest = len(prefix) + len(before) + len(answer) + len(after) + len(suffix)
-        head, tail = self._haystack(rng, slot.n_tokens - n_rest, slot.depth)
+        sentences = self._prose.haystack(rng, slot.n_tokens - n_rest)
+        head, tail = ([t for sentence in part for t in sentence] for part in split_at(sentences, slot.depth))
         start = len(prefix) + len(head) + len(before)
         tokens = (*prefix, *head, *before, *answer, *after, *tail, *suffix)
         n_steps = len(answer) + N_SPARE * self._copies
@@ -427,41 +477,6 @@ class ProseExamples(Examples):
         if self._retrieval:
             return RETRIEVAL[slot.index]
         return REASONING[slot.index // 2].needle(slot.index % 2, order=rng.sample(range(3), 3))
-
-    def _haystack(self, rng: random.Random, n_tokens: int, depth: float) -> tuple[list[int], list[int]]:
-        """Tokens before and after the needle, whole sentences, at most n_tokens."""
-        chosen: list[list[int]] = []
-        n_left = n_tokens
-        while fitting := [sentence for sentence in self._sentences if len(sentence) <= n_left]:
-            for sentence in rng.sample(fitting, len(fitting)):
-                if len(sentence) <= n_left:
-                    chosen.append(sentence)
-                    n_left -= len(sentence)
-        n_before = depth * sum(map(len, chosen))
-        head: list[int] = []
-        while chosen and len(head) + len(chosen[0]) / 2 <= n_before:
-            head += chosen.pop(0)
-        return head, [t for sentence in chosen for t in sentence]
-
-    def _continued(self, text: str) -> list[int]:
-        """Tokens of a text that stands after a space."""
-        return self.llm.tokenize((text if self._adds_space else " " + text).encode(), add_bos=False)
-
-    def _frame(self, question: str) -> tuple[list[int], list[int]]:
-        """Tokens before the haystack and after it."""
-        template = self.llm.metadata.get("tokenizer.chat_template")
-        if template is None:
-            prefix, suffix = "", f"\n\nQuestion: {question}\nAnswer:"
-        else:
-            content = f"{MARK}\n\n{question} Answer with the words of the text."
-            prefix, suffix = _split_chat(render_chat(self.llm, template, content))
-        text = prefix.rstrip(" ")  # the haystack brings its own space
-        bos = _token_text(self.llm, self.llm.token_bos())
-        add_bos = not (bos and text.startswith(bos))
-        return (
-            self.llm.tokenize(text.encode(), add_bos=add_bos, special=True),
-            self.llm.tokenize(suffix.encode(), add_bos=False, special=True),
-        )
 
 
 def render_chat(llm: Llama, template: str, content: str) -> str:

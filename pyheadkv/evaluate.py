@@ -1,0 +1,257 @@
+"""``pyheadkv eval``: compare cache policies on tasks, at equal bytes, beside the full cache of the same engine.
+
+Every context is read once with full attention; each setting then compresses that same prompt. Two protocols:
+
+query-aware     the question is part of the prompt that is compressed
+query-agnostic  the context is compressed first, the question is read afterwards, against what was kept
+
+Strict in both: the last token of the question runs against the compressed cache, so that the first token of the answer
+is judged too. Answers are greedy. Every answer goes to a JSON lines file as soon as its context is done, from which
+``--resume`` goes on; a Markdown table and plots are made from that file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from itertools import product
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+from . import __version__
+from .demo import round_n_ctx
+from .evaluate_report import write_report
+from .gguf_keys import check_beta
+from .inspect import model_path
+from .journal import Journal
+from .options import POLICIES, POOLS, check_choice, check_int
+from .tasks import TASKS, Ask, TaskOptions, make_task
+from .trial import FULL, Setting, Trial
+
+PROTOCOLS = ("query-aware", "query-agnostic")
+N_ROOM = 512  # tokens of the context for follow-up questions and answers
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a worker needs."""
+
+    model: Path
+    tasks: tuple[TaskOptions, ...]
+    settings: tuple[Setting, ...]
+    protocols: tuple[str, ...]
+    n_threads: int
+    n_gpu_layers: int
+
+
+class Worker:
+    """One model in one process."""
+
+    def __init__(self, job: Job) -> None:
+        from .llama import Llama
+
+        self.job = job
+        n_ctx = round_n_ctx(max(task.n_tokens for task in job.tasks) + N_ROOM)
+        self.llm = Llama(
+            job.model,
+            kv_size=64,
+            policy="snapkv",
+            keep_prompt=True,
+            n_ctx=n_ctx,
+            n_threads=job.n_threads,
+            n_threads_batch=job.n_threads,
+            n_gpu_layers=job.n_gpu_layers,
+            verbose=False,
+        )
+        self.trial = Trial(self.llm)
+        self.tasks = [make_task(self.llm, options) for options in job.tasks]
+
+    def run(self, i_task: int, i_quiz: int) -> dict[str, Any]:
+        """All answers about one context: one line of the output."""
+        task = self.tasks[i_task]
+        asks, stop = task.quiz(i_quiz), task.stop_tokens()
+        answers = []
+        for protocol in self.job.protocols:
+            run = self._aware if protocol == PROTOCOLS[0] else self._agnostic
+            for i_ask, setting, n_bytes, out in run(asks, stop):
+                ask, text = asks[i_ask], self.llm.detokenize(out).decode("utf-8", "replace").strip()
+                answers.append(
+                    {"ask": i_ask, "kind": ask.kind, "depth": round(ask.depth, 4), "n_tokens": len(ask.prompt) + len(ask.more),
+                     "protocol": protocol, "setting": setting.name, "score": ask.grade(text), "bytes": n_bytes, "text": text}
+                )  # fmt: skip
+        return {"task": task.options.name, "length": task.options.n_tokens, "quiz": i_quiz, "answers": answers}
+
+    def _aware(self, asks: Sequence[Ask], stop: frozenset[int]) -> Iterator[tuple[int, Setting, int, list[int]]]:
+        for i_ask, ask in enumerate(asks):
+            rest = (ask.prompt[-1], *ask.more)
+            for setting in self.job.settings:
+                n_bytes = self.trial.compress(setting, ask.prompt)
+                self.trial.go_on(len(ask.prompt) - 1, rest)
+                yield i_ask, setting, n_bytes, self.trial.generate(rest[-1], ask.n_steps, stop=stop)
+
+    def _agnostic(self, asks: Sequence[Ask], stop: frozenset[int]) -> Iterator[tuple[int, Setting, int, list[int]]]:
+        for setting in self.job.settings:
+            for i_ask, ask in enumerate(asks):
+                if i_ask == 0 or ask.prompt[: ask.n_context] != asks[i_ask - 1].prompt[: ask.n_context]:
+                    n_bytes = self.trial.compress(setting, ask.prompt[: ask.n_context])
+                rest = (*ask.prompt[ask.n_context :], *ask.more)
+                self.trial.go_on(ask.n_context, rest)
+                yield i_ask, setting, n_bytes, self.trial.generate(rest[-1], ask.n_steps, stop=stop)
+
+
+_worker: Worker | None = None  # of this process
+
+
+def _begin(job: Job) -> None:
+    global _worker
+    _worker = Worker(job)
+
+
+def _run(place: tuple[int, int]) -> dict[str, Any]:
+    assert _worker is not None
+    return _worker.run(*place)
+
+
+def run_job(job: Job, places: Sequence[tuple[int, int]], *, n_jobs: int) -> Iterator[dict[str, Any]]:
+    """Answers of each (task, context), in order, computed by ``n_jobs`` processes."""
+    with ProcessPoolExecutor(n_jobs, mp_context=get_context("spawn"), initializer=_begin, initargs=(job,)) as pool:
+        try:
+            yield from pool.map(_run, places)
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+
+# command
+
+
+def _list(text: str) -> list[str]:
+    return [part.strip() for part in text.split(",") if part.strip()]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of ``pyheadkv eval``."""
+    parser.add_argument("task", metavar="TASK[,TASK..]", help=f"one or more of {', '.join(TASKS)}")
+    parser.add_argument("model", nargs="?", metavar="MODEL.gguf", help="model (default: the embedded one)")
+    parser.add_argument(
+        "-o", "--output", type=Path, required=True, metavar="FILE.jsonl", help="answers; tables and plots stand beside it"
+    )
+    group = parser.add_argument_group("settings to compare, comma-separated; the full cache is always one of them")
+    group.add_argument("--policy", default="headkv,snapkv,streaming", metavar="LIST", help="(default: %(default)s)")
+    group.add_argument("--kv-size", default="32,64,128", metavar="LIST", help="cells per KV head (default: %(default)s)")
+    group.add_argument("--pool", default="max", metavar="LIST", help="max, avg (default: %(default)s)")
+    group.add_argument("--beta", default="", metavar="LIST", help="(default: the one stored with the importance, else 1.2)")
+    group.add_argument(
+        "--importance", default="", metavar="LIST", help="score files or GGUFs (default: the importance of the model)"
+    )
+    group = parser.add_argument_group("questions")
+    group.add_argument(
+        "--protocol", default=",".join(PROTOCOLS), metavar="LIST", help="query-aware, query-agnostic (default: both)"
+    )
+    group.add_argument("--tokens", default="4096", metavar="LIST", help="lengths of the prompts (default: %(default)s)")
+    group.add_argument("--contexts", type=int, default=20, metavar="N", help="per task and length (default: %(default)s)")
+    group.add_argument(
+        "--questions", type=int, default=2, metavar="N", help="of each kind about one context (default: %(default)s)"
+    )
+    group.add_argument("--depths", type=int, default=10, metavar="N", help="of the needle, task niah (default: %(default)s)")
+    group.add_argument("--file", type=Path, metavar="FILE.jsonl", help="of the tasks longbench and babilong")
+    group.add_argument("--seed", type=int, default=0, metavar="N", help="(default: %(default)s)")
+    group = parser.add_argument_group("run")
+    group.add_argument("--jobs", type=int, default=1, metavar="N", help="contexts at the same time (default: %(default)s)")
+    group.add_argument("--threads", type=int, default=1, metavar="N", help="CPU threads of each (default: %(default)s)")
+    group.add_argument("--n-gpu-layers", type=int, default=0, metavar="N", help="layers on the GPU, -1 = all (default: %(default)s)")
+    group.add_argument("--resume", action="store_true", help="go on with a run that was interrupted")
+    group.add_argument("--force", action="store_true", help="replace the output")
+
+
+def make_settings(args: argparse.Namespace) -> tuple[Setting, ...]:
+    """The full cache, then every combination that differs; pooling, beta and importance only where they count."""
+    policies = [check_choice("--policy", p, (FULL, *POLICIES)) for p in _list(args.policy)]
+    sizes = [check_int("--kv-size", int(n) if n.isdigit() else n, 9, 1 << 26) for n in _list(args.kv_size)]
+    pools = [check_choice("--pool", p, tuple(POOLS)) for p in _list(args.pool)]
+    betas = [check_beta(float(b), name="beta") for b in _list(args.beta)] or [0.0]
+    files = _list(args.importance) or [""]
+    out = [Setting()]
+    for policy, kv_size, pool, beta, file in product(policies, sizes, pools, betas, files):
+        if policy == FULL:
+            continue
+        by_importance, by_score = "headkv" in policy, policy != "streaming"
+        out.append(Setting(policy, kv_size, pool if by_score else "", beta if by_importance else 0.0, file if by_importance else ""))
+    return tuple(dict.fromkeys(out))
+
+
+def run(args: argparse.Namespace) -> int:
+    """Ask everything that is not answered yet, and write the report."""
+    from tqdm import tqdm
+
+    path = model_path(args.model)
+    if args.output.suffix != ".jsonl" or not args.output.parent.is_dir():
+        raise ValueError(f"output {args.output}: name a file that ends in .jsonl, in a folder that exists")
+    if args.output.exists() and not (args.resume or args.force):
+        raise ValueError(f"output {args.output} exists: pass --resume to go on with it, or --force to replace it")
+    lengths = [check_int("--tokens", int(n) if n.isdigit() else n, 64, 1 << 24) for n in _list(args.tokens)]
+    tasks = tuple(
+        TaskOptions(check_choice("task", name, TASKS), n, args.questions, args.seed, args.depths, args.file)
+        for name in _list(args.task)
+        for n in lengths
+    )
+    protocols = tuple(check_choice("--protocol", p, PROTOCOLS) for p in _list(args.protocol))
+    job = Job(path, tasks, make_settings(args), protocols, check_int("--threads", args.threads, 1, 1024), args.n_gpu_layers)
+    check_int("--contexts", args.contexts, 1, 1 << 20)
+    check_int("--jobs", args.jobs, 1, 1024)
+    journal = Journal(args.output, describe(job), resume=args.resume)
+    done = {(e["task"], e["length"], e["quiz"]) for e in journal.entries}
+    counts = count_quizzes(job, args.contexts)
+    places = [
+        (i, k) for i, task in enumerate(tasks) for k in range(counts[i]) if (task.name, task.n_tokens, k) not in done
+    ]
+    with tqdm(total=sum(counts), initial=sum(counts) - len(places), desc="contexts", leave=False, disable=None) as bar:
+        for entry in run_job(job, places, n_jobs=min(args.jobs, max(1, len(places)))):
+            journal.append(entry)
+            bar.update()
+    report = write_report(args.output, command="pyheadkv eval " + " ".join(sys.argv[2:]))
+    print(report)
+    return 0
+
+
+def count_quizzes(job: Job, n_contexts: int) -> list[int]:
+    """Contexts of each task: as many as are wanted, or as a file has."""
+    counts = []
+    for options in job.tasks:
+        n = n_contexts
+        if options.file is not None:
+            with open(options.file, encoding="utf-8") as file:
+                n = min(n, sum(bool(line.strip()) for line in file))
+        counts.append(n)
+    return counts
+
+
+def describe(job: Job) -> dict[str, Any]:
+    """What decides the answers: first line of the output."""
+    import llama_cpp
+
+    digests = {s.importance: sha256(s.importance) for s in job.settings if s.importance}
+    return {
+        "model": job.model.name,
+        "model_sha256": sha256(job.model),
+        "importance_sha256": {Path(name).name: digest for name, digest in digests.items()},
+        "settings": [{**asdict(s), "name": s.name, "importance": Path(s.importance).name} for s in job.settings],
+        "protocols": job.protocols,
+        "tasks": [{**asdict(t), "file": t.file and t.file.name} for t in job.tasks],
+        "engine": {"n_threads": job.n_threads, "n_gpu_layers": job.n_gpu_layers},
+        "versions": {"pyheadkv": __version__, "llama_cpp_python": llama_cpp.__version__},
+    }
+
+
+def sha256(path: str | os.PathLike[str]) -> str:
+    """Of a file, hexadecimal."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()

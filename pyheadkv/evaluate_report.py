@@ -1,0 +1,235 @@
+"""Tables and plots of ``pyheadkv eval``, from the file of answers alone."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .journal import read_lines
+from .trial import FULL
+
+N_BOOTSTRAP = 4000
+RANKED_ABOVE = 0.8  # of the full cache; a task that it cannot do says nothing about policies
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One graded answer; ``place`` names the context."""
+
+    task: str
+    length: int
+    place: str
+    ask: int
+    kind: str
+    depth: float
+    protocol: str
+    setting: str
+    score: float
+    bytes: int
+
+
+class Answers:
+    """All answers of a run."""
+
+    def __init__(self, path: Path) -> None:
+        self.header, entries, _ = read_lines(path)
+        self.all = [
+            Answer(
+                e["task"], e["length"], f"{e['task']}/{e['length']}/{e['quiz']}", a["ask"], a["kind"], a["depth"], a["protocol"],
+                a["setting"], a["score"], a["bytes"],
+            )
+            for e in entries
+            for a in e["answers"]
+        ]  # fmt: skip
+        self.settings: list[dict[str, Any]] = self.header["settings"]
+        self.kinds = list(dict.fromkeys(a.kind for a in self.all))
+        self.protocols = list(dict.fromkeys(a.protocol for a in self.all))
+        self._cells: dict[tuple[str, str, str], list[Answer]] = defaultdict(list)
+        for a in self.all:
+            self._cells[a.protocol, a.setting, a.kind].append(a)
+
+    def of(self, protocol: str, setting: str, kind: str | None = None) -> list[Answer]:
+        """Answers of one setting; kind None = all kinds."""
+        kinds = self.kinds if kind is None else [kind]
+        return [a for k in kinds for a in self._cells[protocol, setting, k]]
+
+    def full(self, protocol: str, kind: str | None = None) -> float:
+        """Mean score of the full cache."""
+        return float(np.mean([a.score for a in self.of(protocol, FULL, kind)]))
+
+
+def interval(scores: dict[str, list[float]], *, seed: int = 0) -> tuple[float, float, float]:
+    """Mean and its 95 % interval, by bootstrap over contexts.
+
+    Parameters
+    ----------
+    scores : of each context
+    """
+    sums = np.array([sum(s) for s in scores.values()], dtype=float)
+    counts = np.array([len(s) for s in scores.values()], dtype=float)
+    pick = np.random.default_rng(seed).integers(len(sums), size=(N_BOOTSTRAP, len(sums)))
+    low, high = np.quantile(sums[pick].sum(1) / counts[pick].sum(1), (0.025, 0.975))
+    return float(sums.sum() / counts.sum()), float(low), float(high)
+
+
+def by_context(answers: list[Answer]) -> dict[str, list[float]]:
+    """Scores of each context."""
+    out: dict[str, list[float]] = defaultdict(list)
+    for a in answers:
+        out[a.place].append(a.score)
+    return out
+
+
+def gain(a: list[Answer], b: list[Answer]) -> tuple[float, float, float]:
+    """Mean of ``a`` less mean of ``b`` on the same questions, and its 95 % interval."""
+    other = {(x.place, x.ask): x.score for x in b}
+    out: dict[str, list[float]] = defaultdict(list)
+    for x in a:
+        out[x.place].append(x.score - other[x.place, x.ask])
+    return interval(out)
+
+
+def write_report(path: Path, *, command: str) -> Path:
+    """Write FILE.md and FILE.png (and FILE.niah.png) beside FILE.jsonl; the path of the table."""
+    answers = Answers(path)
+    if not answers.all:
+        raise ValueError(f"{path} has no answers: run the evaluation first")
+    out = path.with_suffix(".md")
+    pictures = [plot(answers, path.with_suffix(".png"))]
+    if any(a.task == "niah" for a in answers.all):
+        pictures.append(plot_depths(answers, path.with_name(path.stem + "_niah.png")))
+    lines = _head(answers, command, pictures)
+    for protocol in answers.protocols:
+        lines += _scores(answers, protocol) + _gains(answers, protocol)
+    out.write_text("\n".join([*lines, ""]), encoding="utf-8")
+    return out
+
+
+def row(cells: list[str]) -> str:
+    """One row of a Markdown table."""
+    return "| " + " | ".join(cells) + " |"
+
+
+def _head(answers: Answers, command: str, pictures: list[Path]) -> list[str]:
+    header = answers.header
+    n_asked = {k: len(answers.of(answers.protocols[0], FULL, k)) for k in answers.kinds}
+    asked = ", ".join(f"{n} {kind}" for kind, n in n_asked.items())
+    versions = ", ".join(f"{name} {version}" for name, version in header["versions"].items())
+    return [
+        f"# {', '.join(dict.fromkeys(t['name'] for t in header['tasks']))}: cache policies on {header['model']}", "",
+        f"`{command}`", "",
+        f"Model sha256 {header['model_sha256'][:16]}, {versions}. Questions per cell: {asked}. Greedy; strict: the last prompt "
+        "token runs against the compressed cache. Scores in % with 95 % intervals (bootstrap over contexts). KiB: K and V of "
+        "the cells that are kept, mean over the prompts; settings of one kv_size are compared at these bytes.", "",
+        *(f"![{picture.stem}]({picture.name})" for picture in pictures), "",
+    ]  # fmt: skip
+
+
+def _scores(answers: Answers, protocol: str) -> list[str]:
+    kinds = answers.kinds
+    lines = [f"## {protocol}", "", row(["setting", "KiB", *kinds, "all", "of full"]), row(["---"] * (4 + len(kinds)))]
+    for setting in answers.settings:
+        name = setting["name"]
+        cells = [_cell(interval(by_context(answers.of(protocol, name, kind)))) for kind in (*kinds, None)]
+        mine = answers.of(protocol, name)
+        n_bytes = float(np.mean([a.bytes for a in mine]))
+        share = np.mean([a.score for a in mine]) / max(answers.full(protocol), 1e-9)
+        lines.append(row([name, f"{n_bytes / 1024:.0f}", *cells, f"{100 * share:.0f} %"]))
+    weak = [kind for kind in kinds if answers.full(protocol, kind) < RANKED_ABOVE]
+    if weak:
+        lines += ["", f"Not to be ranked, the full cache is below {100 * RANKED_ABOVE:.0f} %: {', '.join(weak)}."]
+    return [*lines, ""]
+
+
+def _cell(value: tuple[float, float, float]) -> str:
+    mean, low, high = value
+    return f"{100 * mean:.0f} ({100 * low:.0f}-{100 * high:.0f})"
+
+
+def _gains(answers: Answers, protocol: str) -> list[str]:
+    """Every setting against snapkv with the same kv_size and pool."""
+    kinds, lines = answers.kinds, []
+    for setting in answers.settings:
+        pool = setting["pool"] or "max"
+        name = next((s["name"] for s in answers.settings if (s["policy"], s["kv_size"], s["pool"]) == ("snapkv", setting["kv_size"], pool)), None)
+        if name is None or name == setting["name"]:
+            continue
+        cells = []
+        for kind in (*kinds, None):
+            mean, low, high = gain(answers.of(protocol, setting["name"], kind), answers.of(protocol, name, kind))
+            cells.append(f"{100 * mean:+.0f} ({100 * low:+.0f} to {100 * high:+.0f})")
+        lines.append(row([setting["name"], *cells]))
+    if not lines:
+        return []
+    head = [row(["setting", *kinds, "all"]), row(["---"] * (2 + len(kinds)))]
+    text = "Points above uniform budgets (snapkv) of the same kv_size and pooling, same questions, 95 % interval:"
+    return [text, "", *head, *lines, ""]
+
+
+def plot(answers: Answers, path: Path) -> Path:
+    """Score over bytes, a row of panels per protocol, a panel per kind and one for all."""
+    from matplotlib.figure import Figure
+
+    kinds = [*answers.kinds, None] if len(answers.kinds) > 1 else list(answers.kinds)
+    n_rows = len(answers.protocols)
+    figure = Figure(figsize=(1.5 + 3.4 * len(kinds), 0.8 + 3.2 * n_rows), layout="constrained")
+    panels = figure.subplots(n_rows, len(kinds), squeeze=False, sharey=True)
+    lines = _curves(answers)
+    for protocol, axes_row in zip(answers.protocols, panels, strict=True):
+        for kind, axes in zip(kinds, axes_row, strict=True):
+            for i, (label, names) in enumerate(lines.items()):
+                cells = [answers.of(protocol, name, kind) for name in names]
+                x = [float(np.mean([a.bytes for a in c])) / 1024 for c in cells]
+                y = [100 * float(np.mean([a.score for a in c])) for c in cells]
+                axes.plot(x, y, marker="o", ms=4, label=label, color=f"C{i % 10}", ls="-" if i < 10 else "--")
+            axes.axhline(100 * answers.full(protocol, kind), color="grey", ls=":", label="full cache")
+            axes.set(xscale="log", title=f"{kind or 'all'}, {protocol}", xlabel="KiB of K and V kept", ylim=(-3, 103))
+            axes.grid(alpha=0.3)
+        axes_row[0].set_ylabel("score (%)")
+    panels[0][0].legend(fontsize=7)
+    figure.savefig(path, dpi=100)
+    return path
+
+
+def _curves(answers: Answers) -> dict[str, list[str]]:
+    """Names of the settings that differ in kv_size only, by what they have in common."""
+    lines: dict[str, list[str]] = defaultdict(list)
+    for s in sorted(answers.settings, key=lambda s: int(s["kv_size"])):
+        if s["policy"] != FULL:
+            lines[s["name"].rsplit(" ", 1)[0]].append(s["name"])
+    return dict(lines)
+
+
+def plot_depths(answers: Answers, path: Path) -> Path:
+    """Needle in a haystack: length x depth, one panel per protocol and setting."""
+    from matplotlib.figure import Figure
+
+    mine = [a for a in answers.all if a.task == "niah"]
+    lengths, depths = (sorted({key(a) for a in mine}) for key in (lambda a: a.length, lambda a: a.depth))
+    names = [s["name"] for s in answers.settings]
+    figure = Figure(figsize=(1 + 2.2 * len(names), 0.8 + 2.6 * len(answers.protocols)), layout="constrained")
+    panels = figure.subplots(len(answers.protocols), len(names), squeeze=False, sharey=True)
+    for protocol, axes_row in zip(answers.protocols, panels, strict=True):
+        for name, axes in zip(names, axes_row, strict=True):
+            image = axes.imshow(_grid(mine, protocol, name, lengths, depths), aspect="auto", cmap="RdYlGn", vmin=0, vmax=100)
+            axes.set_title(f"{name}\n{protocol}", fontsize=8)
+            axes.set_xticks(range(len(lengths)), [str(n) for n in lengths], fontsize=7, rotation=45)
+            axes.set_xlabel("tokens")
+        axes_row[0].set_yticks(range(len(depths)), [f"{100 * d:.0f} %" for d in depths], fontsize=7)
+        axes_row[0].set_ylabel("depth of the needle")
+    figure.colorbar(image, ax=panels, label="score (%)")
+    figure.savefig(path, dpi=100)
+    return path
+
+
+def _grid(mine: list[Answer], protocol: str, name: str, lengths: list[int], depths: list[float]) -> NDArray[np.float64]:
+    scores: dict[tuple[float, int], list[float]] = defaultdict(list)
+    for a in mine:
+        if (a.protocol, a.setting) == (protocol, name):
+            scores[a.depth, a.length].append(100 * a.score)
+    return np.array([[np.mean(scores[d, n]) if scores[d, n] else np.nan for n in lengths] for d in depths])

@@ -1,0 +1,71 @@
+"""A file of JSON lines that a long run appends to and goes on from: its settings, then one line per step that is done."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+REMEDY = "begin again without --resume, with --force"
+
+
+class Journal:
+    """Steps that are done.
+
+    Parameters
+    ----------
+    settings : what decides the result; a run goes on only with equal ones
+    resume : go on with the file if it exists, else begin it again
+
+    Attributes
+    ----------
+    entries : one dict per step, in order
+
+    Raises
+    ------
+    ValueError : the file is damaged or was begun with other settings
+    """
+
+    def __init__(self, path: Path, settings: dict[str, Any], *, resume: bool) -> None:
+        self.path = path
+        self.entries: list[dict[str, Any]] = []
+        if resume and path.exists():
+            self._restore(settings)
+        else:
+            path.write_text(json.dumps(settings) + "\n", encoding="utf-8")
+
+    def _restore(self, settings: dict[str, Any]) -> None:
+        begun, self.entries, n_bytes = read_lines(self.path)
+        for name, value in json.loads(json.dumps(settings)).items():
+            if begun.get(name) != value:
+                raise ValueError(
+                    f"{self.path} was begun with {name} = {begun.get(name)!r}, not {value!r}: use the same, or {REMEDY}"
+                )
+        with open(self.path, "r+b") as file:
+            file.truncate(n_bytes)
+
+    def append(self, entry: dict[str, Any]) -> None:
+        """Add one step and see it on the disk."""
+        self.entries.append(entry)
+        with open(self.path, "ab") as file:
+            file.write(json.dumps(entry).encode() + b"\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+
+def read_lines(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]], int]:
+    """Settings, steps, and the bytes they take; a last line without its end is left out.
+
+    Raises
+    ------
+    ValueError : the file is damaged
+    """
+    complete = path.read_bytes().split(b"\n")[:-1]
+    try:
+        header, *entries = (json.loads(line) for line in complete)
+        if not all(isinstance(entry, dict) for entry in (header, *entries)):
+            raise ValueError("a line is no object")
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged ({error}): {REMEDY}") from None
+    return header, entries, sum(len(line) + 1 for line in complete)

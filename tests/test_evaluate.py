@@ -1,0 +1,279 @@
+"""Trials, tasks, evaluation and the choice of beta: the same prompt under many settings, and honest tables of it."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+from conftest import SHAPES, load, logits, nmse, tokens
+
+try:
+    import pyheadkv
+except ImportError as error:
+    pytest.skip(f"the library is not built: {error}", allow_module_level=True)
+
+from pyheadkv import calibrate, cli, evaluate_report, gguf_keys, tasks
+from pyheadkv.journal import Journal
+from pyheadkv.tasks import TaskOptions, make_task
+from pyheadkv.trial import Setting, Trial
+
+MakeModel = Callable[..., Path]
+SHAPE = SHAPES[1]
+SETTINGS = [Setting(), Setting("headkv", 24), Setting("headkv", 24, beta=3.0), Setting("snapkv", 48, "avg"), Setting("streaming", 40)]
+
+embedded = pytest.mark.skipif(not pyheadkv.embedded_model().is_file(), reason="the embedded model is not there yet")
+
+
+# trials
+
+
+def positions(llm: Any) -> set[tuple[int, int, int]]:
+    """(layer, KV head, position) of every kept cell."""
+    heads = ((il, ih) for il in range(SHAPE.n_layer) for ih in range(SHAPE.n_head_kv))
+    return {(il, ih, pos) for il, ih in heads for pos in llm.kv_positions(il, ih).tolist()}
+
+
+def fresh(path: Path, setting: Setting, prompt: list[int], rest: list[int]) -> tuple[npt.NDArray[np.float32], set[tuple[int, int, int]]]:
+    """Logits and kept cells after ``rest``, in a context of its own; the last token of the prompt is read again if it is in ``rest``."""
+    policy = "snapkv" if setting.policy == "full" else setting.policy
+    options: dict[str, Any] = {"beta": setting.beta or None, "pool": setting.pool or "max"}
+    llm = load(path, kv_size=setting.kv_size or 1024, policy=policy, keep_prompt=True, **options)
+    llm.read_prompt(prompt)
+    if rest[0] == prompt[-1]:
+        llm._ctx.kv_cache_seq_rm(0, len(prompt) - 1, -1)
+        llm.n_tokens = len(prompt) - 1
+    for token in rest:
+        llm.eval([token])
+    return logits(llm), positions(llm)
+
+
+def test_a_trial_gives_what_fresh_contexts_give(make_model: MakeModel) -> None:
+    """Whatever was compressed before; prompts share beginnings of any length.
+
+    They are read in other ubatches, so a cell may differ where two scores are equal but for rounding.
+    """
+    path, shared = make_model(SHAPE), tokens(256, seed=3)
+    prompts = [[*shared, *tokens(n, seed=n)] for n in (30, 3, 64)] + [shared[:200], tokens(90, seed=8)]
+    trial = Trial(load(path, kv_size=64, policy="snapkv", keep_prompt=True, n_ubatch=512))
+    for prompt in prompts:
+        for setting in SETTINGS:
+            trial.compress(setting, prompt)
+            for rest in ([prompt[-1], 5, 6], [prompt[-1], 9]):
+                trial.go_on(len(prompt) - 1, rest)
+                trial.generate(rest[-1], 1)
+                expected, cells = fresh(path, setting, prompt, rest)
+                found = positions(trial.llm)
+                assert len(found) == len(cells) and len(found & cells) >= 0.99 * len(cells)
+                assert nmse(logits(trial.llm), expected) < (1e-5 if found == cells else 1e-2)
+
+
+def test_bytes_of_a_trial_are_those_of_the_kept_cells(make_model: MakeModel) -> None:
+    trial = Trial(load(make_model(SHAPE), kv_size=64, policy="snapkv", keep_prompt=True))
+    cell = 2 * 2 * SHAPE.head_dim  # K and V, f16
+    n_heads = SHAPE.n_layer * SHAPE.n_head_kv
+    assert trial.compress(Setting("snapkv", 24), tokens(100)) == 24 * n_heads * cell
+    assert trial.compress(Setting(), tokens(100)) == 100 * n_heads * cell
+
+
+def test_surprise_is_the_mean_negative_log_likelihood(make_model: MakeModel) -> None:
+    trial = Trial(load(make_model(SHAPE), kv_size=64, policy="snapkv", keep_prompt=True))
+    prompt, answer = tokens(50), [3, 4, 5]
+    trial.compress(Setting(), prompt)
+    trial.go_on(49, prompt[49:])
+    found = trial.surprise(prompt[-1], answer)
+    llm = load(make_model(SHAPE), kv_size=None)
+    expected, seen = [], list(prompt)
+    for token in answer:
+        llm.reset()
+        llm.eval(seen)
+        row = logits(llm).astype(np.float64)
+        expected.append(np.log(np.exp(row - row.max()).sum()) - (row[token] - row.max()))
+        seen.append(token)
+    assert found == pytest.approx(np.mean(expected), rel=1e-3)
+
+
+def test_a_trial_needs_a_kept_prompt(make_model: MakeModel) -> None:
+    with pytest.raises(ValueError, match="keep_prompt"):
+        Trial(load(make_model(SHAPE), kv_size=64))
+
+
+# tasks
+
+
+def english(make_model: MakeModel) -> Any:
+    return load(make_model(SHAPE), kv_size=None, n_ctx=4096)
+
+
+@pytest.mark.parametrize("name", tasks.PROSE)
+def test_english_tasks_have_the_length_that_was_asked_for(name: str, make_model: MakeModel) -> None:
+    llm = english(make_model)
+    task = make_task(llm, TaskOptions(name, 3000, n_each=2, seed=1))
+    for i in (0, 7):
+        asks = task.quiz(i)
+        assert asks == sorted(asks, key=asks.index) and len({a.prompt[: a.n_context] for a in asks}) == 1
+        assert max(len(a.prompt) for a in asks) <= 3000 < max(len(a.prompt) for a in asks) + 200
+        assert [a.prompt for a in task.quiz(i)] == [a.prompt for a in asks]
+        for ask in asks:
+            assert 0 <= ask.depth <= 1 and ask.grade("") == 0
+    assert task.quiz(1)[0].prompt != task.quiz(2)[0].prompt
+
+
+def test_the_needle_is_where_it_belongs(make_model: MakeModel) -> None:
+    llm = english(make_model)
+    task = make_task(llm, TaskOptions("niah", 3000, n_depths=5))
+    for i in range(5):
+        (ask,) = task.quiz(i)
+        text = llm.detokenize(list(ask.prompt[: ask.n_context])).decode()
+        chosen = next(n for n in tasks.RETRIEVAL if n.answer in text)
+        assert abs(text.index(chosen.answer) / len(text) - (i + 0.5) / 5) < 0.1
+        assert ask.grade(chosen.answer) == 1 and ask.grade("I do not know.") == 0
+
+
+def test_grades() -> None:
+    rng = random.Random(1)
+    facts, asked = tasks.ruler_keys(rng, 0, TaskOptions("ruler-keys", 3000))
+    numbers = {a.question: [f.text.split()[-1].rstrip(".") for f in facts if f.text.split()[6] in a.question.replace("?", "").split()] for a in asked}
+    for a in asked:
+        assert a.grade(" and ".join(numbers[a.question])) == 1
+    several = next(a for a in asked if a.kind == "multivalue")
+    assert several.grade(numbers[several.question][0]) == 1 / 4
+
+
+def test_tasks_from_files(make_model: MakeModel, tmp_path: Path) -> None:
+    llm = english(make_model)
+    file = tmp_path / "f.jsonl"
+    file.write_text(json.dumps({"context": "a b c " * 3000, "input": "Who?", "answers": ["the old man", "him"], "dataset": "qa"}) + "\n")
+    (ask,) = make_task(llm, TaskOptions("longbench", 500, file=file)).quiz(0)
+    assert len(ask.prompt) == 500 and ask.kind == "qa"
+    assert ask.grade("old man") == 1 and ask.grade("an old woman") == 0.5
+    file.write_text(json.dumps({"input": "Mary went home.", "question": "Where is Mary?", "target": "home"}) + "\n")
+    (ask,) = make_task(llm, TaskOptions("babilong", 500, file=file)).quiz(0)
+    assert ask.grade("She is at Home.") == 1 and ask.grade("homeless") == 0
+    with pytest.raises(ValueError, match="line 1 has no key 'context'"):
+        make_task(llm, TaskOptions("longbench", 500, file=file)).quiz(0)
+    with pytest.raises(ValueError, match="--file"):
+        make_task(llm, TaskOptions("longbench", 500))
+
+
+@embedded
+def test_tasks_that_do_not_fit_the_model_are_refused() -> None:
+    llm = pyheadkv.Llama(pyheadkv.embedded_model(), n_ctx=512, verbose=False)
+    with pytest.raises(ValueError, match="task='passkey': for this model it must be one of niah, needle"):
+        make_task(llm, TaskOptions("passkey", 500))
+
+
+# evaluation
+
+
+def evaluate(*args: str | Path) -> int:
+    return cli.main(["eval", *map(str, args)])
+
+
+@embedded
+def test_evaluation_writes_resumes_and_reports(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "e.jsonl"
+    options = ["needle,niah", "-o", out, "--policy", "headkv,snapkv", "--kv-size", "32,200", "--tokens", "700",
+               "--contexts", "2", "--questions", "1", "--depths", "2"]  # fmt: skip
+    assert evaluate(*options) == 0
+    whole = out.read_bytes()
+    header, *entries = (json.loads(line) for line in whole.splitlines())
+    assert [s["name"] for s in header["settings"]] == ["full", "headkv max 32", "headkv max 200", "snapkv max 32", "snapkv max 200"]
+    assert [(e["task"], e["quiz"]) for e in entries] == [("needle", 0), ("needle", 1), ("niah", 0), ("niah", 1)]
+    answers = [a for e in entries for a in e["answers"]]
+    assert len(answers) == (2 * 5 + 2) * 2 * 5  # questions, protocols, settings
+    full = [a["score"] for a in answers if a["setting"] == "full"]
+    assert np.mean(full) > 0.9
+    by_size = {s: {a["bytes"] for a in answers if a["setting"] == f"snapkv max {s}"} for s in (32, 200)}
+    assert by_size[200] == {b * 200 // 32 for b in by_size[32]}
+    table = (tmp_path / "e.md").read_text()
+    assert "query-agnostic" in table and "| headkv max 32 |" in table and (tmp_path / "e_niah.png").stat().st_size > 1000
+
+    assert evaluate(*options) == 1
+    assert "--resume" in capsys.readouterr().err
+    out.write_bytes(whole[: len(whole) - 30])  # the last line is torn
+    assert evaluate(*options, "--resume") == 0
+    assert out.read_bytes() == whole
+    assert evaluate(*options, "--resume", "--seed", "1") == 1
+    assert "was begun with tasks" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("options", "word"), [
+    (["nothing"], "task='nothing'"),
+    (["needle", "--policy", "best"], "--policy='best'"),
+    (["needle", "--kv-size", "8"], "--kv-size=8"),
+    (["needle", "--kv-size", "x"], "--kv-size='x'"),
+    (["needle", "--protocol", "kind"], "--protocol='kind'"),
+    (["needle", "--tokens", "5"], "--tokens=5"),
+    (["needle", "--contexts", "0"], "--contexts=0"),
+    (["needle", "--beta", "1"], "beta=1.0"),
+])  # fmt: skip
+@embedded
+def test_wrong_options_of_the_evaluation(options: list[str], word: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "e.jsonl"
+    assert evaluate(*options, "-o", out) == 1
+    assert word in capsys.readouterr().err
+    assert not out.exists()
+
+
+def test_interval_covers_the_mean_and_shrinks() -> None:
+    rng = np.random.default_rng(2)
+    widths = []
+    for n in (20, 500):
+        mean, low, high = evaluate_report.interval({str(i): rng.integers(2, size=5).tolist() for i in range(n)})
+        assert low < mean < high and abs(mean - 0.5) < 0.15
+        widths.append(high - low)
+    assert widths[1] < widths[0] / 3
+
+
+def test_gain_pairs_the_questions() -> None:
+    def answers(setting: str, scores: list[int]) -> list[evaluate_report.Answer]:
+        return [
+            evaluate_report.Answer("t", 1, f"{i // 2}", i % 2, "k", 0.0, "p", setting, score, 1) for i, score in enumerate(scores)
+        ]
+
+    mean, low, high = evaluate_report.gain(answers("a", [1, 1, 0, 1]), answers("b", [0, 1, 0, 0])[::-1])
+    assert mean == 0.5 and low == high == 0.5
+
+
+# beta
+
+
+@embedded
+def test_beta_is_chosen_stored_and_used(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(calibrate, "N_EXAMPLES", 4)
+    monkeypatch.setattr(calibrate, "BETAS", (1.01, 2.0, 10.0))
+    first, second, model = tmp_path / "1.json", tmp_path / "2.json", tmp_path / "m.gguf"
+    options = ["score", "--threads", "1", "--examples", "3", "--max-tokens", "700", "--calibrate", "--kv-size", "24", "64"]
+    assert cli.main([*options, "-o", str(first), "--write", str(model), "--force"]) == 0
+    printed = capsys.readouterr().out
+    content = json.loads(first.read_bytes())
+    assert f"beta     {content['beta']:g} chosen on {content['calibration']['n_examples']}" in printed
+    surprise = np.array(list(content["calibration"]["surprise"].values()))
+    assert surprise.shape == (2, 3) and content["beta"] == (1.01, 2.0, 10.0)[int(surprise.mean(0).argmin())]
+    assert (surprise[1] <= surprise[0]).all()  # more cells never surprise more, on average
+    found = gguf_keys.read_importance(model)
+    assert found is not None and found.beta == content["beta"]
+
+    append = Journal.append
+
+    def interrupt(journal: Journal, entry: dict[str, Any]) -> None:
+        append(journal, entry)
+        if entry.get("held_out") == 1:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Journal, "append", interrupt)
+    assert cli.main([*options, "-o", str(second)]) == 130
+    monkeypatch.setattr(Journal, "append", append)
+    assert cli.main([*options, "-o", str(second), "--resume"]) == 0
+    assert second.read_bytes() == first.read_bytes()
+
+
+def test_the_larger_of_equal_betas_is_chosen() -> None:
+    surprise = np.array([[[3.0, 1.0, 1.0, 0.5]]])
+    assert calibrate.Calibration((1.1, 1.5, 2.0), (64,), surprise).beta == 2.0
