@@ -133,8 +133,9 @@ LLAMA_API int32_t headkv_get_n_cells(const struct llama_context * ctx, llama_seq
 // Prompt positions that a head kept, ascending. Returns their number; dst may be NULL to ask for it.
 LLAMA_API int32_t headkv_get_positions(const struct llama_context * ctx, llama_seq_id seq_id, int32_t il, int32_t ih, int32_t * dst, int32_t n);
 
-// Budgets without a context: the same function that contexts use. dst is [n_layer][n_head_kv].
-LLAMA_API int32_t headkv_plan(const struct headkv_params * params, int32_t n_layer, int32_t n_head, int32_t n_head_kv, int32_t * dst);
+// Budgets without a context: the same function that contexts use. n_head and n_head_kv: of each layer, both may be 0;
+// dst is [n_layer][largest n_head_kv], with 0 where a layer has fewer heads.
+LLAMA_API int32_t headkv_plan(const struct headkv_params * params, int32_t n_layer, const int32_t * n_head, const int32_t * n_head_kv, int32_t * dst);
 
 // For benchmarks: makes the empty sequence look as if n_tokens had been read, with random K, V and window queries.
 LLAMA_API int32_t headkv_fill_prompt(struct llama_context * ctx, llama_seq_id seq_id, int32_t n_tokens, uint32_t seed);

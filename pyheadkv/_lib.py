@@ -127,8 +127,9 @@ _PROTOTYPES: dict[str, tuple[list[Any], Any]] = {
     # int32_t headkv_get_positions(const struct llama_context * ctx, llama_seq_id seq_id,
     #                              int32_t il, int32_t ih, int32_t * dst, int32_t n);
     "headkv_get_positions": ([_CTX] + [ctypes.c_int32] * 3 + [_I32, ctypes.c_int32], ctypes.c_int32),
-    # int32_t headkv_plan(const struct headkv_params * params, int32_t n_layer, int32_t n_head, int32_t n_head_kv, int32_t * dst);
-    "headkv_plan": ([ctypes.POINTER(Params)] + [ctypes.c_int32] * 3 + [_I32], ctypes.c_int32),
+    # int32_t headkv_plan(const struct headkv_params * params, int32_t n_layer, const int32_t * n_head, const int32_t * n_head_kv,
+    #         int32_t * dst);
+    "headkv_plan": ([ctypes.POINTER(Params), ctypes.c_int32] + [_I32] * 3, ctypes.c_int32),
     # int32_t headkv_fill_prompt(struct llama_context * ctx, llama_seq_id seq_id, int32_t n_tokens, uint32_t seed);
     "headkv_fill_prompt": ([_CTX, ctypes.c_int32, ctypes.c_int32, ctypes.c_uint32], ctypes.c_int32),
     # int32_t headkv_read_window(const struct llama_context * ctx, llama_seq_id seq_id, int32_t il, float * dst, int64_t n);

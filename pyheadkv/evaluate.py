@@ -13,8 +13,6 @@ is judged too. Answers are greedy. Every answer goes to a JSON lines file as soo
 from __future__ import annotations
 
 import argparse
-import hashlib
-import os
 import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -29,7 +27,7 @@ from .demo import round_n_ctx
 from .evaluate_report import write_report
 from .gguf_keys import check_beta
 from .inspect import model_path
-from .journal import Journal
+from .journal import Journal, sha256
 from .options import POLICIES, POOLS, check_choice, check_int
 from .tasks import TASKS, Ask, TaskOptions, make_task
 from .trial import FULL, Setting, Trial
@@ -246,12 +244,3 @@ def describe(job: Job) -> dict[str, Any]:
         "engine": {"n_threads": job.n_threads, "n_gpu_layers": job.n_gpu_layers},
         "versions": {"pyheadkv": __version__, "llama_cpp_python": llama_cpp.__version__},
     }
-
-
-def sha256(path: str | os.PathLike[str]) -> str:
-    """Of a file, hexadecimal."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()

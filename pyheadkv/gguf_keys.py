@@ -66,6 +66,7 @@ MAX_ALIGNMENT = 1 << 20  # far above any real one; it is also the size of the pa
 MIN_PAIR_BYTES = 8 + 4 + 1  # empty key, type, smallest value
 MIN_TENSOR_BYTES = 8 + 4 + 4 + 8  # empty name, no dimensions, type, offset
 MAX_DIMS = 4
+MAX_LAYERS = 1 << 16  # far above any model; what is damaged must not size a list
 
 SCORE_SUFFIXES = (".json", ".npy", ".csv", ".tsv")
 MAX_SCORE_BYTES = 1 << 26  # of a score file; the authors' largest has 2 MB
@@ -145,7 +146,7 @@ def write_importance(
         old_keys = {name for name in header.pairs if name.startswith(KEY_IMPORTANCE.format(arch=header.arch))}
         if old_keys and not force:
             raise ValueError(f"{src}: {sorted(old_keys)[0]} is already there: pass force=True (--force) to replace it")
-        _check_model_shape(header, values.shape)
+        _check_model_heads(header, values)
         fields = importance_fields(values, arch=header.arch, method=method, source=source, beta=beta)
         replace_file(dst, lambda out: _copy_with_fields(header, out, fields, without=old_keys))
 
@@ -178,17 +179,21 @@ def fit_heads(values: NDArray[np.float64], model: PathLike) -> NDArray[np.float6
     Parameters
     ----------
     values : (n_layer, n_head) or (n_layer, n_head_kv)
-    model : GGUF; where its layers differ in n_head_kv, layers without KV heads do not count
+    model : GGUF; where its layers differ, columns are the heads of the layer that has most
 
     Raises
     ------
     ValueError : ``values`` has neither shape
     """
     with open_header(model) as header:
-        n_head, n_head_kv = (_head_counts(header, key) for key in ("attention.head_count", "attention.head_count_kv"))
-        if len(n_head) == len(n_head_kv) == 1 and values.shape[1] == n_head_kv[0] != n_head[0]:
-            values = np.repeat(values, n_head[0] // n_head_kv[0], axis=1)
-        _check_model_shape(header, values.shape)
+        heads = heads_by_layer(header) or []
+        n_head, n_head_kv = (max(counts, default=0) for counts in (zip(*heads) if heads else ((), ())))
+        if values.shape == (len(heads), n_head_kv) and n_head_kv != n_head:
+            per_kv, values = values, np.zeros((len(heads), n_head))
+            for il, (n, n_kv) in enumerate(heads):
+                if n_kv:
+                    values[il, :n] = np.repeat(per_kv[il, :n_kv], n // n_kv)
+        _check_model_heads(header, values)
     return values
 
 
@@ -566,7 +571,7 @@ def _importance_of(header: _Header) -> Importance | None:
             f"{header.path}: {prefix}.shape = {list(shape)} does not fit {len(flat)} values: {REMEDY_WRITE}"
         )
     values = check_importance(flat.reshape(shape), name=f"{header.path}: {prefix}")
-    _check_model_shape(header, shape)
+    _check_model_heads(header, values)
     method, source = (_typed(header, key, (STRING,)) for key in (KEY_METHOD, KEY_SOURCE))
     beta = None
     if KEY_BETA.format(arch=header.arch) in header.pairs:
@@ -591,28 +596,47 @@ def _typed(header: _Header, key: str, types: tuple[int, ...], *, array: bool = F
     return pair.value
 
 
-def _head_counts(header: _Header, key: str) -> list[int]:
-    """The different numbers of heads above 0 of the layers; empty without the key."""
-    value = header.pairs.get(f"{header.arch}.{key}", _NO_PAIR).value
-    return [] if value is None else sorted({int(n) for n in np.atleast_1d(value)} - {0})
-
-
-def _check_model_shape(header: _Header, shape: tuple[int, ...]) -> None:
-    """Refuse an importance that is not (block_count, head_count); a file without these keys fits anything."""
-    n_layer = header.pairs.get(f"{header.arch}.block_count", _NO_PAIR).value
-    n_head = header.pairs.get(f"{header.arch}.attention.head_count", _NO_PAIR).value
-    if isinstance(n_head, np.ndarray):
-        per_layer = sorted(set(n_head.tolist()))
-        if len(per_layer) != 1:
+def heads_by_layer(header: _Header) -> list[tuple[int, int]] | None:
+    """(query heads, KV heads) of each layer; None when the file does not say."""
+    n_layer, n_head, n_head_kv = (
+        header.pairs.get(f"{header.arch}.{key}", _NO_PAIR).value
+        for key in ("block_count", "attention.head_count", "attention.head_count_kv")
+    )
+    if n_layer is None or n_head is None:
+        return None
+    if type(n_layer) is not int or not 1 <= n_layer <= MAX_LAYERS:
+        raise ValueError(
+            f"{header.path}: {header.arch}.block_count = {n_layer!r} is no number in [1, {MAX_LAYERS}]: {REMEDY_DAMAGED}"
+        )
+    columns = []
+    for name, value in (("head_count", n_head), ("head_count_kv", n_head if n_head_kv is None else n_head_kv)):
+        counts = np.atleast_1d(value)
+        if counts.dtype.kind not in "iu" or counts.ndim != 1 or len(counts) not in (1, n_layer) or (counts < 0).any():
             raise ValueError(
-                f"{header.path}: {header.arch}.attention.head_count is {per_layer} over the layers: importance is a "
-                "rectangle, only models with the same number of heads in every layer can have one"
+                f"{header.path}: {header.arch}.attention.{name} = {counts.tolist()!r} does not fit "
+                f"{n_layer} layers: {REMEDY_DAMAGED}"
             )
-        n_head = per_layer[0]
-    for name, want, got in (("block_count", n_layer, shape[0]), ("attention.head_count", n_head, shape[1])):
-        if want is not None and want != got:
+        columns.append(counts.tolist() * (n_layer if len(counts) == 1 else 1))
+    return list(zip(*columns, strict=True))
+
+
+def _check_model_heads(header: _Header, values: NDArray[np.float64]) -> None:
+    """Refuse an importance that is not (layers, query heads), or above 0 for a head that its layer does not have."""
+    heads = heads_by_layer(header)
+    if heads is None:
+        return
+    n_head = max(n for n, _ in heads)
+    for name, want, got in (("block_count", len(heads), len(values)), ("attention.head_count", n_head, values.shape[1])):
+        if want != got:
             raise ValueError(
-                f"{header.path}: importance has shape {tuple(shape)}, the model has {header.arch}.{name} = {want}: "
+                f"{header.path}: importance has shape {values.shape}, the model has {header.arch}.{name} = {want}: "
+                "use the importance that was measured on this model"
+            )
+    for il, (n, _) in enumerate(heads):
+        if values[il, n:].any():
+            ih = n + int(values[il, n:].argmax())
+            raise ValueError(
+                f"{header.path}: importance of layer {il} head {ih} is {values[il, ih]}, but this layer has {n} query heads: "
                 "use the importance that was measured on this model"
             )
 

@@ -36,7 +36,8 @@ class ModelShape:
 
     Attributes
     ----------
-    n_head, n_head_kv : query heads and KV heads per layer
+    n_head, n_head_kv : query heads and KV heads of the layer that has most
+    heads : (query heads, KV heads) of each layer, (0, 0) where one has no KV cache
     n_embd_head_k, n_embd_head_v : values of one K and one V
     n_ctx_train : tokens; 0 when the file does not say
     """
@@ -49,6 +50,12 @@ class ModelShape:
     n_embd_head_k: int
     n_embd_head_v: int
     n_ctx_train: int
+    heads: tuple[tuple[int, int], ...]
+
+    @property
+    def is_uniform(self) -> bool:
+        """All layers have the same heads."""
+        return len(set(self.heads)) == 1
 
     @property
     def cell_bytes(self) -> int:
@@ -58,7 +65,7 @@ class ModelShape:
     @property
     def token_bytes(self) -> int:
         """Bytes of one token in an uncompressed f16 cache, all layers."""
-        return self.n_layer * self.n_head_kv * self.cell_bytes
+        return sum(n for _, n in self.heads) * self.cell_bytes
 
 
 @dataclass(frozen=True)
@@ -174,29 +181,34 @@ def read_shape(path: str | os.PathLike[str]) -> ModelShape:
 
     Raises
     ------
-    ValueError : the file is damaged, or its layers differ in their number of heads
+    ValueError : the file is damaged, or no model with a KV cache
     """
     with gguf_keys.open_header(path) as header:
         arch, pairs = header.arch, header.pairs
+        heads = gguf_keys.heads_by_layer(header)
 
     def get(name: str, default: Any = None) -> int:
         pair = pairs.get(f"{arch}.{name}")
         return _one_int(default if pair is None else pair.value, f"{path}: {arch}.{name}")
 
-    n_head = get("attention.head_count")
+    n_layer = get("block_count")
+    if heads is None:
+        raise ValueError(f"{path}: {arch}.attention.head_count is missing: the file is damaged or no language model")
+    n_head, n_head_kv = (max(counts) for counts in zip(*heads, strict=True))
     if n_head < 1:
         raise ValueError(f"{path}: {arch}.attention.head_count = {n_head}: only models with attention have a KV cache")
-    n_embd_head = get("embedding_length") // n_head
+    n_embd_head = get("embedding_length") // next(n for n, _ in heads if n)
     name = pairs.get("general.name")
     return ModelShape(
         arch=arch,
         name=Path(path).stem if name is None else str(name.value),
-        n_layer=get("block_count"),
+        n_layer=n_layer,
         n_head=n_head,
-        n_head_kv=get("attention.head_count_kv", n_head),
+        n_head_kv=n_head_kv,
         n_embd_head_k=get("attention.key_length", n_embd_head),
         n_embd_head_v=get("attention.value_length", n_embd_head),
         n_ctx_train=get("context_length", 0),
+        heads=tuple((n, n_kv) if n_kv else (0, 0) for n, n_kv in heads),
     )
 
 
@@ -254,9 +266,9 @@ def _importance(
 def _budget(shape: ModelShape, *, options: Options, importance: gguf_keys.Importance | None) -> NDArray[np.int32]:
     cells = np.zeros((shape.n_layer, shape.n_head_kv), dtype=np.int32)
     params = options.to_params(importance, None)
-    dst = cells.ctypes.data_as(ctypes.POINTER(ctypes.c_int32))
-    heads = shape.n_layer, shape.n_head, shape.n_head_kv
-    _lib.check(_lib.lib.headkv_plan(ctypes.byref(params), *heads, dst), ValueError)
+    n_head, n_head_kv = (np.array(counts, dtype=np.int32) for counts in zip(*shape.heads, strict=True))
+    pointers = (x.ctypes.data_as(ctypes.POINTER(ctypes.c_int32)) for x in (n_head, n_head_kv, cells))
+    _lib.check(_lib.lib.headkv_plan(ctypes.byref(params), shape.n_layer, *pointers), ValueError)
     return cells
 
 
@@ -277,9 +289,12 @@ def top_shares(values: NDArray[np.float64]) -> dict[int, float]:
     return {k: float(cumulated[k - 1] / cumulated[-1]) for k in counts}
 
 
-def importance_kv(importance: NDArray[np.float64], *, n_head_kv: int) -> NDArray[np.float64]:
-    """Importance of each KV head, the mean over its query heads: (n_layer, n_head_kv)."""
-    mean: NDArray[np.float64] = importance.reshape(len(importance), n_head_kv, -1).mean(axis=2)
+def importance_kv(importance: NDArray[np.float64], shape: ModelShape) -> NDArray[np.float64]:
+    """Importance of each KV head, the mean over its query heads: (n_layer, n_head_kv), 0 for heads that do not exist."""
+    mean = np.zeros((shape.n_layer, shape.n_head_kv))
+    for row, values, (n_head, n_head_kv) in zip(mean, importance, shape.heads, strict=True):
+        if n_head_kv:
+            row[:n_head_kv] = values[:n_head].reshape(n_head_kv, -1).mean(axis=1)
     return mean
 
 
@@ -311,18 +326,19 @@ def format_plan(plan: Plan) -> str:
 
 def _head_lines(plan: Plan) -> list[str]:
     shape, options = plan.shape, plan.options
-    heads = f"{shape.n_head} query heads, {shape.n_head_kv} KV heads"
+    heads = f"{shape.n_head} query heads, {shape.n_head_kv} KV heads" + ("" if shape.is_uniform else " at most")
     lines = [
         f"model       {shape.name} ({shape.arch}): {shape.n_layer} layers, {heads}, {shape.cell_bytes} bytes per cell",
         f"options     policy {options.policy}, kv_size {options.kv_size}, beta {options.beta}, window {options.window}",
     ]
     if plan.importance is None:
         return [*lines, "importance  none, policy snapkv does not need it"]
-    shares = top_shares(plan.importance)
+    values = np.concatenate([row[:n] for row, (n, _) in zip(plan.importance, shape.heads, strict=True)])
+    shares = top_shares(values)
     counts = " / ".join(map(str, shares))
     percents = " / ".join(f"{share:.1%}" for share in shares.values())
-    top = f"of {plan.importance.size} query heads the top {counts} hold {percents}"
-    return [*lines, f"importance  Gini {gini(plan.importance):.3f}; {top}"]
+    top = f"of {values.size} query heads the top {counts} hold {percents}"
+    return [*lines, f"importance  Gini {gini(values):.3f}; {top}"]
 
 
 def _table_lines(plan: Plan) -> list[str]:
@@ -336,7 +352,7 @@ def _table_lines(plan: Plan) -> list[str]:
     lines = [f"layer | KV head: {legend}"]
     lines.append("      |" + "".join(f" {ih:>{width + 2}}" for ih in range(n_head_kv)) + f" | {'cells':>{n_sum}}")
     for il, row in enumerate(plan.budget):
-        cells = "".join(f" {bar} {n:>{width}}" for bar, n in zip(bars[il], row))
+        cells = "".join(f" {bar} {n or '-':>{width}}" for bar, n in zip(bars[il], row))
         lines.append(f"{il:>5} |{cells} | {row.sum():>{n_sum}}")
     return lines
 
@@ -346,13 +362,13 @@ def _bars(plan: Plan) -> list[list[str]]:
     if plan.importance is None:
         return [[" "] * plan.shape.n_head_kv] * plan.shape.n_layer
     ramp = printable(BARS, BARS_ASCII)
-    values = importance_kv(plan.importance, n_head_kv=plan.shape.n_head_kv)
+    values = importance_kv(plan.importance, plan.shape)
     steps = np.rint(values / values.max() * (len(ramp) - 1)).astype(int)
     return [[ramp[step] for step in row] for row in steps]
 
 
 def _total_lines(plan: Plan) -> list[str]:
-    budget = plan.budget
+    budget = plan.budget[plan.budget > 0]  # of the heads that exist
     total = (
         f"{budget.sum()} cells, mean {budget.mean():.2f}, smallest {budget.min()}, largest {budget.max()} per KV head"
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from pathlib import Path
@@ -69,3 +70,12 @@ def read_lines(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]], int]:
     except ValueError as error:
         raise ValueError(f"{path} is damaged ({error}): {REMEDY}") from None
     return header, entries, sum(len(line) + 1 for line in complete)
+
+
+def sha256(path: str | os.PathLike[str]) -> str:
+    """Of a file, hexadecimal."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()

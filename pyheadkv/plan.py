@@ -384,6 +384,8 @@ class Probe:
 
         self.path = Path(path)
         self.shape = read_shape(path)
+        if not self.shape.is_uniform:
+            raise ValueError(f"{path}: heads differ between layers, {list(self.shape.heads)}: only models with the same ones are planned")
         with gguf_keys.open_header(path) as header:
             self.n_bytes_header = header.data_begin
         self.n_bytes_file = sum(part.stat().st_size for part in model_files(self.path))

@@ -18,7 +18,6 @@ beside the output as soon as it is there, from which ``--resume`` goes on.
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import os
 import sys
@@ -36,7 +35,7 @@ from .calibrate import Calibration, HeldOut
 from .demo import round_n_ctx, threads_kwargs
 from .gguf_keys import Importance
 from .inspect import gini, model_path, read_shape
-from .journal import REMEDY, Journal
+from .journal import REMEDY, Journal, sha256
 from .options import check_int
 from .score_examples import (
     METHODS,
@@ -91,7 +90,10 @@ class LlamaReader:
         import llama_cpp
 
         self.llm = llm
-        self.shape = llama_cpp.llama_model_n_layer(llm.model), llama_cpp.llama_model_n_head(llm.model)
+        with gguf_keys.open_header(llm.model_path) as header:
+            heads = gguf_keys.heads_by_layer(header)
+        n_head = max(n for n, _ in heads) if heads else llama_cpp.llama_model_n_head(llm.model)
+        self.shape = llama_cpp.llama_model_n_layer(llm.model), n_head
 
     def begin(self, tokens: Sequence[int]) -> None:
         self.llm.reset()
@@ -380,7 +382,7 @@ def run(args: argparse.Namespace) -> int:
             n_examples=len(examples.slots),
             max_tokens=max_tokens,
             seed=args.seed,
-            model_sha256=_sha256(path),
+            model_sha256=sha256(path),
             engine={
                 "n_threads": llm.n_threads,
                 "n_threads_batch": llm.n_threads_batch,
@@ -500,14 +502,6 @@ def _write_model(path: Path, args: argparse.Namespace, scores: dict[str, Any]) -
         force=args.force,
     )
     print(f"importance written to {args.write}", file=sys.stderr)
-
-
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        digest = hashlib.sha256()
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _versions() -> dict[str, str]:

@@ -33,7 +33,7 @@ try:
 except ImportError as error:
     raise SystemExit(f"error: {error}: install torch and transformers with pip install '.[hf]'") from None
 
-from pyheadkv import Llama, gguf_keys, score
+from pyheadkv import Llama, gguf_keys, journal, score
 from pyheadkv.options import check_int
 from pyheadkv.score_examples import METHODS, PROTOCOLS, Examples, make_examples, speaks_needle_language
 
@@ -190,7 +190,7 @@ def checkpoint_folder(name: str) -> Path:
 def checksums(model: Path) -> dict[str, str]:
     """SHA-256 of the weights: of a GGUF, or of the files of a checkpoint."""
     files = [model] if model.is_file() else sorted([*model.glob("*.safetensors"), *model.glob("*.bin")])
-    return {file.name: score._sha256(file) for file in files}
+    return {file.name: journal.sha256(file) for file in files}
 
 
 def logits_error(reader: HFReader, path: Path, tokens: Sequence[int]) -> float:

@@ -26,6 +26,7 @@ import numpy as np
 import numpy.typing as npt
 from conftest import nmse
 from pyheadkv import _lib  # before llama_cpp, which then loads our library
+from pyheadkv.gguf_keys import Importance
 from pyheadkv.llama import STATES
 from pyheadkv.options import Options
 
@@ -270,6 +271,7 @@ class Context:
     model : as ``make_model`` returns it
     kv_size : mean cells per KV head, None = the stock cache
     prefill, attend : as in ``pyheadkv.Llama``
+    importance : of the query heads; None = uniform budgets
 
     Raises
     ------
@@ -277,7 +279,9 @@ class Context:
         the library makes no such context
     """
 
-    def __init__(self, model: Any, kv_size: int | None = None, *, prefill: str = "auto", attend: str = "auto") -> None:
+    def __init__(
+        self, model: Any, kv_size: int | None = None, *, prefill: str = "auto", attend: str = "auto", importance: Importance | None = None
+    ) -> None:
         self.kv_size, self.n_vocab = kv_size, llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(model))
         self.n_layer = llama_cpp.llama_model_n_layer(model)
         params = llama_cpp.llama_context_default_params()
@@ -285,7 +289,8 @@ class Context:
         params.n_threads = params.n_threads_batch = params.flash_attn_type = 1
         how: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
         if kv_size is not None:
-            how = _lib.creating(Options(kv_size=kv_size, policy="snapkv", prefill=prefill, attend=attend).to_params(None, None))
+            policy = "snapkv" if importance is None else "headkv"
+            how = _lib.creating(Options(kv_size=kv_size, policy=policy, prefill=prefill, attend=attend).to_params(importance, None))
         with how:
             self.ctx = llama_cpp.llama_init_from_model(model, params)
         if not self.ctx:
@@ -299,6 +304,13 @@ class Context:
 
     def __exit__(self, *_: Any) -> None:
         llama_cpp.llama_free(self.ctx)
+
+    def budget(self) -> npt.NDArray[np.int32]:
+        """Cells each KV head may keep, (n_layer, n_head_kv)."""
+        n = _lib.check(_lib.lib.headkv_get_budget(self.ctx, None, 0))
+        cells = np.zeros((self.n_layer, n // self.n_layer), dtype=np.int32)
+        _lib.check(_lib.lib.headkv_get_budget(self.ctx, cells.ctypes.data_as(ctypes.POINTER(ctypes.c_int32)), n))
+        return cells
 
     def decode(self, tokens: list[int], position: int) -> npt.NDArray[np.float32]:
         """Logits of the last of the tokens, (n_vocab,)."""

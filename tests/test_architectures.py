@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import re
-
-import pytest
+from pathlib import Path
 
 import architectures
-from architectures import Result
+import gguf
+import numpy as np
+import pytest
+from architectures import Context, Result
+from llama_cpp import llama_cpp
+from pyheadkv import gguf_keys, inspect, reference
+from pyheadkv.gguf_keys import Importance, write_importance
+from pyheadkv.options import Options
 
 # measured are 1e-5, of which the stock cache's own sums in f16 are most, and 0
 MAX_NMSE_FUSED = 1e-4
@@ -15,6 +21,53 @@ MAX_NMSE_COMPOSED = 1e-6
 # measured are 2e-6 and at least 2e-2
 MAX_NMSE_PATHS = 2e-5
 MIN_NMSE_EVICTED = 1e-3
+
+
+BY_LAYER = [("openelm", [4, 6, 8], [2, 3, 4]), ("deci", [4, 0, 4], [2, 0, 1]), ("deci", [4, 4, 4], [0, 2, 2])]
+
+
+@pytest.mark.parametrize(("arch", "n_head", "n_head_kv"), BY_LAYER)
+def test_importance_of_layers_that_differ_in_their_heads(arch: str, n_head: list[int], n_head_kv: list[int], tmp_path: Path) -> None:
+    """Heads that do not exist, or have no KV cache, take no part in the distribution."""
+    (keys,) = (k for a, k in architectures.cases().values() if a == arch and k.get("attention.head_count_kv") == n_head_kv)
+    values = np.random.default_rng(4).random((3, max(n_head))) ** 3
+    for il, n in enumerate(n_head):
+        values[il, n:] = 0
+    used = [(n, kv) if kv else (0, 0) for n, kv in zip(n_head, n_head_kv)]
+    row = np.concatenate([values[il, :n] for il, (n, _) in enumerate(used)])
+    caps = reference.budget(row[None], kv_size=architectures.KV_SIZE, window=8, beta=1.2)[0]
+    expected = np.zeros((3, max(n_head_kv)), dtype=np.int32)
+    for il, (n, kv) in enumerate(used):
+        if kv:
+            expected[il, :kv] = reference.budget_kv(caps[None, :n], n_head_kv=kv, window=8)[0]
+            caps = caps[n:]
+    model = architectures.make_model(arch, keys)
+    try:
+        with Context(model, architectures.KV_SIZE, importance=Importance(values)) as context:
+            assert context.budget().tolist() == expected.tolist()
+    finally:
+        llama_cpp.llama_model_free(model)
+
+    path = tmp_path / "m.gguf"  # only a header
+    writer = gguf.GGUFWriter(path, arch)
+    for name, value in (("block_count", 3), ("embedding_length", 256), ("context_length", 512)):
+        writer.add_uint32(f"{arch}.{name}", value)
+    writer.add_head_count(n_head)
+    writer.add_head_count_kv(n_head_kv)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    plan = inspect.make_plan(path, options=Options(kv_size=architectures.KV_SIZE), importance=Importance(values))
+    assert plan.budget.tolist() == expected.tolist()
+    cells = sum(n_head_kv)
+    assert plan.n_bytes_full == 512 * cells * plan.shape.cell_bytes and f"mean {expected.sum() / cells:.2f}" in inspect.format_plan(plan)
+    write_importance(path, tmp_path / "n.gguf", values)
+    found = gguf_keys.read_importance(tmp_path / "n.gguf")
+    assert found is not None and found.values.tolist() == values.tolist()
+    values[0, -1] = 1.0
+    if n_head[0] < max(n_head):
+        with pytest.raises(ValueError, match=rf"layer 0 head {max(n_head) - 1} is 1.0, but this layer has {n_head[0]} query heads"):
+            write_importance(path, tmp_path / "o.gguf", values)
 
 
 @pytest.fixture(scope="module")

@@ -278,14 +278,24 @@ int32_t headkv_get_positions(const struct llama_context * ctx, llama_seq_id seq_
     return (int32_t) pos.size();
 }
 
-int32_t headkv_plan(const struct headkv_params * params, int32_t n_layer, int32_t n_head, int32_t n_head_kv, int32_t * dst) {
+int32_t headkv_plan(const struct headkv_params * params, int32_t n_layer, const int32_t * n_head, const int32_t * n_head_kv, int32_t * dst) {
     try {
-        if (!params || !dst || n_layer < 1 || n_layer > 65536 || n_head < 1 || n_head > 65536 || n_head_kv < 1 || n_head % n_head_kv != 0) {
-            throw std::invalid_argument(format("%d layers, %d heads, %d KV heads: positive, and heads a multiple of KV heads", n_layer, n_head, n_head_kv));
+        if (!params || !n_head || !n_head_kv || !dst || n_layer < 1 || n_layer > 65536) {
+            throw std::invalid_argument(format("%d layers: it must be in [1, 65536], and no pointer NULL", n_layer));
         }
-        const auto res = headkv_budget(headkv_config_from_params(*params), std::vector<int32_t>(n_layer, n_head), std::vector<int32_t>(n_layer, n_head_kv));
-        for (const auto & layer : res) {
-            dst = std::copy(layer.begin(), layer.end(), dst);
+        const std::vector<int32_t> heads(n_head, n_head + n_layer), heads_kv(n_head_kv, n_head_kv + n_layer);
+        for (int32_t il = 0; il < n_layer; ++il) {
+            const bool ok = heads_kv[il] == 0 ? heads[il] == 0 : heads_kv[il] > 0 && heads[il] > 0 && heads[il] <= 65536 && heads[il]%heads_kv[il] == 0;
+            if (!ok) {
+                throw std::invalid_argument(format("layer %d with %d heads and %d KV heads: both 0, or heads a multiple of KV heads",
+                            il, heads[il], heads_kv[il]));
+            }
+        }
+        const size_t n_row = *std::max_element(heads_kv.begin(), heads_kv.end());
+        std::fill(dst, dst + n_layer*n_row, 0);
+        for (const auto & layer : headkv_budget(headkv_config_from_params(*params), heads, heads_kv)) {
+            std::copy(layer.begin(), layer.end(), dst);
+            dst += n_row;
         }
     } catch (const std::exception & e) {
         return fail(e.what());
