@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ctypes
+import gzip
+import hashlib
 import json
 import math
 import os
@@ -19,7 +21,7 @@ from conftest import SHAPES, Shape, greedy, load, logits, nmse, read_prompt, rss
 
 from pyheadkv import gguf_keys, inspect, reference
 from pyheadkv.options import Options
-from pyheadkv.testing import random_importance
+from pyheadkv.testing import random_importance, write_random_model
 
 pytestmark = pytest.mark.usefixtures("library")
 MakeModel = Callable[..., Path]
@@ -512,6 +514,24 @@ def test_c_budgets_equal_the_oracle_on_the_golden_cases() -> None:
             _lib.check(_lib.lib.headkv_plan(ctypes.byref(params), 32, *(x.ctypes.data_as(ctypes.POINTER(ctypes.c_int32)) for x in (*counts, got))))
             caps = reference.budget(scores, kv_size=case["kv_size"], window=WINDOW, beta=case["beta"])
             np.testing.assert_array_equal(got, reference.budget_kv(caps, n_head_kv=n_head_kv, window=WINDOW))
+
+
+@pytest.mark.parametrize("name", ["llama3_8b_r2", "mistral_7b_r2"])
+def test_the_authors_scores_go_through_gguf_and_engine_to_their_budgets(name: str, tmp_path: Path) -> None:
+    """A model of their 32 layers x 32 heads, without GQA: the budget of a KV head is theirs, the window on top."""
+    golden = Path(__file__).parent / "golden"
+    scores, bare, path = tmp_path / "scores.json", tmp_path / "bare.gguf", tmp_path / "model.gguf"
+    scores.write_bytes(gzip.decompress((golden / f"head_score_{name}.json.gz").read_bytes()))
+    write_random_model(bare, n_layer=32, n_embd=256, n_head=32, n_head_kv=32, head_dim=8, n_ff=32, seed=1)
+    gguf_keys.write_importance(bare, path, gguf_keys.load_scores(scores).values)
+    cases = [c for c in json.loads((golden / "head_capacity_r2.json").read_text())["cases"] if c["scores"] == name and c["kv_size"] <= 1024]
+    assert len(cases) == 5 * 8
+    llm = load(path, kv_size=64, n_ctx=1024)
+    for case in cases:
+        llm.configure(kv_size=case["kv_size"], beta=case["beta"])
+        caps = llm.kv_budget - WINDOW
+        digest = hashlib.sha256(",".join(map(str, caps.ravel().tolist())).encode()).hexdigest()
+        assert (caps.sum(), digest) == (case["total_without_window"], case["sha256"])
 
 
 def test_beta_comes_with_the_importance_unless_it_is_given(make_model: MakeModel, tmp_path: Path) -> None:
