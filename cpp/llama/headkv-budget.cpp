@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <limits>
 #include <stdexcept>
 
 // a // b of Python for positive floats: fmod first, so that 11 // 1.1 is 9 and not 10
@@ -36,72 +37,70 @@ static std::vector<double> normalized(const std::vector<double> & v) {
     return res;
 }
 
-std::vector<int64_t> headkv_budget_query_heads(const headkv_config & cfg, const std::vector<double> & importance, int32_t n_heads) {
-    const double base = (double) cfg.kv_size - cfg.window;
-
-    if (cfg.policy != HEADKV_POLICY_HEADKV) {
-        return std::vector<int64_t>(n_heads, (int64_t) base);
+headkv_cells headkv_budget_uniform(const headkv_config & cfg, const headkv_heads & heads) {
+    headkv_cells res;
+    for (int32_t n : heads.n_head_kv) {
+        res.emplace_back(n, (int64_t) cfg.kv_size - cfg.window);
     }
+    return res;
+}
+
+// prefix cells of each query head
+static std::vector<int64_t> budget_query_heads(const headkv_config & cfg, const std::vector<double> & importance) {
+    const double base = (double) cfg.kv_size - cfg.window;
 
     const std::vector<double> share = normalized(normalized(importance));
 
     const double fd      = floor_div(base, cfg.beta);
-    const double pool    = fd*n_heads;
+    const double pool    = fd*share.size();
     const double min_num = base - fd;
 
-    std::vector<int64_t> res(n_heads);
-    for (int32_t i = 0; i < n_heads; ++i) {
-        res[i] = (int64_t) round_half_even(share[i]*pool + min_num);
+    std::vector<int64_t> res;
+    for (double s : share) {
+        res.push_back((int64_t) round_half_even(s*pool + min_num));
     }
     return res;
 }
 
-std::vector<uint32_t> headkv_budget_kv_heads(const int64_t * values, int32_t n_head, int32_t n_head_kv, uint32_t window) {
-    std::vector<uint32_t> res;
-    if (n_head_kv == 0) {
-        return res;
-    }
-    const int32_t n_group = n_head/n_head_kv;
-    for (int32_t ih = 0; ih < n_head_kv; ++ih) {
-        int64_t sum = 0;
-        for (int32_t g = 0; g < n_group; ++g) {
-            sum += values[ih*n_group + g];
-        }
-        res.push_back((uint32_t) std::max(0.0, round_half_even((double) sum/n_group)) + window);
-    }
-    return res;
-}
+headkv_cells headkv_budget_importance(const headkv_config & cfg, const headkv_heads & heads) {
+    const int32_t n_layer    = (int32_t) heads.n_head.size();
+    const int32_t n_head_max = *std::max_element(heads.n_head.begin(), heads.n_head.end());
 
-std::vector<std::vector<uint32_t>> headkv_budget(const headkv_config & cfg,
-        const std::vector<int32_t> & n_head, const std::vector<int32_t> & n_head_kv) {
-    const int32_t n_layer = (int32_t) n_head.size();
-
-    int32_t n_heads    = 0;
-    int32_t n_head_max = 0;
-    for (int32_t n : n_head) {
-        n_heads   += n;
-        n_head_max = std::max(n_head_max, n);
+    const auto & imp = cfg.importance;
+    if (imp.n_layer != n_layer || imp.n_head != n_head_max) {
+        throw std::invalid_argument(format("importance is for %d layers x %d heads, the model has %d x %d: "
+                    "measure it on this model", imp.n_layer, imp.n_head, n_layer, n_head_max));
     }
-
     std::vector<double> importance; // of the heads that exist
-    if (cfg.policy == HEADKV_POLICY_HEADKV) {
-        const auto & imp = cfg.importance;
-        if (imp.n_layer != n_layer || imp.n_head != n_head_max) {
-            throw std::invalid_argument(format("importance is for %d layers x %d heads, the model has %d x %d: "
-                        "measure it on this model", imp.n_layer, imp.n_head, n_layer, n_head_max));
-        }
-        for (int32_t il = 0; il < n_layer; ++il) {
-            importance.insert(importance.end(), imp.values.begin() + (size_t) il*imp.n_head, imp.values.begin() + (size_t) il*imp.n_head + n_head[il]);
-        }
+    for (int32_t il = 0; il < n_layer; ++il) {
+        const auto row = imp.values.begin() + (size_t) il*imp.n_head;
+        importance.insert(importance.end(), row, row + heads.n_head[il]);
     }
+    const std::vector<int64_t> values = budget_query_heads(cfg, importance);
 
-    const std::vector<int64_t> values = headkv_budget_query_heads(cfg, importance, n_heads);
-
-    std::vector<std::vector<uint32_t>> res;
+    headkv_cells res(n_layer);
     const int64_t * p = values.data();
     for (int32_t il = 0; il < n_layer; ++il) {
-        res.push_back(headkv_budget_kv_heads(p, n_head[il], n_head_kv[il], cfg.window));
-        p += n_head[il];
+        for (int32_t ih = 0; ih < heads.n_head_kv[il]; ++ih) {
+            const int32_t n_group = heads.n_head[il]/heads.n_head_kv[il];
+            int64_t sum = 0;
+            for (int32_t g = 0; g < n_group; ++g) {
+                sum += p[ih*n_group + g];
+            }
+            res[il].push_back((int64_t) std::max(0.0, round_half_even((double) sum/n_group)));
+        }
+        p += heads.n_head[il];
+    }
+    return res;
+}
+
+std::vector<std::vector<uint32_t>> headkv_budget(const headkv_config & cfg, const headkv_heads & heads) {
+    std::vector<std::vector<uint32_t>> res;
+    for (const auto & layer : cfg.policy->budget(cfg, heads, std::numeric_limits<int64_t>::max())) {
+        res.emplace_back();
+        for (int64_t n : layer) {
+            res.back().push_back((uint32_t) n + cfg.window);
+        }
     }
     return res;
 }

@@ -1,6 +1,7 @@
 #include "headkv-config.h"
 
 #include "headkv-importance.h"
+#include "headkv-policy.h"
 
 #include "llama-impl.h"
 
@@ -15,32 +16,6 @@ static int32_t check_range(const char * name, int32_t value, int32_t lo, int32_t
     return value;
 }
 
-static const struct { const char * name; headkv_policy policy; } policies[] = {
-    { "headkv",    HEADKV_POLICY_HEADKV    },
-    { "snapkv",    HEADKV_POLICY_SNAPKV    },
-    { "streaming", HEADKV_POLICY_STREAMING },
-};
-
-const char * headkv_policy_name(headkv_policy policy) {
-    for (const auto & p : policies) {
-        if (p.policy == policy) {
-            return p.name;
-        }
-    }
-    GGML_ABORT("unknown policy");
-}
-
-static headkv_policy policy_of(const std::string & name) {
-    std::string known;
-    for (const auto & p : policies) {
-        if (name == p.name) {
-            return p.policy;
-        }
-        known += (known.empty() ? "" : ", ") + std::string(p.name);
-    }
-    throw std::invalid_argument(format("policy is '%s': it must be one of %s", name.c_str(), known.c_str()));
-}
-
 headkv_config headkv_config_from_params(const headkv_params & params) {
     if (params.size != sizeof(headkv_params)) {
         throw std::invalid_argument(format("headkv_params.size is %zu, this library expects %zu", params.size, sizeof(headkv_params)));
@@ -48,7 +23,7 @@ headkv_config headkv_config_from_params(const headkv_params & params) {
 
     headkv_config cfg;
 
-    cfg.policy      = policy_of(params.policy ? params.policy : "");
+    cfg.policy      = &headkv_policy_find(params.policy ? params.policy : "");
     cfg.window      = check_range("window", params.window, 1, 64);
     cfg.pool        = (headkv_pool) check_range("pool", params.pool, HEADKV_POOL_MAX, HEADKV_POOL_AVG);
     cfg.pool_kernel = check_range("pool_kernel", params.pool_kernel, 1, 31);
@@ -75,7 +50,7 @@ headkv_config headkv_config_from_params(const headkv_params & params) {
         cfg.prefill = HEADKV_PREFILL_TOKEN;
     }
 
-    if (cfg.policy == HEADKV_POLICY_HEADKV) {
+    if (cfg.policy->needs_importance) {
         if (params.importance) {
             cfg.importance.n_layer = check_range("n_layer of the importance", params.n_layer, 1, 65536);
             cfg.importance.n_head  = check_range("n_head of the importance",  params.n_head,  1, 65536);
@@ -85,8 +60,8 @@ headkv_config headkv_config_from_params(const headkv_params & params) {
             cfg.importance = headkv_importance_from_gguf(params.importance_gguf);
         }
         if (cfg.importance.values.empty()) {
-            throw std::invalid_argument("policy 'headkv' needs the importance of each head and the model has none: add it with "
-                    "scripts/gguf_add_importance.py, pass importance=, or use policy 'snapkv'");
+            throw std::invalid_argument(format("policy '%s' needs the importance of each head and the model has none: add it with "
+                        "scripts/gguf_add_importance.py, pass importance=, or use policy 'snapkv'", cfg.policy->name));
         }
     }
 

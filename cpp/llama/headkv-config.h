@@ -14,17 +14,10 @@ struct headkv_importance {
     std::vector<double> values; // [n_layer*n_head], query heads, finite, >= 0, sum > 0; empty = none given
 };
 
-enum headkv_policy {
-    HEADKV_POLICY_HEADKV,    // budgets by importance
-    HEADKV_POLICY_SNAPKV,    // uniform budgets
-    HEADKV_POLICY_STREAMING, // uniform budgets, the first cells and the last ones
-};
-
-// name of a policy, as in headkv_params
-const char * headkv_policy_name(headkv_policy policy);
+struct headkv_policy; // headkv-policy.h
 
 struct headkv_config {
-    headkv_policy policy;
+    const headkv_policy * policy;
     uint32_t      kv_size;
     uint32_t      window;
     headkv_pool   pool;

@@ -1,8 +1,5 @@
 #include "headkv-stages.h"
 
-#include <algorithm>
-#include <numeric>
-
 // Sum of the rows of x [n, n_rows], in place: halves are added until one row is left. Upstream's pooling and
 // matrix products walk columns here and are slower; the order of additions is fixed.
 static ggml_tensor * sum_rows(ggml_context * ctx, ggml_cgraph * gf, ggml_tensor * x) {
@@ -49,11 +46,4 @@ ggml_tensor * headkv_build_score(ggml_context * ctx, ggml_cgraph * gf, ggml_tens
         s = ggml_reshape_1d(ctx, s, n_prefix);
     }
     return s;
-}
-
-std::vector<float> headkv_score_recency(int64_t n_prefix, int64_t n_sinks) {
-    std::vector<float> res(n_prefix);
-    std::iota(res.begin(), res.end(), 0.0f); // exact below 2^24
-    std::fill(res.begin(), res.begin() + std::min(n_prefix, n_sinks), (float) n_prefix);
-    return res;
 }

@@ -26,9 +26,6 @@ ggml_tensor * headkv_build_window(ggml_context * ctx, ggml_tensor * q_cur, ggml_
 ggml_tensor * headkv_build_score(ggml_context * ctx, ggml_cgraph * gf, ggml_tensor * q, ggml_tensor * k, ggml_tensor * mask,
         float scale, float softcap, headkv_pool pool, int pool_kernel);
 
-// The same for a policy that does not look at the queries: later cells score higher, the first n_sinks highest.
-std::vector<float> headkv_score_recency(int64_t n_prefix, int64_t n_sinks);
-
 // Stage 5, select: positions of the n_keep[h] best scores of each head, ascending, ties to the lower position,
 // followed by the positions of the window.
 //   scores F32 [n_prefix, n_head_kv]

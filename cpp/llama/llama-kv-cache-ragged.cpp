@@ -47,7 +47,7 @@ llama_kv_cache_ragged::llama_kv_cache_ragged(
 
     seqs.resize(cparams.n_seq_max);
 
-    budgets = make_budgets(c);
+    budgets = headkv_budget(c, heads());
 
     for (uint32_t il = 0; il < hparams.n_layer(); ++il) {
         if (hparams.n_head_kv(il) == 0) {
@@ -99,20 +99,19 @@ llama_kv_cache_ragged::llama_kv_cache_ragged(
         }
     }
     LLAMA_LOG_INFO("%s: policy %s, kv_size %u: %.1f cells per KV head of %llu, window %u, beta %g, attend %s\n", __func__,
-            headkv_policy_name(c.policy), c.kv_size, (double) n_cells/n_heads, (unsigned long long) n_heads,
+            c.policy->name, c.kv_size, (double) n_cells/n_heads, (unsigned long long) n_heads,
             c.window, c.beta, store.layers[0].fused ? "fused" : "composed");
 }
 
 llama_kv_cache_ragged::~llama_kv_cache_ragged() = default;
 
-std::vector<std::vector<uint32_t>> llama_kv_cache_ragged::make_budgets(const headkv_config & c) const {
-    std::vector<int32_t> n_head;
-    std::vector<int32_t> n_head_kv;
+headkv_heads llama_kv_cache_ragged::heads() const {
+    headkv_heads res;
     for (uint32_t il = 0; il < hparams.n_layer(); ++il) {
-        n_head_kv.push_back(hparams.n_head_kv(il));
-        n_head   .push_back(hparams.n_head_kv(il) > 0 ? hparams.n_head(il) : 0);
+        res.n_head_kv.push_back(hparams.n_head_kv(il));
+        res.n_head   .push_back(hparams.n_head_kv(il) > 0 ? hparams.n_head(il) : 0);
     }
-    return headkv_budget(c, n_head, n_head_kv);
+    return res;
 }
 
 std::unique_ptr<llama_kv_cache> llama_kv_cache_ragged::make_stage(uint32_t n_cells, bool plan, bool one_layer) const {
@@ -472,7 +471,7 @@ void llama_kv_cache_ragged::configure(headkv_config_ptr other) {
     if (b.kv_size > n_ctx_seq) {
         throw std::invalid_argument(format("kv_size is %u: it must not be larger than n_ctx = %u", b.kv_size, n_ctx_seq));
     }
-    budgets = make_budgets(b);
+    budgets = headkv_budget(b, heads());
     cfg     = std::move(other);
 }
 
@@ -1021,8 +1020,9 @@ void set_data(ggml_tensor * t, const std::vector<T> & data) {
 } // namespace
 
 struct llama_kv_cache_ragged::compression {
-    llama_seq_id seq_id;
-    int64_t      t_us = 0; // spent so far
+    llama_seq_id      seq_id;
+    headkv_config_ptr cfg; // of all layers, whatever configure() does in between
+    int64_t           t_us = 0; // spent so far
 
     int64_t n;        // tokens of the prompt
     int64_t n_window; // the last ones
@@ -1033,13 +1033,15 @@ struct llama_kv_cache_ragged::compression {
     std::vector<int32_t> cells; // of the staging, in position order
     bool contiguous;
 
+    headkv_cells n_keep; // [il][ih] prefix cells
+
     std::vector<ggml_fp16_t> mask;       // [n, n_window], causal within the window
     std::vector<float>       window_pos; // [n_window]
-    std::vector<float>       recency;    // [n_prefix] scores of the streaming policy
+    std::vector<float>       scores;     // [n_prefix] of a policy that does not look at the queries
 
     runner_t runner;
 
-    compression(llama_context * lctx, llama_seq_id seq_id) : seq_id(seq_id), runner(lctx) {}
+    compression(llama_context * lctx, llama_seq_id seq_id, headkv_config_ptr cfg) : seq_id(seq_id), cfg(std::move(cfg)), runner(lctx) {}
 
     void run() {
         if (!runner.run()) {
@@ -1048,11 +1050,8 @@ struct llama_kv_cache_ragged::compression {
     }
 };
 
-// first cells that the streaming policy keeps, as its authors do
-static constexpr int64_t N_SINKS = 4;
-
 void llama_kv_cache_ragged::begin_compression(llama_seq_id seq_id) {
-    running = std::make_unique<compression>(lctx, seq_id);
+    running = std::make_unique<compression>(lctx, seq_id, cfg);
     compression & c = *running;
 
     c.n        = seqs[seq_id].n_pos;
@@ -1064,7 +1063,7 @@ void llama_kv_cache_ragged::begin_compression(llama_seq_id seq_id) {
 
     c.slots = window_slots(seq_id);
     c.cells = stage_cells(seq_id);
-    if (cfg->policy != HEADKV_POLICY_STREAMING && !c.keep_all && (int64_t) c.slots.size() != c.n_window) {
+    if (!cfg->policy->score && !c.keep_all && (int64_t) c.slots.size() != c.n_window) {
         throw std::runtime_error(format("queries of the last %d tokens are missing, because tokens were removed from the end of the prompt: "
                     "evaluate the prompt again", (int) c.n_window));
     }
@@ -1076,8 +1075,14 @@ void llama_kv_cache_ragged::begin_compression(llama_seq_id seq_id) {
     for (int64_t i = 0; i < c.n_window; ++i) {
         c.window_pos.push_back((float) (c.n_prefix + i));
     }
-    if (cfg->policy == HEADKV_POLICY_STREAMING) {
-        c.recency = headkv_score_recency(c.n_prefix, N_SINKS);
+    c.n_keep = cfg->policy->budget(*cfg, heads(), c.n_prefix);
+    for (auto & layer : c.n_keep) {
+        for (int64_t & n : layer) {
+            n = c.keep_all ? c.n_prefix : std::min(n, c.n_prefix);
+        }
+    }
+    if (cfg->policy->score) {
+        c.scores = cfg->policy->score(c.n_prefix);
     } else if (!c.keep_all) {
         c.mask.assign(c.n*c.n_window, ggml_fp32_to_fp16(0.0f));
         for (int64_t i = 0; i < c.n_window; ++i) {
@@ -1088,6 +1093,7 @@ void llama_kv_cache_ragged::begin_compression(llama_seq_id seq_id) {
 
 void llama_kv_cache_ragged::compress_layer(headkv_store_layer & layer) {
     compression & c = *running;
+    const headkv_config & cfg = *c.cfg;
     const int64_t t_start = ggml_time_us();
 
     const int64_t n        = c.n;
@@ -1103,7 +1109,7 @@ void llama_kv_cache_ragged::compress_layer(headkv_store_layer & layer) {
     std::vector<int32_t> plan_select;    // [2, H]
     int64_t n_total = 0;
     for (int64_t ih = 0; ih < H; ++ih) {
-        n_keep.push_back((int32_t) (c.keep_all ? n_prefix : std::min<int64_t>(budgets[layer.il][ih] - cfg->window, n_prefix)));
+        n_keep.push_back((int32_t) c.n_keep[layer.il][ih]);
         n_kept.push_back((uint32_t) (n_keep[ih] + n_window));
         plan_select.push_back((int32_t) n_total);
         plan_select.push_back(n_keep[ih]);
@@ -1135,9 +1141,9 @@ void llama_kv_cache_ragged::compress_layer(headkv_store_layer & layer) {
     };
 
     // score
-    if (cfg->policy == HEADKV_POLICY_STREAMING) {
+    if (cfg.policy->score) {
         for (int64_t ih = 0; ih < H && n_prefix > 0; ++ih) {
-            ggml_backend_tensor_set(t_scores, c.recency.data(), ih*t_scores->nb[1], n_prefix*sizeof(float));
+            ggml_backend_tensor_set(t_scores, c.scores.data(), ih*t_scores->nb[1], n_prefix*sizeof(float));
         }
     } else if (!c.keep_all) {
         set_data(t_slots, c.slots);
@@ -1152,14 +1158,14 @@ void llama_kv_cache_ragged::compress_layer(headkv_store_layer & layer) {
             q = ggml_view_3d(ctx, q, D, G, n_window, D*q->nb[0], q->nb[1], ih*G*D*q->nb[0]);
             q = ggml_cont(ctx, ggml_permute(ctx, q, 0, 2, 1, 3));                           // [D, w, G]
             ggml_tensor * s = headkv_build_score(ctx, c.runner.gf, q, head_cells(ctx, k_all, ih), t_mask,
-                    layer.attend->scale, layer.attend->softcap, cfg->pool, cfg->pool_kernel);
+                    layer.attend->scale, layer.attend->softcap, cfg.pool, cfg.pool_kernel);
             ggml_build_forward_expand(c.runner.gf, ggml_cpy(ctx, s, ggml_view_1d(ctx, t_scores, n_prefix, ih*t_scores->nb[1])));
             c.run();
         }
     }
 
     // budgets are known: make room, select and compact
-    store.relayout(layer, c.seq_id, n_kept, cfg->n_tail, cfg->n_buckets, {});
+    store.relayout(layer, c.seq_id, n_kept, cfg.n_tail, cfg.n_buckets, {});
     auto & ranges = layer.ranges[c.seq_id];
 
     std::vector<int32_t> plan;

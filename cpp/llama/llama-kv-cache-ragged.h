@@ -3,6 +3,7 @@
 #include "llama-kv-cache.h"
 
 #include "headkv-config.h"
+#include "headkv-policy.h"
 #include "headkv-store.h"
 
 #include <map>
@@ -181,7 +182,7 @@ private:
     const ggml_type type_k;
     const ggml_type type_v;
 
-    std::vector<std::vector<uint32_t>> budgets; // [il][ih] window included
+    std::vector<std::vector<uint32_t>> budgets; // [il][ih] window included, of long prompts
     std::vector<int32_t> ils; // layers with KV heads
 
     std::vector<seq_t> seqs;
@@ -243,7 +244,7 @@ private:
     void abort_compression(); // the store is as it was before
     bool end_layer(int32_t il); // all ubatches of a layered prompt went through it
 
-    std::vector<std::vector<uint32_t>> make_budgets(const headkv_config & c) const;
+    headkv_heads heads() const; // of the layers with KV heads
     std::unique_ptr<llama_kv_cache> make_stage(uint32_t n_cells, bool plan, bool one_layer) const;
     void make_rings(std::vector<ring_t> & rings, std::vector<ggml_tensor *> & of_layer, bool plan) const;
 

@@ -1,0 +1,44 @@
+// A policy decides which cells of a prompt each KV head keeps: how many (budget), which ones are best (score), and what
+// only the scores of the prompt at hand can tell (refine). One file headkv-policy-<name>.cpp and one line here for each.
+#pragma once
+
+#include "headkv-config.h"
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+// in the order in which they are listed to users
+#define HEADKV_POLICIES(X) \
+    X(headkv)    \
+    X(snapkv)    \
+    X(streaming)
+
+// heads of each layer, both 0 where a layer has no KV heads
+struct headkv_heads {
+    std::vector<int32_t> n_head;    // [il] query heads
+    std::vector<int32_t> n_head_kv; // [il]
+};
+
+// [il][ih] cells before the window
+using headkv_cells = std::vector<std::vector<int64_t>>;
+
+struct headkv_policy {
+    const char * name;
+    bool         needs_importance; // of the query heads, in the configuration
+
+    // Cells of each KV head, for prompts of n_prefix cells before the window. May be more than that.
+    // Throws std::invalid_argument when the importance does not fit the layers.
+    headkv_cells (*budget)(const headkv_config & cfg, const headkv_heads & heads, int64_t n_prefix);
+
+    // Scores [n_prefix] of a policy that does not look at the queries, the same for all heads; null = the attention that
+    // the window pays to each cell.
+    std::vector<float> (*score)(int64_t n_prefix);
+};
+
+// by name; throws std::invalid_argument with the known ones
+const headkv_policy & headkv_policy_find(const std::string & name);
+
+#define HEADKV_DECLARE_POLICY(name) headkv_policy headkv_policy_##name();
+HEADKV_POLICIES(HEADKV_DECLARE_POLICY)
+#undef HEADKV_DECLARE_POLICY
