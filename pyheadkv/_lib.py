@@ -62,6 +62,7 @@ class Params(ctypes.Structure):
         ("prefill", ctypes.c_int32),
         ("hidden_f16", ctypes.c_int32),
         ("keep_prompt", ctypes.c_int32),
+        ("pyramid_exact", ctypes.c_int32),
         ("importance", ctypes.POINTER(ctypes.c_double)),
         ("n_layer", ctypes.c_int32),
         ("n_head", ctypes.c_int32),

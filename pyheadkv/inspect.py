@@ -317,7 +317,7 @@ def _head_lines(plan: Plan) -> list[str]:
         f"options     policy {options.policy}, kv_size {options.kv_size}, beta {options.beta}, window {options.window}",
     ]
     if plan.importance is None:
-        return [*lines, "importance  none, policy snapkv does not need it"]
+        return [*lines, f"importance  none, policy {options.policy} does not need it"]
     shares = top_shares(plan.importance)
     counts = " / ".join(map(str, shares))
     percents = " / ".join(f"{share:.1%}" for share in shares.values())

@@ -14,7 +14,7 @@ import numpy.typing as npt
 from . import _lib, gguf_keys
 from .gguf_keys import Importance
 
-POLICIES = ("headkv", "snapkv", "streaming")
+POLICIES = ("headkv", "snapkv", "streaming", "pyramidkv")
 POOLS = {"max": 0, "avg": 1}
 ATTENDS = {"auto": 0, "fused": 1, "composed": 2}
 PREFILLS = {"auto": 0, "token": 1, "layer": 2}
@@ -44,6 +44,13 @@ def check_choice(name: str, value: Any, choices: Any) -> str:
     if not isinstance(value, str) or value not in choices:
         raise ValueError(f"{name}={value!r}: it must be one of {', '.join(map(repr, choices))}")
     return value
+
+
+def check_bool(name: str, value: Any) -> bool:
+    """``value``, if it is True or False; else ValueError."""
+    if not isinstance(value, (bool, np.bool_)):
+        raise ValueError(f"{name}={value!r}: it must be True or False")
+    return bool(value)
 
 
 def load_importance(source: ImportanceLike, model: str | PathLike[str]) -> Importance | None:
@@ -86,6 +93,7 @@ class Options:
     prefill: str = "auto"
     prefill_hidden: str = "f32"
     keep_prompt: bool = False
+    pyramid_exact: bool = True
 
     def __post_init__(self) -> None:
         check_choice("policy", self.policy, POLICIES)
@@ -103,6 +111,7 @@ class Options:
             gguf_keys.check_beta(self.beta, name="beta")
         check_int("n_tail", self.n_tail, 1, 1 << 20)
         check_int("n_buckets", self.n_buckets, 1, 8)
+        check_bool("pyramid_exact", self.pyramid_exact)
         if self.keep_prompt and self.prefill == "layer":
             raise ValueError("keep_prompt=True, prefill='layer': a prompt that is read layer by layer is never held as a whole, "
                              "use prefill='auto'")
@@ -122,6 +131,7 @@ class Options:
         params.prefill = PREFILLS[self.prefill]
         params.hidden_f16 = self.prefill_hidden == "f16"
         params.keep_prompt = self.keep_prompt
+        params.pyramid_exact = self.pyramid_exact
         if importance is not None:
             params.importance = importance.values.ctypes.data_as(ctypes.POINTER(ctypes.c_double))
             params.n_layer, params.n_head = importance.values.shape

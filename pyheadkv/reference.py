@@ -97,6 +97,72 @@ def uniform_budget(*, n_layer: int, n_head: int, kv_size: int, window: int) -> N
     return np.full((n_layer, n_head), kv_size - window, dtype=np.int32)
 
 
+def spread(cells: ArrayLike, n: int, *, limit: int) -> tuple[NDArray[np.int64], int]:
+    """Give n more cells, fewer if negative, to heads in order: evenly, the rest to the first ones, until all are full.
+
+    Parameters
+    ----------
+    cells : any shape
+    limit : cells of a full head; an empty one has 0
+
+    Returns
+    -------
+    cells of the same shape, and what no head could take
+    """
+    res = np.array(cells, dtype=np.int64)
+    heads, sign = res.reshape(-1), 1 if n > 0 else -1
+    n = abs(n)
+    while n > 0:
+        room = np.maximum(0, limit - heads if sign > 0 else heads)
+        n_open = int((room > 0).sum())
+        if n_open == 0:
+            break
+        share = max(1, n // n_open)
+        for i in np.flatnonzero(room):
+            given = min(share, int(room[i]), n)
+            heads[i] += sign * given
+            n -= given
+    return res, sign * n
+
+
+def pyramid_budget(
+    *, n_layer: int, n_head_kv: int, kv_size: int, window: int, n_prefix: int | None = None, exact: bool = True
+) -> NDArray[np.int64]:
+    """Prefix cells of each KV head under policy "pyramidkv": they fall linearly from the first layer to the last.
+
+    The last layer gets 1/20 of the mean, the first one what is missing then, but not more than the prompt has.
+
+    Parameters
+    ----------
+    n_prefix : cells before the window; None = a long prompt
+    exact : True = what flooring loses goes to the first heads, one cell each; False = the authors' arithmetic, whose
+        step is floored, so that the layers hold more than ``kv_size``
+
+    Returns
+    -------
+    (n_layer, n_head_kv) int64, cells, window excluded
+    """
+    _check_sizes(kv_size=kv_size, window=window)
+    base = kv_size - window
+    last = base // 20
+    first = 2 * base - last
+    if n_prefix is not None and first > n_prefix:
+        first = max(n_prefix, base)
+        last = 2 * base - first
+    steps, depth = max(1, n_layer - 1), np.arange(n_layer)
+    if n_layer == 1:
+        layers = np.array([base])
+    elif exact:
+        layers = last + (first - last) * (steps - depth) // steps
+    else:
+        layers = first - depth * ((first - last) // steps)
+    cells = np.repeat(layers[:, None], n_head_kv, axis=1)
+    if exact:
+        rest = base * cells.size - int(cells.sum())
+        cells, _ = spread(cells, rest, limit=2**62 if n_prefix is None else max(n_prefix, base))
+    return cells.astype(np.int64)
+
+
 # window -> score
 
 

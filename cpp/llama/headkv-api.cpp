@@ -65,6 +65,7 @@ struct headkv_params headkv_default_params(void) {
         /*.prefill         =*/ HEADKV_PREFILL_AUTO,
         /*.hidden_f16      =*/ 0,
         /*.keep_prompt     =*/ 0,
+        /*.pyramid_exact   =*/ 1,
         /*.importance      =*/ nullptr,
         /*.n_layer         =*/ 0,
         /*.n_head          =*/ 0,

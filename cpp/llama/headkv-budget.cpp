@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstdlib>
 #include <limits>
 #include <stdexcept>
 
@@ -92,6 +93,30 @@ headkv_cells headkv_budget_importance(const headkv_config & cfg, const headkv_he
         p += heads.n_head[il];
     }
     return res;
+}
+
+int64_t headkv_budget_spread(headkv_cells & cells, int64_t n, int64_t limit) {
+    const bool    add    = n > 0;
+    const auto    room   = [&](int64_t x) { return std::max<int64_t>(0, add ? limit - x : x); };
+    int64_t       n_left = std::abs(n);
+    while (n_left > 0) {
+        int64_t n_open = 0;
+        for (const auto & layer : cells) {
+            n_open += std::count_if(layer.begin(), layer.end(), [&](int64_t x) { return room(x) > 0; });
+        }
+        if (n_open == 0) {
+            break;
+        }
+        const int64_t share = std::max<int64_t>(1, n_left/n_open);
+        for (auto & layer : cells) {
+            for (int64_t & x : layer) {
+                const int64_t d = std::min({ share, room(x), n_left });
+                x      += add ? d : -d;
+                n_left -= d;
+            }
+        }
+    }
+    return add ? n_left : -n_left;
 }
 
 std::vector<std::vector<uint32_t>> headkv_budget(const headkv_config & cfg, const headkv_heads & heads) {

@@ -11,5 +11,9 @@ headkv_cells headkv_budget_uniform(const headkv_config & cfg, const headkv_heads
 // Throws std::invalid_argument when the importance does not fit the layers.
 headkv_cells headkv_budget_importance(const headkv_config & cfg, const headkv_heads & heads);
 
+// Gives n more cells (fewer if negative) to the heads, the same number to each that has less than limit (more than 0), what
+// does not divide to the first ones; as often as it takes. Returns what no head could take.
+int64_t headkv_budget_spread(headkv_cells & cells, int64_t n, int64_t limit);
+
 // Budgets of the policy for long prompts, window included, [il][ih].
 std::vector<std::vector<uint32_t>> headkv_budget(const headkv_config & cfg, const headkv_heads & heads);

@@ -29,6 +29,7 @@ struct headkv_config {
     headkv_prefill prefill;
     bool           hidden_f16;
     bool           keep_prompt;
+    bool           pyramid_exact;
 
     headkv_importance importance;
 };

@@ -12,7 +12,8 @@
 #define HEADKV_POLICIES(X) \
     X(headkv)    \
     X(snapkv)    \
-    X(streaming)
+    X(streaming) \
+    X(pyramidkv)
 
 // heads of each layer, both 0 where a layer has no KV heads
 struct headkv_heads {

@@ -1,0 +1,150 @@
+"""Cells that each policy keeps, against the NumPy oracle, on random GQA models."""
+
+from __future__ import annotations
+
+import ctypes
+from pathlib import Path
+from typing import Any, Callable
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+from conftest import SHAPES, Shape, load, tokens
+
+from pyheadkv import _lib, reference
+from pyheadkv.options import POLICIES, Options
+
+pytestmark = pytest.mark.usefixtures("library")
+MakeModel = Callable[..., Path]
+WINDOW = 8
+GQA = SHAPES[1:]
+ALL_SHAPES = pytest.mark.parametrize("shape", GQA, ids=lambda s: s.name)
+# budgets far below the prompt, near it, and above it
+SIZES = pytest.mark.parametrize(("n_prompt", "kv_size"), [(300, 9), (300, 40), (701, 96), (120, 80), (60, 40), (40, 39), (5, 32)])
+
+Kept = list[list[npt.NDArray[np.int32]]]
+
+
+def head_rows(llm: Any, shape: Shape, il: int, *, v: bool) -> npt.NDArray[np.float32]:
+    """K or V of a staged prompt, (n_tokens, n_head_kv, head_dim)."""
+    rows = [llm._read_floats(_lib.lib.headkv_read_cells, shape.head_dim, llm.n_ctx(), il, ih, v) for ih in range(shape.n_head_kv)]
+    return np.stack(rows, axis=1)
+
+
+def scores_of(llm: Any, shape: Shape, il: int) -> npt.NDArray[np.float64]:
+    """Scores of a layer by the oracle, from the engine's own queries and keys."""
+    q = llm._read_floats(_lib.lib.headkv_read_window, shape.n_head * shape.head_dim, WINDOW, il)
+    return reference.score(q.reshape(-1, shape.n_head, shape.head_dim), head_rows(llm, shape, il, v=False), scale=shape.head_dim**-0.5,
+                           pool=llm.kv_options.pool, pool_kernel=llm.kv_options.pool_kernel, q_round=np.float16)
+
+
+def budget_of(llm: Any, shape: Shape, n_prefix: int) -> npt.NDArray[np.int64]:
+    """Prefix cells of each head under the policy, before the prompt limits them."""
+    options = llm.kv_options
+    if options.policy == "pyramidkv":
+        return reference.pyramid_budget(n_layer=shape.n_layer, n_head_kv=shape.n_head_kv, kv_size=options.kv_size, window=WINDOW,
+                                        n_prefix=n_prefix, exact=options.pyramid_exact)
+    return llm.kv_budget.astype(np.int64) - WINDOW  # checked in test_engine.py
+
+
+def oracle(llm: Any, shape: Shape) -> Kept:
+    """Cells that the policy of a staged context keeps."""
+    options, n_tokens = llm.kv_options, llm.n_tokens
+    n_prefix = max(0, n_tokens - WINDOW)
+    if options.kv_size - WINDOW > n_prefix:
+        return [[np.arange(n_tokens, dtype=np.int32)] * shape.n_head_kv] * shape.n_layer
+    cells = np.minimum(budget_of(llm, shape, n_prefix), n_prefix)
+    return [reference.keep(scores_of(llm, shape, il), cells[il] + WINDOW, kv_size=options.kv_size, window=WINDOW, n_tokens=n_tokens)
+            for il in range(shape.n_layer)]
+
+
+def kept_by(llm: Any, shape: Shape) -> Kept:
+    return [[llm.kv_positions(il, ih) for ih in range(shape.n_head_kv)] for il in range(shape.n_layer)]
+
+
+def as_lists(kept: Kept) -> list[list[list[int]]]:
+    return [[rows.tolist() for rows in heads] for heads in kept]
+
+
+def check_kept(shape: Shape, make_model: MakeModel, n_prompt: int, **options: Any) -> Kept:
+    """Kept cells of both orders of prefill and both ways to attend are those of the oracle; returns them."""
+    path, prompt = make_model(shape), tokens(n_prompt, seed=n_prompt)
+    llm = load(path, prefill="token", attend="fused", n_ubatch=64, **options)
+    llm.eval(prompt)
+    expected = oracle(llm, shape)
+    rows = [[head_rows(llm, shape, il, v=v) for v in (False, True)] for il in range(shape.n_layer)]
+    llm.end_prompt()
+    assert as_lists(kept_by(llm, shape)) == as_lists(expected)
+    assert llm.kv_stats().n_cells.tolist() == [[len(kept) for kept in heads] for heads in expected]
+    for il, heads in enumerate(expected):  # the rows moved unchanged
+        for ih, kept in enumerate(heads):
+            for v in (False, True):
+                got = llm._read_floats(_lib.lib.headkv_read_cells, shape.head_dim, llm.n_ctx(), il, ih, v)
+                np.testing.assert_array_equal(got, rows[il][v][kept, ih])
+    other = load(path, prefill="layer", attend="composed", n_buckets=2, n_ubatch=64, **options)
+    other.read_prompt(prompt)
+    assert as_lists(kept_by(other, shape)) == as_lists(expected)
+    for model in (llm, other):
+        model.eval([9])
+    assert np.isfinite(other.last_logits).all()
+    return expected
+
+
+def n_cells(kept: Kept) -> int:
+    return sum(len(rows) for heads in kept for rows in heads)
+
+
+def plan(policy: str, *, n_layer: int, n_head: int, n_head_kv: int, **options: Any) -> npt.NDArray[np.int32]:
+    """Budgets without a context."""
+    params = Options(policy=policy, **options).to_params(None, None)
+    got = np.zeros((n_layer, n_head_kv), dtype=np.int32)
+    _lib.check(_lib.lib.headkv_plan(ctypes.byref(params), n_layer, n_head, n_head_kv, got.ctypes.data_as(ctypes.POINTER(ctypes.c_int32))))
+    return got
+
+
+def test_python_and_the_library_know_the_same_policies() -> None:
+    params = Options(kv_size=64).to_params(None, None)
+    params.policy = b"?"
+    assert _lib.lib.headkv_set_params(ctypes.byref(params)) < 0
+    assert _lib.last_error() == f"policy is '?': it must be one of {', '.join(POLICIES)}"
+
+
+@pytest.mark.parametrize(("options", "message"), [
+    ({"pyramid_exact": "no"}, "pyramid_exact='no': it must be True or False"),
+])
+def test_wrong_options_are_value_errors(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Options(kv_size=64, **options)
+
+
+# ---------------------------------------------------------------- pyramidkv
+
+
+@ALL_SHAPES
+@SIZES
+@pytest.mark.parametrize("exact", [True, False], ids=["exact", "authors"])
+def test_pyramidkv_keeps_what_the_oracle_keeps(shape: Shape, n_prompt: int, kv_size: int, exact: bool, make_model: MakeModel) -> None:
+    kept = check_kept(shape, make_model, n_prompt, kv_size=kv_size, policy="pyramidkv", pyramid_exact=exact)
+    uniform = min(kv_size, n_prompt) * shape.n_layer * shape.n_head_kv
+    assert n_cells(kept) == uniform if exact else n_cells(kept) >= uniform
+
+
+@pytest.mark.parametrize(("kv_size", "first", "last", "total"), [
+    (64, 110, 17, 2032), (128, 234, 17, 4016), (256, 484, 19, 8048), (512, 983, 53, 16576), (1024, 1982, 60, 32672),
+])
+def test_pyramidkv_of_the_authors_is_reproduced(kv_size: int, first: int, last: int, total: int) -> None:
+    """Cells of 32 layers without the window, by hand from the authors' formula."""
+    got = plan("pyramidkv", n_layer=32, n_head=4, n_head_kv=2, kv_size=kv_size, pyramid_exact=False) - WINDOW
+    assert (got[0, 0], got[-1, 0], got[:, 0].sum()) == (first, last, total)
+    exact = plan("pyramidkv", n_layer=32, n_head=4, n_head_kv=2, kv_size=kv_size) - WINDOW
+    assert exact.sum() == 64 * (kv_size - WINDOW)
+    assert (np.diff(exact[:, 0]) <= 0).all() and exact[-1, 0] == (kv_size - WINDOW) // 20
+
+
+@pytest.mark.parametrize("n_layer", [1, 2, 3, 28, 80])
+@pytest.mark.parametrize("kv_size", [9, 10, 29, 64, 1000])
+@pytest.mark.parametrize("exact", [True, False])
+def test_pyramidkv_plan_equals_the_oracle(n_layer: int, kv_size: int, exact: bool) -> None:
+    got = plan("pyramidkv", n_layer=n_layer, n_head=6, n_head_kv=3, kv_size=kv_size, pyramid_exact=exact)
+    expected = reference.pyramid_budget(n_layer=n_layer, n_head_kv=3, kv_size=kv_size, window=WINDOW, exact=exact)
+    np.testing.assert_array_equal(got, expected + WINDOW)
