@@ -46,7 +46,7 @@ enum headkv_prefill {
 struct headkv_params {
     size_t       size;        // sizeof(struct headkv_params)
     const char * policy;      // "headkv" (importance decides), "snapkv" (uniform), "streaming" (4 sinks and the last cells),
-                              // "pyramidkv" (fewer cells in deeper layers)
+                              // "pyramidkv" (fewer cells in deeper layers), "adakv" (the prompt decides within a layer)
     int32_t      kv_size;     // mean cells per KV head, observation window included
     int32_t      window;      // queries that score the prompt, 1..64
     int32_t      pool;        // enum headkv_pool
@@ -59,6 +59,8 @@ struct headkv_params {
     int32_t      hidden_f16;  // 1 = hidden states between layers in f16: half the memory, rounded results
     int32_t      keep_prompt; // 1 = the full cache of a prompt stays after compression, for headkv_restore_prompt()
     int32_t      pyramid_exact; // 0 = the authors' rounding, which holds up to 13 % more than kv_size
+    double       adakv_floor; // share of its budget that the prompt cannot take from a head, 0..1; -1 = the policy's own
+    int32_t      adakv_normalize; // 1 = heads whose attention is concentrated count more
     // importance of each query head, row-major [n_layer][n_head]; NULL = read it from importance_gguf
     const double * importance;
     int32_t      n_layer;
@@ -125,7 +127,7 @@ LLAMA_API int32_t headkv_restore_prompt(struct llama_context * ctx, llama_seq_id
 
 LLAMA_API int32_t headkv_get_stats(const struct llama_context * ctx, llama_seq_id seq_id, struct headkv_stats * stats);
 
-// Cells each head may keep of a long prompt, window included: [n_layer][n_head_kv_max] with 0 where a layer has fewer heads.
+// Cells each head may keep of a long prompt, before its scores move them within a layer, window included: [n_layer][n_head_kv_max] with 0 where a layer has fewer heads.
 // Returns the number of values; dst may be NULL to ask for it.
 LLAMA_API int32_t headkv_get_budget(const struct llama_context * ctx, int32_t * dst, int32_t n);
 

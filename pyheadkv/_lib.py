@@ -63,6 +63,8 @@ class Params(ctypes.Structure):
         ("hidden_f16", ctypes.c_int32),
         ("keep_prompt", ctypes.c_int32),
         ("pyramid_exact", ctypes.c_int32),
+        ("adakv_floor", ctypes.c_double),
+        ("adakv_normalize", ctypes.c_int32),
         ("importance", ctypes.POINTER(ctypes.c_double)),
         ("n_layer", ctypes.c_int32),
         ("n_head", ctypes.c_int32),

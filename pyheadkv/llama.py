@@ -77,8 +77,9 @@ class Llama(llama_cpp.Llama):
     kv_size : mean cells per KV head after the prompt, window included;
         None = the stock cache, bit-identical to upstream
     policy : "headkv" (budgets by head importance), "snapkv" (uniform budgets), "streaming"
-        (uniform budgets: the first 4 cells and the last ones, whatever the queries look at)
-        or "pyramidkv" (budgets fall with the depth of the layer)
+        (uniform budgets: the first 4 cells and the last ones, whatever the queries look at),
+        "pyramidkv" (budgets fall with the depth of the layer) or "adakv" (within a layer,
+        the prompt decides which heads get how many cells)
     beta : > 1; a share 1/beta of the budget is given out by importance, the rest evenly;
         None = the one stored with the importance (``pyheadkv score --calibrate``), else 1.2
     window : number of last queries that score the prompt; these cells are always kept
@@ -98,6 +99,10 @@ class Llama(llama_cpp.Llama):
         compression saves
     pyramid_exact : True = the budgets of "pyramidkv" add up to ``kv_size`` per head; False =
         those of its authors, whose rounding holds up to 13 % more
+    adakv_floor : share of its budget, 0 to 1, that the prompt cannot take from a head under
+        "adakv"; None = 0.2
+    adakv_normalize : under "adakv", weight the scores of a head by the share of its best cells
+        in their sum, so that heads with concentrated attention get more
     n_tail, attend, n_buckets : see ``cpp/headkv.h``
     **kwargs : every argument of ``llama_cpp.Llama``; ``flash_attn`` is on when
         compression is
@@ -129,6 +134,8 @@ class Llama(llama_cpp.Llama):
         kv_reuse: bool = False,
         keep_prompt: bool = False,
         pyramid_exact: bool = True,
+        adakv_floor: float | None = None,
+        adakv_normalize: bool = False,
         n_tail: int = 64,
         attend: str = "auto",
         n_buckets: int = 1,
@@ -136,7 +143,7 @@ class Llama(llama_cpp.Llama):
     ) -> None:
         options = dict(policy=policy, beta=beta, window=window, pool=pool, pool_kernel=pool_kernel, n_tail=n_tail, attend=attend,
                        n_buckets=n_buckets, prefill=prefill, prefill_hidden=prefill_hidden, keep_prompt=keep_prompt,
-                       pyramid_exact=pyramid_exact)
+                       pyramid_exact=pyramid_exact, adakv_floor=adakv_floor, adakv_normalize=adakv_normalize)
         self._kv_args = dict(options, kv_size=kv_size, importance=importance, kv_reuse=kv_reuse)
         self._kv_reuse = kv_reuse
         self._prompt_pending = False
@@ -374,7 +381,7 @@ class Llama(llama_cpp.Llama):
     def kv_budget(self) -> npt.NDArray[np.int32]:
         """Cells that each head may keep of a long prompt, window included: int32 (n_layer, n_head_kv).
 
-        What it did keep is ``kv_stats().n_cells``.
+        Some policies move cells within a layer by what the prompt is; ``kv_stats().n_cells`` tells the outcome.
         """
         self._need_options()
         return self._int_table(_lib.lib.headkv_get_budget, self.ctx)

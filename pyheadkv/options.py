@@ -14,7 +14,7 @@ import numpy.typing as npt
 from . import _lib, gguf_keys
 from .gguf_keys import Importance
 
-POLICIES = ("headkv", "snapkv", "streaming", "pyramidkv")
+POLICIES = ("headkv", "snapkv", "streaming", "pyramidkv", "adakv")
 POOLS = {"max": 0, "avg": 1}
 ATTENDS = {"auto": 0, "fused": 1, "composed": 2}
 PREFILLS = {"auto": 0, "token": 1, "layer": 2}
@@ -51,6 +51,13 @@ def check_bool(name: str, value: Any) -> bool:
     if not isinstance(value, (bool, np.bool_)):
         raise ValueError(f"{name}={value!r}: it must be True or False")
     return bool(value)
+
+
+def check_share(name: str, value: Any) -> float:
+    """``value`` as float, if it is a number in [0, 1]; else ValueError."""
+    if isinstance(value, (bool, str)) or not isinstance(value, (int, float, np.integer, np.floating)) or not 0 <= value <= 1:
+        raise ValueError(f"{name}={value!r}: it must be a number in [0, 1]")
+    return float(value)
 
 
 def load_importance(source: ImportanceLike, model: str | PathLike[str]) -> Importance | None:
@@ -94,6 +101,8 @@ class Options:
     prefill_hidden: str = "f32"
     keep_prompt: bool = False
     pyramid_exact: bool = True
+    adakv_floor: float | None = None
+    adakv_normalize: bool = False
 
     def __post_init__(self) -> None:
         check_choice("policy", self.policy, POLICIES)
@@ -112,6 +121,9 @@ class Options:
         check_int("n_tail", self.n_tail, 1, 1 << 20)
         check_int("n_buckets", self.n_buckets, 1, 8)
         check_bool("pyramid_exact", self.pyramid_exact)
+        check_bool("adakv_normalize", self.adakv_normalize)
+        if self.adakv_floor is not None:
+            check_share("adakv_floor", self.adakv_floor)
         if self.keep_prompt and self.prefill == "layer":
             raise ValueError("keep_prompt=True, prefill='layer': a prompt that is read layer by layer is never held as a whole, "
                              "use prefill='auto'")
@@ -132,6 +144,8 @@ class Options:
         params.hidden_f16 = self.prefill_hidden == "f16"
         params.keep_prompt = self.keep_prompt
         params.pyramid_exact = self.pyramid_exact
+        params.adakv_floor = -1.0 if self.adakv_floor is None else self.adakv_floor
+        params.adakv_normalize = self.adakv_normalize
         if importance is not None:
             params.importance = importance.values.ctypes.data_as(ctypes.POINTER(ctypes.c_double))
             params.n_layer, params.n_head = importance.values.shape

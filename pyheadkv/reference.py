@@ -274,6 +274,47 @@ def pool_scores(scores: ArrayLike, *, pool: Pool, kernel: int) -> NDArray[np.flo
     return pooled
 
 
+def adapt_budget(scores: ArrayLike, cells: ArrayLike, *, floor: float, normalize: bool = False) -> NDArray[np.int64]:
+    """Prefix cells of the heads of a layer when the prompt moves them to where the scores are high (Ada-KV).
+
+    Each head is guaranteed the share ``floor`` of its cells, rounded down. The others are divided in proportion to how
+    many of the layer's best cells are the head's, with the largest remainders rounded up. The authors round each head
+    by itself, so that their sum drifts. Ties go to the lower head, then to the lower position.
+
+    Parameters
+    ----------
+    scores : (n_head_kv, n_prefix)
+    cells : (n_head_kv,) prefix cells, at most n_prefix each
+    normalize : weight the scores of a head by the share that its best cells, as many as the mean budget, have in
+        their sum
+
+    Returns
+    -------
+    (n_head_kv,) int64, cells with the same sum
+    """
+    scores, cells = np.asarray(scores, dtype=np.float64), np.asarray(cells, dtype=np.int64)
+    n_head_kv, n_prefix = scores.shape
+    total = int(cells.sum())
+    if total in (0, scores.size):
+        return cells
+    if normalize:
+        best = np.sort(scores, axis=1)[:, n_prefix - total // n_head_kv :].sum(axis=1)
+        whole = scores.sum(axis=1)
+        scores = scores * np.where(whole > 0, best / np.where(whole > 0, whole, 1), 1)[:, None]
+    order = np.argsort(-scores, axis=None, kind="stable")[:total]
+    counts = np.bincount(order // n_prefix, minlength=n_head_kv)
+    sure = (floor * cells).astype(np.int64)
+    shared = counts * (total - int(sure.sum()))
+    res = np.minimum(n_prefix, sure + shared // total)
+    by_remainder = np.argsort(-(shared % total), kind="stable").tolist()
+    while res.sum() < total:
+        for ih in by_remainder:
+            if res[ih] < n_prefix and res.sum() < total:
+                res[ih] += 1
+    adapted: NDArray[np.int64] = res
+    return adapted
+
+
 # select -> compact
 
 

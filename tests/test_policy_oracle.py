@@ -22,6 +22,8 @@ ALL_SHAPES = pytest.mark.parametrize("shape", GQA, ids=lambda s: s.name)
 # budgets far below the prompt, near it, and above it
 SIZES = pytest.mark.parametrize(("n_prompt", "kv_size"), [(300, 9), (300, 40), (701, 96), (120, 80), (60, 40), (40, 39), (5, 32)])
 
+FLOORS = {"adakv": 0.2}  # policies by which the prompt moves cells within a layer
+
 Kept = list[list[npt.NDArray[np.int32]]]
 
 
@@ -54,8 +56,14 @@ def oracle(llm: Any, shape: Shape) -> Kept:
     if options.kv_size - WINDOW > n_prefix:
         return [[np.arange(n_tokens, dtype=np.int32)] * shape.n_head_kv] * shape.n_layer
     cells = np.minimum(budget_of(llm, shape, n_prefix), n_prefix)
-    return [reference.keep(scores_of(llm, shape, il), cells[il] + WINDOW, kv_size=options.kv_size, window=WINDOW, n_tokens=n_tokens)
-            for il in range(shape.n_layer)]
+    kept = []
+    for il in range(shape.n_layer):
+        scores = scores_of(llm, shape, il)
+        if options.policy in FLOORS:
+            floor = FLOORS[options.policy] if options.adakv_floor is None else options.adakv_floor
+            cells[il] = reference.adapt_budget(scores, cells[il], floor=floor, normalize=options.adakv_normalize)
+        kept.append(reference.keep(scores, cells[il] + WINDOW, kv_size=options.kv_size, window=WINDOW, n_tokens=n_tokens))
+    return kept
 
 
 def kept_by(llm: Any, shape: Shape) -> Kept:
@@ -111,6 +119,10 @@ def test_python_and_the_library_know_the_same_policies() -> None:
 
 @pytest.mark.parametrize(("options", "message"), [
     ({"pyramid_exact": "no"}, "pyramid_exact='no': it must be True or False"),
+    ({"adakv_normalize": 1}, "adakv_normalize=1: it must be True or False"),
+    ({"adakv_floor": 1.5}, r"adakv_floor=1.5: it must be a number in \[0, 1\]"),
+    ({"adakv_floor": -1}, "adakv_floor=-1"),
+    ({"adakv_floor": float("nan")}, "adakv_floor=nan"),
 ])
 def test_wrong_options_are_value_errors(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
@@ -148,3 +160,38 @@ def test_pyramidkv_plan_equals_the_oracle(n_layer: int, kv_size: int, exact: boo
     got = plan("pyramidkv", n_layer=n_layer, n_head=6, n_head_kv=3, kv_size=kv_size, pyramid_exact=exact)
     expected = reference.pyramid_budget(n_layer=n_layer, n_head_kv=3, kv_size=kv_size, window=WINDOW, exact=exact)
     np.testing.assert_array_equal(got, expected + WINDOW)
+
+
+# ---------------------------------------------------------------- adakv
+
+
+@ALL_SHAPES
+@SIZES
+@pytest.mark.parametrize("options", [{}, {"adakv_normalize": True}, {"adakv_floor": 0.0}, {"adakv_floor": 0.55, "pool": "avg"}], ids=str)
+def test_adakv_keeps_what_the_oracle_keeps(shape: Shape, n_prompt: int, kv_size: int, options: dict[str, Any], make_model: MakeModel) -> None:
+    kept = check_kept(shape, make_model, n_prompt, kv_size=kv_size, policy="adakv", **options)
+    for heads in kept:  # every layer has what it has under snapkv
+        assert sum(map(len, heads)) == min(kv_size, n_prompt) * shape.n_head_kv
+        assert min(map(len, heads)) >= min(n_prompt, WINDOW + int(options.get("adakv_floor", 0.2) * (kv_size - WINDOW)))
+
+
+def test_adakv_moves_cells_between_heads_and_a_floor_of_one_keeps_them(make_model: MakeModel) -> None:
+    shape = SHAPES[4]
+    kept = {floor: check_kept(shape, make_model, 300, kv_size=40, policy="adakv", adakv_floor=floor) for floor in (0.0, 1.0)}
+    assert all(len(rows) == 40 for heads in kept[1.0] for rows in heads)
+    assert max(len(rows) for heads in kept[0.0] for rows in heads) > 44
+    uniform = check_kept(shape, make_model, 300, kv_size=40, policy="snapkv")
+    assert as_lists(kept[1.0]) == as_lists(uniform)
+
+
+def test_adaptive_budget_by_hand() -> None:
+    scores = np.array([[9.0, 8, 7, 6, 0, 0, 0, 0, 0, 0], [5.0, 4, 0, 0, 0, 0, 0, 0, 0, 0]])
+    assert reference.adapt_budget(scores, [3, 3], floor=0.0).tolist() == [4, 2]
+    assert reference.adapt_budget(scores, [3, 3], floor=1.0).tolist() == [3, 3]
+    assert reference.adapt_budget(scores, [3, 3], floor=0.5).tolist() == [4, 2]  # 1 + 4 * 4 / 6, 1 + 2 * 4 / 6: the larger remainder
+    assert reference.adapt_budget(scores, [4, 4], floor=0.0).tolist() == [6, 2]  # ties of zeros go to the lower head
+    assert reference.adapt_budget(np.zeros((3, 2)), [1, 1, 1], floor=0.0).tolist() == [2, 1, 0]
+    # two cells hold 7/16 of the first head's sum and all of the second one's
+    flat = np.array([[4.0, 3, 3, 3, 3], [2.9, 2.8, 0, 0, 0]])
+    assert reference.adapt_budget(flat, [2, 2], floor=0.0).tolist() == [4, 0]
+    assert reference.adapt_budget(flat, [2, 2], floor=0.0, normalize=True).tolist() == [2, 2]

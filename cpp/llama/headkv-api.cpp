@@ -66,6 +66,8 @@ struct headkv_params headkv_default_params(void) {
         /*.hidden_f16      =*/ 0,
         /*.keep_prompt     =*/ 0,
         /*.pyramid_exact   =*/ 1,
+        /*.adakv_floor     =*/ -1.0,
+        /*.adakv_normalize =*/ 0,
         /*.importance      =*/ nullptr,
         /*.n_layer         =*/ 0,
         /*.n_head          =*/ 0,

@@ -5,7 +5,9 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdlib>
+#include <functional>
 #include <limits>
+#include <numeric>
 #include <stdexcept>
 
 // a // b of Python for positive floats: fmod first, so that 11 // 1.1 is 9 and not 10
@@ -117,6 +119,67 @@ int64_t headkv_budget_spread(headkv_cells & cells, int64_t n, int64_t limit) {
         }
     }
     return add ? n_left : -n_left;
+}
+
+// the factor of a head's scores that makes heads with concentrated attention count more
+static double concentration(const float * scores, int64_t n, int64_t n_best) {
+    double sum = 0.0;
+    for (int64_t i = 0; i < n; ++i) {
+        sum += scores[i];
+    }
+    std::vector<float> best(n_best);
+    std::partial_sort_copy(scores, scores + n, best.begin(), best.end(), std::greater<float>());
+    const double top = std::accumulate(best.begin(), best.end(), 0.0);
+    return sum > 0.0 ? top/sum : 1.0;
+}
+
+void headkv_budget_adapt(headkv_scored & layer, double floor, bool normalize) {
+    const int64_t H = (int64_t) layer.n_keep.size();
+    const int64_t n = layer.n_prefix;
+    const int64_t n_total = std::accumulate(layer.n_keep.begin(), layer.n_keep.end(), (int64_t) 0);
+    if (n_total == 0 || n_total == H*n) {
+        return;
+    }
+
+    // how many of the best cells of the layer each head has
+    std::vector<double>  scores(H*n);
+    std::vector<int64_t> order(H*n);
+    for (int64_t ih = 0; ih < H; ++ih) {
+        const double factor = normalize ? concentration(layer.scores.data() + ih*n, n, n_total/H) : 1.0;
+        for (int64_t i = ih*n; i < (ih + 1)*n; ++i) {
+            const double s = layer.scores[i]*factor;
+            scores[i] = std::isnan(s) ? -std::numeric_limits<double>::infinity() : s;
+        }
+    }
+    std::iota(order.begin(), order.end(), 0);
+    std::nth_element(order.begin(), order.begin() + n_total, order.end(),
+            [&](int64_t a, int64_t b) { return scores[a] != scores[b] ? scores[a] > scores[b] : a < b; });
+    std::vector<int64_t> n_best(H, 0);
+    for (int64_t i = 0; i < n_total; ++i) {
+        n_best[order[i]/n]++;
+    }
+
+    int64_t n_shared = n_total;
+    for (int64_t & x : layer.n_keep) {
+        x = (int64_t) (floor*x);
+        n_shared -= x;
+    }
+    int64_t n_left = n_total;
+    for (int64_t ih = 0; ih < H; ++ih) {
+        layer.n_keep[ih] = std::min(n, layer.n_keep[ih] + n_best[ih]*n_shared/n_total);
+        n_left -= layer.n_keep[ih];
+    }
+    std::vector<int64_t> by_remainder(H);
+    std::iota(by_remainder.begin(), by_remainder.end(), 0);
+    std::stable_sort(by_remainder.begin(), by_remainder.end(),
+            [&](int64_t a, int64_t b) { return n_best[a]*n_shared % n_total > n_best[b]*n_shared % n_total; });
+    for (int64_t i = 0; n_left > 0; i = (i + 1) % H) {
+        int64_t & x = layer.n_keep[by_remainder[i]];
+        if (x < n) {
+            x++;
+            n_left--;
+        }
+    }
 }
 
 std::vector<std::vector<uint32_t>> headkv_budget(const headkv_config & cfg, const headkv_heads & heads) {

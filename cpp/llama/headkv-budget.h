@@ -15,5 +15,13 @@ headkv_cells headkv_budget_importance(const headkv_config & cfg, const headkv_he
 // does not divide to the first ones; as often as it takes. Returns what no head could take.
 int64_t headkv_budget_spread(headkv_cells & cells, int64_t n, int64_t limit);
 
+// Moves cells between the heads of a layer to where the scores are high. Each head is guaranteed the share floor of its
+// cells, rounded down. What is left is divided in proportion to how many of the layer's n best cells, n = sum of n_keep, are
+// the head's: ties go to the lower head, then to the lower position. normalize: the scores of a head are first multiplied by
+// the share that its n/n_head_kv best cells have of their sum.
+// The authors (Ada-KV) round each head by itself, so that their layers lose cells; here the largest remainders are rounded
+// up, ties to the lower head, and the sum stays.
+void headkv_budget_adapt(headkv_scored & layer, double floor, bool normalize);
+
 // Budgets of the policy for long prompts, window included, [il][ih].
 std::vector<std::vector<uint32_t>> headkv_budget(const headkv_config & cfg, const headkv_heads & heads);

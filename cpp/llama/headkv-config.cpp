@@ -42,7 +42,12 @@ headkv_config headkv_config_from_params(const headkv_params & params) {
 
     cfg.hidden_f16  = check_range("hidden_f16",  params.hidden_f16,  0, 1) == 1;
     cfg.keep_prompt = check_range("keep_prompt", params.keep_prompt, 0, 1) == 1;
-    cfg.pyramid_exact = check_range("pyramid_exact", params.pyramid_exact, 0, 1) == 1;
+    cfg.pyramid_exact   = check_range("pyramid_exact",   params.pyramid_exact,   0, 1) == 1;
+    cfg.adakv_normalize = check_range("adakv_normalize", params.adakv_normalize, 0, 1) == 1;
+    cfg.adakv_floor     = params.adakv_floor == -1.0 ? cfg.policy->adakv_floor : params.adakv_floor;
+    if (!(cfg.adakv_floor >= 0.0 && cfg.adakv_floor <= 1.0)) {
+        throw std::invalid_argument(format("adakv_floor is %g: it must be in [0, 1], or -1 for the default of the policy", params.adakv_floor));
+    }
     if (cfg.keep_prompt && cfg.prefill == HEADKV_PREFILL_LAYER) {
         throw std::invalid_argument("keep_prompt is 1 and prefill is 'layer': a prompt that is read layer by layer is never held as a whole, "
                 "use prefill 'token'");

@@ -30,6 +30,8 @@ struct headkv_config {
     bool           hidden_f16;
     bool           keep_prompt;
     bool           pyramid_exact;
+    double         adakv_floor; // in [0, 1]
+    bool           adakv_normalize;
 
     headkv_importance importance;
 };

@@ -13,7 +13,8 @@
     X(headkv)    \
     X(snapkv)    \
     X(streaming) \
-    X(pyramidkv)
+    X(pyramidkv) \
+    X(adakv)
 
 // heads of each layer, both 0 where a layer has no KV heads
 struct headkv_heads {
@@ -24,9 +25,17 @@ struct headkv_heads {
 // [il][ih] cells before the window
 using headkv_cells = std::vector<std::vector<int64_t>>;
 
+// what is known of a layer when its cells are scored
+struct headkv_scored {
+    int64_t n_prefix;
+    std::vector<float>   scores; // [n_head_kv][n_prefix]
+    std::vector<int64_t> n_keep; // [n_head_kv], at most n_prefix
+};
+
 struct headkv_policy {
     const char * name;
     bool         needs_importance; // of the query heads, in the configuration
+    double       adakv_floor;      // default of the option
 
     // Cells of each KV head, for prompts of n_prefix cells before the window. May be more than that.
     // Throws std::invalid_argument when the importance does not fit the layers.
@@ -35,6 +44,10 @@ struct headkv_policy {
     // Scores [n_prefix] of a policy that does not look at the queries, the same for all heads; null = the attention that
     // the window pays to each cell.
     std::vector<float> (*score)(int64_t n_prefix);
+
+    // May move cells between the heads of a layer and change scores; not called for a prompt that is kept as a whole.
+    // The sum of n_keep must stay. null = nothing of that.
+    void (*refine)(const headkv_config & cfg, headkv_scored & layer);
 };
 
 // by name; throws std::invalid_argument with the known ones

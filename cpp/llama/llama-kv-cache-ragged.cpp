@@ -13,6 +13,7 @@
 #include <cstring>
 #include <limits>
 #include <map>
+#include <numeric>
 #include <random>
 #include <stdexcept>
 
@@ -83,7 +84,9 @@ llama_kv_cache_ragged::llama_kv_cache_ragged(
         std::vector<uint32_t> n_kept;
         for (int32_t ih = 0; ih < layer.n_head_kv; ++ih) {
             // the fused op's scratch grows with the rows, the composed graph with the longest range
-            n_kept.push_back(layer.fused ? n_ctx_seq : std::min(n_ctx_seq, budgets[layer.il][ih]));
+            const auto & b = budgets[layer.il];
+            const uint32_t n_most = c.policy->refine ? std::accumulate(b.begin(), b.end(), 0u) : b[ih];
+            n_kept.push_back(layer.fused ? n_ctx_seq : std::min(n_ctx_seq, n_most));
         }
         for (size_t s = 0; s < seqs.size(); ++s) {
             store_plan.relayout(layer, (int32_t) s, n_kept, c.n_tail, c.n_buckets, {});
@@ -1104,17 +1107,8 @@ void llama_kv_cache_ragged::compress_layer(headkv_store_layer & layer) {
     const int64_t H = layer.n_head_kv;
     const int64_t G = layer.n_head/layer.n_head_kv;
 
-    std::vector<int32_t> n_keep;         // prefix cells
-    std::vector<uint32_t> n_kept;        // with the window
-    std::vector<int32_t> plan_select;    // [2, H]
-    int64_t n_total = 0;
-    for (int64_t ih = 0; ih < H; ++ih) {
-        n_keep.push_back((int32_t) c.n_keep[layer.il][ih]);
-        n_kept.push_back((uint32_t) (n_keep[ih] + n_window));
-        plan_select.push_back((int32_t) n_total);
-        plan_select.push_back(n_keep[ih]);
-        n_total += n_kept[ih];
-    }
+    std::vector<int64_t> n_keep = c.n_keep[layer.il]; // prefix cells
+    const int64_t n_total = std::accumulate(n_keep.begin(), n_keep.end(), H*n_window);
 
     scratch_t scratch;
     ggml_tensor * t_scores = ggml_new_tensor_2d(scratch.ctx.get(), GGML_TYPE_F32, std::max<int64_t>(n_prefix, 1), H);
@@ -1127,7 +1121,6 @@ void llama_kv_cache_ragged::compress_layer(headkv_store_layer & layer) {
     ggml_tensor * t_mask   = c.mask.empty() ? nullptr : ggml_new_tensor_2d(scratch.ctx.get(), GGML_TYPE_F16, n, n_window);
     scratch.alloc(layer.buft);
     set_data(t_cells,  c.cells);
-    set_data(t_select, plan_select);
     set_data(t_window, c.window_pos);
 
     ggml_tensor * k_all = storage_of(*stage, layer.il, false);
@@ -1164,7 +1157,24 @@ void llama_kv_cache_ragged::compress_layer(headkv_store_layer & layer) {
         }
     }
 
+    if (cfg.policy->refine && !c.keep_all) {
+        headkv_scored scored = { n_prefix, std::vector<float>(n_prefix*H), std::move(n_keep) };
+        ggml_backend_tensor_get(t_scores, scored.scores.data(), 0, n_prefix*H*sizeof(float));
+        cfg.policy->refine(cfg, scored);
+        n_keep = std::move(scored.n_keep);
+    }
+
     // budgets are known: make room, select and compact
+    std::vector<uint32_t> n_kept;     // with the window
+    std::vector<int32_t> plan_select; // [2, H]
+    int32_t n_before = 0;
+    for (int64_t ih = 0; ih < H; ++ih) {
+        n_kept.push_back((uint32_t) (n_keep[ih] + n_window));
+        plan_select.insert(plan_select.end(), { n_before, (int32_t) n_keep[ih] });
+        n_before += (int32_t) n_kept[ih];
+    }
+    GGML_ASSERT(n_before == n_total);
+    set_data(t_select, plan_select);
     store.relayout(layer, c.seq_id, n_kept, cfg.n_tail, cfg.n_buckets, {});
     auto & ranges = layer.ranges[c.seq_id];
 
