@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from . import _lib, embedded_model, gguf_keys
-from .options import DEFAULT_BETA, POLICIES, Options, check_int, load_importance
+from .options import BY_IMPORTANCE, DEFAULT_BETA, POLICIES, Options, check_int, load_importance
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -246,7 +246,7 @@ def _importance(
     if source is not None:
         return load_importance(source, path)
     found = gguf_keys.read_importance(path)
-    if found is None and options.policy == "headkv":
+    if found is None and options.policy in BY_IMPORTANCE:
         raise ValueError(f"{path}: no head importance in the file: {REMEDY_IMPORTANCE}")
     return found
 

@@ -78,8 +78,10 @@ class Llama(llama_cpp.Llama):
         None = the stock cache, bit-identical to upstream
     policy : "headkv" (budgets by head importance), "snapkv" (uniform budgets), "streaming"
         (uniform budgets: the first 4 cells and the last ones, whatever the queries look at),
-        "pyramidkv" (budgets fall with the depth of the layer) or "adakv" (within a layer,
-        the prompt decides which heads get how many cells)
+        "pyramidkv" (budgets fall with the depth of the layer), "adakv" (within a layer, the
+        prompt decides which heads get how many cells) or "headkv+adakv" (a layer has the
+        cells that "headkv" gives it; a head is sure of half of its own, and the prompt
+        divides the rest within the layer)
     beta : > 1; a share 1/beta of the budget is given out by importance, the rest evenly;
         None = the one stored with the importance (``pyheadkv score --calibrate``), else 1.2
     window : number of last queries that score the prompt; these cells are always kept
@@ -99,9 +101,9 @@ class Llama(llama_cpp.Llama):
         compression saves
     pyramid_exact : True = the budgets of "pyramidkv" add up to ``kv_size`` per head; False =
         those of its authors, whose rounding holds up to 13 % more
-    adakv_floor : share of its budget, 0 to 1, that the prompt cannot take from a head under
-        "adakv"; None = 0.2
-    adakv_normalize : under "adakv", weight the scores of a head by the share of its best cells
+    adakv_floor : share of its budget, 0 to 1, that the prompt cannot take from a head; None =
+        0.2 under "adakv", 0.5 under "headkv+adakv"
+    adakv_normalize : under both, weight the scores of a head by the share of its best cells
         in their sum, so that heads with concentrated attention get more
     n_tail, attend, n_buckets : see ``cpp/headkv.h``
     **kwargs : every argument of ``llama_cpp.Llama``; ``flash_attn`` is on when
@@ -110,7 +112,7 @@ class Llama(llama_cpp.Llama):
     Raises
     ------
     ValueError
-        wrong option, no importance for policy "headkv", or an architecture that
+        wrong option, no importance for a policy that needs it, or an architecture that
         cannot be compressed; the message names value, limit and remedy
 
     References

@@ -22,7 +22,7 @@ ALL_SHAPES = pytest.mark.parametrize("shape", GQA, ids=lambda s: s.name)
 # budgets far below the prompt, near it, and above it
 SIZES = pytest.mark.parametrize(("n_prompt", "kv_size"), [(300, 9), (300, 40), (701, 96), (120, 80), (60, 40), (40, 39), (5, 32)])
 
-FLOORS = {"adakv": 0.2}  # policies by which the prompt moves cells within a layer
+FLOORS = {"adakv": 0.2, "headkv+adakv": 0.5}  # policies by which the prompt moves cells within a layer
 
 Kept = list[list[npt.NDArray[np.int32]]]
 
@@ -195,3 +195,32 @@ def test_adaptive_budget_by_hand() -> None:
     flat = np.array([[4.0, 3, 3, 3, 3], [2.9, 2.8, 0, 0, 0]])
     assert reference.adapt_budget(flat, [2, 2], floor=0.0).tolist() == [4, 0]
     assert reference.adapt_budget(flat, [2, 2], floor=0.0, normalize=True).tolist() == [2, 2]
+
+
+# ---------------------------------------------------------------- headkv+adakv
+
+
+@ALL_SHAPES
+@SIZES
+@pytest.mark.parametrize("options", [{}, {"adakv_normalize": True, "adakv_floor": 0.25, "beta": 1.05}], ids=str)
+def test_headkv_with_adakv_keeps_what_the_oracle_keeps(shape: Shape, n_prompt: int, kv_size: int, options: dict[str, Any], make_model: MakeModel) -> None:
+    """Every layer has the cells that it has under headkv, and every head at least the guaranteed share of its own."""
+    kept = check_kept(shape, make_model, n_prompt, kv_size=kv_size, policy="headkv+adakv", **options)
+    beta = {k: v for k, v in options.items() if k == "beta"}
+    llm = load(make_model(shape), kv_size=kv_size, **beta)
+    llm.read_prompt(tokens(n_prompt, seed=n_prompt))
+    for heads, cells in zip(kept, llm.kv_stats().n_cells.tolist()):
+        assert sum(map(len, heads)) == sum(cells)
+        assert all(len(rows) >= (n - WINDOW) * options.get("adakv_floor", 0.5) for rows, n in zip(heads, cells))
+
+
+def test_a_floor_of_one_is_headkv(make_model: MakeModel) -> None:
+    shape = SHAPES[1]
+    mixed = check_kept(shape, make_model, 300, kv_size=40, policy="headkv+adakv", adakv_floor=1.0)
+    assert as_lists(mixed) == as_lists(check_kept(shape, make_model, 300, kv_size=40))
+    assert as_lists(mixed) != as_lists(check_kept(shape, make_model, 300, kv_size=40, policy="headkv+adakv"))
+
+
+def test_a_model_without_importance_is_refused(make_model: MakeModel) -> None:
+    with pytest.raises(ValueError, match="policy 'headkv\\+adakv' needs the importance of each head and the model has none"):
+        load(make_model(SHAPES[1], importance=None), kv_size=64, policy="headkv+adakv")

@@ -14,7 +14,8 @@
     X(snapkv)    \
     X(streaming) \
     X(pyramidkv) \
-    X(adakv)
+    X(adakv)     \
+    X(headkv_adakv)
 
 // heads of each layer, both 0 where a layer has no KV heads
 struct headkv_heads {
