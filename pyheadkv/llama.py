@@ -77,7 +77,7 @@ class Llama(llama_cpp.Llama):
     kv_size : mean cells per KV head after the prompt, window included;
         None = the stock cache, bit-identical to upstream
     policy : "headkv" (budgets by head importance), "snapkv" (uniform budgets), "streaming"
-        (uniform budgets: the first 4 cells and the last ones, whatever the queries look at),
+        (uniform budgets: the first cells and the last ones, whatever the queries look at),
         "pyramidkv" (budgets fall with the depth of the layer), "adakv" (within a layer, the
         prompt decides which heads get how many cells) or "headkv+adakv" (a layer has the
         cells that "headkv" gives it; a head is sure of half of its own, and the prompt
@@ -99,6 +99,14 @@ class Llama(llama_cpp.Llama):
     keep_prompt : keep the full cache of the prompt beside the compressed one, so that
         ``restore_prompt`` can go back to it. For evaluations: it costs the memory that
         compression saves
+    sinks : first cells of a prompt that every head keeps; None = 4 under "streaming", as far as
+        ``kv_size`` reaches, else 0
+    protect : (start, end) spans of prompt positions whose cells every head keeps; what lies
+        behind the end of a prompt is no matter. Sinks and protected cells are part of a
+        head's budget; a head whose budget they exceed grows, which ``kv_stats()`` tells
+    surplus : what becomes of the cells that a head may keep beyond the length of the prompt:
+        "lost", or "redistribute" (evenly to the other heads of its layer, then to those of
+        the other layers)
     pyramid_exact : True = the budgets of "pyramidkv" add up to ``kv_size`` per head; False =
         those of its authors, whose rounding holds up to 13 % more
     adakv_floor : share of its budget, 0 to 1, that the prompt cannot take from a head; None =
@@ -135,6 +143,9 @@ class Llama(llama_cpp.Llama):
         prefill_hidden: str = "f32",
         kv_reuse: bool = False,
         keep_prompt: bool = False,
+        sinks: int | None = None,
+        protect: Sequence[tuple[int, int]] = (),
+        surplus: str = "lost",
         pyramid_exact: bool = True,
         adakv_floor: float | None = None,
         adakv_normalize: bool = False,
@@ -145,7 +156,7 @@ class Llama(llama_cpp.Llama):
     ) -> None:
         options = dict(policy=policy, beta=beta, window=window, pool=pool, pool_kernel=pool_kernel, n_tail=n_tail, attend=attend,
                        n_buckets=n_buckets, prefill=prefill, prefill_hidden=prefill_hidden, keep_prompt=keep_prompt,
-                       pyramid_exact=pyramid_exact, adakv_floor=adakv_floor, adakv_normalize=adakv_normalize)
+                       sinks=sinks, protect=protect, surplus=surplus, pyramid_exact=pyramid_exact, adakv_floor=adakv_floor, adakv_normalize=adakv_normalize)
         self._kv_args = dict(options, kv_size=kv_size, importance=importance, kv_reuse=kv_reuse)
         self._kv_reuse = kv_reuse
         self._prompt_pending = False

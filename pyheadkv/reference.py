@@ -163,6 +163,45 @@ def pyramid_budget(
     return cells.astype(np.int64)
 
 
+def fit_budget(cells: ArrayLike, *, n_prefix: int, n_protected: int = 0, redistribute: bool = False) -> NDArray[np.int64]:
+    """Prefix cells of each KV head for a prompt of ``n_prefix`` cells before the window.
+
+    What a head may keep beyond them is lost, or goes evenly to the other heads of its layer, and what these cannot take
+    to the heads of all layers. Then a head gets at least its protected cells.
+
+    Parameters
+    ----------
+    cells : (n_layer, n_head_kv) prefix cells of a long prompt
+
+    Returns
+    -------
+    (n_layer, n_head_kv) int64
+    """
+    cells = np.asarray(cells, dtype=np.int64)
+    fitted = np.minimum(cells, n_prefix)
+    if redistribute:
+        left = 0
+        for il, surplus in enumerate((cells - fitted).sum(axis=1).tolist()):
+            fitted[il], rest = spread(fitted[il], surplus, limit=n_prefix)
+            left += rest
+        fitted, _ = spread(fitted, left, limit=n_prefix)
+    grown: NDArray[np.int64] = np.maximum(fitted, n_protected)
+    return grown
+
+
+def protected(spans: Sequence[tuple[int, int]], *, sinks: int, n_prefix: int) -> NDArray[np.bool_]:
+    """Whether every head keeps a cell: it is one of the first ``sinks`` or in one of the spans [start, end).
+
+    Returns
+    -------
+    (n_prefix,) bool
+    """
+    mask = np.zeros(n_prefix, dtype=np.bool_)
+    for start, end in [(0, sinks), *spans]:
+        mask[start:end] = True
+    return mask
+
+
 # window -> score
 
 
@@ -274,10 +313,12 @@ def pool_scores(scores: ArrayLike, *, pool: Pool, kernel: int) -> NDArray[np.flo
     return pooled
 
 
-def adapt_budget(scores: ArrayLike, cells: ArrayLike, *, floor: float, normalize: bool = False) -> NDArray[np.int64]:
+def adapt_budget(
+    scores: ArrayLike, cells: ArrayLike, *, floor: float, normalize: bool = False, protected: ArrayLike | None = None
+) -> NDArray[np.int64]:
     """Prefix cells of the heads of a layer when the prompt moves them to where the scores are high (Ada-KV).
 
-    Each head is guaranteed the share ``floor`` of its cells, rounded down. The others are divided in proportion to how
+    Each head is guaranteed the share ``floor`` of its cells, rounded down, and the protected ones. The others are divided in proportion to how
     many of the layer's best cells are the head's, with the largest remainders rounded up. The authors round each head
     by itself, so that their sum drifts. Ties go to the lower head, then to the lower position.
 
@@ -286,7 +327,8 @@ def adapt_budget(scores: ArrayLike, cells: ArrayLike, *, floor: float, normalize
     scores : (n_head_kv, n_prefix)
     cells : (n_head_kv,) prefix cells, at most n_prefix each
     normalize : weight the scores of a head by the share that its best cells, as many as the mean budget, have in
-        their sum
+        their sum, protected ones left out
+    protected : (n_prefix,) bool, the cells that every head keeps: the best of all
 
     Returns
     -------
@@ -297,13 +339,15 @@ def adapt_budget(scores: ArrayLike, cells: ArrayLike, *, floor: float, normalize
     total = int(cells.sum())
     if total in (0, scores.size):
         return cells
+    mask = np.zeros(n_prefix, dtype=np.bool_) if protected is None else np.asarray(protected)
+    scores = np.where(mask, 0, scores)
     if normalize:
         best = np.sort(scores, axis=1)[:, n_prefix - total // n_head_kv :].sum(axis=1)
         whole = scores.sum(axis=1)
         scores = scores * np.where(whole > 0, best / np.where(whole > 0, whole, 1), 1)[:, None]
-    order = np.argsort(-scores, axis=None, kind="stable")[:total]
+    order = np.argsort(-np.where(mask, np.inf, scores), axis=None, kind="stable")[:total]
     counts = np.bincount(order // n_prefix, minlength=n_head_kv)
-    sure = (floor * cells).astype(np.int64)
+    sure = np.maximum((floor * cells).astype(np.int64), mask.sum())
     shared = counts * (total - int(sure.sum()))
     res = np.minimum(n_prefix, sure + shared // total)
     by_remainder = np.argsort(-(shared % total), kind="stable").tolist()

@@ -35,6 +35,8 @@ def head_rows(llm: Any, shape: Shape, il: int, *, v: bool) -> npt.NDArray[np.flo
 
 def scores_of(llm: Any, shape: Shape, il: int) -> npt.NDArray[np.float64]:
     """Scores of a layer by the oracle, from the engine's own queries and keys."""
+    if llm.kv_options.policy == "streaming":
+        return np.tile(np.arange(llm.n_tokens - WINDOW, dtype=np.float64), (shape.n_head_kv, 1))
     q = llm._read_floats(_lib.lib.headkv_read_window, shape.n_head * shape.head_dim, WINDOW, il)
     return reference.score(q.reshape(-1, shape.n_head, shape.head_dim), head_rows(llm, shape, il, v=False), scale=shape.head_dim**-0.5,
                            pool=llm.kv_options.pool, pool_kernel=llm.kv_options.pool_kernel, q_round=np.float16)
@@ -55,13 +57,19 @@ def oracle(llm: Any, shape: Shape) -> Kept:
     n_prefix = max(0, n_tokens - WINDOW)
     if options.kv_size - WINDOW > n_prefix:
         return [[np.arange(n_tokens, dtype=np.int32)] * shape.n_head_kv] * shape.n_layer
-    cells = np.minimum(budget_of(llm, shape, n_prefix), n_prefix)
+    sinks = options.sinks
+    if sinks is None:
+        sinks = min(4, options.kv_size - WINDOW) if options.policy == "streaming" else 0
+    sure = reference.protected(options.protect, sinks=sinks, n_prefix=n_prefix)
+    cells = reference.fit_budget(budget_of(llm, shape, n_prefix), n_prefix=n_prefix, n_protected=int(sure.sum()),
+                                 redistribute=options.surplus == "redistribute")
     kept = []
     for il in range(shape.n_layer):
         scores = scores_of(llm, shape, il)
         if options.policy in FLOORS:
             floor = FLOORS[options.policy] if options.adakv_floor is None else options.adakv_floor
-            cells[il] = reference.adapt_budget(scores, cells[il], floor=floor, normalize=options.adakv_normalize)
+            cells[il] = reference.adapt_budget(scores, cells[il], floor=floor, normalize=options.adakv_normalize, protected=sure)
+        scores = np.where(sure, np.inf, scores)
         kept.append(reference.keep(scores, cells[il] + WINDOW, kv_size=options.kv_size, window=WINDOW, n_tokens=n_tokens))
     return kept
 
@@ -119,6 +127,14 @@ def test_python_and_the_library_know_the_same_policies() -> None:
 
 @pytest.mark.parametrize(("options", "message"), [
     ({"pyramid_exact": "no"}, "pyramid_exact='no': it must be True or False"),
+    ({"sinks": -1}, "sinks=-1: it must be in"),
+    ({"sinks": "4"}, "sinks='4': it must be an integer"),
+    ({"protect": [(5, 5)]}, "protect end=5: .*0 <= start < end"),
+    ({"protect": [(-1, 5)]}, "protect start=-1: .*0 <= start < end"),
+    ({"protect": [(1, 2.5)]}, "protect end=2.5"),
+    ({"protect": (1, 2)}, r"protect=\(1, 2\): give \(start, end\) positions"),
+    ({"protect": [(1, 2, 3)]}, "give .start, end. positions"),
+    ({"surplus": "kept"}, "surplus='kept': it must be one of 'lost', 'redistribute'"),
     ({"adakv_normalize": 1}, "adakv_normalize=1: it must be True or False"),
     ({"adakv_floor": 1.5}, r"adakv_floor=1.5: it must be a number in \[0, 1\]"),
     ({"adakv_floor": -1}, "adakv_floor=-1"),
@@ -224,3 +240,82 @@ def test_a_floor_of_one_is_headkv(make_model: MakeModel) -> None:
 def test_a_model_without_importance_is_refused(make_model: MakeModel) -> None:
     with pytest.raises(ValueError, match="policy 'headkv\\+adakv' needs the importance of each head and the model has none"):
         load(make_model(SHAPES[1], importance=None), kv_size=64, policy="headkv+adakv")
+
+
+# ---------------------------------------------------------------- sinks, protect, surplus
+
+SPANS = [(100, 104), (20, 29), (25, 40), (290, 1000)]
+ALL_POLICIES = pytest.mark.parametrize("policy", POLICIES)
+
+
+@ALL_POLICIES
+@pytest.mark.parametrize("shape", [SHAPES[1], SHAPES[4]], ids=lambda s: s.name)
+@pytest.mark.parametrize(("n_prompt", "kv_size"), [(300, 12), (300, 96), (60, 40), (20, 32)])
+@pytest.mark.parametrize("options", [{"sinks": 5}, {"protect": SPANS}, {"protect": SPANS, "sinks": 3, "surplus": "redistribute"}], ids=str)
+def test_protected_cells_are_kept_by_every_head(shape: Shape, policy: str, n_prompt: int, kv_size: int, options: dict[str, Any],
+                                                make_model: MakeModel) -> None:
+    kept = check_kept(shape, make_model, n_prompt, kv_size=kv_size, policy=policy, **options)
+    sure = [*range(options.get("sinks", 0)), *(i for start, end in options.get("protect", ()) for i in range(start, min(end, n_prompt)))]
+    assert all(set(sure) <= set(rows.tolist()) for heads in kept for rows in heads)
+
+
+@ALL_POLICIES
+def test_protected_cells_are_part_of_the_budget_until_they_exceed_it(policy: str, make_model: MakeModel) -> None:
+    shape, prompt = SHAPES[4], tokens(300)
+    stats = {}
+    for name, options in {"none": {}, "few": {"sinks": 4, "protect": [(50, 54)]}, "many": {"protect": [(100, 250)]}}.items():
+        llm = load(make_model(shape), kv_size=64, policy=policy, beta=2.0, **options)
+        llm.read_prompt(prompt)
+        stats[name] = llm.kv_stats()
+    n_more = int(stats["few"].n_cells.sum() - stats["none"].n_cells.sum())
+    assert n_more == (4 * 6 if policy == "pyramidkv" else 0)  # its last layer has 2 cells before the window
+    assert (stats["many"].n_cells >= 150 + WINDOW).all()
+    row = shape.head_dim * 2 * 2  # K and V in f16
+    for s in stats.values():
+        assert s.bytes_store == (s.n_cells.sum() + 64 * s.n_cells.size) * row
+
+
+@ALL_SHAPES
+@pytest.mark.parametrize("policy", ["headkv", "headkv+adakv", "pyramidkv"])
+@pytest.mark.parametrize(("n_prompt", "kv_size"), [(60, 40), (60, 60), (300, 200), (100, 99)])
+def test_redistributed_surplus_fills_the_budget(shape: Shape, policy: str, n_prompt: int, kv_size: int, make_model: MakeModel) -> None:
+    options = {"kv_size": kv_size, "policy": policy, "beta": 1.01}
+    kept = {surplus: check_kept(shape, make_model, n_prompt, surplus=surplus, **options) for surplus in ("lost", "redistribute")}
+    budget = load(make_model(shape), **options).kv_budget
+    if kv_size - WINDOW <= n_prompt - WINDOW:
+        assert n_cells(kept["redistribute"]) == min(int(budget.sum()), n_prompt * budget.size)
+    assert n_cells(kept["redistribute"]) >= n_cells(kept["lost"])
+
+
+def test_fitted_budget_by_hand() -> None:
+    cells = [[9, 1, 1], [20, 2, 2], [3, 3, 3]]
+    assert reference.fit_budget(cells, n_prefix=5).tolist() == [[5, 1, 1], [5, 2, 2], [3, 3, 3]]
+    # 4 go to two heads of layer 0; of 15, 6 fit into layer 1, and the other 9 go to five heads of all layers
+    full = reference.fit_budget(cells, n_prefix=5, redistribute=True)
+    assert full.tolist() == [[5, 5, 5], [5, 5, 5], [5, 5, 4]]
+    assert reference.fit_budget([[3, 0], [1, 1]], n_prefix=2, redistribute=True).tolist() == [[2, 1], [1, 1]]
+    assert reference.fit_budget(cells, n_prefix=5, n_protected=4).tolist() == [[5, 4, 4], [5, 4, 4], [4, 4, 4]]
+
+
+def test_spans_beyond_the_context_are_refused(make_model: MakeModel) -> None:
+    path = make_model(SHAPES[1])
+    for options in ({"protect": [(10, 513)]}, {"sinks": 513}):
+        with pytest.raises(ValueError, match="sinks or protect reach to position 513: they must end at or before n_ctx = 512"):
+            load(path, kv_size=64, n_ctx=512, **options)
+    llm = load(path, kv_size=64, n_ctx=512, protect=[(10, 512)])
+    with pytest.raises(ValueError, match="position 513"):
+        llm.configure(protect=[(0, 513)])
+    llm.read_prompt(tokens(200))
+    assert (llm.kv_stats().n_cells == 192 - 10 + WINDOW).all()
+
+
+def test_the_library_checks_spans_itself() -> None:
+    params = Options(kv_size=64, policy="snapkv", protect=[(3, 9)]).to_params(None, None)
+    assert _lib.lib.headkv_set_params(ctypes.byref(params)) == 0
+    for change, message in ({"n_protect": -1}, "n_protect is -1"), ({"sinks": -2}, "sinks is -2"), ({"surplus": 2}, "surplus is 2"):
+        other = Options(kv_size=64, policy="snapkv").to_params(None, None)
+        for name, value in change.items():
+            setattr(other, name, value)
+        assert _lib.lib.headkv_set_params(ctypes.byref(other)) < 0 and message in _lib.last_error()
+    params.protect[1] = 3
+    assert _lib.lib.headkv_set_params(ctypes.byref(params)) < 0 and "the span [3, 3)" in _lib.last_error()

@@ -6,6 +6,7 @@
 #include <cmath>
 #include <cstdlib>
 #include <functional>
+#include <iterator>
 #include <limits>
 #include <numeric>
 #include <stdexcept>
@@ -121,14 +122,44 @@ int64_t headkv_budget_spread(headkv_cells & cells, int64_t n, int64_t limit) {
     return add ? n_left : -n_left;
 }
 
-// the factor of a head's scores that makes heads with concentrated attention count more
-static double concentration(const float * scores, int64_t n, int64_t n_best) {
-    double sum = 0.0;
-    for (int64_t i = 0; i < n; ++i) {
-        sum += scores[i];
+void headkv_budget_fit(headkv_cells & cells, int64_t n_prefix, int64_t n_protected, headkv_surplus surplus) {
+    int64_t n_left = 0;
+    for (auto & layer : cells) {
+        int64_t n_surplus = 0;
+        for (int64_t & x : layer) {
+            n_surplus += std::max<int64_t>(0, x - n_prefix);
+            x = std::min(x, n_prefix);
+        }
+        if (surplus == HEADKV_SURPLUS_REDISTRIBUTE) {
+            headkv_cells one = { std::move(layer) };
+            n_left += headkv_budget_spread(one, n_surplus, n_prefix);
+            layer   = std::move(one[0]);
+        }
     }
+    headkv_budget_spread(cells, n_left, n_prefix);
+    for (auto & layer : cells) {
+        for (int64_t & x : layer) {
+            x = std::max(x, n_protected);
+        }
+    }
+}
+
+int64_t headkv_n_protected(const headkv_config & cfg, int64_t n_prefix) {
+    int64_t res = 0;
+    for (const auto & [start, end] : cfg.spans) {
+        res += std::max<int64_t>(0, std::min<int64_t>(end, n_prefix) - start);
+    }
+    return res;
+}
+
+// the factor of a head's scores that makes heads with concentrated attention count more; protected cells do not matter
+static double concentration(const float * scores, int64_t n, int64_t n_best) {
+    std::vector<float> free;
+    std::copy_if(scores, scores + n, std::back_inserter(free), [](float s) { return s != HEADKV_PROTECTED; });
+    const double sum = std::accumulate(free.begin(), free.end(), 0.0);
+
     std::vector<float> best(n_best);
-    std::partial_sort_copy(scores, scores + n, best.begin(), best.end(), std::greater<float>());
+    std::partial_sort_copy(free.begin(), free.end(), best.begin(), best.end(), std::greater<float>());
     const double top = std::accumulate(best.begin(), best.end(), 0.0);
     return sum > 0.0 ? top/sum : 1.0;
 }
@@ -147,8 +178,9 @@ void headkv_budget_adapt(headkv_scored & layer, double floor, bool normalize) {
     for (int64_t ih = 0; ih < H; ++ih) {
         const double factor = normalize ? concentration(layer.scores.data() + ih*n, n, n_total/H) : 1.0;
         for (int64_t i = ih*n; i < (ih + 1)*n; ++i) {
-            const double s = layer.scores[i]*factor;
-            scores[i] = std::isnan(s) ? -std::numeric_limits<double>::infinity() : s;
+            const float s = layer.scores[i];
+            scores[i] = s == HEADKV_PROTECTED ? std::numeric_limits<double>::infinity()
+                      : std::isnan(s)         ? -std::numeric_limits<double>::infinity() : s*factor;
         }
     }
     std::iota(order.begin(), order.end(), 0);
@@ -161,7 +193,7 @@ void headkv_budget_adapt(headkv_scored & layer, double floor, bool normalize) {
 
     int64_t n_shared = n_total;
     for (int64_t & x : layer.n_keep) {
-        x = (int64_t) (floor*x);
+        x = std::max((int64_t) (floor*x), layer.n_protected);
         n_shared -= x;
     }
     int64_t n_left = n_total;

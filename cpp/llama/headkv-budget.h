@@ -15,8 +15,15 @@ headkv_cells headkv_budget_importance(const headkv_config & cfg, const headkv_he
 // does not divide to the first ones; as often as it takes. Returns what no head could take.
 int64_t headkv_budget_spread(headkv_cells & cells, int64_t n, int64_t limit);
 
+// Cells of a prompt of n_prefix cells before the window. What a head may keep beyond them is lost, or goes evenly to the
+// other heads of its layer, and what these cannot take to those of all layers. Then each head gets at least n_protected.
+void headkv_budget_fit(headkv_cells & cells, int64_t n_prefix, int64_t n_protected, headkv_surplus surplus);
+
+// cells before the window that every head keeps
+int64_t headkv_n_protected(const headkv_config & cfg, int64_t n_prefix);
+
 // Moves cells between the heads of a layer to where the scores are high. Each head is guaranteed the share floor of its
-// cells, rounded down. What is left is divided in proportion to how many of the layer's n best cells, n = sum of n_keep, are
+// cells, rounded down, and its protected cells. What is left is divided in proportion to how many of the layer's n best cells, n = sum of n_keep, are
 // the head's: ties go to the lower head, then to the lower position. normalize: the scores of a head are first multiplied by
 // the share that its n/n_head_kv best cells have of their sum.
 // The authors (Ada-KV) round each head by itself, so that their layers lose cells; here the largest remainders are rounded

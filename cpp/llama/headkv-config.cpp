@@ -5,6 +5,7 @@
 
 #include "llama-impl.h"
 
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 #include <stdexcept>
@@ -14,6 +15,45 @@ static int32_t check_range(const char * name, int32_t value, int32_t lo, int32_t
         throw std::invalid_argument(format("%s is %d: it must be in [%d, %d]", name, value, lo, hi));
     }
     return value;
+}
+
+// sinks and protected spans, sorted and merged
+static std::vector<std::pair<int32_t, int32_t>> spans_of(const headkv_params & params, int32_t n_sinks) {
+    std::vector<std::pair<int32_t, int32_t>> spans;
+    if (n_sinks > 0) {
+        spans.push_back({ 0, n_sinks });
+    }
+    if (params.n_protect < 0 || (params.n_protect > 0 && !params.protect)) {
+        throw std::invalid_argument(format("n_protect is %d: it must be the number of spans in protect", params.n_protect));
+    }
+    for (int32_t i = 0; i < params.n_protect; ++i) {
+        const int32_t start = params.protect[2*i];
+        const int32_t end   = params.protect[2*i + 1];
+        if (start < 0 || end <= start) {
+            throw std::invalid_argument(format("protect has the span [%d, %d): it must not be negative or empty", start, end));
+        }
+        spans.push_back({ start, end });
+    }
+    std::sort(spans.begin(), spans.end());
+
+    std::vector<std::pair<int32_t, int32_t>> res;
+    for (const auto & span : spans) {
+        if (!res.empty() && span.first <= res.back().second) {
+            res.back().second = std::max(res.back().second, span.second);
+        } else {
+            res.push_back(span);
+        }
+    }
+    return res;
+}
+
+void headkv_config_check_ctx(const headkv_config & cfg, uint32_t n_ctx) {
+    if (cfg.kv_size > n_ctx) {
+        throw std::invalid_argument(format("kv_size is %u: it must not be larger than n_ctx = %u", cfg.kv_size, n_ctx));
+    }
+    if (!cfg.spans.empty() && (uint32_t) cfg.spans.back().second > n_ctx) {
+        throw std::invalid_argument(format("sinks or protect reach to position %d: they must end at or before n_ctx = %u", cfg.spans.back().second, n_ctx));
+    }
 }
 
 headkv_config headkv_config_from_params(const headkv_params & params) {
@@ -42,6 +82,10 @@ headkv_config headkv_config_from_params(const headkv_params & params) {
 
     cfg.hidden_f16  = check_range("hidden_f16",  params.hidden_f16,  0, 1) == 1;
     cfg.keep_prompt = check_range("keep_prompt", params.keep_prompt, 0, 1) == 1;
+    cfg.surplus = (headkv_surplus) check_range("surplus", params.surplus, HEADKV_SURPLUS_LOST, HEADKV_SURPLUS_REDISTRIBUTE);
+    const int32_t n_sinks = check_range("sinks", params.sinks, -1, 1 << 26);
+    cfg.spans = spans_of(params, n_sinks >= 0 ? n_sinks : std::min(cfg.policy->n_sinks, params.kv_size - params.window));
+
     cfg.pyramid_exact   = check_range("pyramid_exact",   params.pyramid_exact,   0, 1) == 1;
     cfg.adakv_normalize = check_range("adakv_normalize", params.adakv_normalize, 0, 1) == 1;
     cfg.adakv_floor     = params.adakv_floor == -1.0 ? cfg.policy->adakv_floor : params.adakv_floor;

@@ -5,6 +5,7 @@
 
 #include <memory>
 #include <string>
+#include <utility>
 #include <vector>
 
 struct headkv_importance {
@@ -29,17 +30,24 @@ struct headkv_config {
     headkv_prefill prefill;
     bool           hidden_f16;
     bool           keep_prompt;
+    headkv_surplus surplus;
     bool           pyramid_exact;
     double         adakv_floor; // in [0, 1]
     bool           adakv_normalize;
 
     headkv_importance importance;
+
+    // positions that every head keeps, sinks included: disjoint [start, end), ascending
+    std::vector<std::pair<int32_t, int32_t>> spans;
 };
 
 using headkv_config_ptr = std::shared_ptr<const headkv_config>;
 
 // throws std::invalid_argument naming value, limit and remedy
 headkv_config headkv_config_from_params(const headkv_params & params);
+
+// throws std::invalid_argument when a prompt in a sequence of n_ctx tokens cannot be what the configuration asks for
+void headkv_config_check_ctx(const headkv_config & cfg, uint32_t n_ctx);
 
 // the configuration of the contexts that this thread creates; null = off
 headkv_config_ptr & headkv_thread_config();

@@ -75,9 +75,7 @@ llama_memory_i * headkv_create_memory(const llama_model & model, const llama_mem
         if (!why.empty()) {
             throw std::runtime_error(format("KV compression is not possible for this context (architecture %s): %s", model.arch_name().c_str(), why.c_str()));
         }
-        if (cfg->kv_size > cparams.n_ctx_seq) {
-            throw std::invalid_argument(format("kv_size is %u: it must not be larger than n_ctx = %u", cfg->kv_size, cparams.n_ctx_seq));
-        }
+        headkv_config_check_ctx(*cfg, cparams.n_ctx_seq);
 
         // Ask upstream, on a small context, which memory the architecture gets: anything but the plain cache is not ours.
         llama_cparams cparams_probe = cparams;

@@ -1,28 +1,24 @@
 // StreamingLLM: the first cells and the last ones, whatever the queries look at.
 #include "headkv-budget.h"
 
-#include <algorithm>
 #include <numeric>
-
-// what its authors keep at the beginning
-static constexpr int64_t N_SINKS = 4;
 
 static headkv_cells budget(const headkv_config & cfg, const headkv_heads & heads, int64_t) {
     return headkv_budget_uniform(cfg, heads);
 }
 
-// later cells score higher, the first ones highest
+// later cells score higher; the first ones are sinks
 static std::vector<float> score(int64_t n_prefix) {
     std::vector<float> res(n_prefix);
     std::iota(res.begin(), res.end(), 0.0f); // exact below 2^24
-    std::fill(res.begin(), res.begin() + std::min(n_prefix, N_SINKS), (float) n_prefix);
     return res;
 }
 
 headkv_policy headkv_policy_streaming() {
     headkv_policy res = {};
-    res.name   = "streaming";
-    res.budget = budget;
-    res.score  = score;
+    res.name    = "streaming";
+    res.n_sinks = 4; // as its authors
+    res.budget  = budget;
+    res.score   = score;
     return res;
 }

@@ -5,6 +5,7 @@
 #include "headkv-config.h"
 
 #include <cstdint>
+#include <limits>
 #include <string>
 #include <vector>
 
@@ -29,14 +30,19 @@ using headkv_cells = std::vector<std::vector<int64_t>>;
 // what is known of a layer when its cells are scored
 struct headkv_scored {
     int64_t n_prefix;
-    std::vector<float>   scores; // [n_head_kv][n_prefix]
-    std::vector<int64_t> n_keep; // [n_head_kv], at most n_prefix
+    int64_t n_protected; // cells of each head that it keeps whatever they score
+    std::vector<float>   scores; // [n_head_kv][n_prefix], HEADKV_PROTECTED for these
+    std::vector<int64_t> n_keep; // [n_head_kv], at least n_protected, at most n_prefix
 };
+
+// above every other score
+constexpr float HEADKV_PROTECTED = std::numeric_limits<float>::max();
 
 struct headkv_policy {
     const char * name;
     bool         needs_importance; // of the query heads, in the configuration
     double       adakv_floor;      // default of the option
+    int32_t      n_sinks;          // same
 
     // Cells of each KV head, for prompts of n_prefix cells before the window. May be more than that.
     // Throws std::invalid_argument when the importance does not fit the layers.
@@ -47,7 +53,7 @@ struct headkv_policy {
     std::vector<float> (*score)(int64_t n_prefix);
 
     // May move cells between the heads of a layer and change scores; not called for a prompt that is kept as a whole.
-    // The sum of n_keep must stay. null = nothing of that.
+    // The sum of n_keep must stay, and protected cells too. null = nothing of that.
     void (*refine)(const headkv_config & cfg, headkv_scored & layer);
 };
 

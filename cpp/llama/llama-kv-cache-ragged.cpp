@@ -85,8 +85,10 @@ llama_kv_cache_ragged::llama_kv_cache_ragged(
         for (int32_t ih = 0; ih < layer.n_head_kv; ++ih) {
             // the fused op's scratch grows with the rows, the composed graph with the longest range
             const auto & b = budgets[layer.il];
-            const uint32_t n_most = c.policy->refine ? std::accumulate(b.begin(), b.end(), 0u) : b[ih];
-            n_kept.push_back(layer.fused ? n_ctx_seq : std::min(n_ctx_seq, n_most));
+            const bool     moves  = c.policy->refine || c.surplus != HEADKV_SURPLUS_LOST;
+            const uint32_t n_most = moves ? std::accumulate(b.begin(), b.end(), 0u) : b[ih];
+            const uint32_t n_sure = (uint32_t) headkv_n_protected(c, n_ctx_seq) + c.window;
+            n_kept.push_back(layer.fused ? n_ctx_seq : std::min(n_ctx_seq, std::max(n_most, n_sure)));
         }
         for (size_t s = 0; s < seqs.size(); ++s) {
             store_plan.relayout(layer, (int32_t) s, n_kept, c.n_tail, c.n_buckets, {});
@@ -471,9 +473,7 @@ void llama_kv_cache_ragged::configure(headkv_config_ptr other) {
             b.prefill != a.prefill || b.hidden_f16 != a.hidden_f16 || b.keep_prompt != a.keep_prompt) {
         throw std::invalid_argument("window, n_tail, attend, n_buckets, prefill, hidden_f16 and keep_prompt cannot change: create another context");
     }
-    if (b.kv_size > n_ctx_seq) {
-        throw std::invalid_argument(format("kv_size is %u: it must not be larger than n_ctx = %u", b.kv_size, n_ctx_seq));
-    }
+    headkv_config_check_ctx(b, n_ctx_seq);
     budgets = headkv_budget(b, heads());
     cfg     = std::move(other);
 }
@@ -1036,7 +1036,8 @@ struct llama_kv_cache_ragged::compression {
     std::vector<int32_t> cells; // of the staging, in position order
     bool contiguous;
 
-    headkv_cells n_keep; // [il][ih] prefix cells
+    headkv_cells n_keep;      // [il][ih] prefix cells
+    int64_t      n_protected; // of them, of every head
 
     std::vector<ggml_fp16_t> mask;       // [n, n_window], causal within the window
     std::vector<float>       window_pos; // [n_window]
@@ -1079,11 +1080,8 @@ void llama_kv_cache_ragged::begin_compression(llama_seq_id seq_id) {
         c.window_pos.push_back((float) (c.n_prefix + i));
     }
     c.n_keep = cfg->policy->budget(*cfg, heads(), c.n_prefix);
-    for (auto & layer : c.n_keep) {
-        for (int64_t & n : layer) {
-            n = c.keep_all ? c.n_prefix : std::min(n, c.n_prefix);
-        }
-    }
+    c.n_protected = headkv_n_protected(*cfg, c.n_prefix);
+    headkv_budget_fit(c.n_keep, c.n_prefix, c.keep_all ? c.n_prefix : c.n_protected, cfg->surplus);
     if (cfg->policy->score) {
         c.scores = cfg->policy->score(c.n_prefix);
     } else if (!c.keep_all) {
@@ -1157,8 +1155,14 @@ void llama_kv_cache_ragged::compress_layer(headkv_store_layer & layer) {
         }
     }
 
+    const std::vector<float> protect(c.n_protected, HEADKV_PROTECTED);
+    for (const auto & [start, end] : cfg.spans) {
+        for (int64_t ih = 0; ih < H && start < n_prefix; ++ih) {
+            ggml_backend_tensor_set(t_scores, protect.data(), ih*t_scores->nb[1] + start*sizeof(float), (std::min<int64_t>(end, n_prefix) - start)*sizeof(float));
+        }
+    }
     if (cfg.policy->refine && !c.keep_all) {
-        headkv_scored scored = { n_prefix, std::vector<float>(n_prefix*H), std::move(n_keep) };
+        headkv_scored scored = { n_prefix, c.n_protected, std::vector<float>(n_prefix*H), std::move(n_keep) };
         ggml_backend_tensor_get(t_scores, scored.scores.data(), 0, n_prefix*H*sizeof(float));
         cfg.policy->refine(cfg, scored);
         n_keep = std::move(scored.n_keep);
