@@ -53,7 +53,8 @@ struct headkv_params {
     size_t       size;        // sizeof(struct headkv_params)
     const char * policy;      // "headkv" (importance decides), "snapkv" (uniform), "streaming" (4 sinks and the last cells),
                               // "pyramidkv" (fewer cells in deeper layers), "adakv" (the prompt decides within a layer),
-                              // "headkv+adakv" (importance decides for the layers, both within a layer)
+                              // "headkv+adakv" (importance decides for the layers, both within a layer), "criticalkv" (uniform;
+                              // half of the cells by attention times what their value does to the output of the layer)
     int32_t      kv_size;     // mean cells per KV head, observation window included
     int32_t      window;      // queries that score the prompt, 1..64
     int32_t      pool;        // enum headkv_pool

@@ -79,9 +79,10 @@ class Llama(llama_cpp.Llama):
     policy : "headkv" (budgets by head importance), "snapkv" (uniform budgets), "streaming"
         (uniform budgets: the first cells and the last ones, whatever the queries look at),
         "pyramidkv" (budgets fall with the depth of the layer), "adakv" (within a layer, the
-        prompt decides which heads get how many cells) or "headkv+adakv" (a layer has the
+        prompt decides which heads get how many cells), "headkv+adakv" (a layer has the
         cells that "headkv" gives it; a head is sure of half of its own, and the prompt
-        divides the rest within the layer)
+        divides the rest within the layer) or "criticalkv" (uniform budgets, half of the
+        cells by attention times what their value does to the output of the layer)
     beta : > 1; a share 1/beta of the budget is given out by importance, the rest evenly;
         None = the one stored with the importance (``pyheadkv score --calibrate``), else 1.2
     window : number of last queries that score the prompt; these cells are always kept

@@ -15,7 +15,7 @@ import numpy.typing as npt
 from . import _lib, gguf_keys
 from .gguf_keys import Importance
 
-POLICIES = ("headkv", "snapkv", "streaming", "pyramidkv", "adakv", "headkv+adakv")
+POLICIES = ("headkv", "snapkv", "streaming", "pyramidkv", "adakv", "headkv+adakv", "criticalkv")
 BY_IMPORTANCE = ("headkv", "headkv+adakv")  # policies that need the importance of the heads
 POOLS = {"max": 0, "avg": 1}
 ATTENDS = {"auto": 0, "fused": 1, "composed": 2}

@@ -359,6 +359,52 @@ def adapt_budget(
     return adapted
 
 
+def value_norms(v: ArrayLike, wo: ArrayLike, *, n_head: int) -> NDArray[np.float64]:
+    """L1 norm of what a value adds to the output of its layer per unit of attention, mean over the query heads.
+
+    Parameters
+    ----------
+    v : (n_tokens, n_head_kv, head_dim)
+    wo : (n_embd, n_head * head_dim) output matrix
+
+    Returns
+    -------
+    (n_head_kv, n_tokens) float64
+    """
+    v, wo = np.asarray(v, dtype=np.float64), np.asarray(wo, dtype=np.float64)
+    n_head_kv, head_dim = v.shape[1:]
+    heads = wo.reshape(len(wo), n_head, head_dim)
+    group = n_head // n_head_kv
+    norms = [np.abs(v[:, h // group] @ heads[:, h].T).sum(axis=1) for h in range(n_head)]
+    mean: NDArray[np.float64] = np.stack(norms).reshape(n_head_kv, group, -1).mean(axis=1)
+    return mean
+
+
+def critical_scores(
+    scores: ArrayLike, norms: ArrayLike, cells: ArrayLike, *, protected: ArrayLike | None = None
+) -> NDArray[np.float64]:
+    """Scores of policy "criticalkv": the first half of a head's cells by score are certain, the odd one included; the
+    other cells score what they did times the norm of their value.
+
+    Parameters
+    ----------
+    scores, norms : (n_head_kv, n_prefix)
+    cells : (n_head_kv,) prefix cells that each head keeps
+    protected : (n_prefix,) bool, cells that are certain too and part of the first half
+
+    Returns
+    -------
+    (n_head_kv, n_prefix) float64, inf where a cell is certain
+    """
+    scores, cells = np.asarray(scores, dtype=np.float64), np.asarray(cells)
+    mask = np.zeros(scores.shape[1], dtype=np.bool_) if protected is None else np.asarray(protected)
+    first = select(np.where(mask, np.inf, scores), np.maximum(cells - cells // 2, mask.sum()))
+    res = scores * np.asarray(norms, dtype=np.float64)
+    for row, certain in zip(res, first):
+        row[certain] = np.inf
+    return res
+
+
 # select -> compact
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 from pathlib import Path
 from typing import Any, Callable
 
@@ -42,6 +43,22 @@ def scores_of(llm: Any, shape: Shape, il: int) -> npt.NDArray[np.float64]:
                            pool=llm.kv_options.pool, pool_kernel=llm.kv_options.pool_kernel, q_round=np.float16)
 
 
+@functools.lru_cache(maxsize=4)
+def model_of(path: str) -> reference.ReferenceModel:
+    return reference.ReferenceModel(path)
+
+
+def norms_of(llm: Any, shape: Shape, il: int, n_prefix: int) -> npt.NDArray[np.float64]:
+    """Norms of the projected values of a layer by the oracle, from the engine's own values."""
+    v = head_rows(llm, shape, il, v=True)[:n_prefix].astype(np.float64)
+    if llm.context_params.type_v != 1:  # quantised values are rotated, 64 at a time
+        rotation = np.ones((1, 1))
+        while len(rotation) < 64:
+            rotation = np.kron([[1, 1], [1, -1]], rotation) / 2**0.5
+        v = (v.reshape(*v.shape[:2], -1, 64) @ rotation).reshape(v.shape)
+    return reference.value_norms(v, model_of(llm.model_path).weights[f"blk.{il}.attn_output.weight"], n_head=shape.n_head)
+
+
 def budget_of(llm: Any, shape: Shape, n_prefix: int) -> npt.NDArray[np.int64]:
     """Prefix cells of each head under the policy, before the prompt limits them."""
     options = llm.kv_options
@@ -69,6 +86,8 @@ def oracle(llm: Any, shape: Shape) -> Kept:
         if options.policy in FLOORS:
             floor = FLOORS[options.policy] if options.adakv_floor is None else options.adakv_floor
             cells[il] = reference.adapt_budget(scores, cells[il], floor=floor, normalize=options.adakv_normalize, protected=sure)
+        if options.policy == "criticalkv":
+            scores = reference.critical_scores(scores, norms_of(llm, shape, il, n_prefix), cells[il], protected=sure)
         scores = np.where(sure, np.inf, scores)
         kept.append(reference.keep(scores, cells[il] + WINDOW, kv_size=options.kv_size, window=WINDOW, n_tokens=n_tokens))
     return kept
@@ -82,9 +101,9 @@ def as_lists(kept: Kept) -> list[list[list[int]]]:
     return [[rows.tolist() for rows in heads] for heads in kept]
 
 
-def check_kept(shape: Shape, make_model: MakeModel, n_prompt: int, **options: Any) -> Kept:
+def check_kept(shape: Shape, make_model: MakeModel, n_prompt: int, *, ftype: str = "f16", **options: Any) -> Kept:
     """Kept cells of both orders of prefill and both ways to attend are those of the oracle; returns them."""
-    path, prompt = make_model(shape), tokens(n_prompt, seed=n_prompt)
+    path, prompt = make_model(shape, ftype=ftype), tokens(n_prompt, seed=n_prompt)
     llm = load(path, prefill="token", attend="fused", n_ubatch=64, **options)
     llm.eval(prompt)
     expected = oracle(llm, shape)
@@ -319,3 +338,54 @@ def test_the_library_checks_spans_itself() -> None:
         assert _lib.lib.headkv_set_params(ctypes.byref(other)) < 0 and message in _lib.last_error()
     params.protect[1] = 3
     assert _lib.lib.headkv_set_params(ctypes.byref(params)) < 0 and "the span [3, 3)" in _lib.last_error()
+
+
+# ---------------------------------------------------------------- criticalkv
+
+
+@ALL_SHAPES
+@SIZES
+@pytest.mark.parametrize("options", [{}, {"pool": "avg"}], ids=str)
+def test_criticalkv_keeps_what_the_oracle_keeps(shape: Shape, n_prompt: int, kv_size: int, options: dict[str, Any], make_model: MakeModel) -> None:
+    kept = check_kept(shape, make_model, n_prompt, kv_size=kv_size, policy="criticalkv", **options)
+    assert {len(rows) for heads in kept for rows in heads} == {min(kv_size, n_prompt)}
+
+
+@pytest.mark.parametrize("ftype", ["f32", "q8_0", "q4_0"])
+@pytest.mark.parametrize("type_v", [1, 8], ids=["v-f16", "v-q8_0"])
+def test_criticalkv_reads_quantised_weights_and_values(ftype: str, type_v: int, make_model: MakeModel) -> None:
+    """Of types that the CPU backend repacks, too; quantised values are rotated in the cache."""
+    shape = Shape("critical", "llama", 8, 2, n_layer=2, head_dim=64)
+    check_kept(shape, make_model, 301, kv_size=40, policy="criticalkv", ftype=ftype, type_k=1, type_v=type_v)
+
+
+def test_criticalkv_keeps_the_better_half_by_attention_and_then_looks_at_the_values(make_model: MakeModel) -> None:
+    shape = SHAPES[4]
+    path, prompt = make_model(shape), tokens(300)
+    kept = {}
+    for policy, kv_size in (("criticalkv", 48), ("snapkv", 48), ("snapkv", 28)):
+        llm = load(path, kv_size=kv_size, policy=policy)
+        llm.read_prompt(prompt)
+        kept[policy, kv_size] = kept_by(llm, shape)
+    assert as_lists(kept["criticalkv", 48]) != as_lists(kept["snapkv", 48])
+    for heads, sure in zip(kept["criticalkv", 48], kept["snapkv", 28]):
+        assert all(set(b.tolist()) <= set(a.tolist()) for a, b in zip(heads, sure))
+
+
+def test_criticalkv_is_refused_where_something_comes_between_attention_and_output_matrix() -> None:
+    import architectures
+    import llama_cpp
+
+    model = architectures.make_model(*architectures.cases()["bitnet"])
+    critical = Options(kv_size=64, policy="criticalkv").to_params(None, None)
+    params = llama_cpp.llama_context_default_params()
+    params.n_ctx, params.flash_attn_type = 512, 1
+    message = "policy 'criticalkv' needs the output matrix of layer 0"
+    with _lib.creating(critical):
+        assert not llama_cpp.llama_init_from_model(model, params)
+    assert message in _lib.last_error()
+    with _lib.creating(Options(kv_size=64, policy="snapkv").to_params(None, None)):
+        ctx = llama_cpp.llama_init_from_model(model, params)
+    assert _lib.lib.headkv_configure(ctx, ctypes.byref(critical)) < 0 and message in _lib.last_error()
+    llama_cpp.llama_free(ctx)
+    llama_cpp.llama_model_free(model)

@@ -402,6 +402,16 @@ ggml_tensor * headkv_build_attn(const llm_graph_context & gctx, llm_graph_input_
 
     ggml_context * ctx = gctx.ctx0;
 
+    // adapters on top of wo are left out
+    kv->layer(il)->wo   = wo && wo->ne[0] == (int64_t) layer->n_embd_head*layer->n_head ? wo : nullptr;
+    kv->layer(il)->wo_s = wo_s;
+    if (mctx->is_full() && kv->is_graph_complete()) {
+        const std::string why_not = kv->why_no_values(kv->config());
+        if (!why_not.empty()) {
+            kv->refuse(why_not);
+        }
+    }
+
     kv->layer(il)->attend->scale   = kq_scale;
     kv->layer(il)->attend->softcap = gctx.hparams.attn_soft_cap ? gctx.hparams.f_attn_logit_softcapping : 0.0f;
 

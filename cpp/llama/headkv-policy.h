@@ -11,12 +11,13 @@
 
 // in the order in which they are listed to users
 #define HEADKV_POLICIES(X) \
-    X(headkv)    \
-    X(snapkv)    \
-    X(streaming) \
-    X(pyramidkv) \
-    X(adakv)     \
-    X(headkv_adakv)
+    X(headkv)        \
+    X(snapkv)        \
+    X(streaming)     \
+    X(pyramidkv)     \
+    X(adakv)         \
+    X(headkv_adakv)  \
+    X(criticalkv)
 
 // heads of each layer, both 0 where a layer has no KV heads
 struct headkv_heads {
@@ -32,6 +33,8 @@ struct headkv_scored {
     int64_t n_prefix;
     int64_t n_protected; // cells of each head that it keeps whatever they score
     std::vector<float>   scores; // [n_head_kv][n_prefix], HEADKV_PROTECTED for these
+    std::vector<float>   values; // [n_head_kv][n_prefix], L1 norm of the value projected by the layer's output matrix, mean over
+                                 // the query heads; empty unless the policy needs it
     std::vector<int64_t> n_keep; // [n_head_kv], at least n_protected, at most n_prefix
 };
 
@@ -41,6 +44,7 @@ constexpr float HEADKV_PROTECTED = std::numeric_limits<float>::max();
 struct headkv_policy {
     const char * name;
     bool         needs_importance; // of the query heads, in the configuration
+    bool         needs_values;     // headkv_scored has them
     double       adakv_floor;      // default of the option
     int32_t      n_sinks;          // same
 

@@ -267,6 +267,16 @@ void llama_kv_cache_ragged::refuse(const std::string & why) const {
     throw std::runtime_error(what);
 }
 
+std::string llama_kv_cache_ragged::why_no_values(const headkv_config & c) const {
+    for (const auto & layer : store.layers) {
+        if (c.policy->needs_values && !layer.wo) {
+            return format("policy '%s' needs the output matrix of layer %d, which is not applied to the attention as it is: use policy 'snapkv'",
+                    c.policy->name, layer.il);
+        }
+    }
+    return "";
+}
+
 void llama_kv_cache_ragged::note_graph(const std::vector<int32_t> & built) {
     std::vector<int32_t> sorted(built);
     std::sort(sorted.begin(), sorted.end());
@@ -474,6 +484,10 @@ void llama_kv_cache_ragged::configure(headkv_config_ptr other) {
         throw std::invalid_argument("window, n_tail, attend, n_buckets, prefill, hidden_f16 and keep_prompt cannot change: create another context");
     }
     headkv_config_check_ctx(b, n_ctx_seq);
+    const std::string why_not = why_no_values(b);
+    if (!why_not.empty()) {
+        throw std::invalid_argument(why_not);
+    }
     budgets = headkv_budget(b, heads());
     cfg     = std::move(other);
 }
@@ -1092,6 +1106,64 @@ void llama_kv_cache_ragged::begin_compression(llama_seq_id seq_id) {
     }
 }
 
+std::vector<float> llama_kv_cache_ragged::value_norms(const headkv_store_layer & layer, ggml_tensor * cells) {
+    compression & c = *running;
+
+    const int64_t D  = layer.n_embd_head;
+    const int64_t H  = layer.n_head_kv;
+    const int64_t G  = layer.n_head/layer.n_head_kv;
+    const int64_t DG = D*G;
+    const int64_t n_prefix = c.n_prefix;
+    const int64_t n_step   = 256; // cells: what their values add to the output is the largest part of the scratch memory
+
+    scratch_t scratch;
+    ggml_tensor * t_columns = ggml_new_tensor_2d(scratch.ctx.get(), GGML_TYPE_F32, DG*H, DG);
+    ggml_tensor * t_wo      = ggml_new_tensor_2d(scratch.ctx.get(), GGML_TYPE_F32, D, layer.wo->ne[1]*G);
+    ggml_tensor * t_values  = ggml_new_tensor_2d(scratch.ctx.get(), GGML_TYPE_F32, 1, n_prefix*H);
+    scratch.alloc(layer.buft);
+
+    // quantised values are rotated
+    scratch_t scratch_rot;
+    ggml_tensor * t_rot = stage_plan->build_input_v_rot(scratch_rot.ctx.get());
+    if (t_rot) {
+        scratch_rot.alloc(ggml_backend_cpu_buffer_type());
+        stage_plan->set_input_v_rot(t_rot);
+    }
+
+    ggml_tensor * v_all = storage_of(*stage, layer.il, true);
+    std::vector<float> columns;
+    for (int64_t ih = 0; ih < H; ++ih) {
+        columns.assign(DG*H*DG, 0.0f);
+        for (int64_t i = 0; i < DG; ++i) {
+            columns[i*DG*H + ih*DG + i] = 1.0f;
+        }
+        set_data(t_columns, columns);
+
+        c.runner.begin();
+        ggml_context * ctx = c.runner.ctx.get();
+        ggml_tensor * wo = headkv_build_output_matrix(ctx, layer.wo, layer.wo_s, t_columns, D);
+        ggml_build_forward_expand(c.runner.gf, ggml_cpy(ctx, wo, t_wo));
+        c.run();
+
+        for (int64_t i = 0; i < n_prefix; i += n_step) {
+            const int64_t n = std::min(n_step, n_prefix - i);
+            c.runner.begin();
+            ctx = c.runner.ctx.get();
+            ggml_tensor * v_head = ggml_view_2d(ctx, v_all, D, v_all->ne[1], v_all->nb[1], ih*ggml_row_size(v_all->type, D));
+            ggml_tensor * v = ggml_get_rows(ctx, v_head, ggml_view_1d(ctx, cells, n, i*sizeof(int32_t)));
+            if (t_rot) {
+                v = llama_mul_mat_hadamard(ctx, v, t_rot);
+            }
+            ggml_tensor * norms = headkv_build_value_norm(ctx, v, t_wo, G);
+            ggml_build_forward_expand(c.runner.gf, ggml_cpy(ctx, norms, ggml_view_2d(ctx, t_values, 1, n, t_values->nb[1], (ih*n_prefix + i)*t_values->nb[1])));
+            c.run();
+        }
+    }
+    std::vector<float> res(n_prefix*H);
+    ggml_backend_tensor_get(t_values, res.data(), 0, res.size()*sizeof(float));
+    return res;
+}
+
 void llama_kv_cache_ragged::compress_layer(headkv_store_layer & layer) {
     compression & c = *running;
     const headkv_config & cfg = *c.cfg;
@@ -1162,10 +1234,14 @@ void llama_kv_cache_ragged::compress_layer(headkv_store_layer & layer) {
         }
     }
     if (cfg.policy->refine && !c.keep_all) {
-        headkv_scored scored = { n_prefix, c.n_protected, std::vector<float>(n_prefix*H), std::move(n_keep) };
+        headkv_scored scored = { n_prefix, c.n_protected, std::vector<float>(n_prefix*H), {}, std::move(n_keep) };
         ggml_backend_tensor_get(t_scores, scored.scores.data(), 0, n_prefix*H*sizeof(float));
+        if (cfg.policy->needs_values) {
+            scored.values = value_norms(layer, t_cells);
+        }
         cfg.policy->refine(cfg, scored);
         n_keep = std::move(scored.n_keep);
+        ggml_backend_tensor_set(t_scores, scored.scores.data(), 0, n_prefix*H*sizeof(float));
     }
 
     // budgets are known: make room, select and compact

@@ -156,6 +156,9 @@ public:
     ggml_tensor * get_band()   const { return band; }
     int64_t n_band() const { return ggml_backend_buffer_is_host(band->buffer) ? hidden->ne[1] : 0; }
 
+    // why the policy cannot have the values that it needs, empty = it can; after the first worst-case graph
+    std::string why_no_values(const headkv_config & c) const;
+
     // The worst-case graph is not one that can be compressed; the creation of the context fails with it.
     [[noreturn]] void refuse(const std::string & why) const;
 
@@ -240,6 +243,8 @@ private:
     void note_peak(size_t n_scratch);
     void begin_compression(llama_seq_id seq_id); // throws
     void compress_layer(headkv_store_layer & layer); // throws
+    // headkv_scored::values of the layer; cells: I32 [n], the staged cell of each position
+    std::vector<float> value_norms(const headkv_store_layer & layer, ggml_tensor * cells);
     void end_compression();
     void abort_compression(); // the store is as it was before
     bool end_layer(int32_t il); // all ubatches of a layered prompt went through it
