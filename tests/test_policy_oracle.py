@@ -164,6 +164,23 @@ def test_wrong_options_are_value_errors(options: dict[str, Any], message: str) -
         Options(kv_size=64, **options)
 
 
+def test_every_policy_holds_the_same_bytes(make_model: MakeModel) -> None:
+    shape, prompt = Shape("equal", "llama", 16, 4, n_layer=6, n_ff=64), tokens(2000)
+    llm = load(make_model(shape), kv_size=32, n_tail=1, keep_prompt=True)
+    llm.read_prompt(prompt)
+    for kv_size in (32, 128, 500):
+        held = {}
+        for policy in POLICIES:
+            llm.restore_prompt(2000 - WINDOW)
+            llm.configure(kv_size=kv_size, policy=policy)
+            llm.eval(prompt[-WINDOW:])
+            llm.end_prompt()
+            held[policy] = (int(llm.kv_stats().n_cells.sum()), llm.kv_stats().bytes_store)
+        for n, n_bytes in held.values():
+            assert abs(n / (kv_size * shape.n_layer * shape.n_head_kv) - 1) < 0.01, held
+            assert abs(n_bytes / held["snapkv"][1] - 1) < 0.01, held
+
+
 # ---------------------------------------------------------------- pyramidkv
 
 

@@ -1114,7 +1114,8 @@ std::vector<float> llama_kv_cache_ragged::value_norms(const headkv_store_layer &
     const int64_t G  = layer.n_head/layer.n_head_kv;
     const int64_t DG = D*G;
     const int64_t n_prefix = c.n_prefix;
-    const int64_t n_step   = 256; // cells: what their values add to the output is the largest part of the scratch memory
+    // cells at a time: what their values add to the output is the largest part of the scratch memory, here 4 MiB
+    const int64_t n_step   = std::max<int64_t>(64, (1 << 20)/(layer.wo->ne[1]*G));
 
     scratch_t scratch;
     ggml_tensor * t_columns = ggml_new_tensor_2d(scratch.ctx.get(), GGML_TYPE_F32, DG*H, DG);
@@ -1159,6 +1160,8 @@ std::vector<float> llama_kv_cache_ragged::value_norms(const headkv_store_layer &
             c.run();
         }
     }
+    note_peak(ggml_backend_buffer_get_size(cells->buffer) + ggml_backend_buffer_get_size(scratch.buf.get()) + c.runner.n_bytes());
+
     std::vector<float> res(n_prefix*H);
     ggml_backend_tensor_get(t_values, res.data(), 0, res.size()*sizeof(float));
     return res;
