@@ -71,7 +71,7 @@ struct headkv_params {
     const int32_t * protect;  // n_protect spans [start, end) of positions whose cells every head keeps, sinks too: they count
     int32_t      n_protect;   // as part of its budget, and a head whose budget they exceed grows
     int32_t      surplus;     // enum headkv_surplus
-    int32_t      pyramid_exact; // 0 = the authors' rounding, which holds up to 13 % more than kv_size
+    int32_t      pyramid_exact; // 0 = the authors' rounding, which holds more than kv_size (32 layers: 13 % at 64, 5 % at 128)
     double       adakv_floor; // share of its budget that the prompt cannot take from a head, 0..1; -1 = the policy's own
     int32_t      adakv_normalize; // 1 = heads whose attention is concentrated count more
     // importance of each query head, row-major [n_layer][n_head]; NULL = read it from importance_gguf

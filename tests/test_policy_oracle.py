@@ -13,7 +13,7 @@ import pytest
 from conftest import SHAPES, Shape, load, tokens
 
 from pyheadkv import _lib, reference
-from pyheadkv.options import POLICIES, Options
+from pyheadkv.options import BY_IMPORTANCE, POLICIES, Options
 
 pytestmark = pytest.mark.usefixtures("library")
 MakeModel = Callable[..., Path]
@@ -181,6 +181,27 @@ def test_every_policy_holds_the_same_bytes(make_model: MakeModel) -> None:
             assert abs(n_bytes / held["snapkv"][1] - 1) < 0.01, held
 
 
+@pytest.mark.parametrize("case", ["openelm (heads by layer)", "deci (heads by layer)", "deci (a layer without attention)"])
+@pytest.mark.parametrize("policy", sorted({*POLICIES} - {*BY_IMPORTANCE}))
+def test_cells_add_up_where_layers_differ_in_heads(case: str, policy: str) -> None:
+    import architectures
+    import llama_cpp
+
+    model = architectures.make_model(*architectures.cases()[case])
+    params = llama_cpp.llama_context_default_params()
+    params.n_ctx, params.flash_attn_type = 512, 1
+    for kv_size in (9, 20, 100):
+        with _lib.creating(Options(kv_size=kv_size, policy=policy).to_params(None, None)):
+            ctx = llama_cpp.llama_init_from_model(model, params)
+        _lib.check(_lib.lib.headkv_fill_prompt(ctx, 0, 300, 1))
+        _lib.check(_lib.lib.headkv_end_prompt(ctx, 0))
+        cells = np.zeros(_lib.check(_lib.lib.headkv_get_n_cells(ctx, 0, None, 0)), dtype=np.int32)
+        _lib.check(_lib.lib.headkv_get_n_cells(ctx, 0, cells.ctypes.data_as(ctypes.POINTER(ctypes.c_int32)), cells.size))
+        assert cells.sum() == kv_size * (cells > 0).sum()
+        llama_cpp.llama_free(ctx)
+    llama_cpp.llama_model_free(model)
+
+
 # ---------------------------------------------------------------- pyramidkv
 
 
@@ -255,7 +276,8 @@ def test_adaptive_budget_by_hand() -> None:
 @ALL_SHAPES
 @SIZES
 @pytest.mark.parametrize("options", [{}, {"adakv_normalize": True, "adakv_floor": 0.25, "beta": 1.05}], ids=str)
-def test_headkv_with_adakv_keeps_what_the_oracle_keeps(shape: Shape, n_prompt: int, kv_size: int, options: dict[str, Any], make_model: MakeModel) -> None:
+def test_headkv_with_adakv_keeps_what_the_oracle_keeps(shape: Shape, n_prompt: int, kv_size: int, options: dict[str, Any],
+                                                       make_model: MakeModel) -> None:
     """Every layer has the cells that it has under headkv, and every head at least the guaranteed share of its own."""
     kept = check_kept(shape, make_model, n_prompt, kv_size=kv_size, policy="headkv+adakv", **options)
     beta = {k: v for k, v in options.items() if k == "beta"}

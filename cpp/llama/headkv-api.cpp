@@ -290,7 +290,8 @@ int32_t headkv_plan(const struct headkv_params * params, int32_t n_layer, int32_
         if (!params || !dst || n_layer < 1 || n_layer > 65536 || n_head < 1 || n_head > 65536 || n_head_kv < 1 || n_head % n_head_kv != 0) {
             throw std::invalid_argument(format("%d layers, %d heads, %d KV heads: positive, and heads a multiple of KV heads", n_layer, n_head, n_head_kv));
         }
-        const auto res = headkv_budget(headkv_config_from_params(*params), { std::vector<int32_t>(n_layer, n_head), std::vector<int32_t>(n_layer, n_head_kv) });
+        const headkv_heads heads = { std::vector<int32_t>(n_layer, n_head), std::vector<int32_t>(n_layer, n_head_kv) };
+        const auto res = headkv_budget(headkv_config_from_params(*params), heads);
         for (const auto & layer : res) {
             dst = std::copy(layer.begin(), layer.end(), dst);
         }

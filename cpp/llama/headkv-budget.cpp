@@ -155,7 +155,7 @@ int64_t headkv_n_protected(const headkv_config & cfg, int64_t n_prefix) {
 // the factor of a head's scores that makes heads with concentrated attention count more; protected cells do not matter
 static double concentration(const float * scores, int64_t n, int64_t n_best) {
     std::vector<float> free;
-    std::copy_if(scores, scores + n, std::back_inserter(free), [](float s) { return s != HEADKV_PROTECTED; });
+    std::copy_if(scores, scores + n, std::back_inserter(free), [](float s) { return s < HEADKV_PROTECTED; }); // nor NaN
     const double sum = std::accumulate(free.begin(), free.end(), 0.0);
 
     std::vector<float> best(n_best);

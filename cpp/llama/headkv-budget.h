@@ -23,9 +23,9 @@ void headkv_budget_fit(headkv_cells & cells, int64_t n_prefix, int64_t n_protect
 int64_t headkv_n_protected(const headkv_config & cfg, int64_t n_prefix);
 
 // Moves cells between the heads of a layer to where the scores are high. Each head is guaranteed the share floor of its
-// cells, rounded down, and its protected cells. What is left is divided in proportion to how many of the layer's n best cells, n = sum of n_keep, are
-// the head's: ties go to the lower head, then to the lower position. normalize: the scores of a head are first multiplied by
-// the share that its n/n_head_kv best cells have of their sum.
+// cells, rounded down, and its protected cells. What is left is divided in proportion to how many of the layer's n best
+// cells, n = sum of n_keep, are the head's: ties go to the lower head, then to the lower position.
+// normalize: the scores of a head are first multiplied by the share that its n/n_head_kv best cells have of their sum.
 // The authors (Ada-KV) round each head by itself, so that their layers lose cells; here the largest remainders are rounded
 // up, ties to the lower head, and the sum stays.
 void headkv_budget_adapt(headkv_scored & layer, double floor, bool normalize);

@@ -52,7 +52,8 @@ void headkv_config_check_ctx(const headkv_config & cfg, uint32_t n_ctx) {
         throw std::invalid_argument(format("kv_size is %u: it must not be larger than n_ctx = %u", cfg.kv_size, n_ctx));
     }
     if (!cfg.spans.empty() && (uint32_t) cfg.spans.back().second > n_ctx) {
-        throw std::invalid_argument(format("sinks or protect reach to position %d: they must end at or before n_ctx = %u", cfg.spans.back().second, n_ctx));
+        throw std::invalid_argument(format("sinks or protect reach to position %d: they must end at or before n_ctx = %u",
+                    cfg.spans.back().second, n_ctx));
     }
 }
 

@@ -3,6 +3,8 @@
 #include "headkv-budget.h"
 
 #include <algorithm>
+#include <cmath>
+#include <limits>
 #include <numeric>
 
 static headkv_cells budget(const headkv_config & cfg, const headkv_heads & heads, int64_t) {
@@ -17,6 +19,7 @@ static void refine(const headkv_config &, headkv_scored & layer) {
         const float * values = layer.values.data() + ih*n;
 
         const int64_t n_first = std::max(layer.n_keep[ih] - layer.n_keep[ih]/2, layer.n_protected);
+        std::replace_if(scores, scores + n, [](float s) { return std::isnan(s); }, std::numeric_limits<float>::lowest());
         std::iota(order.begin(), order.end(), 0);
         std::nth_element(order.begin(), order.begin() + n_first, order.end(),
                 [&](int64_t a, int64_t b) { return scores[a] != scores[b] ? scores[a] > scores[b] : a < b; });

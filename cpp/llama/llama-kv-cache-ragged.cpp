@@ -1114,7 +1114,7 @@ std::vector<float> llama_kv_cache_ragged::value_norms(const headkv_store_layer &
     const int64_t G  = layer.n_head/layer.n_head_kv;
     const int64_t DG = D*G;
     const int64_t n_prefix = c.n_prefix;
-    // cells at a time: what their values add to the output is the largest part of the scratch memory, here 4 MiB
+    // cells at a time: what their values add to the output takes 4 MiB
     const int64_t n_step   = std::max<int64_t>(64, (1 << 20)/(layer.wo->ne[1]*G));
 
     scratch_t scratch;
@@ -1156,7 +1156,8 @@ std::vector<float> llama_kv_cache_ragged::value_norms(const headkv_store_layer &
                 v = llama_mul_mat_hadamard(ctx, v, t_rot);
             }
             ggml_tensor * norms = headkv_build_value_norm(ctx, v, t_wo, G);
-            ggml_build_forward_expand(c.runner.gf, ggml_cpy(ctx, norms, ggml_view_2d(ctx, t_values, 1, n, t_values->nb[1], (ih*n_prefix + i)*t_values->nb[1])));
+            ggml_tensor * dst   = ggml_view_2d(ctx, t_values, 1, n, t_values->nb[1], (ih*n_prefix + i)*t_values->nb[1]);
+            ggml_build_forward_expand(c.runner.gf, ggml_cpy(ctx, norms, dst));
             c.run();
         }
     }
@@ -1232,8 +1233,9 @@ void llama_kv_cache_ragged::compress_layer(headkv_store_layer & layer) {
 
     const std::vector<float> protect(c.n_protected, HEADKV_PROTECTED);
     for (const auto & [start, end] : cfg.spans) {
-        for (int64_t ih = 0; ih < H && start < n_prefix; ++ih) {
-            ggml_backend_tensor_set(t_scores, protect.data(), ih*t_scores->nb[1] + start*sizeof(float), (std::min<int64_t>(end, n_prefix) - start)*sizeof(float));
+        const int64_t n_span = std::min<int64_t>(end, n_prefix) - start;
+        for (int64_t ih = 0; ih < H && n_span > 0; ++ih) {
+            ggml_backend_tensor_set(t_scores, protect.data(), ih*t_scores->nb[1] + start*sizeof(float), n_span*sizeof(float));
         }
     }
     if (cfg.policy->refine && !c.keep_all) {
