@@ -43,9 +43,18 @@ enum headkv_prefill {
     HEADKV_PREFILL_LAYER = 2, // all ubatches through one layer after the other: only one layer's full cache is ever alive
 };
 
+// what becomes of the cells that a head may keep beyond the length of the prompt
+enum headkv_surplus {
+    HEADKV_SURPLUS_LOST         = 0, // as in the authors' code
+    HEADKV_SURPLUS_REDISTRIBUTE = 1, // evenly to the other heads of its layer, then to those of the other layers
+};
+
 struct headkv_params {
     size_t       size;        // sizeof(struct headkv_params)
-    const char * policy;      // "headkv" (importance decides), "snapkv" (uniform), "streaming" (4 sinks and the last cells)
+    const char * policy;      // "headkv" (importance decides), "snapkv" (uniform), "streaming" (4 sinks and the last cells),
+                              // "pyramidkv" (fewer cells in deeper layers), "adakv" (the prompt decides within a layer),
+                              // "headkv+adakv" (importance decides for the layers, both within a layer), "criticalkv" (uniform;
+                              // half of the cells by attention times what their value does to the output of the layer)
     int32_t      kv_size;     // mean cells per KV head, observation window included
     int32_t      window;      // queries that score the prompt, 1..64
     int32_t      pool;        // enum headkv_pool
@@ -57,6 +66,14 @@ struct headkv_params {
     int32_t      prefill;     // enum headkv_prefill
     int32_t      hidden_f16;  // 1 = hidden states between layers in f16: half the memory, rounded results
     int32_t      keep_prompt; // 1 = the full cache of a prompt stays after compression, for headkv_restore_prompt()
+    int32_t      sinks;       // first cells of a prompt that every head keeps; -1 = the policy's own (4 of "streaming", as far
+                              // as kv_size reaches, else 0)
+    const int32_t * protect;  // n_protect spans [start, end) of positions whose cells every head keeps, sinks too: they count
+    int32_t      n_protect;   // as part of its budget, and a head whose budget they exceed grows
+    int32_t      surplus;     // enum headkv_surplus
+    int32_t      pyramid_exact; // 0 = the authors' rounding, which holds more than kv_size (32 layers: 13 % at 64, 5 % at 128)
+    double       adakv_floor; // share of its budget that the prompt cannot take from a head, 0..1; -1 = the policy's own
+    int32_t      adakv_normalize; // 1 = heads whose attention is concentrated count more
     // importance of each query head, row-major [n_layer][n_head]; NULL = read it from importance_gguf
     const double * importance;
     int32_t      n_layer;
@@ -85,8 +102,8 @@ LLAMA_API int32_t headkv_set_params(const struct headkv_params * params);
 // Reason of the last failure on this thread; never NULL.
 LLAMA_API const char * headkv_last_error(void);
 
-// Other parameters for the compressions to come: policy, kv_size, beta, pool, pool_kernel and importance can change, the
-// others size what the context owns and must be those it was created with.
+// Other parameters for the compressions to come. window, n_tail, attend, n_buckets, prefill, hidden_f16 and keep_prompt size
+// what the context owns and must be those it was created with.
 LLAMA_API int32_t headkv_configure(struct llama_context * ctx, const struct headkv_params * params);
 
 // Whether the context has a ragged cache.
@@ -123,7 +140,8 @@ LLAMA_API int32_t headkv_restore_prompt(struct llama_context * ctx, llama_seq_id
 
 LLAMA_API int32_t headkv_get_stats(const struct llama_context * ctx, llama_seq_id seq_id, struct headkv_stats * stats);
 
-// Cells each head may keep, window included: [n_layer][n_head_kv_max] with 0 where a layer has fewer heads.
+// Cells each head may keep of a long prompt, before its scores move them within a layer and without what protected cells
+// add, window included: [n_layer][n_head_kv_max] with 0 where a layer has fewer heads.
 // Returns the number of values; dst may be NULL to ask for it.
 LLAMA_API int32_t headkv_get_budget(const struct llama_context * ctx, int32_t * dst, int32_t n);
 

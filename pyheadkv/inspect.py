@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from . import _lib, embedded_model, gguf_keys
-from .options import DEFAULT_BETA, POLICIES, Options, check_int, load_importance
+from .options import BY_IMPORTANCE, DEFAULT_BETA, POLICIES, Options, check_int, load_importance
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -258,7 +258,7 @@ def _importance(
     if source is not None:
         return load_importance(source, path)
     found = gguf_keys.read_importance(path)
-    if found is None and options.policy == "headkv":
+    if found is None and options.policy in BY_IMPORTANCE:
         raise ValueError(f"{path}: no head importance in the file: {REMEDY_IMPORTANCE}")
     return found
 
@@ -332,7 +332,7 @@ def _head_lines(plan: Plan) -> list[str]:
         f"options     policy {options.policy}, kv_size {options.kv_size}, beta {options.beta}, window {options.window}",
     ]
     if plan.importance is None:
-        return [*lines, "importance  none, policy snapkv does not need it"]
+        return [*lines, f"importance  none, policy {options.policy} does not need it"]
     values = np.concatenate([row[:n] for row, (n, _) in zip(plan.importance, shape.heads, strict=True)])
     shares = top_shares(values)
     counts = " / ".join(map(str, shares))

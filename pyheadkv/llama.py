@@ -76,8 +76,13 @@ class Llama(llama_cpp.Llama):
     model_path : path of a GGUF file
     kv_size : mean cells per KV head after the prompt, window included;
         None = the stock cache, bit-identical to upstream
-    policy : "headkv" (budgets by head importance), "snapkv" (uniform budgets) or "streaming"
-        (uniform budgets: the first 4 cells and the last ones, whatever the queries look at)
+    policy : "headkv" (budgets by head importance), "snapkv" (uniform budgets), "streaming"
+        (uniform budgets: the first cells and the last ones, whatever the queries look at),
+        "pyramidkv" (budgets fall with the depth of the layer), "adakv" (within a layer, the
+        prompt decides which heads get how many cells), "headkv+adakv" (a layer has the
+        cells that "headkv" gives it; a head is sure of half of its own, and the prompt
+        divides the rest within the layer) or "criticalkv" (uniform budgets, half of the
+        cells by attention times what their value does to the output of the layer)
     beta : > 1; a share 1/beta of the budget is given out by importance, the rest evenly;
         None = the one stored with the importance (``pyheadkv score --calibrate``), else 1.2
     window : number of last queries that score the prompt; these cells are always kept
@@ -95,6 +100,20 @@ class Llama(llama_cpp.Llama):
     keep_prompt : keep the full cache of the prompt beside the compressed one, so that
         ``restore_prompt`` can go back to it. For evaluations: it costs the memory that
         compression saves
+    sinks : first cells of a prompt that every head keeps; None = 4 under "streaming", as far as
+        ``kv_size`` reaches, else 0
+    protect : (start, end) spans of prompt positions whose cells every head keeps; what lies
+        behind the end of a prompt is no matter. Sinks and protected cells are part of a
+        head's budget; a head whose budget they exceed grows, which ``kv_stats()`` tells
+    surplus : what becomes of the cells that a head may keep beyond the length of the prompt:
+        "lost", or "redistribute" (evenly to the other heads of its layer, then to those of
+        the other layers)
+    pyramid_exact : True = the budgets of "pyramidkv" add up to ``kv_size`` per head; False =
+        those of its authors, whose rounding holds more (32 layers: 13 % at 64 cells, 5 % at 128)
+    adakv_floor : share of its budget, 0 to 1, that the prompt cannot take from a head; None =
+        0.2 under "adakv", 0.5 under "headkv+adakv"
+    adakv_normalize : under both, weight the scores of a head by the share of its best cells
+        in their sum, so that heads with concentrated attention get more
     n_tail, attend, n_buckets : see ``cpp/headkv.h``
     **kwargs : every argument of ``llama_cpp.Llama``; ``flash_attn`` is on when
         compression is
@@ -102,7 +121,7 @@ class Llama(llama_cpp.Llama):
     Raises
     ------
     ValueError
-        wrong option, no importance for policy "headkv", or an architecture that
+        wrong option, no importance for a policy that needs it, or an architecture that
         cannot be compressed; the message names value, limit and remedy
 
     References
@@ -125,14 +144,22 @@ class Llama(llama_cpp.Llama):
         prefill_hidden: str = "f32",
         kv_reuse: bool = False,
         keep_prompt: bool = False,
+        sinks: int | None = None,
+        protect: Sequence[tuple[int, int]] = (),
+        surplus: str = "lost",
+        pyramid_exact: bool = True,
+        adakv_floor: float | None = None,
+        adakv_normalize: bool = False,
         n_tail: int = 64,
         attend: str = "auto",
         n_buckets: int = 1,
         **kwargs: Any,
     ) -> None:
-        self._kv_args = dict(kv_size=kv_size, policy=policy, beta=beta, window=window, pool=pool, pool_kernel=pool_kernel,
-                             importance=importance, prefill=prefill, prefill_hidden=prefill_hidden,
-                             kv_reuse=kv_reuse, keep_prompt=keep_prompt, n_tail=n_tail, attend=attend, n_buckets=n_buckets)
+        options = dict(policy=policy, beta=beta, window=window, pool=pool, pool_kernel=pool_kernel, n_tail=n_tail, attend=attend,
+                       n_buckets=n_buckets, prefill=prefill, prefill_hidden=prefill_hidden, keep_prompt=keep_prompt,
+                       sinks=sinks, protect=protect, surplus=surplus, pyramid_exact=pyramid_exact, adakv_floor=adakv_floor,
+                       adakv_normalize=adakv_normalize)
+        self._kv_args = dict(options, kv_size=kv_size, importance=importance, kv_reuse=kv_reuse)
         self._kv_reuse = kv_reuse
         self._prompt_pending = False
         self._progress_error: BaseException | None = None
@@ -142,9 +169,7 @@ class Llama(llama_cpp.Llama):
             super().__init__(model_path, **kwargs)
             return
 
-        self.kv_options = Options(kv_size=kv_size, policy=policy, beta=beta, window=window, pool=pool, pool_kernel=pool_kernel,
-                                  n_tail=n_tail, attend=attend, n_buckets=n_buckets, prefill=prefill,
-                                  prefill_hidden=prefill_hidden, keep_prompt=keep_prompt)
+        self.kv_options = Options(kv_size=kv_size, **options)
         n_ctx = kwargs.get("n_ctx", 512)  # 0 = that of the model, checked by the library
         if n_ctx and kv_size > n_ctx:
             raise ValueError(f"kv_size={kv_size}: it must not be larger than n_ctx = {n_ctx}")
@@ -263,7 +288,8 @@ class Llama(llama_cpp.Llama):
         Parameters
         ----------
         importance : as for the constructor; None = what was used until now
-        **options : any of ``kv_size, policy, beta, pool, pool_kernel``; the others stay
+        **options : any of the constructor's but ``window, n_tail, attend, n_buckets, prefill,
+            prefill_hidden, keep_prompt``; those that are not given stay
 
         Raises
         ------
@@ -368,7 +394,10 @@ class Llama(llama_cpp.Llama):
 
     @property
     def kv_budget(self) -> npt.NDArray[np.int32]:
-        """Cells that each head may keep, window included: int32 (n_layer, n_head_kv)."""
+        """Cells that each head may keep of a long prompt, window included: int32 (n_layer, n_head_kv).
+
+        Some policies move cells within a layer by what the prompt is; ``kv_stats().n_cells`` tells the outcome.
+        """
         self._need_options()
         return self._int_table(_lib.lib.headkv_get_budget, self.ctx)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from os import PathLike
 from pathlib import Path
@@ -14,9 +15,11 @@ import numpy.typing as npt
 from . import _lib, gguf_keys
 from .gguf_keys import Importance
 
-POLICIES = ("headkv", "snapkv", "streaming")
+POLICIES = ("headkv", "snapkv", "streaming", "pyramidkv", "adakv", "headkv+adakv", "criticalkv")
+BY_IMPORTANCE = ("headkv", "headkv+adakv")  # policies that need the importance of the heads
 POOLS = {"max": 0, "avg": 1}
 ATTENDS = {"auto": 0, "fused": 1, "composed": 2}
+SURPLUSES = {"lost": 0, "redistribute": 1}
 PREFILLS = {"auto": 0, "token": 1, "layer": 2}
 
 DEFAULT_BETA = 1.2  # where none was chosen for the scores
@@ -44,6 +47,33 @@ def check_choice(name: str, value: Any, choices: Any) -> str:
     if not isinstance(value, str) or value not in choices:
         raise ValueError(f"{name}={value!r}: it must be one of {', '.join(map(repr, choices))}")
     return value
+
+
+def check_bool(name: str, value: Any) -> bool:
+    """``value``, if it is True or False; else ValueError."""
+    if not isinstance(value, (bool, np.bool_)):
+        raise ValueError(f"{name}={value!r}: it must be True or False")
+    return bool(value)
+
+
+def check_share(name: str, value: Any) -> float:
+    """``value`` as float, if it is a number in [0, 1]; else ValueError."""
+    if isinstance(value, (bool, str)) or not isinstance(value, (int, float, np.integer, np.floating)) or not 0 <= value <= 1:
+        raise ValueError(f"{name}={value!r}: it must be a number in [0, 1]")
+    return float(value)
+
+
+def check_spans(name: str, value: Any) -> tuple[tuple[int, int], ...]:
+    """``value`` as (start, end) pairs of positions, if it is a list of such with 0 <= start < end; else ValueError."""
+    remedy = "give (start, end) positions with 0 <= start < end"
+    try:
+        spans = tuple((start, end) for start, end in value)
+    except (TypeError, ValueError):
+        raise ValueError(f"{name}={value!r}: {remedy}") from None
+    for start, end in spans:
+        check_int(f"{name} start", start, 0, (1 << 26) - 1, f": {remedy}")
+        check_int(f"{name} end", end, start + 1, 1 << 26, f": {remedy}")
+    return tuple((int(start), int(end)) for start, end in spans)
 
 
 def load_importance(source: ImportanceLike, model: str | PathLike[str]) -> Importance | None:
@@ -86,6 +116,12 @@ class Options:
     prefill: str = "auto"
     prefill_hidden: str = "f32"
     keep_prompt: bool = False
+    sinks: int | None = None
+    protect: Sequence[tuple[int, int]] = ()
+    surplus: str = "lost"
+    pyramid_exact: bool = True
+    adakv_floor: float | None = None
+    adakv_normalize: bool = False
 
     def __post_init__(self) -> None:
         check_choice("policy", self.policy, POLICIES)
@@ -103,6 +139,14 @@ class Options:
             gguf_keys.check_beta(self.beta, name="beta")
         check_int("n_tail", self.n_tail, 1, 1 << 20)
         check_int("n_buckets", self.n_buckets, 1, 8)
+        if self.sinks is not None:
+            check_int("sinks", self.sinks, 0, 1 << 26)
+        object.__setattr__(self, "protect", check_spans("protect", self.protect))
+        check_choice("surplus", self.surplus, tuple(SURPLUSES))
+        check_bool("pyramid_exact", self.pyramid_exact)
+        check_bool("adakv_normalize", self.adakv_normalize)
+        if self.adakv_floor is not None:
+            check_share("adakv_floor", self.adakv_floor)
         if self.keep_prompt and self.prefill == "layer":
             raise ValueError("keep_prompt=True, prefill='layer': a prompt that is read layer by layer is never held as a whole, "
                              "use prefill='auto'")
@@ -122,6 +166,14 @@ class Options:
         params.prefill = PREFILLS[self.prefill]
         params.hidden_f16 = self.prefill_hidden == "f16"
         params.keep_prompt = self.keep_prompt
+        params.sinks = -1 if self.sinks is None else self.sinks
+        bounds = [position for span in self.protect for position in span]
+        params.protect = (ctypes.c_int32 * len(bounds))(*bounds)  # kept alive by params
+        params.n_protect = len(self.protect)
+        params.surplus = SURPLUSES[self.surplus]
+        params.pyramid_exact = self.pyramid_exact
+        params.adakv_floor = -1.0 if self.adakv_floor is None else self.adakv_floor
+        params.adakv_normalize = self.adakv_normalize
         if importance is not None:
             params.importance = importance.values.ctypes.data_as(ctypes.POINTER(ctypes.c_double))
             params.n_layer, params.n_head = importance.values.shape

@@ -97,6 +97,111 @@ def uniform_budget(*, n_layer: int, n_head: int, kv_size: int, window: int) -> N
     return np.full((n_layer, n_head), kv_size - window, dtype=np.int32)
 
 
+def spread(cells: ArrayLike, n: int, *, limit: int) -> tuple[NDArray[np.int64], int]:
+    """Give n more cells, fewer if negative, to heads in order: evenly, the rest to the first ones, until all are full.
+
+    Parameters
+    ----------
+    cells : any shape
+    limit : cells of a full head; an empty one has 0
+
+    Returns
+    -------
+    cells of the same shape, and what no head could take
+    """
+    res = np.array(cells, dtype=np.int64)
+    heads, sign = res.reshape(-1), 1 if n > 0 else -1
+    n = abs(n)
+    while n > 0:
+        room = np.maximum(0, limit - heads if sign > 0 else heads)
+        n_open = int((room > 0).sum())
+        if n_open == 0:
+            break
+        share = max(1, n // n_open)
+        for i in np.flatnonzero(room):
+            given = min(share, int(room[i]), n)
+            heads[i] += sign * given
+            n -= given
+    return res, sign * n
+
+
+def pyramid_budget(
+    *, n_layer: int, n_head_kv: int, kv_size: int, window: int, n_prefix: int | None = None, exact: bool = True
+) -> NDArray[np.int64]:
+    """Prefix cells of each KV head under policy "pyramidkv": they fall linearly from the first layer to the last.
+
+    The last layer gets 1/20 of the mean, the first one what is missing then, but not more than the prompt has.
+
+    Parameters
+    ----------
+    n_prefix : cells before the window; None = a long prompt
+    exact : True = what flooring loses goes to the first heads, one cell each; False = the authors' arithmetic, whose
+        step is floored, so that the layers hold more than ``kv_size``
+
+    Returns
+    -------
+    (n_layer, n_head_kv) int64, cells, window excluded
+    """
+    _check_sizes(kv_size=kv_size, window=window)
+    base = kv_size - window
+    last = base // 20
+    first = 2 * base - last
+    if n_prefix is not None and first > n_prefix:
+        first = max(n_prefix, base)
+        last = 2 * base - first
+    steps, depth = max(1, n_layer - 1), np.arange(n_layer)
+    if n_layer == 1:
+        layers = np.array([base])
+    elif exact:
+        layers = last + (first - last) * (steps - depth) // steps
+    else:
+        layers = first - depth * ((first - last) // steps)
+    cells = np.repeat(layers[:, None], n_head_kv, axis=1)
+    if exact:
+        rest = base * cells.size - int(cells.sum())
+        cells, _ = spread(cells, rest, limit=2**62 if n_prefix is None else max(n_prefix, base))
+    return cells.astype(np.int64)
+
+
+def fit_budget(cells: ArrayLike, *, n_prefix: int, n_protected: int = 0, redistribute: bool = False) -> NDArray[np.int64]:
+    """Prefix cells of each KV head for a prompt of ``n_prefix`` cells before the window.
+
+    What a head may keep beyond them is lost, or goes evenly to the other heads of its layer, and what these cannot take
+    to the heads of all layers. Then a head gets at least its protected cells.
+
+    Parameters
+    ----------
+    cells : (n_layer, n_head_kv) prefix cells of a long prompt
+
+    Returns
+    -------
+    (n_layer, n_head_kv) int64
+    """
+    cells = np.asarray(cells, dtype=np.int64)
+    fitted = np.minimum(cells, n_prefix)
+    if redistribute:
+        left = 0
+        for il, surplus in enumerate((cells - fitted).sum(axis=1).tolist()):
+            fitted[il], rest = spread(fitted[il], surplus, limit=n_prefix)
+            left += rest
+        fitted, _ = spread(fitted, left, limit=n_prefix)
+    grown: NDArray[np.int64] = np.maximum(fitted, n_protected)
+    return grown
+
+
+def protected(spans: Sequence[tuple[int, int]], *, sinks: int, n_prefix: int) -> NDArray[np.bool_]:
+    """Whether every head keeps a cell: it is one of the first ``sinks`` or in one of the spans [start, end).
+
+    Returns
+    -------
+    (n_prefix,) bool
+    """
+    mask = np.zeros(n_prefix, dtype=np.bool_)
+    for start, end in [(0, sinks), *spans]:
+        mask[start:end] = True
+    return mask
+
+
 # window -> score
 
 
@@ -206,6 +311,98 @@ def pool_scores(scores: ArrayLike, *, pool: Pool, kernel: int) -> NDArray[np.flo
     neighbours = np.lib.stride_tricks.sliding_window_view(padded, kernel, axis=-1)
     pooled: NDArray[np.float64] = neighbours.max(axis=-1) if pool == "max" else neighbours.sum(axis=-1) / kernel
     return pooled
+
+
+def adapt_budget(
+    scores: ArrayLike, cells: ArrayLike, *, floor: float, normalize: bool = False, protected: ArrayLike | None = None
+) -> NDArray[np.int64]:
+    """Prefix cells of the heads of a layer when the prompt moves them to where the scores are high (Ada-KV).
+
+    Each head is guaranteed the share ``floor`` of its cells, rounded down, and the protected ones. The others are divided in proportion to how
+    many of the layer's best cells are the head's, with the largest remainders rounded up. The authors round each head
+    by itself, so that their sum drifts. Ties go to the lower head, then to the lower position.
+
+    Parameters
+    ----------
+    scores : (n_head_kv, n_prefix)
+    cells : (n_head_kv,) prefix cells, at most n_prefix each
+    normalize : weight the scores of a head by the share that its best cells, as many as the mean budget, have in
+        their sum, protected ones left out
+    protected : (n_prefix,) bool, the cells that every head keeps: the best of all
+
+    Returns
+    -------
+    (n_head_kv,) int64, cells with the same sum
+    """
+    scores, cells = np.asarray(scores, dtype=np.float64), np.asarray(cells, dtype=np.int64)
+    n_head_kv, n_prefix = scores.shape
+    total = int(cells.sum())
+    if total in (0, scores.size):
+        return cells
+    mask = np.zeros(n_prefix, dtype=np.bool_) if protected is None else np.asarray(protected)
+    scores = np.where(mask, 0, scores)
+    if normalize:
+        best = np.sort(scores, axis=1)[:, n_prefix - total // n_head_kv :].sum(axis=1)
+        whole = scores.sum(axis=1)
+        scores = scores * np.where(whole > 0, best / np.where(whole > 0, whole, 1), 1)[:, None]
+    order = np.argsort(-np.where(mask, np.inf, scores), axis=None, kind="stable")[:total]
+    counts = np.bincount(order // n_prefix, minlength=n_head_kv)
+    sure = np.maximum((floor * cells).astype(np.int64), mask.sum())
+    shared = counts * (total - int(sure.sum()))
+    res = np.minimum(n_prefix, sure + shared // total)
+    by_remainder = np.argsort(-(shared % total), kind="stable").tolist()
+    while res.sum() < total:
+        for ih in by_remainder:
+            if res[ih] < n_prefix and res.sum() < total:
+                res[ih] += 1
+    adapted: NDArray[np.int64] = res
+    return adapted
+
+
+def value_norms(v: ArrayLike, wo: ArrayLike, *, n_head: int) -> NDArray[np.float64]:
+    """L1 norm of what a value adds to the output of its layer per unit of attention, mean over the query heads.
+
+    Parameters
+    ----------
+    v : (n_tokens, n_head_kv, head_dim)
+    wo : (n_embd, n_head * head_dim) output matrix
+
+    Returns
+    -------
+    (n_head_kv, n_tokens) float64
+    """
+    v, wo = np.asarray(v, dtype=np.float64), np.asarray(wo, dtype=np.float64)
+    n_head_kv, head_dim = v.shape[1:]
+    heads = wo.reshape(len(wo), n_head, head_dim)
+    group = n_head // n_head_kv
+    norms = [np.abs(v[:, h // group] @ heads[:, h].T).sum(axis=1) for h in range(n_head)]
+    mean: NDArray[np.float64] = np.stack(norms).reshape(n_head_kv, group, -1).mean(axis=1)
+    return mean
+
+
+def critical_scores(
+    scores: ArrayLike, norms: ArrayLike, cells: ArrayLike, *, protected: ArrayLike | None = None
+) -> NDArray[np.float64]:
+    """Scores of policy "criticalkv": the first half of a head's cells by score are certain, the odd one included; the
+    other cells score what they did times the norm of their value.
+
+    Parameters
+    ----------
+    scores, norms : (n_head_kv, n_prefix)
+    cells : (n_head_kv,) prefix cells that each head keeps
+    protected : (n_prefix,) bool, cells that are certain too and part of the first half
+
+    Returns
+    -------
+    (n_head_kv, n_prefix) float64, inf where a cell is certain
+    """
+    scores, cells = np.asarray(scores, dtype=np.float64), np.asarray(cells)
+    mask = np.zeros(scores.shape[1], dtype=np.bool_) if protected is None else np.asarray(protected)
+    first = select(np.where(mask, np.inf, scores), np.maximum(cells - cells // 2, mask.sum()))
+    res = scores * np.asarray(norms, dtype=np.float64)
+    for row, certain in zip(res, first):
+        row[certain] = np.inf
+    return res
 
 
 # select -> compact

@@ -51,6 +51,9 @@ def test_streaming_needs_no_window_queries(make_model: MakeModel) -> None:
 
 @pytest.mark.parametrize("options", [
     {"kv_size": 24}, {"kv_size": 96, "policy": "snapkv"}, {"policy": "streaming"}, {"beta": 3.0}, {"pool": "avg", "pool_kernel": 5},
+    {"policy": "pyramidkv"}, {"policy": "pyramidkv", "kv_size": 250, "pyramid_exact": False}, {"policy": "adakv"},
+    {"policy": "headkv+adakv"}, {"policy": "criticalkv"},
+    {"sinks": 9}, {"protect": [(3, 90)]}, {"kv_size": 300, "surplus": "redistribute"},
 ], ids=str)
 def test_a_restored_prompt_compressed_otherwise_equals_a_fresh_one(options: dict[str, Any], make_model: MakeModel) -> None:
     path, prompt, first = make_model(SHAPE), tokens(400), {"kv_size": 48, "n_ubatch": 64}

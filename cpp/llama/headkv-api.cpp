@@ -65,6 +65,13 @@ struct headkv_params headkv_default_params(void) {
         /*.prefill         =*/ HEADKV_PREFILL_AUTO,
         /*.hidden_f16      =*/ 0,
         /*.keep_prompt     =*/ 0,
+        /*.sinks           =*/ -1,
+        /*.protect         =*/ nullptr,
+        /*.n_protect       =*/ 0,
+        /*.surplus         =*/ HEADKV_SURPLUS_LOST,
+        /*.pyramid_exact   =*/ 1,
+        /*.adakv_floor     =*/ -1.0,
+        /*.adakv_normalize =*/ 0,
         /*.importance      =*/ nullptr,
         /*.n_layer         =*/ 0,
         /*.n_head          =*/ 0,
@@ -293,7 +300,7 @@ int32_t headkv_plan(const struct headkv_params * params, int32_t n_layer, const 
         }
         const size_t n_row = *std::max_element(heads_kv.begin(), heads_kv.end());
         std::fill(dst, dst + n_layer*n_row, 0);
-        for (const auto & layer : headkv_budget(headkv_config_from_params(*params), heads, heads_kv)) {
+        for (const auto & layer : headkv_budget(headkv_config_from_params(*params), { heads, heads_kv })) {
             std::copy(layer.begin(), layer.end(), dst);
             dst += n_row;
         }

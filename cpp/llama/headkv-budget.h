@@ -1,16 +1,34 @@
-// Stage 2, budget: how many cells each KV head may keep after the prompt.
+// Stage 2, budget: how many cells each KV head may keep after the prompt. The parts that policies put together.
 #pragma once
 
-#include "headkv-config.h"
+#include "headkv-policy.h"
 
-// Prefix cells (window excluded) of n_heads query heads: the authors' formula bit for bit, float floor division and
-// half-even rounding included (HeadKV, Eq. 4 and its code). importance may be empty for policies that need none.
-std::vector<int64_t> headkv_budget_query_heads(const headkv_config & cfg, const std::vector<double> & importance, int32_t n_heads);
+// kv_size without the window for every head
+headkv_cells headkv_budget_uniform(const headkv_config & cfg, const headkv_heads & heads);
 
-// Mean over the GQA group, rounded half to even; window added. values: the n_head entries of one layer.
-std::vector<uint32_t> headkv_budget_kv_heads(const int64_t * values, int32_t n_head, int32_t n_head_kv, uint32_t window);
-
-// Cells of each KV head, window included, [il][ih]; n_head and n_head_kv per layer, both may be 0.
+// By importance: the authors' formula bit for bit, float floor division and half-even rounding included (HeadKV, Eq. 4 and
+// its code); then the mean over the GQA group, rounded half to even.
 // Throws std::invalid_argument when the importance does not fit the layers.
-std::vector<std::vector<uint32_t>> headkv_budget(const headkv_config & cfg,
-        const std::vector<int32_t> & n_head, const std::vector<int32_t> & n_head_kv);
+headkv_cells headkv_budget_importance(const headkv_config & cfg, const headkv_heads & heads);
+
+// Gives n more cells (fewer if negative) to the heads, the same number to each that has less than limit (more than 0), what
+// does not divide to the first ones; as often as it takes. Returns what no head could take.
+int64_t headkv_budget_spread(headkv_cells & cells, int64_t n, int64_t limit);
+
+// Cells of a prompt of n_prefix cells before the window. What a head may keep beyond them is lost, or goes evenly to the
+// other heads of its layer, and what these cannot take to those of all layers. Then each head gets at least n_protected.
+void headkv_budget_fit(headkv_cells & cells, int64_t n_prefix, int64_t n_protected, headkv_surplus surplus);
+
+// cells before the window that every head keeps
+int64_t headkv_n_protected(const headkv_config & cfg, int64_t n_prefix);
+
+// Moves cells between the heads of a layer to where the scores are high. Each head is guaranteed the share floor of its
+// cells, rounded down, and its protected cells. What is left is divided in proportion to how many of the layer's n best
+// cells, n = sum of n_keep, are the head's: ties go to the lower head, then to the lower position.
+// normalize: the scores of a head are first multiplied by the share that its n/n_head_kv best cells have of their sum.
+// The authors (Ada-KV) round each head by itself, so that their layers lose cells; here the largest remainders are rounded
+// up, ties to the lower head, and the sum stays.
+void headkv_budget_adapt(headkv_scored & layer, double floor, bool normalize);
+
+// Budgets of the policy for long prompts, window included, [il][ih].
+std::vector<std::vector<uint32_t>> headkv_budget(const headkv_config & cfg, const headkv_heads & heads);

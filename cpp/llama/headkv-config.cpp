@@ -1,9 +1,11 @@
 #include "headkv-config.h"
 
 #include "headkv-importance.h"
+#include "headkv-policy.h"
 
 #include "llama-impl.h"
 
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 #include <stdexcept>
@@ -15,30 +17,44 @@ static int32_t check_range(const char * name, int32_t value, int32_t lo, int32_t
     return value;
 }
 
-static const struct { const char * name; headkv_policy policy; } policies[] = {
-    { "headkv",    HEADKV_POLICY_HEADKV    },
-    { "snapkv",    HEADKV_POLICY_SNAPKV    },
-    { "streaming", HEADKV_POLICY_STREAMING },
-};
+// sinks and protected spans, sorted and merged
+static std::vector<std::pair<int32_t, int32_t>> spans_of(const headkv_params & params, int32_t n_sinks) {
+    std::vector<std::pair<int32_t, int32_t>> spans;
+    if (n_sinks > 0) {
+        spans.push_back({ 0, n_sinks });
+    }
+    if (params.n_protect < 0 || (params.n_protect > 0 && !params.protect)) {
+        throw std::invalid_argument(format("n_protect is %d: it must be the number of spans in protect", params.n_protect));
+    }
+    for (int32_t i = 0; i < params.n_protect; ++i) {
+        const int32_t start = params.protect[2*i];
+        const int32_t end   = params.protect[2*i + 1];
+        if (start < 0 || end <= start) {
+            throw std::invalid_argument(format("protect has the span [%d, %d): it must not be negative or empty", start, end));
+        }
+        spans.push_back({ start, end });
+    }
+    std::sort(spans.begin(), spans.end());
 
-const char * headkv_policy_name(headkv_policy policy) {
-    for (const auto & p : policies) {
-        if (p.policy == policy) {
-            return p.name;
+    std::vector<std::pair<int32_t, int32_t>> res;
+    for (const auto & span : spans) {
+        if (!res.empty() && span.first <= res.back().second) {
+            res.back().second = std::max(res.back().second, span.second);
+        } else {
+            res.push_back(span);
         }
     }
-    GGML_ABORT("unknown policy");
+    return res;
 }
 
-static headkv_policy policy_of(const std::string & name) {
-    std::string known;
-    for (const auto & p : policies) {
-        if (name == p.name) {
-            return p.policy;
-        }
-        known += (known.empty() ? "" : ", ") + std::string(p.name);
+void headkv_config_check_ctx(const headkv_config & cfg, uint32_t n_ctx) {
+    if (cfg.kv_size > n_ctx) {
+        throw std::invalid_argument(format("kv_size is %u: it must not be larger than n_ctx = %u", cfg.kv_size, n_ctx));
     }
-    throw std::invalid_argument(format("policy is '%s': it must be one of %s", name.c_str(), known.c_str()));
+    if (!cfg.spans.empty() && (uint32_t) cfg.spans.back().second > n_ctx) {
+        throw std::invalid_argument(format("sinks or protect reach to position %d: they must end at or before n_ctx = %u",
+                    cfg.spans.back().second, n_ctx));
+    }
 }
 
 headkv_config headkv_config_from_params(const headkv_params & params) {
@@ -48,7 +64,7 @@ headkv_config headkv_config_from_params(const headkv_params & params) {
 
     headkv_config cfg;
 
-    cfg.policy      = policy_of(params.policy ? params.policy : "");
+    cfg.policy      = &headkv_policy_find(params.policy ? params.policy : "");
     cfg.window      = check_range("window", params.window, 1, 64);
     cfg.pool        = (headkv_pool) check_range("pool", params.pool, HEADKV_POOL_MAX, HEADKV_POOL_AVG);
     cfg.pool_kernel = check_range("pool_kernel", params.pool_kernel, 1, 31);
@@ -67,6 +83,16 @@ headkv_config headkv_config_from_params(const headkv_params & params) {
 
     cfg.hidden_f16  = check_range("hidden_f16",  params.hidden_f16,  0, 1) == 1;
     cfg.keep_prompt = check_range("keep_prompt", params.keep_prompt, 0, 1) == 1;
+    cfg.surplus = (headkv_surplus) check_range("surplus", params.surplus, HEADKV_SURPLUS_LOST, HEADKV_SURPLUS_REDISTRIBUTE);
+    const int32_t n_sinks = check_range("sinks", params.sinks, -1, 1 << 26);
+    cfg.spans = spans_of(params, n_sinks >= 0 ? n_sinks : std::min(cfg.policy->n_sinks, params.kv_size - params.window));
+
+    cfg.pyramid_exact   = check_range("pyramid_exact",   params.pyramid_exact,   0, 1) == 1;
+    cfg.adakv_normalize = check_range("adakv_normalize", params.adakv_normalize, 0, 1) == 1;
+    cfg.adakv_floor     = params.adakv_floor == -1.0 ? cfg.policy->adakv_floor : params.adakv_floor;
+    if (!(cfg.adakv_floor >= 0.0 && cfg.adakv_floor <= 1.0)) {
+        throw std::invalid_argument(format("adakv_floor is %g: it must be in [0, 1], or -1 for the default of the policy", params.adakv_floor));
+    }
     if (cfg.keep_prompt && cfg.prefill == HEADKV_PREFILL_LAYER) {
         throw std::invalid_argument("keep_prompt is 1 and prefill is 'layer': a prompt that is read layer by layer is never held as a whole, "
                 "use prefill 'token'");
@@ -75,7 +101,7 @@ headkv_config headkv_config_from_params(const headkv_params & params) {
         cfg.prefill = HEADKV_PREFILL_TOKEN;
     }
 
-    if (cfg.policy == HEADKV_POLICY_HEADKV) {
+    if (cfg.policy->needs_importance) {
         if (params.importance) {
             cfg.importance.n_layer = check_range("n_layer of the importance", params.n_layer, 1, 65536);
             cfg.importance.n_head  = check_range("n_head of the importance",  params.n_head,  1, 65536);
@@ -85,8 +111,8 @@ headkv_config headkv_config_from_params(const headkv_params & params) {
             cfg.importance = headkv_importance_from_gguf(params.importance_gguf);
         }
         if (cfg.importance.values.empty()) {
-            throw std::invalid_argument("policy 'headkv' needs the importance of each head and the model has none: add it with "
-                    "scripts/gguf_add_importance.py, pass importance=, or use policy 'snapkv'");
+            throw std::invalid_argument(format("policy '%s' needs the importance of each head and the model has none: add it with "
+                        "scripts/gguf_add_importance.py, pass importance=, or use policy 'snapkv'", cfg.policy->name));
         }
     }
 

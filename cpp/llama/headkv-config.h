@@ -5,6 +5,7 @@
 
 #include <memory>
 #include <string>
+#include <utility>
 #include <vector>
 
 struct headkv_importance {
@@ -14,17 +15,10 @@ struct headkv_importance {
     std::vector<double> values; // [n_layer*n_head], query heads, finite, >= 0, sum > 0; empty = none given
 };
 
-enum headkv_policy {
-    HEADKV_POLICY_HEADKV,    // budgets by importance
-    HEADKV_POLICY_SNAPKV,    // uniform budgets
-    HEADKV_POLICY_STREAMING, // uniform budgets, the first cells and the last ones
-};
-
-// name of a policy, as in headkv_params
-const char * headkv_policy_name(headkv_policy policy);
+struct headkv_policy; // headkv-policy.h
 
 struct headkv_config {
-    headkv_policy policy;
+    const headkv_policy * policy;
     uint32_t      kv_size;
     uint32_t      window;
     headkv_pool   pool;
@@ -36,14 +30,24 @@ struct headkv_config {
     headkv_prefill prefill;
     bool           hidden_f16;
     bool           keep_prompt;
+    headkv_surplus surplus;
+    bool           pyramid_exact;
+    double         adakv_floor; // in [0, 1]
+    bool           adakv_normalize;
 
     headkv_importance importance;
+
+    // positions that every head keeps, sinks included: disjoint [start, end), ascending
+    std::vector<std::pair<int32_t, int32_t>> spans;
 };
 
 using headkv_config_ptr = std::shared_ptr<const headkv_config>;
 
 // throws std::invalid_argument naming value, limit and remedy
 headkv_config headkv_config_from_params(const headkv_params & params);
+
+// throws std::invalid_argument when a prompt in a sequence of n_ctx tokens cannot be what the configuration asks for
+void headkv_config_check_ctx(const headkv_config & cfg, uint32_t n_ctx);
 
 // the configuration of the contexts that this thread creates; null = off
 headkv_config_ptr & headkv_thread_config();

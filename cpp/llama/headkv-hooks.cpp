@@ -75,9 +75,7 @@ llama_memory_i * headkv_create_memory(const llama_model & model, const llama_mem
         if (!why.empty()) {
             throw std::runtime_error(format("KV compression is not possible for this context (architecture %s): %s", model.arch_name().c_str(), why.c_str()));
         }
-        if (cfg->kv_size > cparams.n_ctx_seq) {
-            throw std::invalid_argument(format("kv_size is %u: it must not be larger than n_ctx = %u", cfg->kv_size, cparams.n_ctx_seq));
-        }
+        headkv_config_check_ctx(*cfg, cparams.n_ctx_seq);
 
         // Ask upstream, on a small context, which memory the architecture gets: anything but the plain cache is not ours.
         llama_cparams cparams_probe = cparams;
@@ -403,6 +401,16 @@ ggml_tensor * headkv_build_attn(const llm_graph_context & gctx, llm_graph_input_
     }
 
     ggml_context * ctx = gctx.ctx0;
+
+    // adapters on top of wo are left out
+    kv->layer(il)->wo   = wo && wo->ne[0] == (int64_t) layer->n_embd_head*layer->n_head ? wo : nullptr;
+    kv->layer(il)->wo_s = wo_s;
+    if (mctx->is_full() && kv->is_graph_complete()) {
+        const std::string why_not = kv->why_no_values(kv->config());
+        if (!why_not.empty()) {
+            kv->refuse(why_not);
+        }
+    }
 
     kv->layer(il)->attend->scale   = kq_scale;
     kv->layer(il)->attend->softcap = gctx.hparams.attn_soft_cap ? gctx.hparams.f_attn_logit_softcapping : 0.0f;

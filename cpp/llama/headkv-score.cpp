@@ -1,8 +1,5 @@
 #include "headkv-stages.h"
 
-#include <algorithm>
-#include <numeric>
-
 // Sum of the rows of x [n, n_rows], in place: halves are added until one row is left. Upstream's pooling and
 // matrix products walk columns here and are slower; the order of additions is fixed.
 static ggml_tensor * sum_rows(ggml_context * ctx, ggml_cgraph * gf, ggml_tensor * x) {
@@ -51,9 +48,19 @@ ggml_tensor * headkv_build_score(ggml_context * ctx, ggml_cgraph * gf, ggml_tens
     return s;
 }
 
-std::vector<float> headkv_score_recency(int64_t n_prefix, int64_t n_sinks) {
-    std::vector<float> res(n_prefix);
-    std::iota(res.begin(), res.end(), 0.0f); // exact below 2^24
-    std::fill(res.begin(), res.begin() + std::min(n_prefix, n_sinks), (float) n_prefix);
-    return res;
+ggml_tensor * headkv_build_value_norm(ggml_context * ctx, ggml_tensor * v, ggml_tensor * wo, int64_t n_group) {
+    ggml_tensor * out = ggml_mul_mat(ctx, wo, v); // [n_embd*n_group, n]
+    return ggml_scale(ctx, ggml_sum_rows(ctx, ggml_abs_inplace(ctx, out)), 1.0f/n_group);
+}
+
+ggml_tensor * headkv_build_output_matrix(ggml_context * ctx, ggml_tensor * wo, ggml_tensor * wo_s, ggml_tensor * columns, int64_t n_embd_head) {
+    // a product, because repacked weights can be read in no other way
+    ggml_tensor * res = ggml_mul_mat(ctx, wo, columns); // [n_embd, n_embd_head*n_group]
+    if (wo_s) {
+        res = ggml_mul(ctx, res, wo_s);
+    }
+    const int64_t n_embd  = res->ne[0];
+    const int64_t n_group = res->ne[1]/n_embd_head;
+    res = ggml_permute(ctx, ggml_reshape_3d(ctx, res, n_embd, n_embd_head, n_group), 1, 0, 2, 3);
+    return ggml_cont_2d(ctx, res, n_embd_head, n_embd*n_group);
 }

@@ -26,8 +26,16 @@ ggml_tensor * headkv_build_window(ggml_context * ctx, ggml_tensor * q_cur, ggml_
 ggml_tensor * headkv_build_score(ggml_context * ctx, ggml_cgraph * gf, ggml_tensor * q, ggml_tensor * k, ggml_tensor * mask,
         float scale, float softcap, headkv_pool pool, int pool_kernel);
 
-// The same for a policy that does not look at the queries: later cells score higher, the first n_sinks highest.
-std::vector<float> headkv_score_recency(int64_t n_prefix, int64_t n_sinks);
+// L1 norm of what each value adds to the output of the layer, per unit of attention, mean over the query heads of a group.
+//   v        [n_embd_head, n] values of one KV head
+//   wo   F32 [n_embd_head, n_embd*n_group] output matrix of its query heads
+// Returns F32 [1, n].
+ggml_tensor * headkv_build_value_norm(ggml_context * ctx, ggml_tensor * v, ggml_tensor * wo, int64_t n_group);
+
+// wo for it, out of the matrix of the layer, in any type and any kind of memory that ggml_mul_mat() reads
+//   wo           [n_embd_head*n_head, n_embd]
+//   columns F32  [n_embd_head*n_head, n_embd_head*n_group] those of the unit matrix that belong to the query heads
+ggml_tensor * headkv_build_output_matrix(ggml_context * ctx, ggml_tensor * wo, ggml_tensor * wo_s, ggml_tensor * columns, int64_t n_embd_head);
 
 // Stage 5, select: positions of the n_keep[h] best scores of each head, ascending, ties to the lower position,
 // followed by the positions of the window.

@@ -47,6 +47,10 @@ struct headkv_store_layer {
     std::vector<std::vector<headkv_bucket>> buckets; // [seq], composed path only
 
     std::unique_ptr<headkv_attend_state> attend;
+
+    // output matrix [n_embd_head*n_head, n_embd] and its scale, as the graph applies them to the attention; null = it does not
+    ggml_tensor * wo   = nullptr;
+    ggml_tensor * wo_s = nullptr;
 };
 
 class headkv_store {

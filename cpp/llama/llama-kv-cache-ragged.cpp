@@ -13,6 +13,7 @@
 #include <cstring>
 #include <limits>
 #include <map>
+#include <numeric>
 #include <random>
 #include <stdexcept>
 
@@ -47,7 +48,7 @@ llama_kv_cache_ragged::llama_kv_cache_ragged(
 
     seqs.resize(cparams.n_seq_max);
 
-    budgets = make_budgets(c);
+    budgets = headkv_budget(c, heads());
 
     for (uint32_t il = 0; il < hparams.n_layer(); ++il) {
         if (hparams.n_head_kv(il) == 0) {
@@ -83,7 +84,11 @@ llama_kv_cache_ragged::llama_kv_cache_ragged(
         std::vector<uint32_t> n_kept;
         for (int32_t ih = 0; ih < layer.n_head_kv; ++ih) {
             // the fused op's scratch grows with the rows, the composed graph with the longest range
-            n_kept.push_back(layer.fused ? n_ctx_seq : std::min(n_ctx_seq, budgets[layer.il][ih]));
+            const auto & b = budgets[layer.il];
+            const bool     moves  = c.policy->refine || c.surplus != HEADKV_SURPLUS_LOST;
+            const uint32_t n_most = moves ? std::accumulate(b.begin(), b.end(), 0u) : b[ih];
+            const uint32_t n_sure = (uint32_t) headkv_n_protected(c, n_ctx_seq) + c.window;
+            n_kept.push_back(layer.fused ? n_ctx_seq : std::min(n_ctx_seq, std::max(n_most, n_sure)));
         }
         for (size_t s = 0; s < seqs.size(); ++s) {
             store_plan.relayout(layer, (int32_t) s, n_kept, c.n_tail, c.n_buckets, {});
@@ -99,20 +104,19 @@ llama_kv_cache_ragged::llama_kv_cache_ragged(
         }
     }
     LLAMA_LOG_INFO("%s: policy %s, kv_size %u: %.1f cells per KV head of %llu, window %u, beta %g, attend %s\n", __func__,
-            headkv_policy_name(c.policy), c.kv_size, (double) n_cells/n_heads, (unsigned long long) n_heads,
+            c.policy->name, c.kv_size, (double) n_cells/n_heads, (unsigned long long) n_heads,
             c.window, c.beta, store.layers[0].fused ? "fused" : "composed");
 }
 
 llama_kv_cache_ragged::~llama_kv_cache_ragged() = default;
 
-std::vector<std::vector<uint32_t>> llama_kv_cache_ragged::make_budgets(const headkv_config & c) const {
-    std::vector<int32_t> n_head;
-    std::vector<int32_t> n_head_kv;
+headkv_heads llama_kv_cache_ragged::heads() const {
+    headkv_heads res;
     for (uint32_t il = 0; il < hparams.n_layer(); ++il) {
-        n_head_kv.push_back(hparams.n_head_kv(il));
-        n_head   .push_back(hparams.n_head_kv(il) > 0 ? hparams.n_head(il) : 0);
+        res.n_head_kv.push_back(hparams.n_head_kv(il));
+        res.n_head   .push_back(hparams.n_head_kv(il) > 0 ? hparams.n_head(il) : 0);
     }
-    return headkv_budget(c, n_head, n_head_kv);
+    return res;
 }
 
 std::unique_ptr<llama_kv_cache> llama_kv_cache_ragged::make_stage(uint32_t n_cells, bool plan, bool one_layer) const {
@@ -261,6 +265,16 @@ void llama_kv_cache_ragged::refuse(const std::string & why) const {
     const std::string what = format("KV compression is not possible for architecture %s: %s", model.arch_name().c_str(), why.c_str());
     headkv_set_error(what);
     throw std::runtime_error(what);
+}
+
+std::string llama_kv_cache_ragged::why_no_values(const headkv_config & c) const {
+    for (const auto & layer : store.layers) {
+        if (c.policy->needs_values && !layer.wo) {
+            return format("policy '%s' needs the output matrix of layer %d, which is not applied to the attention as it is: use policy 'snapkv'",
+                    c.policy->name, layer.il);
+        }
+    }
+    return "";
 }
 
 void llama_kv_cache_ragged::note_graph(const std::vector<int32_t> & built) {
@@ -469,10 +483,12 @@ void llama_kv_cache_ragged::configure(headkv_config_ptr other) {
             b.prefill != a.prefill || b.hidden_f16 != a.hidden_f16 || b.keep_prompt != a.keep_prompt) {
         throw std::invalid_argument("window, n_tail, attend, n_buckets, prefill, hidden_f16 and keep_prompt cannot change: create another context");
     }
-    if (b.kv_size > n_ctx_seq) {
-        throw std::invalid_argument(format("kv_size is %u: it must not be larger than n_ctx = %u", b.kv_size, n_ctx_seq));
+    headkv_config_check_ctx(b, n_ctx_seq);
+    const std::string why_not = why_no_values(b);
+    if (!why_not.empty()) {
+        throw std::invalid_argument(why_not);
     }
-    budgets = make_budgets(b);
+    budgets = headkv_budget(b, heads());
     cfg     = std::move(other);
 }
 
@@ -1021,8 +1037,9 @@ void set_data(ggml_tensor * t, const std::vector<T> & data) {
 } // namespace
 
 struct llama_kv_cache_ragged::compression {
-    llama_seq_id seq_id;
-    int64_t      t_us = 0; // spent so far
+    llama_seq_id      seq_id;
+    headkv_config_ptr cfg; // of all layers, whatever configure() does in between
+    int64_t           t_us = 0; // spent so far
 
     int64_t n;        // tokens of the prompt
     int64_t n_window; // the last ones
@@ -1033,13 +1050,16 @@ struct llama_kv_cache_ragged::compression {
     std::vector<int32_t> cells; // of the staging, in position order
     bool contiguous;
 
+    headkv_cells n_keep;      // [il][ih] prefix cells
+    int64_t      n_protected; // of them, of every head
+
     std::vector<ggml_fp16_t> mask;       // [n, n_window], causal within the window
     std::vector<float>       window_pos; // [n_window]
-    std::vector<float>       recency;    // [n_prefix] scores of the streaming policy
+    std::vector<float>       scores;     // [n_prefix] of a policy that does not look at the queries
 
     runner_t runner;
 
-    compression(llama_context * lctx, llama_seq_id seq_id) : seq_id(seq_id), runner(lctx) {}
+    compression(llama_context * lctx, llama_seq_id seq_id, headkv_config_ptr cfg) : seq_id(seq_id), cfg(std::move(cfg)), runner(lctx) {}
 
     void run() {
         if (!runner.run()) {
@@ -1048,11 +1068,8 @@ struct llama_kv_cache_ragged::compression {
     }
 };
 
-// first cells that the streaming policy keeps, as its authors do
-static constexpr int64_t N_SINKS = 4;
-
 void llama_kv_cache_ragged::begin_compression(llama_seq_id seq_id) {
-    running = std::make_unique<compression>(lctx, seq_id);
+    running = std::make_unique<compression>(lctx, seq_id, cfg);
     compression & c = *running;
 
     c.n        = seqs[seq_id].n_pos;
@@ -1064,7 +1081,7 @@ void llama_kv_cache_ragged::begin_compression(llama_seq_id seq_id) {
 
     c.slots = window_slots(seq_id);
     c.cells = stage_cells(seq_id);
-    if (cfg->policy != HEADKV_POLICY_STREAMING && !c.keep_all && (int64_t) c.slots.size() != c.n_window) {
+    if (!cfg->policy->score && !c.keep_all && (int64_t) c.slots.size() != c.n_window) {
         throw std::runtime_error(format("queries of the last %d tokens are missing, because tokens were removed from the end of the prompt: "
                     "evaluate the prompt again", (int) c.n_window));
     }
@@ -1076,8 +1093,11 @@ void llama_kv_cache_ragged::begin_compression(llama_seq_id seq_id) {
     for (int64_t i = 0; i < c.n_window; ++i) {
         c.window_pos.push_back((float) (c.n_prefix + i));
     }
-    if (cfg->policy == HEADKV_POLICY_STREAMING) {
-        c.recency = headkv_score_recency(c.n_prefix, N_SINKS);
+    c.n_keep = cfg->policy->budget(*cfg, heads(), c.n_prefix);
+    c.n_protected = headkv_n_protected(*cfg, c.n_prefix);
+    headkv_budget_fit(c.n_keep, c.n_prefix, c.keep_all ? c.n_prefix : c.n_protected, cfg->surplus);
+    if (cfg->policy->score) {
+        c.scores = cfg->policy->score(c.n_prefix);
     } else if (!c.keep_all) {
         c.mask.assign(c.n*c.n_window, ggml_fp32_to_fp16(0.0f));
         for (int64_t i = 0; i < c.n_window; ++i) {
@@ -1086,8 +1106,71 @@ void llama_kv_cache_ragged::begin_compression(llama_seq_id seq_id) {
     }
 }
 
+std::vector<float> llama_kv_cache_ragged::value_norms(const headkv_store_layer & layer, ggml_tensor * cells) {
+    compression & c = *running;
+
+    const int64_t D  = layer.n_embd_head;
+    const int64_t H  = layer.n_head_kv;
+    const int64_t G  = layer.n_head/layer.n_head_kv;
+    const int64_t DG = D*G;
+    const int64_t n_prefix = c.n_prefix;
+    // cells at a time: what their values add to the output takes 4 MiB
+    const int64_t n_step   = std::max<int64_t>(64, (1 << 20)/(layer.wo->ne[1]*G));
+
+    scratch_t scratch;
+    ggml_tensor * t_columns = ggml_new_tensor_2d(scratch.ctx.get(), GGML_TYPE_F32, DG*H, DG);
+    ggml_tensor * t_wo      = ggml_new_tensor_2d(scratch.ctx.get(), GGML_TYPE_F32, D, layer.wo->ne[1]*G);
+    ggml_tensor * t_values  = ggml_new_tensor_2d(scratch.ctx.get(), GGML_TYPE_F32, 1, n_prefix*H);
+    scratch.alloc(layer.buft);
+
+    // quantised values are rotated
+    scratch_t scratch_rot;
+    ggml_tensor * t_rot = stage_plan->build_input_v_rot(scratch_rot.ctx.get());
+    if (t_rot) {
+        scratch_rot.alloc(ggml_backend_cpu_buffer_type());
+        stage_plan->set_input_v_rot(t_rot);
+    }
+
+    ggml_tensor * v_all = storage_of(*stage, layer.il, true);
+    std::vector<float> columns;
+    for (int64_t ih = 0; ih < H; ++ih) {
+        columns.assign(DG*H*DG, 0.0f);
+        for (int64_t i = 0; i < DG; ++i) {
+            columns[i*DG*H + ih*DG + i] = 1.0f;
+        }
+        set_data(t_columns, columns);
+
+        c.runner.begin();
+        ggml_context * ctx = c.runner.ctx.get();
+        ggml_tensor * wo = headkv_build_output_matrix(ctx, layer.wo, layer.wo_s, t_columns, D);
+        ggml_build_forward_expand(c.runner.gf, ggml_cpy(ctx, wo, t_wo));
+        c.run();
+
+        for (int64_t i = 0; i < n_prefix; i += n_step) {
+            const int64_t n = std::min(n_step, n_prefix - i);
+            c.runner.begin();
+            ctx = c.runner.ctx.get();
+            ggml_tensor * v_head = ggml_view_2d(ctx, v_all, D, v_all->ne[1], v_all->nb[1], ih*ggml_row_size(v_all->type, D));
+            ggml_tensor * v = ggml_get_rows(ctx, v_head, ggml_view_1d(ctx, cells, n, i*sizeof(int32_t)));
+            if (t_rot) {
+                v = llama_mul_mat_hadamard(ctx, v, t_rot);
+            }
+            ggml_tensor * norms = headkv_build_value_norm(ctx, v, t_wo, G);
+            ggml_tensor * dst   = ggml_view_2d(ctx, t_values, 1, n, t_values->nb[1], (ih*n_prefix + i)*t_values->nb[1]);
+            ggml_build_forward_expand(c.runner.gf, ggml_cpy(ctx, norms, dst));
+            c.run();
+        }
+    }
+    note_peak(ggml_backend_buffer_get_size(cells->buffer) + ggml_backend_buffer_get_size(scratch.buf.get()) + c.runner.n_bytes());
+
+    std::vector<float> res(n_prefix*H);
+    ggml_backend_tensor_get(t_values, res.data(), 0, res.size()*sizeof(float));
+    return res;
+}
+
 void llama_kv_cache_ragged::compress_layer(headkv_store_layer & layer) {
     compression & c = *running;
+    const headkv_config & cfg = *c.cfg;
     const int64_t t_start = ggml_time_us();
 
     const int64_t n        = c.n;
@@ -1098,17 +1181,8 @@ void llama_kv_cache_ragged::compress_layer(headkv_store_layer & layer) {
     const int64_t H = layer.n_head_kv;
     const int64_t G = layer.n_head/layer.n_head_kv;
 
-    std::vector<int32_t> n_keep;         // prefix cells
-    std::vector<uint32_t> n_kept;        // with the window
-    std::vector<int32_t> plan_select;    // [2, H]
-    int64_t n_total = 0;
-    for (int64_t ih = 0; ih < H; ++ih) {
-        n_keep.push_back((int32_t) (c.keep_all ? n_prefix : std::min<int64_t>(budgets[layer.il][ih] - cfg->window, n_prefix)));
-        n_kept.push_back((uint32_t) (n_keep[ih] + n_window));
-        plan_select.push_back((int32_t) n_total);
-        plan_select.push_back(n_keep[ih]);
-        n_total += n_kept[ih];
-    }
+    std::vector<int64_t> n_keep = c.n_keep[layer.il]; // prefix cells
+    const int64_t n_total = std::accumulate(n_keep.begin(), n_keep.end(), H*n_window);
 
     scratch_t scratch;
     ggml_tensor * t_scores = ggml_new_tensor_2d(scratch.ctx.get(), GGML_TYPE_F32, std::max<int64_t>(n_prefix, 1), H);
@@ -1121,7 +1195,6 @@ void llama_kv_cache_ragged::compress_layer(headkv_store_layer & layer) {
     ggml_tensor * t_mask   = c.mask.empty() ? nullptr : ggml_new_tensor_2d(scratch.ctx.get(), GGML_TYPE_F16, n, n_window);
     scratch.alloc(layer.buft);
     set_data(t_cells,  c.cells);
-    set_data(t_select, plan_select);
     set_data(t_window, c.window_pos);
 
     ggml_tensor * k_all = storage_of(*stage, layer.il, false);
@@ -1135,9 +1208,9 @@ void llama_kv_cache_ragged::compress_layer(headkv_store_layer & layer) {
     };
 
     // score
-    if (cfg->policy == HEADKV_POLICY_STREAMING) {
+    if (cfg.policy->score) {
         for (int64_t ih = 0; ih < H && n_prefix > 0; ++ih) {
-            ggml_backend_tensor_set(t_scores, c.recency.data(), ih*t_scores->nb[1], n_prefix*sizeof(float));
+            ggml_backend_tensor_set(t_scores, c.scores.data(), ih*t_scores->nb[1], n_prefix*sizeof(float));
         }
     } else if (!c.keep_all) {
         set_data(t_slots, c.slots);
@@ -1152,14 +1225,42 @@ void llama_kv_cache_ragged::compress_layer(headkv_store_layer & layer) {
             q = ggml_view_3d(ctx, q, D, G, n_window, D*q->nb[0], q->nb[1], ih*G*D*q->nb[0]);
             q = ggml_cont(ctx, ggml_permute(ctx, q, 0, 2, 1, 3));                           // [D, w, G]
             ggml_tensor * s = headkv_build_score(ctx, c.runner.gf, q, head_cells(ctx, k_all, ih), t_mask,
-                    layer.attend->scale, layer.attend->softcap, cfg->pool, cfg->pool_kernel);
+                    layer.attend->scale, layer.attend->softcap, cfg.pool, cfg.pool_kernel);
             ggml_build_forward_expand(c.runner.gf, ggml_cpy(ctx, s, ggml_view_1d(ctx, t_scores, n_prefix, ih*t_scores->nb[1])));
             c.run();
         }
     }
 
+    const std::vector<float> protect(c.n_protected, HEADKV_PROTECTED);
+    for (const auto & [start, end] : cfg.spans) {
+        const int64_t n_span = std::min<int64_t>(end, n_prefix) - start;
+        for (int64_t ih = 0; ih < H && n_span > 0; ++ih) {
+            ggml_backend_tensor_set(t_scores, protect.data(), ih*t_scores->nb[1] + start*sizeof(float), n_span*sizeof(float));
+        }
+    }
+    if (cfg.policy->refine && !c.keep_all) {
+        headkv_scored scored = { n_prefix, c.n_protected, std::vector<float>(n_prefix*H), {}, std::move(n_keep) };
+        ggml_backend_tensor_get(t_scores, scored.scores.data(), 0, n_prefix*H*sizeof(float));
+        if (cfg.policy->needs_values) {
+            scored.values = value_norms(layer, t_cells);
+        }
+        cfg.policy->refine(cfg, scored);
+        n_keep = std::move(scored.n_keep);
+        ggml_backend_tensor_set(t_scores, scored.scores.data(), 0, n_prefix*H*sizeof(float));
+    }
+
     // budgets are known: make room, select and compact
-    store.relayout(layer, c.seq_id, n_kept, cfg->n_tail, cfg->n_buckets, {});
+    std::vector<uint32_t> n_kept;     // with the window
+    std::vector<int32_t> plan_select; // [2, H]
+    int32_t n_before = 0;
+    for (int64_t ih = 0; ih < H; ++ih) {
+        n_kept.push_back((uint32_t) (n_keep[ih] + n_window));
+        plan_select.insert(plan_select.end(), { n_before, (int32_t) n_keep[ih] });
+        n_before += (int32_t) n_kept[ih];
+    }
+    GGML_ASSERT(n_before == n_total);
+    set_data(t_select, plan_select);
+    store.relayout(layer, c.seq_id, n_kept, cfg.n_tail, cfg.n_buckets, {});
     auto & ranges = layer.ranges[c.seq_id];
 
     std::vector<int32_t> plan;

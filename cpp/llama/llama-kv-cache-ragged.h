@@ -3,6 +3,7 @@
 #include "llama-kv-cache.h"
 
 #include "headkv-config.h"
+#include "headkv-policy.h"
 #include "headkv-store.h"
 
 #include <map>
@@ -155,6 +156,9 @@ public:
     ggml_tensor * get_band()   const { return band; }
     int64_t n_band() const { return ggml_backend_buffer_is_host(band->buffer) ? hidden->ne[1] : 0; }
 
+    // why the policy cannot have the values that it needs, empty = it can; after the first worst-case graph
+    std::string why_no_values(const headkv_config & c) const;
+
     // The worst-case graph is not one that can be compressed; the creation of the context fails with it.
     [[noreturn]] void refuse(const std::string & why) const;
 
@@ -181,7 +185,7 @@ private:
     const ggml_type type_k;
     const ggml_type type_v;
 
-    std::vector<std::vector<uint32_t>> budgets; // [il][ih] window included
+    std::vector<std::vector<uint32_t>> budgets; // [il][ih] window included, of long prompts
     std::vector<int32_t> ils; // layers with KV heads
 
     std::vector<seq_t> seqs;
@@ -239,11 +243,13 @@ private:
     void note_peak(size_t n_scratch);
     void begin_compression(llama_seq_id seq_id); // throws
     void compress_layer(headkv_store_layer & layer); // throws
+    // headkv_scored::values of the layer; cells: I32 [n], the staged cell of each position
+    std::vector<float> value_norms(const headkv_store_layer & layer, ggml_tensor * cells);
     void end_compression();
     void abort_compression(); // the store is as it was before
     bool end_layer(int32_t il); // all ubatches of a layered prompt went through it
 
-    std::vector<std::vector<uint32_t>> make_budgets(const headkv_config & c) const;
+    headkv_heads heads() const; // of the layers with KV heads
     std::unique_ptr<llama_kv_cache> make_stage(uint32_t n_cells, bool plan, bool one_layer) const;
     void make_rings(std::vector<ring_t> & rings, std::vector<ggml_tensor *> & of_layer, bool plan) const;
 

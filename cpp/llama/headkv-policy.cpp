@@ -1,0 +1,20 @@
+#include "headkv-policy.h"
+
+#include "llama-impl.h"
+
+#include <stdexcept>
+
+const headkv_policy & headkv_policy_find(const std::string & name) {
+#define HEADKV_CALL_POLICY(name) headkv_policy_##name(),
+    static const std::vector<headkv_policy> policies = { HEADKV_POLICIES(HEADKV_CALL_POLICY) };
+#undef HEADKV_CALL_POLICY
+
+    std::string known;
+    for (const auto & policy : policies) {
+        if (name == policy.name) {
+            return policy;
+        }
+        known += (known.empty() ? "" : ", ") + std::string(policy.name);
+    }
+    throw std::invalid_argument(format("policy is '%s': it must be one of %s", name.c_str(), known.c_str()));
+}

@@ -1,0 +1,430 @@
+"""Cells that each policy keeps, against the NumPy oracle, on random GQA models."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from pathlib import Path
+from typing import Any, Callable
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+from conftest import SHAPES, Shape, load, tokens
+
+from pyheadkv import _lib, reference
+from pyheadkv.options import BY_IMPORTANCE, POLICIES, Options
+
+pytestmark = pytest.mark.usefixtures("library")
+MakeModel = Callable[..., Path]
+WINDOW = 8
+GQA = SHAPES[1:]
+ALL_SHAPES = pytest.mark.parametrize("shape", GQA, ids=lambda s: s.name)
+# budgets far below the prompt, near it, and above it
+SIZES = pytest.mark.parametrize(("n_prompt", "kv_size"), [(300, 9), (300, 40), (701, 96), (120, 80), (60, 40), (40, 39), (5, 32)])
+
+FLOORS = {"adakv": 0.2, "headkv+adakv": 0.5}  # policies by which the prompt moves cells within a layer
+
+Kept = list[list[npt.NDArray[np.int32]]]
+
+
+def head_rows(llm: Any, shape: Shape, il: int, *, v: bool) -> npt.NDArray[np.float32]:
+    """K or V of a staged prompt, (n_tokens, n_head_kv, head_dim)."""
+    rows = [llm._read_floats(_lib.lib.headkv_read_cells, shape.head_dim, llm.n_ctx(), il, ih, v) for ih in range(shape.n_head_kv)]
+    return np.stack(rows, axis=1)
+
+
+def scores_of(llm: Any, shape: Shape, il: int) -> npt.NDArray[np.float64]:
+    """Scores of a layer by the oracle, from the engine's own queries and keys."""
+    if llm.kv_options.policy == "streaming":
+        return np.tile(np.arange(llm.n_tokens - WINDOW, dtype=np.float64), (shape.n_head_kv, 1))
+    q = llm._read_floats(_lib.lib.headkv_read_window, shape.n_head * shape.head_dim, WINDOW, il)
+    return reference.score(q.reshape(-1, shape.n_head, shape.head_dim), head_rows(llm, shape, il, v=False), scale=shape.head_dim**-0.5,
+                           pool=llm.kv_options.pool, pool_kernel=llm.kv_options.pool_kernel, q_round=np.float16)
+
+
+@functools.lru_cache(maxsize=4)
+def model_of(path: str) -> reference.ReferenceModel:
+    return reference.ReferenceModel(path)
+
+
+def norms_of(llm: Any, shape: Shape, il: int, n_prefix: int) -> npt.NDArray[np.float64]:
+    """Norms of the projected values of a layer by the oracle, from the engine's own values."""
+    v = head_rows(llm, shape, il, v=True)[:n_prefix].astype(np.float64)
+    if llm.context_params.type_v != 1:  # quantised values are rotated, 64 at a time
+        rotation = np.ones((1, 1))
+        while len(rotation) < 64:
+            rotation = np.kron([[1, 1], [1, -1]], rotation) / 2**0.5
+        v = (v.reshape(*v.shape[:2], -1, 64) @ rotation).reshape(v.shape)
+    return reference.value_norms(v, model_of(llm.model_path).weights[f"blk.{il}.attn_output.weight"], n_head=shape.n_head)
+
+
+def budget_of(llm: Any, shape: Shape, n_prefix: int) -> npt.NDArray[np.int64]:
+    """Prefix cells of each head under the policy, before the prompt limits them."""
+    options = llm.kv_options
+    if options.policy == "pyramidkv":
+        return reference.pyramid_budget(n_layer=shape.n_layer, n_head_kv=shape.n_head_kv, kv_size=options.kv_size, window=WINDOW,
+                                        n_prefix=n_prefix, exact=options.pyramid_exact)
+    return llm.kv_budget.astype(np.int64) - WINDOW  # checked in test_engine.py
+
+
+def oracle(llm: Any, shape: Shape) -> Kept:
+    """Cells that the policy of a staged context keeps."""
+    options, n_tokens = llm.kv_options, llm.n_tokens
+    n_prefix = max(0, n_tokens - WINDOW)
+    if options.kv_size - WINDOW > n_prefix:
+        return [[np.arange(n_tokens, dtype=np.int32)] * shape.n_head_kv] * shape.n_layer
+    sinks = options.sinks
+    if sinks is None:
+        sinks = min(4, options.kv_size - WINDOW) if options.policy == "streaming" else 0
+    sure = reference.protected(options.protect, sinks=sinks, n_prefix=n_prefix)
+    cells = reference.fit_budget(budget_of(llm, shape, n_prefix), n_prefix=n_prefix, n_protected=int(sure.sum()),
+                                 redistribute=options.surplus == "redistribute")
+    kept = []
+    for il in range(shape.n_layer):
+        scores = scores_of(llm, shape, il)
+        if options.policy in FLOORS:
+            floor = FLOORS[options.policy] if options.adakv_floor is None else options.adakv_floor
+            cells[il] = reference.adapt_budget(scores, cells[il], floor=floor, normalize=options.adakv_normalize, protected=sure)
+        if options.policy == "criticalkv":
+            scores = reference.critical_scores(scores, norms_of(llm, shape, il, n_prefix), cells[il], protected=sure)
+        scores = np.where(sure, np.inf, scores)
+        kept.append(reference.keep(scores, cells[il] + WINDOW, kv_size=options.kv_size, window=WINDOW, n_tokens=n_tokens))
+    return kept
+
+
+def kept_by(llm: Any, shape: Shape) -> Kept:
+    return [[llm.kv_positions(il, ih) for ih in range(shape.n_head_kv)] for il in range(shape.n_layer)]
+
+
+def as_lists(kept: Kept) -> list[list[list[int]]]:
+    return [[rows.tolist() for rows in heads] for heads in kept]
+
+
+def check_kept(shape: Shape, make_model: MakeModel, n_prompt: int, *, ftype: str = "f16", **options: Any) -> Kept:
+    """Kept cells of both orders of prefill and both ways to attend are those of the oracle; returns them."""
+    path, prompt = make_model(shape, ftype=ftype), tokens(n_prompt, seed=n_prompt)
+    llm = load(path, prefill="token", attend="fused", n_ubatch=64, **options)
+    llm.eval(prompt)
+    expected = oracle(llm, shape)
+    rows = [[head_rows(llm, shape, il, v=v) for v in (False, True)] for il in range(shape.n_layer)]
+    llm.end_prompt()
+    assert as_lists(kept_by(llm, shape)) == as_lists(expected)
+    assert llm.kv_stats().n_cells.tolist() == [[len(kept) for kept in heads] for heads in expected]
+    for il, heads in enumerate(expected):  # the rows moved unchanged
+        for ih, kept in enumerate(heads):
+            for v in (False, True):
+                got = llm._read_floats(_lib.lib.headkv_read_cells, shape.head_dim, llm.n_ctx(), il, ih, v)
+                np.testing.assert_array_equal(got, rows[il][v][kept, ih])
+    other = load(path, prefill="layer", attend="composed", n_buckets=2, n_ubatch=64, **options)
+    other.read_prompt(prompt)
+    assert as_lists(kept_by(other, shape)) == as_lists(expected)
+    for model in (llm, other):
+        model.eval([9])
+    assert np.isfinite(other.last_logits).all()
+    return expected
+
+
+def n_cells(kept: Kept) -> int:
+    return sum(len(rows) for heads in kept for rows in heads)
+
+
+def plan(policy: str, *, n_layer: int, n_head: int, n_head_kv: int, **options: Any) -> npt.NDArray[np.int32]:
+    """Budgets without a context."""
+    params = Options(policy=policy, **options).to_params(None, None)
+    got = np.zeros((n_layer, n_head_kv), dtype=np.int32)
+    _lib.check(_lib.lib.headkv_plan(ctypes.byref(params), n_layer, n_head, n_head_kv, got.ctypes.data_as(ctypes.POINTER(ctypes.c_int32))))
+    return got
+
+
+def test_python_and_the_library_know_the_same_policies() -> None:
+    params = Options(kv_size=64).to_params(None, None)
+    params.policy = b"?"
+    assert _lib.lib.headkv_set_params(ctypes.byref(params)) < 0
+    assert _lib.last_error() == f"policy is '?': it must be one of {', '.join(POLICIES)}"
+
+
+@pytest.mark.parametrize(("options", "message"), [
+    ({"pyramid_exact": "no"}, "pyramid_exact='no': it must be True or False"),
+    ({"sinks": -1}, "sinks=-1: it must be in"),
+    ({"sinks": "4"}, "sinks='4': it must be an integer"),
+    ({"protect": [(5, 5)]}, "protect end=5: .*0 <= start < end"),
+    ({"protect": [(-1, 5)]}, "protect start=-1: .*0 <= start < end"),
+    ({"protect": [(1, 2.5)]}, "protect end=2.5"),
+    ({"protect": (1, 2)}, r"protect=\(1, 2\): give \(start, end\) positions"),
+    ({"protect": [(1, 2, 3)]}, "give .start, end. positions"),
+    ({"surplus": "kept"}, "surplus='kept': it must be one of 'lost', 'redistribute'"),
+    ({"adakv_normalize": 1}, "adakv_normalize=1: it must be True or False"),
+    ({"adakv_floor": 1.5}, r"adakv_floor=1.5: it must be a number in \[0, 1\]"),
+    ({"adakv_floor": -1}, "adakv_floor=-1"),
+    ({"adakv_floor": float("nan")}, "adakv_floor=nan"),
+])
+def test_wrong_options_are_value_errors(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Options(kv_size=64, **options)
+
+
+def test_every_policy_holds_the_same_bytes(make_model: MakeModel) -> None:
+    shape, prompt = Shape("equal", "llama", 16, 4, n_layer=6, n_ff=64), tokens(2000)
+    llm = load(make_model(shape), kv_size=32, n_tail=1, keep_prompt=True)
+    llm.read_prompt(prompt)
+    for kv_size in (32, 128, 500):
+        held = {}
+        for policy in POLICIES:
+            llm.restore_prompt(2000 - WINDOW)
+            llm.configure(kv_size=kv_size, policy=policy)
+            llm.eval(prompt[-WINDOW:])
+            llm.end_prompt()
+            held[policy] = (int(llm.kv_stats().n_cells.sum()), llm.kv_stats().bytes_store)
+        for n, n_bytes in held.values():
+            assert abs(n / (kv_size * shape.n_layer * shape.n_head_kv) - 1) < 0.01, held
+            assert abs(n_bytes / held["snapkv"][1] - 1) < 0.01, held
+
+
+@pytest.mark.parametrize("case", ["openelm (heads by layer)", "deci (heads by layer)", "deci (a layer without attention)"])
+@pytest.mark.parametrize("policy", sorted({*POLICIES} - {*BY_IMPORTANCE}))
+def test_cells_add_up_where_layers_differ_in_heads(case: str, policy: str) -> None:
+    import architectures
+    import llama_cpp
+
+    model = architectures.make_model(*architectures.cases()[case])
+    params = llama_cpp.llama_context_default_params()
+    params.n_ctx, params.flash_attn_type = 512, 1
+    for kv_size in (9, 20, 100):
+        with _lib.creating(Options(kv_size=kv_size, policy=policy).to_params(None, None)):
+            ctx = llama_cpp.llama_init_from_model(model, params)
+        _lib.check(_lib.lib.headkv_fill_prompt(ctx, 0, 300, 1))
+        _lib.check(_lib.lib.headkv_end_prompt(ctx, 0))
+        cells = np.zeros(_lib.check(_lib.lib.headkv_get_n_cells(ctx, 0, None, 0)), dtype=np.int32)
+        _lib.check(_lib.lib.headkv_get_n_cells(ctx, 0, cells.ctypes.data_as(ctypes.POINTER(ctypes.c_int32)), cells.size))
+        assert cells.sum() == kv_size * (cells > 0).sum()
+        llama_cpp.llama_free(ctx)
+    llama_cpp.llama_model_free(model)
+
+
+# ---------------------------------------------------------------- pyramidkv
+
+
+@ALL_SHAPES
+@SIZES
+@pytest.mark.parametrize("exact", [True, False], ids=["exact", "authors"])
+def test_pyramidkv_keeps_what_the_oracle_keeps(shape: Shape, n_prompt: int, kv_size: int, exact: bool, make_model: MakeModel) -> None:
+    kept = check_kept(shape, make_model, n_prompt, kv_size=kv_size, policy="pyramidkv", pyramid_exact=exact)
+    uniform = min(kv_size, n_prompt) * shape.n_layer * shape.n_head_kv
+    assert n_cells(kept) == uniform if exact else n_cells(kept) >= uniform
+
+
+@pytest.mark.parametrize(("kv_size", "first", "last", "total"), [
+    (64, 110, 17, 2032), (128, 234, 17, 4016), (256, 484, 19, 8048), (512, 983, 53, 16576), (1024, 1982, 60, 32672),
+])
+def test_pyramidkv_of_the_authors_is_reproduced(kv_size: int, first: int, last: int, total: int) -> None:
+    """Cells of 32 layers without the window, by hand from the authors' formula."""
+    got = plan("pyramidkv", n_layer=32, n_head=4, n_head_kv=2, kv_size=kv_size, pyramid_exact=False) - WINDOW
+    assert (got[0, 0], got[-1, 0], got[:, 0].sum()) == (first, last, total)
+    exact = plan("pyramidkv", n_layer=32, n_head=4, n_head_kv=2, kv_size=kv_size) - WINDOW
+    assert exact.sum() == 64 * (kv_size - WINDOW)
+    assert (np.diff(exact[:, 0]) <= 0).all() and exact[-1, 0] == (kv_size - WINDOW) // 20
+
+
+@pytest.mark.parametrize("n_layer", [1, 2, 3, 28, 80])
+@pytest.mark.parametrize("kv_size", [9, 10, 29, 64, 1000])
+@pytest.mark.parametrize("exact", [True, False])
+def test_pyramidkv_plan_equals_the_oracle(n_layer: int, kv_size: int, exact: bool) -> None:
+    got = plan("pyramidkv", n_layer=n_layer, n_head=6, n_head_kv=3, kv_size=kv_size, pyramid_exact=exact)
+    expected = reference.pyramid_budget(n_layer=n_layer, n_head_kv=3, kv_size=kv_size, window=WINDOW, exact=exact)
+    np.testing.assert_array_equal(got, expected + WINDOW)
+
+
+# ---------------------------------------------------------------- adakv
+
+
+@ALL_SHAPES
+@SIZES
+@pytest.mark.parametrize("options", [{}, {"adakv_normalize": True}, {"adakv_floor": 0.0}, {"adakv_floor": 0.55, "pool": "avg"}], ids=str)
+def test_adakv_keeps_what_the_oracle_keeps(shape: Shape, n_prompt: int, kv_size: int, options: dict[str, Any], make_model: MakeModel) -> None:
+    kept = check_kept(shape, make_model, n_prompt, kv_size=kv_size, policy="adakv", **options)
+    for heads in kept:  # every layer has what it has under snapkv
+        assert sum(map(len, heads)) == min(kv_size, n_prompt) * shape.n_head_kv
+        assert min(map(len, heads)) >= min(n_prompt, WINDOW + int(options.get("adakv_floor", 0.2) * (kv_size - WINDOW)))
+
+
+def test_adakv_moves_cells_between_heads_and_a_floor_of_one_keeps_them(make_model: MakeModel) -> None:
+    shape = SHAPES[4]
+    kept = {floor: check_kept(shape, make_model, 300, kv_size=40, policy="adakv", adakv_floor=floor) for floor in (0.0, 1.0)}
+    assert all(len(rows) == 40 for heads in kept[1.0] for rows in heads)
+    assert max(len(rows) for heads in kept[0.0] for rows in heads) > 44
+    uniform = check_kept(shape, make_model, 300, kv_size=40, policy="snapkv")
+    assert as_lists(kept[1.0]) == as_lists(uniform)
+
+
+def test_adaptive_budget_by_hand() -> None:
+    scores = np.array([[9.0, 8, 7, 6, 0, 0, 0, 0, 0, 0], [5.0, 4, 0, 0, 0, 0, 0, 0, 0, 0]])
+    assert reference.adapt_budget(scores, [3, 3], floor=0.0).tolist() == [4, 2]
+    assert reference.adapt_budget(scores, [3, 3], floor=1.0).tolist() == [3, 3]
+    assert reference.adapt_budget(scores, [3, 3], floor=0.5).tolist() == [4, 2]  # 1 + 4 * 4 / 6, 1 + 2 * 4 / 6: the larger remainder
+    assert reference.adapt_budget(scores, [4, 4], floor=0.0).tolist() == [6, 2]  # ties of zeros go to the lower head
+    assert reference.adapt_budget(np.zeros((3, 2)), [1, 1, 1], floor=0.0).tolist() == [2, 1, 0]
+    # two cells hold 7/16 of the first head's sum and all of the second one's
+    flat = np.array([[4.0, 3, 3, 3, 3], [2.9, 2.8, 0, 0, 0]])
+    assert reference.adapt_budget(flat, [2, 2], floor=0.0).tolist() == [4, 0]
+    assert reference.adapt_budget(flat, [2, 2], floor=0.0, normalize=True).tolist() == [2, 2]
+
+
+# ---------------------------------------------------------------- headkv+adakv
+
+
+@ALL_SHAPES
+@SIZES
+@pytest.mark.parametrize("options", [{}, {"adakv_normalize": True, "adakv_floor": 0.25, "beta": 1.05}], ids=str)
+def test_headkv_with_adakv_keeps_what_the_oracle_keeps(shape: Shape, n_prompt: int, kv_size: int, options: dict[str, Any],
+                                                       make_model: MakeModel) -> None:
+    """Every layer has the cells that it has under headkv, and every head at least the guaranteed share of its own."""
+    kept = check_kept(shape, make_model, n_prompt, kv_size=kv_size, policy="headkv+adakv", **options)
+    beta = {k: v for k, v in options.items() if k == "beta"}
+    llm = load(make_model(shape), kv_size=kv_size, **beta)
+    llm.read_prompt(tokens(n_prompt, seed=n_prompt))
+    for heads, cells in zip(kept, llm.kv_stats().n_cells.tolist()):
+        assert sum(map(len, heads)) == sum(cells)
+        assert all(len(rows) >= (n - WINDOW) * options.get("adakv_floor", 0.5) for rows, n in zip(heads, cells))
+
+
+def test_a_floor_of_one_is_headkv(make_model: MakeModel) -> None:
+    shape = SHAPES[1]
+    mixed = check_kept(shape, make_model, 300, kv_size=40, policy="headkv+adakv", adakv_floor=1.0)
+    assert as_lists(mixed) == as_lists(check_kept(shape, make_model, 300, kv_size=40))
+    assert as_lists(mixed) != as_lists(check_kept(shape, make_model, 300, kv_size=40, policy="headkv+adakv"))
+
+
+def test_a_model_without_importance_is_refused(make_model: MakeModel) -> None:
+    with pytest.raises(ValueError, match="policy 'headkv\\+adakv' needs the importance of each head and the model has none"):
+        load(make_model(SHAPES[1], importance=None), kv_size=64, policy="headkv+adakv")
+
+
+# ---------------------------------------------------------------- sinks, protect, surplus
+
+SPANS = [(100, 104), (20, 29), (25, 40), (290, 1000)]
+ALL_POLICIES = pytest.mark.parametrize("policy", POLICIES)
+
+
+@ALL_POLICIES
+@pytest.mark.parametrize("shape", [SHAPES[1], SHAPES[4]], ids=lambda s: s.name)
+@pytest.mark.parametrize(("n_prompt", "kv_size"), [(300, 12), (300, 96), (60, 40), (20, 32)])
+@pytest.mark.parametrize("options", [{"sinks": 5}, {"protect": SPANS}, {"protect": SPANS, "sinks": 3, "surplus": "redistribute"}], ids=str)
+def test_protected_cells_are_kept_by_every_head(shape: Shape, policy: str, n_prompt: int, kv_size: int, options: dict[str, Any],
+                                                make_model: MakeModel) -> None:
+    kept = check_kept(shape, make_model, n_prompt, kv_size=kv_size, policy=policy, **options)
+    sure = [*range(options.get("sinks", 0)), *(i for start, end in options.get("protect", ()) for i in range(start, min(end, n_prompt)))]
+    assert all(set(sure) <= set(rows.tolist()) for heads in kept for rows in heads)
+
+
+@ALL_POLICIES
+def test_protected_cells_are_part_of_the_budget_until_they_exceed_it(policy: str, make_model: MakeModel) -> None:
+    shape, prompt = SHAPES[4], tokens(300)
+    stats = {}
+    for name, options in {"none": {}, "few": {"sinks": 4, "protect": [(50, 54)]}, "many": {"protect": [(100, 250)]}}.items():
+        llm = load(make_model(shape), kv_size=64, policy=policy, beta=2.0, **options)
+        llm.read_prompt(prompt)
+        stats[name] = llm.kv_stats()
+    n_more = int(stats["few"].n_cells.sum() - stats["none"].n_cells.sum())
+    assert n_more == (4 * 6 if policy == "pyramidkv" else 0)  # its last layer has 2 cells before the window
+    assert (stats["many"].n_cells >= 150 + WINDOW).all()
+    row = shape.head_dim * 2 * 2  # K and V in f16
+    for s in stats.values():
+        assert s.bytes_store == (s.n_cells.sum() + 64 * s.n_cells.size) * row
+
+
+@ALL_SHAPES
+@pytest.mark.parametrize("policy", ["headkv", "headkv+adakv", "pyramidkv"])
+@pytest.mark.parametrize(("n_prompt", "kv_size"), [(60, 40), (60, 60), (300, 200), (100, 99)])
+def test_redistributed_surplus_fills_the_budget(shape: Shape, policy: str, n_prompt: int, kv_size: int, make_model: MakeModel) -> None:
+    options = {"kv_size": kv_size, "policy": policy, "beta": 1.01}
+    kept = {surplus: check_kept(shape, make_model, n_prompt, surplus=surplus, **options) for surplus in ("lost", "redistribute")}
+    budget = load(make_model(shape), **options).kv_budget
+    if kv_size - WINDOW <= n_prompt - WINDOW:
+        assert n_cells(kept["redistribute"]) == min(int(budget.sum()), n_prompt * budget.size)
+    assert n_cells(kept["redistribute"]) >= n_cells(kept["lost"])
+
+
+def test_fitted_budget_by_hand() -> None:
+    cells = [[9, 1, 1], [20, 2, 2], [3, 3, 3]]
+    assert reference.fit_budget(cells, n_prefix=5).tolist() == [[5, 1, 1], [5, 2, 2], [3, 3, 3]]
+    # 4 go to two heads of layer 0; of 15, 6 fit into layer 1, and the other 9 go to five heads of all layers
+    full = reference.fit_budget(cells, n_prefix=5, redistribute=True)
+    assert full.tolist() == [[5, 5, 5], [5, 5, 5], [5, 5, 4]]
+    assert reference.fit_budget([[3, 0], [1, 1]], n_prefix=2, redistribute=True).tolist() == [[2, 1], [1, 1]]
+    assert reference.fit_budget(cells, n_prefix=5, n_protected=4).tolist() == [[5, 4, 4], [5, 4, 4], [4, 4, 4]]
+
+
+def test_spans_beyond_the_context_are_refused(make_model: MakeModel) -> None:
+    path = make_model(SHAPES[1])
+    for options in ({"protect": [(10, 513)]}, {"sinks": 513}):
+        with pytest.raises(ValueError, match="sinks or protect reach to position 513: they must end at or before n_ctx = 512"):
+            load(path, kv_size=64, n_ctx=512, **options)
+    llm = load(path, kv_size=64, n_ctx=512, protect=[(10, 512)])
+    with pytest.raises(ValueError, match="position 513"):
+        llm.configure(protect=[(0, 513)])
+    llm.read_prompt(tokens(200))
+    assert (llm.kv_stats().n_cells == 192 - 10 + WINDOW).all()
+
+
+def test_the_library_checks_spans_itself() -> None:
+    params = Options(kv_size=64, policy="snapkv", protect=[(3, 9)]).to_params(None, None)
+    assert _lib.lib.headkv_set_params(ctypes.byref(params)) == 0
+    for change, message in ({"n_protect": -1}, "n_protect is -1"), ({"sinks": -2}, "sinks is -2"), ({"surplus": 2}, "surplus is 2"):
+        other = Options(kv_size=64, policy="snapkv").to_params(None, None)
+        for name, value in change.items():
+            setattr(other, name, value)
+        assert _lib.lib.headkv_set_params(ctypes.byref(other)) < 0 and message in _lib.last_error()
+    params.protect[1] = 3
+    assert _lib.lib.headkv_set_params(ctypes.byref(params)) < 0 and "the span [3, 3)" in _lib.last_error()
+
+
+# ---------------------------------------------------------------- criticalkv
+
+
+@ALL_SHAPES
+@SIZES
+@pytest.mark.parametrize("options", [{}, {"pool": "avg"}], ids=str)
+def test_criticalkv_keeps_what_the_oracle_keeps(shape: Shape, n_prompt: int, kv_size: int, options: dict[str, Any], make_model: MakeModel) -> None:
+    kept = check_kept(shape, make_model, n_prompt, kv_size=kv_size, policy="criticalkv", **options)
+    assert {len(rows) for heads in kept for rows in heads} == {min(kv_size, n_prompt)}
+
+
+@pytest.mark.parametrize("ftype", ["f32", "q8_0", "q4_0"])
+@pytest.mark.parametrize("type_v", [1, 8], ids=["v-f16", "v-q8_0"])
+def test_criticalkv_reads_quantised_weights_and_values(ftype: str, type_v: int, make_model: MakeModel) -> None:
+    """Of types that the CPU backend repacks, too; quantised values are rotated in the cache."""
+    shape = Shape("critical", "llama", 8, 2, n_layer=2, head_dim=64)
+    check_kept(shape, make_model, 301, kv_size=40, policy="criticalkv", ftype=ftype, type_k=1, type_v=type_v)
+
+
+def test_criticalkv_keeps_the_better_half_by_attention_and_then_looks_at_the_values(make_model: MakeModel) -> None:
+    shape = SHAPES[4]
+    path, prompt = make_model(shape), tokens(300)
+    kept = {}
+    for policy, kv_size in (("criticalkv", 48), ("snapkv", 48), ("snapkv", 28)):
+        llm = load(path, kv_size=kv_size, policy=policy)
+        llm.read_prompt(prompt)
+        kept[policy, kv_size] = kept_by(llm, shape)
+    assert as_lists(kept["criticalkv", 48]) != as_lists(kept["snapkv", 48])
+    for heads, sure in zip(kept["criticalkv", 48], kept["snapkv", 28]):
+        assert all(set(b.tolist()) <= set(a.tolist()) for a, b in zip(heads, sure))
+
+
+def test_criticalkv_is_refused_where_something_comes_between_attention_and_output_matrix() -> None:
+    import architectures
+    import llama_cpp
+
+    model = architectures.make_model(*architectures.cases()["bitnet"])
+    critical = Options(kv_size=64, policy="criticalkv").to_params(None, None)
+    params = llama_cpp.llama_context_default_params()
+    params.n_ctx, params.flash_attn_type = 512, 1
+    message = "policy 'criticalkv' needs the output matrix of layer 0"
+    with _lib.creating(critical):
+        assert not llama_cpp.llama_init_from_model(model, params)
+    assert message in _lib.last_error()
+    with _lib.creating(Options(kv_size=64, policy="snapkv").to_params(None, None)):
+        ctx = llama_cpp.llama_init_from_model(model, params)
+    assert _lib.lib.headkv_configure(ctx, ctypes.byref(critical)) < 0 and message in _lib.last_error()
+    llama_cpp.llama_free(ctx)
+    llama_cpp.llama_model_free(model)
