@@ -63,9 +63,14 @@ class ModelShape:
         return (self.n_embd_head_k + self.n_embd_head_v) * BYTES_F16
 
     @property
+    def n_heads_kv(self) -> int:
+        """KV heads of all layers."""
+        return sum(n for _, n in self.heads)
+
+    @property
     def token_bytes(self) -> int:
         """Bytes of one token in an uncompressed f16 cache, all layers."""
-        return sum(n for _, n in self.heads) * self.cell_bytes
+        return self.n_heads_kv * self.cell_bytes
 
 
 @dataclass(frozen=True)

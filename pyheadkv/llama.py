@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from . import _lib
-from .options import ImportanceLike, Options, load_importance
+from .options import ImportanceLike, Options, check_share, load_importance, parse_bytes, row_bytes
 
 STATES = ("empty", "staged", "compressed", "layered")
 
@@ -76,6 +76,10 @@ class Llama(llama_cpp.Llama):
     model_path : path of a GGUF file
     kv_size : mean cells per KV head after the prompt, window included;
         None = the stock cache, bit-identical to upstream
+    kv_ratio : instead of ``kv_size``, its share of the length of each prompt, above 0 and at
+        most 1
+    kv_bytes : instead of ``kv_size``, bytes of K and V that the cells of all heads take
+        after the prompt, a number or such as "64MiB"; generated tokens come on top
     policy : "headkv" (budgets by head importance), "snapkv" (uniform budgets), "streaming"
         (uniform budgets: the first cells and the last ones, whatever the queries look at),
         "pyramidkv" (budgets fall with the depth of the layer), "adakv" (within a layer, the
@@ -134,6 +138,8 @@ class Llama(llama_cpp.Llama):
         model_path: str | PathLike[str],
         *,
         kv_size: int | None = None,
+        kv_ratio: float | None = None,
+        kv_bytes: int | str | None = None,
         policy: str = "headkv",
         beta: float | None = None,
         window: int = 8,
@@ -159,18 +165,29 @@ class Llama(llama_cpp.Llama):
                        n_buckets=n_buckets, prefill=prefill, prefill_hidden=prefill_hidden, keep_prompt=keep_prompt,
                        sinks=sinks, protect=protect, surplus=surplus, pyramid_exact=pyramid_exact, adakv_floor=adakv_floor,
                        adakv_normalize=adakv_normalize)
-        self._kv_args = dict(options, kv_size=kv_size, importance=importance, kv_reuse=kv_reuse)
+        self._kv_args = dict(options, kv_size=kv_size, kv_ratio=kv_ratio, kv_bytes=kv_bytes, importance=importance, kv_reuse=kv_reuse)
         self._kv_reuse = kv_reuse
         self._prompt_pending = False
         self._progress_error: BaseException | None = None
         model_path = fspath(model_path)
-        if kv_size is None:
+        given = [f"{name}={value!r}" for name, value in dict(kv_size=kv_size, kv_ratio=kv_ratio, kv_bytes=kv_bytes).items() if value is not None]
+        if len(given) > 1:
+            raise ValueError(f"{', '.join(given)}: give one of them, they are three ways to say how much is kept")
+        self._kv_ratio = kv_ratio
+        if not given:
             self.kv_options: Options | None = None
             super().__init__(model_path, **kwargs)
             return
 
-        self.kv_options = Options(kv_size=kv_size, **options)
         n_ctx = kwargs.get("n_ctx", 512)  # 0 = that of the model, checked by the library
+        if kv_ratio is not None:
+            if check_share("kv_ratio", kv_ratio) == 0:
+                raise ValueError(f"kv_ratio={kv_ratio!r}: nothing would be kept, use a share above 0")
+            kv_size = window + 1  # until there is a prompt
+        elif kv_bytes is not None:
+            kv_size = _cells_in(parse_bytes("kv_bytes", kv_bytes), model_path, window=window, n_ctx=n_ctx, **{
+                name: kwargs.get(name) for name in ("type_k", "type_v")})
+        self.kv_options = Options(kv_size=kv_size, **options)
         if n_ctx and kv_size > n_ctx:
             raise ValueError(f"kv_size={kv_size}: it must not be larger than n_ctx = {n_ctx}")
         self._importance = values = load_importance(importance, model_path)
@@ -232,7 +249,14 @@ class Llama(llama_cpp.Llama):
             not enough memory, aborted, or nothing evaluated; the cache is unchanged then
         """
         if self.kv_options is not None:
+            self._fit_ratio(self.n_tokens)
             _lib.check(_lib.lib.headkv_end_prompt(self.ctx, 0))
+
+    def _fit_ratio(self, n_tokens: int) -> None:
+        """Cells for a prompt of so many tokens, if its compression has not begun."""
+        if self._kv_ratio is not None and STATES[self._stats().state] in ("empty", "staged"):
+            options = self._need_options()
+            self.configure(kv_size=max(options.window + 1, round(self._kv_ratio * n_tokens)))
 
     def eval(self, tokens: Sequence[int]) -> None:
         """Evaluate tokens; the first evaluation of a ``generate`` call is the prompt."""
@@ -265,6 +289,7 @@ class Llama(llama_cpp.Llama):
         n = len(tokens)
         ids = np.ascontiguousarray(tokens, dtype=np.int32)
         self._ctx.kv_cache_seq_rm(0, 0, -1)
+        self._fit_ratio(n)
         code = _lib.lib.headkv_read_prompt(self.ctx, 0, ids.ctypes.data_as(ctypes.POINTER(ctypes.c_int32)), n)
         if code != 0:
             self.n_tokens = 0
@@ -466,3 +491,18 @@ class Llama(llama_cpp.Llama):
         values = np.zeros((n_max, n_row), dtype=np.float32)
         n = _lib.check(func(self.ctx, 0, *args, values.ctypes.data_as(ctypes.POINTER(ctypes.c_float)), values.size), ValueError)
         return values[:n]
+
+
+def _cells_in(n_bytes: int, model_path: str, *, window: int, n_ctx: int, type_k: int | None, type_v: int | None) -> int:
+    """Cells per KV head that take so many bytes together; no more than a prompt can have."""
+    from .inspect import read_shape
+
+    shape = read_shape(model_path)
+    f16 = llama_cpp.GGML_TYPE_F16
+    cell = row_bytes(f16 if type_k is None else type_k, shape.n_embd_head_k) + row_bytes(f16 if type_v is None else type_v, shape.n_embd_head_v)
+    kv_size = n_bytes // (cell * shape.n_heads_kv)
+    if kv_size <= window:
+        least = (window + 1) * cell * shape.n_heads_kv
+        raise ValueError(f"kv_bytes={n_bytes}: {kv_size} cells for each of {shape.n_heads_kv} KV heads, which must hold the window of {window} "
+                         f"and one more: use at least {least} bytes")
+    return min(kv_size, n_ctx or shape.n_ctx_train)

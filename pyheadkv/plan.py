@@ -31,22 +31,18 @@ import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
-from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 from . import _lib, gguf_keys
 from .demo import round_n_ctx
 from .inspect import ModelShape, format_bytes, model_path, read_shape
-from .options import Options, check_choice, check_int
+from .options import Options, check_choice, check_int, ggml_type, parse_bytes, row_bytes
 
 PREFILLS = ("stock", "token", "layer")
 HEADINGS = ("stock ", "token-major ", "layer-major ")
 CELL_TYPES = ("f16", "bf16", "q8_0", "q4_0")
 KV_SIZES = (64, 128, 256, 512, 1024)  # cells
-UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
-         "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}  # fmt: skip
-
 PROCESS_BYTES = 64 << 20  # interpreter, NumPy and libraries with what they keep
 VOCABULARY_FACTOR = 8  # bytes in memory per byte of the header, which is nearly all vocabulary
 HOST_BYTES = {"stock": 256, "token": 384, "layer": 896}  # per token, outside of ggml; layer: the prompt is one batch
@@ -155,7 +151,7 @@ def run(args: argparse.Namespace) -> int:
     """Print the longest prompts."""
     plan = make_plan(
         model_path(args.model),
-        memory=parse_memory(args.memory),
+        memory=parse_bytes("memory", args.memory),
         kv_sizes=parse_kv_sizes(args.kv_size),
         type_k=args.type_k,
         type_v=args.type_v,
@@ -165,21 +161,6 @@ def run(args: argparse.Namespace) -> int:
     )
     print(json.dumps(to_dict(plan), indent=2) if args.json else format_plan(plan))
     return 0
-
-
-def parse_memory(text: str) -> int:
-    """Bytes of ``"8GiB"``, ``"512MiB"``, ``"6GB"`` or a plain number.
-
-    Raises
-    ------
-    ValueError : anything else, and sizes below one byte
-    """
-    found = re.fullmatch(r"(\d+(?:\.\d+)?) *([a-z]*)", text.strip(), flags=re.IGNORECASE)
-    unit = UNITS.get(found[2].upper()) if found else None
-    n_bytes = int(Fraction(found[1]) * unit) if found and unit else 0
-    if n_bytes < 1:
-        raise ValueError(f"memory={text!r}: it must be a positive size such as 8GiB, 512MiB, 6GB or a number of bytes")
-    return n_bytes
 
 
 def parse_kv_sizes(text: str) -> list[int]:
@@ -275,8 +256,8 @@ class MemoryModel:
         shape = probe.shape
         self.type_k = check_choice("type_k", type_k, CELL_TYPES)
         self.type_v = check_choice("type_v", type_v, CELL_TYPES)
-        row_bytes = _row_bytes(type_k, shape.n_embd_head_k) + _row_bytes(type_v, shape.n_embd_head_v)
-        self.layer_bytes = shape.n_head_kv * row_bytes  # K and V of one token in one layer
+        n_cell = row_bytes(type_k, shape.n_embd_head_k) + row_bytes(type_v, shape.n_embd_head_v)
+        self.layer_bytes = shape.n_head_kv * n_cell  # K and V of one token in one layer
         self.n_predict = check_int("n_predict", n_predict, 1, 1 << 20)
         self.n_ubatch = check_int("n_ubatch", n_ubatch, 1, 1 << 16)
         self.n_bytes_hidden = 2 if check_choice("prefill_hidden", prefill_hidden, ("f32", "f16")) == "f16" else 4
@@ -335,7 +316,7 @@ class MemoryModel:
 
     def _compute_bytes(self, n_ctx: int) -> int:
         """Compute buffers: the chord of a convex function, hence not below it."""
-        types = _ggml_type(self.type_k), _ggml_type(self.type_v)
+        types = ggml_type(self.type_k), ggml_type(self.type_v)
         lower = upper = round_n_ctx(self.n_ubatch)
         while upper < min(n_ctx, MAX_PROBED):
             lower, upper = upper, 2 * upper
@@ -343,23 +324,6 @@ class MemoryModel:
         if lower == upper:
             return at_upper
         return at_lower + -(-(at_upper - at_lower) * (n_ctx - lower) // (upper - lower))
-
-
-def _ggml_type(cell_type: str) -> int:
-    from gguf import GGMLQuantizationType
-
-    return int(GGMLQuantizationType[cell_type.upper()])
-
-
-def _row_bytes(cell_type: str, n_values: int) -> int:
-    from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
-
-    n_block, n_bytes = GGML_QUANT_SIZES[GGMLQuantizationType(_ggml_type(cell_type))]
-    if n_values % n_block:
-        raise ValueError(
-            f"{cell_type} joins {n_block} values to a block, which heads of {n_values} values do not fill: use f16"
-        )
-    return n_values // n_block * n_bytes
 
 
 # the model
@@ -402,7 +366,7 @@ class Probe:
 
         self.n_embd = int(llama_cpp.llama_model_n_embd(self._model))
         try:
-            self._reserve(256, 256, _ggml_type("f16"), _ggml_type("f16"))  # raises if it cannot be compressed
+            self._reserve(256, 256, ggml_type("f16"), ggml_type("f16"))  # raises if it cannot be compressed
         except BaseException:
             self.__exit__()
             raise

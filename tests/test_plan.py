@@ -20,7 +20,7 @@ except ImportError as error:
 from conftest import SHAPES, Shape, load, tokens
 
 from pyheadkv import cli, inspect, plan
-from pyheadkv.options import Options
+from pyheadkv.options import Options, parse_bytes
 from pyheadkv.plan import MemoryModel
 from pyheadkv.testing import write_random_model
 
@@ -65,13 +65,13 @@ def model(path: Path) -> Iterator[MemoryModel]:
     ],
 )
 def test_memory_is_parsed(text: str, n_bytes: int) -> None:
-    assert plan.parse_memory(text) == n_bytes
+    assert parse_bytes("memory", text) == n_bytes
 
 
 @pytest.mark.parametrize("text", ["", "GiB", "8G", "8 Gi B", "-1GiB", "0", "0.1B", "1e9", "nan", "eight", "8GiB4"])
 def test_wrong_memory_is_refused_with_a_remedy(text: str) -> None:
     with pytest.raises(ValueError, match="such as 8GiB") as error:
-        plan.parse_memory(text)
+        parse_bytes("memory", text)
     assert repr(text) in str(error.value)
 
 

@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 from conftest import SHAPES, Shape, load, logits, tokens
 
+from pyheadkv.options import ggml_type, row_bytes
+
 pytestmark = pytest.mark.usefixtures("library")
 MakeModel = Callable[..., Path]
 SHAPE = SHAPES[1]
@@ -122,3 +124,41 @@ def test_what_cannot_be_restored_or_configured_is_an_error(make_model: MakeModel
     kept_llm.read_prompt(tokens(300))
     with pytest.raises(RuntimeError, match=r"301 tokens of a prompt of 300"):
         kept_llm.restore_prompt(301)
+
+
+# how much is kept
+
+
+@pytest.mark.parametrize("prefill", ["token", "layer"])
+def test_a_share_of_the_prompt_is_kept(prefill: str, make_model: MakeModel) -> None:
+    llm = load(make_model(SHAPE), kv_ratio=0.25, policy="snapkv", prefill=prefill)
+    for n in (100, 401, 20):
+        llm.read_prompt(tokens(n))
+        assert set(llm.kv_stats().n_cells.ravel().tolist()) == {max(9, round(0.25 * n))}
+    llm.reset()
+    llm.eval(tokens(60))
+    llm.eval(tokens(140, seed=2))
+    llm.end_prompt()
+    assert llm.kv_options.kv_size == 50 and set(llm.kv_stats().n_cells.ravel().tolist()) == {50}
+
+
+@pytest.mark.parametrize("cell_type", ["f16", "q8_0"])
+def test_bytes_are_kept(cell_type: str, make_model: MakeModel) -> None:
+    kind, cell = ggml_type(cell_type), 2 * row_bytes(cell_type, SHAPE.head_dim)
+    n_heads = SHAPE.n_layer * SHAPE.n_head_kv
+    llm = load(make_model(SHAPE), kv_bytes=f"{40 * cell * n_heads / 1024}KiB", policy="snapkv", type_k=kind, type_v=kind)
+    llm.read_prompt(tokens(300))
+    stats = llm.kv_stats()
+    assert set(stats.n_cells.ravel().tolist()) == {40}
+    assert stats.bytes_full == 300 * cell * n_heads
+    assert load(make_model(SHAPE), kv_bytes="1GiB", policy="snapkv").kv_options.kv_size == 2048
+
+
+@pytest.mark.parametrize(("options", "message"), [
+    ({"kv_ratio": 0.0}, "kv_ratio=0.0: nothing"), ({"kv_ratio": 1.5}, r"kv_ratio=1.5: it must be a number in \[0, 1\]"),
+    ({"kv_ratio": "a"}, "kv_ratio='a'"), ({"kv_bytes": "much"}, "kv_bytes='much'"), ({"kv_bytes": 0}, "kv_bytes=0"),
+    ({"kv_bytes": 100}, "use at least 6912 bytes"), ({"kv_size": 64, "kv_ratio": 0.5}, "kv_size=64, kv_ratio=0.5: give one of them"),
+])  # fmt: skip
+def test_wrong_amounts_are_errors(options: dict[str, Any], message: str, make_model: MakeModel) -> None:
+    with pytest.raises(ValueError, match=message):
+        load(make_model(SHAPE), **options)
