@@ -28,7 +28,7 @@ from .evaluate_report import write_report
 from .gguf_keys import check_beta
 from .inspect import model_path
 from .journal import Journal, sha256
-from .options import POLICIES, POOLS, check_choice, check_int
+from .options import BY_IMPORTANCE, POLICIES, POOLS, check_choice, check_int
 from .tasks import TASKS, Ask, TaskOptions, make_task
 from .trial import FULL, Setting, Trial
 
@@ -178,7 +178,7 @@ def make_settings(args: argparse.Namespace) -> tuple[Setting, ...]:
     for policy, kv_size, pool, beta, file in product(policies, sizes, pools, betas, files):
         if policy == FULL:
             continue
-        by_importance, by_score = "headkv" in policy, policy != "streaming"
+        by_importance, by_score = policy in BY_IMPORTANCE, policy != "streaming"
         out.append(Setting(policy, kv_size, pool if by_score else "", beta if by_importance else 0.0, file if by_importance else ""))
     return tuple(dict.fromkeys(out))
 

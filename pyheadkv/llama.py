@@ -168,6 +168,7 @@ class Llama(llama_cpp.Llama):
         self._kv_args = dict(options, kv_size=kv_size, kv_ratio=kv_ratio, kv_bytes=kv_bytes, importance=importance, kv_reuse=kv_reuse)
         self._kv_reuse = kv_reuse
         self._prompt_pending = False
+        self._protect_head: list[int] = []  # the next prompt begins with these tokens, to be kept
         self._progress_error: BaseException | None = None
         model_path = fspath(model_path)
         given = [f"{name}={value!r}" for name, value in dict(kv_size=kv_size, kv_ratio=kv_ratio, kv_bytes=kv_bytes).items() if value is not None]
@@ -363,14 +364,56 @@ class Llama(llama_cpp.Llama):
 
     def generate(self, tokens: Sequence[int], *args: Any, **kwargs: Any) -> Generator[int, Sequence[int] | None, None]:
         """As ``llama_cpp.Llama.generate``; the prompt is compressed after its evaluation."""
+        head, self._protect_head = self._protect_head, []
+        protect = self.kv_options.protect if self.kv_options is not None else ()
         if self.kv_options is not None:
-            if not self._kv_reuse and not self._is_cached(tokens):
+            if head or not self._kv_reuse and not self._is_cached(tokens):
                 self.reset()
+            if head:
+                if list(tokens[: len(head)]) != head:
+                    raise ValueError("protect_system=True: the chat format in use does not put the system message where the model's "
+                                     "template does, use protect=[(0, n)]")
+                self.configure(protect=[*protect, (0, len(head))])
             self._prompt_pending = True
         try:
             return (yield from super().generate(tokens, *args, **kwargs))
         finally:
             self._prompt_pending = False
+            if head:
+                self.configure(protect=protect)
+
+    def create_chat_completion(self, messages: list[Any], *args: Any, protect_system: bool = False, **kwargs: Any) -> Any:
+        """As ``llama_cpp.Llama.create_chat_completion``.
+
+        Parameters
+        ----------
+        protect_system : every head keeps the cells of the system message, which is the first one
+
+        Raises
+        ------
+        ValueError
+            ``protect_system`` without a system message, compression or a chat template in the model
+        """
+        if protect_system:
+            self._protect_head = self._system_tokens(messages)
+        return super().create_chat_completion(messages, *args, **kwargs)
+
+    def _system_tokens(self, messages: list[Any]) -> list[int]:
+        """Tokens that every chat which begins with this system message begins with, and some more."""
+        from .score_examples import render_chat_messages
+
+        self._need_options()
+        template = self.metadata.get("tokenizer.chat_template")
+        if not messages or messages[0]["role"] != "system":
+            raise ValueError("protect_system=True: the first message is no system message")
+        if template is None:
+            raise ValueError("protect_system=True: the model has no chat template, use protect=[(0, n)]")
+        # what two chats with other users have in common
+        texts = [render_chat_messages(self, template, [messages[0], {"role": "user", "content": c}]) for c in "ab"]
+        a, b = (self.tokenize(text.encode(), add_bos=False, special=True) for text in texts)
+        head = a[: _n_common(a, b)]
+        bos = self.token_bos()
+        return head if bos < 0 or head[:1] == [bos] else [bos, *head]
 
     def _is_cached(self, tokens: Sequence[int]) -> bool:
         # the very prompt that was compressed, without a token generated after it
@@ -491,6 +534,10 @@ class Llama(llama_cpp.Llama):
         values = np.zeros((n_max, n_row), dtype=np.float32)
         n = _lib.check(func(self.ctx, 0, *args, values.ctypes.data_as(ctypes.POINTER(ctypes.c_float)), values.size), ValueError)
         return values[:n]
+
+
+def _n_common(a: Sequence[int], b: Sequence[int]) -> int:
+    return next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
 
 
 def _cells_in(n_bytes: int, model_path: str, *, window: int, n_ctx: int, type_k: int | None, type_v: int | None) -> int:

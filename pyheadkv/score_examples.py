@@ -480,7 +480,12 @@ class ProseExamples(Examples):
 
 
 def render_chat(llm: Llama, template: str, content: str) -> str:
-    """One user message in a chat template, up to where the answer begins.
+    """One user message in a chat template, up to where the answer begins."""
+    return render_chat_messages(llm, template, [{"role": "user", "content": content}])
+
+
+def render_chat_messages(llm: Llama, template: str, messages: list[Any]) -> str:
+    """A conversation in a chat template, up to where the next answer begins.
 
     Raises
     ------
@@ -493,7 +498,7 @@ def render_chat(llm: Llama, template: str, content: str) -> str:
     try:
         formatter: Any = Jinja2ChatFormatter(template, eos_token=eos, bos_token=bos)
         formatter.strftime_now = datetime(2025, 1, 1).strftime  # the same prompt on every day
-        return str(formatter(messages=[{"role": "user", "content": content}], enable_thinking=False).prompt)
+        return str(formatter(messages=messages, enable_thinking=False).prompt)
     except (jinja2.TemplateError, TypeError, ValueError) as error:
         raise ValueError(f"the chat template of the model cannot be rendered ({error}): use protocol authors") from None
 

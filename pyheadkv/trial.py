@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .options import load_importance
+from .options import BY_IMPORTANCE, load_importance
 
 if TYPE_CHECKING:
     from .gguf_keys import Importance
@@ -130,7 +130,7 @@ class Trial:
 
     def _importance(self, setting: Setting) -> Importance | None:
         source = setting.importance or self.llm.model_path
-        if "headkv" not in setting.policy:
+        if setting.policy not in BY_IMPORTANCE:
             return None
         if source not in self._loaded:
             self._loaded[source] = load_importance(source, self.llm.model_path)

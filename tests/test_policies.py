@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from pathlib import Path
 from typing import Any, Callable
 
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 from conftest import SHAPES, Shape, load, logits, tokens
 
+from pyheadkv import embedded_model, needle
 from pyheadkv.options import ggml_type, row_bytes
 
 pytestmark = pytest.mark.usefixtures("library")
@@ -162,3 +164,38 @@ def test_bytes_are_kept(cell_type: str, make_model: MakeModel) -> None:
 def test_wrong_amounts_are_errors(options: dict[str, Any], message: str, make_model: MakeModel) -> None:
     with pytest.raises(ValueError, match=message):
         load(make_model(SHAPE), **options)
+
+
+@pytest.mark.skipif(not embedded_model().is_file(), reason="the embedded model is not there yet")
+@pytest.mark.parametrize("prefill", ["token", "layer"])
+def test_the_system_message_of_a_chat_is_kept(prefill: str) -> None:
+    llm = load(embedded_model(), kv_size=60, policy="snapkv", prefill=prefill)
+    rng = random.Random(3)
+    system, user = (" ".join(" ".join(needle.filler_sentence(rng)) for _ in range(n)) for n in (4, 60))
+    messages = [{"role": "system", "content": system}, {"role": "user", "content": user}]
+    n_system = 1 + len(needle.encode(system))
+
+    def whole(**options: Any) -> bool:
+        llm.create_chat_completion(messages, max_tokens=2, temperature=0, **options)
+        heads = [set(llm.kv_positions(il, ih).tolist()) for il in range(5) for ih in range(4)]
+        assert {len(kept) for kept in heads} == {60}
+        return all(kept >= set(range(n_system)) for kept in heads)
+
+    assert not whole()
+    assert whole(protect_system=True)
+    assert llm.kv_options.protect == ()
+    assert not whole()
+    list(llm.create_chat_completion(messages, max_tokens=2, stream=True, protect_system=True))
+    assert set(range(n_system)) <= set(llm.kv_positions(1, 1).tolist())
+
+
+@pytest.mark.skipif(not embedded_model().is_file(), reason="the embedded model is not there yet")
+def test_a_system_message_that_cannot_be_kept_is_an_error(make_model: MakeModel) -> None:
+    user, system = {"role": "user", "content": "anna"}, {"role": "system", "content": "the code of anna is 48 ."}
+    llm = load(embedded_model(), kv_size=60)
+    with pytest.raises(ValueError, match="no system message"):
+        llm.create_chat_completion([user], protect_system=True)
+    with pytest.raises(ValueError, match="chat format in use"):
+        load(embedded_model(), kv_size=60, chat_format="chatml").create_chat_completion([system, user], protect_system=True)
+    with pytest.raises(ValueError, match="no chat template"):
+        load(make_model(SHAPE), kv_size=60).create_chat_completion([system, user], protect_system=True)
