@@ -11,9 +11,7 @@ from __future__ import annotations
 
 import random
 import re
-import string
 from abc import ABC, abstractmethod
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -21,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import needle
+from .metrics import token_f1, word_recall
 
 if TYPE_CHECKING:
     from .llama import Llama
@@ -152,24 +151,6 @@ def speaks_needle_language(llm: Llama) -> bool:
     return llm.n_vocab() == len(words) and all(
         llm._model.token_get_text(i) == words[i] for i in range(first, first + len(needle.WORDS))
     )
-
-
-def token_f1(response: str, answer: str) -> float:
-    """F1 of the words that two texts share; case, punctuation and articles do not count (SQuAD)."""
-    said, wanted = _plain_words(response), _plain_words(answer)
-    n_common = sum((Counter(said) & Counter(wanted)).values())
-    return 2 * n_common / (len(said) + len(wanted)) if n_common else 0.0
-
-
-def word_recall(response: str, answer: str) -> float:
-    """Share of the words of the answer that the response has (ROUGE-1 recall, words not stemmed)."""
-    said, wanted = (Counter(re.findall(r"[a-z0-9]+", text.lower())) for text in (response, answer))
-    return sum((said & wanted).values()) / max(1, sum(wanted.values()))
-
-
-def _plain_words(text: str) -> list[str]:
-    text = "".join(c for c in text.lower() if c not in string.punctuation)
-    return re.sub(r"\b(a|an|the)\b", " ", text).split()
 
 
 def _spread(kinds: Sequence[str], *, n_examples: int, n_min: int, n_max: int) -> list[Slot]:
@@ -417,10 +398,16 @@ class Prose:
         """Tokens before the haystack and after it, in the chat template of the model if it has one."""
         template = self.llm.metadata.get("tokenizer.chat_template")
         if template is None:
-            prefix, suffix = "", f"\n\nQuestion: {question}\nAnswer:"
-        else:
-            content = f"{MARK}\n\n{question} {how}"
-            prefix, suffix = _split_chat(render_chat(self.llm, template, content))
+            return self._around(f"{MARK}\n\nQuestion: {question}\nAnswer:")
+        return self._around(render_chat(self.llm, template, f"{MARK}\n\n{question} {how}"))
+
+    def wrap(self, *, chat: bool = True) -> tuple[list[int], list[int]]:
+        """Tokens before and after one message, in the chat template of the model if it has one and ``chat``."""
+        template = self.llm.metadata.get("tokenizer.chat_template")
+        return self._around(MARK if template is None or not chat else render_chat(self.llm, template, MARK))
+
+    def _around(self, whole: str) -> tuple[list[int], list[int]]:
+        prefix, suffix = _split_chat(whole)
         text = prefix.rstrip(" ")  # the haystack brings its own space
         bos = _token_text(self.llm, self.llm.token_bos())
         add_bos = not (bos and text.startswith(bos))

@@ -4,8 +4,8 @@ Two languages. The embedded model is asked in its own (``pyheadkv.needle``), eve
 a public-domain text, shuffled, with needles between them, in the chat template of the model. The forms of the ``ruler``
 kinds follow RULER (Hsieh et al. 2024, arXiv:2404.06654); the wording and the vocabulary are ours.
 
-``longbench`` and ``babilong`` read JSON lines from a local file: ``{"context", "input", "answers"}`` as LongBench has
-them, or ``{"input", "question", "target"}`` as BABILong has them.
+``longbench`` and ``babilong`` read JSON lines from a local file, ``{"dataset", "context", "input", "answers"}`` as
+LongBench has them or ``{"input", "question", "target"}`` as BABILong has them, and use the prompts of these benchmarks.
 """
 
 from __future__ import annotations
@@ -19,13 +19,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from . import needle
-from .score_examples import REASONING, RETRIEVAL, Prose, speaks_needle_language, split_at, token_f1
+from . import metrics, needle
+from .score_examples import MARK, REASONING, RETRIEVAL, Prose, speaks_needle_language, split_at
 
 if TYPE_CHECKING:
     from .llama import Llama
 
 N_SPARE = 16  # tokens that an English answer may have besides what is asked
+PROMPTS = Path(__file__).resolve().parent / "data" / "prompts.json"
 PASS_F1 = 0.5  # a whole sentence counts as answered above it
 
 Grade = Callable[[str], float]
@@ -205,7 +206,7 @@ def _interleave(sentences: list[list[int]], said: list[tuple[float, list[int]]])
 
 
 def _is_sentence(answer: str) -> Grade:
-    return lambda text: float(token_f1(text, answer) > PASS_F1)
+    return lambda text: float(metrics.token_f1(text, answer) > PASS_F1)
 
 
 def _has_all(values: Sequence[str]) -> Grade:
@@ -250,6 +251,16 @@ def reasoning(rng: random.Random, i: int, options: TaskOptions) -> _Said:
             answer = pair.answers[which]
             asked.append(Asked("reasoning", pair.questions[which], _is_sentence(answer), _steps(answer), depths[which]))
     return facts, asked
+
+
+def instruction(rng: random.Random, i: int, options: TaskOptions) -> _Said:
+    """A rule at the beginning of the text, which the answer must follow, and a question about something else."""
+    word, chosen = rng.choice(KEYS.split()), rng.choice(RETRIEVAL)
+    depth = 0.2 + 0.8 * rng.random()
+    rule = f"Whatever is asked about this text, the first word of the answer must be {word}."
+    facts = [Fact(rule, 0.0), Fact(" ".join((*chosen.before, chosen.answer)), depth)]
+    grade = lambda text: float(re.findall(r"[a-z]+", text.lower())[:1] == [word])  # noqa: E731
+    return facts, [Asked("instruction", chosen.question, grade, N_SPARE, 0.0, "Follow the rules of the text.")]
 
 
 SHORT = "Answer with the number and nothing else."
@@ -306,12 +317,10 @@ def ruler_variables(rng: random.Random, i: int, options: TaskOptions) -> _Said:
 
 
 class FileTask(Task):
-    """One context and question per line of a JSON lines file."""
+    """One context and question per line of a JSON lines file, with the prompts and metrics of its benchmark."""
 
-    PROMPTS = {
-        "longbench": ("{context}", "{question}"),
-        "babilong": ("{context}", "{question} Answer with one word."),
-    }
+    NO_CHAT = ("trec", "triviaqa", "samsum", "lcc", "repobench-p")  # LongBench asks these without a chat template
+    FIRST_LINE = ("trec", "triviaqa", "samsum")
 
     def __init__(self, llm: Llama, options: TaskOptions) -> None:
         super().__init__(llm, options)
@@ -320,31 +329,62 @@ class FileTask(Task):
         with open(options.file, encoding="utf-8") as file:
             self._rows = [json.loads(line) for line in file if line.strip()]
         self.n_quizzes = len(self._rows)
+        self._prompts = json.loads(PROMPTS.read_text(encoding="utf-8"))[options.name]
         self._prose = Prose(llm)
 
     def quiz(self, i: int) -> list[Ask]:
-        row: dict[str, Any] = self._rows[i]
-        name = self.options.name
+        read = self._babilong if self.options.name == "babilong" else self._longbench
         try:
-            if name == "babilong":
-                context, question, answers = row["input"], row["question"], [row["target"]]
-            else:
-                context, question, answers = row["context"], row["input"], row["answers"]
+            return [read(self._rows[i])]
         except KeyError as error:
-            raise ValueError(f"{self.options.file}: line {i + 1} has no key {error}: is it a file of {name}?") from None
-        how = "Answer with one word." if name == "babilong" else "Answer as briefly as possible."
-        prefix, suffix = self._prose.frame(question, how=how)
-        tokens = self._prose.continued(context)
+            raise ValueError(f"{self.options.file}: line {i + 1} has no key {error}: is it a file of {self.options.name}?") from None
+
+    def _babilong(self, row: dict[str, Any]) -> Ask:
+        found = re.search(r"qa[1-5](?!\d)", str(self.options.file and self.options.file.name))
+        if found is None:
+            raise ValueError(f"{self.options.file}: the name of a BABILong file says which task it is, qa1 to qa5: rename it")
+        name, labels = found[0], self._prompts["labels"][found[0]]
+        text = self._prompts["template"].format(context=MARK, question=row["question"], **self._prompts[name])
+        answer, question = row["target"], row["question"]
+        return self._ask(name, text, row["input"], 20, lambda said: metrics.label(said, answer, labels, question))
+
+    def _longbench(self, row: dict[str, Any]) -> Ask:
+        name = row["dataset"]
+        if name not in self._prompts:
+            raise ValueError(f"dataset {name!r}: it must be one of {', '.join(self._prompts)}")
+        text = self._prompts[name]["prompt"].format(context=MARK, input=row["input"])
+        answers, classes = row["answers"], row.get("all_classes") or []
+
+        def grade(said: str) -> float:
+            if name in self.FIRST_LINE:
+                said = said.lstrip("\n").split("\n")[0]
+            return max(_longbench_grade(name, said, answer, classes) for answer in answers)
+
+        return self._ask(name, text, row["context"], self._prompts[name]["max_tokens"], grade, chat=name not in self.NO_CHAT)
+
+    def _ask(self, kind: str, template: str, context: str, n_steps: int, grade: Grade, *, chat: bool = True) -> Ask:
+        """A prompt with MARK in place of its context, cut in its middle when it is too long, as LongBench does."""
+        prefix, suffix = self._prose.wrap(chat=chat)
+        before, after = template.split(MARK)
+        head, rest = (self.llm.tokenize(text.encode(), add_bos=False) for text in (before + context, after))
         n_room = self.options.n_tokens - len(prefix) - len(suffix)
-        if len(tokens) > n_room:  # the middle is cut out, as LongBench does
-            tokens = tokens[: n_room // 2] + tokens[len(tokens) - (n_room - n_room // 2) :]
-        grade: Grade
-        if name == "babilong":
-            grade = lambda text: float(answers[0].lower() in re.findall(r"[a-z]+", text.lower()))  # noqa: E731
-        else:
-            grade = lambda text: max(token_f1(text, answer) for answer in answers)  # noqa: E731
-        context_tokens = [*prefix, *tokens]
-        return [Ask(row.get("dataset", name), (*context_tokens, *suffix), len(context_tokens), 32 + N_SPARE, grade, 0.5)]
+        body = [*head, *rest]
+        if len(body) > n_room:
+            body = body[: n_room // 2] + body[len(body) - (n_room - n_room // 2) :]
+        tokens = (*prefix, *body, *suffix)
+        return Ask(kind, tokens, len(tokens) - len(suffix) - min(len(rest), n_room - 1), n_steps, grade, 0.5)
+
+
+def _longbench_grade(name: str, said: str, answer: str, classes: Sequence[str]) -> float:
+    if name == "trec":
+        return metrics.classification(said, answer, classes)
+    if name in ("passage_count", "passage_retrieval_en"):
+        return metrics.number_share(said, answer)
+    if name in ("lcc", "repobench-p"):
+        return metrics.code_similarity(said, answer)
+    if name in ("gov_report", "qmsum", "multi_news", "samsum"):
+        return metrics.rouge_l(said, answer)
+    return metrics.token_f1(said, answer)
 
 
 # all of them
@@ -359,6 +399,7 @@ PROSE: dict[str, Callable[[random.Random, int, TaskOptions], _Said]] = {
     "niah": niah,
     "reasoning": reasoning,
     "second-question": second_question,
+    "instruction": instruction,
     "passkey": passkey,
     "ruler-keys": ruler_keys,
     "ruler-variables": ruler_variables,

@@ -3,8 +3,7 @@
 
     python scripts/report_needle_model.py --model f16=build/needle/needle-f16.gguf --model q8_0=pyheadkv/data/needle.gguf
 
-Every question is answered greedily with the full cache; right means right word for word. Uses the stock
-``llama_cpp.Llama`` (or pyheadkv.Llama without options, which behaves the same).
+Every question is answered greedily with the full cache; right means right word for word.
 """
 
 from __future__ import annotations
@@ -26,9 +25,10 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 from gguf import GGUFReader
-from llama_cpp import Llama
 from numpy.typing import NDArray
 from tqdm import tqdm
+
+from pyheadkv import Llama
 
 from needle import REPOSITORY, language
 

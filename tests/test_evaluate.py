@@ -18,7 +18,7 @@ try:
 except ImportError as error:
     pytest.skip(f"the library is not built: {error}", allow_module_level=True)
 
-from pyheadkv import calibrate, cli, evaluate_report, gguf_keys, tasks
+from pyheadkv import calibrate, cli, evaluate_report, gguf_keys, metrics, tasks
 from pyheadkv.journal import Journal
 from pyheadkv.tasks import TaskOptions, make_task
 from pyheadkv.trial import Setting, Trial
@@ -145,20 +145,53 @@ def test_grades() -> None:
     assert several.grade(numbers[several.question][0]) == 1 / 4
 
 
+def test_an_instruction_stands_at_the_beginning(make_model: MakeModel) -> None:
+    llm = english(make_model)
+    (ask,) = make_task(llm, TaskOptions("instruction", 2000)).quiz(3)
+    text = llm.detokenize(list(ask.prompt[: ask.n_context])).decode()
+    assert text.index("Whatever is asked") < 40
+    word = text.split("answer must be ")[1].split(".")[0]
+    assert ask.grade(f"{word.capitalize()}, it is so.") == 1 and ask.grade(f"It is {word}.") == 0 and ask.grade("") == 0
+
+
 def test_tasks_from_files(make_model: MakeModel, tmp_path: Path) -> None:
     llm = english(make_model)
     file = tmp_path / "f.jsonl"
-    file.write_text(json.dumps({"context": "a b c " * 3000, "input": "Who?", "answers": ["the old man", "him"], "dataset": "qa"}) + "\n")
+    row = {"context": "a b c " * 3000, "input": "Who?", "answers": ["the old man", "him"], "dataset": "hotpotqa"}
+    file.write_text(json.dumps(row) + "\n")
     (ask,) = make_task(llm, TaskOptions("longbench", 500, file=file)).quiz(0)
-    assert len(ask.prompt) == 500 and ask.kind == "qa"
+    assert len(ask.prompt) == 500 and ask.kind == "hotpotqa" and ask.n_steps == 32
     assert ask.grade("old man") == 1 and ask.grade("an old woman") == 0.5
-    file.write_text(json.dumps({"input": "Mary went home.", "question": "Where is Mary?", "target": "home"}) + "\n")
-    (ask,) = make_task(llm, TaskOptions("babilong", 500, file=file)).quiz(0)
-    assert ask.grade("She is at Home.") == 1 and ask.grade("homeless") == 0
-    with pytest.raises(ValueError, match="line 1 has no key 'context'"):
+    text = llm.detokenize(list(ask.prompt)).decode()
+    assert text.strip().startswith("Answer the question based on the given passages.") and text.endswith("Question: Who?\nAnswer:")
+    assert llm.detokenize(list(ask.prompt[ask.n_context :])).decode().strip().startswith("Answer the question")
+    with pytest.raises(ValueError, match="dataset 'dureader': it must be one of narrativeqa"):
+        file.write_text(json.dumps({**row, "dataset": "dureader"}))
         make_task(llm, TaskOptions("longbench", 500, file=file)).quiz(0)
+    named = tmp_path / "1k_qa1.jsonl"
+    named.write_text(json.dumps({"input": "Mary went to the kitchen.", "question": "Where is Mary?", "target": "kitchen"}) + "\n")
+    (ask,) = make_task(llm, TaskOptions("babilong", 2000, file=named)).quiz(0)
+    assert ask.grade("Mary is in the Kitchen. Not in the garden.") == 1 and ask.grade("The garden or the kitchen.") == 0
+    text = llm.detokenize(list(ask.prompt)).decode()
+    assert "<context>\nMary went to the kitchen.\n</context>\n\nQuestion: Where is Mary?" in text
+    with pytest.raises(ValueError, match="qa1 to qa5"):
+        make_task(llm, TaskOptions("babilong", 500, file=file)).quiz(0)
+    with pytest.raises(ValueError, match="line 1 has no key 'dataset'"):
+        make_task(llm, TaskOptions("longbench", 500, file=named)).quiz(0)
     with pytest.raises(ValueError, match="--file"):
         make_task(llm, TaskOptions("longbench", 500))
+
+
+def test_metrics() -> None:
+    assert metrics.rouge_l("a b c d", "b x d") == pytest.approx(2 * 2 / 7) and metrics.rouge_l("", "a") == 0
+    classes = ["Date", "Expiry Date", "Place"]
+    assert metrics.classification("It is Date or Place", "Date", classes) == 0.5
+    assert metrics.classification("Expiry Date", "Expiry Date", classes) == 1 and metrics.classification("Place", "Date", classes) == 0
+    assert metrics.number_share("Paragraph 12 and 3", "Paragraph 12") == 0.5 and metrics.number_share("none", "3") == 0
+    assert metrics.code_similarity("# note\nx = 1\ny", "x = 1") == 1 and metrics.code_similarity("```", "x") == 0
+    assert metrics.label("In the garden", "garden", ["garden", "kitchen"], "") == 1
+    assert metrics.label("kitchen, garden", "garden", ["garden", "kitchen"], "") == 0
+    assert metrics.label("kitchen, garden", "garden", ["garden", "kitchen"], "left the kitchen?") == 1
 
 
 @embedded

@@ -20,7 +20,8 @@ except ImportError as error:
 
 from pyheadkv import cli, gguf_keys, needle, score, score_examples
 from pyheadkv.reference import ReferenceModel, softmax
-from pyheadkv.score_examples import Example, Examples, Slot, make_examples, token_f1, word_recall
+from pyheadkv.metrics import token_f1, word_recall
+from pyheadkv.score_examples import Example, Examples, Slot, make_examples
 from pyheadkv.testing import write_random_model
 
 N_LAYER, N_HEAD = 2, 4
