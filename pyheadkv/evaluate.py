@@ -13,6 +13,8 @@ is judged too. Answers are greedy. Every answer goes to a JSON lines file as soo
 from __future__ import annotations
 
 import argparse
+import shutil
+import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -30,7 +32,7 @@ from .inspect import model_path
 from .journal import Journal, sha256
 from .options import BY_IMPORTANCE, POLICIES, POOLS, check_choice, check_int
 from .tasks import TASKS, Ask, TaskOptions, make_task
-from .trial import FULL, Setting, Trial
+from .trial import FULL, Held, Setting, Trial
 
 PROTOCOLS = ("query-aware", "query-agnostic")
 N_ROOM = 512  # tokens of the context for follow-up questions and answers
@@ -77,30 +79,31 @@ class Worker:
         answers = []
         for protocol in self.job.protocols:
             run = self._aware if protocol == PROTOCOLS[0] else self._agnostic
-            for i_ask, setting, n_bytes, out in run(asks, stop):
+            for i_ask, setting, held, out in run(asks, stop):
                 ask, text = asks[i_ask], self.llm.detokenize(out).decode("utf-8", "replace").strip()
                 answers.append(
                     {"ask": i_ask, "kind": ask.kind, "depth": round(ask.depth, 4), "n_tokens": len(ask.prompt) + len(ask.more),
-                     "protocol": protocol, "setting": setting.name, "score": ask.grade(text), "bytes": n_bytes, "text": text}
+                     "protocol": protocol, "setting": setting.name, "score": ask.grade(text),
+                     "bytes": held.cells, "bytes_store": held.store, "text": text}
                 )  # fmt: skip
         return {"task": task.options.name, "length": task.options.n_tokens, "quiz": i_quiz, "answers": answers}
 
-    def _aware(self, asks: Sequence[Ask], stop: frozenset[int]) -> Iterator[tuple[int, Setting, int, list[int]]]:
+    def _aware(self, asks: Sequence[Ask], stop: frozenset[int]) -> Iterator[tuple[int, Setting, Held, list[int]]]:
         for i_ask, ask in enumerate(asks):
             rest = (ask.prompt[-1], *ask.more)
             for setting in self.job.settings:
-                n_bytes = self.trial.compress(setting, ask.prompt)
+                held = self.trial.compress(setting, ask.prompt)
                 self.trial.go_on(len(ask.prompt) - 1, rest)
-                yield i_ask, setting, n_bytes, self.trial.generate(rest[-1], ask.n_steps, stop=stop)
+                yield i_ask, setting, held, self.trial.generate(rest[-1], ask.n_steps, stop=stop)
 
-    def _agnostic(self, asks: Sequence[Ask], stop: frozenset[int]) -> Iterator[tuple[int, Setting, int, list[int]]]:
+    def _agnostic(self, asks: Sequence[Ask], stop: frozenset[int]) -> Iterator[tuple[int, Setting, Held, list[int]]]:
         for setting in self.job.settings:
             for i_ask, ask in enumerate(asks):
                 if i_ask == 0 or ask.prompt[: ask.n_context] != asks[i_ask - 1].prompt[: ask.n_context]:
-                    n_bytes = self.trial.compress(setting, ask.prompt[: ask.n_context])
+                    held = self.trial.compress(setting, ask.prompt[: ask.n_context])
                 rest = (*ask.prompt[ask.n_context :], *ask.more)
                 self.trial.go_on(ask.n_context, rest)
-                yield i_ask, setting, n_bytes, self.trial.generate(rest[-1], ask.n_steps, stop=stop)
+                yield i_ask, setting, held, self.trial.generate(rest[-1], ask.n_steps, stop=stop)
 
 
 _worker: Worker | None = None  # of this process
@@ -242,5 +245,14 @@ def describe(job: Job) -> dict[str, Any]:
         "protocols": job.protocols,
         "tasks": [{**asdict(t), "file": t.file and t.file.name} for t in job.tasks],
         "engine": {"n_threads": job.n_threads, "n_gpu_layers": job.n_gpu_layers},
-        "versions": {"pyheadkv": __version__, "llama_cpp_python": llama_cpp.__version__},
+        "versions": {"pyheadkv": __version__, "llama_cpp_python": llama_cpp.__version__, "commit": commit()},
     }
+
+
+def commit() -> str:
+    """Of the checkout that this package runs from; "" if it is installed."""
+    root = Path(__file__).resolve().parents[1]
+    if shutil.which("git") is None or not (root / "cpp" / "headkv.h").is_file():
+        return ""
+    found = subprocess.run(["git", "-C", str(root), "describe", "--always", "--dirty"], capture_output=True, text=True, check=False)
+    return found.stdout.strip()

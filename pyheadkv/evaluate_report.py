@@ -31,6 +31,7 @@ class Answer:
     setting: str
     score: float
     bytes: int
+    bytes_store: int
 
 
 class Answers:
@@ -41,7 +42,7 @@ class Answers:
         self.all = [
             Answer(
                 e["task"], e["length"], f"{e['task']}/{e['length']}/{e['quiz']}", a["ask"], a["kind"], a["depth"], a["protocol"],
-                a["setting"], a["score"], a["bytes"],
+                a["setting"], a["score"], a["bytes"], a["bytes_store"],
             )
             for e in entries
             for a in e["answers"]
@@ -119,27 +120,29 @@ def _head(answers: Answers, command: str, pictures: list[Path]) -> list[str]:
     header = answers.header
     n_asked = {k: len(answers.of(answers.protocols[0], FULL, k)) for k in answers.kinds}
     asked = ", ".join(f"{n} {kind}" for kind, n in n_asked.items())
-    versions = ", ".join(f"{name} {version}" for name, version in header["versions"].items())
+    versions = ", ".join(f"{name} {version}" for name, version in header["versions"].items() if version)
     return [
         f"# {', '.join(dict.fromkeys(t['name'] for t in header['tasks']))}: cache policies on {header['model']}", "",
         f"`{command}`", "",
         f"Model sha256 {header['model_sha256'][:16]}, {versions}. Questions per cell: {asked}. Greedy; strict: the last prompt "
         "token runs against the compressed cache. Scores in % with 95 % intervals (bootstrap over contexts). KiB: K and V of "
-        "the cells that are kept, mean over the prompts; settings of one kv_size are compared at these bytes.", "",
+        "the cells that are kept, mean over the prompts; held: allocated for them, rows for generated tokens included. Settings "
+        "of one kv_size are compared at these bytes.", "",
         *(f"![{picture.stem}]({picture.name})" for picture in pictures), "",
     ]  # fmt: skip
 
 
 def _scores(answers: Answers, protocol: str) -> list[str]:
     kinds = answers.kinds
-    lines = [f"## {protocol}", "", row(["setting", "KiB", *kinds, "all", "of full"]), row(["---"] * (4 + len(kinds)))]
+    lines = [f"## {protocol}", "", row(["setting", "KiB", "held", *kinds, "all", "of full"]), row(["---"] * (5 + len(kinds)))]
     for setting in answers.settings:
         name = setting["name"]
         cells = [_cell(interval(by_context(answers.of(protocol, name, kind)))) for kind in (*kinds, None)]
         mine = answers.of(protocol, name)
         n_bytes = float(np.mean([a.bytes for a in mine]))
         share = np.mean([a.score for a in mine]) / max(answers.full(protocol), 1e-9)
-        lines.append(row([name, f"{n_bytes / 1024:.0f}", *cells, f"{100 * share:.0f} %"]))
+        n_held = float(np.mean([a.bytes_store for a in mine]))
+        lines.append(row([name, f"{n_bytes / 1024:.0f}", f"{n_held / 1024:.0f}", *cells, f"{100 * share:.0f} %"]))
     weak = [kind for kind in kinds if answers.full(protocol, kind) < RANKED_ABOVE]
     if weak:
         lines += ["", f"Not to be ranked, the full cache is below {100 * RANKED_ABOVE:.0f} %: {', '.join(weak)}."]

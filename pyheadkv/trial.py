@@ -46,6 +46,20 @@ class Setting:
         return " ".join(filter(None, parts))
 
 
+@dataclass(frozen=True)
+class Held:
+    """What a compressed prompt takes.
+
+    Attributes
+    ----------
+    cells : bytes of K and V in the cells that are kept, all heads
+    store : bytes allocated for them, with the rows that wait for generated tokens
+    """
+
+    cells: int
+    store: int
+
+
 class Trial:
     """A prompt that can be compressed again and again without reading it again.
 
@@ -74,13 +88,8 @@ class Trial:
         self.llm.eval(list(tokens[n:]))
         self._tokens = list(tokens)
 
-    def compress(self, setting: Setting, prompt: Sequence[int]) -> int:
-        """Read the rest of a prompt, uncompressed, and compress it.
-
-        Returns
-        -------
-        bytes of K and V in the cells that are kept, all heads
-        """
+    def compress(self, setting: Setting, prompt: Sequence[int]) -> Held:
+        """Read the rest of a prompt, uncompressed, and compress it."""
         self.read(prompt)
         llm = self.llm
         if setting.policy == FULL:
@@ -90,7 +99,8 @@ class Trial:
             llm.configure(importance=self._importance(setting), pool=setting.pool or "max", **options)
         llm.end_prompt()
         stats = llm.kv_stats()
-        return round(stats.bytes_full * int(stats.n_cells.sum()) / (stats.n_cells.size * stats.n_past))
+        n_heads = np.count_nonzero(stats.n_cells)
+        return Held(round(stats.bytes_full * int(stats.n_cells.sum()) / (n_heads * stats.n_past)), stats.bytes_store)
 
     def go_on(self, n: int, tokens: Sequence[int]) -> None:
         """Take the compressed cache back to its first ``n`` tokens and read ``tokens`` into it, but for the last one.

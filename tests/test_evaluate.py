@@ -77,8 +77,9 @@ def test_bytes_of_a_trial_are_those_of_the_kept_cells(make_model: MakeModel) -> 
     trial = Trial(load(make_model(SHAPE), kv_size=64, policy="snapkv", keep_prompt=True))
     cell = 2 * 2 * SHAPE.head_dim  # K and V, f16
     n_heads = SHAPE.n_layer * SHAPE.n_head_kv
-    assert trial.compress(Setting("snapkv", 24), tokens(100)) == 24 * n_heads * cell
-    assert trial.compress(Setting(), tokens(100)) == 100 * n_heads * cell
+    held = trial.compress(Setting("snapkv", 24), tokens(100))
+    assert held.cells == 24 * n_heads * cell and held.store == trial.llm.kv_stats().bytes_store > held.cells
+    assert trial.compress(Setting(), tokens(100)).cells == 100 * n_heads * cell
 
 
 def test_surprise_is_the_mean_negative_log_likelihood(make_model: MakeModel) -> None:
@@ -267,7 +268,7 @@ def test_interval_covers_the_mean_and_shrinks() -> None:
 def test_gain_pairs_the_questions() -> None:
     def answers(setting: str, scores: list[int]) -> list[evaluate_report.Answer]:
         return [
-            evaluate_report.Answer("t", 1, f"{i // 2}", i % 2, "k", 0.0, "p", setting, score, 1) for i, score in enumerate(scores)
+            evaluate_report.Answer("t", 1, f"{i // 2}", i % 2, "k", 0.0, "p", setting, score, 1, 1) for i, score in enumerate(scores)
         ]
 
     mean, low, high = evaluate_report.gain(answers("a", [1, 1, 0, 1]), answers("b", [0, 1, 0, 0])[::-1])
