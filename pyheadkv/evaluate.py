@@ -30,9 +30,9 @@ from .evaluate_report import write_report
 from .gguf_keys import check_beta
 from .inspect import model_path
 from .journal import Journal, sha256
-from .options import BY_IMPORTANCE, POLICIES, POOLS, check_choice, check_int
+from .options import BY_IMPORTANCE, FULL, POLICIES, POOLS, check_choice, check_int
 from .tasks import TASKS, Ask, TaskOptions, make_task
-from .trial import FULL, Held, Setting, Trial
+from .trial import Held, Setting, Trial
 
 PROTOCOLS = ("query-aware", "query-agnostic")
 N_ROOM = 512  # tokens of the context for follow-up questions and answers

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .journal import read_lines
-from .trial import FULL
+from .options import FULL
 
 N_BOOTSTRAP = 4000
 RANKED_ABOVE = 0.8  # of the full cache; a task that it cannot do says nothing about policies

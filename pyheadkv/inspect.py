@@ -117,7 +117,7 @@ def add_budget_arguments(parser: argparse._ActionsContainer, *, kv_size: int | N
         "--policy",
         choices=POLICIES,
         default="headkv",
-        help="budgets by importance, or uniform ones (default: %(default)s)",
+        help="headkv and headkv+adakv need the importance of the heads, the others do not (default: %(default)s)",
     )
     parser.add_argument(
         "--beta",

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from . import _lib
-from .options import ImportanceLike, Options, check_share, load_importance, parse_bytes, row_bytes
+from .options import FULL, ImportanceLike, Options, check_share, load_importance, parse_bytes, row_bytes
 
 STATES = ("empty", "staged", "compressed", "layered")
 
@@ -86,7 +86,8 @@ class Llama(llama_cpp.Llama):
         prompt decides which heads get how many cells), "headkv+adakv" (a layer has the
         cells that "headkv" gives it; a head is sure of half of its own, and the prompt
         divides the rest within the layer) or "criticalkv" (uniform budgets, half of the
-        cells by attention times what their value does to the output of the layer)
+        cells by attention times what their value does to the output of the layer); "full" is
+        the stock cache, without ``kv_size``
     beta : > 1; a share 1/beta of the budget is given out by importance, the rest evenly;
         None = the one stored with the importance (``pyheadkv score --calibrate``), else 1.2
     window : number of last queries that score the prompt; these cells are always kept
@@ -174,6 +175,8 @@ class Llama(llama_cpp.Llama):
         given = [f"{name}={value!r}" for name, value in dict(kv_size=kv_size, kv_ratio=kv_ratio, kv_bytes=kv_bytes).items() if value is not None]
         if len(given) > 1:
             raise ValueError(f"{', '.join(given)}: give one of them, they are three ways to say how much is kept")
+        if given and policy == FULL:
+            raise ValueError(f"policy='full', {given[0]}: the full cache has no budget, leave it out or choose another policy")
         self._kv_ratio = kv_ratio
         if not given:
             self.kv_options: Options | None = None

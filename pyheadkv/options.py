@@ -18,6 +18,7 @@ from . import _lib, gguf_keys
 from .gguf_keys import Importance
 
 POLICIES = ("headkv", "snapkv", "streaming", "pyramidkv", "adakv", "headkv+adakv", "criticalkv")
+FULL = "full"  # not one of them: the stock cache
 BY_IMPORTANCE = ("headkv", "headkv+adakv")  # policies that need the importance of the heads
 POOLS = {"max": 0, "avg": 1}
 ATTENDS = {"auto": 0, "fused": 1, "composed": 2}

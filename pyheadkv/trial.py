@@ -9,14 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .options import BY_IMPORTANCE, load_importance
+from .options import BY_IMPORTANCE, FULL, load_importance
 
 if TYPE_CHECKING:
     from .gguf_keys import Importance
     from .llama import Llama
-
-FULL = "full"  # policy that keeps every cell
-
 
 @dataclass(frozen=True, order=True)
 class Setting:

@@ -159,7 +159,8 @@ def test_bytes_are_kept(cell_type: str, make_model: MakeModel) -> None:
 @pytest.mark.parametrize(("options", "message"), [
     ({"kv_ratio": 0.0}, "kv_ratio=0.0: nothing"), ({"kv_ratio": 1.5}, r"kv_ratio=1.5: it must be a number in \[0, 1\]"),
     ({"kv_ratio": "a"}, "kv_ratio='a'"), ({"kv_bytes": "much"}, "kv_bytes='much'"), ({"kv_bytes": 0}, "kv_bytes=0"),
-    ({"kv_bytes": 100}, "use at least 6912 bytes"), ({"kv_size": 64, "kv_ratio": 0.5}, "kv_size=64, kv_ratio=0.5: give one of them"),
+    ({"kv_bytes": 100}, "use at least 6912 bytes"),
+    ({"kv_size": 64, "policy": "full"}, "policy='full', kv_size=64"), ({"kv_size": 64, "kv_ratio": 0.5}, "kv_size=64, kv_ratio=0.5: give one of them"),
 ])  # fmt: skip
 def test_wrong_amounts_are_errors(options: dict[str, Any], message: str, make_model: MakeModel) -> None:
     with pytest.raises(ValueError, match=message):
@@ -199,3 +200,13 @@ def test_a_system_message_that_cannot_be_kept_is_an_error(make_model: MakeModel)
         load(embedded_model(), kv_size=60, chat_format="chatml").create_chat_completion([system, user], protect_system=True)
     with pytest.raises(ValueError, match="no chat template"):
         load(make_model(SHAPE), kv_size=60).create_chat_completion([system, user], protect_system=True)
+
+
+def test_policy_full_is_the_stock_cache(make_model: MakeModel) -> None:
+    results = []
+    for options in ({"policy": "full"}, {}):
+        llm = load(make_model(SHAPE), **options)
+        assert llm.kv_options is None
+        llm.eval(tokens(100))
+        results.append(logits(llm).tobytes())
+    assert results[0] == results[1]
