@@ -254,7 +254,8 @@ def make_plan(
         raise ValueError(f"kv_size={options.kv_size} is above n_ctx={n_ctx}: use a smaller kv_size or a larger n_ctx")
     found = _importance(path, source=importance, options=options)
     options = replace(options, beta=options.beta or (found and found.beta) or DEFAULT_BETA)
-    return Plan(shape, options, found and found.values, _budget(shape, options=options, importance=found), n_ctx)
+    values = None if found is None else found.values
+    return Plan(shape, options, values, _budget(shape, options=options, importance=found), n_ctx)
 
 
 def _importance(

@@ -361,7 +361,7 @@ class Probe:
         if not self._model:
             raise ValueError(f"{path}: llama.cpp cannot load it: {_reason(lines)}")
 
-    def __enter__(self) -> Probe:  # noqa: PYI034
+    def __enter__(self) -> Probe:
         import llama_cpp
 
         self.n_embd = int(llama_cpp.llama_model_n_embd(self._model))

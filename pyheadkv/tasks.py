@@ -259,7 +259,7 @@ def instruction(rng: random.Random, i: int, options: TaskOptions) -> _Said:
     depth = 0.2 + 0.8 * rng.random()
     rule = f"Whatever is asked about this text, the first word of the answer must be {word}."
     facts = [Fact(rule, 0.0), Fact(" ".join((*chosen.before, chosen.answer)), depth)]
-    grade = lambda text: float(re.findall(r"[a-z]+", text.lower())[:1] == [word])  # noqa: E731
+    grade = lambda text: float(re.findall(r"[a-z]+", text.lower())[:1] == [word])
     return facts, [Asked("instruction", chosen.question, grade, N_SPARE, 0.0, "Follow the rules of the text.")]
 
 

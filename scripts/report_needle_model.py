@@ -25,12 +25,11 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 from gguf import GGUFReader
+from needle import REPOSITORY, language
 from numpy.typing import NDArray
 from tqdm import tqdm
 
 from pyheadkv import Llama
-
-from needle import REPOSITORY, language
 
 N_DECILES = 10
 IMPORTANCE_KEY = "llama.attention.head_importance"
