@@ -17,3 +17,16 @@ if (CMAKE_SYSTEM_PROCESSOR MATCHES "^(x86_64|AMD64|amd64)$" AND NOT MSVC)
 elseif (CMAKE_SYSTEM_PROCESSOR MATCHES "^(aarch64|arm64|ARM64)$")
     headkv_isa(headkv-attend-neon.cpp   -O3)
 endif()
+
+# Flags, and what llama-server does with them.
+if (TARGET llama-common)
+    file(GLOB HEADKV_COMMON_SOURCES CONFIGURE_DEPENDS ${CMAKE_CURRENT_LIST_DIR}/common/*.cpp)
+    target_sources(llama-common PRIVATE ${HEADKV_COMMON_SOURCES})
+    target_include_directories(llama-common PRIVATE ${CMAKE_CURRENT_LIST_DIR} ${CMAKE_CURRENT_LIST_DIR}/common)
+endif()
+if (TARGET server-context)
+    file(GLOB HEADKV_SERVER_SOURCES CONFIGURE_DEPENDS ${CMAKE_CURRENT_LIST_DIR}/server/*.cpp)
+    target_sources(server-context PRIVATE ${HEADKV_SERVER_SOURCES})
+    target_include_directories(server-context PRIVATE ${CMAKE_CURRENT_LIST_DIR} ${CMAKE_CURRENT_LIST_DIR}/common)
+    target_include_directories(server-context PUBLIC  ${CMAKE_CURRENT_LIST_DIR}/server) # its headers include ours
+endif()

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from . import __version__, demo, evaluate, inspect, plan, score
+from . import __version__, demo, evaluate, inspect, plan, score, serve
 from .demo import round_n_ctx, threads_kwargs
 from .inspect import format_bytes, model_path, read_shape
 from .options import POOLS, PREFILLS, check_int
@@ -32,12 +32,14 @@ class Command:
     ----------
     add_arguments : adds its options to a parser
     run : does the work, returns the exit code
+    passes_on : nothing is a flag of ours, all arguments are positional
     """
 
     name: str
     help: str
     add_arguments: Callable[[argparse.ArgumentParser], None]
     run: Callable[[argparse.Namespace], int]
+    passes_on: bool = False
 
 
 # generate
@@ -294,6 +296,13 @@ COMMANDS = (
         demo.add_arguments,
         demo.run,
     ),
+    Command(
+        "serve",
+        "start llama-server, with the embedded model unless a MODEL.gguf comes first; takes the flags of llama-server",
+        serve.add_arguments,
+        serve.run,
+        passes_on=True,
+    ),
 )
 
 
@@ -303,7 +312,8 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"pyheadkv {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     for command in COMMANDS:
-        sub = commands.add_parser(command.name, help=command.help, description=command.help)
+        raw: dict[str, Any] = {"prefix_chars": "\0", "add_help": False} if command.passes_on else {}
+        sub = commands.add_parser(command.name, help=command.help, description=command.help, **raw)
         command.add_arguments(sub)
         sub.set_defaults(run=command.run)
     return parser

@@ -1,0 +1,108 @@
+#include "headkv-args.h"
+
+#include "arg.h"
+
+#include <cerrno>
+#include <cstdlib>
+#include <limits>
+#include <stdexcept>
+
+static headkv_args default_args() {
+    headkv_args res;
+    res.params  = headkv_default_params();
+    res.policy  = res.params.policy;
+    res.params.kv_size = 0;
+    return res;
+}
+
+headkv_args & headkv_get_args() {
+    static headkv_args args = default_args();
+    return args;
+}
+
+// ranges are checked by headkv_set_params()
+static int32_t to_int(const std::string & value) {
+    char * end = nullptr;
+    errno = 0;
+    const long res = std::strtol(value.c_str(), &end, 10);
+    if (value.empty() || *end || errno || res < std::numeric_limits<int32_t>::min() || res > std::numeric_limits<int32_t>::max()) {
+        throw std::invalid_argument("'" + value + "': it must be an integer");
+    }
+    return (int32_t) res;
+}
+
+static double to_double(const std::string & value) {
+    char * end = nullptr;
+    const double res = std::strtod(value.c_str(), &end);
+    if (value.empty() || *end) {
+        throw std::invalid_argument("'" + value + "': it must be a number");
+    }
+    return res;
+}
+
+static const char * const POOLS   [] = { "max", "avg" };            // enum headkv_pool
+static const char * const PREFILLS[] = { "auto", "token", "layer" }; // enum headkv_prefill
+
+template <size_t N>
+static int32_t to_choice(const std::string & value, const char * const (& names)[N]) {
+    std::string known;
+    for (size_t i = 0; i < N; ++i) {
+        if (value == names[i]) {
+            return (int32_t) i;
+        }
+        known += std::string(i > 0 ? ", " : "") + names[i];
+    }
+    throw std::invalid_argument("'" + value + "': it must be one of " + known);
+}
+
+// the options, after noting that a flag was set
+static headkv_args & set(const char * flag) {
+    headkv_get_args().given.push_back(flag);
+    return headkv_get_args();
+}
+
+static std::string with_default(const std::string & help, const std::string & value) {
+    return help + " (default: " + value + ")";
+}
+
+void headkv_add_args(const std::function<void(common_arg)> & add_opt) {
+    const headkv_args def = default_args();
+
+    const auto add = [&](common_arg arg, const char * env) {
+        add_opt(arg.set_env(env).set_examples({ LLAMA_EXAMPLE_SERVER, LLAMA_EXAMPLE_CLI }));
+    };
+    add(common_arg({ "--kv-size" }, "N",
+        "compress each prompt to N cells per KV head on average, observation window included (default: 0 = off)",
+        [](common_params &, const std::string & value) {
+            const int32_t n = to_int(value);
+            if (n < 0) {
+                throw std::invalid_argument("'" + value + "': it must be at least the window + 1, or 0 = off");
+            }
+            headkv_get_args().params.kv_size = n;
+        }), "LLAMA_ARG_KV_SIZE");
+    add(common_arg({ "--kv-policy" }, "NAME",
+        with_default("which cells of a prompt each KV head keeps: headkv, headkv+adakv = by importance; snapkv, streaming, pyramidkv, adakv, criticalkv need none", def.policy),
+        [](common_params &, const std::string & value) { set("--kv-policy").policy = value; }), "LLAMA_ARG_KV_POLICY");
+    add(common_arg({ "--kv-beta" }, "X",
+        "a share 1/X of the budget is given out by importance, X > 1 (default: the one stored with the importance, else 1.2)",
+        [](common_params &, const std::string & value) { set("--kv-beta").params.beta = to_double(value); }), "LLAMA_ARG_KV_BETA");
+    add(common_arg({ "--kv-window" }, "N",
+        with_default("last tokens of a prompt that score it and are always kept, 1 to 64", std::to_string(def.params.window)),
+        [](common_params &, const std::string & value) { set("--kv-window").params.window = to_int(value); }), "LLAMA_ARG_KV_WINDOW");
+    add(common_arg({ "--kv-pool" }, "max|avg",
+        with_default("pooling of the scores along the prompt", POOLS[def.params.pool]),
+        [](common_params &, const std::string & value) { set("--kv-pool").params.pool = to_choice(value, POOLS); }), "LLAMA_ARG_KV_POOL");
+    add(common_arg({ "--kv-pool-kernel" }, "N",
+        with_default("tokens that are pooled, odd, 1 = none", std::to_string(def.params.pool_kernel)),
+        [](common_params &, const std::string & value) { set("--kv-pool-kernel").params.pool_kernel = to_int(value); }), "LLAMA_ARG_KV_POOL_KERNEL");
+    add(common_arg({ "--kv-importance" }, "FILE",
+        "GGUF with the importance of each head (default: the model)",
+        [](common_params &, const std::string & value) { set("--kv-importance").importance = value; }), "LLAMA_ARG_KV_IMPORTANCE");
+    add(common_arg({ "--kv-prefill" }, "auto|layer|token",
+        with_default("order in which prompts are read: layer = one layer's full cache is alive at a time, other slots wait meanwhile; "
+            "token = in batches through all layers; auto = layer where no other slot has to wait", PREFILLS[def.params.prefill]),
+        [](common_params &, const std::string & value) { set("--kv-prefill").params.prefill = to_choice(value, PREFILLS); }), "LLAMA_ARG_KV_PREFILL");
+    add(common_arg({ "--kv-reuse" }, { "--no-kv-reuse" },
+        with_default("continue on the compressed past when a prompt begins with it, instead of reading it again", def.reuse ? "enabled" : "disabled"),
+        [](common_params &, bool value) { set("--kv-reuse").reuse = value; }), "LLAMA_ARG_KV_REUSE");
+}

@@ -1,0 +1,24 @@
+// The flags of the compression, on the parser that llama-server and llama-cli share.
+#pragma once
+
+#include "headkv.h"
+
+#include <functional>
+#include <string>
+#include <vector>
+
+struct common_arg;
+
+struct headkv_args {
+    struct headkv_params params; // kv_size 0 = off; policy and importance_gguf are those below
+    std::string policy;
+    std::string importance; // GGUF file, empty = the model
+    bool        reuse = false;
+    std::vector<std::string> given; // flags that were set, other than --kv-size
+};
+
+// Those of the process: common_params, which belong to upstream, have no room for them.
+headkv_args & headkv_get_args();
+
+// Adds the flags, each with its environment variable. Called at the end of common_params_parser_init().
+void headkv_add_args(const std::function<void(common_arg)> & add_opt);

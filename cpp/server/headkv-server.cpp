@@ -1,0 +1,330 @@
+#include "headkv-server.h"
+
+#include "headkv-args.h"
+#include "headkv.h"
+
+#include "server-common.h"
+
+#include <algorithm>
+#include <mutex>
+#include <stdexcept>
+#include <vector>
+
+// one server per process
+static struct {
+    std::mutex mutex; // of what is noted for other threads
+    std::vector<headkv_slot_info> slots;
+    int64_t bytes_store    = 0;
+    int64_t bytes_staging  = 0;
+    int64_t n_compressions = 0;
+    int64_t t_compress_us  = 0;
+
+    int32_t n_batch = 0; // that was asked for
+    int32_t kv_size = 0; // that the context has now
+    std::string model;   // path
+} server;
+
+static const char * const STATES[] = { "empty", "reading", "compressed", "reading" };
+
+//
+// start
+//
+
+// what was asked for and cannot be had with compression, empty = nothing
+static std::string refusal(const common_params & params) {
+    const common_params def = {};
+
+    if (params.embedding || (params.pooling_type != LLAMA_POOLING_TYPE_NONE && params.pooling_type != LLAMA_POOLING_TYPE_UNSPECIFIED)) {
+        return "--embeddings, --reranking, --pooling: there is no generation to speed up";
+    }
+    if (params.ctx_shift) {
+        return "--context-shift: a compressed cell has no successor to shift, use a larger -c";
+    }
+    if (params.grp_attn_n != 1) {
+        return "--grp-attn-n: positions cannot be divided";
+    }
+    if (params.n_cache_reuse > 0) {
+        return "--cache-reuse: positions cannot be shifted, use --kv-reuse to continue on the compressed past";
+    }
+    if (params.speculative.has_dft() || params.speculative.has_synth() ||
+            std::any_of(params.speculative.types.begin(), params.speculative.types.end(), [](auto t) { return t != COMMON_SPECULATIVE_TYPE_NONE; })) {
+        return "--spec-type, --model-draft: speculative decoding is not supported";
+    }
+    if (!params.mmproj.path.empty()) {
+        return "--mmproj: images and audio are not supported, use --no-mmproj";
+    }
+    if (params.swa_full) {
+        return "--swa-full: sliding-window layers are not supported";
+    }
+    if (!params.slot_save_path.empty()) {
+        return "--slot-save-path: a compressed cache cannot be saved";
+    }
+    if (params.cache_ram_mib != 0 && params.cache_ram_mib != def.cache_ram_mib) {
+        return "--cache-ram: a compressed cache cannot be saved, use --cache-ram 0";
+    }
+    if (params.n_ctx_checkpoints > 0 && params.n_ctx_checkpoints != def.n_ctx_checkpoints) {
+        return "--ctx-checkpoints: a compressed cache cannot be saved, use --ctx-checkpoints 0";
+    }
+    if (params.flash_attn_type == LLAMA_FLASH_ATTN_TYPE_DISABLED) {
+        return "-fa off: compression needs flash attention";
+    }
+    return "";
+}
+
+static headkv_params make_params() {
+    const headkv_args & args = headkv_get_args();
+    headkv_params res = args.params;
+    res.policy = args.policy.c_str();
+    res.importance_gguf = args.importance.empty() ? server.model.c_str() : args.importance.c_str();
+    return res;
+}
+
+bool headkv_server_open(common_params & params) {
+    const headkv_args & args = headkv_get_args();
+    if (!headkv_server_is_on()) {
+        if (!args.given.empty()) {
+            SRV_ERR("%s has no effect without --kv-size: add --kv-size N\n", args.given[0].c_str());
+        }
+        return args.given.empty();
+    }
+    const std::string why = refusal(params);
+    if (!why.empty()) {
+        SRV_ERR("not possible with --kv-size %d: %s\n", args.params.kv_size, why.c_str());
+        return false;
+    }
+    server.model = params.model.path;
+    const headkv_params p = make_params();
+    if (headkv_set_params(&p) != 0) {
+        SRV_ERR("--kv-size %d: %s\n", args.params.kv_size, headkv_last_error());
+        return false;
+    }
+
+    if (params.cache_ram_mib != 0 || params.n_ctx_checkpoints != 0 || params.cache_idle_slots) {
+        SRV_WRN("%s", "--kv-size: the prompt cache in RAM (--cache-ram), context checkpoints and --cache-idle-slots are switched off, a compressed cache cannot be saved yet\n");
+        params.cache_ram_mib     = 0;
+        params.n_ctx_checkpoints = 0;
+        params.cache_idle_slots  = false;
+    }
+    params.flash_attn_type = LLAMA_FLASH_ATTN_TYPE_ENABLED;
+
+    if (server.n_batch == 0) {
+        server.n_batch = params.n_batch;
+    }
+    if (args.params.prefill != HEADKV_PREFILL_TOKEN) {
+        // a prompt that is read layer by layer comes in one batch; the context limits it to its own size
+        params.n_batch = std::max(server.n_batch, params.n_ctx > 0 ? params.n_ctx : 1 << 20);
+    }
+    SRV_INF("compression: policy %s, %d cells per KV head, %s\n", p.policy, p.kv_size,
+            args.reuse ? "prompts continue on the compressed past (--kv-reuse)" : "every prompt is read from its beginning");
+
+    std::lock_guard<std::mutex> lock(server.mutex);
+    server.slots.assign(std::max(1, params.n_parallel), {});
+    server.kv_size = p.kv_size;
+    server.bytes_store = server.bytes_staging = 0;
+    return true;
+}
+
+bool headkv_server_is_on() {
+    return headkv_get_args().params.kv_size > 0;
+}
+
+bool headkv_server_reuses() {
+    return headkv_server_is_on() && headkv_get_args().reuse;
+}
+
+bool headkv_server_only_layer() {
+    return headkv_get_args().params.prefill == HEADKV_PREFILL_LAYER;
+}
+
+int32_t headkv_server_n_batch() {
+    return server.n_batch;
+}
+
+//
+// requests
+//
+
+int32_t headkv_server_check_request(const common_json & body, int32_t n_completions) {
+    if (!headkv_server_is_on()) {
+        return 0;
+    }
+    if (n_completions > 1) {
+        throw std::invalid_argument(string_format("n is %d: it must be 1 with --kv-size, send the request several times", n_completions));
+    }
+    if (!body.contains("kv_size") || body.at("kv_size").is_null()) {
+        return 0;
+    }
+    const headkv_params & p = headkv_get_args().params;
+    const common_json & value = body.at("kv_size");
+    const int64_t n = value.is_number_integer() ? value.get<int64_t>() : 0;
+    if (n < p.window + 1 || n > p.kv_size) {
+        throw std::invalid_argument(string_format("kv_size is %.32s: it must be an integer in [%d, %d], from the window + 1 to --kv-size",
+                    safe_json_to_str(value).c_str(), p.window + 1, p.kv_size));
+    }
+    return (int32_t) n;
+}
+
+//
+// prompts
+//
+
+static void check(int32_t code) {
+    if (code < 0) {
+        throw std::runtime_error(headkv_last_error());
+    }
+}
+
+static void configure(llama_context * ctx, int32_t kv_size) {
+    kv_size = kv_size > 0 ? kv_size : headkv_get_args().params.kv_size;
+    if (kv_size != server.kv_size) {
+        headkv_params p = make_params();
+        p.kv_size = kv_size;
+        check(headkv_configure(ctx, &p));
+        server.kv_size = kv_size;
+    }
+}
+
+void headkv_server_announce(llama_context * ctx, llama_seq_id seq_id, int32_t n_tokens, bool whole, int32_t kv_size) {
+    configure(ctx, kv_size); // layers are compressed while the prompt is read
+    check(headkv_begin_prompt(ctx, seq_id, n_tokens, whole));
+}
+
+static headkv_stats get_stats(llama_context * ctx, llama_seq_id seq_id) {
+    headkv_stats stats = {};
+    stats.size = sizeof(stats);
+    check(headkv_get_stats(ctx, seq_id, &stats));
+    return stats;
+}
+
+headkv_slot_info headkv_server_compress(llama_context * ctx, llama_seq_id seq_id, int32_t kv_size) {
+    const int64_t n_before = get_stats(ctx, seq_id).n_compress;
+    configure(ctx, kv_size);
+    check(headkv_end_prompt(ctx, seq_id));
+
+    const headkv_stats stats = get_stats(ctx, seq_id);
+    if (stats.n_compress > n_before) { // it was not compressed already
+        std::lock_guard<std::mutex> lock(server.mutex);
+        server.n_compressions += 1;
+        server.t_compress_us  += stats.t_compress_us;
+        server.slots.at(seq_id).compress_ms = stats.t_compress_us/1000.0;
+    }
+    return headkv_server_note(ctx, seq_id);
+}
+
+headkv_slot_info headkv_server_note(llama_context * ctx, llama_seq_id seq_id) {
+    const headkv_stats stats = get_stats(ctx, seq_id);
+
+    // heads that a layer does not have count as empty here
+    std::vector<int32_t> budget(std::max(0, headkv_get_budget(ctx, nullptr, 0)));
+    std::vector<int32_t> table(budget.size());
+    check(headkv_get_budget(ctx, budget.data(), (int32_t) budget.size()));
+    check(headkv_get_n_cells(ctx, seq_id, table.data(), (int32_t) table.size()));
+    std::vector<int32_t> cells;
+    int64_t n_cells = 0;
+    for (size_t i = 0; i < table.size(); ++i) {
+        if (budget[i] > 0) {
+            cells.push_back(table[i]);
+            n_cells += table[i];
+        }
+    }
+    std::sort(cells.begin(), cells.end());
+
+    std::lock_guard<std::mutex> lock(server.mutex);
+    headkv_slot_info & info = server.slots.at(seq_id);
+    info.state    = stats.state;
+    info.n_prompt = stats.n_prompt;
+    info.n_past   = stats.n_past;
+    if (!cells.empty()) {
+        info.cells_min    = cells.front();
+        info.cells_median = cells[cells.size()/2];
+        info.cells_max    = cells.back();
+    }
+    info.n_bytes_full = stats.bytes_full;
+    info.n_bytes      = cells.empty() || stats.n_past == 0 ? 0 : (int64_t) ((double) stats.bytes_full*n_cells/((double) stats.n_past*cells.size()));
+    server.bytes_store   = stats.bytes_store;
+    server.bytes_staging = stats.bytes_staging;
+    return info;
+}
+
+void headkv_server_note_empty(llama_seq_id seq_id) {
+    std::lock_guard<std::mutex> lock(server.mutex);
+    if ((size_t) seq_id < server.slots.size()) {
+        server.slots[seq_id] = {};
+    }
+}
+
+bool headkv_server_forgets(llama_context * ctx, llama_seq_id seq_id) {
+    return headkv_server_is_on() && !(headkv_server_reuses() && get_stats(ctx, seq_id).state == 2);
+}
+
+//
+// reports
+//
+
+void headkv_server_add_info(common_json & timings, const headkv_slot_info & info) {
+    if (info.state == 0) {
+        return;
+    }
+    timings["kv"] = {
+        { "state",       STATES[info.state] },
+        { "n_prompt",    info.n_prompt },
+        { "n_tokens",    info.n_past },
+        { "cells",       common_json { { "min", info.cells_min }, { "median", info.cells_median }, { "max", info.cells_max } } },
+        { "bytes",       info.n_bytes },
+        { "bytes_full",  info.n_bytes_full },
+        { "compress_ms", info.compress_ms },
+    };
+}
+
+static common_json slot_to_json(const headkv_slot_info & info) {
+    common_json res;
+    headkv_server_add_info(res, info);
+    return res.contains("kv") ? res.at("kv") : common_json { { "state", STATES[0] }, { "n_tokens", 0 }, { "bytes", 0 }, { "bytes_full", 0 } };
+}
+
+void headkv_server_add_slot(common_json & slot, llama_seq_id seq_id) {
+    if (headkv_server_is_on()) {
+        std::lock_guard<std::mutex> lock(server.mutex);
+        slot["kv"] = slot_to_json(server.slots.at(seq_id));
+    }
+}
+
+void headkv_server_add_props(common_json & props) {
+    if (!headkv_server_is_on()) {
+        return;
+    }
+    const headkv_args & args = headkv_get_args();
+    std::lock_guard<std::mutex> lock(server.mutex);
+    common_json slots = common_json::array();
+    for (const auto & info : server.slots) {
+        slots.push_back(slot_to_json(info));
+    }
+    props["kv"] = {
+        { "size",          args.params.kv_size },
+        { "policy",        args.policy },
+        { "window",        args.params.window },
+        { "reuse",         args.reuse },
+        { "bytes_held",    server.bytes_store },
+        { "bytes_staging", server.bytes_staging },
+        { "slots",         slots },
+    };
+}
+
+std::string headkv_server_metrics() {
+    if (!headkv_server_is_on()) {
+        return "";
+    }
+    std::lock_guard<std::mutex> lock(server.mutex);
+    const struct { const char * type; const char * name; const char * help; double value; } items[] = {
+        { "gauge",   "kv_bytes_held",             "Bytes of K and V allocated for compressed prompts",    (double) server.bytes_store    },
+        { "gauge",   "kv_bytes_staging",          "Bytes allocated for prompts that are being read",      (double) server.bytes_staging  },
+        { "counter", "kv_compressions_total",     "Number of prompts compressed",                         (double) server.n_compressions },
+        { "counter", "kv_compress_seconds_total", "Time spent compressing prompts",                       server.t_compress_us/1e6       },
+    };
+    std::string res;
+    for (const auto & item : items) {
+        res += string_format("# HELP llamacpp:%s %s\n# TYPE llamacpp:%s %s\nllamacpp:%s %.15g\n",
+                item.name, item.help, item.name, item.type, item.name, item.value);
+    }
+    return res;
+}

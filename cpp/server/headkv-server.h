@@ -1,0 +1,55 @@
+// What llama-server does when it was started with --kv-size; without it each of these functions does nothing.
+// The slots themselves are in headkv-slots.h, which needs upstream's definition of them.
+#pragma once
+
+#include "json.h"
+#include "llama.h"
+
+#include <cstdint>
+#include <string>
+
+struct common_params;
+
+// What a sequence holds, as last seen between two batches; timings have that of the moment of compression.
+struct headkv_slot_info {
+    int32_t state        = 0; // as in headkv_stats
+    int32_t n_prompt     = 0; // prompt tokens at compression, 0 before
+    int32_t n_past       = 0; // tokens in the sequence
+    int32_t cells_min    = 0; // per head, generated tokens included
+    int32_t cells_median = 0;
+    int32_t cells_max    = 0;
+    int64_t n_bytes      = 0; // K and V of these cells
+    int64_t n_bytes_full = 0; // of as many cells in every head
+    double  compress_ms  = 0; // of its last compression
+};
+
+// Before a model is loaded: checks the flags against upstream's, adapts these, and makes the contexts of this thread
+// compressed ones. false: it was logged what cannot be combined.
+bool headkv_server_open(common_params & params);
+
+bool    headkv_server_is_on();
+bool    headkv_server_reuses();
+bool    headkv_server_only_layer(); // --kv-prefill layer
+int32_t headkv_server_n_batch();    // prompt tokens per batch while other slots wait for it
+
+// Of a completion request: its kv_size, 0 = the server's. Throws std::invalid_argument with field, value and range.
+int32_t headkv_server_check_request(const common_json & body, int32_t n_completions);
+
+// The next functions are for the thread that owns the context, while nothing is decoded. Those that can fail throw.
+
+// whole: the prompt may come in one batch
+void headkv_server_announce(llama_context * ctx, llama_seq_id seq_id, int32_t n_tokens, bool whole, int32_t kv_size);
+
+headkv_slot_info headkv_server_compress(llama_context * ctx, llama_seq_id seq_id, int32_t kv_size);
+
+headkv_slot_info headkv_server_note(llama_context * ctx, llama_seq_id seq_id);
+void headkv_server_note_empty(llama_seq_id seq_id);
+
+// Whether a released slot gives its cells back: nothing can be done with them, unless prompts may continue on them.
+bool headkv_server_forgets(llama_context * ctx, llama_seq_id seq_id);
+
+// What was noted; from any thread.
+void headkv_server_add_slot (common_json & slot, llama_seq_id seq_id);
+void headkv_server_add_info (common_json & timings, const headkv_slot_info & info);
+void headkv_server_add_props(common_json & props);
+std::string headkv_server_metrics(); // in the text format of Prometheus

@@ -1,0 +1,80 @@
+// The slots of llama-server when it was started with --kv-size. Included once, by server-context.cpp, behind its definition
+// of server_slot and server_batch.
+//
+// Prompts are read one after the other, in the order of their requests, so that the staging holds one of them; short ones
+// may share the end of a batch. Slots that generate are part of every batch. A prompt is compressed when its last token
+// was decoded. What throws here ends the request of the slot with an error; the slot is cleared, others go on.
+#pragma once
+
+#include "headkv-server.h"
+#include "headkv.h"
+
+// Prompt tokens up to which a batch is filled. A whole prompt only where no other slot has to wait for it.
+static int32_t headkv_server_fill(const std::vector<server_slot> & slots, int32_t n_batch) {
+    if (!headkv_server_is_on()) {
+        return n_batch;
+    }
+    int  n_busy     = 0;
+    bool is_waiting = false; // a prompt that was not begun
+    bool is_reading = false;
+    for (const auto & slot : slots) {
+        n_busy     += slot.is_processing();
+        is_waiting |= slot.state == SLOT_STATE_STARTED;
+        is_reading |= slot.state == SLOT_STATE_PROCESSING_PROMPT;
+    }
+    const bool whole = is_waiting && !is_reading && (n_busy == 1 || headkv_server_only_layer());
+    return whole ? n_batch : std::min(n_batch, headkv_server_n_batch());
+}
+
+// Before tokens of a slot's prompt go into the batch: begins the prompt if it is its turn. false = it has to wait.
+static bool headkv_server_begin(const std::vector<server_slot> & slots, server_slot & slot, const server_batch & batch, int32_t n_batch) {
+    if (!headkv_server_is_on() || slot.state != SLOT_STATE_STARTED) {
+        return true;
+    }
+    const int32_t n_tokens = slot.task->n_tokens();
+
+    int32_t n_staged = 0; // prompts that end in this batch
+    for (const auto & other : slots) {
+        if (other.state == SLOT_STATE_PROCESSING_PROMPT || (other.state == SLOT_STATE_STARTED && other.task->id < slot.task->id)) {
+            return false;
+        }
+        n_staged += other.state == SLOT_STATE_DONE_PROMPT ? other.task->n_tokens() : 0;
+    }
+    const bool fits = batch.size() + n_tokens <= n_batch;
+    if (n_staged > 0 && (headkv_server_only_layer() || !fits || n_staged + n_tokens > (int32_t) llama_n_ctx(slot.ctx_tgt))) {
+        return false;
+    }
+    if (headkv_server_only_layer() && !fits && batch.size() > 0) {
+        return false; // the last slots of a nearly full context have to finish
+    }
+
+    if (headkv_server_reuses() && slot.task->params.cache_prompt && slot.prompt.n_tokens() > 0) {
+        const headkv_slot_info info = headkv_server_note(slot.ctx_tgt, slot.id);
+        const int32_t n_past = std::min((int32_t) slot.prompt.tokens.get_common_prefix(slot.task->tokens), n_tokens - 1);
+        if (info.state == 2 && n_past >= info.n_prompt) {
+            SLT_INF(slot, "--kv-reuse: %d of %d tokens are continued on the compressed past\n", n_past, n_tokens);
+            return true;
+        }
+    }
+    slot.prompt_clear();
+    if (n_tokens > 0 && n_tokens < slot.n_ctx) { // others are refused by upstream
+        headkv_server_announce(slot.ctx_tgt, slot.id, n_tokens, n_staged == 0 && fits, slot.task->params.headkv_kv_size);
+    }
+    return true;
+}
+
+// After the last token of the slot's prompt was decoded, before its first token is sampled.
+static void headkv_server_end(server_slot & slot) {
+    if (headkv_server_is_on() && slot.state == SLOT_STATE_DONE_PROMPT) {
+        slot.stats.headkv_info = headkv_server_compress(slot.ctx_tgt, slot.id, slot.task->params.headkv_kv_size);
+    }
+}
+
+// After a batch.
+static void headkv_server_note_slots(const std::vector<server_slot> & slots) {
+    for (const auto & slot : slots) {
+        if (headkv_server_is_on() && slot.is_processing()) {
+            headkv_server_note(slot.ctx_tgt, slot.id);
+        }
+    }
+}

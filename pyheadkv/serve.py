@@ -1,0 +1,60 @@
+"""``pyheadkv serve``: the bundled llama-server, which has the flags of the compression."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from ._lib import library_path
+from .inspect import model_path
+
+#: flags of llama-server that name a model
+MODEL_FLAGS = frozenset(
+    "-m --model -mu --model-url -hf -hfr --hf-repo -dr --docker-repo --models-dir --models-preset".split()
+)
+HELP_FLAGS = frozenset(("-h", "--help", "--usage"))
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments are those of llama-server, a model may come first."""
+    parser.add_argument("arguments", nargs="*", metavar="ARGUMENT")
+
+
+def server_path() -> Path:
+    """Path of the bundled llama-server.
+
+    Raises
+    ------
+    ValueError : this build has none
+    """
+    path = library_path() / ("llama-server.exe" if os.name == "nt" else "llama-server")
+    if not path.is_file():
+        raise ValueError(f"no llama-server in {path.parent}: it was built with PYHEADKV_SERVER=OFF, build it with ON")
+    return path
+
+
+def command_line(arguments: Sequence[str]) -> list[str]:
+    """What is run: the first argument is a model unless it is a flag, and the embedded model is the default."""
+    rest = list(arguments)
+    if rest and not rest[0].startswith("-"):
+        model = ["-m", str(model_path(rest.pop(0)))]
+    elif os.environ.get("LLAMA_ARG_MODEL") or any(flag.replace("_", "-") in MODEL_FLAGS for flag in rest):
+        model = []
+    else:
+        model = ["-m", str(model_path(None))]
+    return [str(server_path()), *model, *rest]
+
+
+def run(args: argparse.Namespace) -> int:
+    """Become llama-server; where a process cannot, wait for it and return its exit code."""
+    if not HELP_FLAGS.isdisjoint(args.arguments):
+        print("usage: pyheadkv serve [MODEL.gguf] [flags of llama-server]\n", flush=True)
+        sys.exit(subprocess.run([str(server_path()), "--help"]).returncode)
+    command = command_line(args.arguments)
+    if os.name == "posix":
+        os.execv(command[0], command)
+    return subprocess.run(command).returncode

@@ -1,0 +1,516 @@
+"""llama-server with compression: flags, slots, reuse, requests that fail, and nothing left behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+try:
+    import pyheadkv
+except ImportError as error:
+    pytest.skip(f"the library is not built: {error}", allow_module_level=True)
+
+from conftest import N_THREADS, greedy, load
+
+from pyheadkv import needle, serve
+from pyheadkv.testing import write_random_model
+
+MODEL = pyheadkv.embedded_model()
+if not MODEL.is_file():
+    pytest.skip("the embedded model is not there yet", allow_module_level=True)
+try:
+    SERVER = serve.server_path()
+except ValueError as error:
+    pytest.skip(str(error), allow_module_level=True)
+
+N_CTX, N_UBATCH, KV_SIZE, WINDOW = 2048, 512, 128, 8
+SECONDS = 60  # for the server to start, and for one answer
+DIRECTLY = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+FLAGS = {
+    "--kv-size": "0", "--kv-policy": "headkv", "--kv-beta": "1.2", "--kv-window": "8", "--kv-pool": "max", "--kv-pool-kernel": "7",
+    "--kv-importance": "the model", "--kv-prefill": "auto", "--kv-reuse": "disabled",
+}  # and their defaults
+
+
+class Server:
+    """A running llama-server.
+
+    Parameters
+    ----------
+    log : file of its output
+    """
+
+    def __init__(self, process: subprocess.Popen[bytes], port: int, log: Path) -> None:
+        self.process, self.port, self.log = process, port, log
+
+    def request(self, path: str, body: Any = None, *, timeout: float = SECONDS) -> tuple[int, Any]:
+        """Status and parsed answer; GET without a body."""
+        data = None if body is None else body if isinstance(body, bytes) else json.dumps(body).encode()
+        request = urllib.request.Request(f"http://127.0.0.1:{self.port}{path}", data, {"Content-Type": "application/json"})
+        try:
+            with DIRECTLY.open(request, timeout=timeout) as response:
+                status, text = response.status, response.read().decode()
+        except urllib.error.HTTPError as e:
+            status, text = e.code, e.read().decode()
+        try:
+            return status, json.loads(text)
+        except ValueError:
+            return status, text
+
+    def complete(self, prompt: Any, n: int, **more: Any) -> dict[str, Any]:
+        body = {"prompt": prompt, "n_predict": n, "temperature": 0, "return_tokens": True, **more}
+        status, answer = self.request("/completion", body)
+        assert status == 200, answer
+        return dict(answer)
+
+    def tokens(self, prompt: Sequence[int], n: int, **more: Any) -> list[int]:
+        return until_end(self.complete(list(prompt), n, **more)["tokens"])
+
+    def get(self, path: str) -> Any:
+        status, answer = self.request(path)
+        assert status == 200, answer
+        return answer
+
+    def metric(self, name: str) -> float:
+        lines = [line.split() for line in self.get("/metrics").splitlines() if line.startswith(f"llamacpp:{name} ")]
+        assert len(lines) == 1, name
+        return float(lines[0][1])
+
+    def output(self) -> str:
+        return self.log.read_text(errors="replace")
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return int(s.getsockname()[1])
+
+
+@contextmanager
+def running(log: Path, *flags: Any, model: Path = MODEL, n_slots: int = 1, environ: dict[str, str] | None = None) -> Iterator[Server]:
+    """A server with n_slots slots of N_CTX tokens."""
+    port = free_port()
+    command = [
+        SERVER, "-m", model, "--host", "127.0.0.1", "--port", port, "-c", N_CTX * n_slots, "-np", n_slots, "-b", N_UBATCH,
+        "-ub", N_UBATCH, "-t", N_THREADS, "-tb", N_THREADS, "--no-warmup", "--metrics", *flags,
+    ]
+    with log.open("wb") as out:
+        process = subprocess.Popen([str(c) for c in command], stdout=out, stderr=out, env={**os.environ, **(environ or {})})
+        server = Server(process, port, log)
+        try:
+            wait_until_healthy(server)
+            yield server
+            assert process.poll() is None, f"llama-server ended with {process.returncode}: {server.output()[-2000:]}"
+        finally:
+            process.terminate()
+            try:
+                process.wait(timeout=10)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+
+
+def wait_until_healthy(server: Server) -> None:
+    deadline = time.monotonic() + SECONDS
+    while time.monotonic() < deadline:
+        assert server.process.poll() is None, f"llama-server ended with {server.process.returncode}: {server.output()[-2000:]}"
+        try:
+            if server.request("/health", timeout=5)[0] == 200:
+                return
+        except (urllib.error.URLError, OSError):  # not listening yet
+            pass
+        time.sleep(0.05)
+    raise TimeoutError(f"llama-server did not answer within {SECONDS} s")
+
+
+def refusal(*flags: Any, model: Path = MODEL, environ: dict[str, str] | None = None) -> str:
+    """Output of a server that must not start."""
+    command = [SERVER, "-m", model, "--host", "127.0.0.1", "--port", free_port(), "-c", 512, "-np", 1, "-t", 1, "--no-warmup", *flags]
+    done = subprocess.run([str(c) for c in command], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=SECONDS,
+                          env={**os.environ, **(environ or {})})
+    assert done.returncode == 1
+    return done.stdout.decode(errors="replace")
+
+
+def until_end(tokens: Sequence[int]) -> list[int]:
+    return list(tokens[: tokens.index(needle.EOS)]) if needle.EOS in tokens else list(tokens)
+
+
+@pytest.fixture(scope="module")
+def log(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("server") / "log"
+
+
+@pytest.fixture(scope="module")
+def llm() -> Any:
+    return load(MODEL, kv_size=KV_SIZE, n_ctx=N_CTX, n_batch=N_UBATCH, n_ubatch=N_UBATCH)
+
+
+def prompt_ids(llm: Any, seed: int, n_tokens: int = 1000) -> list[int]:
+    kind = needle.KINDS[seed % len(needle.KINDS)]
+    text = needle.make_document(random.Random(seed), n_tokens=n_tokens, kinds=[kind]).prompt()
+    return list(llm.tokenize(text.encode()))
+
+
+def words(llm: Any, text: str) -> list[int]:
+    return list(llm.tokenize(f" {text}".encode(), add_bos=False))
+
+
+def expected(llm: Any, prompt: Sequence[int], n: int) -> list[int]:
+    """What the library generates with a context of its own."""
+    llm.reset()
+    return until_end(greedy(llm, list(prompt), n))
+
+
+# flags
+
+
+def test_the_help_has_every_flag_its_variable_and_its_default() -> None:
+    text = subprocess.run([SERVER, "--help"], capture_output=True, text=True, timeout=SECONDS).stdout
+    for flag, default in FLAGS.items():
+        _, _, after = text.partition(f"\n{flag} ") if f"\n{flag} " in text else text.partition(f"\n{flag},")
+        entry = after.split("LLAMA_ARG_")[0]
+        assert default in entry, flag
+        assert f"(env: LLAMA_ARG_{flag[2:].upper().replace('-', '_')})" in text
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--kv-size", "many"], "'many': it must be an integer"),
+        (["--kv-size", "128x"], "'128x': it must be an integer"),
+        (["--kv-size", "-1"], "'-1': it must be at least the window + 1"),
+        (["--kv-size", "8"], "kv_size is 8: it counts the window of 8 cells, so it must be at least 9"),
+        (["--kv-size", "4096"], "kv_size is 4096: it must not be larger than n_ctx = 512"),
+        (["--kv-policy", "nope"], "policy is 'nope': it must be one of headkv"),
+        (["--kv-beta", "1"], "beta is 1: it must be a finite number > 1"),
+        (["--kv-beta", "large"], "'large': it must be a number"),
+        (["--kv-window", "65"], "window is 65: it must be in [1, 64]"),
+        (["--kv-pool", "min"], "'min': it must be one of max, avg"),
+        (["--kv-pool-kernel", "4"], "pool_kernel is 4: it must be odd"),
+        (["--kv-prefill", "row"], "'row': it must be one of auto, token, layer"),
+        (["--kv-importance", "missing.gguf"], "missing.gguf"),
+    ],
+    ids=lambda x: " ".join(x) if isinstance(x, list) else "",
+)
+def test_a_wrong_value_is_refused_with_its_range(flags: list[str], message: str) -> None:
+    size = [] if flags[0] == "--kv-size" else ["--kv-size", "64"]
+    assert message in refusal(*size, *flags)
+
+
+def test_flags_without_a_size_are_refused() -> None:
+    assert "--kv-policy has no effect without --kv-size" in refusal("--kv-policy", "snapkv")
+
+
+def test_a_model_without_importance_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "plain.gguf"
+    write_random_model(path, n_layer=2, n_embd=64, n_head=4, n_head_kv=2, n_ff=96, n_ctx_train=1024, seed=3)
+    assert "needs the importance of each head" in refusal("--kv-size", 64, model=path)
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--context-shift"], ["--embeddings"], ["--reranking"], ["--cache-reuse", "64"], ["--slot-save-path", "."], ["--cache-ram", "100"],
+        ["--ctx-checkpoints", "4"], ["--spec-type", "ngram-mod"], ["--spec-default"], ["--swa-full"], ["-fa", "off"],
+    ],
+    ids=" ".join,
+)
+def test_what_cannot_be_combined_is_refused_by_name(flags: list[str]) -> None:
+    output = refusal("--kv-size", 64, *flags)
+    named = {"--reranking": "--reranking", "--spec-default": "--spec-type"}.get(flags[0], flags[0])
+    assert "not possible with --kv-size 64" in output and named in output.split("not possible")[1]
+
+
+# off
+
+
+def test_off_is_upstream(log: Path) -> None:
+    stock = load(MODEL, n_ctx=N_CTX, n_batch=N_UBATCH, n_ubatch=N_UBATCH, flash_attn=True)
+    prompts = [prompt_ids(stock, seed) for seed in range(2)]
+    answers = [expected(stock, prompt, 16) for prompt in prompts]
+    with running(log) as server:
+        for prompt, answer in zip(prompts, answers):
+            result = server.complete(prompt, 16, kv_size="not looked at")
+            assert until_end(result["tokens"]) == answer
+            assert "kv" not in result["timings"]
+        assert "kv" not in server.get("/props") and "kv" not in server.get("/slots")[0]
+        assert "llamacpp:kv" not in server.get("/metrics")
+        again = server.complete([*prompts[1], *answers[1]], 4)
+        assert again["timings"]["cache_n"] >= len(prompts[1]) - 1
+    assert "compression" not in server.output()
+
+
+# slots
+
+
+@pytest.mark.parametrize("prefill", ["auto", "layer", "token"])
+@pytest.mark.parametrize("n_slots", [1, 2, 4])
+def test_slots_give_what_single_runs_give(n_slots: int, prefill: str, llm: Any, log: Path) -> None:
+    """Prompts of different lengths and kinds, all at once, more of them than slots."""
+    n = 24
+    prompts = [prompt_ids(llm, seed, 900 + 50 * seed) for seed in range(n_slots + 2)]
+    answers = [expected(llm, prompt, n) for prompt in prompts]
+    with running(log, "--kv-size", KV_SIZE, "--kv-prefill", prefill, n_slots=n_slots) as server:
+        with ThreadPoolExecutor(len(prompts)) as pool:
+            got = list(pool.map(lambda prompt: server.tokens(prompt, n), prompts))
+        assert got == answers
+        assert server.metric("kv_compressions_total") == len(prompts)
+
+
+def test_slots_share_one_pool_of_positions(llm: Any, log: Path) -> None:
+    """Upstream's default: every slot may use the whole context. Prompts that do not fit together are read in turn."""
+    prompts = [prompt_ids(llm, seed, 1400) for seed in range(4)]
+    answers = [expected(llm, prompt, 8) for prompt in prompts]
+    flags = ["--kv-size", KV_SIZE, "--kv-unified", "-c", N_CTX]
+    with running(log, *flags, n_slots=4) as server, ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(lambda prompt: server.tokens(prompt, 8), prompts)) == answers
+
+
+def test_a_new_request_never_continues_on_a_compressed_past(llm: Any, log: Path) -> None:
+    a, b, c = prompt_ids(llm, 1), words(llm, "the code of anna is"), words(llm, "the room of bob is")
+    asked = [a, [*a, *b], [*a, *c], a]
+    answers = [expected(llm, prompt, 16) for prompt in asked]
+    with running(log, "--kv-size", KV_SIZE) as server:
+        for prompt, answer in zip(asked, answers):
+            result = server.complete(prompt, 16)
+            assert until_end(result["tokens"]) == answer
+            assert result["timings"]["cache_n"] == 0 and result["timings"]["kv"]["n_prompt"] == len(prompt)
+
+
+def test_reuse_continues_on_the_compressed_past(llm: Any, log: Path) -> None:
+    a, b, c = prompt_ids(llm, 1), words(llm, "the code of anna is"), words(llm, "the room of bob is")
+    reusing = load(MODEL, kv_size=KV_SIZE, n_ctx=N_CTX, n_batch=N_UBATCH, n_ubatch=N_UBATCH, kv_reuse=True)
+    answers = [expected(reusing, a, 4)]
+    longer = [*a, *answers[0], *b]
+    reusing.reset()
+    greedy(reusing, a, 4)
+    answers.append(until_end(greedy(reusing, longer, 8)))
+    with running(log, "--kv-size", KV_SIZE, "--kv-reuse") as server:
+        assert server.tokens(a, 4) == answers[0]
+        result = server.complete(longer, 8)
+        assert until_end(result["tokens"]) == answers[1]
+        assert result["timings"]["cache_n"] >= len(a) and result["timings"]["kv"]["n_prompt"] == len(a)
+        assert "tokens are continued on the compressed past" in server.output()
+        # neither the prompt itself nor one that leaves it within its tokens can be continued
+        for prompt in (a, [*a[:-2], *c]):
+            result = server.complete(prompt, 4)
+            assert until_end(result["tokens"]) == expected(llm, prompt, 4) and result["timings"]["cache_n"] == 0
+        assert server.complete([*a[:-2], *c, *b], 4, cache_prompt=False)["timings"]["cache_n"] == 0
+
+
+# requests
+
+
+def test_a_request_has_its_own_size(llm: Any, log: Path) -> None:
+    prompt = prompt_ids(llm, 2)
+    small = load(MODEL, kv_size=32, n_ctx=N_CTX, n_batch=N_UBATCH, n_ubatch=N_UBATCH)
+    with running(log, "--kv-size", KV_SIZE, n_slots=2) as server:
+        with ThreadPoolExecutor(4) as pool:
+            sizes = [32, KV_SIZE, 32, None]
+            results = list(pool.map(lambda size: server.complete(prompt, 16, kv_size=size), sizes))
+        for size, result in zip(sizes, results):
+            assert until_end(result["tokens"]) == expected(small if size == 32 else llm, prompt, 16)
+        held = [result["timings"]["kv"]["bytes"] for result in results]
+        assert held[0] == held[2] < held[1] == held[3]
+
+
+@pytest.mark.parametrize("size", [WINDOW, KV_SIZE + 1, 0, -5, 1.5, "64", True, [64], 1 << 40])
+def test_a_wrong_size_is_a_400_with_field_value_and_range(size: Any, small_server: Server) -> None:
+    for path, body in (("/completion", {"prompt": "the"}), ("/v1/chat/completions", {"messages": [{"role": "user", "content": "the"}]})):
+        status, answer = small_server.request(path, {**body, "kv_size": size, "n_predict": 1})
+        assert status == 400
+        assert f"kv_size is {json.dumps(size, separators=(',', ':'))}: it must be an integer in [9, 128]" in answer["error"]["message"]
+
+
+def test_several_completions_of_one_prompt_are_a_400(small_server: Server) -> None:
+    status, answer = small_server.request("/v1/completions", {"prompt": "the", "max_tokens": 1, "n": 2})
+    assert status == 400 and "n is 2: it must be 1 with --kv-size" in answer["error"]["message"]
+
+
+@pytest.fixture(scope="module")
+def small_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    with running(tmp_path_factory.mktemp("small") / "log", "--kv-size", KV_SIZE, n_slots=2) as server:
+        yield server
+
+
+def test_a_prompt_that_does_not_fit_is_a_400(small_server: Server) -> None:
+    status, answer = small_server.request("/completion", {"prompt": [5] * (N_CTX + 1), "n_predict": 1})
+    assert status == 400 and answer["error"]["type"] == "exceed_context_size_error"
+
+
+@pytest.mark.parametrize("prompt", ["", [1], [1, 300], list(range(300, 300 + WINDOW)), [300] * 128])
+def test_short_prompts(prompt: Any, small_server: Server) -> None:
+    status, answer = small_server.request("/completion", {"prompt": prompt, "n_predict": 4, "temperature": 0})
+    assert status == 200, answer
+
+
+def test_a_failed_compression_is_an_error_of_its_request_alone(llm: Any, log: Path, tmp_path: Path) -> None:
+    """The importance is gone when another size needs it."""
+    importance = tmp_path / "importance.gguf"
+    importance.write_bytes(MODEL.read_bytes())
+    prompt, other = prompt_ids(llm, 3), prompt_ids(llm, 4)
+    answer = expected(llm, other, 64)
+    with running(log, "--kv-size", KV_SIZE, "--kv-importance", importance, n_slots=2) as server, ThreadPoolExecutor(1) as pool:
+        importance.unlink()
+        beside = pool.submit(server.tokens, other, 64)
+        time.sleep(0.2)
+        status, error = server.request("/completion", {"prompt": prompt, "n_predict": 4, "kv_size": 32})
+        assert status == 500 and "importance.gguf" in error["error"]["message"]
+        assert beside.result() == answer
+        assert server.tokens(prompt, 8) == expected(llm, prompt, 8)
+        assert_nothing_left(server)
+
+
+# reports
+
+
+def test_slots_props_timings_and_metrics_say_what_is_held(llm: Any, log: Path) -> None:
+    prompt = prompt_ids(llm, 5)
+    llm.reset()
+    llm.read_prompt(prompt)
+    stats = llm.kv_stats()
+    with running(log, "--kv-size", KV_SIZE, "--kv-reuse") as server:
+        kv = server.complete(prompt, 1)["timings"]["kv"]
+        assert kv["state"] == "compressed" and kv["n_prompt"] == kv["n_tokens"] == len(prompt)
+        cells = sorted(stats.n_cells.ravel().tolist())
+        assert kv["cells"] == {"min": cells[0], "median": cells[len(cells) // 2], "max": cells[-1]}
+        assert kv["bytes_full"] == stats.bytes_full
+        assert kv["bytes"] == pytest.approx(stats.bytes_full * sum(cells) / (len(cells) * len(prompt)), abs=1)
+        assert kv["compress_ms"] > 0
+        props, slots = server.get("/props")["kv"], server.get("/slots")
+        assert props["slots"] == [slots[0]["kv"]] and slots[0]["kv"]["cells"] == kv["cells"]
+        assert (props["size"], props["window"], props["policy"], props["reuse"]) == (KV_SIZE, WINDOW, "headkv", True)
+        assert props["bytes_held"] == server.metric("kv_bytes_held") >= kv["bytes"]
+        assert props["bytes_staging"] == server.metric("kv_bytes_staging") == 0
+        assert server.metric("kv_compressions_total") == 1
+        assert server.metric("kv_compress_seconds_total") == pytest.approx(kv["compress_ms"] / 1000)
+    assert "switched off" in server.output()
+
+
+def test_environment_variables_set_the_same(log: Path) -> None:
+    environ = {"LLAMA_ARG_KV_SIZE": "96", "LLAMA_ARG_KV_POLICY": "snapkv", "LLAMA_ARG_KV_WINDOW": "16", "LLAMA_ARG_KV_REUSE": "1"}
+    with running(log, environ=environ) as server:
+        kv = server.get("/props")["kv"]
+        assert (kv["size"], kv["policy"], kv["window"], kv["reuse"]) == (96, "snapkv", 16, True)
+
+
+# load
+
+
+def assert_nothing_left(server: Server) -> None:
+    deadline = time.monotonic() + 10
+    while any(slot["is_processing"] for slot in server.get("/slots")) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    for slot in server.get("/slots"):
+        assert not slot["is_processing"]
+        assert slot["kv"] == {"state": "empty", "n_tokens": 0, "bytes": 0, "bytes_full": 0}
+    assert server.metric("kv_bytes_staging") == 0
+
+
+def hang_up(server: Server, body: dict[str, Any], seconds: float) -> None:
+    """Send a request and leave before its answer is complete."""
+    data = json.dumps(body).encode()
+    with socket.create_connection(("127.0.0.1", server.port), timeout=SECONDS) as s:
+        s.sendall(b"POST /completion HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n" % len(data) + data)
+        time.sleep(seconds)
+
+
+BAD_BODIES: list[Any] = [
+    b"{", b"[]", b"null", b'{"prompt": "\xff"}', {"prompt": {}}, {"prompt": [1, "the", None]}, {"prompt": [-1]}, {"prompt": [1 << 40]},
+    {"n_predict": 4}, {"prompt": "the", "kv_size": 1}, {"prompt": "the", "n_predict": "x"}, {"messages": 5}, {"prompt": [5] * 3000},
+]
+
+
+def test_mixed_load_leaves_nothing_behind(llm: Any, log: Path) -> None:
+    """Completions, streams, sizes, hang-ups in all phases and bad bodies from six clients."""
+    n, seconds, n_clients = 12, 20, 6
+    prompts = [prompt_ids(llm, seed, 400 + 150 * seed) for seed in range(6)]
+    answers = [expected(llm, prompt, n) for prompt in prompts]
+    wrong: list[str] = []
+    counts = dict.fromkeys(("complete", "stream", "sized", "hang-up", "bad"), 0)
+    with running(log, "--kv-size", KV_SIZE, n_slots=4) as server:
+        deadline = time.monotonic() + seconds
+        lock = threading.Lock()
+
+        def client(seed: int) -> None:
+            rng = random.Random(seed)
+            while time.monotonic() < deadline:
+                what, i = rng.choice(list(counts)), rng.randrange(len(prompts))
+                if what == "complete" and server.tokens(prompts[i], n) != answers[i]:
+                    wrong.append(f"prompt {i}")
+                elif what == "stream":
+                    status, text = server.request("/completion", {"prompt": prompts[i], "n_predict": n, "temperature": 0, "stream": True,
+                                                                  "return_tokens": True})
+                    events = [json.loads(line[6:]) for line in text.splitlines() if line.startswith("data: {")]
+                    got = until_end([token for event in events if not event["stop"] for token in event["tokens"]])
+                    if status != 200 or got != answers[i]:
+                        wrong.append(f"stream of prompt {i}: {status}")
+                elif what == "sized":
+                    server.complete(prompts[i], n, kv_size=rng.choice([16, 40, KV_SIZE]))
+                elif what == "hang-up":
+                    hang_up(server, {"prompt": prompts[i], "n_predict": 1000, "stream": rng.random() < 0.5}, rng.choice([0, 0.01, 0.05, 0.2, 0.5]))
+                elif what == "bad":
+                    path = rng.choice(["/completion", "/v1/completions", "/v1/chat/completions"])
+                    status, answer = server.request(path, rng.choice(BAD_BODIES))
+                    if status not in (400, 500) or "message" not in answer["error"]:
+                        wrong.append(f"bad body: {status} {answer}")
+                with lock:
+                    counts[what] += 1
+
+        with ThreadPoolExecutor(n_clients) as pool:
+            for done in [pool.submit(client, seed) for seed in range(n_clients)]:
+                done.result()
+        assert not wrong
+        assert min(counts.values()) > 0, counts
+        assert_nothing_left(server)
+        assert server.tokens(prompts[5], n) == answers[5]
+
+
+def test_the_openai_client_streams_a_chat(small_server: Server) -> None:
+    openai = pytest.importorskip("openai", reason="the openai package is not installed")
+    client = openai.OpenAI(base_url=f"http://127.0.0.1:{small_server.port}/v1", api_key="none")
+    document = needle.make_document(random.Random(0), n_tokens=600, kinds=["direct"])
+    stream = client.chat.completions.create(model="any", messages=document.messages(), max_tokens=8, temperature=0, stream=True)
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in stream if chunk.choices)
+
+
+# command
+
+
+def run_serve(*args: Any) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-m", "pyheadkv.cli", "serve", *map(str, args)], capture_output=True, text=True, timeout=SECONDS)
+
+
+def test_serve_passes_every_flag_on() -> None:
+    assert serve.command_line([]) == [str(SERVER), "-m", str(MODEL)]
+    assert serve.command_line(["--kv-size", "64", "-c", "512"]) == [str(SERVER), "-m", str(MODEL), "--kv-size", "64", "-c", "512"]
+    assert serve.command_line([str(MODEL), "-np", "2"]) == [str(SERVER), "-m", str(MODEL), "-np", "2"]
+    for flags in (["--model", "other.gguf"], ["-hf", "user/repo"], ["-c", "512", "--hf_repo", "user/repo"]):
+        assert serve.command_line(flags) == [str(SERVER), *flags]
+    with pytest.raises(ValueError, match="missing.gguf.*no such file"):
+        serve.command_line(["missing.gguf"])
+
+
+def test_serve_becomes_the_server() -> None:
+    text = run_serve("model.gguf", "--help").stdout
+    assert text.startswith("usage: pyheadkv serve [MODEL.gguf]") and "--kv-size" in text
+    done = run_serve("--kv-size", "8", "--port", free_port())
+    assert done.returncode == 1 and "kv_size is 8" in done.stdout + done.stderr
+    done = run_serve("missing.gguf", "--port", "1")
+    assert done.returncode == 1 and done.stderr.startswith("pyheadkv: error: model='missing.gguf'")
