@@ -170,12 +170,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--force", action="store_true", help="replace the output")
 
 
+def _beta(text: str) -> float:
+    try:
+        return check_beta(float(text), name="--beta")
+    except ValueError:
+        raise ValueError(f"--beta={text!r}: it must be a finite number > 1 (larger = more uniform budgets)") from None
+
+
 def make_settings(args: argparse.Namespace) -> tuple[Setting, ...]:
     """The full cache, then every combination that differs; pooling, beta and importance only where they count."""
     policies = [check_choice("--policy", p, (FULL, *POLICIES)) for p in _list(args.policy)]
     sizes = [check_int("--kv-size", int(n) if n.isdigit() else n, 9, 1 << 26) for n in _list(args.kv_size)]
     pools = [check_choice("--pool", p, tuple(POOLS)) for p in _list(args.pool)]
-    betas = [check_beta(float(b), name="beta") for b in _list(args.beta)] or [0.0]
+    betas = [_beta(b) for b in _list(args.beta)] or [0.0]
     files = _list(args.importance) or [""]
     out = [Setting()]
     for policy, kv_size, pool, beta, file in product(policies, sizes, pools, betas, files):

@@ -245,7 +245,8 @@ def test_evaluation_writes_resumes_and_reports(tmp_path: Path, capsys: pytest.Ca
     (["needle", "--protocol", "kind"], "--protocol='kind'"),
     (["needle", "--tokens", "5"], "--tokens=5"),
     (["needle", "--contexts", "0"], "--contexts=0"),
-    (["needle", "--beta", "1"], "beta=1.0"),
+    (["needle", "--beta", "1"], "--beta='1': it must be a finite number > 1"),
+    (["needle", "--beta", "x"], "--beta='x'"),
 ])  # fmt: skip
 @embedded
 def test_wrong_options_of_the_evaluation(options: list[str], word: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
