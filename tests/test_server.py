@@ -5,6 +5,9 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
+import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -377,6 +380,45 @@ def test_a_failed_compression_is_an_error_of_its_request_alone(llm: Any, log: Pa
         assert_nothing_left(server)
 
 
+@pytest.mark.parametrize("prefill", ["token", "layer"])
+def test_a_failed_allocation_is_an_error_and_the_server_goes_on(prefill: str, llm: Any, log: Path, tmp_path: Path) -> None:
+    """Each large allocation of a request fails once, beside a slot that generates. That one goes on, unless upstream's own lists
+    of the batch cannot be allocated, which ends every request in it."""
+    compiler = shutil.which("cc")
+    if sys.platform != "linux" or not compiler:
+        pytest.skip("replacing malloc needs Linux and a C compiler")
+    preload = tmp_path / "fail-alloc.so"
+    source = Path(__file__).parent / "cpp" / "fail-alloc.c"
+    subprocess.run([compiler, "-O1", "-shared", "-fPIC", "-o", str(preload), str(source), "-ldl"], check=True)
+    prompt, other, n, n_other = prompt_ids(llm, 1, 1200), prompt_ids(llm, 2, 600), 4, 60
+    answer, answer_of_other = expected(llm, prompt, n), expected(llm, other, n_other)
+    errors, ended_both = 0, 0
+    flags = ["--kv-size", KV_SIZE, "--kv-prefill", prefill]
+    body = {"n_predict": n, "temperature": 0, "return_tokens": True}
+    with running(log, *flags, n_slots=2, environ={"LD_PRELOAD": str(preload)}) as server, ThreadPoolExecutor(1) as pool:
+        for _ in range(12):
+            beside = pool.submit(server.request, "/completion", {**body, "prompt": other, "n_predict": n_other})
+            while not beside.done() and all(slot["kv"]["state"] != "compressed" for slot in server.get("/slots")):
+                time.sleep(0.01)
+            os.kill(server.process.pid, signal.SIGUSR1)
+            status, result = server.request("/completion", {**body, "prompt": prompt})
+            status_of_other, other_result = beside.result()
+            os.kill(server.process.pid, signal.SIGUSR2)
+            if status == 200:
+                assert until_end(result["tokens"]) == answer
+            else:
+                errors += 1
+                assert status == 500 and re.search("not enough memory|bad_alloc", result["error"]["message"])
+            if status_of_other == 200:
+                assert until_end(other_result["tokens"]) == answer_of_other
+            else:
+                ended_both += 1
+                assert status == 500 and "bad_alloc" in result["error"]["message"]
+            assert_nothing_left(server)
+        assert errors > ended_both
+        assert server.tokens(prompt, n) == answer
+
+
 # reports
 
 
@@ -420,7 +462,7 @@ def assert_nothing_left(server: Server) -> None:
     for slot in server.get("/slots"):
         assert not slot["is_processing"]
         assert slot["kv"] == {"state": "empty", "n_tokens": 0, "bytes": 0, "bytes_full": 0}
-    assert server.metric("kv_bytes_staging") == 0
+    assert server.metric("kv_bytes_held") == server.metric("kv_bytes_staging") == 0
 
 
 def hang_up(server: Server, body: dict[str, Any], seconds: float) -> None:

@@ -381,6 +381,8 @@ bool llama_kv_cache_ragged::seq_rm(llama_seq_id seq_id, llama_pos p0, llama_pos 
     }
     if (p0 == 0) {
         seq = seq_t();
+        release_idle_stage();
+        release_idle_store();
         return true;
     }
     // the queries that these overwrote in the ring are gone: headkv_end_prompt() will say so if it needs them
@@ -894,6 +896,14 @@ void llama_kv_cache_ragged::release_idle_stage() {
     if (stage && !is_staging()) {
         lctx->synchronize();
         release_stage();
+    }
+}
+
+void llama_kv_cache_ragged::release_idle_store() {
+    const bool idle = !running && std::none_of(seqs.begin(), seqs.end(), [](const seq_t & seq) { return seq.state == STORED || seq.state == LAYERED; });
+    if (idle && store.n_bytes() > 0) {
+        lctx->synchronize();
+        store.clear();
     }
 }
 

@@ -256,6 +256,7 @@ private:
     void alloc_stage(uint32_t n_cells);
     void release_stage();
     void release_idle_stage();
+    void release_idle_store(); // the pools go with the last sequence
     bool is_staged(llama_seq_id seq_id) const; // it has cells in the staging
     bool is_staging() const;                   // any sequence has
     uint32_t n_staged() const;                 // cells in use

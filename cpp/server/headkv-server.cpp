@@ -212,6 +212,9 @@ headkv_slot_info headkv_server_compress(llama_context * ctx, llama_seq_id seq_id
 }
 
 headkv_slot_info headkv_server_note(llama_context * ctx, llama_seq_id seq_id) {
+    if (!headkv_server_is_on()) {
+        return {};
+    }
     const headkv_stats stats = get_stats(ctx, seq_id);
 
     // heads that a layer does not have count as empty here
@@ -231,6 +234,9 @@ headkv_slot_info headkv_server_note(llama_context * ctx, llama_seq_id seq_id) {
 
     std::lock_guard<std::mutex> lock(server.mutex);
     headkv_slot_info & info = server.slots.at(seq_id);
+    if (stats.state == 0) {
+        info = {};
+    }
     info.state    = stats.state;
     info.n_prompt = stats.n_prompt;
     info.n_past   = stats.n_past;
@@ -244,13 +250,6 @@ headkv_slot_info headkv_server_note(llama_context * ctx, llama_seq_id seq_id) {
     server.bytes_store   = stats.bytes_store;
     server.bytes_staging = stats.bytes_staging;
     return info;
-}
-
-void headkv_server_note_empty(llama_seq_id seq_id) {
-    std::lock_guard<std::mutex> lock(server.mutex);
-    if ((size_t) seq_id < server.slots.size()) {
-        server.slots[seq_id] = {};
-    }
 }
 
 bool headkv_server_forgets(llama_context * ctx, llama_seq_id seq_id) {

@@ -43,7 +43,6 @@ void headkv_server_announce(llama_context * ctx, llama_seq_id seq_id, int32_t n_
 headkv_slot_info headkv_server_compress(llama_context * ctx, llama_seq_id seq_id, int32_t kv_size);
 
 headkv_slot_info headkv_server_note(llama_context * ctx, llama_seq_id seq_id);
-void headkv_server_note_empty(llama_seq_id seq_id);
 
 // Whether a released slot gives its cells back: nothing can be done with them, unless prompts may continue on them.
 bool headkv_server_forgets(llama_context * ctx, llama_seq_id seq_id);

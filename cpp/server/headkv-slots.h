@@ -70,6 +70,28 @@ static void headkv_server_end(server_slot & slot) {
     }
 }
 
+// After a batch whose computation failed, as it does when a layer of a prompt cannot be compressed: ends the requests whose
+// prompts are in it and takes back what the others have computed. true = the rest of the batch can be decoded again.
+template <typename F>
+static bool headkv_server_drop_prompts(std::vector<server_slot> & slots, server_batch & batch, int32_t off, int32_t ret, F && fail) {
+    auto & tokens = batch.tokens;
+    if (!headkv_server_is_on() || ret >= -1 || batch.has_embd || !*headkv_last_error() ||
+            std::none_of(tokens.begin() + off, tokens.end(), [](const server_batch::token & t) { return t.is_prompt; })) {
+        return false;
+    }
+    for (auto & slot : slots) {
+        const auto is_prompt = [&](const server_batch::token & t) { return t.id_slot == slot.id && t.is_prompt; };
+        if (std::any_of(tokens.begin() + off, tokens.end(), is_prompt)) {
+            tokens.erase(std::remove_if(tokens.begin() + off, tokens.end(), is_prompt), tokens.end()); // those of others come first
+            fail(slot);
+        }
+    }
+    for (size_t i = off; i < tokens.size(); ++i) {
+        slots[tokens[i].id_slot].mem.seq_rm(tokens[i].id_slot, tokens[i].pos, -1);
+    }
+    return true;
+}
+
 // After a batch.
 static void headkv_server_note_slots(const std::vector<server_slot> & slots) {
     for (const auto & slot : slots) {

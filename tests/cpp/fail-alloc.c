@@ -1,7 +1,8 @@
-// Preloaded by tests/test_out_of_memory.py: makes one large allocation fail.
+// Preloaded by tests/test_out_of_memory.py and tests/test_server.py: makes one large allocation fail.
 #define _GNU_SOURCE
 #include <dlfcn.h>
 #include <errno.h>
+#include <signal.h>
 #include <stdatomic.h>
 #include <stddef.h>
 
@@ -23,6 +24,22 @@ void fail_alloc_arm(long k) {
 long fail_alloc_disarm(void) {
     armed = 0;
     return n_seen;
+}
+
+// for another process: each SIGUSR1 arms for the allocation after the one before, SIGUSR2 disarms
+static long n_signal;
+
+static void on_signal(int number) {
+    if (number == SIGUSR1) {
+        fail_alloc_arm(++n_signal);
+    } else {
+        fail_alloc_disarm();
+    }
+}
+
+__attribute__((constructor)) static void listen_to_signals(void) {
+    signal(SIGUSR1, on_signal);
+    signal(SIGUSR2, on_signal);
 }
 
 static int fails(size_t size) {
