@@ -75,7 +75,7 @@ class Worker:
     def run(self, i_task: int, i_quiz: int) -> dict[str, Any]:
         """All answers about one context: one line of the output."""
         task = self.tasks[i_task]
-        asks, stop = task.quiz(i_quiz), task.stop_tokens()
+        asks, stop = task.quiz(i_quiz), task.stop_tokens
         answers = []
         for protocol in self.job.protocols:
             run = self._aware if protocol == PROTOCOLS[0] else self._agnostic

@@ -16,6 +16,7 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -57,14 +58,7 @@ class Ask:
 
 
 class Task(ABC):
-    """A source of contexts.
-
-    Attributes
-    ----------
-    n_quizzes : contexts that there are; None = as many as one likes
-    """
-
-    n_quizzes: int | None = None
+    """A source of contexts."""
 
     def __init__(self, llm: Llama, options: TaskOptions) -> None:
         self.llm, self.options = llm, options
@@ -78,6 +72,7 @@ class Task(ABC):
         options = self.options
         return random.Random(f"{options.seed} {options.name} {options.n_tokens} {i}")
 
+    @cached_property
     def stop_tokens(self) -> frozenset[int]:
         """Tokens that end an answer."""
         import llama_cpp
@@ -328,7 +323,6 @@ class FileTask(Task):
             raise ValueError(f"task {options.name} reads a file: name it with --file FILE.jsonl")
         with open(options.file, encoding="utf-8") as file:
             self._rows = [json.loads(line) for line in file if line.strip()]
-        self.n_quizzes = len(self._rows)
         self._prompts = json.loads(PROMPTS.read_text(encoding="utf-8"))[options.name]
         self._prose = Prose(llm)
 
