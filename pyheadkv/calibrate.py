@@ -74,10 +74,12 @@ class HeldOut:
     def __init__(self, llm: Llama, *, max_tokens: int, n_examples: int, seed: int) -> None:
         n_each = [(n_examples + i) // len(HELD_OUT_METHODS) for i in range(len(HELD_OUT_METHODS))]
         self._sources: list[tuple[Examples, Slot]] = []
+        self.stop: dict[Examples, frozenset[int]] = {}  # tokens that end an answer
         for method, n in zip(HELD_OUT_METHODS, n_each, strict=True):
             how: dict[str, Any] = {"method": method, "protocol": "clean", "max_tokens": max_tokens, "n_examples": n}
             source = make_examples(llm, **how, seed=f"held out {seed}")
             self._sources += [(source, slot) for slot in source.slots]
+            self.stop[source] = frozenset(t for t in range(llm.n_vocab()) if source.is_stop(t))
 
     def __len__(self) -> int:
         return len(self._sources)
@@ -114,7 +116,7 @@ def calibrate(
     done = [entry for entry in journal.entries if "surprise" in entry]
     for i in tqdm(range(len(done), len(held_out)), desc="choosing beta", unit=" examples", leave=False, disable=None):
         source, example = held_out[i]
-        entry = {"held_out": i, "surprise": _surprise(trial, source, example, kv_sizes, accept_above)}
+        entry = {"held_out": i, "surprise": _surprise(trial, source, example, held_out.stop[source], kv_sizes, accept_above)}
         journal.append(entry)
         done.append(entry)
     rows = [entry["surprise"] for entry in done if entry["surprise"] is not None]
@@ -124,11 +126,10 @@ def calibrate(
 
 
 def _surprise(
-    trial: Trial, source: Examples, example: Example, kv_sizes: Sequence[int], accept_above: float
+    trial: Trial, source: Examples, example: Example, stop: frozenset[int], kv_sizes: Sequence[int], accept_above: float
 ) -> list[list[float]] | None:
     """(n_kv_sizes, n_betas + 1); None when the full cache does not know the answer."""
     last = example.tokens[-1]
-    stop = frozenset(t for t in range(trial.llm.n_vocab()) if source.is_stop(t))
     trial.compress(Setting(), example.tokens)
     trial.go_on(len(example.tokens) - 1, [last])
     answer = trial.generate(last, example.n_steps, stop=stop)

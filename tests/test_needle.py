@@ -22,7 +22,7 @@ try:
 except ImportError as error:
     pytest.skip(f"the library is not built: {error}", allow_module_level=True)
 
-from conftest import N_THREADS, load
+from conftest import N_THREADS, load, stop_process
 
 from pyheadkv import _lib, gguf_keys, inspect, needle
 
@@ -179,12 +179,7 @@ def running_server() -> Iterator[str]:
         wait_until_healthy(url, process)
         yield url
     finally:
-        process.terminate()
-        try:
-            process.wait(timeout=10)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
+        stop_process(process)
 
 
 def wait_until_healthy(url: str, process: subprocess.Popen[bytes]) -> None:

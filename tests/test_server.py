@@ -28,7 +28,7 @@ try:
 except ImportError as error:
     pytest.skip(f"the library is not built: {error}", allow_module_level=True)
 
-from conftest import N_THREADS, greedy, load
+from conftest import N_THREADS, greedy, load, stop_process
 
 from pyheadkv import needle, serve
 from pyheadkv.testing import write_random_model
@@ -120,12 +120,7 @@ def running(log: Path, *flags: Any, model: Path = MODEL, n_slots: int = 1, envir
             yield server
             assert process.poll() is None, f"llama-server ended with {process.returncode}: {server.output()[-2000:]}"
         finally:
-            process.terminate()
-            try:
-                process.wait(timeout=10)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
+            stop_process(process)
 
 
 def wait_until_healthy(server: Server) -> None:
