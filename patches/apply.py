@@ -1,13 +1,15 @@
 """Make the patched llama.cpp source tree and print its path.
 
-The tree is the ``vendor/llama.cpp`` of the pinned llama-cpp-python sdist, copied
-pristine into a folder named by the hash of pin and patches and patched there, so
-that an edited patch always meets a fresh tree.
+The tree is the ``vendor/llama.cpp`` of the pinned llama-cpp-python sdist. Patches are
+applied to a pristine copy only. The folder keeps its name and the files that did not
+change keep their times, so that an edited patch rebuilds what includes the files it
+touches, and compiler caches of several checkouts share their entries.
 """
 
 from __future__ import annotations
 
 import argparse
+import filecmp
 import hashlib
 import shutil
 import subprocess
@@ -15,6 +17,11 @@ import sys
 import tarfile
 import tempfile
 from pathlib import Path
+
+try:
+    import fcntl
+except ImportError:  # Windows: no two builds at once there
+    fcntl = None  # type: ignore[assignment]
 
 HERE = Path(__file__).resolve().parent
 
@@ -30,14 +37,12 @@ def series() -> list[Path]:
     return [HERE / name for name in (HERE / "series").read_text().split()]
 
 
-def tree_name(*, stock: bool) -> str:
-    """Folder name of the source tree: changes with the pin and with every patch."""
-    if stock:
-        return f"llama.cpp-stock-{read_pin()['sha256'][:12]}"
+def tree_hash(*, stock: bool) -> str:
+    """What a source tree is made of: the pin and, unless ``stock``, every patch."""
     digest = hashlib.sha256((HERE / "UPSTREAM").read_bytes())
-    for patch in series():
+    for patch in [] if stock else series():
         digest.update(patch.name.encode() + b"\0" + patch.read_bytes())
-    return f"llama.cpp-{digest.hexdigest()[:12]}"
+    return digest.hexdigest()
 
 
 def find_sdist(out: Path, given: str) -> Path:
@@ -85,21 +90,37 @@ def apply_patches(tree: Path) -> None:
             raise SystemExit(f"{patch.name} does not apply to the pinned llama.cpp")
 
 
+def sync(source: Path, tree: Path) -> None:
+    """Make ``tree`` equal ``source``; files that are equal already are not touched."""
+    files = {path.relative_to(source) for path in source.rglob("*") if path.is_file()}
+    for path in [path for path in tree.rglob("*") if path.is_file() and path.relative_to(tree) not in files]:
+        path.unlink()
+    for name in files:
+        target = tree / name
+        if not target.is_file() or not filecmp.cmp(source / name, target, shallow=False):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(source / name, target)
+            shutil.copymode(source / name, target)
+
+
 def make_tree(out: Path, *, sdist: str, stock: bool) -> Path:
     """Path of the complete source tree below ``out``, made on first use."""
     out.mkdir(parents=True, exist_ok=True)
-    tree = out / tree_name(stock=stock)
-    if tree.is_dir():
-        return tree
-    source = find_sdist(out, sdist)
-    work = Path(tempfile.mkdtemp(prefix="llama.cpp-", dir=out))
-    try:
-        extract(source, work)
-        if not stock:
-            apply_patches(work)
-        work.rename(tree)  # only a complete tree ever has the final name
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
+    tree = out / ("llama.cpp-stock" if stock else "llama.cpp")
+    stamp = out / f"{tree.name}.sha256"  # there only while the tree is complete
+    digest = tree_hash(stock=stock)
+    with open(out / f"{tree.name}.lock", "w") as lock:
+        if fcntl:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        if stamp.is_file() and stamp.read_text() == digest:
+            return tree
+        with tempfile.TemporaryDirectory(prefix="llama.cpp-", dir=out) as work:
+            extract(find_sdist(out, sdist), Path(work))
+            if not stock:
+                apply_patches(Path(work))
+            stamp.unlink(missing_ok=True)
+            sync(Path(work), tree)
+        stamp.write_text(digest)
     return tree
 
 

@@ -41,9 +41,9 @@ def pristine() -> Path:
     lib = os.environ.get("PYHEADKV_STOCK_LIB")
     if not lib:
         pytest.skip("no pristine tree: run make test")
-    trees = sorted((Path(lib).parents[1] / "llama").glob("llama.cpp-stock-*"))
-    assert trees, "the stock build has no source tree"
-    return trees[0]
+    tree = Path(lib).parents[1] / "llama" / "llama.cpp-stock"
+    assert tree.is_dir(), "the stock build has no source tree"
+    return tree
 
 
 def test_the_series_lists_every_patch_once() -> None:
@@ -100,3 +100,19 @@ def test_an_sdist_with_another_checksum_is_refused(tmp_path: Path) -> None:
         apply_module().find_sdist(tmp_path, str(wrong))
     with pytest.raises(SystemExit, match="no such file"):
         apply_module().find_sdist(tmp_path, str(tmp_path / "missing"))
+
+
+def test_an_edited_patch_touches_only_the_files_that_change(tmp_path: Path) -> None:
+    source, tree = tmp_path / "source", tmp_path / "tree"
+    for name, text in {"same": "1", "a/changed": "1", "gone": "1"}.items():
+        for root in (source, tree):
+            (root / name).parent.mkdir(parents=True, exist_ok=True)
+            (root / name).write_text(text)
+            os.utime(root / name, (1, 1))
+    (source / "a/changed").write_text("2")
+    (source / "gone").unlink()
+    (source / "b").mkdir()
+    (source / "b/new").write_text("3")
+    apply_module().sync(source, tree)
+    assert {str(p.relative_to(tree)): p.read_text() for p in tree.rglob("*") if p.is_file()} == {"same": "1", "a/changed": "2", "b/new": "3"}
+    assert (tree / "same").stat().st_mtime == 1 and (tree / "a/changed").stat().st_mtime > 1
