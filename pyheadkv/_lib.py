@@ -109,6 +109,8 @@ _PROTOTYPES: dict[str, tuple[list[Any], Any]] = {
     "headkv_read_attention": ([_CTX, ctypes.c_int32, _I32, ctypes.c_int32, ctypes.c_int32, _F32, _I32, ctypes.c_int32], ctypes.c_int32),
     # int32_t headkv_read_prompt(struct llama_context * ctx, llama_seq_id seq_id, const llama_token * tokens, int32_t n_tokens);
     "headkv_read_prompt": ([_CTX, ctypes.c_int32, _I32, ctypes.c_int32], ctypes.c_int32),
+    # int32_t headkv_read_ahead(struct llama_context * ctx, llama_seq_id seq_id, const llama_token * tokens, int32_t n_tokens, int32_t max_ms);
+    "headkv_read_ahead": ([_CTX, ctypes.c_int32, _I32, ctypes.c_int32, ctypes.c_int32], ctypes.c_int32),
     # int32_t headkv_configure(struct llama_context * ctx, const struct headkv_params * params);
     "headkv_configure": ([_CTX, ctypes.POINTER(Params)], ctypes.c_int32),
     # int32_t headkv_restore_prompt(struct llama_context * ctx, llama_seq_id seq_id, int32_t n_tokens);

@@ -52,10 +52,13 @@ class Sequences:
     def end_prompt(self, s: int) -> None:
         self.headkv.check(self.headkv.lib.headkv_end_prompt(self.ctx, s))
 
-    def state(self, s: int) -> int:
+    def stats(self, s: int) -> Any:
         stats = self.headkv.Stats(size=ctypes.sizeof(self.headkv.Stats))
         self.headkv.check(self.headkv.lib.headkv_get_stats(self.ctx, s, ctypes.byref(stats)))
-        return int(stats.state)
+        return stats
+
+    def state(self, s: int) -> int:
+        return int(self.stats(s).state)
 
     def positions(self, s: int, il: int, ih: int) -> list[int]:
         out = np.zeros(8192, dtype=np.int32)
@@ -81,6 +84,11 @@ class Sequences:
             self.n_past[s] += len(row)
         return {s: np.ctypeslib.as_array(self.c.llama_get_logits_ith(self.ctx, i), shape=(self.n_vocab,)).copy()
                 for i, (s, _, _, last) in enumerate(entries) if last}
+
+    def read_ahead(self, s: int, prompt: Sequence[int], max_ms: int = 1) -> int:
+        """Steps left after at least one more of a whole prompt."""
+        ids = np.asarray(prompt, dtype=np.int32)
+        return self.headkv.check(self.headkv.lib.headkv_read_ahead(self.ctx, s, ids.ctypes.data_as(ctypes.POINTER(ctypes.c_int32)), len(ids), max_ms))
 
     def remove(self, s: int) -> None:
         assert self.c.llama_memory_seq_rm(self.c.llama_get_memory(self.ctx), s, -1, -1)
@@ -155,6 +163,53 @@ def test_others_decode_on_in_the_batch_of_a_prompt(prefill: str, shape: Shape, m
         many.end_prompt(2)
         logits = many.decode({0: [int(expected[0][1].argmax())], 2: [int(expected[1][0].argmax())]})
         assert nmse(logits[0], expected[0][2]) < 1e-5 and nmse(logits[2], expected[1][1]) < 1e-5
+
+
+@ALL_SHAPES
+@pytest.mark.parametrize("mode", ["fused", "composed"])
+def test_others_decode_on_between_the_steps_of_a_paused_prompt(mode: str, shape: Shape, make_model: MakeModel) -> None:
+    """Prompt and others as alone, bit by bit, wherever the prompt is paused; the tails of the others grow meanwhile."""
+    options = MODES[mode] | {"n_tail": 2}
+    path, first, second, n_ubatch = make_model(shape), tokens(150, seed=1), tokens(777, seed=2), 16
+    n_steps = shape.n_layer * -(-len(second) // n_ubatch)
+    expected = [alone(path, prompt, n, n_ubatch=n_ubatch, **options) for prompt, n in ((first, 30), (second, 3))]
+    with sequences(path, n_seq_max=2, n_ubatch=n_ubatch, **options) as many:
+        many.read(0, first)
+        left = [n_steps]
+        for i in range(1, 31):
+            if left[-1] > 1:
+                left.append(many.read_ahead(1, second, 1 if i < 30 else 60_000))
+                assert many.state(1) == 3
+            logits = many.decode({0: [int(expected[0][i - 1].argmax())]})[0]
+            assert (logits == expected[0][i]).all()
+        assert left[1] < n_steps and left == sorted(left, reverse=True) and left[-1] == 1
+        assert (many.read(1, second)[1] == expected[1][0]).all()
+        for i in (1, 2, 3):
+            assert (many.decode({1: [int(expected[1][i - 1].argmax())]})[1] == expected[1][i]).all()
+
+
+def test_a_paused_prompt_is_given_up_or_finished_as_it_was_begun(make_model: MakeModel) -> None:
+    path, prompts = make_model(SHAPES[1]), [tokens(150, seed=1), tokens(2000, seed=2)]
+    expected = alone(path, prompts[0], 1)
+    with sequences(path, n_seq_max=3) as many:
+        memory = many.c.llama_get_memory(many.ctx)
+        assert many.read_ahead(1, prompts[1]) > 1
+        assert many.stats(1).bytes_staging > 0 and many.c.llama_memory_seq_pos_max(memory, 1) == -1
+        for new, why in (({1: [*prompts[1][:-1], 3]}, "other tokens came"), ({1: prompts[1][:-1]}, "other tokens came"), ({0: prompts[0]}, "sequence 0 has to wait")):
+            with pytest.raises(RuntimeError, match=f"sequence 1 is being read layer by layer and {why}"):
+                many.decode(new)
+        assert many.read_ahead(1, prompts[1], 10_000) == 1  # it was not disturbed
+        many.remove(1)
+        assert many.stats(1).bytes_staging == 0 and many.state(1) == 0
+        logits = many.read(0, prompts[0])[0]
+        assert (logits == expected[0]).all()
+        many.decode({2: [5, 6, 7]})
+        with pytest.raises(RuntimeError, match="cannot be read layer by layer now"):
+            many.read_ahead(1, prompts[1])
+        with pytest.raises(RuntimeError, match="sequence 0 holds 150 tokens"):
+            many.read_ahead(0, prompts[1])
+    with sequences(path, n_seq_max=1, prefill="token") as one, pytest.raises(RuntimeError, match="prefill is 'token'"):
+        one.read_ahead(0, prompts[1])
 
 
 def test_prompts_staged_together_keep_what_they_keep_alone(make_model: MakeModel) -> None:

@@ -131,35 +131,68 @@ int32_t headkv_begin_prompt(struct llama_context * ctx, llama_seq_id seq_id, int
     return 0;
 }
 
-int32_t headkv_read_prompt(struct llama_context * ctx, llama_seq_id seq_id, const llama_token * tokens, int32_t n_tokens) {
-    llama_kv_cache_ragged * kv = get_kv_seq(ctx, seq_id);
-    if (!kv) {
-        return -1;
-    }
-    if (kv->get_seq(seq_id).n_pos > 0) {
-        return fail(format("sequence %d holds %d tokens: remove them first", seq_id, kv->get_seq(seq_id).n_pos));
-    }
-    if (headkv_begin_prompt(ctx, seq_id, n_tokens, true) != 0) {
-        return -1;
-    }
-    int32_t res;
+// the whole prompt of a sequence in one batch, the last token with an output or none
+static int32_t decode_prompt(llama_context * ctx, llama_seq_id seq_id, const llama_token * tokens, int32_t n_tokens, bool output) {
     try {
         std::vector<llama_token>    ids(tokens, tokens + n_tokens);
         std::vector<llama_pos>      pos(n_tokens);
         std::vector<int32_t>        n_seq_id(n_tokens, 1);
         std::vector<llama_seq_id *> seq_ids(n_tokens, &seq_id);
-        std::vector<int8_t>         output(n_tokens, 0);
+        std::vector<int8_t>         outputs(n_tokens, 0);
         std::iota(pos.begin(), pos.end(), 0);
-        output.back() = 1;
-        res = llama_decode(ctx, { n_tokens, ids.data(), nullptr, pos.data(), n_seq_id.data(), seq_ids.data(), output.data() });
+        outputs.back() = output;
+        return llama_decode(ctx, { n_tokens, ids.data(), nullptr, pos.data(), n_seq_id.data(), seq_ids.data(), outputs.data() });
     } catch (const std::bad_alloc &) {
         fail(format("not enough memory for a batch of %d tokens", n_tokens));
-        res = -4;
+        return -4;
     }
+}
+
+// the cache, for a prompt from its beginning or one that was paused; null = failed
+static llama_kv_cache_ragged * begin_whole(llama_context * ctx, llama_seq_id seq_id, int32_t n_tokens) {
+    llama_kv_cache_ragged * kv = get_kv_seq(ctx, seq_id);
+    if (kv && kv->get_seq(seq_id).n_pos > 0 && !kv->is_reading(seq_id)) {
+        fail(format("sequence %d holds %d tokens: remove them first", seq_id, kv->get_seq(seq_id).n_pos));
+        return nullptr;
+    }
+    return kv && headkv_begin_prompt(ctx, seq_id, n_tokens, true) == 0 ? kv : nullptr;
+}
+
+int32_t headkv_read_prompt(struct llama_context * ctx, llama_seq_id seq_id, const llama_token * tokens, int32_t n_tokens) {
+    llama_kv_cache_ragged * kv = begin_whole(ctx, seq_id, n_tokens);
+    if (!kv) {
+        return -1;
+    }
+    const int32_t res = decode_prompt(ctx, seq_id, tokens, n_tokens, true);
     if (res != 0) {
         kv->seq_rm(seq_id, -1, -1);
     }
     return res;
+}
+
+int32_t headkv_read_ahead(struct llama_context * ctx, llama_seq_id seq_id, const llama_token * tokens, int32_t n_tokens, int32_t max_ms) {
+    llama_kv_cache_ragged * kv = begin_whole(ctx, seq_id, n_tokens);
+    if (!kv) {
+        return -1;
+    }
+    const char * why_not = headkv_why_token_prefill(ctx);
+    if (*why_not) {
+        return fail(format("the prompt cannot be read layer by layer: %s", why_not));
+    }
+    if (n_tokens < 2 || max_ms < 1) {
+        return fail(format("%d tokens in %d ms: it must be 2 tokens and 1 ms at least", n_tokens, max_ms));
+    }
+    const auto n_left = [&]() { return (int32_t) kv->n_steps_left(seq_id, n_tokens, llama_n_ubatch(ctx)); };
+    if (n_left() > 1) {
+        kv->set_pause(ggml_time_us() + 1000*(int64_t) max_ms);
+        const int32_t res = decode_prompt(ctx, seq_id, tokens, n_tokens, false);
+        kv->set_pause(0);
+        if (res != 0) {
+            kv->seq_rm(seq_id, -1, -1);
+            return *headkv_last_error() ? -1 : fail(format("llama_decode returned %d", res));
+        }
+    }
+    return n_left();
 }
 
 const char * headkv_why_token_prefill(const struct llama_context * ctx) {

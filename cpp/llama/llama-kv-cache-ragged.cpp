@@ -34,6 +34,20 @@ static bool is_cpu(ggml_backend_buffer_type_t buft) {
     return ggml_backend_buft_is_host(buft) && (!dev || ggml_backend_dev_type(dev) == GGML_BACKEND_DEVICE_TYPE_CPU);
 }
 
+// a layer-major batch: which step comes next
+struct llama_kv_cache_ragged::reading_t {
+    llama_seq_id             seq_id;
+    headkv_config_ptr        cfg; // of its compression
+    std::vector<llama_token> tokens;
+
+    std::vector<std::unique_ptr<llama_kv_cache_context>> stage_ctxs; // of its ubatches
+
+    bool    begun    = false;
+    int32_t i_layer  = 0;
+    size_t  i_ubatch = 0;
+    int64_t i_token  = 0; // tokens before the ubatch
+};
+
 llama_kv_cache_ragged::llama_kv_cache_ragged(
         const llama_model & model,
                 ggml_type   type_k,
@@ -324,7 +338,7 @@ uint32_t llama_kv_cache_ragged::n_staged() const {
 void llama_kv_cache_ragged::clear(bool data) {
     GGML_UNUSED(data); // memory is cleared when it is allocated and released with the next update
     abort_compression();
-    reading = -1;
+    reading.reset();
     for (auto & seq : seqs) {
         seq = seq_t();
     }
@@ -350,16 +364,16 @@ bool llama_kv_cache_ragged::seq_rm(llama_seq_id seq_id, llama_pos p0, llama_pos 
     p0 = std::max<llama_pos>(p0, 0);
     p1 = p1 < 0 ? std::numeric_limits<llama_pos>::max() : p1;
 
-    if (p0 >= std::min(p1, seq.n_pos) && reading != seq_id) {
+    if (p0 >= std::min(p1, seq.n_pos) && !is_reading(seq_id)) {
         release_idle_stage(); // a prompt that failed with its first ubatch has left it
         return true;
     }
     if (p1 < seq.n_pos) {
         return false; // a hole
     }
-    if (reading == seq_id || seq.state == LAYERED) {
+    if (is_reading(seq_id) || seq.state == LAYERED) {
         // upstream cleans up after a failed or aborted ubatch: no part of the prompt is complete
-        reading = -1;
+        reading.reset();
         abort_compression();
         stage->clear(false);
         seq = seq_t();
@@ -449,7 +463,7 @@ void llama_kv_cache_ragged::seq_div(llama_seq_id seq_id, llama_pos p0, llama_pos
 
 llama_pos llama_kv_cache_ragged::seq_pos_min(llama_seq_id seq_id) const {
     const seq_t & seq = seqs.at(seq_id);
-    if (seq.n_pos == 0) {
+    if (seq.n_pos == 0 || is_reading(seq_id)) {
         return -1;
     }
     // below the observation window nothing can be removed or continued
@@ -457,7 +471,7 @@ llama_pos llama_kv_cache_ragged::seq_pos_min(llama_seq_id seq_id) const {
 }
 
 llama_pos llama_kv_cache_ragged::seq_pos_max(llama_seq_id seq_id) const {
-    return seqs.at(seq_id).n_pos - 1; // logical, whatever number of cells is left
+    return is_reading(seq_id) ? -1 : seqs.at(seq_id).n_pos - 1; // logical, whatever number of cells is left
 }
 
 void llama_kv_cache_ragged::state_write(llama_io_write_i & io, llama_seq_id seq_id, llama_state_seq_flags flags) const {
@@ -617,22 +631,37 @@ llama_memory_context_ptr llama_kv_cache_ragged::init_batch(llama_batch_allocr & 
         }
         const llama_seq_id s = ubatch.seq_id_unq[0];
         n_new[s] += ubatch.n_tokens;
-        (seqs[s].state == STORED || seqs[s].state == LAYERED ? to_store : to_stage).push_back(std::move(ubatch)); // NOLINT
+        (seqs[s].state == STORED || (seqs[s].state == LAYERED && !is_reading(s)) ? to_store : to_stage).push_back(std::move(ubatch)); // NOLINT
     }
     if (balloc.get_n_used() < balloc.get_n_tokens()) {
         return failed();
+    }
+    if (reading && !reading->begun) {
+        reading.reset(); // what came before it in its batch failed
+    }
+    const bool resumed = reading && !to_stage.empty();
+    if (resumed) {
+        const std::string why_not = why_not_resumed(to_stage);
+        if (!why_not.empty()) {
+            fail(format("sequence %d is being read layer by layer and %s: give its whole prompt again, or remove it first",
+                        reading->seq_id, why_not.c_str()));
+            return failed();
+        }
     }
 
     bool is_ready = true;
 
     for (llama_seq_id s = 0; s < (llama_seq_id) seqs.size(); ++s) {
-        if (seqs[s].state == LAYERED && (n_new.count(s) || !to_stage.empty())) {
+        if (seqs[s].state == LAYERED && !is_reading(s) && (n_new.count(s) || !to_stage.empty())) {
             want_compress = s; // its last layer, before anything else
             is_ready      = false;
         }
     }
     for (const auto & [s, n] : n_new) {
         const seq_t & seq = seqs[s];
+        if (resumed && is_reading(s)) {
+            continue;
+        }
         if ((uint64_t) seq.n_pos + n > n_ctx_seq) {
             fail(format("the context is full: %d tokens and %u new ones do not fit into n_ctx = %u", seq.n_pos, n, n_ctx_seq));
             return failed();
@@ -648,9 +677,9 @@ llama_memory_context_ptr llama_kv_cache_ragged::init_batch(llama_batch_allocr & 
         }
     }
 
-    bool layered = false;
+    bool layered = resumed;
     llama_kv_cache::slot_info_vec_t sinfos;
-    if (!to_stage.empty()) {
+    if (!to_stage.empty() && !resumed) {
         const llama_seq_id s0 = to_stage[0].seq_id_unq[0];
         uint32_t n_stage = 0;
         uint32_t n_out   = 0;
@@ -667,6 +696,10 @@ llama_memory_context_ptr llama_kv_cache_ragged::init_batch(llama_batch_allocr & 
         // logits of all tokens would need all outputs at once; other sequences in the staging need all of its layers
         layered = want_whole && s0 == reserved_seq && seqs[s0].state == EMPTY && n_stage == n_new[s0] && n_stage == want_reserve && n_stage > 1 &&
             n_out < n_stage && (n_staged() == 0 || want_compress >= 0) && cfg->prefill != HEADKV_PREFILL_TOKEN && token_major.empty();
+        if (t_pause > 0 && !layered) {
+            fail(format("sequence %d cannot be read layer by layer now: it must be empty, and no other one in the staging", s0));
+            return failed();
+        }
 
         const uint32_t n_cells = (want_compress >= 0 ? 0 : n_staged()) + n_stage;
         if (!stage || stage->get_size() < n_cells || want_compress >= 0 || is_layered != layered || (layered && (!hidden || hidden->ne[1] < n_stage))) {
@@ -683,9 +716,11 @@ llama_memory_context_ptr llama_kv_cache_ragged::init_batch(llama_batch_allocr & 
         return failed();
     }
     if (!to_stage.empty()) {
-        sinfos = stage->prepare(to_stage);
-        if (sinfos.empty()) {
-            return failed();
+        if (!resumed) {
+            sinfos = stage->prepare(to_stage);
+            if (sinfos.empty()) {
+                return failed();
+            }
         }
         want_whole   = false;
         want_reserve = 0;
@@ -694,6 +729,18 @@ llama_memory_context_ptr llama_kv_cache_ragged::init_batch(llama_batch_allocr & 
             n_bytes_peak = 0;
         }
         note_peak(0);
+    }
+    if (layered && !resumed) {
+        reading = std::make_unique<reading_t>();
+        reading->seq_id = to_stage[0].seq_id_unq[0];
+        reading->cfg    = cfg;
+        for (size_t i = 0; i < to_stage.size(); ++i) {
+            if (to_stage[i].token) {
+                reading->tokens.insert(reading->tokens.end(), to_stage[i].token, to_stage[i].token + to_stage[i].n_tokens);
+            }
+            reading->stage_ctxs.push_back(std::make_unique<llama_kv_cache_context>(stage.get(),
+                        llama_kv_cache::slot_info_vec_t{ sinfos[i] }, std::vector<llama_ubatch>{ to_stage[i] }));
+        }
     }
 
     // upstream reads the outputs in the order in which the ubatches are computed
@@ -710,6 +757,34 @@ llama_memory_context_ptr llama_kv_cache_ragged::init_batch(llama_batch_allocr & 
         }
     }
     return std::make_unique<llama_kv_cache_ragged_context>(this, std::move(to_store), std::move(to_stage), std::move(sinfos), layered);
+}
+
+std::string llama_kv_cache_ragged::why_not_resumed(const std::vector<llama_ubatch> & ubatches) const {
+    std::vector<llama_token> tokens;
+    for (size_t i = 0; i < ubatches.size(); ++i) {
+        const llama_ubatch & ubatch = ubatches[i];
+        if (ubatch.seq_id_unq[0] != reading->seq_id) {
+            return format("sequence %d has to wait", ubatch.seq_id_unq[0]);
+        }
+        if (ubatch.token) {
+            tokens.insert(tokens.end(), ubatch.token, ubatch.token + ubatch.n_tokens);
+        }
+        const bool is_done = reading->i_layer == n_layer() - 1 && i < reading->i_ubatch;
+        if (is_done && std::any_of(ubatch.output, ubatch.output + ubatch.n_tokens, [](int8_t x) { return x != 0; })) {
+            return "outputs were asked for that it has passed";
+        }
+    }
+    return tokens.empty() || tokens != reading->tokens ? "other tokens came" : "";
+}
+
+bool llama_kv_cache_ragged::is_reading(llama_seq_id seq_id) const {
+    return reading && reading->seq_id == seq_id;
+}
+
+int64_t llama_kv_cache_ragged::n_steps_left(llama_seq_id seq_id, int64_t n_tokens, int64_t n_ubatch) const {
+    const int64_t n_ubatches = (n_tokens + n_ubatch - 1)/n_ubatch;
+    const bool    in_progress = is_reading(seq_id) && reading->begun;
+    return n_layer()*n_ubatches - (in_progress ? reading->i_layer*n_ubatches + (int64_t) reading->i_ubatch : 0);
 }
 
 llama_memory_context_ptr llama_kv_cache_ragged::init_full() {
@@ -1078,7 +1153,7 @@ struct llama_kv_cache_ragged::compression {
     }
 };
 
-void llama_kv_cache_ragged::begin_compression(llama_seq_id seq_id) {
+void llama_kv_cache_ragged::begin_compression(llama_seq_id seq_id, headkv_config_ptr cfg) {
     running = std::make_unique<compression>(lctx, seq_id, cfg);
     compression & c = *running;
 
@@ -1352,7 +1427,7 @@ void llama_kv_cache_ragged::abort_compression() {
 bool llama_kv_cache_ragged::end_layer(int32_t il) {
     try {
         if (!running) {
-            begin_compression(reading);
+            begin_compression(reading->seq_id, reading->cfg);
         }
         if (headkv_store_layer * layer = store.find(il)) {
             compress_layer(*layer);
@@ -1367,7 +1442,7 @@ bool llama_kv_cache_ragged::compress_impl(llama_seq_id seq_id) {
     const bool layered = seqs[seq_id].state == LAYERED;
     try {
         if (!running) {
-            begin_compression(seq_id);
+            begin_compression(seq_id, cfg);
         }
         for (auto & layer : store.layers) {
             // of a prompt that was read layer by layer, the last layer is left
@@ -1581,7 +1656,7 @@ llama_kv_cache_ragged_context::llama_kv_cache_ragged_context(
         bool layered) :
     kv(kv), status(LLAMA_MEMORY_STATUS_SUCCESS), layered(layered),
     ubatches_store(std::move(ubatches_store)), ubatches_stage(std::move(ubatches_stage)) {
-    for (size_t i = 0; i < sinfos.size(); ++i) {
+    for (size_t i = 0; i < sinfos.size() && !layered; ++i) {
         stage_ctxs.push_back(std::make_unique<llama_kv_cache_context>(kv->stage.get(),
                     llama_kv_cache::slot_info_vec_t{ sinfos[i] }, std::vector<llama_ubatch>{ this->ubatches_stage[i] }));
     }
@@ -1596,32 +1671,46 @@ llama_kv_cache_ragged_context::llama_kv_cache_ragged_context(
     }
 }
 
+int32_t llama_kv_cache_ragged_context::layer_step() const {
+    return layered ? kv->reading->i_layer : 0;
+}
+
+int64_t llama_kv_cache_ragged_context::token_step() const {
+    return layered ? kv->reading->i_token : 0;
+}
+
+size_t llama_kv_cache_ragged_context::i_stage() const {
+    return layered ? kv->reading->i_ubatch : i_cur - ubatches_store.size();
+}
+
 bool llama_kv_cache_ragged_context::next() {
-    const size_t n_ubatches = ubatches_store.size() + ubatches_stage.size();
     if (!is_layered()) {
-        return ++i_cur < n_ubatches;
+        return ++i_cur < ubatches_store.size() + ubatches_stage.size();
     }
-    i_token += ubatches_stage[i_stage()].n_tokens;
-    if (++i_cur == n_ubatches) {
-        i_cur   = ubatches_store.size();
-        i_token = 0;
-        ++i_layer;
+    auto & step = *kv->reading;
+    step.i_token += ubatches_stage[step.i_ubatch].n_tokens;
+    if (++step.i_ubatch == ubatches_stage.size()) {
+        step.i_ubatch = 0;
+        step.i_token  = 0;
+        ++step.i_layer;
     }
-    if (i_layer == kv->n_layer()) {
-        kv->reading = -1;
+    if (step.i_layer == kv->n_layer()) {
+        kv->reading.reset();
         return false;
     }
-    return true;
+    const bool is_last = step.i_layer == kv->n_layer() - 1 && step.i_ubatch == ubatches_stage.size() - 1;
+    return kv->t_pause == 0 || (!is_last && ggml_time_us() < kv->t_pause);
 }
 
 bool llama_kv_cache_ragged_context::apply() {
     const llama_ubatch & ubatch = get_ubatch();
+    const int32_t i_layer = layer_step();
     if (is_layered()) {
-        kv->reading = ubatch.seq_id[0][0];
+        kv->reading->begun = true;
     }
     if (kv->progress && !is_store()) {
         const int32_t n_layer  = layered ? kv->n_layer() : 1;
-        const int32_t n_before = layered ? (int32_t) i_token : ubatch.pos[0];
+        const int32_t n_before = layered ? (int32_t) token_step() : ubatch.pos[0];
         const int32_t n_tokens = layered ? (int32_t) kv->hidden->ne[1] : (int32_t) std::max<uint32_t>(kv->n_announced, ubatch.pos[0] + ubatch.n_tokens);
         if (!kv->progress(i_layer, n_layer, n_before, n_tokens, kv->progress_data)) {
             return kv->fail("aborted");
@@ -1631,7 +1720,7 @@ bool llama_kv_cache_ragged_context::apply() {
         // cells and positions are those of the first layer
         return i_stage() > 0 || kv->end_layer(i_layer - 1);
     }
-    if (!is_store() && !stage_ctxs[i_stage()]->apply()) {
+    if (!is_store() && !(layered ? kv->reading->stage_ctxs : stage_ctxs)[i_stage()]->apply()) {
         return false;
     }
     const llama_pos n_window = kv->config().window;
@@ -1655,11 +1744,11 @@ const llama_ubatch & llama_kv_cache_ragged_context::get_ubatch() const {
     if (is_store()) {
         return ubatches_store[i_cur];
     }
-    return layered && i_layer < kv->n_layer() - 1 ? ubatches_silent[i_stage()] : ubatches_stage[i_stage()];
+    return layered && layer_step() < kv->n_layer() - 1 ? ubatches_silent[i_stage()] : ubatches_stage[i_stage()];
 }
 
 const llama_kv_cache_context * llama_kv_cache_ragged_context::get_stage() const {
-    return stage_ctxs.at(i_stage()).get();
+    return (layered ? kv->reading->stage_ctxs : stage_ctxs).at(i_stage()).get();
 }
 
 headkv_store_layer * llama_kv_cache_ragged_context::get_layer(int32_t il) const {

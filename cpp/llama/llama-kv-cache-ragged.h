@@ -23,7 +23,8 @@
 //
 // A prompt that is announced as a whole and comes in one batch is read layer by layer: all its ubatches go through layer
 // il, that layer is compressed, and the next layer reuses its staging memory. The sequence is LAYERED in between: only
-// its last layer is still staged, and it can do nothing but be compressed.
+// its last layer is still staged, and it can do nothing but be compressed. The reading can be paused after any step and
+// goes on when the same batch comes again; until then the sequence counts as empty, and others can be decoded.
 //
 // Sequences are independent of each other: some can be read while others are decoded, in one batch. Tokens of stored
 // sequences share their ubatches. One sequence at a time is read layer by layer, and only while no other one is staged.
@@ -98,6 +99,13 @@ public:
     // told (layer, layers, tokens, tokens of the prompt) before each step; false = abort
     using progress_fn = bool (*)(int32_t il, int32_t n_layer, int32_t i_token, int32_t n_tokens, void * user_data);
     void set_progress(progress_fn fn, void * user_data) { progress = fn; progress_data = user_data; }
+
+    // The time (ggml_time_us) at which a layer-major batch pauses, one step or more after it was begun or resumed, and in any
+    // case before its last step; 0 = it does not.
+    void set_pause(int64_t t_us) { t_pause = t_us; }
+
+    bool is_reading(llama_seq_id seq_id) const;
+    int64_t n_steps_left(llama_seq_id seq_id, int64_t n_tokens, int64_t n_ubatch) const; // of its layer-major batch
 
     // why prompts are not read layer by layer, empty = they are
     const std::string & why_token_major() const { return token_major; }
@@ -232,7 +240,9 @@ private:
     ring_t        hidden_buf;
     ggml_tensor * hidden = nullptr; // F32 or F16 [n_embd, n_tokens] of the whole prompt
     ggml_tensor * band   = nullptr; // F16 [n_band + n_ubatch + 256, n_ubatch], 0 up to column n_band + row, then -inf
-    llama_seq_id  reading = -1; // sequence whose layer-major batch is in progress
+    struct reading_t;
+    std::unique_ptr<reading_t> reading; // the layer-major batch in progress
+    int64_t       t_pause = 0;
     llama_context * lctx = nullptr; // of the last update
     size_t        n_bytes_peak = 0;
 
@@ -241,7 +251,8 @@ private:
 
     void alloc_hidden(uint32_t n_tokens);
     void note_peak(size_t n_scratch);
-    void begin_compression(llama_seq_id seq_id); // throws
+    void begin_compression(llama_seq_id seq_id, headkv_config_ptr cfg); // throws
+    std::string why_not_resumed(const std::vector<llama_ubatch> & ubatches) const; // empty = it is the batch in progress
     void compress_layer(headkv_store_layer & layer); // throws
     // headkv_scored::values of the layer; cells: I32 [n], the staged cell of each position
     std::vector<float> value_norms(const headkv_store_layer & layer, ggml_tensor * cells);
@@ -310,8 +321,8 @@ public:
 
     // layer-major: the current step takes the current ubatch through one layer
     bool    is_layered() const { return layered && !is_store(); }
-    int32_t layer_step() const { return i_layer; }
-    int64_t token_step() const { return i_token; } // tokens of the prompt before the ubatch
+    int32_t layer_step() const;
+    int64_t token_step() const; // tokens of the prompt before the ubatch
 
     // stock context of the current ubatch in the staging
     const llama_kv_cache_context * get_stage() const;
@@ -337,17 +348,15 @@ private:
     bool full    = false;
     bool layered = false;
 
-    size_t  i_cur   = 0; // ubatch, those of the store first
-    int32_t i_layer = 0;
-    int64_t i_token = 0;
+    size_t i_cur = 0; // ubatch, those of the store first; layer-major: kv->reading knows which one of the staging
 
-    // one stock context per ubatch, each with the number of cells that its ubatch attends
+    // one stock context per ubatch, each with the number of cells that its ubatch attends; layer-major: in kv->reading
     std::vector<std::unique_ptr<llama_kv_cache_context>> stage_ctxs;
 
     std::vector<llama_ubatch> ubatches_store;
     std::vector<llama_ubatch> ubatches_stage;
 
-    size_t i_stage() const { return i_cur - ubatches_store.size(); }
+    size_t i_stage() const;
 
     // layer-major: the ubatches without outputs, for all layers but the last
     std::vector<llama_ubatch> ubatches_silent;
