@@ -17,7 +17,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -269,6 +269,46 @@ def test_slots_give_what_single_runs_give(n_slots: int, prefill: str, llm: Any, 
             got = list(pool.map(lambda prompt: server.tokens(prompt, n), prompts))
         assert got == answers
         assert server.metric("kv_compressions_total") == len(prompts)
+
+
+def test_others_decode_on_while_a_prompt_is_read_layer_by_layer(tmp_path: Path, log: Path) -> None:
+    """No stream waits for the whole prompt of another slot, and a cancelled prompt gives its memory back at once."""
+    path = tmp_path / "slow.gguf"  # seconds for a prompt
+    write_random_model(path, n_layer=12, n_embd=512, n_head=8, n_head_kv=8, n_ff=2048, n_vocab=384, n_ctx_train=N_CTX, seed=3, importance="random")
+    short, long = ([20 + seed + (7 * i) % 300 for i in range(n)] for seed, n in ((1, 100), (2, 1900)))
+    with closing(load(path, kv_size=KV_SIZE, n_ctx=N_CTX, n_batch=N_UBATCH, n_ubatch=N_UBATCH)) as slow:
+        answer = greedy(slow, list(long), 4)
+    with running(log, "--kv-size", KV_SIZE, model=path, n_slots=2) as server, ThreadPoolExecutor(1) as pool:
+        body = {"prompt": short, "n_predict": 1500, "temperature": 0, "stream": True, "ignore_eos": True}
+        request = urllib.request.Request(f"http://127.0.0.1:{server.port}/completion", json.dumps(body).encode(), {"Content-Type": "application/json"})
+        with DIRECTLY.open(request, timeout=SECONDS) as stream:
+            stream.readline()
+            start, times = time.monotonic(), []
+            reading = pool.submit(server.complete, long, 4)
+            while not reading.done():
+                if stream.readline().startswith(b"data: "):
+                    times.append(time.monotonic())
+            seconds = reading.result()["timings"]["prompt_ms"] / 1000
+        assert reading.result()["tokens"] == answer
+        times = [t for t in times if t < start + seconds]
+        longest = max(b - a for a, b in zip([start, *times], [*times, start + seconds]))
+        assert len(times) > 3 and longest < 0.6 * seconds, (times, seconds)
+
+        n_compressed = server.metric("kv_compressions_total")
+        data = json.dumps({"prompt": long, "n_predict": 4}).encode()
+        with socket.create_connection(("127.0.0.1", server.port), timeout=SECONDS) as s:
+            s.sendall(b"POST /completion HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n" % len(data) + data)
+            deadline = time.monotonic() + SECONDS
+            while not any(slot["kv"]["state"] == "reading" for slot in server.get("/slots")):
+                assert time.monotonic() < deadline
+            assert server.metric("kv_bytes_staging") > 0
+            n_cancelled = server.output().count("cancel task")
+        while server.output().count("cancel task") == n_cancelled:  # upstream looks a second after its last result of any request
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        assert_nothing_left(server)
+        assert server.metric("kv_compressions_total") == n_compressed
+        assert server.complete(long, 4)["tokens"] == answer
 
 
 def test_slots_share_one_pool_of_positions(llm: Any, log: Path) -> None:

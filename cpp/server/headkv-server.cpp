@@ -136,6 +136,10 @@ bool headkv_server_only_layer() {
     return headkv_get_args().params.prefill == HEADKV_PREFILL_LAYER;
 }
 
+bool headkv_server_by_layer(const llama_context * ctx) {
+    return *headkv_why_token_prefill(ctx) == '\0';
+}
+
 int32_t headkv_server_n_batch() {
     return server.n_batch;
 }
@@ -187,6 +191,16 @@ static void configure(llama_context * ctx, int32_t kv_size) {
 void headkv_server_announce(llama_context * ctx, llama_seq_id seq_id, int32_t n_tokens, bool whole, int32_t kv_size) {
     configure(ctx, kv_size); // layers are compressed while the prompt is read
     check(headkv_begin_prompt(ctx, seq_id, n_tokens, whole));
+}
+
+bool headkv_server_read_ahead(llama_context * ctx, llama_seq_id seq_id, const std::vector<llama_token> & tokens, int32_t kv_size) {
+    static constexpr int32_t MAX_MS = 250; // a step, one ubatch through one layer, may take longer
+
+    configure(ctx, kv_size);
+    const int32_t n_left = headkv_read_ahead(ctx, seq_id, tokens.data(), (int32_t) tokens.size(), MAX_MS);
+    check(n_left);
+    headkv_server_note(ctx, seq_id);
+    return n_left == 1;
 }
 
 static headkv_stats get_stats(llama_context * ctx, llama_seq_id seq_id) {

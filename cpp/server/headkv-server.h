@@ -7,6 +7,7 @@
 
 #include <cstdint>
 #include <string>
+#include <vector>
 
 struct common_params;
 
@@ -21,6 +22,7 @@ struct headkv_slot_info {
     int64_t n_bytes      = 0; // K and V of these cells
     int64_t n_bytes_full = 0; // of as many cells in every head
     double  compress_ms  = 0; // of its last compression
+    int64_t t_begin_us   = 0; // when the prompt was begun that is read ahead, see headkv_server_read_ahead()
 };
 
 // Before a model is loaded: checks the flags against upstream's, adapts these, and makes the contexts of this thread
@@ -30,7 +32,8 @@ bool headkv_server_open(common_params & params);
 bool    headkv_server_is_on();
 bool    headkv_server_reuses();
 bool    headkv_server_only_layer(); // --kv-prefill layer
-int32_t headkv_server_n_batch();    // prompt tokens per batch while other slots wait for it
+bool    headkv_server_by_layer(const llama_context * ctx); // prompts are read layer by layer
+int32_t headkv_server_n_batch();    // prompt tokens per batch where they are not
 
 // Of a completion request: its kv_size, 0 = the server's. Throws std::invalid_argument with field, value and range.
 int32_t headkv_server_check_request(const common_json & body, int32_t n_completions);
@@ -39,6 +42,10 @@ int32_t headkv_server_check_request(const common_json & body, int32_t n_completi
 
 // whole: the prompt may come in one batch
 void headkv_server_announce(llama_context * ctx, llama_seq_id seq_id, int32_t n_tokens, bool whole, int32_t kv_size);
+
+// Reads on in a whole prompt, for as long as other slots may have to wait. false: more is to be read; true: the batch with
+// the whole prompt has one step left to do.
+bool headkv_server_read_ahead(llama_context * ctx, llama_seq_id seq_id, const std::vector<llama_token> & tokens, int32_t kv_size);
 
 headkv_slot_info headkv_server_compress(llama_context * ctx, llama_seq_id seq_id, int32_t kv_size);
 

@@ -1,28 +1,25 @@
 // The slots of llama-server when it was started with --kv-size. Included once, by server-context.cpp, behind its definition
 // of server_slot and server_batch.
 //
-// Prompts are read one after the other, in the order of their requests, so that the staging holds one of them; short ones
-// may share the end of a batch. Slots that generate are part of every batch. A prompt is compressed when its last token
-// was decoded. What throws here ends the request of the slot with an error; the slot is cleared, others go on.
+// Prompts are read one after the other, in the order of their requests, so that the staging holds one of them. Where they
+// are read layer by layer, a slot stays STARTED while its prompt is read ahead, a while before each batch, until the batch
+// has one step left to do; the slots that generate wait no longer than that, and the request can be cancelled. Where they
+// are not, short prompts may share the end of a batch. Slots that generate are part of every batch. A prompt is compressed
+// when its last token was decoded. What throws here ends the request of the slot with an error; the slot is cleared,
+// others go on.
 #pragma once
 
 #include "headkv-server.h"
 #include "headkv.h"
 
-// Prompt tokens up to which a batch is filled. A whole prompt only where no other slot has to wait for it.
+// Prompt tokens up to which a batch is filled: a whole prompt where it was read ahead.
 static int32_t headkv_server_fill(const std::vector<server_slot> & slots, int32_t n_batch) {
     if (!headkv_server_is_on()) {
         return n_batch;
     }
-    int  n_busy     = 0;
-    bool is_waiting = false; // a prompt that was not begun
-    bool is_reading = false;
-    for (const auto & slot : slots) {
-        n_busy     += slot.is_processing();
-        is_waiting |= slot.state == SLOT_STATE_STARTED;
-        is_reading |= slot.state == SLOT_STATE_PROCESSING_PROMPT;
-    }
-    const bool whole = is_waiting && !is_reading && (n_busy == 1 || headkv_server_only_layer());
+    const bool whole = std::any_of(slots.begin(), slots.end(), [](const server_slot & slot) {
+        return slot.state == SLOT_STATE_STARTED && slot.stats.headkv_info.t_begin_us > 0;
+    });
     return whole ? n_batch : std::min(n_batch, headkv_server_n_batch());
 }
 
@@ -32,6 +29,7 @@ static bool headkv_server_begin(const std::vector<server_slot> & slots, server_s
         return true;
     }
     const int32_t n_tokens = slot.task->n_tokens();
+    const bool    by_layer = headkv_server_by_layer(slot.ctx_tgt) && n_tokens > 1;
 
     int32_t n_staged = 0; // prompts that end in this batch
     for (const auto & other : slots) {
@@ -40,25 +38,35 @@ static bool headkv_server_begin(const std::vector<server_slot> & slots, server_s
         }
         n_staged += other.state == SLOT_STATE_DONE_PROMPT ? other.task->n_tokens() : 0;
     }
-    const bool fits = batch.size() + n_tokens <= n_batch;
-    if (n_staged > 0 && (headkv_server_only_layer() || !fits || n_staged + n_tokens > (int32_t) llama_n_ctx(slot.ctx_tgt))) {
+    const bool fits = batch.size() + n_tokens <= (by_layer ? (int32_t) llama_n_batch(slot.ctx_tgt) : n_batch);
+    if (n_staged > 0 && (by_layer || !fits || n_staged + n_tokens > (int32_t) llama_n_ctx(slot.ctx_tgt))) {
         return false;
     }
-    if (headkv_server_only_layer() && !fits && batch.size() > 0) {
+    int64_t & t_begin_us = slot.stats.headkv_info.t_begin_us;
+    if (!fits && batch.size() > 0 && (t_begin_us > 0 || headkv_server_only_layer())) {
         return false; // the last slots of a nearly full context have to finish
     }
 
-    if (headkv_server_reuses() && slot.task->params.cache_prompt && slot.prompt.n_tokens() > 0) {
-        const headkv_slot_info info = headkv_server_note(slot.ctx_tgt, slot.id);
-        const int32_t n_past = std::min((int32_t) slot.prompt.tokens.get_common_prefix(slot.task->tokens), n_tokens - 1);
-        if (info.state == 2 && n_past >= info.n_prompt) {
-            SLT_INF(slot, "--kv-reuse: %d of %d tokens are continued on the compressed past\n", n_past, n_tokens);
-            return true;
+    if (t_begin_us == 0) {
+        if (headkv_server_reuses() && slot.task->params.cache_prompt && slot.prompt.n_tokens() > 0) {
+            const headkv_slot_info info = headkv_server_note(slot.ctx_tgt, slot.id);
+            const int32_t n_past = std::min((int32_t) slot.prompt.tokens.get_common_prefix(slot.task->tokens), n_tokens - 1);
+            if (info.state == 2 && n_past >= info.n_prompt) {
+                SLT_INF(slot, "--kv-reuse: %d of %d tokens are continued on the compressed past\n", n_past, n_tokens);
+                return true;
+            }
         }
+        slot.prompt_clear();
     }
-    slot.prompt_clear();
     if (n_tokens > 0 && n_tokens < slot.n_ctx) { // others are refused by upstream
-        headkv_server_announce(slot.ctx_tgt, slot.id, n_tokens, n_staged == 0 && fits, slot.task->params.headkv_kv_size);
+        if (by_layer && fits) {
+            t_begin_us = t_begin_us > 0 ? t_begin_us : ggml_time_us();
+            if (!headkv_server_read_ahead(slot.ctx_tgt, slot.id, slot.task->tokens.get_text_tokens(), slot.task->params.headkv_kv_size) ||
+                    batch.size() + n_tokens > n_batch) {
+                return false;
+            }
+        }
+        headkv_server_announce(slot.ctx_tgt, slot.id, n_tokens, by_layer && fits, slot.task->params.headkv_kv_size);
     }
     return true;
 }
@@ -66,7 +74,11 @@ static bool headkv_server_begin(const std::vector<server_slot> & slots, server_s
 // After the last token of the slot's prompt was decoded, before its first token is sampled.
 static void headkv_server_end(server_slot & slot) {
     if (headkv_server_is_on() && slot.state == SLOT_STATE_DONE_PROMPT) {
+        const int64_t t_begin_us = slot.stats.headkv_info.t_begin_us;
         slot.stats.headkv_info = headkv_server_compress(slot.ctx_tgt, slot.id, slot.task->params.headkv_kv_size);
+        if (t_begin_us > 0) {
+            slot.stats.t_start = t_begin_us; // upstream's begins with the batch
+        }
     }
 }
 
