@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
@@ -29,7 +30,7 @@ from .evaluate_report import write_report
 from .file_tasks import FILES, check_files, n_answer
 from .gguf_keys import check_beta
 from .inspect import model_path
-from .journal import Journal, commit, sha256
+from .journal import Journal, commit, machine, sha256
 from .llama import Llama, cells_in
 from .options import BY_IMPORTANCE, FULL, POLICIES, POOLS, Options, check_choice, check_int, parse_bytes
 from .quiz import Ask, TaskOptions, Turn
@@ -277,11 +278,15 @@ def run(args: argparse.Namespace) -> int:
     places = [
         (i, k) for i, task in enumerate(tasks) for k in range(counts[i]) if (task.name, task.n_tokens, k) not in done
     ]
+    begin, whole = time.perf_counter(), not journal.entries
     with tqdm(total=sum(counts), initial=sum(counts) - len(places), desc="contexts", leave=False, disable=None) as bar:
         for entry in run_job(job, places, n_jobs=min(args.jobs, max(1, len(places)))):
             journal.append(entry)
             bar.update()
-    report = write_report(args.output, command="pyheadkv eval " + " ".join(sys.argv[2:]))
+    where = f"{machine()}; {args.jobs} processes of {args.threads} threads"
+    if whole:
+        where += f", {(time.perf_counter() - begin) / 60:.1f} minutes"
+    report = write_report(args.output, command="pyheadkv eval " + " ".join(sys.argv[2:]), where=where)
     print(report)
     return 0
 
