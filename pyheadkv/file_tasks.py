@@ -6,14 +6,13 @@ given with ``--prompts`` replaces it, ``{task: {kind: {"prompt", "max_tokens"}}}
 longbench       rows ``{"dataset", "context", "input", "answers"}``. Prompts and lengths are those of the benchmark
                 (``data/prompts.LICENSE``), the chat template goes around them where the benchmark has one
 babilong        rows ``{"input", "question", "target"}`` in a file named after its task, qa1 to qa5. Prompts of the benchmark
-loogle          questions of LooGLE (Li et al. 2023, arXiv:2311.04939) about long dependencies. Rows as HeadKV's evaluation
-                has them, ``{"dataset", "context", "input", "answers"}``, as the data set has them, ``{"context", "question",
-                "answer", "task"}``, or as it had them at first, ``{"input", "qa_pairs"}``, one context and all its questions.
-                Prompt, lengths by kind of question and metric (F1 of words) are those of the HeadKV paper, in a chat
+loogle          questions of LooGLE (Li et al. 2023, arXiv:2311.04939). Rows of the data set, ``{"input", "qa_pairs"}``, one
+                context and all its questions, or as HeadKV's evaluation has them, ``{"dataset", "context", "input",
+                "answers"}``. Prompt, lengths by kind of question and metric (F1 of words) are those of the HeadKV paper, in a chat
                 template; the benchmark generates 500 tokens with a repetition penalty and has ROUGE and BLEU besides
 infinitebench   rows ``{"context", "input", "answer", "options"}`` of InfiniteBench (Zhang et al. 2024, arXiv:2402.13718) in
                 a file named after its task, such as ``kv_retrieval.jsonl``. Lengths and metrics are those of the
-                benchmark; the prompts have its form (an instruction, the context, the question, the beginning of the
+                benchmark (``pyheadkv.metrics``); the prompts have its form (an instruction, the context, the question, the beginning of the
                 answer, no chat template), but the wording is ours: for numbers to be set beside published ones, give its
                 own with ``--prompts``, ``{input}`` being the question and ``{A}`` to ``{D}`` the options. Left out are the task in
                 Chinese and ``math_calc``, which generates 30000 tokens
@@ -138,8 +137,6 @@ class LooGLE(FileTask):
         if "qa_pairs" in row:
             said = [(pair["Q"], [pair["A"]], pair.get("type", "")) for pair in _pairs(row["qa_pairs"])]
             context = row["input"]
-        elif "question" in row:
-            said, context = [(row["question"], [row["answer"]], row["task"])], row["context"]
         else:
             said, context = [(row["input"], row["answers"], row["dataset"])], row["context"]
         return [self._question(context, *question) for question in said]

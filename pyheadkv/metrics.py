@@ -1,7 +1,8 @@
 """How answers are graded: 0 to 1 for a response and one reference answer.
 
 The metrics of LongBench (Bai et al. 2024, arXiv:2308.14508) for its datasets in English, of BABILong (Kuratov et al. 2024,
-arXiv:2406.10149) and of InfiniteBench (Zhang et al. 2024, arXiv:2402.13718). ROUGE-L is the F measure of the longest common subsequence of words over the whole text; the
+arXiv:2406.10149) and, but for small differences in what counts as a word, of InfiniteBench (Zhang et al. 2024,
+arXiv:2402.13718). ROUGE-L is the F measure of the longest common subsequence of words over the whole text; the
 similarity of code is that of ``difflib``.
 """
 

@@ -338,7 +338,8 @@ def test_demo_takes_shares_bytes_and_what_is_kept(capsys: pytest.CaptureFixture[
 @embedded
 @pytest.mark.parametrize(
     "options",
-    [["--kv-ratio", "x"], ["--kv-ratio", "2"], ["--kv-bytes", "1"], ["--protect", "a:b"], ["--kv-size", "abc"], ["--kv-size", "16,"], ["--kv-size", "4"], ["--questions", "0"], ["--tokens", "10"]],
+    [["--kv-ratio", "x"], ["--kv-ratio", "2"], ["--kv-bytes", "1"], ["--protect", "a:b"], ["--kv-size", "abc"], ["--kv-size", "16,"],
+     ["--kv-size", "4"], ["--questions", "0"], ["--tokens", "10"]],
 )
 def test_demo_refuses_wrong_options(capsys: pytest.CaptureFixture[str], options: list[str]) -> None:
     assert cli.main(["demo", "--threads", "1", *options]) == 1

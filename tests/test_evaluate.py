@@ -202,7 +202,6 @@ def test_loogle_rows_of_every_form(make_model: MakeModel, tmp_path: Path) -> Non
     pairs = [{"Q": "Who came {first}?", "A": "the old man", "type": "Timeline reorder"}, {"Q": "How many?", "A": "7", "type": "Computation"}]
     forms: list[dict[str, Any]] = [
         {"context": "a b c", "input": "Who came {first}?", "answers": ["him", "the old man"], "dataset": "timeline_reorder"},
-        {"context": "a b c", "question": "Who came {first}?", "answer": "the old man", "task": "timeline reorder"},
         {"input": "a b c", "title": "t", "qa_pairs": repr(pairs)},
         {"input": "a b c", "title": "t", "qa_pairs": pairs},
     ]
@@ -214,12 +213,12 @@ def test_loogle_rows_of_every_form(make_model: MakeModel, tmp_path: Path) -> Non
         assert text.strip() == "Please answer the question based on the long texts below. \na b c\nQuestion: Who came {first}?\nAnswer:"
         assert asks[0].grade("The old man.") == 1 and asks[0].grade("old woman") == 0.5
         assert len({a.prompt[: a.n_context] for a in asks}) == 1  # compressed once where the question is not known
-    _, (ask,) = of_lines(make_model, tmp_path / "l.jsonl", "loogle", {**forms[1], "context": "a b c " * 3000, "task": "shortdep_qa"}, n_tokens=300)
+    _, (ask,) = of_lines(make_model, tmp_path / "l.jsonl", "loogle", {**forms[0], "context": "a b c " * 3000, "dataset": "shortdep_qa"}, n_tokens=300)
     assert len(ask.prompt) == 300 and ask.n_steps == 64
     for wrong, word in (
         ({"input": "a", "qa_pairs": "none"}, "qa_pairs = 'none'"),
         ({"input": "a", "qa_pairs": "[open('x')]"}, "it must be a list of questions"),
-        ({**forms[1], "task": "cloze"}, "kind of question 'cloze': it must be one of comprehension_and_reasoning"),
+        ({**forms[0], "dataset": "cloze"}, "kind of question 'cloze': it must be one of comprehension_and_reasoning"),
         ({"context": "a"}, "line 1 has no key 'input': is it a file of loogle"),
     ):
         with pytest.raises(ValueError, match=re.escape(word)):
@@ -257,8 +256,8 @@ def test_prompts_of_a_file_replace_those_of_the_package(make_model: MakeModel, t
     assert llm.detokenize(list(ask.prompt)).decode().strip() == "p q r <What?>" and ask.n_steps == 3
     with pytest.raises(ValueError, match="says which task it is, one of passkey: rename it"):
         of_lines(make_model, tmp_path / "kv_retrieval.jsonl", "infinitebench", row, prompts=prompts)
-    for content in ({}, {"infinitebench": {"passkey": {"prompt": "no place", "max_tokens": 3}}}, {"infinitebench": {"passkey": {"prompt": "{context}"}}}):
-        prompts.write_text(json.dumps(content))
+    for content in ({}, {"passkey": {"prompt": "no place", "max_tokens": 3}}, {"passkey": {"prompt": "{context}"}}):
+        prompts.write_text(json.dumps({"infinitebench": content} if content else {}))
         with pytest.raises(ValueError, match="no prompts of infinitebench"):
             of_lines(make_model, tmp_path / "passkey.jsonl", "infinitebench", row, prompts=prompts)
 
