@@ -92,10 +92,11 @@ struct attend_case {
     int n_seqs   = 1;
     int n_tps    = 1;
     float softcap = 0.0f;
+    bool bias     = false;
 
     std::string name() const {
         std::string res = kernel + "," + ggml_type_name(type) + ",D=" + std::to_string(D) + ",G=" + std::to_string(G) +
-            ",seqs=" + std::to_string(n_seqs) + ",tps=" + std::to_string(n_tps) + ",softcap=" + std::to_string((int) softcap) + ",lens=";
+            ",seqs=" + std::to_string(n_seqs) + ",tps=" + std::to_string(n_tps) + ",softcap=" + std::to_string((int) softcap) + ",bias=" + std::to_string(bias) + ",lens=";
         for (int len : lens) {
             res += std::to_string(len) + "/";
         }
@@ -129,7 +130,8 @@ static bool test_attend(const attend_case & c) {
     ggml_tensor * k = ggml_new_tensor_2d(ctx, c.type, c.D, n_rows);
     ggml_tensor * v = ggml_new_tensor_2d(ctx, c.type, c.D, n_rows);
     ggml_tensor * r = ggml_new_tensor_3d(ctx, GGML_TYPE_I32, 2, H, c.n_seqs);
-    ggml_tensor * out = headkv_build_attend_fused(ctx, &state, q, k, v, r);
+    ggml_tensor * b = c.bias ? ggml_new_tensor_2d(ctx, GGML_TYPE_F32, H, c.n_seqs) : nullptr;
+    ggml_tensor * out = headkv_build_attend_fused(ctx, &state, q, k, v, r, b);
     g.alloc(out);
 
     set_quantized(k, random_floats((size_t) c.D*n_rows));
@@ -137,6 +139,13 @@ static bool test_attend(const attend_case & c) {
     const std::vector<float> qf = random_floats(ggml_nelements(q), 2.0f);
     ggml_backend_tensor_set(q, qf.data(), 0, ggml_nbytes(q));
     ggml_backend_tensor_set(r, ranges.data(), 0, ggml_nbytes(r));
+    std::vector<float> bias(c.lens.size(), 0.0f);
+    if (b) {
+        for (size_t i = 0; i < bias.size(); ++i) {
+            bias[i] = i % 3 == 0 ? 0.0f : std::log((float) (1 + rng() % 3000)); // none, or as many cells as a long range
+        }
+        ggml_backend_tensor_set(b, bias.data(), 0, ggml_nbytes(b));
+    }
     const std::vector<float> kf = get_floats(k);
     const std::vector<float> vf = get_floats(v);
     // rows outside of the ranges must not be read
@@ -180,7 +189,7 @@ static bool test_attend(const attend_case & c) {
                         dot += (double) qh[d]*kf[(size_t) (ranges[2*i] + j)*c.D + d];
                     }
                     dot *= state.scale;
-                    s[j] = c.softcap > 0.0f ? c.softcap*std::tanh(dot/c.softcap) : dot;
+                    s[j] = (c.softcap > 0.0f ? c.softcap*std::tanh(dot/c.softcap) : dot) + (j == 0 ? bias[i] : 0.0);
                     m = std::max(m, s[j]);
                 }
                 double sum = 0.0;
@@ -409,6 +418,10 @@ int main(int argc, char ** argv) {
                 add({ kernel, type, 64, 7, { 9, 300, 140, 10, 20, 131 }, 3, n_tps });
             }
             add({ kernel, type, 64, 4, { 5, 300 }, 1, 1, 30.0f });
+            for (int n_tps : { 1, 3, 9 }) {
+                add({ kernel, type, 64, 4, { 9, 1, 140, 0, 20, 131, 3, 300, 2 }, 3, n_tps, 0.0f, true });
+            }
+            add({ kernel, type, 128, 7, { 5, 300, 257 }, 1, 1, 30.0f, true });
         }
     }
     for (int n_prefix : { 1, 2, 31, 257, 5000 }) {
