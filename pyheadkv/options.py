@@ -17,7 +17,7 @@ import numpy.typing as npt
 from . import _lib, gguf_keys
 from .gguf_keys import Importance
 
-POLICIES = ("headkv", "snapkv", "streaming", "pyramidkv", "adakv", "headkv+adakv", "criticalkv")
+POLICIES = ("headkv", "snapkv", "streaming", "pyramidkv", "adakv", "headkv+adakv", "criticalkv", "h2o")
 FULL = "full"  # not one of them: the stock cache
 BY_IMPORTANCE = ("headkv", "headkv+adakv")  # policies that need the importance of the heads
 POOLS = {"max": 0, "avg": 1}

@@ -273,6 +273,31 @@ def score(
     return pool_scores(mean[:, :n_prefix], pool=pool, kernel=pool_kernel)
 
 
+def attention_sums(q: ArrayLike, k: ArrayLike, *, scale: float, q_round: DTypeLike | None = None) -> NDArray[np.float64]:
+    """Attention that all queries of a prompt pay to each cell (H2O in KVCache-Factory, pyramidkv_utils.py:797-890), per KV head.
+
+    Parameters
+    ----------
+    q : (n_tokens, n_head, head_dim), after RoPE
+    k : (n_tokens, n_head_kv, head_dim), after RoPE
+    scale : factor on q . k, usually head_dim ** -0.5
+    q_round : dtype the queries are rounded to before use; None leaves them alone
+
+    Returns
+    -------
+    (n_head_kv, n_tokens) float64, mean over the query heads of the group
+    """
+    q, k = _round(q, q_round), np.asarray(k, dtype=np.float64)
+    _check_heads(q, k)
+    group = q.shape[1] // k.shape[1]
+    sums = np.zeros((k.shape[1], len(k)))
+    causal = np.tri(len(k), dtype=np.bool_)
+    for h in range(q.shape[1]):
+        logits = _logits(q[:, h], k[:, h // group], scale=scale, softcap=0.0)
+        sums[h // group] += softmax(np.where(causal, logits, -np.inf)).sum(axis=0) / group
+    return sums
+
+
 def softmax(logits: ArrayLike) -> NDArray[np.float64]:
     """Softmax over the last axis; -inf is a masked column and a row masked in full gives 0."""
     logits = np.asarray(logits, dtype=np.float64)

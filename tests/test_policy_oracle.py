@@ -38,9 +38,27 @@ def scores_of(llm: Any, shape: Shape, il: int) -> npt.NDArray[np.float64]:
     """Scores of a layer by the oracle, from the engine's own queries and keys."""
     if llm.kv_options.policy == "streaming":
         return np.tile(np.arange(llm.n_tokens - WINDOW, dtype=np.float64), (shape.n_head_kv, 1))
+    if llm.kv_options.policy == "h2o":
+        sums = reference.attention_sums(all_queries(llm, shape)[il], head_rows(llm, shape, il, v=False), scale=shape.head_dim**-0.5, q_round=np.float16)
+        return sums[:, : llm.n_tokens - WINDOW]
     q = llm._read_floats(_lib.lib.headkv_read_window, shape.n_head * shape.head_dim, WINDOW, il)
     return reference.score(q.reshape(-1, shape.n_head, shape.head_dim), head_rows(llm, shape, il, v=False), scale=shape.head_dim**-0.5,
                            pool=llm.kv_options.pool, pool_kernel=llm.kv_options.pool_kernel, q_round=np.float16)
+
+
+def all_queries(llm: Any, shape: Shape) -> list[npt.NDArray[np.float32]]:
+    """Queries of a staged prompt, (n_tokens, n_head, head_dim) by layer, seen through a window that moves with the ubatches."""
+    n_ubatch = llm.context_params.n_ubatch
+    seen = load(llm.model_path, kv_size=n_ubatch + 1, window=n_ubatch, policy="snapkv", prefill="token", n_ubatch=n_ubatch,
+                type_k=llm.context_params.type_k, type_v=llm.context_params.type_v)
+    parts: list[list[npt.NDArray[np.float32]]] = [[] for _ in range(shape.n_layer)]
+    prompt = llm.input_ids[: llm.n_tokens].tolist()
+    for i in range(0, len(prompt), n_ubatch):
+        seen.eval(prompt[i : i + n_ubatch])
+        n = min(n_ubatch, len(prompt) - i)
+        for il, rows in enumerate(parts):
+            rows.append(seen._read_floats(_lib.lib.headkv_read_window, shape.n_head * shape.head_dim, n_ubatch, il)[-n:])
+    return [np.concatenate(rows).reshape(-1, shape.n_head, shape.head_dim) for rows in parts]
 
 
 @functools.lru_cache(maxsize=4)
@@ -172,7 +190,7 @@ def test_every_policy_holds_the_same_bytes(make_model: MakeModel) -> None:
     llm.read_prompt(prompt)
     for kv_size in (32, 128, 500):
         held = {}
-        for policy in POLICIES:
+        for policy in sorted({*POLICIES} - {"h2o"}):  # which looks at all tokens while they are read
             llm.restore_prompt(2000 - WINDOW)
             llm.configure(kv_size=kv_size, policy=policy)
             llm.eval(prompt[-WINDOW:])
@@ -300,6 +318,47 @@ def test_a_floor_of_one_is_headkv(make_model: MakeModel) -> None:
 def test_a_model_without_importance_is_refused(make_model: MakeModel) -> None:
     with pytest.raises(ValueError, match="policy 'headkv\\+adakv' needs the importance of each head and the model has none"):
         load(make_model(SHAPES[1], importance=None), kv_size=64, policy="headkv+adakv")
+
+
+# ---------------------------------------------------------------- h2o
+
+
+@ALL_SHAPES
+@SIZES
+def test_h2o_keeps_what_the_oracle_keeps(shape: Shape, n_prompt: int, kv_size: int, make_model: MakeModel) -> None:
+    kept = check_kept(shape, make_model, n_prompt, kv_size=kv_size, policy="h2o")
+    assert n_cells(kept) == min(kv_size, n_prompt) * shape.n_layer * shape.n_head_kv
+
+
+def test_h2o_in_batches_of_any_size_keeps_nearly_the_same(make_model: MakeModel) -> None:
+    kept = []
+    for n_ubatch in (32, 64, 512):
+        llm = load(make_model(SHAPES[1]), kv_size=40, policy="h2o", n_ubatch=n_ubatch)
+        llm.read_prompt(tokens(701))
+        kept.append({(il, ih, pos) for il in range(SHAPES[1].n_layer) for ih in range(SHAPES[1].n_head_kv) for pos in llm.kv_positions(il, ih).tolist()})
+    assert all(len(kept[0] ^ other) <= 0.02 * len(kept[0]) for other in kept[1:])
+
+
+def test_h2o_refuses_what_its_sums_do_not_tell(make_model: MakeModel) -> None:
+    path, prompt = make_model(SHAPES[1]), tokens(200)
+    llm = load(path, kv_size=40, policy="h2o", keep_prompt=True)
+    llm.read_prompt(prompt)
+    first = kept_by(llm, SHAPES[1])
+    llm.restore_prompt(200)
+    llm.configure(kv_size=80)
+    llm.end_prompt()
+    llm.restore_prompt(200)
+    llm.configure(kv_size=40)
+    llm.end_prompt()
+    assert as_lists(kept_by(llm, SHAPES[1])) == as_lists(first)
+    llm.restore_prompt(190)
+    llm.eval(prompt[190:])
+    with pytest.raises(RuntimeError, match="tokens were removed from the end of the prompt, whose attention policy 'h2o' has counted"):
+        llm.end_prompt()
+    llm.configure(policy="snapkv")
+    llm.end_prompt()
+    with pytest.raises(ValueError, match="policy 'h2o' looks at all tokens while they are read: create the context with it"):
+        load(path, kv_size=40).configure(policy="h2o")
 
 
 # ---------------------------------------------------------------- sinks, protect, surplus

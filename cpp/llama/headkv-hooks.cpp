@@ -417,6 +417,14 @@ ggml_tensor * headkv_build_attn(const llm_graph_context & gctx, llm_graph_input_
 
     if (!inp->store) {
         ggml_build_forward_expand(gctx.gf, headkv_build_window(ctx, q_cur, inp->self_k_rot, mctx->get_ring(il), inp->tokens, inp->slots));
+        if (ggml_tensor * sums = mctx->get_sums(il)) {
+            const auto * stage = mctx->get_stage();
+            ggml_tensor * q = inp->self_k_rot ? llama_mul_mat_hadamard(ctx, q_cur, inp->self_k_rot) : q_cur;
+            ggml_tensor * k = inp->self_k_rot ? llama_mul_mat_hadamard(ctx, k_cur, inp->self_k_rot) : k_cur;
+            ggml_build_forward_expand(gctx.gf, stage->cpy_k(ctx, k, inp->self_k_idxs, il)); // upstream will do it again
+            headkv_build_sums(ctx, gctx.gf, q, stage->get_k(ctx, il), inp->self_kq_mask_cnv, sums, inp->self_k_idxs,
+                    kq_scale, kv->layer(il)->attend->softcap);
+        }
         return nullptr;
     }
 

@@ -17,7 +17,8 @@
     X(pyramidkv)     \
     X(adakv)         \
     X(headkv_adakv)  \
-    X(criticalkv)
+    X(criticalkv)    \
+    X(h2o)
 
 // heads of each layer, both 0 where a layer has no KV heads
 struct headkv_heads {
@@ -45,6 +46,7 @@ struct headkv_policy {
     const char * name;
     bool         needs_importance; // of the query heads, in the configuration
     bool         needs_values;     // headkv_scored has them
+    bool         needs_sums;       // scores are the attention that all queries of the prompt pay to a cell, not pooled
     double       adakv_floor;      // default of the option
     int32_t      n_sinks;          // same
 

@@ -26,6 +26,15 @@ ggml_tensor * headkv_build_window(ggml_context * ctx, ggml_tensor * q_cur, ggml_
 ggml_tensor * headkv_build_score(ggml_context * ctx, ggml_cgraph * gf, ggml_tensor * q, ggml_tensor * k, ggml_tensor * mask,
         float scale, float softcap, headkv_pool pool, int pool_kernel);
 
+// Adds the attention that the queries of a ubatch pay to each cell to the sums over all queries. Its probabilities take
+// n_kv*n_tokens*n_head*4 bytes.
+//   q      F32 [n_embd_head, n_head, n_tokens]
+//   k          [n_embd_head, n_head_kv, n_kv] cells of the staging
+//   mask   F16 [n_kv, n_tokens]
+//   sums   F32 [1, n_cells, n_head_kv]; those of the cells in cells, I64 [n_tokens], begin with zero
+void headkv_build_sums(ggml_context * ctx, ggml_cgraph * gf, ggml_tensor * q, ggml_tensor * k, ggml_tensor * mask,
+        ggml_tensor * sums, ggml_tensor * cells, float scale, float softcap);
+
 // L1 norm of what each value adds to the output of the layer, per unit of attention, mean over the query heads of a group.
 //   v        [n_embd_head, n] values of one KV head
 //   wo   F32 [n_embd_head, n_embd*n_group] output matrix of its query heads

@@ -55,7 +55,8 @@ llama_kv_cache_ragged::llama_kv_cache_ragged(
       const llama_cparams & cparams,
         headkv_config_ptr   cfg) :
     model(model), hparams(model.hparams), cfg(std::move(cfg)), hparams_plan(model.hparams),
-    offload(cparams.offload_kqv), n_ctx(cparams.n_ctx), n_ctx_seq(cparams.n_ctx_seq), type_k(type_k), type_v(type_v) {
+    offload(cparams.offload_kqv), n_ctx(cparams.n_ctx), n_ctx_seq(cparams.n_ctx_seq), type_k(type_k), type_v(type_v),
+    with_sums(this->cfg->policy->needs_sums) {
     const auto & c = *this->cfg;
 
     hparams_plan.no_alloc = true;
@@ -92,6 +93,7 @@ llama_kv_cache_ragged::llama_kv_cache_ragged(
 
     stage_plan = make_stage(n_ctx, true, false);
     make_rings(rings_plan, ring_of_layer_plan, true);
+    make_sums(sums_plan, sums_of_layer_plan, true, n_ctx);
 
     store_plan.no_alloc = true;
     for (auto & layer : store_plan.layers) {
@@ -167,6 +169,21 @@ int64_t llama_kv_cache_ragged::n_slots() const {
 }
 
 void llama_kv_cache_ragged::make_rings(std::vector<ring_t> & rings, std::vector<ggml_tensor *> & of_layer, bool plan) const {
+    make_tensors(rings, of_layer, plan, "headkv_window", [this](const headkv_store_layer & l) {
+        return std::array<int64_t, 3>{ (int64_t) l.n_embd_head*l.n_head, n_slots(), 1 };
+    });
+}
+
+void llama_kv_cache_ragged::make_sums(std::vector<ring_t> & bufs, std::vector<ggml_tensor *> & of_layer, bool plan, uint32_t n_cells) const {
+    if (with_sums) {
+        make_tensors(bufs, of_layer, plan, "headkv_sums", [n_cells](const headkv_store_layer & l) {
+            return std::array<int64_t, 3>{ 1, n_cells, l.n_head_kv };
+        });
+    }
+}
+
+void llama_kv_cache_ragged::make_tensors(std::vector<ring_t> & rings, std::vector<ggml_tensor *> & of_layer, bool plan, const char * name,
+        const std::function<std::array<int64_t, 3>(const headkv_store_layer &)> & shape) const {
     std::map<ggml_backend_buffer_type_t, ring_t> by_buft;
     of_layer.assign(hparams.n_layer(), nullptr);
     for (const auto & layer : store.layers) {
@@ -175,8 +192,9 @@ void llama_kv_cache_ragged::make_rings(std::vector<ring_t> & rings, std::vector<
             ggml_init_params params = { /*.mem_size =*/ store.layers.size()*ggml_tensor_overhead(), /*.mem_buffer =*/ nullptr, /*.no_alloc =*/ true };
             ring.ctx.reset(ggml_init(params));
         }
-        of_layer[layer.il] = ggml_new_tensor_2d(ring.ctx.get(), GGML_TYPE_F32, (int64_t) layer.n_embd_head*layer.n_head, n_slots());
-        ggml_format_name(of_layer[layer.il], "headkv_window_l%d", layer.il);
+        const auto ne = shape(layer);
+        of_layer[layer.il] = ggml_new_tensor_3d(ring.ctx.get(), GGML_TYPE_F32, ne[0], ne[1], ne[2]);
+        ggml_format_name(of_layer[layer.il], "%s_l%d", name, layer.il);
     }
     rings.clear();
     for (auto & [buft, ring] : by_buft) {
@@ -188,7 +206,7 @@ void llama_kv_cache_ragged::make_rings(std::vector<ring_t> & rings, std::vector<
         } else {
             ring.buf.reset(ggml_backend_alloc_ctx_tensors_from_buft(ring.ctx.get(), buft));
             if (!ring.buf) {
-                throw std::runtime_error("no memory for the window queries");
+                throw std::runtime_error(format("no memory for %s", name));
             }
             ggml_backend_buffer_clear(ring.buf.get(), 0);
         }
@@ -242,8 +260,10 @@ static size_t sum_bytes(const std::map<ggml_backend_buffer_type_t, size_t> & bre
 
 size_t llama_kv_cache_ragged::bytes_staging() const {
     size_t res = stage ? sum_bytes(stage->memory_breakdown()) : 0;
-    for (const auto & ring : rings) {
-        res += ggml_backend_buffer_get_size(ring.buf.get());
+    for (const auto * bufs : { &rings, &sums }) {
+        for (const auto & it : *bufs) {
+            res += ggml_backend_buffer_get_size(it.buf.get());
+        }
     }
     return res + (hidden_buf.buf ? ggml_backend_buffer_get_size(hidden_buf.buf.get()) : 0);
 }
@@ -260,8 +280,10 @@ std::map<ggml_backend_buffer_type_t, size_t> llama_kv_cache_ragged::memory_break
     if (stage) {
         res = stage->memory_breakdown();
     }
-    for (const auto & ring : rings) {
-        res[ggml_backend_buffer_get_type(ring.buf.get())] += ggml_backend_buffer_get_size(ring.buf.get());
+    for (const auto * bufs : { &rings, &sums }) {
+        for (const auto & it : *bufs) {
+            res[ggml_backend_buffer_get_type(it.buf.get())] += ggml_backend_buffer_get_size(it.buf.get());
+        }
     }
     for (const auto & layer : store.layers) {
         if (layer.buf) {
@@ -269,6 +291,11 @@ std::map<ggml_backend_buffer_type_t, size_t> llama_kv_cache_ragged::memory_break
         }
     }
     return res;
+}
+
+ggml_tensor * llama_kv_cache_ragged::get_sums(int32_t il, bool plan) const {
+    const auto & of_layer = plan ? sums_of_layer_plan : sums_of_layer;
+    return of_layer.empty() ? nullptr : of_layer[il];
 }
 
 ggml_tensor * llama_kv_cache_ragged::get_ring(int32_t il) const {
@@ -403,7 +430,8 @@ bool llama_kv_cache_ragged::seq_rm(llama_seq_id seq_id, llama_pos p0, llama_pos 
     for (llama_pos & pos : seq.window) {
         pos = pos >= p0 ? -1 : pos;
     }
-    seq.n_pos = p0;
+    seq.has_sums = false; // they have the attention of the removed tokens
+    seq.n_pos    = p0;
     return true;
 }
 
@@ -500,6 +528,9 @@ void llama_kv_cache_ragged::configure(headkv_config_ptr other) {
         throw std::invalid_argument("window, n_tail, attend, n_buckets, prefill, hidden_f16 and keep_prompt cannot change: create another context");
     }
     headkv_config_check_ctx(b, n_ctx_seq);
+    if (b.policy->needs_sums && !with_sums) {
+        throw std::invalid_argument(format("policy '%s' looks at all tokens while they are read: create the context with it", b.policy->name));
+    }
     const std::string why_not = why_no_values(b);
     if (!why_not.empty()) {
         throw std::invalid_argument(why_not);
@@ -518,6 +549,7 @@ bool llama_kv_cache_ragged::restore(llama_seq_id seq_id, uint32_t n_tokens) {
     }
     drop_seq(seq_id);
     stage->seq_rm(seq_id, (llama_pos) n_tokens, -1);
+    seq.has_sums = seq.has_sums && (llama_pos) n_tokens == seq.n_prompt;
     seq.state    = STAGED;
     seq.kept     = false;
     seq.n_pos    = (llama_pos) n_tokens;
@@ -915,10 +947,15 @@ void llama_kv_cache_ragged::alloc_stage(uint32_t n_cells) {
     }
     if (!is_staging()) {
         stage.reset(); // the old memory goes before the new one comes
+        sums.clear();
+        sums_of_layer.clear();
         hidden_buf = ring_t();
         hidden = band = nullptr;
     }
     auto res = make_stage(n_cells, false, want_layered);
+    std::vector<ring_t> new_sums;
+    std::vector<ggml_tensor *> new_sums_of_layer;
+    make_sums(new_sums, new_sums_of_layer, false, n_cells);
     if (want_layered) {
         alloc_hidden(n_tokens);
     }
@@ -933,6 +970,9 @@ void llama_kv_cache_ragged::alloc_stage(uint32_t n_cells) {
             for (bool v : { false, true }) {
                 headkv_copy_rows(storage_of(*stage, il, v), 0, storage_of(*res, il, v), 0, n);
             }
+            for (int64_t ih = 0; with_sums && ih < sums_of_layer[il]->ne[2]; ++ih) {
+                headkv_copy_rows(sums_of_layer[il], ih*sums_of_layer[il]->ne[1], new_sums_of_layer[il], ih*n_cells, n);
+            }
         }
         for (uint32_t i = 0; i < n; ++i) {
             if (!cells.is_empty(i)) {
@@ -940,7 +980,9 @@ void llama_kv_cache_ragged::alloc_stage(uint32_t n_cells) {
             }
         }
     }
-    stage = std::move(res);
+    stage         = std::move(res);
+    sums          = std::move(new_sums);
+    sums_of_layer = std::move(new_sums_of_layer);
     store.generation++;
 }
 
@@ -989,6 +1031,8 @@ void llama_kv_cache_ragged::release_stage() {
     stage.reset();
     rings.clear();
     ring_of_layer.clear();
+    sums.clear();
+    sums_of_layer.clear();
     store.generation++;
 #if defined(__GLIBC__)
     malloc_trim(0); // smaller stagings come from the heap, which keeps what is freed
@@ -1166,7 +1210,11 @@ void llama_kv_cache_ragged::begin_compression(llama_seq_id seq_id, headkv_config
 
     c.slots = window_slots(seq_id);
     c.cells = stage_cells(seq_id);
-    if (!cfg->policy->score && !c.keep_all && (int64_t) c.slots.size() != c.n_window) {
+    if (cfg->policy->needs_sums && !c.keep_all && !seqs[seq_id].has_sums) {
+        throw std::runtime_error(format("tokens were removed from the end of the prompt, whose attention policy '%s' has counted: "
+                    "evaluate the prompt again", cfg->policy->name));
+    }
+    if (!cfg->policy->score && !cfg->policy->needs_sums && !c.keep_all && (int64_t) c.slots.size() != c.n_window) {
         throw std::runtime_error(format("queries of the last %d tokens are missing, because tokens were removed from the end of the prompt: "
                     "evaluate the prompt again", (int) c.n_window));
     }
@@ -1183,7 +1231,7 @@ void llama_kv_cache_ragged::begin_compression(llama_seq_id seq_id, headkv_config
     headkv_budget_fit(c.n_keep, c.n_prefix, c.keep_all ? c.n_prefix : c.n_protected, cfg->surplus);
     if (cfg->policy->score) {
         c.scores = cfg->policy->score(c.n_prefix);
-    } else if (!c.keep_all) {
+    } else if (!c.keep_all && !cfg->policy->needs_sums) {
         c.mask.assign(c.n*c.n_window, ggml_fp32_to_fp16(0.0f));
         for (int64_t i = 0; i < c.n_window; ++i) {
             std::fill(c.mask.begin() + i*c.n + c.n_prefix + i + 1, c.mask.begin() + (i + 1)*c.n, ggml_fp32_to_fp16(-INFINITY));
@@ -1297,6 +1345,16 @@ void llama_kv_cache_ragged::compress_layer(headkv_store_layer & layer) {
         for (int64_t ih = 0; ih < H && n_prefix > 0; ++ih) {
             ggml_backend_tensor_set(t_scores, c.scores.data(), ih*t_scores->nb[1], n_prefix*sizeof(float));
         }
+    } else if (cfg.policy->needs_sums && !c.keep_all) {
+        c.runner.begin();
+        ggml_context * ctx = c.runner.ctx.get();
+        ggml_tensor * all = sums_of_layer[layer.il];
+        for (int64_t ih = 0; ih < H; ++ih) {
+            ggml_tensor * of_head = ggml_view_2d(ctx, all, 1, all->ne[1], all->nb[1], ih*all->nb[2]);
+            ggml_tensor * s = ggml_get_rows(ctx, of_head, ggml_view_1d(ctx, t_cells, n_prefix, 0));
+            ggml_build_forward_expand(c.runner.gf, ggml_cpy(ctx, ggml_reshape_1d(ctx, s, n_prefix), ggml_view_1d(ctx, t_scores, n_prefix, ih*t_scores->nb[1])));
+        }
+        c.run();
     } else if (!c.keep_all) {
         set_data(t_slots, c.slots);
         set_data(t_mask, c.mask);

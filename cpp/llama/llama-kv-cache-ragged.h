@@ -6,6 +6,8 @@
 #include "headkv-policy.h"
 #include "headkv-store.h"
 
+#include <array>
+#include <functional>
 #include <map>
 #include <memory>
 #include <string>
@@ -85,6 +87,7 @@ public:
         bool      kept     = false; // STORED, and its prompt is still in the staging
 
         std::vector<llama_pos> window; // [n_window] position whose query is in a slot of the ring, -1 = none
+        bool      has_sums = true; // the sums of attention are those of its tokens
     };
 
     // parameters for the compressions to come; throws std::invalid_argument
@@ -151,6 +154,7 @@ public:
 
     ggml_tensor * get_ring(int32_t il) const; // null while nothing is staged
     int64_t n_slots() const; // rows of the ring, the last one takes what nobody needs
+    ggml_tensor * get_sums(int32_t il, bool plan) const; // null = the policy does not need them
 
     bool has_fused() const; // any layer decodes with the fused op
 
@@ -209,6 +213,11 @@ private:
     std::vector<ring_t>             rings_plan;
     std::vector<ggml_tensor *>      ring_of_layer, ring_of_layer_plan; // [il]
 
+    // attention that each staged cell got from all queries, F32 [1, n_cells, n_head_kv]
+    const bool                 with_sums;
+    std::vector<ring_t>        sums, sums_plan;
+    std::vector<ggml_tensor *> sums_of_layer, sums_of_layer_plan; // [il]
+
     headkv_store store;
     headkv_store store_plan; // without memory
 
@@ -262,7 +271,11 @@ private:
 
     headkv_heads heads() const; // of the layers with KV heads
     std::unique_ptr<llama_kv_cache> make_stage(uint32_t n_cells, bool plan, bool one_layer) const;
+    // one tensor per layer, of the type F32
+    void make_tensors(std::vector<ring_t> & bufs, std::vector<ggml_tensor *> & of_layer, bool plan, const char * name,
+            const std::function<std::array<int64_t, 3>(const headkv_store_layer &)> & shape) const;
     void make_rings(std::vector<ring_t> & rings, std::vector<ggml_tensor *> & of_layer, bool plan) const;
+    void make_sums (std::vector<ring_t> & bufs,  std::vector<ggml_tensor *> & of_layer, bool plan, uint32_t n_cells) const;
 
     void alloc_stage(uint32_t n_cells);
     void release_stage();
@@ -329,6 +342,7 @@ public:
 
     headkv_store_layer * get_layer(int32_t il) const;
     ggml_tensor * get_ring(int32_t il) const;
+    ggml_tensor * get_sums(int32_t il) const { return kv->get_sums(il, full); }
     uint64_t generation() const;
 
     // positions (first row, number of rows) after the current ubatch, for all layers of the store in order
