@@ -57,7 +57,9 @@ struct headkv_params {
     const char * policy;      // "headkv" (importance decides), "snapkv" (uniform), "streaming" (4 sinks and the last cells),
                               // "pyramidkv" (fewer cells in deeper layers), "adakv" (the prompt decides within a layer),
                               // "headkv+adakv" (importance decides for the layers, both within a layer), "criticalkv" (uniform;
-                              // half of the cells by attention times what their value does to the output of the layer)
+                              // half of the cells by attention times what their value does to the output of the layer), "h2o"
+                              // (uniform, by the attention of all tokens of the prompt), "razor" (the most important heads keep
+                              // all, the others 4 sinks, the window and one cell for what they drop)
     int32_t      kv_size;     // mean cells per KV head, observation window included
     int32_t      window;      // queries that score the prompt, 1..64
     int32_t      pool;        // enum headkv_pool
@@ -158,7 +160,7 @@ LLAMA_API int32_t headkv_get_budget(const struct llama_context * ctx, int32_t * 
 // Cells each head holds now, generated tokens included; same shape.
 LLAMA_API int32_t headkv_get_n_cells(const struct llama_context * ctx, llama_seq_id seq_id, int32_t * dst, int32_t n);
 
-// Prompt positions that a head kept, ascending. Returns their number; dst may be NULL to ask for it.
+// Prompt positions that a head kept, ascending; a first -1 is the cell that stands for all that were dropped. Returns their number; dst may be NULL to ask for it.
 LLAMA_API int32_t headkv_get_positions(const struct llama_context * ctx, llama_seq_id seq_id, int32_t il, int32_t ih, int32_t * dst, int32_t n);
 
 // Budgets without a context: the same function that contexts use. n_head and n_head_kv: of each layer, both may be 0;

@@ -86,9 +86,12 @@ class Llama(llama_cpp.Llama):
         "pyramidkv" (budgets fall with the depth of the layer), "adakv" (within a layer, the
         prompt decides which heads get how many cells), "headkv+adakv" (a layer has the
         cells that "headkv" gives it; a head is sure of half of its own, and the prompt
-        divides the rest within the layer) or "criticalkv" (uniform budgets, half of the
-        cells by attention times what their value does to the output of the layer); "full" is
-        the stock cache, without ``kv_size``
+        divides the rest within the layer), "criticalkv" (uniform budgets, half of the
+        cells by attention times what their value does to the output of the layer), "h2o"
+        (uniform budgets, by the attention of all tokens of the prompt; reading it takes
+        n_ctx * n_ubatch * n_head * 4 bytes more) or "razor" (the most important heads keep
+        all, as many as the budget has room for, the others 4 sinks, the window and one cell
+        for what they drop); "full" is the stock cache, without ``kv_size``
     beta : > 1; a share 1/beta of the budget is given out by importance, the rest evenly;
         None = the one stored with the importance (``pyheadkv score --calibrate``), else 1.2
     window : number of last queries that score the prompt; these cells are always kept
@@ -523,7 +526,8 @@ class Llama(llama_cpp.Llama):
         return self._int_table(_lib.lib.headkv_get_budget, self.ctx)
 
     def kv_positions(self, il: int, ih: int) -> npt.NDArray[np.int32]:
-        """Prompt positions that KV head ``ih`` of layer ``il`` kept, ascending int32."""
+        """Prompt positions that KV head ``ih`` of layer ``il`` kept, ascending int32; a first -1 is a cell that stands for
+        all that were dropped (policy "razor")."""
         self._need_options()
         n = _lib.check(_lib.lib.headkv_get_positions(self.ctx, 0, il, ih, None, 0), ValueError)
         positions = np.zeros(n, dtype=np.int32)

@@ -163,6 +163,35 @@ def pyramid_budget(
     return cells.astype(np.int64)
 
 
+def razor_budget(
+    importance: ArrayLike, *, n_head_kv: int, kv_size: int, window: int, n_prefix: int, n_protected: int
+) -> NDArray[np.int64]:
+    """Prefix cells of each KV head under policy "razor": the most important ones keep all, the last of them a part, the
+    others their protected cells and one for what they drop.
+
+    Parameters
+    ----------
+    importance : (n_layer, n_head)
+    n_prefix : cells before the window
+    n_protected : of them, of every head
+
+    Returns
+    -------
+    (n_layer, n_head_kv) int64
+    """
+    _check_sizes(kv_size=kv_size, window=window)
+    values = np.asarray(importance, dtype=np.float64)
+    matters = values.reshape(len(values), n_head_kv, -1).mean(axis=-1).ravel()
+    few = min(n_prefix, n_protected + 1)
+    cells = np.full(matters.size, few, dtype=np.int64)
+    rest = max(0, kv_size - window - few) * matters.size
+    for i in np.argsort(-matters, kind="stable"):
+        more = min(rest, n_prefix - few)
+        cells[i] += more
+        rest -= more
+    return cells.reshape(len(values), n_head_kv)
+
+
 def fit_budget(cells: ArrayLike, *, n_prefix: int, n_protected: int = 0, redistribute: bool = False) -> NDArray[np.int64]:
     """Prefix cells of each KV head for a prompt of ``n_prefix`` cells before the window.
 

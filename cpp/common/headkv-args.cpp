@@ -81,7 +81,7 @@ void headkv_add_args(const std::function<void(common_arg)> & add_opt) {
             headkv_get_args().params.kv_size = n;
         }), "LLAMA_ARG_KV_SIZE");
     add(common_arg({ "--kv-policy" }, "NAME",
-        with_default("which cells of a prompt each KV head keeps: headkv, headkv+adakv = by importance; snapkv, streaming, pyramidkv, adakv, criticalkv need none", def.policy),
+        with_default("which cells of a prompt each KV head keeps: headkv, headkv+adakv, razor = by importance; snapkv, streaming, pyramidkv, adakv, criticalkv, h2o need none", def.policy),
         [](common_params &, const std::string & value) { set("--kv-policy").policy = value; }), "LLAMA_ARG_KV_POLICY");
     add(common_arg({ "--kv-beta" }, "X",
         "a share 1/X of the budget is given out by importance, X > 1 (default: the one stored with the importance, else 1.2)",

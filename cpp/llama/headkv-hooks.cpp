@@ -131,6 +131,9 @@ public:
         if (ranges) {
             mctx_ragged->set_input_ranges(ranges, ubatch);
         }
+        if (bias) {
+            mctx_ragged->set_input_bias(bias, ubatch);
+        }
         // the output of a layer may be unused: what belongs to it is not part of the graph then
         for (const auto & m : masks) {
             if (!m.mask->buffer) {
@@ -173,6 +176,10 @@ public:
                 2*first_head.at(layer.il)*n_seqs*sizeof(int32_t));
     }
 
+    ggml_tensor * bias_of_layer(ggml_context * ctx, const headkv_store_layer & layer) const {
+        return !bias ? nullptr : ggml_view_2d(ctx, bias, layer.n_head_kv, n_seqs, layer.n_head_kv*sizeof(float), first_head.at(layer.il)*n_seqs*sizeof(float));
+    }
+
     const llama_kv_cache_ragged_context * mctx_ragged;
 
     const bool     store;
@@ -186,6 +193,7 @@ public:
     // decode: where the new rows go and what each head sees, all layers one after the other
     ggml_tensor * rows   = nullptr; // I32, per layer [n_head_kv, n_tokens]
     ggml_tensor * ranges = nullptr; // I32, per layer [2, n_head_kv, n_seqs]
+    ggml_tensor * bias   = nullptr; // F32, per layer [n_head_kv, n_seqs], of the first row; null = no head has one
     std::unordered_map<int32_t, int64_t> first_head; // of a layer, counted over all layers
     int64_t  n_head_kv_all = 0;
     uint32_t     n_seqs    = 0;
@@ -265,6 +273,10 @@ llm_graph_input_attn_kv * headkv_build_inp(const llm_graph_context & gctx) {
         inp->rows   = new_input(ctx, GGML_TYPE_I32, inp->n_head_kv_all*ubatch.n_tokens, "headkv_rows");
         if (kv->has_fused()) {
             inp->ranges = new_input(ctx, GGML_TYPE_I32, inp->n_head_kv_all*inp->n_seqs*2, "headkv_ranges");
+            // ranges do not change without a new generation
+            if (mctx->is_full() ? kv->config().policy->compensates : kv->get_store().compensates()) {
+                inp->bias = new_input(ctx, GGML_TYPE_F32, inp->n_head_kv_all*inp->n_seqs, "headkv_bias");
+            }
         }
         inp->self_k_rot = kv->build_input_k_rot(ctx);
         inp->self_v_rot = kv->build_input_v_rot(ctx);
@@ -447,7 +459,7 @@ ggml_tensor * headkv_build_attn(const llm_graph_context & gctx, llm_graph_input_
 
     ggml_tensor * q = ggml_is_contiguous(q_cur) ? q_cur : ggml_cont(ctx, q_cur);
     ggml_tensor * cur = layer->fused
-        ? headkv_build_attend_fused(ctx, kv->layer(il)->attend.get(), q, k, v, inp->ranges_of_layer(ctx, *layer))
+        ? headkv_build_attend_fused(ctx, kv->layer(il)->attend.get(), q, k, v, inp->ranges_of_layer(ctx, *layer), inp->bias_of_layer(ctx, *layer))
         : build_attend_composed(gctx, *inp, *layer, q, k, v, kq_scale);
     gctx.cb(cur, "kqv_out", il);
 

@@ -57,6 +57,12 @@ ggml_tensor * headkv_build_select(ggml_context * ctx, ggml_tensor * scores, ggml
 // of the window
 ggml_tensor * headkv_build_select_composed(ggml_context * ctx, ggml_tensor * scores, int64_t n_keep, ggml_tensor * window);
 
+// The mean of some of the rows of one head, for the cell that stands for those that are dropped.
+//   rows       [n_embd_head, n]
+//   share  F32 [n] of each row
+// Returns F32 [n_embd_head, 1].
+ggml_tensor * headkv_build_mean(ggml_context * ctx, ggml_tensor * rows, ggml_tensor * share);
+
 // Stage 6, compact: pool row row[h] + i = cell kept[i] of head h, as raw bytes.
 //   pool     [n_embd_head, n_rows]
 //   cells    [n_embd_head*n_head_kv, n_cells] the staged K or V of the layer

@@ -234,7 +234,8 @@ static saved_seq read_seq(reader_t & from, const headkv_store & store, uint32_t 
             for (uint32_t i = 0; i < n_kept; ++i) {
                 const int32_t pos = head.pos[i];
                 const bool whole = i + seq.n_whole < n_kept || pos == seq.n_prompt - (int32_t) (n_kept - i);
-                if (pos < (i > 0 ? head.pos[i - 1] + 1 : 0) || pos >= seq.n_prompt || !whole) {
+                const bool misses = (llama_pos) n_kept - 1 < seq.n_prompt; // so that the first cell can stand for them
+                if (pos < (i > 0 ? head.pos[i - 1] + 1 : misses ? -1 : 0) || pos >= seq.n_prompt || !whole) {
                     throw std::runtime_error("it is damaged (positions)");
                 }
             }

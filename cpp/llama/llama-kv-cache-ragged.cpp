@@ -104,7 +104,7 @@ llama_kv_cache_ragged::llama_kv_cache_ragged(
             const bool     moves  = c.policy->refine || c.surplus != HEADKV_SURPLUS_LOST;
             const uint32_t n_most = moves ? std::accumulate(b.begin(), b.end(), 0u) : b[ih];
             const uint32_t n_sure = (uint32_t) headkv_n_protected(c, n_ctx_seq) + c.window;
-            n_kept.push_back(layer.fused ? n_ctx_seq : std::min(n_ctx_seq, std::max(n_most, n_sure)));
+            n_kept.push_back(layer.fused || c.policy->compensates ? n_ctx_seq : std::min(n_ctx_seq, std::max(n_most, n_sure)));
         }
         for (size_t s = 0; s < seqs.size(); ++s) {
             store_plan.relayout(layer, (int32_t) s, n_kept, c.n_tail, c.n_buckets, {});
@@ -1383,10 +1383,13 @@ void llama_kv_cache_ragged::compress_layer(headkv_store_layer & layer) {
     // budgets are known: make room, select and compact
     std::vector<uint32_t> n_kept;     // with the window
     std::vector<int32_t> plan_select; // [2, H]
+    std::vector<int32_t> n_comp;      // [H] 1 = a cell for those that are dropped comes first
     int32_t n_before = 0;
     for (int64_t ih = 0; ih < H; ++ih) {
         n_kept.push_back((uint32_t) (n_keep[ih] + n_window));
-        plan_select.insert(plan_select.end(), { n_before, (int32_t) n_keep[ih] });
+        n_comp.push_back(cfg.policy->compensates && n_keep[ih] > 0 && n_keep[ih] < n_prefix);
+        n_keep[ih] -= n_comp[ih];
+        plan_select.insert(plan_select.end(), { n_before + n_comp[ih], (int32_t) n_keep[ih] });
         n_before += (int32_t) n_kept[ih];
     }
     GGML_ASSERT(n_before == n_total);
@@ -1396,7 +1399,7 @@ void llama_kv_cache_ragged::compress_layer(headkv_store_layer & layer) {
 
     std::vector<int32_t> plan;
     for (int64_t ih = 0; ih < H; ++ih) {
-        plan.insert(plan.end(), { plan_select[2*ih], (int32_t) n_kept[ih], (int32_t) ranges[ih].off });
+        plan.insert(plan.end(), { plan_select[2*ih], (int32_t) n_kept[ih] - n_comp[ih], (int32_t) ranges[ih].off + n_comp[ih] });
     }
     set_data(t_plan, plan);
 
@@ -1417,11 +1420,12 @@ void llama_kv_cache_ragged::compress_layer(headkv_store_layer & layer) {
             ggml_tensor * kept = n_keep[ih] == n_prefix
                 ? ggml_cast(ctx, ggml_arange(ctx, 0.0f, (float) n, 1.0f), GGML_TYPE_I32)
                 : headkv_build_select_composed(ctx, scores, n_keep[ih], t_window);
-            kept = ggml_cpy(ctx, kept, ggml_view_1d(ctx, t_kept, n_kept[ih], plan_select[2*ih]*sizeof(int32_t)));
+            const int64_t n_rows = plan[3*ih + 1];
+            kept = ggml_cpy(ctx, kept, ggml_view_1d(ctx, t_kept, n_rows, plan_select[2*ih]*sizeof(int32_t)));
             ggml_build_forward_expand(c.runner.gf, kept);
             for (auto & [pool, all] : { std::make_pair(layer.k, k_all), std::make_pair(layer.v, v_all) }) {
                 ggml_tensor * rows = ggml_get_rows(ctx, head_cells(ctx, all, ih), kept); // F32
-                ggml_build_forward_expand(c.runner.gf, ggml_cpy(ctx, rows, ggml_view_2d(ctx, pool, D, n_kept[ih], pool->nb[1], ranges[ih].off*pool->nb[1])));
+                ggml_build_forward_expand(c.runner.gf, ggml_cpy(ctx, rows, ggml_view_2d(ctx, pool, D, n_rows, pool->nb[1], plan[3*ih + 2]*pool->nb[1])));
             }
             c.run();
         }
@@ -1430,12 +1434,46 @@ void llama_kv_cache_ragged::compress_layer(headkv_store_layer & layer) {
     std::vector<int32_t> kept(n_total);
     ggml_backend_tensor_get(t_kept, kept.data(), 0, n_total*sizeof(int32_t));
     for (int64_t ih = 0; ih < H; ++ih) {
-        ranges[ih].pos.assign(kept.begin() + plan_select[2*ih], kept.begin() + plan_select[2*ih] + n_kept[ih]);
+        ranges[ih].pos.assign(n_comp[ih], -1);
+        ranges[ih].pos.insert(ranges[ih].pos.end(), kept.begin() + plan[3*ih], kept.begin() + plan[3*ih] + plan[3*ih + 1]);
     }
+    compensate(layer, t_cells);
 
     note_peak(ggml_backend_buffer_get_size(scratch.buf.get()) + c.runner.n_bytes());
 
     c.t_us += ggml_time_us() - t_start;
+}
+
+void llama_kv_cache_ragged::compensate(headkv_store_layer & layer, ggml_tensor * cells) {
+    compression & c = *running;
+    const int64_t n = c.n_prefix;
+    const int64_t D = layer.n_embd_head;
+    for (int64_t ih = 0; ih < layer.n_head_kv; ++ih) {
+        const auto & range = layer.ranges[c.seq_id][ih];
+        if (!range.compensates()) {
+            continue;
+        }
+        std::vector<float> share(n, 1.0f/(c.n - (range.n_kept - 1)));
+        for (size_t i = 1; i < range.pos.size() && range.pos[i] < n; ++i) {
+            share[range.pos[i]] = 0.0f;
+        }
+        scratch_t scratch;
+        ggml_tensor * t_share = ggml_new_tensor_1d(scratch.ctx.get(), GGML_TYPE_F32, n);
+        scratch.alloc(layer.buft);
+        set_data(t_share, share);
+
+        c.runner.begin();
+        ggml_context * ctx = c.runner.ctx.get();
+        for (bool v : { false, true }) {
+            ggml_tensor * all  = storage_of(*stage, layer.il, v);
+            ggml_tensor * pool = v ? layer.v : layer.k;
+            ggml_tensor * rows = ggml_view_2d(ctx, all, D, all->ne[1], all->nb[1], ih*ggml_row_size(all->type, D));
+            rows = ggml_get_rows(ctx, rows, ggml_view_1d(ctx, cells, n, 0)); // F32
+            ggml_tensor * dst = ggml_view_2d(ctx, pool, D, 1, pool->nb[1], range.off*pool->nb[1]);
+            ggml_build_forward_expand(c.runner.gf, ggml_cpy(ctx, headkv_build_mean(ctx, rows, t_share), dst));
+        }
+        c.run();
+    }
 }
 
 void llama_kv_cache_ragged::end_compression() {
@@ -1846,6 +1884,25 @@ void llama_kv_cache_ragged_context::set_input_ranges(ggml_tensor * dst, const ll
     ggml_backend_tensor_set(dst, data.data(), 0, data.size()*sizeof(int32_t));
 }
 
+// what the first row of a range gets on top of its logit
+static float first_bias(const headkv_range & range, const llama_kv_cache_ragged::seq_t & seq) {
+    return range.compensates() ? std::log((float) (seq.n_prompt - ((llama_pos) range.n_kept - 1))) : 0.0f;
+}
+
+void llama_kv_cache_ragged_context::set_input_bias(ggml_tensor * dst, const llama_ubatch * ubatch) const {
+    std::vector<float> data;
+    data.reserve(dst->ne[0]);
+    for (const auto & layer : kv->store.layers) {
+        for (uint32_t i = 0; i < ubatch->n_seqs_unq; ++i) {
+            const llama_seq_id s = ubatch->seq_id_unq[i];
+            for (const auto & range : layer.ranges[s]) {
+                data.push_back(first_bias(range, kv->seqs[s]));
+            }
+        }
+    }
+    ggml_backend_tensor_set(dst, data.data(), 0, data.size()*sizeof(float));
+}
+
 void llama_kv_cache_ragged_context::set_input_mask(ggml_tensor * dst, const headkv_store_layer & layer, size_t i_bucket, const llama_ubatch * ubatch) const {
     const llama_seq_id s = ubatch->seq_id[0][0];
     const auto & bucket  = layer.buckets[s][i_bucket];
@@ -1855,10 +1912,12 @@ void llama_kv_cache_ragged_context::set_input_mask(ggml_tensor * dst, const head
 
     std::vector<ggml_fp16_t> data(ggml_nelements(dst), ggml_fp32_to_fp16(-INFINITY));
     for (size_t j = 0; j < bucket.heads.size(); ++j) {
-        const int64_t n_used = n_rows_used(layer.ranges[s][bucket.heads[j]], kv->seqs[s]);
+        const headkv_range & range = layer.ranges[s][bucket.heads[j]];
+        const int64_t n_used = n_rows_used(range, kv->seqs[s]);
         for (int64_t t = 0; t < n_tokens; ++t) {
             ggml_fp16_t * row = data.data() + (j*n_tokens + t)*n_kv;
             std::fill(row, row + std::max<int64_t>(0, n_used - (n_tokens - 1 - t)), ggml_fp32_to_fp16(0.0f));
+            row[0] = ggml_fp32_to_fp16(n_used > n_tokens - 1 - t ? first_bias(range, kv->seqs[s]) : -INFINITY);
         }
     }
     ggml_backend_tensor_set(dst, data.data(), 0, ggml_nbytes(dst));

@@ -266,6 +266,8 @@ private:
     void begin_compression(llama_seq_id seq_id, headkv_config_ptr cfg); // throws
     std::string why_not_resumed(const std::vector<llama_ubatch> & ubatches) const; // empty = it is the batch in progress
     void compress_layer(headkv_store_layer & layer); // throws
+    // writes the means of the cells that heads drop; cells: I32 [n], as for value_norms()
+    void compensate(headkv_store_layer & layer, ggml_tensor * cells);
     // headkv_scored::values of the layer; cells: I32 [n], the staged cell of each position
     std::vector<float> value_norms(const headkv_store_layer & layer, ggml_tensor * cells);
     void end_compression();
@@ -353,6 +355,7 @@ public:
 
     // positions (first row, number of rows) after the current ubatch, for all layers of the store in order
     void set_input_ranges(ggml_tensor * dst, const llama_ubatch * ubatch) const; // I32 [2, n_head_kv, n_seqs] per layer
+    void set_input_bias  (ggml_tensor * dst, const llama_ubatch * ubatch) const; // F32 [n_head_kv, n_seqs] per layer
     void set_input_rows  (ggml_tensor * dst, const llama_ubatch * ubatch) const; // I32 [n_head_kv, n_tokens] per layer
     // F16 [n_kv, n_tokens, 1, n_heads]
     void set_input_mask  (ggml_tensor * dst, const headkv_store_layer & layer, size_t i_bucket, const llama_ubatch * ubatch) const;
