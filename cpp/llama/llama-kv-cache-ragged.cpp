@@ -357,7 +357,7 @@ bool llama_kv_cache_ragged::is_staging() const {
 uint32_t llama_kv_cache_ragged::n_staged() const {
     uint32_t res = 0;
     for (llama_seq_id s = 0; s < (llama_seq_id) seqs.size(); ++s) {
-        res += !is_staged(s) ? 0 : seqs[s].kept ? seqs[s].n_prompt : seqs[s].n_pos;
+        res += !is_staged(s) ? 0 : seqs[s].kept ? seqs[s].n_stage : seqs[s].n_pos;
     }
     return res;
 }
@@ -449,9 +449,6 @@ void llama_kv_cache_ragged::truncate_prompt(llama_seq_id seq_id, llama_pos p0) {
     seq.n_prompt = p0;
     seq.n_whole -= n_gone;
     seq.n_tail  += n_gone;
-    if (seq.kept) {
-        stage->seq_rm(seq_id, p0, -1);
-    }
 }
 
 void llama_kv_cache_ragged::seq_cp(llama_seq_id seq_id_src, llama_seq_id seq_id_dst, llama_pos p0, llama_pos p1) {
@@ -530,12 +527,12 @@ bool llama_kv_cache_ragged::restore(llama_seq_id seq_id, uint32_t n_tokens) {
     if (!seq.kept) {
         return fail(format("sequence %d has no kept prompt: compress it in a context with keep_prompt = 1", seq_id));
     }
-    if (n_tokens < 1 || (llama_pos) n_tokens > seq.n_prompt) {
-        return fail(format("%u tokens of a prompt of %d: it must be in [1, %d]", n_tokens, seq.n_prompt, seq.n_prompt));
+    if (n_tokens < 1 || (llama_pos) n_tokens > seq.n_stage) {
+        return fail(format("%u tokens of a prompt of %d: it must be in [1, %d]", n_tokens, seq.n_stage, seq.n_stage));
     }
     drop_seq(seq_id);
     stage->seq_rm(seq_id, (llama_pos) n_tokens, -1);
-    seq.has_sums = seq.has_sums && (llama_pos) n_tokens == seq.n_prompt;
+    seq.has_sums = seq.has_sums && (llama_pos) n_tokens == seq.n_stage;
     seq.state    = STAGED;
     seq.kept     = false;
     seq.n_pos    = (llama_pos) n_tokens;
@@ -1490,6 +1487,7 @@ void llama_kv_cache_ragged::end_compression() {
     seq.n_prompt = seq.n_pos;
     seq.n_tail   = cfg->n_tail;
     seq.kept     = cfg->keep_prompt;
+    seq.n_stage  = seq.n_pos;
     if (!seq.kept) {
         stage->seq_rm(seq_id, -1, -1);
         seq.window.clear();

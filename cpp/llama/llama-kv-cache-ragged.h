@@ -87,6 +87,7 @@ public:
         uint32_t  n_tail   = 0; // rows reserved per head for generated tokens
         uint32_t  kv_size  = 0; // that it was compressed with
         bool      kept     = false; // STORED, and its prompt is still in the staging
+        llama_pos n_stage  = 0; // tokens of that
 
         std::vector<llama_pos> window; // [n_window] position whose query is in a slot of the ring, -1 = none
         bool      has_sums = true; // the sums of attention are those of its tokens
