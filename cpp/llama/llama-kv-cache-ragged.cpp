@@ -1,6 +1,7 @@
 #include "llama-kv-cache-ragged.h"
 
 #include "headkv-budget.h"
+#include "headkv-op.h"
 #include "headkv-stages.h"
 
 #include "llama-context.h"
@@ -32,6 +33,35 @@ static ggml_backend_buffer_type_t layer_buft(const llama_model & model, int32_t 
 static bool is_cpu(ggml_backend_buffer_type_t buft) {
     const ggml_backend_dev_t dev = ggml_backend_buft_get_device(buft);
     return ggml_backend_buft_is_host(buft) && (!dev || ggml_backend_dev_type(dev) == GGML_BACKEND_DEVICE_TYPE_CPU);
+}
+
+// whether the device of a layer runs the fused op: a CPU calls its function, any other has to know the op
+static bool can_attend_fused(const headkv_store_layer & layer) {
+    if (!layer.attend->kernel) {
+        return false;
+    }
+    if (is_cpu(layer.buft)) {
+        return true;
+    }
+    const ggml_backend_dev_t dev = ggml_backend_buft_get_device(layer.buft);
+    if (!dev) {
+        return false;
+    }
+    ggml_init_params params = { 16*ggml_tensor_overhead(), nullptr, /*.no_alloc =*/ true };
+    ggml_context_ptr ctx(ggml_init(params));
+    ggml_tensor * q = ggml_new_tensor_3d(ctx.get(), GGML_TYPE_F32, layer.n_embd_head, layer.n_head, 1);
+    ggml_tensor * k = ggml_new_tensor_2d(ctx.get(), layer.type_k, layer.n_embd_head, 256);
+    ggml_tensor * v = ggml_new_tensor_2d(ctx.get(), layer.type_v, layer.n_embd_head, 256);
+    ggml_tensor * r = ggml_new_tensor_3d(ctx.get(), GGML_TYPE_I32, 2, layer.n_head_kv, 1);
+    ggml_tensor * op = headkv_build_attend_fused(ctx.get(), layer.attend.get(), q, k, v, r)->view_src;
+    if (!ggml_backend_dev_supports_op(dev, op)) {
+        return false;
+    }
+    // a device that says the same of a function that it cannot know says it of everything, as RPC does
+    headkv_op unknown;
+    unknown.tag = 0;
+    headkv_op_set(op, unknown);
+    return !ggml_backend_dev_supports_op(dev, op);
 }
 
 // a layer-major batch: which step comes next
@@ -81,10 +111,11 @@ llama_kv_cache_ragged::llama_kv_cache_ragged(
             layer.buft        = layer_buft(model, il, offload);
             layer.attend      = std::make_unique<headkv_attend_state>(layer.n_embd_head, layer.n_head, layer.n_head_kv, (int) seqs.size(), type_k, type_v);
 
-            const bool can_fuse = is_cpu(layer.buft) && layer.attend->kernel;
+            const bool can_fuse = can_attend_fused(layer);
             if (c.attend == HEADKV_ATTEND_FUSED && !can_fuse) {
-                throw std::invalid_argument(format("attend 'fused' is not possible in layer %u: it runs on the CPU with K and V of types that have a dot product (here %s, %s on %s)",
-                            il, ggml_type_name(type_k), ggml_type_name(type_v), ggml_backend_buft_name(layer.buft)));
+                throw std::invalid_argument(format("attend 'fused' is not possible in layer %u with heads of %d, K of type %s and V of type %s on %s: "
+                            "the CPU has it for types with a dot product, CUDA for heads of 64, 80, 96, 128 and 256 and K and V both f16, bf16 or q8_0; use 'composed'",
+                            il, layer.n_embd_head, ggml_type_name(type_k), ggml_type_name(type_v), ggml_backend_buft_name(layer.buft)));
             }
             layer.fused = can_fuse && c.attend != HEADKV_ATTEND_COMPOSED;
             s->layers.push_back(std::move(layer));
@@ -119,9 +150,10 @@ llama_kv_cache_ragged::llama_kv_cache_ragged(
             n_heads += 1;
         }
     }
-    LLAMA_LOG_INFO("%s: policy %s, kv_size %u: %.1f cells per KV head of %llu, window %u, beta %g, attend %s\n", __func__,
+    const int n_fused = (int) std::count_if(store.layers.begin(), store.layers.end(), [](const headkv_store_layer & l) { return l.fused; });
+    LLAMA_LOG_INFO("%s: policy %s, kv_size %u: %.1f cells per KV head of %llu, window %u, beta %g, attend fused in %d of %d layers, else composed\n", __func__,
             c.policy->name, c.kv_size, (double) n_cells/n_heads, (unsigned long long) n_heads,
-            c.window, c.beta, store.layers[0].fused ? "fused" : "composed");
+            c.window, c.beta, n_fused, (int) store.layers.size());
 }
 
 llama_kv_cache_ragged::~llama_kv_cache_ragged() = default;

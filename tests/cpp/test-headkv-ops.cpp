@@ -1,4 +1,5 @@
-// The CPU ops against definitions in double precision, on shapes with empty, short, long and cut ranges.
+// The CPU ops, and the CUDA kernels run on the CPU, against definitions in double precision, on shapes with empty, short,
+// long and cut ranges.
 //
 //   test-headkv-ops [test]    every case, exit code 1 if one fails; prints the cases that fail as arguments for -c
 //   test-headkv-ops perf      time per op of the attend kernels
@@ -22,6 +23,10 @@
 #include <random>
 #include <string>
 #include <vector>
+
+// cuda-on-cpu.cpp; descending: the order in which the threads of a block run
+bool cuda_on_cpu_supports(const ggml_tensor * op);
+void cuda_on_cpu_compute(ggml_tensor * op, bool descending);
 
 static std::mt19937 rng(1);
 
@@ -105,10 +110,11 @@ struct attend_case {
 };
 
 static bool test_attend(const attend_case & c) {
-    if (!headkv_attend_kernel_find(c.type, c.type, c.D, c.kernel.c_str())) {
+    const bool cuda = c.kernel == "cuda";
+    setenv("HEADKV_ATTEND_KERNEL", cuda ? "portable" : c.kernel.c_str(), 1);
+    if (!headkv_attend_kernel_find(c.type, c.type, c.D, getenv("HEADKV_ATTEND_KERNEL"))) {
         return true; // not on this machine or not for this type
     }
-    setenv("HEADKV_ATTEND_KERNEL", c.kernel.c_str(), 1);
     const int H = (int) c.lens.size()/c.n_seqs;
     headkv_attend_state state(c.D, c.G*H, H, c.n_seqs, c.type, c.type);
     state.scale   = 1.0f/std::sqrt((float) c.D);
@@ -132,6 +138,10 @@ static bool test_attend(const attend_case & c) {
     ggml_tensor * r = ggml_new_tensor_3d(ctx, GGML_TYPE_I32, 2, H, c.n_seqs);
     ggml_tensor * b = c.bias ? ggml_new_tensor_2d(ctx, GGML_TYPE_F32, H, c.n_seqs) : nullptr;
     ggml_tensor * out = headkv_build_attend_fused(ctx, &state, q, k, v, r, b);
+    if (cuda && !cuda_on_cpu_supports(out->view_src)) {
+        printf("  not supported\n");
+        return false;
+    }
     g.alloc(out);
 
     set_quantized(k, random_floats((size_t) c.D*n_rows));
@@ -166,12 +176,19 @@ static bool test_attend(const attend_case & c) {
     double ref = 0.0;
     std::vector<float> first;
     for (int n_threads : { 1, 2, 3, 7 }) {
-        g.run(n_threads);
+        if (cuda && n_threads > 2) {
+            break;
+        }
+        if (cuda) {
+            cuda_on_cpu_compute(out->view_src, n_threads == 2);
+        } else {
+            g.run(n_threads);
+        }
         const std::vector<float> got = get_floats(out);
         if (first.empty()) {
             first = got;
         } else if (memcmp(first.data(), got.data(), got.size()*sizeof(float)) != 0) {
-            printf("  differs with %d threads\n", n_threads);
+            printf(cuda ? "  depends on the order of the threads\n" : "  differs with %d threads\n", n_threads);
             return false;
         }
     }
@@ -424,6 +441,23 @@ int main(int argc, char ** argv) {
             add({ kernel, type, 128, 7, { 5, 300, 257 }, 1, 1, 30.0f, true });
         }
     }
+    for (ggml_type type : { GGML_TYPE_F16, GGML_TYPE_BF16, GGML_TYPE_Q8_0 }) {
+        for (int D : { 64, 80, 96, 128, 256 }) {
+            if (D % ggml_blck_size(type) == 0) {
+                for (int G : { 1, 4, 7 }) {
+                    add({ "cuda", type, D, G, lens[(D + G) % 2] });
+                }
+            }
+        }
+        add({ "cuda", type, 64, 12, { 3, 3000 } }); // skew, and a group of more queries than a block takes
+        add({ "cuda", type, 128, 4, { 127, 0, 129, 0, 0, 385, 1, 1, 0, 2, 31, 255, 256, 257, 128, 1, 7 } , 17 }); // 17 sequences
+        for (int n_tps : { 2, 5 }) {
+            add({ "cuda", type, 64, 7, { 9, 300, 140, 10, 20, 131 }, 3, n_tps, 0.0f, true });
+        }
+        add({ "cuda", type, 64, 4, { 5, 300 }, 1, 1, 30.0f, true });
+    }
+    add({ "cuda", GGML_TYPE_F16, 64, 4, std::vector<int>(40, 3), 20, 1, 0.0f, true }); // more ranges than a warp has lanes
+    add({ "cuda", GGML_TYPE_F16, 64, 4, { 7, 130 }, 1, 1030 });                        // so many tokens that ranges are not cut
     for (int n_prefix : { 1, 2, 31, 257, 5000 }) {
         for (bool ties : { false, true }) {
             cases.push_back({ "select,n=" + std::to_string(n_prefix) + ",ties=" + std::to_string(ties), [=]() { return test_select(n_prefix, 6, 8, ties); } });
