@@ -16,10 +16,11 @@ import time
 from pathlib import Path
 
 import numpy as np
-from bench_decode import commit, machine
+from bench_decode import machine
 
 from pyheadkv import _lib
 from pyheadkv.gguf_keys import Importance
+from pyheadkv.journal import commit
 from pyheadkv.options import Options
 from pyheadkv.testing import random_importance
 

@@ -21,7 +21,6 @@ import multiprocessing as mp
 import os
 import platform
 import statistics
-import subprocess
 import sys
 import time
 from dataclasses import dataclass
@@ -30,6 +29,8 @@ from typing import Any
 
 import numpy as np
 from tqdm import tqdm
+
+from pyheadkv.journal import commit
 
 ROOT = Path(__file__).resolve().parents[1]
 IMPORTANCE = ROOT / "tests" / "golden" / "head_mean_llama3_8b_r2.json"
@@ -127,12 +128,6 @@ class Worker:
     def stop(self) -> None:
         self.conn.send(("stop", 0))
         self.process.join()
-
-
-def commit() -> str:
-    """Short hash of the checked-out commit, "?" outside of a checkout."""
-    res = subprocess.run(["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
-    return res.stdout.strip() or "?"
 
 
 def machine() -> str:

@@ -13,49 +13,64 @@ is judged too. Answers are greedy. Every answer goes to a JSON lines file as soo
 from __future__ import annotations
 
 import argparse
-import shutil
-import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import product
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 from . import __version__
+from .arguments import add_amount_arguments, add_keep_arguments, keep_kwargs, split
 from .demo import round_n_ctx
 from .evaluate_report import write_report
+from .file_tasks import FILES
 from .gguf_keys import check_beta
 from .inspect import model_path
-from .journal import Journal, sha256
-from .options import BY_IMPORTANCE, FULL, POLICIES, POOLS, check_choice, check_int
-from .tasks import TASKS, Ask, TaskOptions, make_task
+from .journal import Journal, commit, sha256
+from .llama import Llama, cells_in
+from .options import BY_IMPORTANCE, FULL, POLICIES, POOLS, Options, check_choice, check_int, parse_bytes
+from .quiz import Ask, TaskOptions, Turn
+from .tasks import TASKS, make_task
 from .trial import Held, Setting, Trial
 
 PROTOCOLS = ("query-aware", "query-agnostic")
+KV_SIZES = "32,64,128"
+WINDOW = Options(kv_size=64).window
 N_ROOM = 512  # tokens of the context for follow-up questions and answers
 
 
 @dataclass(frozen=True)
 class Job:
-    """What a worker needs."""
+    """What a worker needs; ``keep``: sinks, protected spans and surplus, the same for all settings."""
 
     model: Path
     tasks: tuple[TaskOptions, ...]
     settings: tuple[Setting, ...]
     protocols: tuple[str, ...]
+    keep: dict[str, Any]
     n_threads: int
     n_gpu_layers: int
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What was generated for a question under a setting."""
+
+    number: int  # of the question about its context
+    question: Ask | Turn
+    n_tokens: int
+    setting: Setting
+    held: Held
+    tokens: list[int]
 
 
 class Worker:
     """One model in one process."""
 
     def __init__(self, job: Job) -> None:
-        from .llama import Llama
-
         self.job = job
         n_ctx = round_n_ctx(max(task.n_tokens for task in job.tasks) + N_ROOM)
         self.llm = Llama(
@@ -68,6 +83,7 @@ class Worker:
             n_threads_batch=job.n_threads,
             n_gpu_layers=job.n_gpu_layers,
             verbose=False,
+            **job.keep,
         )
         self.trial = Trial(self.llm)
         self.tasks = [make_task(self.llm, options) for options in job.tasks]
@@ -79,31 +95,42 @@ class Worker:
         answers = []
         for protocol in self.job.protocols:
             run = self._aware if protocol == PROTOCOLS[0] else self._agnostic
-            for i_ask, setting, held, out in run(asks, stop):
-                ask, text = asks[i_ask], self.llm.detokenize(out).decode("utf-8", "replace").strip()
+            for answer in run(asks, stop):
+                asked, held = answer.question, answer.held
+                text = self.llm.detokenize(answer.tokens).decode("utf-8", "replace").strip()
                 answers.append(
-                    {"ask": i_ask, "kind": ask.kind, "depth": round(ask.depth, 4), "n_tokens": len(ask.prompt) + len(ask.more),
-                     "protocol": protocol, "setting": setting.name, "score": ask.grade(text),
-                     "bytes": held.cells, "bytes_store": held.store, "text": text}
+                    {"ask": answer.number, "kind": asked.kind, "depth": round(asked.depth, 4), "n_tokens": answer.n_tokens,
+                     "protocol": protocol, "setting": answer.setting.name, "score": asked.grade(text), "n_prompt": held.n_prompt,
+                     "cells": round(held.per_head, 2), "bytes": held.cells, "bytes_store": held.store, "text": text}
                 )  # fmt: skip
         return {"task": task.options.name, "length": task.options.n_tokens, "quiz": i_quiz, "answers": answers}
 
-    def _aware(self, asks: Sequence[Ask], stop: frozenset[int]) -> Iterator[tuple[int, Setting, Held, list[int]]]:
+    def _aware(self, asks: Sequence[Ask], stop: frozenset[int]) -> Iterator[Answer]:
         for i_ask, ask in enumerate(asks):
             rest = (ask.prompt[-1], *ask.more)
             for setting in self.job.settings:
                 held = self.trial.compress(setting, ask.prompt)
                 self.trial.go_on(len(ask.prompt) - 1, rest)
-                yield i_ask, setting, held, self.trial.generate(rest[-1], ask.n_steps, stop=stop)
+                yield from self._answers(i_ask, ask, rest[-1], setting, held, stop)
 
-    def _agnostic(self, asks: Sequence[Ask], stop: frozenset[int]) -> Iterator[tuple[int, Setting, Held, list[int]]]:
+    def _answers(self, i_ask: int, ask: Ask, last: int, setting: Setting, held: Held, stop: frozenset[int]) -> Iterator[Answer]:
+        """To a question and to those that follow it in the same chat."""
+        number = i_ask * (1 + len(ask.turns))
+        said = self.trial.generate(last, ask.n_steps, stop=stop)
+        yield Answer(number, ask, self.llm.n_tokens, setting, held, said)
+        for k, turn in enumerate(ask.turns, start=1):
+            self.trial.say(turn.prompt)
+            said = self.trial.generate(turn.prompt[-1], turn.n_steps, stop=stop)
+            yield Answer(number + k, turn, self.llm.n_tokens, setting, held, said)
+
+    def _agnostic(self, asks: Sequence[Ask], stop: frozenset[int]) -> Iterator[Answer]:
         for setting in self.job.settings:
             for i_ask, ask in enumerate(asks):
                 if i_ask == 0 or ask.prompt[: ask.n_context] != asks[i_ask - 1].prompt[: ask.n_context]:
                     held = self.trial.compress(setting, ask.prompt[: ask.n_context])
                 rest = (*ask.prompt[ask.n_context :], *ask.more)
                 self.trial.go_on(ask.n_context, rest)
-                yield i_ask, setting, held, self.trial.generate(rest[-1], ask.n_steps, stop=stop)
+                yield from self._answers(i_ask, ask, rest[-1], setting, held, stop)
 
 
 _worker: Worker | None = None  # of this process
@@ -131,10 +158,6 @@ def run_job(job: Job, places: Sequence[tuple[int, int]], *, n_jobs: int) -> Iter
 # command
 
 
-def _list(text: str) -> list[str]:
-    return [part.strip() for part in text.split(",") if part.strip()]
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of ``pyheadkv eval``."""
     parser.add_argument("task", metavar="TASK[,TASK..]", help=f"one or more of {', '.join(TASKS)}")
@@ -144,12 +167,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group = parser.add_argument_group("settings to compare, comma-separated; the full cache is always one of them")
     group.add_argument("--policy", default="headkv,snapkv,streaming", metavar="LIST", help="(default: %(default)s)")
-    group.add_argument("--kv-size", default="32,64,128", metavar="LIST", help="cells per KV head (default: %(default)s)")
+    group.add_argument(
+        "--kv-size", metavar="LIST", help=f"mean cells per KV head, window included (default: {KV_SIZES} if no amount is given)"
+    )
+    add_amount_arguments(group, several=True)
     group.add_argument("--pool", default="max", metavar="LIST", help="max, avg (default: %(default)s)")
     group.add_argument("--beta", default="", metavar="LIST", help="(default: the one stored with the importance, else 1.2)")
     group.add_argument(
         "--importance", default="", metavar="LIST", help="score files or GGUFs (default: the importance of the model)"
     )
+    add_keep_arguments(parser.add_argument_group("cells that every head keeps, under all settings"))
     group = parser.add_argument_group("questions")
     group.add_argument(
         "--protocol", default=",".join(PROTOCOLS), metavar="LIST", help="query-aware, query-agnostic (default: both)"
@@ -160,7 +187,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--questions", type=int, default=2, metavar="N", help="of each kind about one context (default: %(default)s)"
     )
     group.add_argument("--depths", type=int, default=10, metavar="N", help="of the needle, task niah (default: %(default)s)")
-    group.add_argument("--file", type=Path, metavar="FILE.jsonl", help="of the tasks longbench and babilong")
+    group.add_argument("--file", type=Path, metavar="FILE.jsonl", help=f"of the tasks {', '.join(FILES)}")
     group.add_argument("--seed", type=int, default=0, metavar="N", help="(default: %(default)s)")
     group = parser.add_argument_group("run")
     group.add_argument("--jobs", type=int, default=1, metavar="N", help="contexts at the same time (default: %(default)s)")
@@ -177,20 +204,48 @@ def _beta(text: str) -> float:
         raise ValueError(f"--beta={text!r}: it must be a finite number > 1 (larger = more uniform budgets)") from None
 
 
-def make_settings(args: argparse.Namespace) -> tuple[Setting, ...]:
-    """The full cache, then every combination that differs; pooling, beta and importance only where they count."""
-    policies = [check_choice("--policy", p, (FULL, *POLICIES)) for p in _list(args.policy)]
-    sizes = [check_int("--kv-size", int(n) if n.isdigit() else n, 9, 1 << 26) for n in _list(args.kv_size)]
-    pools = [check_choice("--pool", p, tuple(POOLS)) for p in _list(args.pool)]
-    betas = [_beta(b) for b in _list(args.beta)] or [0.0]
-    files = _list(args.importance) or [""]
+def make_settings(args: argparse.Namespace, model: Path, *, n_ctx: int) -> tuple[Setting, ...]:
+    """The full cache, then every combination that differs; pooling, beta and importance only where they count.
+
+    Parameters
+    ----------
+    n_ctx : tokens that no budget exceeds
+    """
+    policies = [check_choice("--policy", p, (FULL, *POLICIES)) for p in split(args.policy)]
+    pools = [check_choice("--pool", p, tuple(POOLS)) for p in split(args.pool)]
+    betas = [_beta(b) for b in split(args.beta)] or [0.0]
+    files = split(args.importance) or [""]
     out = [Setting()]
-    for policy, kv_size, pool, beta, file in product(policies, sizes, pools, betas, files):
+    for policy, amount, pool, beta, file in product(policies, _amounts(args, model, n_ctx=n_ctx), pools, betas, files):
         if policy == FULL:
             continue
         by_importance, by_score = policy in BY_IMPORTANCE, policy != "streaming"
-        out.append(Setting(policy, kv_size, pool if by_score else "", beta if by_importance else 0.0, file if by_importance else ""))
+        setting = replace(amount, policy=policy, pool=pool if by_score else "")
+        out.append(replace(setting, beta=beta, importance=file) if by_importance else setting)
     return tuple(dict.fromkeys(out))
+
+
+def _amounts(args: argparse.Namespace, model: Path, *, n_ctx: int) -> list[Setting]:
+    """Settings that say nothing but how much is kept."""
+    given = args.kv_size or args.kv_ratio or args.kv_bytes
+    sizes = split(args.kv_size if given else KV_SIZES)
+    out = [Setting(kv_size=check_int("--kv-size", int(n) if n.isdigit() else n, WINDOW + 1, n_ctx)) for n in sizes]
+    for text in split(args.kv_ratio):
+        out.append(Setting(kv_ratio=_ratio(text)))
+    for text in split(args.kv_bytes):
+        kv_size = cells_in(parse_bytes("--kv-bytes", text), model, window=WINDOW, n_ctx=n_ctx)
+        out.append(Setting(kv_size=kv_size, kv_bytes=text.replace(" ", "")))
+    return out
+
+
+def _ratio(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value <= 1:
+        raise ValueError(f"--kv-ratio={text!r}: it must be a share of the prompt, above 0 and at most 1")
+    return value
 
 
 def run(args: argparse.Namespace) -> int:
@@ -202,14 +257,15 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"output {args.output}: name a file that ends in .jsonl, in a folder that exists")
     if args.output.exists() and not (args.resume or args.force):
         raise ValueError(f"output {args.output} exists: pass --resume to go on with it, or --force to replace it")
-    lengths = [check_int("--tokens", int(n) if n.isdigit() else n, 64, 1 << 24) for n in _list(args.tokens)]
+    lengths = [check_int("--tokens", int(n) if n.isdigit() else n, 64, 1 << 24) for n in split(args.tokens)]
     tasks = tuple(
         TaskOptions(check_choice("task", name, TASKS), n, args.questions, args.seed, args.depths, args.file)
-        for name in _list(args.task)
+        for name in split(args.task)
         for n in lengths
     )
-    protocols = tuple(check_choice("--protocol", p, PROTOCOLS) for p in _list(args.protocol))
-    job = Job(path, tasks, make_settings(args), protocols, check_int("--threads", args.threads, 1, 1024), args.n_gpu_layers)
+    protocols = tuple(check_choice("--protocol", p, PROTOCOLS) for p in split(args.protocol))
+    settings = make_settings(args, path, n_ctx=max(lengths))
+    job = Job(path, tasks, settings, protocols, keep_kwargs(args), check_int("--threads", args.threads, 1, 1024), args.n_gpu_layers)
     check_int("--contexts", args.contexts, 1, 1 << 20)
     check_int("--jobs", args.jobs, 1, 1024)
     journal = Journal(args.output, describe(job), resume=args.resume)
@@ -248,18 +304,13 @@ def describe(job: Job) -> dict[str, Any]:
         "model": job.model.name,
         "model_sha256": sha256(job.model),
         "importance_sha256": {Path(name).name: digest for name, digest in digests.items()},
-        "settings": [{**asdict(s), "name": s.name, "importance": Path(s.importance).name} for s in job.settings],
+        "settings": [
+            {**asdict(s), "name": s.name, "method": s.method, "budget": s.budget, "importance": Path(s.importance).name}
+            for s in job.settings
+        ],
+        "keep": job.keep,
         "protocols": job.protocols,
         "tasks": [{**asdict(t), "file": t.file and t.file.name} for t in job.tasks],
         "engine": {"n_threads": job.n_threads, "n_gpu_layers": job.n_gpu_layers},
         "versions": {"pyheadkv": __version__, "llama_cpp_python": llama_cpp.__version__, "commit": commit()},
     }
-
-
-def commit() -> str:
-    """Of the checkout that this package runs from; "" if it is installed."""
-    root = Path(__file__).resolve().parents[1]
-    if shutil.which("git") is None or not (root / "cpp" / "headkv.h").is_file():
-        return ""
-    found = subprocess.run(["git", "-C", str(root), "describe", "--always", "--dirty"], capture_output=True, text=True, check=False)
-    return found.stdout.strip()

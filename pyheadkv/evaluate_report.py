@@ -30,6 +30,8 @@ class Answer:
     protocol: str
     setting: str
     score: float
+    n_prompt: int
+    cells: float
     bytes: int
     bytes_store: int
 
@@ -42,7 +44,7 @@ class Answers:
         self.all = [
             Answer(
                 e["task"], e["length"], f"{e['task']}/{e['length']}/{e['quiz']}", a["ask"], a["kind"], a["depth"], a["protocol"],
-                a["setting"], a["score"], a["bytes"], a["bytes_store"],
+                a["setting"], a["score"], a["n_prompt"], a["cells"], a["bytes"], a["bytes_store"],
             )
             for e in entries
             for a in e["answers"]
@@ -125,24 +127,34 @@ def _head(answers: Answers, command: str, pictures: list[Path]) -> list[str]:
         f"# {', '.join(dict.fromkeys(t['name'] for t in header['tasks']))}: cache policies on {header['model']}", "",
         f"`{command}`", "",
         f"Model sha256 {header['model_sha256'][:16]}, {versions}. Questions per cell: {asked}. Greedy; strict: the last prompt "
-        "token runs against the compressed cache. Scores in % with 95 % intervals (bootstrap over contexts). KiB: K and V of "
-        "the cells that are kept, mean over the prompts; held: allocated for them, rows for generated tokens included. Settings "
-        "of one kv_size are compared at these bytes.", "",
+        "token runs against the compressed cache. Scores in % with 95 % intervals (bootstrap over contexts). Cells: "
+        "kept per KV head, and their share of the compressed prompt; KiB: K and V in them; means over the prompts. Held: allocated "
+        "for them, rows for generated tokens included. Settings of one budget are compared at these bytes.", *_keep(header), "",
         *(f"![{picture.stem}]({picture.name})" for picture in pictures), "",
     ]  # fmt: skip
 
 
+def _keep(header: dict[str, Any]) -> list[str]:
+    """What every setting of the run was told to keep, if anything."""
+    keep = header["keep"]
+    parts = [f"sinks {keep['sinks']}"] if keep["sinks"] is not None else []
+    parts += [f"protected {start}:{end}" for start, end in keep["protect"]]
+    parts += [f"surplus {keep['surplus']}"] if keep["surplus"] != "lost" else []
+    return ["", f"Under all settings: {', '.join(parts)}."] if parts else []
+
+
 def _scores(answers: Answers, protocol: str) -> list[str]:
     kinds = answers.kinds
-    lines = [f"## {protocol}", "", row(["setting", "KiB", "held", *kinds, "all", "of full"]), row(["---"] * (5 + len(kinds)))]
+    lines = [f"## {protocol}", "", row(["setting", "cells", "of prompt", "KiB", "held", *kinds, "all", "of full"])]
+    lines.append(row(["---"] * (7 + len(kinds))))
     for setting in answers.settings:
         name = setting["name"]
         cells = [_cell(interval(by_context(answers.of(protocol, name, kind)))) for kind in (*kinds, None)]
         mine = answers.of(protocol, name)
-        n_bytes = float(np.mean([a.bytes for a in mine]))
+        n_cells, n_bytes, n_held, n_prompt = (float(np.mean(x)) for x in zip(*[(a.cells, a.bytes, a.bytes_store, a.n_prompt) for a in mine]))
         share = np.mean([a.score for a in mine]) / max(answers.full(protocol), 1e-9)
-        n_held = float(np.mean([a.bytes_store for a in mine]))
-        lines.append(row([name, f"{n_bytes / 1024:.0f}", f"{n_held / 1024:.0f}", *cells, f"{100 * share:.0f} %"]))
+        held = [f"{n_cells:.0f}", f"{100 * n_cells / n_prompt:.1f} %", f"{n_bytes / 1024:.0f}", f"{n_held / 1024:.0f}"]
+        lines.append(row([name, *held, *cells, f"{100 * share:.0f} %"]))
     weak = [kind for kind in kinds if answers.full(protocol, kind) < RANKED_ABOVE]
     if weak:
         lines += ["", f"Not to be ranked, the full cache is below {100 * RANKED_ABOVE:.0f} %: {', '.join(weak)}."]
@@ -155,11 +167,12 @@ def _cell(value: tuple[float, float, float]) -> str:
 
 
 def _gains(answers: Answers, protocol: str) -> list[str]:
-    """Every setting against snapkv with the same kv_size and pool."""
+    """Every setting against snapkv with the same budget and pool."""
     kinds, lines = answers.kinds, []
     for setting in answers.settings:
         pool = setting["pool"] or "max"
-        name = next((s["name"] for s in answers.settings if (s["policy"], s["kv_size"], s["pool"]) == ("snapkv", setting["kv_size"], pool)), None)
+        uniform = ("snapkv", setting["budget"], pool)
+        name = next((s["name"] for s in answers.settings if (s["policy"], s["budget"], s["pool"]) == uniform), None)
         if name is None or name == setting["name"]:
             continue
         cells = []
@@ -170,7 +183,7 @@ def _gains(answers: Answers, protocol: str) -> list[str]:
     if not lines:
         return []
     head = [row(["setting", *kinds, "all"]), row(["---"] * (2 + len(kinds)))]
-    text = "Points above uniform budgets (snapkv) of the same kv_size and pooling, same questions, 95 % interval:"
+    text = "Points above uniform budgets (snapkv) of the same budget and pooling, same questions, 95 % interval:"
     return [text, "", *head, *lines, ""]
 
 
@@ -182,14 +195,12 @@ def plot(answers: Answers, path: Path) -> Path:
     n_rows = len(answers.protocols)
     figure = Figure(figsize=(1.5 + 3.4 * len(kinds), 0.8 + 3.2 * n_rows), layout="constrained")
     panels = figure.subplots(n_rows, len(kinds), squeeze=False, sharey=True)
-    lines = _curves(answers)
     for protocol, axes_row in zip(answers.protocols, panels, strict=True):
         for kind, axes in zip(kinds, axes_row, strict=True):
-            for i, (label, names) in enumerate(lines.items()):
+            for i, (label, names) in enumerate(_curves(answers).items()):
                 cells = [answers.of(protocol, name, kind) for name in names]
-                x = [float(np.mean([a.bytes for a in c])) / 1024 for c in cells]
-                y = [100 * float(np.mean([a.score for a in c])) for c in cells]
-                axes.plot(x, y, marker="o", ms=4, label=label, color=f"C{i % 10}", ls="-" if i < 10 else "--")
+                points = sorted((float(np.mean([a.bytes for a in c])) / 1024, 100 * float(np.mean([a.score for a in c]))) for c in cells)
+                axes.plot(*zip(*points), marker="o", ms=4, label=label, color=f"C{i % 10}", ls="-" if i < 10 else "--")
             axes.axhline(100 * answers.full(protocol, kind), color="grey", ls=":", label="full cache")
             axes.set(xscale="log", title=f"{kind or 'all'}, {protocol}", xlabel="KiB of K and V kept", ylim=(-3, 103))
             axes.grid(alpha=0.3)
@@ -200,11 +211,11 @@ def plot(answers: Answers, path: Path) -> Path:
 
 
 def _curves(answers: Answers) -> dict[str, list[str]]:
-    """Names of the settings that differ in kv_size only, by what they have in common."""
+    """Names of the settings that differ in their budget only, by what they have in common."""
     lines: dict[str, list[str]] = defaultdict(list)
-    for s in sorted(answers.settings, key=lambda s: int(s["kv_size"])):
+    for s in answers.settings:
         if s["policy"] != FULL:
-            lines[s["name"].rsplit(" ", 1)[0]].append(s["name"])
+            lines[s["method"]].append(s["name"])
     return dict(lines)
 
 

@@ -1,10 +1,15 @@
-"""A file of JSON lines that a long run appends to and goes on from: its settings, then one line per step that is done."""
+"""A file of JSON lines that a long run appends to and goes on from: its settings, then one line per step that is done.
+
+And what such settings name: checksums of files, the commit that ran.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import os
+import shutil
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -79,3 +84,12 @@ def sha256(path: str | os.PathLike[str]) -> str:
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
+
+
+def commit() -> str:
+    """Of the checkout that this package runs from, "-dirty" behind it if files differ; "" if it is installed."""
+    root = Path(__file__).resolve().parents[1]
+    if shutil.which("git") is None or not (root / "cpp" / "headkv.h").is_file():
+        return ""
+    found = subprocess.run(["git", "-C", str(root), "describe", "--always", "--dirty"], capture_output=True, text=True, check=False)
+    return found.stdout.strip()

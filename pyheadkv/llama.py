@@ -193,7 +193,7 @@ class Llama(llama_cpp.Llama):
                 raise ValueError(f"kv_ratio={kv_ratio!r}: nothing would be kept, use a share above 0")
             kv_size = window + 1  # until there is a prompt
         elif kv_bytes is not None:
-            kv_size = _cells_in(parse_bytes("kv_bytes", kv_bytes), model_path, window=window, n_ctx=n_ctx, **{
+            kv_size = cells_in(parse_bytes("kv_bytes", kv_bytes), model_path, window=window, n_ctx=n_ctx, **{
                 name: kwargs.get(name) for name in ("type_k", "type_v")})
         self.kv_options = Options(kv_size=kv_size, **options)
         if n_ctx and kv_size > n_ctx:
@@ -418,7 +418,7 @@ class Llama(llama_cpp.Llama):
         # what two chats with other users have in common
         texts = [render_chat_messages(self, template, [messages[0], {"role": "user", "content": c}]) for c in "ab"]
         a, b = (self.tokenize(text.encode(), add_bos=False, special=True) for text in texts)
-        head = a[: _n_common(a, b)]
+        head = a[: n_common(a, b)]
         bos = self.token_bos()
         return head if bos < 0 or head[:1] == [bos] else [bos, *head]
 
@@ -593,12 +593,27 @@ class Llama(llama_cpp.Llama):
         return values[:n]
 
 
-def _n_common(a: Sequence[int], b: Sequence[int]) -> int:
-    return next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
+def n_common(a: Sequence[int], b: Sequence[int]) -> int:
+    """Length of the beginning that two lists share."""
+    n = min(len(a), len(b))
+    same = np.asarray(a[:n]) == np.asarray(b[:n])
+    return n if same.all() else int(same.argmin())
 
 
-def _cells_in(n_bytes: int, model_path: str, *, window: int, n_ctx: int, type_k: int | None, type_v: int | None) -> int:
-    """Cells per KV head that take so many bytes together; no more than a prompt can have."""
+def cells_in(
+    n_bytes: int, model_path: str | PathLike[str], *, window: int, n_ctx: int, type_k: int | None = None, type_v: int | None = None
+) -> int:
+    """Cells per KV head that take so many bytes together; no more than a prompt can have.
+
+    Parameters
+    ----------
+    n_ctx : 0 = that of the model
+    type_k, type_v : ggml types; None = f16
+
+    Raises
+    ------
+    ValueError : the bytes do not hold the window
+    """
     from .inspect import read_shape
 
     shape = read_shape(model_path)

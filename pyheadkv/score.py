@@ -257,7 +257,7 @@ def measure(reader: Reader, examples: Examples, journal: Journal, *, method: str
     look = {"desc": "scoring", "unit": " tokens", "unit_scale": True, "leave": False, "disable": None}
     with tqdm(total=total, initial=initial, **look) as bar:
         for slot, n_planned in zip(examples.slots[n_done:], lengths[n_done:], strict=True):
-            outcome = _measure_one(reader, examples, slot, method=method)
+            outcome = measure_one(reader, examples, slot, method=method)
             journal.append(asdict(outcome))
             outcomes.append(outcome)
             n_read += outcome.n_tokens
@@ -267,7 +267,8 @@ def measure(reader: Reader, examples: Examples, journal: Journal, *, method: str
     return n_read
 
 
-def _measure_one(reader: Reader, examples: Examples, slot: Slot, *, method: str) -> Outcome:
+def measure_one(reader: Reader, examples: Examples, slot: Slot, *, method: str) -> Outcome:
+    """Make one example, let the model answer it and score its heads."""
     example = examples.make(slot)
     scores, tokens = score_example(reader, example, method=method, examples=examples)
     response = examples.text(tokens)
@@ -357,7 +358,7 @@ def run(args: argparse.Namespace) -> int:
     """Measure, write the score file and the model when asked to, and report."""
     path = model_path(args.model)
     journal_path = _check_files(path, args)
-    max_tokens = _max_tokens(args, n_ctx_train=read_shape(path).n_ctx_train)
+    max_tokens = choose_max_tokens(args, n_ctx_train=read_shape(path).n_ctx_train)
     if args.examples is not None:
         check_int("--examples", args.examples, 1, 1 << 20)
     if args.kv_size is not None and not args.calibrate:
@@ -388,7 +389,7 @@ def run(args: argparse.Namespace) -> int:
                 "n_batch": args.n_batch,
                 "n_gpu_layers": args.n_gpu_layers,
             },
-            versions=_versions(),
+            versions=versions(),
             calibration={"n_examples": calibrate.N_EXAMPLES, "kv_sizes": kv_sizes} if args.calibrate else {},
         )
         journal = Journal(journal_path, asdict(settings), resume=args.resume)
@@ -405,7 +406,7 @@ def run(args: argparse.Namespace) -> int:
     finally:
         llm.close()
     scores = result(settings, outcomes, calibration)
-    _write_json(args.output, scores)
+    write_json(args.output, scores)
     journal_path.unlink()
     if args.write is not None:
         _write_model(path, args, scores)
@@ -446,7 +447,7 @@ def _check_files(path: Path, args: argparse.Namespace) -> Path:
     return journal
 
 
-def _max_tokens(args: argparse.Namespace, *, n_ctx_train: int) -> int:
+def choose_max_tokens(args: argparse.Namespace, *, n_ctx_train: int) -> int:
     """Length of the longest prompt."""
     if args.max_tokens is not None:
         return check_int("--max-tokens", args.max_tokens, 1, 1 << 24)
@@ -473,7 +474,7 @@ def _open_model(path: Path, args: argparse.Namespace, *, n_ctx: int) -> Llama:
     )
 
 
-def _write_json(path: Path, content: dict[str, Any]) -> None:
+def write_json(path: Path, content: dict[str, Any]) -> None:
     """One line per value, and per element of a list."""
     lines = [f"{json.dumps(name)}: {_json_lines(value)}" for name, value in content.items()]
     text = "{\n" + ",\n".join(lines) + "\n}\n"
@@ -503,7 +504,8 @@ def _write_model(path: Path, args: argparse.Namespace, scores: dict[str, Any]) -
     print(f"importance written to {args.write}", file=sys.stderr)
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
+    """Of what scores depend on."""
     import llama_cpp
 
     return {"pyheadkv": __version__, "llama_cpp_python": llama_cpp.__version__}

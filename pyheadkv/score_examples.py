@@ -110,7 +110,7 @@ class Examples(ABC):
         """Generated tokens as text, without special tokens."""
         return self.llm.detokenize(list(tokens)).decode("utf-8", "replace").strip()
 
-    def _is_end(self, token: int) -> bool:
+    def is_end(self, token: int) -> bool:
         """One of the tokens that end a turn or a text."""
         import llama_cpp
 
@@ -194,7 +194,7 @@ class CorpusExamples(Examples):
         return Example(tokens, spans, n_span, document.answer, document.n_answer_tokens)
 
     def is_stop(self, token: int) -> bool:
-        return self._is_end(token)
+        return self.is_end(token)
 
 
 # English prose
@@ -401,6 +401,17 @@ class Prose:
             return self._around(f"{MARK}\n\nQuestion: {question}\nAnswer:")
         return self._around(render_chat(self.llm, template, f"{MARK}\n\n{question} {how}"))
 
+    def reply(self, question: str, *, how: str = "Answer with the words of the text.") -> list[int]:
+        """Tokens between an answer and the next one: the end of the turn and another question."""
+        template = self.llm.metadata.get("tokenizer.chat_template")
+        if template is None:
+            text = f"\n\nQuestion: {question}\nAnswer:"
+        else:
+            chat = [("user", "a"), ("assistant", MARK), ("user", f"{question} {how}")]
+            text = render_chat_messages(self.llm, template, [{"role": role, "content": said} for role, said in chat])
+            text = _split_chat(text)[1]
+        return self.llm.tokenize(text.encode(), add_bos=False, special=True)
+
     def wrap(self, *, chat: bool = True) -> tuple[list[int], list[int]]:
         """Tokens before and after one message, in the chat template of the model if it has one and ``chat``."""
         template = self.llm.metadata.get("tokenizer.chat_template")
@@ -458,7 +469,7 @@ class ProseExamples(Examples):
         return Example(tokens, ((start, start + len(answer)),), len(answer), needle_.answer, n_steps)
 
     def is_stop(self, token: int) -> bool:
-        return self._is_end(token)
+        return self.is_end(token)
 
     def _needle(self, slot: Slot, rng: random.Random) -> Needle:
         if self._retrieval:

@@ -4,100 +4,35 @@ Two languages. The embedded model is asked in its own (``pyheadkv.needle``), eve
 a public-domain text, shuffled, with needles between them, in the chat template of the model. The forms of the ``ruler``
 kinds follow RULER (Hsieh et al. 2024, arXiv:2404.06654); the wording and the vocabulary are ours.
 
-``longbench`` and ``babilong`` read JSON lines from a local file, ``{"dataset", "context", "input", "answers"}`` as
-LongBench has them or ``{"input", "question", "target"}`` as BABILong has them, and use the prompts of these benchmarks.
+``multi-turn`` is a chat: ``N_TURNS`` questions about one document, one after the other, as ``Llama(kv_reuse=True)`` has
+it. Compressed is once: query-aware the document with the first question, query-agnostic the document alone. Everything
+after that is held as it is, uncompressed, in every head: what the model answers, the next question and so on, so that
+turn k is answered from what the compression kept of the document, and from the whole chat since. The history is what was
+said under the same setting, right or wrong, not the right answers; the full cache does the same. Turns are the kinds of
+question, so that tables and plots show the accuracy by turn. Bytes are those after the compression.
+
+The tasks that read files are in ``pyheadkv.file_tasks``.
 """
 
 from __future__ import annotations
 
-import json
 import random
 import re
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from . import metrics, needle
-from .score_examples import MARK, REASONING, RETRIEVAL, Prose, speaks_needle_language, split_at
+from .file_tasks import FILES, FileTask
+from .quiz import Ask, Grade, Task, TaskOptions, Turn
+from .score_examples import REASONING, RETRIEVAL, Prose, speaks_needle_language, split_at
 
 if TYPE_CHECKING:
     from .llama import Llama
 
 N_SPARE = 16  # tokens that an English answer may have besides what is asked
-PROMPTS = Path(__file__).resolve().parent / "data" / "prompts.json"
 PASS_F1 = 0.5  # a whole sentence counts as answered above it
-
-Grade = Callable[[str], float]
-
-
-@dataclass(frozen=True)
-class Ask:
-    """One question about a context.
-
-    Attributes
-    ----------
-    kind : of question
-    prompt : tokens of the context and the question; query-aware compression sees all of them
-    n_context : of them that are the context; query-agnostic compression sees only these
-    more : tokens behind the prompt: its answer and another question, which is the one that is graded
-    n_steps : tokens to generate at most
-    grade : 0 to 1 for generated text
-    depth : of the needle in the context, 0 to 1
-    """
-
-    kind: str
-    prompt: tuple[int, ...]
-    n_context: int
-    n_steps: int
-    grade: Grade
-    depth: float
-    more: tuple[int, ...] = ()
-
-
-class Task(ABC):
-    """A source of contexts."""
-
-    def __init__(self, llm: Llama, options: TaskOptions) -> None:
-        self.llm, self.options = llm, options
-
-    @abstractmethod
-    def quiz(self, i: int) -> list[Ask]:
-        """The questions about context i; the same i always gives the same ones."""
-
-    def rng(self, i: int) -> random.Random:
-        """Source of what is random in context i."""
-        options = self.options
-        return random.Random(f"{options.seed} {options.name} {options.n_tokens} {i}")
-
-    @cached_property
-    def stop_tokens(self) -> frozenset[int]:
-        """Tokens that end an answer."""
-        import llama_cpp
-
-        return frozenset(t for t in range(self.llm.n_vocab()) if llama_cpp.llama_vocab_is_eog(self.llm._model.vocab, t))
-
-
-@dataclass(frozen=True)
-class TaskOptions:
-    """
-    Attributes
-    ----------
-    name : of the task
-    n_tokens : length of the longest prompt
-    n_each : questions of each kind per context
-    n_depths : contexts i, i + n_depths, .. have their needle at the same depth (task niah)
-    file : of a task that reads one
-    """
-
-    name: str
-    n_tokens: int
-    n_each: int = 2
-    seed: int = 0
-    n_depths: int = 10
-    file: Path | None = None
+N_TURNS = 5  # of a chat
 
 
 # the language of the embedded model
@@ -125,6 +60,25 @@ class CorpusDepths(Task):
         return [replace(_corpus_ask(document), depth=depth)]
 
 
+class CorpusChat(Task):
+    """One direct question after the other about one context, every one about another value."""
+
+    def quiz(self, i: int) -> list[Ask]:
+        document = needle.make_document(self.rng(i), n_tokens=self.options.n_tokens, kinds=["direct"] * N_TURNS)
+        first, *later = document.turns
+        ask = _corpus_ask(replace(document, turns=(first,)))
+        turns = []
+        for k, turn in enumerate(later, start=2):
+            said = replace(document, turns=(turn,))
+            prompt = tuple(needle.encode(turn.question))
+            turns.append(Turn(f"turn {k}", prompt, said.n_answer_tokens, _corpus_grade(said), turn.depths[0]))
+        return [replace(ask, kind="turn 1", turns=tuple(turns))]
+
+
+def _corpus_grade(document: needle.Document) -> Grade:
+    return lambda text: float(document.is_correct(text))
+
+
 def _corpus_ask(document: needle.Document) -> Ask:
     first = (needle.BOS, *needle.encode(document.prompt(1)))
     whole = (needle.BOS, *needle.encode(document.prompt()))
@@ -133,7 +87,7 @@ def _corpus_ask(document: needle.Document) -> Ask:
         prompt=first,
         n_context=1 + len(needle.encode(document.context)),
         n_steps=document.n_answer_tokens,
-        grade=lambda text: float(document.is_correct(text)),
+        grade=_corpus_grade(document),
         depth=document.depths[0],
         more=whole[len(first) :],
     )
@@ -173,15 +127,30 @@ class ProseTask(Task):
         rng = self.rng(i)
         facts, asked = self.make(rng, i, self.options)
         frames = [self._prose.frame(a.question, how=a.how) for a in asked]
-        prefix = frames[0][0]
-        said = [(fact.depth, self._prose.continued(fact.text)) for fact in facts]
-        n_rest = len(prefix) + sum(len(tokens) for _, tokens in said) + max(len(suffix) for _, suffix in frames)
-        sentences = self._prose.haystack(rng, self.options.n_tokens - n_rest)
-        context = [*prefix, *_interleave(sentences, said)]
+        context = self._context(rng, frames[0][0], facts, n_asked=max(len(suffix) for _, suffix in frames))
         return [
             Ask(a.kind, (*context, *suffix), len(context), a.n_steps, a.grade, a.depth)
             for a, (_, suffix) in zip(asked, frames, strict=True)
         ]
+
+    def _context(self, rng: random.Random, prefix: list[int], facts: list[Fact], *, n_asked: int) -> list[int]:
+        said = [(fact.depth, self._prose.continued(fact.text)) for fact in facts]
+        n_rest = len(prefix) + sum(len(tokens) for _, tokens in said) + n_asked
+        sentences = self._prose.haystack(rng, self.options.n_tokens - n_rest)
+        return [*prefix, *_interleave(sentences, said)]
+
+
+class ProseChat(ProseTask):
+    """The questions about one context one after the other, in one chat."""
+
+    def quiz(self, i: int) -> list[Ask]:
+        rng = self.rng(i)
+        facts, (first, *later) = self.make(rng, i, self.options)
+        prefix, suffix = self._prose.frame(first.question, how=first.how)
+        replies = [self._prose.reply(a.question, how=a.how) for a in later]
+        context = self._context(rng, prefix, facts, n_asked=len(suffix) + sum(map(len, replies)))
+        turns = tuple(Turn(a.kind, tuple(r), a.n_steps, a.grade, a.depth) for a, r in zip(later, replies, strict=True))
+        return [Ask(first.kind, (*context, *suffix), len(context), first.n_steps, first.grade, first.depth, turns=turns)]
 
 
 _Said = tuple[list[Fact], list[Asked]]
@@ -233,6 +202,12 @@ def second_question(rng: random.Random, i: int, options: TaskOptions) -> _Said:
         facts.append(Fact(" ".join((*chosen.before, chosen.answer)), depth))
         asked.append(Asked("second-question", chosen.question, _is_sentence(chosen.answer), _steps(chosen.answer), depth))
     return facts, asked
+
+
+def multi_turn(rng: random.Random, i: int, options: TaskOptions) -> _Said:
+    """The same, as many as a chat has turns."""
+    facts, asked = second_question(rng, i, replace(options, n_each=-(-N_TURNS // 2)))
+    return facts, [replace(a, kind=f"turn {k}") for k, a in enumerate(asked[:N_TURNS], start=1)]
 
 
 def reasoning(rng: random.Random, i: int, options: TaskOptions) -> _Said:
@@ -308,79 +283,6 @@ def ruler_variables(rng: random.Random, i: int, options: TaskOptions) -> _Said:
     return facts, asked
 
 
-# from files
-
-
-class FileTask(Task):
-    """One context and question per line of a JSON lines file, with the prompts and metrics of its benchmark."""
-
-    NO_CHAT = ("trec", "triviaqa", "samsum", "lcc", "repobench-p")  # LongBench asks these without a chat template
-    FIRST_LINE = ("trec", "triviaqa", "samsum")
-
-    def __init__(self, llm: Llama, options: TaskOptions) -> None:
-        super().__init__(llm, options)
-        if options.file is None:
-            raise ValueError(f"task {options.name} reads a file: name it with --file FILE.jsonl")
-        with open(options.file, encoding="utf-8") as file:
-            self._rows = [json.loads(line) for line in file if line.strip()]
-        self._prompts = json.loads(PROMPTS.read_text(encoding="utf-8"))[options.name]
-        self._prose = Prose(llm)
-
-    def quiz(self, i: int) -> list[Ask]:
-        read = self._babilong if self.options.name == "babilong" else self._longbench
-        try:
-            return [read(self._rows[i])]
-        except KeyError as error:
-            raise ValueError(f"{self.options.file}: line {i + 1} has no key {error}: is it a file of {self.options.name}?") from None
-
-    def _babilong(self, row: dict[str, Any]) -> Ask:
-        found = re.search(r"qa[1-5](?!\d)", str(self.options.file and self.options.file.name))
-        if found is None:
-            raise ValueError(f"{self.options.file}: the name of a BABILong file says which task it is, qa1 to qa5: rename it")
-        name, labels = found[0], self._prompts["labels"][found[0]]
-        text = self._prompts["template"].format(context=MARK, question=row["question"], **self._prompts[name])
-        answer, question = row["target"], row["question"]
-        return self._ask(name, text, row["input"], 20, lambda said: metrics.label(said, answer, labels, question))
-
-    def _longbench(self, row: dict[str, Any]) -> Ask:
-        name = row["dataset"]
-        if name not in self._prompts:
-            raise ValueError(f"dataset {name!r}: it must be one of {', '.join(self._prompts)}")
-        text = self._prompts[name]["prompt"].format(context=MARK, input=row["input"])
-        answers, classes = row["answers"], row.get("all_classes") or []
-
-        def grade(said: str) -> float:
-            if name in self.FIRST_LINE:
-                said = said.lstrip("\n").split("\n")[0]
-            return max(_longbench_grade(name, said, answer, classes) for answer in answers)
-
-        return self._ask(name, text, row["context"], self._prompts[name]["max_tokens"], grade, chat=name not in self.NO_CHAT)
-
-    def _ask(self, kind: str, template: str, context: str, n_steps: int, grade: Grade, *, chat: bool = True) -> Ask:
-        """A prompt with MARK in place of its context, cut in its middle when it is too long, as LongBench does."""
-        prefix, suffix = self._prose.wrap(chat=chat)
-        before, after = template.split(MARK)
-        head, rest = (self.llm.tokenize(text.encode(), add_bos=False) for text in (before + context, after))
-        n_room = self.options.n_tokens - len(prefix) - len(suffix)
-        body = [*head, *rest]
-        if len(body) > n_room:
-            body = body[: n_room // 2] + body[len(body) - (n_room - n_room // 2) :]
-        tokens = (*prefix, *body, *suffix)
-        return Ask(kind, tokens, len(tokens) - len(suffix) - min(len(rest), n_room - 1), n_steps, grade, 0.5)
-
-
-def _longbench_grade(name: str, said: str, answer: str, classes: Sequence[str]) -> float:
-    if name == "trec":
-        return metrics.classification(said, answer, classes)
-    if name in ("passage_count", "passage_retrieval_en"):
-        return metrics.number_share(said, answer)
-    if name in ("lcc", "repobench-p"):
-        return metrics.code_similarity(said, answer)
-    if name in ("gov_report", "qmsum", "multi_news", "samsum"):
-        return metrics.rouge_l(said, answer)
-    return metrics.token_f1(said, answer)
-
-
 # all of them
 
 CORPUS: dict[str, tuple[needle.Kind, ...]] = {
@@ -393,12 +295,13 @@ PROSE: dict[str, Callable[[random.Random, int, TaskOptions], _Said]] = {
     "niah": niah,
     "reasoning": reasoning,
     "second-question": second_question,
+    "multi-turn": multi_turn,
     "instruction": instruction,
     "passkey": passkey,
     "ruler-keys": ruler_keys,
     "ruler-variables": ruler_variables,
 }
-FILES = ("longbench", "babilong")
+CORPUS_TASKS: dict[str, type[Task]] = {"niah": CorpusDepths, "multi-turn": CorpusChat}
 TASKS = tuple(dict.fromkeys(("needle", "niah", *CORPUS, *PROSE, *FILES)))
 
 
@@ -411,14 +314,14 @@ def make_task(llm: Llama, options: TaskOptions) -> Task:
     """
     name = options.name
     if speaks_needle_language(llm):
-        if name == "niah":
-            return CorpusDepths(llm, options)
+        if name in CORPUS_TASKS:
+            return CORPUS_TASKS[name](llm, options)
         if name in CORPUS:
             return CorpusTask(llm, options, CORPUS[name])
-        known: tuple[str, ...] = ("niah", *CORPUS)
+        known: tuple[str, ...] = (*CORPUS_TASKS, *CORPUS)
     else:
         if name in PROSE:
-            return ProseTask(llm, options, PROSE[name])
+            return (ProseChat if name == "multi-turn" else ProseTask)(llm, options, PROSE[name])
         if name in FILES:
             return FileTask(llm, options)
         known = (*PROSE, *FILES)

@@ -5,15 +5,18 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import PurePath
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from .llama import n_common
 from .options import BY_IMPORTANCE, FULL, load_importance
 
 if TYPE_CHECKING:
     from .gguf_keys import Importance
     from .llama import Llama
+
 
 @dataclass(frozen=True, order=True)
 class Setting:
@@ -22,9 +25,11 @@ class Setting:
     Attributes
     ----------
     policy : of ``pyheadkv.Llama``, or "full"
-    kv_size : cells per KV head, window included; 0 for "full"
+    kv_size : mean cells per KV head, window included; 0 for "full" and with ``kv_ratio``
     pool, beta : None = the default
     importance : path of a score file or GGUF, or a name given to ``Trial.use``; "" = the model's own
+    kv_ratio : share of the prompt in place of ``kv_size``; 0 = none
+    kv_bytes : how ``kv_size`` was given, if as bytes; "" = it was not
     """
 
     policy: str = FULL
@@ -32,15 +37,24 @@ class Setting:
     pool: str = ""
     beta: float = 0.0
     importance: str = ""
+    kv_ratio: float = 0.0
+    kv_bytes: str = ""
+
+    @property
+    def method(self) -> str:
+        """What is compared at equal budgets."""
+        parts = [self.policy, PurePath(self.importance).stem if self.importance else "", self.pool]
+        return " ".join(filter(None, [*parts, f"beta {self.beta:g}" if self.beta else ""]))
+
+    @property
+    def budget(self) -> str:
+        """As it was given: cells, a share or bytes."""
+        return f"{100 * self.kv_ratio:g}%" if self.kv_ratio else self.kv_bytes or str(self.kv_size or "")
 
     @property
     def name(self) -> str:
         """Short and unique among the settings of one run."""
-        from pathlib import PurePath
-
-        parts = [self.policy, PurePath(self.importance).stem if self.importance else "", self.pool]
-        parts += [f"beta {self.beta:g}" if self.beta else "", str(self.kv_size or "")]
-        return " ".join(filter(None, parts))
+        return f"{self.method} {self.budget}".strip()
 
 
 @dataclass(frozen=True)
@@ -49,10 +63,14 @@ class Held:
 
     Attributes
     ----------
+    n_prompt : tokens of it
+    per_head : cells that are kept, mean of the KV heads
     cells : bytes of K and V in the cells that are kept, all heads
     store : bytes allocated for them, with the rows that wait for generated tokens
     """
 
+    n_prompt: int
+    per_head: float
     cells: int
     store: int
 
@@ -71,13 +89,14 @@ class Trial:
         self.llm = llm
         self.window: int = llm.kv_options.window
         self._tokens: list[int] = []  # what is there uncompressed
+        self._unread: list[int] = []  # last token of an answer that was not stopped
         self._loaded: dict[str, Importance | None] = {}
         llm.reset()
 
     def read(self, tokens: Sequence[int]) -> None:
         """Have these tokens in the cache, uncompressed; a beginning that is there already is not read again."""
         self.restore()
-        n = _n_common(self._tokens, tokens)
+        n = n_common(self._tokens, tokens)
         if n < len(self._tokens):
             # a compression needs the queries of the last tokens, which are those that were read last
             n = min(n, max(0, len(tokens) - self.window))
@@ -92,12 +111,13 @@ class Trial:
         if setting.policy == FULL:
             llm.configure(policy="snapkv", kv_size=llm.n_ctx())
         else:
-            options: dict[str, Any] = {"policy": setting.policy, "kv_size": setting.kv_size, "beta": setting.beta or None}
+            kv_size = max(self.window + 1, round(setting.kv_ratio * len(prompt))) if setting.kv_ratio else setting.kv_size
+            options: dict[str, Any] = {"policy": setting.policy, "kv_size": kv_size, "beta": setting.beta or None}
             llm.configure(importance=self._importance(setting), pool=setting.pool or "max", **options)
         llm.end_prompt()
         stats = llm.kv_stats()
-        n_heads = np.count_nonzero(stats.n_cells)
-        return Held(round(stats.bytes_full * int(stats.n_cells.sum()) / (n_heads * stats.n_past)), stats.bytes_store)
+        per_head = float(stats.n_cells[stats.n_cells > 0].mean())
+        return Held(stats.n_past, per_head, round(stats.bytes_full * per_head / stats.n_past), stats.bytes_store)
 
     def go_on(self, n: int, tokens: Sequence[int]) -> None:
         """Take the compressed cache back to its first ``n`` tokens and read ``tokens`` into it, but for the last one.
@@ -112,13 +132,19 @@ class Trial:
     def generate(self, token: int, n: int, *, stop: frozenset[int] = frozenset()) -> list[int]:
         """Greedy tokens after ``token``, which is read first; at most n, without the one that stops."""
         out: list[int] = []
+        self._unread = []
         while len(out) < n:
             self.llm.eval([token])
             token = int(self.llm.last_logits.argmax())
             if token in stop:
-                break
+                return out
             out.append(token)
+        self._unread = out[-1:]
         return out
+
+    def say(self, tokens: Sequence[int]) -> None:
+        """After an answer, read all of it and then ``tokens``, but for the last one, which ``generate`` takes."""
+        self.llm.eval([*self._unread, *tokens[:-1]])
 
     def surprise(self, token: int, answer: Sequence[int]) -> float:
         """Mean negative log likelihood (nats per token) of ``answer`` after ``token``, which is read first."""
@@ -154,9 +180,3 @@ class Trial:
         elif not self.llm._ctx.kv_cache_seq_rm(0, n, -1):
             raise RuntimeError(f"the cache cannot be truncated to {n} of {self.llm.n_tokens} tokens")
         self.llm.n_tokens = n
-
-
-def _n_common(a: Sequence[int], b: Sequence[int]) -> int:
-    n = min(len(a), len(b))
-    same = np.asarray(a[:n]) == np.asarray(b[:n])
-    return n if same.all() else int(same.argmin())

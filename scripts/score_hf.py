@@ -283,7 +283,7 @@ def measure(reader: HFReader, examples: Examples, *, method: str) -> list[score.
     outcomes: list[score.Outcome] = []
     with tqdm(examples.slots, desc="scoring", unit=" examples", leave=False, disable=None) as bar:
         for slot in bar:
-            outcomes.append(score._measure_one(reader, examples, slot, method=method))
+            outcomes.append(score.measure_one(reader, examples, slot, method=method))
             bar.set_postfix_str(f"{sum(o.accepted for o in outcomes)}/{len(outcomes)} accepted", refresh=False)
     return outcomes
 
@@ -302,7 +302,7 @@ def run(args: argparse.Namespace) -> None:
     reader = HFReader(model.to(args.device), n_chunk=n_chunk)
     vocab = make_vocab(args, source, model)
     n_ctx_train = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", 0)
-    max_tokens = score._max_tokens(args, n_ctx_train=n_ctx_train)
+    max_tokens = score.choose_max_tokens(args, n_ctx_train=n_ctx_train)
     if args.max_tokens is None and speaks_needle_language(vocab):
         max_tokens = score.CORPUS_MAX_TOKENS
     if args.examples is not None:
@@ -310,7 +310,7 @@ def run(args: argparse.Namespace) -> None:
     options = {"method": args.method, "protocol": args.protocol, "max_tokens": max_tokens, "seed": args.seed}
     examples = make_examples(vocab, n_examples=args.examples, **options)
     if isinstance(vocab, HFVocab):
-        examples._is_end = vocab.is_end  # type: ignore[method-assign]
+        examples.is_end = vocab.is_end  # type: ignore[method-assign]
     sums = checksums(source)
     sha256 = sums[source.name] if args.from_gguf else hashlib.sha256("".join(sums.values()).encode()).hexdigest()
     engine = {"n_threads": torch.get_num_threads(), "n_chunk": n_chunk, "dtype": args.dtype, "device": args.device}
@@ -318,7 +318,7 @@ def run(args: argparse.Namespace) -> None:
         n_examples=len(examples.slots),
         model_sha256=sha256,
         engine=engine,
-        versions={**score._versions(), "torch": torch.__version__, "transformers": transformers.__version__},
+        versions={**score.versions(), "torch": torch.__version__, "transformers": transformers.__version__},
         **options,
     )
     begin = time.perf_counter()
@@ -328,7 +328,7 @@ def run(args: argparse.Namespace) -> None:
     content |= {"model": Path(args.model or source).name, "model_files": sums}
     if args.check_logits:
         content["logits_nmse"] = logits_error(reader, source, examples.make(examples.slots[0]).tokens)
-    score._write_json(args.output, content)
+    score.write_json(args.output, content)
     print(score.report(content, n_read=sum(o.n_tokens for o in outcomes), seconds=seconds))
     for path, native in natives:
         agreement = ", ".join(f"{name} {cell}" for name, cell in compare(content, native).items() if cell)

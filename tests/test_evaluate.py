@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Callable
+from itertools import islice, takewhile
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,10 @@ except ImportError as error:
     pytest.skip(f"the library is not built: {error}", allow_module_level=True)
 
 from pyheadkv import calibrate, cli, evaluate_report, gguf_keys, metrics, tasks
+from pyheadkv import evaluate as evaluation
 from pyheadkv.journal import Journal
-from pyheadkv.tasks import TaskOptions, make_task
+from pyheadkv.quiz import TaskOptions
+from pyheadkv.tasks import make_task
 from pyheadkv.trial import Setting, Trial
 
 MakeModel = Callable[..., Path]
@@ -78,7 +81,10 @@ def test_bytes_of_a_trial_are_those_of_the_kept_cells(make_model: MakeModel) -> 
     cell = 2 * 2 * SHAPE.head_dim  # K and V, f16
     n_heads = SHAPE.n_layer * SHAPE.n_head_kv
     held = trial.compress(Setting("snapkv", 24), tokens(100))
-    assert held.cells == 24 * n_heads * cell and held.store == trial.llm.kv_stats().bytes_store > held.cells
+    assert (held.n_prompt, held.per_head, held.cells) == (100, 24, 24 * n_heads * cell)
+    assert held.store == trial.llm.kv_stats().bytes_store > held.cells
+    assert trial.compress(Setting("snapkv", kv_ratio=0.3), tokens(100)).per_head == 30
+    assert trial.compress(Setting("snapkv", kv_ratio=0.01), tokens(100)).per_head == 9  # the window and one more
     assert trial.compress(Setting(), tokens(100)).cells == 100 * n_heads * cell
 
 
@@ -118,7 +124,8 @@ def test_english_tasks_have_the_length_that_was_asked_for(name: str, make_model:
     for i in (0, 7):
         asks = task.quiz(i)
         assert asks == sorted(asks, key=asks.index) and len({a.prompt[: a.n_context] for a in asks}) == 1
-        assert max(len(a.prompt) for a in asks) <= 3000 < max(len(a.prompt) for a in asks) + 200
+        longest = max(len(a.prompt) + sum(len(turn.prompt) for turn in a.turns) for a in asks)
+        assert longest <= 3000 < longest + 200
         assert [a.prompt for a in task.quiz(i)] == [a.prompt for a in asks]
         for ask in asks:
             assert 0 <= ask.depth <= 1 and ask.grade("") == 0
@@ -195,10 +202,73 @@ def test_metrics() -> None:
     assert metrics.label("kitchen, garden", "garden", ["garden", "kitchen"], "left the kitchen?") == 1
 
 
+def test_the_turns_of_a_chat_are_the_template_of_the_model(make_model: MakeModel) -> None:
+    llm = english(make_model)
+    for template in (None, "{% for m in messages %}<{{m.role}}>{{m.content}}</{{m.role}}>{% endfor %}<assistant>"):
+        if template is not None:
+            llm.metadata["tokenizer.chat_template"] = template
+        (ask,) = make_task(llm, TaskOptions("multi-turn", 2000)).quiz(1)
+        assert [turn.kind for turn in (ask, *ask.turns)] == [f"turn {k}" for k in range(1, tasks.N_TURNS + 1)]
+        said = [llm.detokenize(list(turn.prompt)).decode() for turn in ask.turns]
+        start, end = ("\n\nQuestion: ", "\nAnswer:") if template is None else ("</assistant><user>", "</user><assistant>")
+        assert all(text.strip(" ").startswith(start) and text.endswith(end) for text in said), said
+        assert len(set(said)) == len(said)
+
+
+@embedded
+def test_turns_are_asked_on_what_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compressed once; what is said after that stays, so that the cache grows by it in every head."""
+    options = TaskOptions("multi-turn", 600)
+    job = evaluation.Job(pyheadkv.embedded_model(), (options,), (Setting(), Setting("snapkv", 40)), evaluation.PROTOCOLS, {}, 1, 0)
+    worker = evaluation.Worker(job)
+    seen: list[tuple[int, int, int]] = []
+    generate = Trial.generate
+
+    def spy(trial: Trial, *args: Any, **kwargs: Any) -> list[int]:
+        out = generate(trial, *args, **kwargs)
+        stats = trial.llm.kv_stats()
+        seen.append((stats.n_prompt, stats.n_past, int(stats.n_cells.max())))
+        return out
+
+    monkeypatch.setattr(Trial, "generate", spy)
+    answers = worker.run(0, 3)["answers"]
+    assert len(answers) == len(seen) == 2 * 2 * tasks.N_TURNS
+    (ask,) = worker.tasks[0].quiz(3)
+    for i, (answer, (n_prompt, n_past, n_cells)) in enumerate(zip(answers, seen, strict=True)):
+        turn = i % tasks.N_TURNS
+        assert answer["ask"] == turn and answer["kind"] == f"turn {turn + 1}" and answer["n_tokens"] == n_past
+        aware = answer["protocol"] == "query-aware"
+        assert answer["n_prompt"] == (len(ask.prompt) if aware else ask.n_context)
+        assert n_prompt == answer["n_prompt"] - aware  # strict: its last token is read again
+        kept = answer["n_prompt"] if answer["setting"] == "full" else 40
+        assert n_cells == kept + n_past - answer["n_prompt"]  # everything since the compression
+        # answers of the embedded model take a token per word; the last one is not read yet unless the answer was stopped
+        words = [len(a["text"].split()) for a in answers[i - turn : i + 1]]
+        stopped = words[-1] < (ask, *ask.turns)[turn].n_steps
+        assert n_past == len(ask.prompt) + sum(len(t.prompt) for t in ask.turns[:turn]) + sum(words) - (not stopped)
+        assert answer["setting"] != "full" or answer["score"] == 1
+
+
+@embedded
+def test_a_chat_is_what_the_library_makes_of_it_with_kv_reuse() -> None:
+    """The same answers as completions that continue on the compressed past."""
+    llm = pyheadkv.Llama(pyheadkv.embedded_model(), kv_size=64, kv_reuse=True, n_ctx=1024, n_threads=1, n_threads_batch=1, verbose=False)
+    job = evaluation.Job(pyheadkv.embedded_model(), (TaskOptions("multi-turn", 600),), (Setting("headkv", 64),), ("query-aware",), {}, 1, 0)
+    worker = evaluation.Worker(job)
+    (ask,) = worker.tasks[0].quiz(5)
+    said = list(ask.prompt)
+    for answer, turn in zip(worker.run(0, 5)["answers"], (ask, *ask.turns), strict=True):
+        said += turn.prompt if turn is not ask else ()
+        out = list(islice(takewhile(lambda token: token != llm.token_eos(), llm.generate(said, temp=0.0)), turn.n_steps))
+        assert llm.detokenize(out).decode().strip() == answer["text"]
+        assert llm.kv_stats().n_prompt == answer["n_prompt"] == len(ask.prompt)
+        said += out
+
+
 @embedded
 def test_tasks_that_do_not_fit_the_model_are_refused() -> None:
     llm = pyheadkv.Llama(pyheadkv.embedded_model(), n_ctx=512, verbose=False)
-    with pytest.raises(ValueError, match="task='passkey': for this model it must be one of niah, needle"):
+    with pytest.raises(ValueError, match="task='passkey': for this model it must be one of niah, multi-turn, needle"):
         make_task(llm, TaskOptions("passkey", 500))
 
 
@@ -269,7 +339,8 @@ def test_interval_covers_the_mean_and_shrinks() -> None:
 def test_gain_pairs_the_questions() -> None:
     def answers(setting: str, scores: list[int]) -> list[evaluate_report.Answer]:
         return [
-            evaluate_report.Answer("t", 1, f"{i // 2}", i % 2, "k", 0.0, "p", setting, score, 1, 1) for i, score in enumerate(scores)
+            evaluate_report.Answer("t", 1, f"{i // 2}", i % 2, "k", 0.0, "p", setting, score, 9, 1.0, 1, 1)
+            for i, score in enumerate(scores)
         ]
 
     mean, low, high = evaluate_report.gain(answers("a", [1, 1, 0, 1]), answers("b", [0, 1, 0, 0])[::-1])

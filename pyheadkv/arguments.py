@@ -1,0 +1,64 @@
+"""Command-line options of the compression that several commands share."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from typing import Any
+
+from .options import SURPLUSES
+
+AMOUNTS = ("kv_size", "kv_ratio", "kv_bytes")
+
+
+def add_amount_arguments(group: argparse._ActionsContainer, *, several: bool = False) -> None:
+    """``--kv-ratio`` and ``--kv-bytes``; ``several``: lists, read by ``split``."""
+    one, metavar = ("each a", "LIST") if several else ("a", None)
+    ratio: dict[str, Any] = {} if several else {"type": float}
+    group.add_argument("--kv-ratio", **ratio, metavar=metavar or "X", help=f"instead of --kv-size: {one} share of each prompt, up to 1")
+    group.add_argument(
+        "--kv-bytes", metavar=metavar or "SIZE", help=f"instead of --kv-size: {one} number of bytes for the cells of all heads, such as 64MiB"
+    )
+
+
+def add_keep_arguments(group: argparse._ActionsContainer) -> None:
+    """``--sinks``, ``--protect`` and ``--surplus``; ``keep_kwargs`` reads them."""
+    group.add_argument(
+        "--sinks", type=int, metavar="N", help="first cells of a prompt that every head keeps (default: 4 under streaming, else 0)"
+    )
+    group.add_argument(
+        "--protect",
+        action="append",
+        default=[],
+        metavar="START:END",
+        help="positions of a prompt whose cells every head keeps, END excluded; may be repeated (default: none)",
+    )
+    group.add_argument(
+        "--surplus",
+        choices=tuple(SURPLUSES),
+        default="lost",
+        help="what becomes of cells that a head may keep beyond the length of the prompt (default: %(default)s)",
+    )
+
+
+def keep_kwargs(args: argparse.Namespace) -> dict[str, Any]:
+    """Arguments of ``Llama`` from what ``add_keep_arguments`` added."""
+    return {"sinks": args.sinks, "protect": [parse_span(text) for text in args.protect], "surplus": args.surplus}
+
+
+def parse_span(text: str) -> tuple[int, int]:
+    """(start, end) of ``"START:END"``.
+
+    Raises
+    ------
+    ValueError : it is something else; the limits of the positions are checked by ``Options``
+    """
+    found = re.fullmatch(r"(\d{1,9}):(\d{1,9})", text.strip())
+    if found is None:
+        raise ValueError(f"--protect={text!r}: it must be START:END, two positions in the prompt such as 0:32")
+    return int(found[1]), int(found[2])
+
+
+def split(text: str | None) -> list[str]:
+    """Parts of a comma-separated list."""
+    return [part.strip() for part in (text or "").split(",") if part.strip()]
