@@ -13,6 +13,9 @@
 //
 // Every function that can fail returns a negative number and leaves the reason in headkv_last_error().
 // Nothing here keeps a pointer of the caller after it returned.
+//
+// llama_state_*() save and restore compressed sequences. What they refuse, they name in headkv_last_error(); the sequence that
+// could not be restored is empty then.
 #pragma once
 
 #include "llama.h"
@@ -92,6 +95,7 @@ struct headkv_stats {
     int64_t bytes_full;       // K/V bytes that n_past uncompressed cells take
     int64_t t_compress_us;    // duration of the last compression
     int64_t n_compress;       // compressions since the context was created
+    int32_t kv_size;          // with which the sequence was compressed, 0 before
 };
 
 LLAMA_API struct headkv_params headkv_default_params(void);

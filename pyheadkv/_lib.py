@@ -89,6 +89,7 @@ class Stats(ctypes.Structure):
         ("bytes_full", ctypes.c_int64),
         ("t_compress_us", ctypes.c_int64),
         ("n_compress", ctypes.c_int64),
+        ("kv_size", ctypes.c_int32),
     ]
 
 

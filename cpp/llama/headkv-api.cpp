@@ -253,6 +253,7 @@ int32_t headkv_get_stats(const struct llama_context * ctx, llama_seq_id seq_id, 
     stats->bytes_full    = (int64_t) kv->bytes_cell()*seq.n_pos;
     stats->t_compress_us = kv->t_compress_us();
     stats->n_compress    = kv->n_compress();
+    stats->kv_size       = seq.kv_size;
     return 0;
 }
 

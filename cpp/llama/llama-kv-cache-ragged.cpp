@@ -55,7 +55,7 @@ llama_kv_cache_ragged::llama_kv_cache_ragged(
       const llama_cparams & cparams,
         headkv_config_ptr   cfg) :
     model(model), hparams(model.hparams), cfg(std::move(cfg)), hparams_plan(model.hparams),
-    offload(cparams.offload_kqv), n_ctx(cparams.n_ctx), n_ctx_seq(cparams.n_ctx_seq), type_k(type_k), type_v(type_v),
+    offload(cparams.offload_kqv), n_ctx(cparams.n_ctx), n_ctx_seq(cparams.n_ctx_seq), cparams(cparams), type_k(type_k), type_v(type_v),
     with_sums(this->cfg->policy->needs_sums) {
     const auto & c = *this->cfg;
 
@@ -502,20 +502,6 @@ llama_pos llama_kv_cache_ragged::seq_pos_max(llama_seq_id seq_id) const {
     return is_reading(seq_id) ? -1 : seqs.at(seq_id).n_pos - 1; // logical, whatever number of cells is left
 }
 
-void llama_kv_cache_ragged::state_write(llama_io_write_i & io, llama_seq_id seq_id, llama_state_seq_flags flags) const {
-    GGML_UNUSED(io);
-    GGML_UNUSED(seq_id);
-    GGML_UNUSED(flags);
-    throw std::runtime_error("the state of a ragged cache cannot be saved");
-}
-
-void llama_kv_cache_ragged::state_read(llama_io_read_i & io, llama_seq_id seq_id, llama_state_seq_flags flags) {
-    GGML_UNUSED(io);
-    GGML_UNUSED(seq_id);
-    GGML_UNUSED(flags);
-    throw std::runtime_error("the state of a ragged cache cannot be restored");
-}
-
 //
 // batches
 //
@@ -847,6 +833,7 @@ private:
 
 llama_memory_context_ptr llama_kv_cache_ragged::init_update(llama_context * lctx, bool optimize) {
     GGML_UNUSED(optimize);
+    this->lctx = lctx;
     return std::make_unique<llama_kv_cache_ragged_update>(this, lctx);
 }
 
@@ -855,7 +842,6 @@ bool llama_kv_cache_ragged::has_update() const {
 }
 
 bool llama_kv_cache_ragged::apply_update(llama_context * lctx) {
-    this->lctx = lctx;
     lctx->synchronize(); // buffers are about to be replaced
 
     bool res = true;
@@ -1019,7 +1005,9 @@ void llama_kv_cache_ragged::release_idle_stage() {
 void llama_kv_cache_ragged::release_idle_store() {
     const bool idle = !running && std::none_of(seqs.begin(), seqs.end(), [](const seq_t & seq) { return seq.state == STORED || seq.state == LAYERED; });
     if (idle && store.n_bytes() > 0) {
-        lctx->synchronize();
+        if (lctx) {
+            lctx->synchronize();
+        }
         store.clear();
     }
 }
@@ -1454,6 +1442,7 @@ void llama_kv_cache_ragged::end_compression() {
     const llama_seq_id seq_id = running->seq_id;
     seq_t & seq = seqs[seq_id];
     seq.n_whole = running->keep_all ? seq.n_pos : (llama_pos) running->n_window;
+    seq.kv_size = running->cfg->kv_size;
 
     t_compress = running->t_us;
     n_compressions++;

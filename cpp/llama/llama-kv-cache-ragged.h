@@ -71,8 +71,9 @@ public:
 
     std::map<ggml_backend_buffer_type_t, size_t> memory_breakdown() const override;
 
-    [[noreturn]] void state_write(llama_io_write_i & io, llama_seq_id seq_id = -1, llama_state_seq_flags flags = 0) const override;
-    [[noreturn]] void state_read (llama_io_read_i  & io, llama_seq_id seq_id = -1, llama_state_seq_flags flags = 0) override;
+    // headkv-state.cpp
+    void state_write(llama_io_write_i & io, llama_seq_id seq_id = -1, llama_state_seq_flags flags = 0) const override;
+    void state_read (llama_io_read_i  & io, llama_seq_id seq_id = -1, llama_state_seq_flags flags = 0) override;
 
     // llama_kv_cache_ragged specific API
 
@@ -84,6 +85,7 @@ public:
         llama_pos n_prompt = 0; // of them at compression; the rest was generated
         llama_pos n_whole  = 0; // last tokens of the prompt that every head kept
         uint32_t  n_tail   = 0; // rows reserved per head for generated tokens
+        uint32_t  kv_size  = 0; // that it was compressed with
         bool      kept     = false; // STORED, and its prompt is still in the staging
 
         std::vector<llama_pos> window; // [n_window] position whose query is in a slot of the ring, -1 = none
@@ -194,6 +196,7 @@ private:
     const bool      offload;
     const uint32_t  n_ctx;     // cells of the staging at most
     const uint32_t  n_ctx_seq; // tokens of a sequence at most
+    const llama_cparams & cparams; // of the context
     const ggml_type type_k;
     const ggml_type type_v;
 
@@ -290,6 +293,9 @@ private:
     bool compress_impl(llama_seq_id seq_id);
     void truncate_prompt(llama_seq_id seq_id, llama_pos p0);
     void drop_seq(llama_seq_id seq_id); // frees the rows of a sequence in the store
+
+    mutable uint64_t fingerprint = 0; // of what a saved cell depends on, 0 = not computed yet
+    uint64_t get_fingerprint() const;
     std::vector<llama_ubatch> merge_store(const std::vector<llama_ubatch> & ubatches) const;
 
     bool fail(const std::string & what) const;
