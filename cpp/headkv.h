@@ -108,6 +108,9 @@ LLAMA_API int32_t headkv_set_params(const struct headkv_params * params);
 // Reason of the last failure on this thread; never NULL.
 LLAMA_API const char * headkv_last_error(void);
 
+// Empties it, before a function of llama.h that may leave its reason there.
+LLAMA_API void headkv_clear_error(void);
+
 // Other parameters for the compressions to come. window, n_tail, attend, n_buckets, prefill, hidden_f16 and keep_prompt size
 // what the context owns and must be those it was created with.
 LLAMA_API int32_t headkv_configure(struct llama_context * ctx, const struct headkv_params * params);

@@ -465,7 +465,7 @@ class Llama(llama_cpp.Llama):
         self.reset()
         size, n = len(state.llama_state), state.n_tokens
         data = (ctypes.c_uint8 * size).from_buffer_copy(state.llama_state)
-        _lib.check(_lib.lib.headkv_begin_prompt(self.ctx, 0, 1, False))  # clears the last error
+        _lib.lib.headkv_clear_error()
         try:
             n_read = llama_cpp.llama_state_seq_set_data(self.ctx, data, size, 0)
             if n_read != size:

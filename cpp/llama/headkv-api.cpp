@@ -114,6 +114,10 @@ const char * headkv_last_error(void) {
     return thread_error().c_str();
 }
 
+void headkv_clear_error(void) {
+    headkv_set_error("");
+}
+
 bool headkv_enabled(const struct llama_context * ctx) {
     return get_kv(ctx) != nullptr;
 }

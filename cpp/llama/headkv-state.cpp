@@ -153,19 +153,23 @@ uint64_t llama_kv_cache_ragged::get_fingerprint() const {
 void llama_kv_cache_ragged::state_write(llama_io_write_i & io, llama_seq_id seq_id, llama_state_seq_flags flags) const {
     GGML_UNUSED(flags); // there is no part of it that could be left out, and no device where it is faster to keep
 
+    const auto refuse = [this](const std::string & why) {
+        fail(format("the state cannot be saved: %s", why.c_str()));
+        throw std::runtime_error(error_msg);
+    };
+    if (seq_id >= (llama_seq_id) seqs.size()) {
+        refuse(format("sequence %d, it must be in [0, %zu)", seq_id, seqs.size()));
+    }
     std::vector<llama_seq_id> ids;
     for (llama_seq_id s = 0; s < (llama_seq_id) seqs.size(); ++s) {
-        if ((seq_id == s || seq_id < 0) && seqs[s].state != EMPTY) {
-            ids.push_back(s);
+        const bool is_empty = seqs[s].state == EMPTY && !is_reading(s);
+        if (is_empty || (seq_id >= 0 && s != seq_id)) {
+            continue;
         }
-        if ((seq_id == s || seq_id < 0) && seqs[s].state != EMPTY && seqs[s].state != STORED) {
-            fail(format("the state cannot be saved: the prompt of sequence %d is not compressed, call headkv_end_prompt() first", s));
-            throw std::runtime_error(error_msg);
+        if (seqs[s].state != STORED) {
+            refuse(format("the prompt of sequence %d is not compressed, call headkv_end_prompt() first", s));
         }
-    }
-    if (seq_id >= (llama_seq_id) seqs.size()) {
-        fail(format("the state cannot be saved: sequence %d, it must be in [0, %zu)", seq_id, seqs.size()));
-        throw std::runtime_error(error_msg);
+        ids.push_back(s);
     }
 
     writer_t to = { io, {}, {} };
