@@ -13,6 +13,9 @@
 //
 // Every function that can fail returns a negative number and leaves the reason in headkv_last_error().
 // Nothing here keeps a pointer of the caller after it returned.
+//
+// llama_state_*() save and restore compressed sequences. What they refuse, they name in headkv_last_error(); the sequence that
+// could not be restored is empty then.
 #pragma once
 
 #include "llama.h"
@@ -54,7 +57,9 @@ struct headkv_params {
     const char * policy;      // "headkv" (importance decides), "snapkv" (uniform), "streaming" (4 sinks and the last cells),
                               // "pyramidkv" (fewer cells in deeper layers), "adakv" (the prompt decides within a layer),
                               // "headkv+adakv" (importance decides for the layers, both within a layer), "criticalkv" (uniform;
-                              // half of the cells by attention times what their value does to the output of the layer)
+                              // half of the cells by attention times what their value does to the output of the layer), "h2o"
+                              // (uniform, by the attention of all tokens of the prompt), "razor" (the most important heads keep
+                              // all, the others 4 sinks, the window and one cell for what they drop)
     int32_t      kv_size;     // mean cells per KV head, observation window included
     int32_t      window;      // queries that score the prompt, 1..64
     int32_t      pool;        // enum headkv_pool
@@ -92,6 +97,7 @@ struct headkv_stats {
     int64_t bytes_full;       // K/V bytes that n_past uncompressed cells take
     int64_t t_compress_us;    // duration of the last compression
     int64_t n_compress;       // compressions since the context was created
+    int32_t kv_size;          // with which the sequence was compressed, 0 before
 };
 
 LLAMA_API struct headkv_params headkv_default_params(void);
@@ -101,6 +107,9 @@ LLAMA_API int32_t headkv_set_params(const struct headkv_params * params);
 
 // Reason of the last failure on this thread; never NULL.
 LLAMA_API const char * headkv_last_error(void);
+
+// Empties it, before a function of llama.h that may leave its reason there.
+LLAMA_API void headkv_clear_error(void);
 
 // Other parameters for the compressions to come. window, n_tail, attend, n_buckets, prefill, hidden_f16 and keep_prompt size
 // what the context owns and must be those it was created with.
@@ -154,7 +163,7 @@ LLAMA_API int32_t headkv_get_budget(const struct llama_context * ctx, int32_t * 
 // Cells each head holds now, generated tokens included; same shape.
 LLAMA_API int32_t headkv_get_n_cells(const struct llama_context * ctx, llama_seq_id seq_id, int32_t * dst, int32_t n);
 
-// Prompt positions that a head kept, ascending. Returns their number; dst may be NULL to ask for it.
+// Prompt positions that a head kept, ascending; a first -1 is the cell that stands for all that were dropped. Returns their number; dst may be NULL to ask for it.
 LLAMA_API int32_t headkv_get_positions(const struct llama_context * ctx, llama_seq_id seq_id, int32_t il, int32_t ih, int32_t * dst, int32_t n);
 
 // Budgets without a context: the same function that contexts use. n_head and n_head_kv: of each layer, both may be 0;

@@ -18,6 +18,17 @@ elseif (CMAKE_SYSTEM_PROCESSOR MATCHES "^(aarch64|arm64|ARM64)$")
     headkv_isa(headkv-attend-neon.cpp   -O3)
 endif()
 
+# The ops that run on CUDA. HIP and MUSA compile upstream's sources too and take the header alone.
+foreach(target ggml-cuda ggml-hip ggml-musa)
+    if (TARGET ${target})
+        target_include_directories(${target} PRIVATE ${CMAKE_CURRENT_LIST_DIR}/ggml-cuda ${CMAKE_CURRENT_LIST_DIR}/llama)
+    endif()
+endforeach()
+if (TARGET ggml-cuda)
+    file(GLOB HEADKV_CUDA_SOURCES CONFIGURE_DEPENDS ${CMAKE_CURRENT_LIST_DIR}/ggml-cuda/*.cu)
+    target_sources(ggml-cuda PRIVATE ${HEADKV_CUDA_SOURCES})
+endif()
+
 # Flags, and what llama-server does with them.
 if (TARGET llama-common)
     file(GLOB HEADKV_COMMON_SOURCES CONFIGURE_DEPENDS ${CMAKE_CURRENT_LIST_DIR}/common/*.cpp)

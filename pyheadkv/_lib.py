@@ -89,6 +89,7 @@ class Stats(ctypes.Structure):
         ("bytes_full", ctypes.c_int64),
         ("t_compress_us", ctypes.c_int64),
         ("n_compress", ctypes.c_int64),
+        ("kv_size", ctypes.c_int32),
     ]
 
 
@@ -117,6 +118,8 @@ _PROTOTYPES: dict[str, tuple[list[Any], Any]] = {
     "headkv_restore_prompt": ([_CTX, ctypes.c_int32, ctypes.c_int32], ctypes.c_int32),
     # const char * headkv_last_error(void);
     "headkv_last_error": ([], ctypes.c_char_p),
+    # void headkv_clear_error(void);
+    "headkv_clear_error": ([], None),
     # bool headkv_enabled(const struct llama_context * ctx);
     "headkv_enabled": ([_CTX], ctypes.c_bool),
     # int32_t headkv_begin_prompt(struct llama_context * ctx, llama_seq_id seq_id, int32_t n_tokens, bool whole);

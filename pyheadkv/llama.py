@@ -10,6 +10,7 @@ from typing import Any, Callable, Generator, Sequence
 import llama_cpp
 import numpy as np
 import numpy.typing as npt
+from llama_cpp.llama import LlamaState
 
 from . import _lib
 from .options import FULL, ImportanceLike, Options, check_share, load_importance, parse_bytes, row_bytes
@@ -85,9 +86,12 @@ class Llama(llama_cpp.Llama):
         "pyramidkv" (budgets fall with the depth of the layer), "adakv" (within a layer, the
         prompt decides which heads get how many cells), "headkv+adakv" (a layer has the
         cells that "headkv" gives it; a head is sure of half of its own, and the prompt
-        divides the rest within the layer) or "criticalkv" (uniform budgets, half of the
-        cells by attention times what their value does to the output of the layer); "full" is
-        the stock cache, without ``kv_size``
+        divides the rest within the layer), "criticalkv" (uniform budgets, half of the
+        cells by attention times what their value does to the output of the layer), "h2o"
+        (uniform budgets, by the attention of all tokens of the prompt; reading it takes
+        n_ctx * n_ubatch * n_head * 4 bytes more) or "razor" (the most important heads keep
+        all, as many as the budget has room for, the others 4 sinks, the window and one cell
+        for what they drop); "full" is the stock cache, without ``kv_size``
     beta : > 1; a share 1/beta of the budget is given out by importance, the rest evenly;
         None = the one stored with the importance (``pyheadkv score --calibrate``), else 1.2
     window : number of last queries that score the prompt; these cells are always kept
@@ -429,19 +433,68 @@ class Llama(llama_cpp.Llama):
         if self.kv_options is not None:
             self._ctx.kv_cache_clear()
 
-    def save_state(self) -> Any:
-        if self.kv_options is not None:
-            raise NotImplementedError("save_state() of a compressed cache is not available, use kv_size=None")
-        return super().save_state()
+    def save_state(self) -> LlamaState:
+        """The compressed cache and its tokens, to go on from later, in another process too (``pickle``).
 
-    def load_state(self, state: Any) -> None:
-        if self.kv_options is not None:
-            raise NotImplementedError("load_state() into a compressed cache is not available, use kv_size=None")
-        super().load_state(state)
+        Raises
+        ------
+        RuntimeError
+            the prompt is not compressed yet
+        """
+        if self.kv_options is None:
+            return super().save_state()
+        size = llama_cpp.llama_state_seq_get_size(self.ctx, 0)
+        data = (ctypes.c_uint8 * size)()
+        if size == 0 or llama_cpp.llama_state_seq_get_data(self.ctx, data, size, 0) != size:
+            raise RuntimeError(_lib.last_error())
+        return LlamaState(input_ids=self._input_ids.copy(), scores=np.empty((0, self.n_vocab()), dtype=np.single), n_tokens=self.n_tokens,
+                          llama_state=bytes(data), llama_state_size=size, seed=self._seed)
+
+    def load_state(self, state: LlamaState) -> None:
+        """Go back to what ``save_state`` saw; ``generate`` continues on it with ``kv_reuse=True``.
+
+        Raises
+        ------
+        ValueError
+            a state of another model, of other types of K and V, of a larger ``kv_size`` or ``n_ctx``, or a damaged one; everything
+            is forgotten then, as after ``reset``
+        """
+        if self.kv_options is None:
+            super().load_state(state)
+            return
+        self.reset()
+        size, n = len(state.llama_state), state.n_tokens
+        data = (ctypes.c_uint8 * size).from_buffer_copy(state.llama_state)
+        _lib.lib.headkv_clear_error()
+        try:
+            n_read = llama_cpp.llama_state_seq_set_data(self.ctx, data, size, 0)
+            if n_read != size:
+                what = f"it ends after {n_read} of {size} bytes" if n_read else "it is not one of a compressed cache"
+                raise ValueError((not n_read and _lib.last_error()) or f"the state cannot be restored: {what}")
+            stats = self._stats()
+            if not len(state.input_ids) >= n == stats.n_past:
+                raise ValueError(f"the state cannot be restored: its cache has {stats.n_past} tokens, {n} were said to be in it")
+            if self._kv_ratio is None and stats.kv_size > self.kv_options.kv_size:
+                raise ValueError(f"the state cannot be restored: it was compressed with kv_size={stats.kv_size}, which is more than "
+                                 f"kv_size={self.kv_options.kv_size} of this one")
+        except ValueError:
+            self.reset()
+            raise
+        self.input_ids[:n] = state.input_ids[:n]
+        self.n_tokens = n
+        self._requires_eval = True  # logits are not part of it
+        self._seed = state.seed
 
     def set_cache(self, cache: Any) -> None:
-        if self.kv_options is not None and cache is not None:
-            raise NotImplementedError("set_cache() saves states, which a compressed cache cannot: use kv_size=None")
+        """As ``llama_cpp.Llama.set_cache``; with compression it needs ``kv_reuse=True``.
+
+        Raises
+        ------
+        ValueError
+            without ``kv_reuse``: no prompt would continue on a state of the cache
+        """
+        if self.kv_options is not None and cache is not None and not self._kv_reuse:
+            raise ValueError("set_cache() continues on compressed states: use kv_reuse=True, or kv_size=None")
         super().set_cache(cache)
 
     # ------------------------------------------------------------------ introspection
@@ -473,7 +526,8 @@ class Llama(llama_cpp.Llama):
         return self._int_table(_lib.lib.headkv_get_budget, self.ctx)
 
     def kv_positions(self, il: int, ih: int) -> npt.NDArray[np.int32]:
-        """Prompt positions that KV head ``ih`` of layer ``il`` kept, ascending int32."""
+        """Prompt positions that KV head ``ih`` of layer ``il`` kept, ascending int32; a first -1 is a cell that stands for
+        all that were dropped (policy "razor")."""
         self._need_options()
         n = _lib.check(_lib.lib.headkv_get_positions(self.ctx, 0, il, ih, None, 0), ValueError)
         positions = np.zeros(n, dtype=np.int32)

@@ -163,6 +163,35 @@ def pyramid_budget(
     return cells.astype(np.int64)
 
 
+def razor_budget(
+    importance: ArrayLike, *, n_head_kv: int, kv_size: int, window: int, n_prefix: int, n_protected: int
+) -> NDArray[np.int64]:
+    """Prefix cells of each KV head under policy "razor": the most important ones keep all, the last of them a part, the
+    others their protected cells and one for what they drop.
+
+    Parameters
+    ----------
+    importance : (n_layer, n_head)
+    n_prefix : cells before the window
+    n_protected : of them, of every head
+
+    Returns
+    -------
+    (n_layer, n_head_kv) int64
+    """
+    _check_sizes(kv_size=kv_size, window=window)
+    values = np.asarray(importance, dtype=np.float64)
+    matters = values.reshape(len(values), n_head_kv, -1).mean(axis=-1).ravel()
+    few = min(n_prefix, n_protected + 1)
+    cells = np.full(matters.size, few, dtype=np.int64)
+    rest = max(0, kv_size - window - few) * matters.size
+    for i in np.argsort(-matters, kind="stable"):
+        more = min(rest, n_prefix - few)
+        cells[i] += more
+        rest -= more
+    return cells.reshape(len(values), n_head_kv)
+
+
 def fit_budget(cells: ArrayLike, *, n_prefix: int, n_protected: int = 0, redistribute: bool = False) -> NDArray[np.int64]:
     """Prefix cells of each KV head for a prompt of ``n_prefix`` cells before the window.
 
@@ -271,6 +300,31 @@ def score(
         logits = _logits(q_window[:, h], k[:, h // group], scale=scale, softcap=softcap)
         mean[h // group] += softmax(np.where(visible, logits, -np.inf)).mean(axis=0) / group
     return pool_scores(mean[:, :n_prefix], pool=pool, kernel=pool_kernel)
+
+
+def attention_sums(q: ArrayLike, k: ArrayLike, *, scale: float, q_round: DTypeLike | None = None) -> NDArray[np.float64]:
+    """Attention that all queries of a prompt pay to each cell (H2O in KVCache-Factory, pyramidkv_utils.py:797-890), per KV head.
+
+    Parameters
+    ----------
+    q : (n_tokens, n_head, head_dim), after RoPE
+    k : (n_tokens, n_head_kv, head_dim), after RoPE
+    scale : factor on q . k, usually head_dim ** -0.5
+    q_round : dtype the queries are rounded to before use; None leaves them alone
+
+    Returns
+    -------
+    (n_head_kv, n_tokens) float64, mean over the query heads of the group
+    """
+    q, k = _round(q, q_round), np.asarray(k, dtype=np.float64)
+    _check_heads(q, k)
+    group = q.shape[1] // k.shape[1]
+    sums = np.zeros((k.shape[1], len(k)))
+    causal = np.tri(len(k), dtype=np.bool_)
+    for h in range(q.shape[1]):
+        logits = _logits(q[:, h], k[:, h // group], scale=scale, softcap=0.0)
+        sums[h // group] += softmax(np.where(causal, logits, -np.inf)).sum(axis=0) / group
+    return sums
 
 
 def softmax(logits: ArrayLike) -> NDArray[np.float64]:

@@ -74,13 +74,6 @@ def test_a_pickled_model_keeps_its_options(llm: Any, document: Any) -> None:
     assert complete(copy, document)["choices"][0]["text"] == complete(llm, document)["choices"][0]["text"]
 
 
-@pytest.mark.parametrize("call", ["save_state", "load_state", "set_cache"])
-def test_state_calls_say_that_they_are_not_available(llm: Any, call: str) -> None:
-    args = {"save_state": (), "load_state": (None,), "set_cache": (object(),)}[call]
-    with pytest.raises(NotImplementedError, match="kv_size=None"):
-        getattr(llm, call)(*args)
-
-
 def test_a_stock_library_that_was_loaded_first_is_an_import_error(stock_lib: Any) -> None:
     code = "import llama_cpp\nimport pyheadkv"
     env = {"LLAMA_CPP_LIB_PATH": str(stock_lib), "PYTHONPATH": ":".join(sys.path), "PATH": "/usr/bin:/bin"}

@@ -13,7 +13,7 @@ from types import ModuleType
 import pytest
 
 PATCHES = Path(__file__).resolve().parents[1] / "patches"
-GUARDED = ("}", "return inp;", "return cur;", "return mem;", "return false;", "return;", "prompt_clear();")
+GUARDED = ("}", "return inp;", "return cur;", "return mem;", "return true;", "return false;", "return;", "prompt_clear();")
 FIELDS = ("Subject: ", "Why: ", "Hooks: ", "Drop-when: ", "Test: ")
 
 

@@ -100,6 +100,20 @@ def test_a_prompt_can_be_restored_again_and_again(make_model: MakeModel) -> None
     assert outcome(llm) == first
 
 
+@pytest.mark.parametrize("policy", ["snapkv", "h2o"])
+def test_a_whole_prompt_is_restored_whatever_was_taken_back_of_what_was_kept(policy: str, make_model: MakeModel) -> None:
+    llm = load(make_model(SHAPE), kv_size=48, keep_prompt=True, policy=policy)
+    llm.read_prompt(tokens(300))
+    first = outcome(llm)
+    for _ in range(2):
+        assert llm._ctx.kv_cache_seq_rm(0, 295, -1)
+        llm.n_tokens = 295
+        llm.eval([5, 6, 7, 8])
+        llm.restore_prompt(300)
+        llm.end_prompt()
+        assert outcome(llm) == first
+
+
 def test_the_window_must_be_read_again_after_restoring(make_model: MakeModel) -> None:
     llm = load(make_model(SHAPE), kv_size=48, keep_prompt=True)
     llm.read_prompt(tokens(300))

@@ -10,9 +10,9 @@ from typing import Any, Callable
 import numpy as np
 import numpy.typing as npt
 import pytest
-from conftest import SHAPES, Shape, load, tokens
+from conftest import SHAPES, Shape, load, nmse, tokens
 
-from pyheadkv import _lib, reference
+from pyheadkv import _lib, gguf_keys, reference
 from pyheadkv.options import BY_IMPORTANCE, POLICIES, Options
 
 pytestmark = pytest.mark.usefixtures("library")
@@ -23,6 +23,7 @@ ALL_SHAPES = pytest.mark.parametrize("shape", GQA, ids=lambda s: s.name)
 # budgets far below the prompt, near it, and above it
 SIZES = pytest.mark.parametrize(("n_prompt", "kv_size"), [(300, 9), (300, 40), (701, 96), (120, 80), (60, 40), (40, 39), (5, 32)])
 
+SINKS = {"streaming": 4, "razor": 4}
 FLOORS = {"adakv": 0.2, "headkv+adakv": 0.5}  # policies by which the prompt moves cells within a layer
 
 Kept = list[list[npt.NDArray[np.int32]]]
@@ -36,11 +37,29 @@ def head_rows(llm: Any, shape: Shape, il: int, *, v: bool) -> npt.NDArray[np.flo
 
 def scores_of(llm: Any, shape: Shape, il: int) -> npt.NDArray[np.float64]:
     """Scores of a layer by the oracle, from the engine's own queries and keys."""
-    if llm.kv_options.policy == "streaming":
+    if llm.kv_options.policy in ("streaming", "razor"):
         return np.tile(np.arange(llm.n_tokens - WINDOW, dtype=np.float64), (shape.n_head_kv, 1))
+    if llm.kv_options.policy == "h2o":
+        sums = reference.attention_sums(all_queries(llm, shape)[il], head_rows(llm, shape, il, v=False), scale=shape.head_dim**-0.5, q_round=np.float16)
+        return sums[:, : llm.n_tokens - WINDOW]
     q = llm._read_floats(_lib.lib.headkv_read_window, shape.n_head * shape.head_dim, WINDOW, il)
     return reference.score(q.reshape(-1, shape.n_head, shape.head_dim), head_rows(llm, shape, il, v=False), scale=shape.head_dim**-0.5,
                            pool=llm.kv_options.pool, pool_kernel=llm.kv_options.pool_kernel, q_round=np.float16)
+
+
+def all_queries(llm: Any, shape: Shape) -> list[npt.NDArray[np.float32]]:
+    """Queries of a staged prompt, (n_tokens, n_head, head_dim) by layer, seen through a window that moves with the ubatches."""
+    n_ubatch = llm.context_params.n_ubatch
+    seen = load(llm.model_path, kv_size=n_ubatch + 1, window=n_ubatch, policy="snapkv", prefill="token", n_ubatch=n_ubatch,
+                type_k=llm.context_params.type_k, type_v=llm.context_params.type_v)
+    parts: list[list[npt.NDArray[np.float32]]] = [[] for _ in range(shape.n_layer)]
+    prompt = llm.input_ids[: llm.n_tokens].tolist()
+    for i in range(0, len(prompt), n_ubatch):
+        seen.eval(prompt[i : i + n_ubatch])
+        n = min(n_ubatch, len(prompt) - i)
+        for il, rows in enumerate(parts):
+            rows.append(seen._read_floats(_lib.lib.headkv_read_window, shape.n_head * shape.head_dim, n_ubatch, il)[-n:])
+    return [np.concatenate(rows).reshape(-1, shape.n_head, shape.head_dim) for rows in parts]
 
 
 @functools.lru_cache(maxsize=4)
@@ -65,19 +84,29 @@ def budget_of(llm: Any, shape: Shape, n_prefix: int) -> npt.NDArray[np.int64]:
     if options.policy == "pyramidkv":
         return reference.pyramid_budget(n_layer=shape.n_layer, n_head_kv=shape.n_head_kv, kv_size=options.kv_size, window=WINDOW,
                                         n_prefix=n_prefix, exact=options.pyramid_exact)
+    if options.policy == "razor":
+        values = gguf_keys.read_importance(llm.model_path).values
+        return reference.razor_budget(values, n_head_kv=shape.n_head_kv, kv_size=options.kv_size, window=WINDOW, n_prefix=n_prefix,
+                                      n_protected=int(protected_by(llm, n_prefix).sum()))
     return llm.kv_budget.astype(np.int64) - WINDOW  # checked in test_engine.py
 
 
+def protected_by(llm: Any, n_prefix: int) -> npt.NDArray[np.bool_]:
+    """Prefix cells that every head keeps."""
+    options = llm.kv_options
+    sinks = options.sinks
+    if sinks is None:
+        sinks = min(SINKS.get(options.policy, 0), options.kv_size - WINDOW - (options.policy == "razor"))
+    return reference.protected(options.protect, sinks=sinks, n_prefix=n_prefix)
+
+
 def oracle(llm: Any, shape: Shape) -> Kept:
-    """Cells that the policy of a staged context keeps."""
+    """Cells that the policy of a staged context keeps; -1 = one that stands for those that are dropped."""
     options, n_tokens = llm.kv_options, llm.n_tokens
     n_prefix = max(0, n_tokens - WINDOW)
     if options.kv_size - WINDOW > n_prefix:
         return [[np.arange(n_tokens, dtype=np.int32)] * shape.n_head_kv] * shape.n_layer
-    sinks = options.sinks
-    if sinks is None:
-        sinks = min(4, options.kv_size - WINDOW) if options.policy == "streaming" else 0
-    sure = reference.protected(options.protect, sinks=sinks, n_prefix=n_prefix)
+    sure = protected_by(llm, n_prefix)
     cells = reference.fit_budget(budget_of(llm, shape, n_prefix), n_prefix=n_prefix, n_protected=int(sure.sum()),
                                  redistribute=options.surplus == "redistribute")
     kept = []
@@ -89,7 +118,9 @@ def oracle(llm: Any, shape: Shape) -> Kept:
         if options.policy == "criticalkv":
             scores = reference.critical_scores(scores, norms_of(llm, shape, il, n_prefix), cells[il], protected=sure)
         scores = np.where(sure, np.inf, scores)
-        kept.append(reference.keep(scores, cells[il] + WINDOW, kv_size=options.kv_size, window=WINDOW, n_tokens=n_tokens))
+        stands = (options.policy == "razor") & (0 < cells[il]) & (cells[il] < n_prefix)
+        rows = reference.keep(scores, cells[il] - stands + WINDOW, kv_size=options.kv_size, window=WINDOW, n_tokens=n_tokens)
+        kept.append([np.append(np.full(n, -1, dtype=np.int32), row) for n, row in zip(stands.astype(int), rows)])
     return kept
 
 
@@ -115,7 +146,11 @@ def check_kept(shape: Shape, make_model: MakeModel, n_prompt: int, *, ftype: str
         for ih, kept in enumerate(heads):
             for v in (False, True):
                 got = llm._read_floats(_lib.lib.headkv_read_cells, shape.head_dim, llm.n_ctx(), il, ih, v)
-                np.testing.assert_array_equal(got, rows[il][v][kept, ih])
+                all_rows, real = rows[il][v][:, ih], kept[kept >= 0]
+                if len(real) < len(kept):
+                    mean = np.delete(all_rows, real, axis=0).mean(axis=0, dtype=np.float64)
+                    np.testing.assert_allclose(got[0], mean, rtol=2**-10, atol=1e-5)
+                np.testing.assert_array_equal(got[len(kept) - len(real) :], all_rows[real])
     other = load(path, prefill="layer", attend="composed", n_buckets=2, n_ubatch=64, **options)
     other.read_prompt(prompt)
     assert as_lists(kept_by(other, shape)) == as_lists(expected)
@@ -172,7 +207,7 @@ def test_every_policy_holds_the_same_bytes(make_model: MakeModel) -> None:
     llm.read_prompt(prompt)
     for kv_size in (32, 128, 500):
         held = {}
-        for policy in POLICIES:
+        for policy in sorted({*POLICIES} - {"h2o"}):  # which looks at all tokens while they are read
             llm.restore_prompt(2000 - WINDOW)
             llm.configure(kv_size=kv_size, policy=policy)
             llm.eval(prompt[-WINDOW:])
@@ -300,6 +335,115 @@ def test_a_floor_of_one_is_headkv(make_model: MakeModel) -> None:
 def test_a_model_without_importance_is_refused(make_model: MakeModel) -> None:
     with pytest.raises(ValueError, match="policy 'headkv\\+adakv' needs the importance of each head and the model has none"):
         load(make_model(SHAPES[1], importance=None), kv_size=64, policy="headkv+adakv")
+
+
+# ---------------------------------------------------------------- h2o
+
+
+@ALL_SHAPES
+@SIZES
+def test_h2o_keeps_what_the_oracle_keeps(shape: Shape, n_prompt: int, kv_size: int, make_model: MakeModel) -> None:
+    kept = check_kept(shape, make_model, n_prompt, kv_size=kv_size, policy="h2o")
+    assert n_cells(kept) == min(kv_size, n_prompt) * shape.n_layer * shape.n_head_kv
+
+
+def test_h2o_in_batches_of_any_size_keeps_nearly_the_same(make_model: MakeModel) -> None:
+    kept = []
+    for n_ubatch in (32, 64, 512):
+        llm = load(make_model(SHAPES[1]), kv_size=40, policy="h2o", n_ubatch=n_ubatch)
+        llm.read_prompt(tokens(701))
+        kept.append({(il, ih, pos) for il in range(SHAPES[1].n_layer) for ih in range(SHAPES[1].n_head_kv) for pos in llm.kv_positions(il, ih).tolist()})
+    assert all(len(kept[0] ^ other) <= 0.02 * len(kept[0]) for other in kept[1:])
+
+
+def test_h2o_refuses_what_its_sums_do_not_tell(make_model: MakeModel) -> None:
+    path, prompt = make_model(SHAPES[1]), tokens(200)
+    llm = load(path, kv_size=40, policy="h2o", keep_prompt=True)
+    llm.read_prompt(prompt)
+    first = kept_by(llm, SHAPES[1])
+    llm.restore_prompt(200)
+    llm.configure(kv_size=80)
+    llm.end_prompt()
+    llm.restore_prompt(200)
+    llm.configure(kv_size=40)
+    llm.end_prompt()
+    assert as_lists(kept_by(llm, SHAPES[1])) == as_lists(first)
+    llm.restore_prompt(190)
+    llm.eval(prompt[190:])
+    with pytest.raises(RuntimeError, match="tokens were removed from the end of the prompt, whose attention policy 'h2o' has counted"):
+        llm.end_prompt()
+    llm.configure(policy="snapkv")
+    llm.end_prompt()
+    with pytest.raises(ValueError, match="policy 'h2o' looks at all tokens while they are read: create the context with it"):
+        load(path, kv_size=40).configure(policy="h2o")
+
+
+# ---------------------------------------------------------------- razor
+
+
+@ALL_SHAPES
+@SIZES
+@pytest.mark.parametrize("options", [{}, {"sinks": 0}, {"protect": [(50, 60)]}], ids=str)
+def test_razor_keeps_what_the_oracle_keeps(shape: Shape, n_prompt: int, kv_size: int, options: dict[str, Any], make_model: MakeModel) -> None:
+    kept = check_kept(shape, make_model, n_prompt, kv_size=kv_size, policy="razor", **options)
+    n_heads = shape.n_layer * shape.n_head_kv
+    if not options and kv_size > WINDOW + 4:
+        assert n_cells(kept) == min(kv_size, n_prompt) * n_heads
+    lengths = sorted(len(rows) for heads in kept for rows in heads)
+    assert sum(lengths[0] < n < n_prompt for n in lengths) <= 1  # all, few, and one head with the rest
+
+
+@ALL_SHAPES
+@pytest.mark.parametrize(("n_prompt", "kv_size"), [(700, 40), (701, 160)])
+def test_the_cell_for_what_is_dropped_counts_as_often_as_it_stands_for(shape: Shape, n_prompt: int, kv_size: int, make_model: MakeModel) -> None:
+    """Both ways to attend agree on its weight, with one token and with several, and after the end of the prompt is taken back."""
+    prompt, path = tokens(n_prompt), make_model(shape)
+    logits = []
+    for options in ({"attend": "fused"}, {"attend": "composed"}, {"attend": "composed", "n_buckets": 3}):
+        llm = load(path, policy="razor", kv_size=kv_size, **options)
+        llm.read_prompt(prompt)
+        llm.eval([5])
+        one = llm.last_logits.copy()
+        llm.eval([6, 7, 8])
+        several = llm.last_logits.copy()
+        llm._ctx.kv_cache_seq_rm(0, n_prompt - 2, -1)
+        llm.n_tokens = n_prompt - 2
+        llm.eval(prompt[-2:])
+        logits.append((one, several, llm.last_logits.copy()))
+    for other in logits[1:]:
+        assert all(nmse(a, b) < 1e-5 for a, b in zip(logits[0], other))
+
+
+def test_the_cell_for_what_is_dropped_is_exact_where_all_that_is_dropped_is_alike(make_model: MakeModel) -> None:
+    """In the first layer a value depends on its token alone: with equal values only the sum of the weights matters."""
+    shape = Shape("alike", "llama", 4, 2, n_layer=1)
+    prompt = [1, 2, 3, 4, *[50] * 300, *range(60, 68)]
+    path = make_model(shape, rope_theta=1e30)  # nor does a key depend on its position, but for the fastest rotation
+    full, few = load(path, flash_attn=True), load(path, policy="razor", kv_size=WINDOW + 5)
+    few.read_prompt(prompt)
+    assert [few.kv_positions(0, ih).tolist()[:5] for ih in range(2)] == [[-1, 0, 1, 2, 3]] * 2
+    plain = load(path, policy="streaming", kv_size=WINDOW + 5)
+    plain.read_prompt(prompt)
+    full.eval(prompt)
+    errors = []
+    for token in (70, 71, 72):
+        for llm in (full, few, plain):
+            llm.eval([token])
+        errors.append([nmse(llm.last_logits, full.last_logits) for llm in (few, plain)])
+    few_error, plain_error = np.mean(errors, axis=0)
+    assert few_error < 0.1 * plain_error, errors
+
+
+def test_the_cell_for_what_is_dropped_survives_saving(make_model: MakeModel) -> None:
+    path, prompt = make_model(SHAPES[1]), tokens(400)
+    llm, other = (load(path, policy="razor", kv_size=40) for _ in range(2))
+    llm.read_prompt(prompt)
+    state = llm.save_state()
+    other.load_state(state)
+    for model in (llm, other):
+        model.eval([5])
+    np.testing.assert_array_equal(llm.last_logits, other.last_logits)
+    assert (kept_by(llm, SHAPES[1])[0][0] == kept_by(other, SHAPES[1])[0][0]).all()
 
 
 # ---------------------------------------------------------------- sinks, protect, surplus

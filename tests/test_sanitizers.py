@@ -14,6 +14,7 @@ TESTS = Path(__file__).parent
 # one of each kind of engine test; the names are checked to exist by pytest's exit code
 SELECTION = ("after_compression_equals_the_oracle or tail or prefix or quantised or shifting or removed_window or context_full or c_api or corrupt "
              "or abort or again_and_again or streaming_keeps or come_and_go or others_decode_on or part_of_the_budget or "
+             "moves_to_another_one or ends_early or forged_file or something_else or "
              "(keeps_what_the_oracle and gqa7 and 300-40) or (kept_positions_equal_the_oracle and gqa7)")
 
 
@@ -46,6 +47,6 @@ def test_engine_is_clean(asan_dir: Path) -> None:
         pytest.skip("no shared libasan and libstdc++ to preload into Python")
     preload = " ".join(found)
     cmd = [sys.executable, "-m", "pytest", "-q", "-s", "-p", "no:cacheprovider", "test_engine.py", "test_prefill_layer.py", "test_policies.py",
-           "test_policy_oracle.py", "test_sequences.py", "-k", SELECTION]
+           "test_policy_oracle.py", "test_sequences.py", "test_state.py", "-k", SELECTION]
     out = run(cmd, LD_PRELOAD=preload, PYHEADKV_LIB_PATH=str(asan_dir), PYHEADKV_STOCK_LIB="", PYTHONMALLOC="malloc")
     assert " passed" in out

@@ -46,7 +46,8 @@ SECONDS = 60  # for the server to start, and for one answer
 DIRECTLY = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 FLAGS = {
     "--kv-size": "0", "--kv-policy": "headkv", "--kv-beta": "1.2", "--kv-window": "8", "--kv-pool": "max", "--kv-pool-kernel": "7",
-    "--kv-importance": "the model", "--kv-prefill": "auto", "--kv-reuse": "disabled",
+    "--kv-importance": "the model", "--kv-prefill": "auto", "--kv-reuse": "disabled", "--kv-size-max": "--kv-size",
+    "--kv-sinks": "4 with the policy streaming, else 0",
 }  # and their defaults
 
 
@@ -182,7 +183,7 @@ def test_the_help_has_every_flag_its_variable_and_its_default() -> None:
     text = subprocess.run([SERVER, "--help"], capture_output=True, text=True, timeout=SECONDS).stdout
     for flag, default in FLAGS.items():
         _, _, after = text.partition(f"\n{flag} ") if f"\n{flag} " in text else text.partition(f"\n{flag},")
-        entry = after.split("LLAMA_ARG_")[0]
+        entry = " ".join(after.split("LLAMA_ARG_")[0].split())
         assert default in entry, flag
         assert f"(env: LLAMA_ARG_{flag[2:].upper().replace('-', '_')})" in text
 
@@ -203,6 +204,10 @@ def test_the_help_has_every_flag_its_variable_and_its_default() -> None:
         (["--kv-pool-kernel", "4"], "pool_kernel is 4: it must be odd"),
         (["--kv-prefill", "row"], "'row': it must be one of auto, token, layer"),
         (["--kv-importance", "missing.gguf"], "missing.gguf"),
+        (["--kv-size-max", "63"], "--kv-size-max 63: it must be at least --kv-size 64"),
+        (["--kv-size-max", "513"], "kv_size is 513: it must not be larger than n_ctx = 512"),
+        (["--kv-sinks", "-2"], "sinks is -2"),
+        (["--kv-sinks", "513"], "sinks or protect reach to position 513: they must end at or before n_ctx = 512"),
     ],
     ids=lambda x: " ".join(x) if isinstance(x, list) else "",
 )
@@ -225,7 +230,7 @@ def test_a_model_without_importance_is_refused(tmp_path: Path) -> None:
     "flags",
     [
         ["--context-shift"], ["--embeddings"], ["--reranking"], ["--cache-reuse", "64"], ["--slot-save-path", "."], ["--cache-ram", "100"],
-        ["--ctx-checkpoints", "4"], ["--spec-type", "ngram-mod"], ["--spec-default"], ["--swa-full"], ["-fa", "off"],
+        ["--ctx-checkpoints", "4"], ["--ctx-checkpoints", "4", "--kv-reuse"], ["--spec-type", "ngram-mod"], ["--spec-default"], ["--swa-full"], ["-fa", "off"],
     ],
     ids=" ".join,
 )
@@ -258,7 +263,7 @@ def test_off_is_upstream(log: Path) -> None:
 
 
 @pytest.mark.parametrize("prefill", ["auto", "layer", "token"])
-@pytest.mark.parametrize("n_slots", [1, 2, 4])
+@pytest.mark.parametrize("n_slots", [1, 2, 4, 8])
 def test_slots_give_what_single_runs_give(n_slots: int, prefill: str, llm: Any, log: Path) -> None:
     """Prompts of different lengths and kinds, all at once, more of them than slots."""
     n = 24
@@ -352,6 +357,105 @@ def test_reuse_continues_on_the_compressed_past(llm: Any, log: Path) -> None:
         assert server.complete([*a[:-2], *c, *b], 4, cache_prompt=False)["timings"]["cache_n"] == 0
 
 
+# saved slots
+
+
+def slot_action(server: Server, action: str, *, slot: int = 0, **body: Any) -> tuple[int, Any]:
+    return server.request(f"/slots/{slot}?action={action}", body)
+
+
+def test_a_document_is_read_once_and_asked_across_restarts(llm: Any, log: Path, tmp_path: Path) -> None:
+    """Saved, restored by a new server into another slot, asked twice, erased, restored again."""
+    document = prompt_ids(llm, 1)
+    questions = [words(llm, f"the {what} is") for what in ("code of anna", "room of bob", "code of anna")]
+    reusing = load(MODEL, kv_size=KV_SIZE, n_ctx=N_CTX, n_batch=N_UBATCH, n_ubatch=N_UBATCH, kv_reuse=True)
+    answers = []
+    for question in questions:
+        reusing.reset()
+        greedy(reusing, document, 1)
+        answers.append(until_end(greedy(reusing, [*document, *question], 8)))
+    flags = ["--kv-size", KV_SIZE, "--kv-reuse", "--slot-save-path", tmp_path]
+    with running(log, *flags) as server:
+        server.complete(document, 1)
+        status, saved = slot_action(server, "save", filename="document")
+        assert status == 200 and saved["n_saved"] == len(document)
+        held = server.get("/slots")[0]["kv"]["bytes"]
+    size = (tmp_path / "document").stat().st_size
+    assert saved["n_written"] == size < 1.1 * held + 4 * len(document) + 1000
+    with running(log, *flags, n_slots=2) as server:
+        for _ in range(2):
+            status, restored = slot_action(server, "restore", slot=1, filename="document")
+            assert status == 200 and restored["n_restored"] == len(document) and restored["n_read"] == size
+            kv = server.get("/slots")[1]["kv"]
+            assert kv["state"] == "compressed" and kv["bytes"] == held and kv["n_prompt"] == kv["n_tokens"] == len(document)
+            for question, answer in zip(questions, answers):
+                result = server.complete([*document, *question], 8)
+                assert until_end(result["tokens"]) == answer and result["timings"]["cache_n"] >= len(document)
+            assert server.metric("kv_compressions_total") == 0
+            assert slot_action(server, "erase", slot=1)[0] == 200
+            assert_nothing_left(server)
+        # what is not on the compressed past is read again: the document itself, and one that leaves it
+        assert slot_action(server, "restore", slot=0, filename="document")[0] == 200
+        for prompt in (document, [*document[:500], *questions[1]]):
+            result = server.complete(prompt, 8, id_slot=0)
+            assert until_end(result["tokens"]) == expected(llm, prompt, 8) and result["timings"]["cache_n"] == 0
+
+
+def test_a_file_that_is_no_saved_slot_is_a_400_and_leaves_the_slot_empty(llm: Any, log: Path, tmp_path: Path) -> None:
+    prompt = prompt_ids(llm, 1, 300)
+    flags = ["--kv-reuse", "--slot-save-path", tmp_path]
+    with running(log, "--kv-size", 256, *flags) as server:
+        server.complete(prompt, 1)
+        assert slot_action(server, "save", filename="large")[0] == 200
+    with running(log, "--kv-size", KV_SIZE, "--kv-size-max", 200, *flags) as server:
+        server.complete(prompt, 1)
+        assert slot_action(server, "save", filename="good")[0] == 200
+        good = (tmp_path / "good").read_bytes()
+        rng = random.Random(0)
+        cut, wrong = {f"cut{n}": good[:n] for n in rng.sample(range(len(good)), 12)}, {}
+        for i in range(12):
+            at = rng.randrange(len(good) - len(good) // 2, len(good))
+            wrong[f"wrong{i}"] = good[:at] + bytes([good[at] ^ 16]) + good[at + 1 :]
+        for name, data in {**cut, **wrong, "empty": b"", "text": b"the" * 999}.items():
+            (tmp_path / name).write_bytes(data)
+            server.complete(prompt, 1)
+            status, answer = slot_action(server, "restore", filename=name)
+            assert status == 400 and "Unable to restore slot" in answer["error"]["message"], name
+            assert_nothing_left(server)
+            if name.startswith("wrong"):
+                assert "the state cannot be restored: it is damaged (checksum)" in answer["error"]["message"]
+        for name, why in {"large": "it was compressed with kv_size 256, the limit of this server is 200", "missing": "the file cannot be read"}.items():
+            status, answer = slot_action(server, "restore", filename=name)
+            assert status == 400 and why in answer["error"]["message"]
+            assert_nothing_left(server)
+        assert slot_action(server, "restore", filename="good")[0] == 200
+        assert server.tokens(prompt, 8) == expected(llm, prompt, 8)
+
+
+def test_the_prompt_cache_holds_compressed_prompts(llm: Any, log: Path) -> None:
+    """Three documents take turns on one slot: each is read once, and asked on its compressed past."""
+    documents = [prompt_ids(llm, seed, 800) for seed in range(3)]
+    question = words(llm, "the code of anna is")
+    reusing = load(MODEL, kv_size=KV_SIZE, n_ctx=N_CTX, n_batch=N_UBATCH, n_ubatch=N_UBATCH, kv_reuse=True)
+    answers = []
+    for document in documents:
+        reusing.reset()
+        greedy(reusing, document, 1)
+        answers.append(until_end(greedy(reusing, [*document, *question], 8)))
+    for flags in ([], ["--kv-unified", "-c", N_CTX]):
+        with running(log, "--kv-size", KV_SIZE, "--kv-reuse", "--cache-ram", 64, *flags) as server:
+            for document in documents:
+                server.complete(document, 1)
+            for _ in range(2):
+                for document, answer in zip(documents, answers):
+                    result = server.complete([*document, *question], 8)
+                    assert until_end(result["tokens"]) == answer and result["timings"]["cache_n"] >= len(document)
+            assert server.metric("kv_compressions_total") == len(documents)
+            kv = server.get("/slots")[0]["kv"]
+            assert kv["state"] == "compressed" and kv["n_prompt"] == len(documents[-1])
+            assert server.tokens(documents[0], 8) == expected(llm, documents[0], 8)
+
+
 # requests
 
 
@@ -368,12 +472,54 @@ def test_a_request_has_its_own_size(llm: Any, log: Path) -> None:
         assert held[0] == held[2] < held[1] == held[3]
 
 
-@pytest.mark.parametrize("size", [WINDOW, KV_SIZE + 1, 0, -5, 1.5, "64", True, [64], 1 << 40])
+@pytest.mark.parametrize("size", [WINDOW, KV_SIZE + 1, -5, 1.5, "64", True, [64], 1 << 40])
 def test_a_wrong_size_is_a_400_with_field_value_and_range(size: Any, small_server: Server) -> None:
     for path, body in (("/completion", {"prompt": "the"}), ("/v1/chat/completions", {"messages": [{"role": "user", "content": "the"}]})):
         status, answer = small_server.request(path, {**body, "kv_size": size, "n_predict": 1})
         assert status == 400
-        assert f"kv_size is {json.dumps(size, separators=(',', ':'))}: it must be an integer in [9, 128]" in answer["error"]["message"]
+        assert f"kv_size is {json.dumps(size, separators=(',', ':'))}: it must be an integer in [9, 128], from the window + 1" in answer["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    ("protect", "why"),
+    [
+        ("all", "it must be a list of at most 64 [start, end) ranges of tokens"), ([[0, 1]] * 65, "at most 64"),
+        ([5], "each range must be two integers"), ([[0, 1.5]], "each range must be two integers"), ([[0, 1, 2]], "each range must be two integers"),
+        ([[-1, 4]], "lie in [0, 200]"), ([[4, 4]], "lie in [0, 200]"), ([[0, 201]], "lie in [0, 200]"), ([[0, 1 << 60]], "lie in [0, 200]"),
+        ([[0, 60], [70, 131]], "121 tokens, it may be up to 120"),
+    ],
+    ids=str,
+)
+def test_wrong_protected_ranges_are_a_400(protect: Any, why: str, small_server: Server) -> None:
+    status, answer = small_server.request("/completion", {"prompt": [300] * 200, "kv_protect": protect, "n_predict": 1})
+    assert status == 400 and answer["error"]["message"].startswith("kv_protect is ") and why in answer["error"]["message"]
+
+
+def test_a_request_protects_cells_of_its_prompt(llm: Any, log: Path) -> None:
+    prompt = prompt_ids(llm, 2)
+    spans = [(0, 40), (500, 560)]
+    protecting = load(MODEL, kv_size=KV_SIZE, n_ctx=N_CTX, n_batch=N_UBATCH, n_ubatch=N_UBATCH, protect=spans)
+    with running(log, "--kv-size", KV_SIZE, n_slots=2) as server, ThreadPoolExecutor(3) as pool:
+        results = list(pool.map(lambda protect: server.complete(prompt, 16, kv_protect=protect), [spans, None, [list(span) for span in spans]]))
+    assert [until_end(result["tokens"]) for result in results] == [expected(some, prompt, 16) for some in (protecting, llm, protecting)]
+    cells = [result["timings"]["kv"]["cells"]["min"] for result in results]
+    assert cells[0] == cells[2] >= 100 + WINDOW > cells[1]
+
+
+def test_a_request_keeps_its_whole_prompt_where_the_server_allows_it(llm: Any, log: Path) -> None:
+    prompt, longer = prompt_ids(llm, 2, 700), prompt_ids(llm, 2, 1000)
+    stock = load(MODEL, n_ctx=N_CTX, n_batch=N_UBATCH, n_ubatch=N_UBATCH, flash_attn=True)
+    with running(log, "--kv-size", KV_SIZE, "--kv-size-max", len(prompt), n_slots=2) as server, ThreadPoolExecutor(2) as pool:
+        whole, small = pool.map(lambda size: server.complete(prompt, 16, kv_size=size), [0, None])
+        assert until_end(whole["tokens"]) == expected(stock, prompt, 16) and until_end(small["tokens"]) == expected(llm, prompt, 16)
+        kv = whole["timings"]["kv"]
+        assert kv["cells"]["min"] == kv["cells"]["max"] == len(prompt) and kv["bytes"] == kv["bytes_full"] > small["timings"]["kv"]["bytes"]
+        status, answer = server.request("/completion", {"prompt": longer, "kv_size": 0})
+        assert status == 400
+        assert f"kv_size is 0: this keeps the whole prompt, which is possible for prompts of up to {len(prompt)} tokens (--kv-size-max), " \
+            f"this one has {len(longer)}" in answer["error"]["message"]
+        assert server.tokens(longer, 8, kv_size=300) != []
+        assert_nothing_left(server)
 
 
 def test_several_completions_of_one_prompt_are_a_400(small_server: Server) -> None:

@@ -80,8 +80,20 @@ void headkv_add_args(const std::function<void(common_arg)> & add_opt) {
             }
             headkv_get_args().params.kv_size = n;
         }), "LLAMA_ARG_KV_SIZE");
+    add(common_arg({ "--kv-size-max" }, "N",
+        "largest kv_size that a request to the server may ask for, and longest prompt that it may keep whole with kv_size 0 (default: --kv-size)",
+        [](common_params &, const std::string & value) {
+            const int32_t n = to_int(value);
+            if (n < 1) {
+                throw std::invalid_argument("'" + value + "': it must be at least --kv-size");
+            }
+            set("--kv-size-max").kv_size_max = n;
+        }), "LLAMA_ARG_KV_SIZE_MAX");
+    add(common_arg({ "--kv-sinks" }, "N",
+        "first tokens of each prompt that every KV head keeps (default: 4 with the policy streaming, else 0)",
+        [](common_params &, const std::string & value) { set("--kv-sinks").params.sinks = to_int(value); }), "LLAMA_ARG_KV_SINKS");
     add(common_arg({ "--kv-policy" }, "NAME",
-        with_default("which cells of a prompt each KV head keeps: headkv, headkv+adakv = by importance; snapkv, streaming, pyramidkv, adakv, criticalkv need none", def.policy),
+        with_default("which cells of a prompt each KV head keeps: headkv, headkv+adakv, razor = by importance; snapkv, streaming, pyramidkv, adakv, criticalkv, h2o need none", def.policy),
         [](common_params &, const std::string & value) { set("--kv-policy").policy = value; }), "LLAMA_ARG_KV_POLICY");
     add(common_arg({ "--kv-beta" }, "X",
         "a share 1/X of the budget is given out by importance, X > 1 (default: the one stored with the importance, else 1.2)",

@@ -14,6 +14,7 @@ struct headkv_args {
     std::string policy;
     std::string importance; // GGUF file, empty = the model
     bool        reuse = false;
+    int32_t     kv_size_max = 0; // of a request, 0 = kv_size
     std::vector<std::string> given; // flags that were set, other than --kv-size
 };
 

@@ -114,6 +114,10 @@ const char * headkv_last_error(void) {
     return thread_error().c_str();
 }
 
+void headkv_clear_error(void) {
+    headkv_set_error("");
+}
+
 bool headkv_enabled(const struct llama_context * ctx) {
     return get_kv(ctx) != nullptr;
 }
@@ -253,6 +257,7 @@ int32_t headkv_get_stats(const struct llama_context * ctx, llama_seq_id seq_id, 
     stats->bytes_full    = (int64_t) kv->bytes_cell()*seq.n_pos;
     stats->t_compress_us = kv->t_compress_us();
     stats->n_compress    = kv->n_compress();
+    stats->kv_size       = seq.kv_size;
     return 0;
 }
 

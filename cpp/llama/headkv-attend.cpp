@@ -1,4 +1,5 @@
 #include "headkv-attend.h"
+#include "headkv-op.h"
 
 #include "ggml-cpu.h"
 
@@ -142,14 +143,46 @@ struct attend_jobs {
     }
 };
 
+// The kernel on rows of which the first one has a bias: it is attended by itself and added to the others. buf takes
+// another partial result.
+void attend_biased(headkv_attend_kernel kernel, headkv_attend_args args, float bias, float * acc, float * m, float * s, float * buf) {
+    const int D = args.n_embd_head;
+    const int G = args.n_group;
+
+    float * acc0 = buf;
+    float * m0   = acc0 + G*D;
+    float * s0   = m0 + G;
+
+    const int n_rows = args.n_rows;
+    args.n_rows = 1;
+    kernel(args, acc0, m0, s0);
+    args.n_rows = n_rows - 1;
+    args.k += args.nb_k;
+    args.v += args.nb_v;
+    kernel(args, acc, m, s);
+
+    for (int g = 0; g < G; ++g) {
+        const float mg = std::max(m[g], m0[g] + bias);
+        const float f  = std::exp(m[g] - mg);
+        const float f0 = std::exp(m0[g] + bias - mg);
+        m[g] = mg;
+        s[g] = f*s[g] + f0*s0[g];
+        for (int d = 0; d < D; ++d) {
+            acc[g*D + d] = f*acc[g*D + d] + f0*acc0[g*D + d];
+        }
+    }
+}
+
 void attend_op(ggml_tensor * dst, int ith, int nth, void * userdata) {
     GGML_UNUSED(ith);
     headkv_attend_state & state = *(headkv_attend_state *) userdata;
+    const headkv_op op = headkv_op_get(dst);
 
     const ggml_tensor * q      = dst->src[0];
     const ggml_tensor * k      = dst->src[1];
     const ggml_tensor * v      = dst->src[2];
     const ggml_tensor * ranges = dst->src[3];
+    const ggml_tensor * bias   = dst->src[4];
 
     const int n_embd_head = state.n_embd_head;
     const int n_group     = state.n_head/state.n_head_kv;
@@ -166,7 +199,7 @@ void attend_op(ggml_tensor * dst, int ith, int nth, void * userdata) {
     float * partials = out + (int64_t) n_embd_head*state.n_head*n_tokens;
     const size_t n_partial = (size_t) n_group*(n_embd_head + 2);
 
-    std::vector<float> own(n_partial);
+    std::vector<float> own(2*n_partial);
 
     headkv_attend_args args;
     args.nq          = q->nb[1]/sizeof(float);
@@ -176,8 +209,8 @@ void attend_op(ggml_tensor * dst, int ith, int nth, void * userdata) {
     args.n_group     = n_group;
     args.type_k      = k->type;
     args.type_v      = v->type;
-    args.scale       = state.scale;
-    args.softcap     = state.softcap;
+    args.scale       = op.scale;
+    args.softcap     = op.softcap;
 
     attend_job job;
     while (jobs.seek(state.ticket.fetch_add(1, std::memory_order_relaxed), job)) {
@@ -192,7 +225,12 @@ void attend_op(ggml_tensor * dst, int ith, int nth, void * userdata) {
         float * o = out + (int64_t) token*n_embd_head*state.n_head + (int64_t) job.head*n_group*n_embd_head;
 
         float * p = job.n_chunk > 1 ? partials + (job.slot + job.chunk)*n_partial : own.data();
-        state.kernel(args, p, p + n_group*n_embd_head, p + n_group*(n_embd_head + 1));
+        const float b = bias && job.chunk == 0 ? ((const float *) bias->data)[job.seq*state.n_head_kv + job.head] : 0.0f;
+        if (b != 0.0f && args.n_rows > 0) {
+            attend_biased(state.kernel, args, b, p, p + n_group*n_embd_head, p + n_group*(n_embd_head + 1), own.data() + n_partial);
+        } else {
+            state.kernel(args, p, p + n_group*n_embd_head, p + n_group*(n_embd_head + 1));
+        }
 
         if (job.n_chunk > 1) {
             // the last one to finish combines all chunks, in order
@@ -242,11 +280,12 @@ void attend_op(ggml_tensor * dst, int ith, int nth, void * userdata) {
 } // namespace
 
 ggml_tensor * headkv_build_attend_fused(ggml_context * ctx, headkv_attend_state * state,
-        ggml_tensor * q, ggml_tensor * k, ggml_tensor * v, ggml_tensor * ranges) {
+        ggml_tensor * q, ggml_tensor * k, ggml_tensor * v, ggml_tensor * ranges, ggml_tensor * bias) {
     GGML_ASSERT(state->kernel && "no attend kernel for these types");
     GGML_ASSERT(q->type == GGML_TYPE_F32 && q->nb[0] == sizeof(float));
     GGML_ASSERT(q->ne[0] == state->n_embd_head && q->ne[1] == state->n_head && q->ne[2] % ranges->ne[2] == 0);
     GGML_ASSERT(ranges->type == GGML_TYPE_I32 && ranges->ne[0] == 2 && ranges->ne[1] == state->n_head_kv && ggml_is_contiguous(ranges));
+    GGML_ASSERT(!bias || (bias->type == GGML_TYPE_F32 && bias->ne[0] == ranges->ne[1] && bias->ne[1] == ranges->ne[2] && ggml_is_contiguous(bias)));
 
     const int64_t n_tokens = q->ne[2];
     const int64_t n_seqs   = ranges->ne[2];
@@ -259,8 +298,14 @@ ggml_tensor * headkv_build_attend_fused(ggml_context * ctx, headkv_attend_state 
         n_partial = n_chunk*(n_tokens/n_seqs)*(state->n_head/state->n_head_kv)*(state->n_embd_head + 2);
     }
 
-    ggml_tensor * args[] = { q, k, v, ranges };
-    ggml_tensor * res = ggml_custom_4d(ctx, GGML_TYPE_F32, n_out + n_partial, 1, 1, 1, args, 4, attend_op, GGML_N_TASKS_MAX, state);
+    ggml_tensor * args[] = { q, k, v, ranges, bias };
+    ggml_tensor * res = ggml_custom_4d(ctx, GGML_TYPE_F32, n_out + n_partial, 1, 1, 1, args, bias ? 5 : 4, attend_op, GGML_N_TASKS_MAX, state);
+
+    headkv_op op;
+    op.kind    = HEADKV_OP_ATTEND;
+    op.scale   = state->scale;
+    op.softcap = state->softcap;
+    headkv_op_set(res, op);
 
     return ggml_view_2d(ctx, res, state->n_embd_head*state->n_head, n_tokens, state->n_embd_head*state->n_head*sizeof(float), 0);
 }

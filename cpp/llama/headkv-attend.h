@@ -3,6 +3,8 @@
 //   q      F32 [n_embd_head, n_head, n_tokens]         tokens of a sequence are consecutive, n_tokens/n_seqs each
 //   k, v       [n_embd_head, n_rows]                   any type with a vec_dot; rows of all heads and sequences
 //   ranges I32 [2, n_head_kv, n_seqs]                  first row and number of rows, the ubatch's own included
+//   bias   F32 [n_head_kv, n_seqs] or null             finite, added to the logit of the first row of each range (after
+//                                                      scale and softcap): log n makes this row count n times
 //   dst    F32 [n_embd_head*n_head, n_tokens]
 //
 // Token t of the n tokens of its sequence sees the first len - (n - 1 - t) rows of each range: the ubatch's own
@@ -68,6 +70,6 @@ struct headkv_attend_state {
     static constexpr int N_ROWS_CHUNK   = 128;
 };
 
-// the fused op; runs on the CPU backend only
+// the fused op; the scale and the softcap are those of the state when it is built
 ggml_tensor * headkv_build_attend_fused(ggml_context * ctx, headkv_attend_state * state,
-        ggml_tensor * q, ggml_tensor * k, ggml_tensor * v, ggml_tensor * ranges);
+        ggml_tensor * q, ggml_tensor * k, ggml_tensor * v, ggml_tensor * ranges, ggml_tensor * bias = nullptr);

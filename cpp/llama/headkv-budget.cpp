@@ -66,7 +66,7 @@ static std::vector<int64_t> budget_query_heads(const headkv_config & cfg, const 
     return res;
 }
 
-headkv_cells headkv_budget_importance(const headkv_config & cfg, const headkv_heads & heads) {
+std::vector<double> headkv_budget_query_importance(const headkv_config & cfg, const headkv_heads & heads) {
     const int32_t n_layer    = (int32_t) heads.n_head.size();
     const int32_t n_head_max = *std::max_element(heads.n_head.begin(), heads.n_head.end());
 
@@ -75,16 +75,20 @@ headkv_cells headkv_budget_importance(const headkv_config & cfg, const headkv_he
         throw std::invalid_argument(format("importance is for %d layers x %d heads, the model has %d x %d: "
                     "measure it on this model", imp.n_layer, imp.n_head, n_layer, n_head_max));
     }
-    std::vector<double> importance; // of the heads that exist
+    std::vector<double> importance;
     for (int32_t il = 0; il < n_layer; ++il) {
         const auto row = imp.values.begin() + (size_t) il*imp.n_head;
         importance.insert(importance.end(), row, row + heads.n_head[il]);
     }
-    const std::vector<int64_t> values = budget_query_heads(cfg, importance);
+    return importance;
+}
 
-    headkv_cells res(n_layer);
+headkv_cells headkv_budget_importance(const headkv_config & cfg, const headkv_heads & heads) {
+    const std::vector<int64_t> values = budget_query_heads(cfg, headkv_budget_query_importance(cfg, heads));
+
+    headkv_cells res(heads.n_head.size());
     const int64_t * p = values.data();
-    for (int32_t il = 0; il < n_layer; ++il) {
+    for (size_t il = 0; il < res.size(); ++il) {
         for (int32_t ih = 0; ih < heads.n_head_kv[il]; ++ih) {
             const int32_t n_group = heads.n_head[il]/heads.n_head_kv[il];
             int64_t sum = 0;

@@ -6,6 +6,10 @@
 // kv_size without the window for every head
 headkv_cells headkv_budget_uniform(const headkv_config & cfg, const headkv_heads & heads);
 
+// Importance of the query heads that exist, layer after layer.
+// Throws std::invalid_argument when the importance does not fit the layers.
+std::vector<double> headkv_budget_query_importance(const headkv_config & cfg, const headkv_heads & heads);
+
 // By importance: the authors' formula bit for bit, float floor division and half-even rounding included (HeadKV, Eq. 4 and
 // its code); then the mean over the GQA group, rounded half to even.
 // Throws std::invalid_argument when the importance does not fit the layers.

@@ -28,3 +28,8 @@ ggml_tensor * headkv_build_compact(ggml_context * ctx, ggml_tensor * pool, ggml_
     ggml_tensor * args[] = { cells, kept, cell, plan };
     return ggml_custom_inplace(ctx, pool, args, 4, compact_op, GGML_N_TASKS_MAX, nullptr);
 }
+
+ggml_tensor * headkv_build_mean(ggml_context * ctx, ggml_tensor * rows, ggml_tensor * share) {
+    ggml_tensor * columns = ggml_cont(ctx, ggml_transpose(ctx, rows)); // F32 [n, n_embd_head]
+    return ggml_reshape_2d(ctx, ggml_mul_mat(ctx, columns, share), rows->ne[0], 1);
+}

@@ -85,7 +85,8 @@ headkv_config headkv_config_from_params(const headkv_params & params) {
     cfg.keep_prompt = check_range("keep_prompt", params.keep_prompt, 0, 1) == 1;
     cfg.surplus = (headkv_surplus) check_range("surplus", params.surplus, HEADKV_SURPLUS_LOST, HEADKV_SURPLUS_REDISTRIBUTE);
     const int32_t n_sinks = check_range("sinks", params.sinks, -1, 1 << 26);
-    cfg.spans = spans_of(params, n_sinks >= 0 ? n_sinks : std::min(cfg.policy->n_sinks, params.kv_size - params.window));
+    cfg.spans = spans_of(params, n_sinks >= 0 ? n_sinks :
+            std::min(cfg.policy->n_sinks, params.kv_size - params.window - (cfg.policy->compensates ? 1 : 0)));
 
     cfg.pyramid_exact   = check_range("pyramid_exact",   params.pyramid_exact,   0, 1) == 1;
     cfg.adakv_normalize = check_range("adakv_normalize", params.adakv_normalize, 0, 1) == 1;

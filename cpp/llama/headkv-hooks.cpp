@@ -9,6 +9,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <map>
 #include <stdexcept>
 #include <typeinfo>
 
@@ -131,6 +132,9 @@ public:
         if (ranges) {
             mctx_ragged->set_input_ranges(ranges, ubatch);
         }
+        if (bias) {
+            mctx_ragged->set_input_bias(bias, ubatch);
+        }
         // the output of a layer may be unused: what belongs to it is not part of the graph then
         for (const auto & m : masks) {
             if (!m.mask->buffer) {
@@ -164,13 +168,38 @@ public:
     }
 
     // the ubatch's share of a packed input that belongs to the layer
-    ggml_tensor * rows_of_layer(ggml_context * ctx, const headkv_store_layer & layer, int64_t n_tokens) const {
-        return ggml_view_1d(ctx, rows, layer.n_head_kv*n_tokens, first_head.at(layer.il)*n_tokens*sizeof(int32_t));
+    ggml_tensor * rows_of_layer(const llm_graph_context & gctx, const headkv_store_layer & layer) {
+        const int64_t n_tokens = gctx.n_tokens;
+        return ggml_view_1d(gctx.ctx0, on_device(gctx, rows, layer), layer.n_head_kv*n_tokens, first_head.at(layer.il)*n_tokens*sizeof(int32_t));
     }
 
-    ggml_tensor * ranges_of_layer(ggml_context * ctx, const headkv_store_layer & layer) const {
-        return ggml_view_3d(ctx, ranges, 2, layer.n_head_kv, n_seqs, 2*sizeof(int32_t), 2*layer.n_head_kv*sizeof(int32_t),
+    ggml_tensor * ranges_of_layer(const llm_graph_context & gctx, const headkv_store_layer & layer) {
+        return ggml_view_3d(gctx.ctx0, on_device(gctx, ranges, layer), 2, layer.n_head_kv, n_seqs, 2*sizeof(int32_t), 2*layer.n_head_kv*sizeof(int32_t),
                 2*first_head.at(layer.il)*n_seqs*sizeof(int32_t));
+    }
+
+    ggml_tensor * bias_of_layer(const llm_graph_context & gctx, const headkv_store_layer & layer) {
+        return !bias ? nullptr : ggml_view_2d(gctx.ctx0, on_device(gctx, bias, layer), layer.n_head_kv, n_seqs, layer.n_head_kv*sizeof(float), first_head.at(layer.il)*n_seqs*sizeof(float));
+    }
+
+    // An input in the memory of the layer's device: copied there once, not piece by piece for every layer.
+    ggml_tensor * on_device(const llm_graph_context & gctx, ggml_tensor * input, const headkv_store_layer & layer) {
+        const ggml_backend_dev_t dev = ggml_backend_buft_get_device(layer.buft);
+        if (!dev || ggml_backend_dev_type(dev) == GGML_BACKEND_DEVICE_TYPE_CPU || !gctx.sched) {
+            return input;
+        }
+        ggml_tensor * & res = copies[{ input, layer.buft }];
+        for (int i = 0; !res && i < ggml_backend_sched_get_n_backends(gctx.sched); ++i) {
+            ggml_backend_t backend = ggml_backend_sched_get_backend(gctx.sched, i);
+            if (ggml_backend_get_device(backend) != dev) {
+                continue;
+            }
+            res = ggml_cont(gctx.ctx0, input);
+            if (ggml_backend_supports_op(backend, res)) {
+                ggml_backend_sched_set_tensor_backend(gctx.sched, res, backend);
+            }
+        }
+        return res ? res : input;
     }
 
     const llama_kv_cache_ragged_context * mctx_ragged;
@@ -186,6 +215,7 @@ public:
     // decode: where the new rows go and what each head sees, all layers one after the other
     ggml_tensor * rows   = nullptr; // I32, per layer [n_head_kv, n_tokens]
     ggml_tensor * ranges = nullptr; // I32, per layer [2, n_head_kv, n_seqs]
+    ggml_tensor * bias   = nullptr; // F32, per layer [n_head_kv, n_seqs], of the first row; null = no head has one
     std::unordered_map<int32_t, int64_t> first_head; // of a layer, counted over all layers
     int64_t  n_head_kv_all = 0;
     uint32_t     n_seqs    = 0;
@@ -195,6 +225,8 @@ public:
     struct order_t { ggml_tensor * tensor; std::vector<int32_t> values; };
     std::vector<mask_t>  masks;
     std::vector<order_t> orders;
+
+    std::map<std::pair<ggml_tensor *, ggml_backend_buffer_type_t>, ggml_tensor *> copies; // see on_device()
 
     std::vector<int32_t> ils_built; // layers whose attention went through the hook
 };
@@ -265,6 +297,10 @@ llm_graph_input_attn_kv * headkv_build_inp(const llm_graph_context & gctx) {
         inp->rows   = new_input(ctx, GGML_TYPE_I32, inp->n_head_kv_all*ubatch.n_tokens, "headkv_rows");
         if (kv->has_fused()) {
             inp->ranges = new_input(ctx, GGML_TYPE_I32, inp->n_head_kv_all*inp->n_seqs*2, "headkv_ranges");
+            // ranges do not change without a new generation
+            if (mctx->is_full() ? kv->config().policy->compensates : kv->get_store().compensates()) {
+                inp->bias = new_input(ctx, GGML_TYPE_F32, inp->n_head_kv_all*inp->n_seqs, "headkv_bias");
+            }
         }
         inp->self_k_rot = kv->build_input_k_rot(ctx);
         inp->self_v_rot = kv->build_input_v_rot(ctx);
@@ -417,6 +453,14 @@ ggml_tensor * headkv_build_attn(const llm_graph_context & gctx, llm_graph_input_
 
     if (!inp->store) {
         ggml_build_forward_expand(gctx.gf, headkv_build_window(ctx, q_cur, inp->self_k_rot, mctx->get_ring(il), inp->tokens, inp->slots));
+        if (ggml_tensor * sums = mctx->get_sums(il)) {
+            const auto * stage = mctx->get_stage();
+            ggml_tensor * q = inp->self_k_rot ? llama_mul_mat_hadamard(ctx, q_cur, inp->self_k_rot) : q_cur;
+            ggml_tensor * k = inp->self_k_rot ? llama_mul_mat_hadamard(ctx, k_cur, inp->self_k_rot) : k_cur;
+            ggml_build_forward_expand(gctx.gf, stage->cpy_k(ctx, k, inp->self_k_idxs, il)); // upstream will do it again
+            headkv_build_sums(ctx, gctx.gf, q, stage->get_k(ctx, il), inp->self_kq_mask_cnv, sums, inp->self_k_idxs,
+                    kq_scale, kv->layer(il)->attend->softcap);
+        }
         return nullptr;
     }
 
@@ -433,13 +477,13 @@ ggml_tensor * headkv_build_attn(const llm_graph_context & gctx, llm_graph_input_
     ggml_build_forward_expand(gctx.gf, v_cur);
     ggml_build_forward_expand(gctx.gf, k_cur);
 
-    ggml_tensor * rows = inp->rows_of_layer(ctx, *layer, gctx.n_tokens);
+    ggml_tensor * rows = inp->rows_of_layer(gctx, *layer);
     ggml_tensor * k = ggml_set_rows(ctx, layer->k, rows_2d(ctx, k_cur), rows);
     ggml_tensor * v = ggml_set_rows(ctx, layer->v, rows_2d(ctx, v_cur), rows);
 
     ggml_tensor * q = ggml_is_contiguous(q_cur) ? q_cur : ggml_cont(ctx, q_cur);
     ggml_tensor * cur = layer->fused
-        ? headkv_build_attend_fused(ctx, kv->layer(il)->attend.get(), q, k, v, inp->ranges_of_layer(ctx, *layer))
+        ? headkv_build_attend_fused(ctx, kv->layer(il)->attend.get(), q, k, v, inp->ranges_of_layer(gctx, *layer), inp->bias_of_layer(gctx, *layer))
         : build_attend_composed(gctx, *inp, *layer, q, k, v, kq_scale);
     gctx.cb(cur, "kqv_out", il);
 

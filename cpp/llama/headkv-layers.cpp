@@ -146,8 +146,8 @@ void headkv_cut_graph(const llm_graph_params & params, llm_graph_result & res) {
     if (x && x->op != GGML_OP_NONE) {
         ggml_build_forward_expand(gf, x);
     }
-    // of the last layer, tokens without output leave nothing but their cells
-    const bool only_cells = last && params.n_outputs == 0;
+    // of the last layer, tokens without output leave nothing but their cells, and the attention they paid if it is counted
+    const bool only_cells = last && params.n_outputs == 0 && !mctx->get_sums(il);
     for (int i = begin + 1; i <= end; ++i) {
         if (only_cells && nodes[i]->op != GGML_OP_SET_ROWS) {
             continue;

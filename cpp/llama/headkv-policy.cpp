@@ -2,6 +2,7 @@
 
 #include "llama-impl.h"
 
+#include <numeric>
 #include <stdexcept>
 
 const headkv_policy & headkv_policy_find(const std::string & name) {
@@ -17,4 +18,10 @@ const headkv_policy & headkv_policy_find(const std::string & name) {
         known += (known.empty() ? "" : ", ") + std::string(policy.name);
     }
     throw std::invalid_argument(format("policy is '%s': it must be one of %s", name.c_str(), known.c_str()));
+}
+
+std::vector<float> headkv_score_recent(int64_t n_prefix) {
+    std::vector<float> res(n_prefix);
+    std::iota(res.begin(), res.end(), 0.0f); // exact below 2^24
+    return res;
 }

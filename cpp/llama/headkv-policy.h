@@ -17,7 +17,9 @@
     X(pyramidkv)     \
     X(adakv)         \
     X(headkv_adakv)  \
-    X(criticalkv)
+    X(criticalkv)    \
+    X(h2o)           \
+    X(razor)
 
 // heads of each layer, both 0 where a layer has no KV heads
 struct headkv_heads {
@@ -45,6 +47,8 @@ struct headkv_policy {
     const char * name;
     bool         needs_importance; // of the query heads, in the configuration
     bool         needs_values;     // headkv_scored has them
+    bool         needs_sums;       // scores are the attention that all queries of the prompt pay to a cell, not pooled
+    bool         compensates;      // one of a head's cells stands for all that it drops, if it drops any: their mean
     double       adakv_floor;      // default of the option
     int32_t      n_sinks;          // same
 
@@ -63,6 +67,9 @@ struct headkv_policy {
 
 // by name; throws std::invalid_argument with the known ones
 const headkv_policy & headkv_policy_find(const std::string & name);
+
+// a headkv_policy::score: later cells score higher
+std::vector<float> headkv_score_recent(int64_t n_prefix);
 
 #define HEADKV_DECLARE_POLICY(name) headkv_policy headkv_policy_##name();
 HEADKV_POLICIES(HEADKV_DECLARE_POLICY)

@@ -48,6 +48,32 @@ ggml_tensor * headkv_build_score(ggml_context * ctx, ggml_cgraph * gf, ggml_tens
     return s;
 }
 
+void headkv_build_sums(ggml_context * ctx, ggml_cgraph * gf, ggml_tensor * q, ggml_tensor * k, ggml_tensor * mask,
+        ggml_tensor * sums, ggml_tensor * cells, float scale, float softcap) {
+    const int64_t n_head   = q->ne[1];
+    const int64_t n_tokens = q->ne[2];
+    const int64_t H        = k->ne[1];
+    const int64_t n_kv     = k->ne[2];
+
+    ggml_tensor * zeros = ggml_fill_inplace(ctx, ggml_new_tensor_3d(ctx, GGML_TYPE_F32, 1, n_tokens, H), 0.0f);
+    sums = ggml_set_rows(ctx, sums, zeros, cells);
+    ggml_build_forward_expand(gf, sums);
+
+    q = ggml_cont(ctx, ggml_permute(ctx, q, 0, 2, 1, 3));                     // [D, n_tokens, n_head]
+    ggml_tensor * p = ggml_mul_mat(ctx, ggml_permute(ctx, k, 0, 2, 1, 3), q); // [n_kv, n_tokens, n_head]
+    ggml_prec_set_acc(p, GGML_PREC_F32);
+    if (softcap > 0.0f) {
+        p = ggml_scale(ctx, ggml_tanh(ctx, ggml_scale(ctx, p, scale/softcap)), softcap);
+        scale = 1.0f;
+    }
+    p = ggml_soft_max_ext(ctx, p, mask, scale, 0.0f);
+    p = ggml_sum_rows(ctx, ggml_cont(ctx, ggml_permute(ctx, p, 1, 0, 2, 3))); // [1, n_kv, n_head]
+    p = ggml_reshape_3d(ctx, p, n_kv, n_head/H, H);
+    p = ggml_sum_rows(ctx, ggml_cont(ctx, ggml_permute(ctx, p, 1, 0, 2, 3))); // [1, n_kv, H]
+    ggml_tensor * seen = ggml_view_2d(ctx, sums, n_kv, H, sums->nb[2], 0);
+    ggml_build_forward_expand(gf, ggml_add_inplace(ctx, seen, ggml_reshape_2d(ctx, p, n_kv, H)));
+}
+
 ggml_tensor * headkv_build_value_norm(ggml_context * ctx, ggml_tensor * v, ggml_tensor * wo, int64_t n_group) {
     ggml_tensor * out = ggml_mul_mat(ctx, wo, v); // [n_embd*n_group, n]
     return ggml_scale(ctx, ggml_sum_rows(ctx, ggml_abs_inplace(ctx, out)), 1.0f/n_group);

@@ -1,3 +1,4 @@
+#include "headkv-op.h"
 #include "headkv-stages.h"
 
 #include <algorithm>
@@ -22,8 +23,7 @@ static void select_op(ggml_tensor * dst, int ith, int nth, void * userdata) {
     const ggml_tensor * plan   = dst->src[1];
 
     const int64_t n_prefix = scores->ne[0];
-    int32_t n_window;
-    memcpy(&n_window, (const char *) dst->op_params + GGML_MAX_OP_PARAMS - sizeof(n_window), sizeof(n_window));
+    const int32_t n_window = headkv_op_get(dst).n_window;
 
     // the keys come before the result
     uint64_t * all_keys = (uint64_t *) dst->data;
@@ -61,9 +61,10 @@ ggml_tensor * headkv_build_select(ggml_context * ctx, ggml_tensor * scores, ggml
     const int64_t n_keys = 2*ggml_nelements(scores); // elements that the keys, of 64 bits each, take
     ggml_tensor * res = ggml_custom_4d(ctx, GGML_TYPE_I32, n_keys + n_total, 1, 1, 1, args, 2, select_op, GGML_N_TASKS_MAX, nullptr);
 
-    // behind the parameters of the custom op
-    const int32_t n = (int32_t) n_window;
-    memcpy((char *) res->op_params + GGML_MAX_OP_PARAMS - sizeof(n), &n, sizeof(n));
+    headkv_op op;
+    op.kind     = HEADKV_OP_SELECT;
+    op.n_window = (int32_t) n_window;
+    headkv_op_set(res, op);
     return ggml_view_1d(ctx, res, n_total, n_keys*sizeof(int32_t));
 }
 

@@ -26,6 +26,15 @@ ggml_tensor * headkv_build_window(ggml_context * ctx, ggml_tensor * q_cur, ggml_
 ggml_tensor * headkv_build_score(ggml_context * ctx, ggml_cgraph * gf, ggml_tensor * q, ggml_tensor * k, ggml_tensor * mask,
         float scale, float softcap, headkv_pool pool, int pool_kernel);
 
+// Adds the attention that the queries of a ubatch pay to each cell to the sums over all queries. Its probabilities take
+// n_kv*n_tokens*n_head*4 bytes.
+//   q      F32 [n_embd_head, n_head, n_tokens]
+//   k          [n_embd_head, n_head_kv, n_kv] cells of the staging
+//   mask   F16 [n_kv, n_tokens]
+//   sums   F32 [1, n_cells, n_head_kv]; those of the cells in cells, I64 [n_tokens], begin with zero
+void headkv_build_sums(ggml_context * ctx, ggml_cgraph * gf, ggml_tensor * q, ggml_tensor * k, ggml_tensor * mask,
+        ggml_tensor * sums, ggml_tensor * cells, float scale, float softcap);
+
 // L1 norm of what each value adds to the output of the layer, per unit of attention, mean over the query heads of a group.
 //   v        [n_embd_head, n] values of one KV head
 //   wo   F32 [n_embd_head, n_embd*n_group] output matrix of its query heads
@@ -47,6 +56,12 @@ ggml_tensor * headkv_build_select(ggml_context * ctx, ggml_tensor * scores, ggml
 // the same for one head, out of existing ops; scores F32 [n_prefix], n_prefix below 2^22; window: F32 [n_window] positions
 // of the window
 ggml_tensor * headkv_build_select_composed(ggml_context * ctx, ggml_tensor * scores, int64_t n_keep, ggml_tensor * window);
+
+// The mean of some of the rows of one head, for the cell that stands for those that are dropped.
+//   rows       [n_embd_head, n]
+//   share  F32 [n] of each row
+// Returns F32 [n_embd_head, 1].
+ggml_tensor * headkv_build_mean(ggml_context * ctx, ggml_tensor * rows, ggml_tensor * share);
 
 // Stage 6, compact: pool row row[h] + i = cell kept[i] of head h, as raw bytes.
 //   pool     [n_embd_head, n_rows]

@@ -208,6 +208,17 @@ void headkv_store::clear() {
     generation++;
 }
 
+bool headkv_store::compensates() const {
+    for (const auto & layer : layers) {
+        for (const auto & ranges : layer.ranges) {
+            if (std::any_of(ranges.begin(), ranges.end(), [](const headkv_range & r) { return r.compensates(); })) {
+                return true;
+            }
+        }
+    }
+    return false;
+}
+
 size_t headkv_store::n_bytes() const {
     size_t res = 0;
     for (const auto & layer : layers) {

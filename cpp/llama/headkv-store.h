@@ -17,7 +17,9 @@ struct headkv_range {
     uint32_t off    = 0; // first row
     uint32_t n_kept = 0; // prompt cells
     uint32_t n_cap  = 0; // rows owned, n_kept + tail
-    std::vector<int32_t> pos; // [n_kept] prompt positions, ascending
+    std::vector<int32_t> pos; // [n_kept] prompt positions, ascending; the first one is -1 if its cell stands for all that are missing
+
+    bool compensates() const { return !pos.empty() && pos[0] < 0; }
 };
 
 // consecutive heads (in storage order) that the composed path attends with one call
@@ -75,6 +77,8 @@ public:
     void clear(); // frees all pools
 
     size_t n_bytes() const; // as allocated
+
+    bool compensates() const; // any range does
 };
 
 // Cuts heads, sorted by n_rows ascending, into at most n_buckets runs with the least padding.

@@ -1,6 +1,7 @@
 #include "llama-kv-cache-ragged.h"
 
 #include "headkv-budget.h"
+#include "headkv-op.h"
 #include "headkv-stages.h"
 
 #include "llama-context.h"
@@ -34,6 +35,35 @@ static bool is_cpu(ggml_backend_buffer_type_t buft) {
     return ggml_backend_buft_is_host(buft) && (!dev || ggml_backend_dev_type(dev) == GGML_BACKEND_DEVICE_TYPE_CPU);
 }
 
+// whether the device of a layer runs the fused op: a CPU calls its function, any other has to know the op
+static bool can_attend_fused(const headkv_store_layer & layer) {
+    if (!layer.attend->kernel) {
+        return false;
+    }
+    if (is_cpu(layer.buft)) {
+        return true;
+    }
+    const ggml_backend_dev_t dev = ggml_backend_buft_get_device(layer.buft);
+    if (!dev) {
+        return false;
+    }
+    ggml_init_params params = { 16*ggml_tensor_overhead(), nullptr, /*.no_alloc =*/ true };
+    ggml_context_ptr ctx(ggml_init(params));
+    ggml_tensor * q = ggml_new_tensor_3d(ctx.get(), GGML_TYPE_F32, layer.n_embd_head, layer.n_head, 1);
+    ggml_tensor * k = ggml_new_tensor_2d(ctx.get(), layer.type_k, layer.n_embd_head, 256);
+    ggml_tensor * v = ggml_new_tensor_2d(ctx.get(), layer.type_v, layer.n_embd_head, 256);
+    ggml_tensor * r = ggml_new_tensor_3d(ctx.get(), GGML_TYPE_I32, 2, layer.n_head_kv, 1);
+    ggml_tensor * op = headkv_build_attend_fused(ctx.get(), layer.attend.get(), q, k, v, r)->view_src;
+    if (!ggml_backend_dev_supports_op(dev, op)) {
+        return false;
+    }
+    // a device that says the same of a function that it cannot know says it of everything, as RPC does
+    headkv_op unknown;
+    unknown.tag = 0;
+    headkv_op_set(op, unknown);
+    return !ggml_backend_dev_supports_op(dev, op);
+}
+
 // a layer-major batch: which step comes next
 struct llama_kv_cache_ragged::reading_t {
     llama_seq_id             seq_id;
@@ -55,7 +85,8 @@ llama_kv_cache_ragged::llama_kv_cache_ragged(
       const llama_cparams & cparams,
         headkv_config_ptr   cfg) :
     model(model), hparams(model.hparams), cfg(std::move(cfg)), hparams_plan(model.hparams),
-    offload(cparams.offload_kqv), n_ctx(cparams.n_ctx), n_ctx_seq(cparams.n_ctx_seq), type_k(type_k), type_v(type_v) {
+    offload(cparams.offload_kqv), n_ctx(cparams.n_ctx), n_ctx_seq(cparams.n_ctx_seq), cparams(cparams), type_k(type_k), type_v(type_v),
+    with_sums(this->cfg->policy->needs_sums) {
     const auto & c = *this->cfg;
 
     hparams_plan.no_alloc = true;
@@ -80,10 +111,11 @@ llama_kv_cache_ragged::llama_kv_cache_ragged(
             layer.buft        = layer_buft(model, il, offload);
             layer.attend      = std::make_unique<headkv_attend_state>(layer.n_embd_head, layer.n_head, layer.n_head_kv, (int) seqs.size(), type_k, type_v);
 
-            const bool can_fuse = is_cpu(layer.buft) && layer.attend->kernel;
+            const bool can_fuse = can_attend_fused(layer);
             if (c.attend == HEADKV_ATTEND_FUSED && !can_fuse) {
-                throw std::invalid_argument(format("attend 'fused' is not possible in layer %u: it runs on the CPU with K and V of types that have a dot product (here %s, %s on %s)",
-                            il, ggml_type_name(type_k), ggml_type_name(type_v), ggml_backend_buft_name(layer.buft)));
+                throw std::invalid_argument(format("attend 'fused' is not possible in layer %u with heads of %d, K of type %s and V of type %s on %s: "
+                            "the CPU has it for types with a dot product, CUDA for heads of 64, 80, 96, 128 and 256 and K and V both f16, bf16 or q8_0; use 'composed'",
+                            il, layer.n_embd_head, ggml_type_name(type_k), ggml_type_name(type_v), ggml_backend_buft_name(layer.buft)));
             }
             layer.fused = can_fuse && c.attend != HEADKV_ATTEND_COMPOSED;
             s->layers.push_back(std::move(layer));
@@ -92,6 +124,7 @@ llama_kv_cache_ragged::llama_kv_cache_ragged(
 
     stage_plan = make_stage(n_ctx, true, false);
     make_rings(rings_plan, ring_of_layer_plan, true);
+    make_sums(sums_plan, sums_of_layer_plan, true, n_ctx);
 
     store_plan.no_alloc = true;
     for (auto & layer : store_plan.layers) {
@@ -102,7 +135,7 @@ llama_kv_cache_ragged::llama_kv_cache_ragged(
             const bool     moves  = c.policy->refine || c.surplus != HEADKV_SURPLUS_LOST;
             const uint32_t n_most = moves ? std::accumulate(b.begin(), b.end(), 0u) : b[ih];
             const uint32_t n_sure = (uint32_t) headkv_n_protected(c, n_ctx_seq) + c.window;
-            n_kept.push_back(layer.fused ? n_ctx_seq : std::min(n_ctx_seq, std::max(n_most, n_sure)));
+            n_kept.push_back(layer.fused || c.policy->compensates ? n_ctx_seq : std::min(n_ctx_seq, std::max(n_most, n_sure)));
         }
         for (size_t s = 0; s < seqs.size(); ++s) {
             store_plan.relayout(layer, (int32_t) s, n_kept, c.n_tail, c.n_buckets, {});
@@ -117,9 +150,10 @@ llama_kv_cache_ragged::llama_kv_cache_ragged(
             n_heads += 1;
         }
     }
-    LLAMA_LOG_INFO("%s: policy %s, kv_size %u: %.1f cells per KV head of %llu, window %u, beta %g, attend %s\n", __func__,
+    const int n_fused = (int) std::count_if(store.layers.begin(), store.layers.end(), [](const headkv_store_layer & l) { return l.fused; });
+    LLAMA_LOG_INFO("%s: policy %s, kv_size %u: %.1f cells per KV head of %llu, window %u, beta %g, attend fused in %d of %d layers, else composed\n", __func__,
             c.policy->name, c.kv_size, (double) n_cells/n_heads, (unsigned long long) n_heads,
-            c.window, c.beta, store.layers[0].fused ? "fused" : "composed");
+            c.window, c.beta, n_fused, (int) store.layers.size());
 }
 
 llama_kv_cache_ragged::~llama_kv_cache_ragged() = default;
@@ -167,6 +201,21 @@ int64_t llama_kv_cache_ragged::n_slots() const {
 }
 
 void llama_kv_cache_ragged::make_rings(std::vector<ring_t> & rings, std::vector<ggml_tensor *> & of_layer, bool plan) const {
+    make_tensors(rings, of_layer, plan, "headkv_window", [this](const headkv_store_layer & l) {
+        return std::array<int64_t, 3>{ (int64_t) l.n_embd_head*l.n_head, n_slots(), 1 };
+    });
+}
+
+void llama_kv_cache_ragged::make_sums(std::vector<ring_t> & bufs, std::vector<ggml_tensor *> & of_layer, bool plan, uint32_t n_cells) const {
+    if (with_sums) {
+        make_tensors(bufs, of_layer, plan, "headkv_sums", [n_cells](const headkv_store_layer & l) {
+            return std::array<int64_t, 3>{ 1, n_cells, l.n_head_kv };
+        });
+    }
+}
+
+void llama_kv_cache_ragged::make_tensors(std::vector<ring_t> & rings, std::vector<ggml_tensor *> & of_layer, bool plan, const char * name,
+        const std::function<std::array<int64_t, 3>(const headkv_store_layer &)> & shape) const {
     std::map<ggml_backend_buffer_type_t, ring_t> by_buft;
     of_layer.assign(hparams.n_layer(), nullptr);
     for (const auto & layer : store.layers) {
@@ -175,8 +224,9 @@ void llama_kv_cache_ragged::make_rings(std::vector<ring_t> & rings, std::vector<
             ggml_init_params params = { /*.mem_size =*/ store.layers.size()*ggml_tensor_overhead(), /*.mem_buffer =*/ nullptr, /*.no_alloc =*/ true };
             ring.ctx.reset(ggml_init(params));
         }
-        of_layer[layer.il] = ggml_new_tensor_2d(ring.ctx.get(), GGML_TYPE_F32, (int64_t) layer.n_embd_head*layer.n_head, n_slots());
-        ggml_format_name(of_layer[layer.il], "headkv_window_l%d", layer.il);
+        const auto ne = shape(layer);
+        of_layer[layer.il] = ggml_new_tensor_3d(ring.ctx.get(), GGML_TYPE_F32, ne[0], ne[1], ne[2]);
+        ggml_format_name(of_layer[layer.il], "%s_l%d", name, layer.il);
     }
     rings.clear();
     for (auto & [buft, ring] : by_buft) {
@@ -188,7 +238,7 @@ void llama_kv_cache_ragged::make_rings(std::vector<ring_t> & rings, std::vector<
         } else {
             ring.buf.reset(ggml_backend_alloc_ctx_tensors_from_buft(ring.ctx.get(), buft));
             if (!ring.buf) {
-                throw std::runtime_error("no memory for the window queries");
+                throw std::runtime_error(format("no memory for %s", name));
             }
             ggml_backend_buffer_clear(ring.buf.get(), 0);
         }
@@ -242,8 +292,10 @@ static size_t sum_bytes(const std::map<ggml_backend_buffer_type_t, size_t> & bre
 
 size_t llama_kv_cache_ragged::bytes_staging() const {
     size_t res = stage ? sum_bytes(stage->memory_breakdown()) : 0;
-    for (const auto & ring : rings) {
-        res += ggml_backend_buffer_get_size(ring.buf.get());
+    for (const auto * bufs : { &rings, &sums }) {
+        for (const auto & it : *bufs) {
+            res += ggml_backend_buffer_get_size(it.buf.get());
+        }
     }
     return res + (hidden_buf.buf ? ggml_backend_buffer_get_size(hidden_buf.buf.get()) : 0);
 }
@@ -260,8 +312,10 @@ std::map<ggml_backend_buffer_type_t, size_t> llama_kv_cache_ragged::memory_break
     if (stage) {
         res = stage->memory_breakdown();
     }
-    for (const auto & ring : rings) {
-        res[ggml_backend_buffer_get_type(ring.buf.get())] += ggml_backend_buffer_get_size(ring.buf.get());
+    for (const auto * bufs : { &rings, &sums }) {
+        for (const auto & it : *bufs) {
+            res[ggml_backend_buffer_get_type(it.buf.get())] += ggml_backend_buffer_get_size(it.buf.get());
+        }
     }
     for (const auto & layer : store.layers) {
         if (layer.buf) {
@@ -269,6 +323,11 @@ std::map<ggml_backend_buffer_type_t, size_t> llama_kv_cache_ragged::memory_break
         }
     }
     return res;
+}
+
+ggml_tensor * llama_kv_cache_ragged::get_sums(int32_t il, bool plan) const {
+    const auto & of_layer = plan ? sums_of_layer_plan : sums_of_layer;
+    return of_layer.empty() ? nullptr : of_layer[il];
 }
 
 ggml_tensor * llama_kv_cache_ragged::get_ring(int32_t il) const {
@@ -330,7 +389,7 @@ bool llama_kv_cache_ragged::is_staging() const {
 uint32_t llama_kv_cache_ragged::n_staged() const {
     uint32_t res = 0;
     for (llama_seq_id s = 0; s < (llama_seq_id) seqs.size(); ++s) {
-        res += !is_staged(s) ? 0 : seqs[s].kept ? seqs[s].n_prompt : seqs[s].n_pos;
+        res += !is_staged(s) ? 0 : seqs[s].kept ? seqs[s].n_stage : seqs[s].n_pos;
     }
     return res;
 }
@@ -403,7 +462,8 @@ bool llama_kv_cache_ragged::seq_rm(llama_seq_id seq_id, llama_pos p0, llama_pos 
     for (llama_pos & pos : seq.window) {
         pos = pos >= p0 ? -1 : pos;
     }
-    seq.n_pos = p0;
+    seq.has_sums = false; // they have the attention of the removed tokens
+    seq.n_pos    = p0;
     return true;
 }
 
@@ -421,9 +481,6 @@ void llama_kv_cache_ragged::truncate_prompt(llama_seq_id seq_id, llama_pos p0) {
     seq.n_prompt = p0;
     seq.n_whole -= n_gone;
     seq.n_tail  += n_gone;
-    if (seq.kept) {
-        stage->seq_rm(seq_id, p0, -1);
-    }
 }
 
 void llama_kv_cache_ragged::seq_cp(llama_seq_id seq_id_src, llama_seq_id seq_id_dst, llama_pos p0, llama_pos p1) {
@@ -474,20 +531,6 @@ llama_pos llama_kv_cache_ragged::seq_pos_max(llama_seq_id seq_id) const {
     return is_reading(seq_id) ? -1 : seqs.at(seq_id).n_pos - 1; // logical, whatever number of cells is left
 }
 
-void llama_kv_cache_ragged::state_write(llama_io_write_i & io, llama_seq_id seq_id, llama_state_seq_flags flags) const {
-    GGML_UNUSED(io);
-    GGML_UNUSED(seq_id);
-    GGML_UNUSED(flags);
-    throw std::runtime_error("the state of a ragged cache cannot be saved");
-}
-
-void llama_kv_cache_ragged::state_read(llama_io_read_i & io, llama_seq_id seq_id, llama_state_seq_flags flags) {
-    GGML_UNUSED(io);
-    GGML_UNUSED(seq_id);
-    GGML_UNUSED(flags);
-    throw std::runtime_error("the state of a ragged cache cannot be restored");
-}
-
 //
 // batches
 //
@@ -500,6 +543,9 @@ void llama_kv_cache_ragged::configure(headkv_config_ptr other) {
         throw std::invalid_argument("window, n_tail, attend, n_buckets, prefill, hidden_f16 and keep_prompt cannot change: create another context");
     }
     headkv_config_check_ctx(b, n_ctx_seq);
+    if (b.policy->needs_sums && !with_sums) {
+        throw std::invalid_argument(format("policy '%s' looks at all tokens while they are read: create the context with it", b.policy->name));
+    }
     const std::string why_not = why_no_values(b);
     if (!why_not.empty()) {
         throw std::invalid_argument(why_not);
@@ -513,11 +559,12 @@ bool llama_kv_cache_ragged::restore(llama_seq_id seq_id, uint32_t n_tokens) {
     if (!seq.kept) {
         return fail(format("sequence %d has no kept prompt: compress it in a context with keep_prompt = 1", seq_id));
     }
-    if (n_tokens < 1 || (llama_pos) n_tokens > seq.n_prompt) {
-        return fail(format("%u tokens of a prompt of %d: it must be in [1, %d]", n_tokens, seq.n_prompt, seq.n_prompt));
+    if (n_tokens < 1 || (llama_pos) n_tokens > seq.n_stage) {
+        return fail(format("%u tokens of a prompt of %d: it must be in [1, %d]", n_tokens, seq.n_stage, seq.n_stage));
     }
     drop_seq(seq_id);
     stage->seq_rm(seq_id, (llama_pos) n_tokens, -1);
+    seq.has_sums = seq.has_sums && (llama_pos) n_tokens == seq.n_stage;
     seq.state    = STAGED;
     seq.kept     = false;
     seq.n_pos    = (llama_pos) n_tokens;
@@ -815,6 +862,7 @@ private:
 
 llama_memory_context_ptr llama_kv_cache_ragged::init_update(llama_context * lctx, bool optimize) {
     GGML_UNUSED(optimize);
+    this->lctx = lctx;
     return std::make_unique<llama_kv_cache_ragged_update>(this, lctx);
 }
 
@@ -823,7 +871,6 @@ bool llama_kv_cache_ragged::has_update() const {
 }
 
 bool llama_kv_cache_ragged::apply_update(llama_context * lctx) {
-    this->lctx = lctx;
     lctx->synchronize(); // buffers are about to be replaced
 
     bool res = true;
@@ -915,10 +962,15 @@ void llama_kv_cache_ragged::alloc_stage(uint32_t n_cells) {
     }
     if (!is_staging()) {
         stage.reset(); // the old memory goes before the new one comes
+        sums.clear();
+        sums_of_layer.clear();
         hidden_buf = ring_t();
         hidden = band = nullptr;
     }
     auto res = make_stage(n_cells, false, want_layered);
+    std::vector<ring_t> new_sums;
+    std::vector<ggml_tensor *> new_sums_of_layer;
+    make_sums(new_sums, new_sums_of_layer, false, n_cells);
     if (want_layered) {
         alloc_hidden(n_tokens);
     }
@@ -933,6 +985,9 @@ void llama_kv_cache_ragged::alloc_stage(uint32_t n_cells) {
             for (bool v : { false, true }) {
                 headkv_copy_rows(storage_of(*stage, il, v), 0, storage_of(*res, il, v), 0, n);
             }
+            for (int64_t ih = 0; with_sums && ih < sums_of_layer[il]->ne[2]; ++ih) {
+                headkv_copy_rows(sums_of_layer[il], ih*sums_of_layer[il]->ne[1], new_sums_of_layer[il], ih*n_cells, n);
+            }
         }
         for (uint32_t i = 0; i < n; ++i) {
             if (!cells.is_empty(i)) {
@@ -940,7 +995,9 @@ void llama_kv_cache_ragged::alloc_stage(uint32_t n_cells) {
             }
         }
     }
-    stage = std::move(res);
+    stage         = std::move(res);
+    sums          = std::move(new_sums);
+    sums_of_layer = std::move(new_sums_of_layer);
     store.generation++;
 }
 
@@ -977,7 +1034,9 @@ void llama_kv_cache_ragged::release_idle_stage() {
 void llama_kv_cache_ragged::release_idle_store() {
     const bool idle = !running && std::none_of(seqs.begin(), seqs.end(), [](const seq_t & seq) { return seq.state == STORED || seq.state == LAYERED; });
     if (idle && store.n_bytes() > 0) {
-        lctx->synchronize();
+        if (lctx) {
+            lctx->synchronize();
+        }
         store.clear();
     }
 }
@@ -989,6 +1048,8 @@ void llama_kv_cache_ragged::release_stage() {
     stage.reset();
     rings.clear();
     ring_of_layer.clear();
+    sums.clear();
+    sums_of_layer.clear();
     store.generation++;
 #if defined(__GLIBC__)
     malloc_trim(0); // smaller stagings come from the heap, which keeps what is freed
@@ -1166,7 +1227,11 @@ void llama_kv_cache_ragged::begin_compression(llama_seq_id seq_id, headkv_config
 
     c.slots = window_slots(seq_id);
     c.cells = stage_cells(seq_id);
-    if (!cfg->policy->score && !c.keep_all && (int64_t) c.slots.size() != c.n_window) {
+    if (cfg->policy->needs_sums && !c.keep_all && !seqs[seq_id].has_sums) {
+        throw std::runtime_error(format("tokens were removed from the end of the prompt, whose attention policy '%s' has counted: "
+                    "evaluate the prompt again", cfg->policy->name));
+    }
+    if (!cfg->policy->score && !cfg->policy->needs_sums && !c.keep_all && (int64_t) c.slots.size() != c.n_window) {
         throw std::runtime_error(format("queries of the last %d tokens are missing, because tokens were removed from the end of the prompt: "
                     "evaluate the prompt again", (int) c.n_window));
     }
@@ -1183,7 +1248,7 @@ void llama_kv_cache_ragged::begin_compression(llama_seq_id seq_id, headkv_config
     headkv_budget_fit(c.n_keep, c.n_prefix, c.keep_all ? c.n_prefix : c.n_protected, cfg->surplus);
     if (cfg->policy->score) {
         c.scores = cfg->policy->score(c.n_prefix);
-    } else if (!c.keep_all) {
+    } else if (!c.keep_all && !cfg->policy->needs_sums) {
         c.mask.assign(c.n*c.n_window, ggml_fp32_to_fp16(0.0f));
         for (int64_t i = 0; i < c.n_window; ++i) {
             std::fill(c.mask.begin() + i*c.n + c.n_prefix + i + 1, c.mask.begin() + (i + 1)*c.n, ggml_fp32_to_fp16(-INFINITY));
@@ -1297,6 +1362,16 @@ void llama_kv_cache_ragged::compress_layer(headkv_store_layer & layer) {
         for (int64_t ih = 0; ih < H && n_prefix > 0; ++ih) {
             ggml_backend_tensor_set(t_scores, c.scores.data(), ih*t_scores->nb[1], n_prefix*sizeof(float));
         }
+    } else if (cfg.policy->needs_sums && !c.keep_all) {
+        c.runner.begin();
+        ggml_context * ctx = c.runner.ctx.get();
+        ggml_tensor * all = sums_of_layer[layer.il];
+        for (int64_t ih = 0; ih < H; ++ih) {
+            ggml_tensor * of_head = ggml_view_2d(ctx, all, 1, all->ne[1], all->nb[1], ih*all->nb[2]);
+            ggml_tensor * s = ggml_get_rows(ctx, of_head, ggml_view_1d(ctx, t_cells, n_prefix, 0));
+            ggml_build_forward_expand(c.runner.gf, ggml_cpy(ctx, ggml_reshape_1d(ctx, s, n_prefix), ggml_view_1d(ctx, t_scores, n_prefix, ih*t_scores->nb[1])));
+        }
+        c.run();
     } else if (!c.keep_all) {
         set_data(t_slots, c.slots);
         set_data(t_mask, c.mask);
@@ -1337,10 +1412,13 @@ void llama_kv_cache_ragged::compress_layer(headkv_store_layer & layer) {
     // budgets are known: make room, select and compact
     std::vector<uint32_t> n_kept;     // with the window
     std::vector<int32_t> plan_select; // [2, H]
+    std::vector<int32_t> n_comp;      // [H] 1 = a cell for those that are dropped comes first
     int32_t n_before = 0;
     for (int64_t ih = 0; ih < H; ++ih) {
         n_kept.push_back((uint32_t) (n_keep[ih] + n_window));
-        plan_select.insert(plan_select.end(), { n_before, (int32_t) n_keep[ih] });
+        n_comp.push_back(cfg.policy->compensates && n_keep[ih] > 0 && n_keep[ih] < n_prefix);
+        n_keep[ih] -= n_comp[ih];
+        plan_select.insert(plan_select.end(), { n_before + n_comp[ih], (int32_t) n_keep[ih] });
         n_before += (int32_t) n_kept[ih];
     }
     GGML_ASSERT(n_before == n_total);
@@ -1350,7 +1428,7 @@ void llama_kv_cache_ragged::compress_layer(headkv_store_layer & layer) {
 
     std::vector<int32_t> plan;
     for (int64_t ih = 0; ih < H; ++ih) {
-        plan.insert(plan.end(), { plan_select[2*ih], (int32_t) n_kept[ih], (int32_t) ranges[ih].off });
+        plan.insert(plan.end(), { plan_select[2*ih], (int32_t) n_kept[ih] - n_comp[ih], (int32_t) ranges[ih].off + n_comp[ih] });
     }
     set_data(t_plan, plan);
 
@@ -1371,11 +1449,12 @@ void llama_kv_cache_ragged::compress_layer(headkv_store_layer & layer) {
             ggml_tensor * kept = n_keep[ih] == n_prefix
                 ? ggml_cast(ctx, ggml_arange(ctx, 0.0f, (float) n, 1.0f), GGML_TYPE_I32)
                 : headkv_build_select_composed(ctx, scores, n_keep[ih], t_window);
-            kept = ggml_cpy(ctx, kept, ggml_view_1d(ctx, t_kept, n_kept[ih], plan_select[2*ih]*sizeof(int32_t)));
+            const int64_t n_rows = plan[3*ih + 1];
+            kept = ggml_cpy(ctx, kept, ggml_view_1d(ctx, t_kept, n_rows, plan_select[2*ih]*sizeof(int32_t)));
             ggml_build_forward_expand(c.runner.gf, kept);
             for (auto & [pool, all] : { std::make_pair(layer.k, k_all), std::make_pair(layer.v, v_all) }) {
                 ggml_tensor * rows = ggml_get_rows(ctx, head_cells(ctx, all, ih), kept); // F32
-                ggml_build_forward_expand(c.runner.gf, ggml_cpy(ctx, rows, ggml_view_2d(ctx, pool, D, n_kept[ih], pool->nb[1], ranges[ih].off*pool->nb[1])));
+                ggml_build_forward_expand(c.runner.gf, ggml_cpy(ctx, rows, ggml_view_2d(ctx, pool, D, n_rows, pool->nb[1], plan[3*ih + 2]*pool->nb[1])));
             }
             c.run();
         }
@@ -1384,18 +1463,53 @@ void llama_kv_cache_ragged::compress_layer(headkv_store_layer & layer) {
     std::vector<int32_t> kept(n_total);
     ggml_backend_tensor_get(t_kept, kept.data(), 0, n_total*sizeof(int32_t));
     for (int64_t ih = 0; ih < H; ++ih) {
-        ranges[ih].pos.assign(kept.begin() + plan_select[2*ih], kept.begin() + plan_select[2*ih] + n_kept[ih]);
+        ranges[ih].pos.assign(n_comp[ih], -1);
+        ranges[ih].pos.insert(ranges[ih].pos.end(), kept.begin() + plan[3*ih], kept.begin() + plan[3*ih] + plan[3*ih + 1]);
     }
+    compensate(layer, t_cells);
 
     note_peak(ggml_backend_buffer_get_size(scratch.buf.get()) + c.runner.n_bytes());
 
     c.t_us += ggml_time_us() - t_start;
 }
 
+void llama_kv_cache_ragged::compensate(headkv_store_layer & layer, ggml_tensor * cells) {
+    compression & c = *running;
+    const int64_t n = c.n_prefix;
+    const int64_t D = layer.n_embd_head;
+    for (int64_t ih = 0; ih < layer.n_head_kv; ++ih) {
+        const auto & range = layer.ranges[c.seq_id][ih];
+        if (!range.compensates()) {
+            continue;
+        }
+        std::vector<float> share(n, 1.0f/(c.n - (range.n_kept - 1)));
+        for (size_t i = 1; i < range.pos.size() && range.pos[i] < n; ++i) {
+            share[range.pos[i]] = 0.0f;
+        }
+        scratch_t scratch;
+        ggml_tensor * t_share = ggml_new_tensor_1d(scratch.ctx.get(), GGML_TYPE_F32, n);
+        scratch.alloc(layer.buft);
+        set_data(t_share, share);
+
+        c.runner.begin();
+        ggml_context * ctx = c.runner.ctx.get();
+        for (bool v : { false, true }) {
+            ggml_tensor * all  = storage_of(*stage, layer.il, v);
+            ggml_tensor * pool = v ? layer.v : layer.k;
+            ggml_tensor * rows = ggml_view_2d(ctx, all, D, all->ne[1], all->nb[1], ih*ggml_row_size(all->type, D));
+            rows = ggml_get_rows(ctx, rows, ggml_view_1d(ctx, cells, n, 0)); // F32
+            ggml_tensor * dst = ggml_view_2d(ctx, pool, D, 1, pool->nb[1], range.off*pool->nb[1]);
+            ggml_build_forward_expand(c.runner.gf, ggml_cpy(ctx, headkv_build_mean(ctx, rows, t_share), dst));
+        }
+        c.run();
+    }
+}
+
 void llama_kv_cache_ragged::end_compression() {
     const llama_seq_id seq_id = running->seq_id;
     seq_t & seq = seqs[seq_id];
     seq.n_whole = running->keep_all ? seq.n_pos : (llama_pos) running->n_window;
+    seq.kv_size = running->cfg->kv_size;
 
     t_compress = running->t_us;
     n_compressions++;
@@ -1405,6 +1519,7 @@ void llama_kv_cache_ragged::end_compression() {
     seq.n_prompt = seq.n_pos;
     seq.n_tail   = cfg->n_tail;
     seq.kept     = cfg->keep_prompt;
+    seq.n_stage  = seq.n_pos;
     if (!seq.kept) {
         stage->seq_rm(seq_id, -1, -1);
         seq.window.clear();
@@ -1799,6 +1914,25 @@ void llama_kv_cache_ragged_context::set_input_ranges(ggml_tensor * dst, const ll
     ggml_backend_tensor_set(dst, data.data(), 0, data.size()*sizeof(int32_t));
 }
 
+// what the first row of a range gets on top of its logit
+static float first_bias(const headkv_range & range, const llama_kv_cache_ragged::seq_t & seq) {
+    return range.compensates() ? std::log((float) (seq.n_prompt - ((llama_pos) range.n_kept - 1))) : 0.0f;
+}
+
+void llama_kv_cache_ragged_context::set_input_bias(ggml_tensor * dst, const llama_ubatch * ubatch) const {
+    std::vector<float> data;
+    data.reserve(dst->ne[0]);
+    for (const auto & layer : kv->store.layers) {
+        for (uint32_t i = 0; i < ubatch->n_seqs_unq; ++i) {
+            const llama_seq_id s = ubatch->seq_id_unq[i];
+            for (const auto & range : layer.ranges[s]) {
+                data.push_back(first_bias(range, kv->seqs[s]));
+            }
+        }
+    }
+    ggml_backend_tensor_set(dst, data.data(), 0, data.size()*sizeof(float));
+}
+
 void llama_kv_cache_ragged_context::set_input_mask(ggml_tensor * dst, const headkv_store_layer & layer, size_t i_bucket, const llama_ubatch * ubatch) const {
     const llama_seq_id s = ubatch->seq_id[0][0];
     const auto & bucket  = layer.buckets[s][i_bucket];
@@ -1808,10 +1942,12 @@ void llama_kv_cache_ragged_context::set_input_mask(ggml_tensor * dst, const head
 
     std::vector<ggml_fp16_t> data(ggml_nelements(dst), ggml_fp32_to_fp16(-INFINITY));
     for (size_t j = 0; j < bucket.heads.size(); ++j) {
-        const int64_t n_used = n_rows_used(layer.ranges[s][bucket.heads[j]], kv->seqs[s]);
+        const headkv_range & range = layer.ranges[s][bucket.heads[j]];
+        const int64_t n_used = n_rows_used(range, kv->seqs[s]);
         for (int64_t t = 0; t < n_tokens; ++t) {
             ggml_fp16_t * row = data.data() + (j*n_tokens + t)*n_kv;
             std::fill(row, row + std::max<int64_t>(0, n_used - (n_tokens - 1 - t)), ggml_fp32_to_fp16(0.0f));
+            row[0] = ggml_fp32_to_fp16(n_used > n_tokens - 1 - t ? first_bias(range, kv->seqs[s]) : -INFINITY);
         }
     }
     ggml_backend_tensor_set(dst, data.data(), 0, ggml_nbytes(dst));

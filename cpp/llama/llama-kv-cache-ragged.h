@@ -6,6 +6,8 @@
 #include "headkv-policy.h"
 #include "headkv-store.h"
 
+#include <array>
+#include <functional>
 #include <map>
 #include <memory>
 #include <string>
@@ -69,8 +71,9 @@ public:
 
     std::map<ggml_backend_buffer_type_t, size_t> memory_breakdown() const override;
 
-    [[noreturn]] void state_write(llama_io_write_i & io, llama_seq_id seq_id = -1, llama_state_seq_flags flags = 0) const override;
-    [[noreturn]] void state_read (llama_io_read_i  & io, llama_seq_id seq_id = -1, llama_state_seq_flags flags = 0) override;
+    // headkv-state.cpp
+    void state_write(llama_io_write_i & io, llama_seq_id seq_id = -1, llama_state_seq_flags flags = 0) const override;
+    void state_read (llama_io_read_i  & io, llama_seq_id seq_id = -1, llama_state_seq_flags flags = 0) override;
 
     // llama_kv_cache_ragged specific API
 
@@ -82,9 +85,12 @@ public:
         llama_pos n_prompt = 0; // of them at compression; the rest was generated
         llama_pos n_whole  = 0; // last tokens of the prompt that every head kept
         uint32_t  n_tail   = 0; // rows reserved per head for generated tokens
+        uint32_t  kv_size  = 0; // that it was compressed with
         bool      kept     = false; // STORED, and its prompt is still in the staging
+        llama_pos n_stage  = 0; // tokens of that
 
         std::vector<llama_pos> window; // [n_window] position whose query is in a slot of the ring, -1 = none
+        bool      has_sums = true; // the sums of attention are those of its tokens
     };
 
     // parameters for the compressions to come; throws std::invalid_argument
@@ -151,6 +157,7 @@ public:
 
     ggml_tensor * get_ring(int32_t il) const; // null while nothing is staged
     int64_t n_slots() const; // rows of the ring, the last one takes what nobody needs
+    ggml_tensor * get_sums(int32_t il, bool plan) const; // null = the policy does not need them
 
     bool has_fused() const; // any layer decodes with the fused op
 
@@ -190,6 +197,7 @@ private:
     const bool      offload;
     const uint32_t  n_ctx;     // cells of the staging at most
     const uint32_t  n_ctx_seq; // tokens of a sequence at most
+    const llama_cparams & cparams; // of the context
     const ggml_type type_k;
     const ggml_type type_v;
 
@@ -208,6 +216,11 @@ private:
     std::vector<ring_t>             rings;      // one per buffer type
     std::vector<ring_t>             rings_plan;
     std::vector<ggml_tensor *>      ring_of_layer, ring_of_layer_plan; // [il]
+
+    // attention that each staged cell got from all queries, F32 [1, n_cells, n_head_kv]
+    const bool                 with_sums;
+    std::vector<ring_t>        sums, sums_plan;
+    std::vector<ggml_tensor *> sums_of_layer, sums_of_layer_plan; // [il]
 
     headkv_store store;
     headkv_store store_plan; // without memory
@@ -254,6 +267,8 @@ private:
     void begin_compression(llama_seq_id seq_id, headkv_config_ptr cfg); // throws
     std::string why_not_resumed(const std::vector<llama_ubatch> & ubatches) const; // empty = it is the batch in progress
     void compress_layer(headkv_store_layer & layer); // throws
+    // writes the means of the cells that heads drop; cells: I32 [n], as for value_norms()
+    void compensate(headkv_store_layer & layer, ggml_tensor * cells);
     // headkv_scored::values of the layer; cells: I32 [n], the staged cell of each position
     std::vector<float> value_norms(const headkv_store_layer & layer, ggml_tensor * cells);
     void end_compression();
@@ -262,7 +277,11 @@ private:
 
     headkv_heads heads() const; // of the layers with KV heads
     std::unique_ptr<llama_kv_cache> make_stage(uint32_t n_cells, bool plan, bool one_layer) const;
+    // one tensor per layer, of the type F32
+    void make_tensors(std::vector<ring_t> & bufs, std::vector<ggml_tensor *> & of_layer, bool plan, const char * name,
+            const std::function<std::array<int64_t, 3>(const headkv_store_layer &)> & shape) const;
     void make_rings(std::vector<ring_t> & rings, std::vector<ggml_tensor *> & of_layer, bool plan) const;
+    void make_sums (std::vector<ring_t> & bufs,  std::vector<ggml_tensor *> & of_layer, bool plan, uint32_t n_cells) const;
 
     void alloc_stage(uint32_t n_cells);
     void release_stage();
@@ -277,6 +296,9 @@ private:
     bool compress_impl(llama_seq_id seq_id);
     void truncate_prompt(llama_seq_id seq_id, llama_pos p0);
     void drop_seq(llama_seq_id seq_id); // frees the rows of a sequence in the store
+
+    mutable uint64_t fingerprint = 0; // of what a saved cell depends on, 0 = not computed yet
+    uint64_t get_fingerprint() const;
     std::vector<llama_ubatch> merge_store(const std::vector<llama_ubatch> & ubatches) const;
 
     bool fail(const std::string & what) const;
@@ -329,10 +351,12 @@ public:
 
     headkv_store_layer * get_layer(int32_t il) const;
     ggml_tensor * get_ring(int32_t il) const;
+    ggml_tensor * get_sums(int32_t il) const { return kv->get_sums(il, full); }
     uint64_t generation() const;
 
     // positions (first row, number of rows) after the current ubatch, for all layers of the store in order
     void set_input_ranges(ggml_tensor * dst, const llama_ubatch * ubatch) const; // I32 [2, n_head_kv, n_seqs] per layer
+    void set_input_bias  (ggml_tensor * dst, const llama_ubatch * ubatch) const; // F32 [n_head_kv, n_seqs] per layer
     void set_input_rows  (ggml_tensor * dst, const llama_ubatch * ubatch) const; // I32 [n_head_kv, n_tokens] per layer
     // F16 [n_kv, n_tokens, 1, n_heads]
     void set_input_mask  (ggml_tensor * dst, const headkv_store_layer & layer, size_t i_bucket, const llama_ubatch * ubatch) const;

@@ -20,7 +20,7 @@ static struct {
     int64_t t_compress_us  = 0;
 
     int32_t n_batch = 0; // that was asked for
-    int32_t kv_size = 0; // that the context has now
+    headkv_request request; // that the context is configured for
     std::string model;   // path
 } server;
 
@@ -56,14 +56,14 @@ static std::string refusal(const common_params & params) {
     if (params.swa_full) {
         return "--swa-full: sliding-window layers are not supported";
     }
-    if (!params.slot_save_path.empty()) {
-        return "--slot-save-path: a compressed cache cannot be saved";
+    if (!params.slot_save_path.empty() && !headkv_server_reuses()) {
+        return "--slot-save-path: nothing would continue on a restored slot, use --kv-reuse";
     }
-    if (params.cache_ram_mib != 0 && params.cache_ram_mib != def.cache_ram_mib) {
-        return "--cache-ram: a compressed cache cannot be saved, use --cache-ram 0";
+    if (params.cache_ram_mib != 0 && params.cache_ram_mib != def.cache_ram_mib && !headkv_server_reuses()) {
+        return "--cache-ram: nothing would continue on a cached prompt, use --kv-reuse or --cache-ram 0";
     }
     if (params.n_ctx_checkpoints > 0 && params.n_ctx_checkpoints != def.n_ctx_checkpoints) {
-        return "--ctx-checkpoints: a compressed cache cannot be saved, use --ctx-checkpoints 0";
+        return "--ctx-checkpoints: they are taken within a prompt, before it is compressed, use --ctx-checkpoints 0";
     }
     if (params.flash_attn_type == LLAMA_FLASH_ATTN_TYPE_DISABLED) {
         return "-fa off: compression needs flash attention";
@@ -71,11 +71,24 @@ static std::string refusal(const common_params & params) {
     return "";
 }
 
-static headkv_params make_params() {
+// largest kv_size of a request
+static int32_t kv_size_max() {
+    const headkv_args & args = headkv_get_args();
+    return args.kv_size_max > 0 ? args.kv_size_max : args.params.kv_size;
+}
+
+// spans: filled for the parameters, which point to it
+static headkv_params make_params(const headkv_request & request, std::vector<int32_t> & spans) {
     const headkv_args & args = headkv_get_args();
     headkv_params res = args.params;
     res.policy = args.policy.c_str();
     res.importance_gguf = args.importance.empty() ? server.model.c_str() : args.importance.c_str();
+    res.kv_size = request.kv_size;
+    for (const auto & [start, end] : request.protect) {
+        spans.insert(spans.end(), { start, end });
+    }
+    res.protect   = spans.data();
+    res.n_protect = (int32_t) request.protect.size();
     return res;
 }
 
@@ -92,18 +105,27 @@ bool headkv_server_open(common_params & params) {
         SRV_ERR("not possible with --kv-size %d: %s\n", args.params.kv_size, why.c_str());
         return false;
     }
-    server.model = params.model.path;
-    const headkv_params p = make_params();
+    if (kv_size_max() < args.params.kv_size) {
+        SRV_ERR("--kv-size-max %d: it must be at least --kv-size %d\n", args.kv_size_max, args.params.kv_size);
+        return false;
+    }
+    server.model   = params.model.path;
+    server.request = { kv_size_max(), {} }; // the context is made for the largest one
+    std::vector<int32_t> spans;
+    const headkv_params p = make_params(server.request, spans);
     if (headkv_set_params(&p) != 0) {
         SRV_ERR("--kv-size %d: %s\n", args.params.kv_size, headkv_last_error());
         return false;
     }
 
-    if (params.cache_ram_mib != 0 || params.n_ctx_checkpoints != 0 || params.cache_idle_slots) {
-        SRV_WRN("%s", "--kv-size: the prompt cache in RAM (--cache-ram), context checkpoints and --cache-idle-slots are switched off, a compressed cache cannot be saved yet\n");
-        params.cache_ram_mib     = 0;
+    if (params.n_ctx_checkpoints != 0) {
+        SRV_WRN("%s", "--kv-size: context checkpoints (--ctx-checkpoints) are switched off, they are taken within a prompt, before it is compressed\n");
         params.n_ctx_checkpoints = 0;
-        params.cache_idle_slots  = false;
+    }
+    if (!args.reuse && (params.cache_ram_mib != 0 || params.cache_idle_slots)) {
+        SRV_WRN("%s", "--kv-size: the prompt cache in RAM (--cache-ram, --cache-idle-slots) is switched off, without --kv-reuse nothing would continue on it\n");
+        params.cache_ram_mib    = 0;
+        params.cache_idle_slots = false;
     }
     params.flash_attn_type = LLAMA_FLASH_ATTN_TYPE_ENABLED;
 
@@ -114,12 +136,11 @@ bool headkv_server_open(common_params & params) {
         // a prompt that is read layer by layer comes in one batch; the context limits it to its own size
         params.n_batch = std::max(server.n_batch, params.n_ctx > 0 ? params.n_ctx : 1 << 20);
     }
-    SRV_INF("compression: policy %s, %d cells per KV head, %s\n", p.policy, p.kv_size,
+    SRV_INF("compression: policy %s, %d cells per KV head, %s\n", p.policy, args.params.kv_size,
             args.reuse ? "prompts continue on the compressed past (--kv-reuse)" : "every prompt is read from its beginning");
 
     std::lock_guard<std::mutex> lock(server.mutex);
     server.slots.assign(std::max(1, params.n_parallel), {});
-    server.kv_size = p.kv_size;
     server.bytes_store = server.bytes_staging = 0;
     return true;
 }
@@ -148,24 +169,68 @@ int32_t headkv_server_n_batch() {
 // requests
 //
 
-int32_t headkv_server_check_request(const common_json & body, int32_t n_completions) {
+static const size_t MAX_SPANS = 64;
+
+static int32_t get_kv_size(const common_json & value, int32_t n_tokens) {
+    const headkv_params & p = headkv_get_args().params;
+    const int64_t n = value.is_number_integer() ? value.get<int64_t>() : -1;
+    if (n == 0) {
+        if (n_tokens > kv_size_max()) {
+            throw std::invalid_argument(string_format("kv_size is 0: this keeps the whole prompt, which is possible for prompts of up to %d tokens "
+                        "(--kv-size-max), this one has %d", kv_size_max(), n_tokens));
+        }
+        return std::max(p.window, n_tokens) + 1; // such a prompt is kept by every head
+    }
+    if (n < p.window + 1 || n > kv_size_max()) {
+        throw std::invalid_argument(string_format("kv_size is %.32s: it must be an integer in [%d, %d], from the window + 1 to the server's limit, or 0 = "
+                    "keep the whole prompt", safe_json_to_str(value).c_str(), p.window + 1, kv_size_max()));
+    }
+    return (int32_t) n;
+}
+
+static std::vector<std::pair<int32_t, int32_t>> get_spans(const common_json & value, int32_t n_tokens) {
+    const auto refuse = [&](const std::string & why) {
+        throw std::invalid_argument(string_format("kv_protect is %.64s: %s", safe_json_to_str(value).c_str(), why.c_str()));
+    };
+    if (!value.is_array() || value.size() > MAX_SPANS) {
+        refuse(string_format("it must be a list of at most %zu [start, end) ranges of tokens", MAX_SPANS));
+    }
+    const int32_t n_max = kv_size_max() - headkv_get_args().params.window;
+    int64_t n_protected = 0;
+    std::vector<std::pair<int32_t, int32_t>> res;
+    for (const auto & span : value) {
+        if (!span.is_array() || span.size() != 2 || !span.at(0).is_number_integer() || !span.at(1).is_number_integer()) {
+            refuse("each range must be two integers, [start, end)");
+        }
+        const int64_t start = span.at(0).get<int64_t>();
+        const int64_t end   = span.at(1).get<int64_t>();
+        if (start < 0 || end <= start || end > n_tokens) {
+            refuse(string_format("each range must not be empty and lie in [0, %d], the tokens of the prompt", n_tokens));
+        }
+        res.push_back({ (int32_t) start, (int32_t) end });
+        n_protected += end - start;
+    }
+    if (n_protected > n_max) {
+        refuse(string_format("%lld tokens, it may be up to %d, the server's limit without the window", (long long) n_protected, n_max));
+    }
+    return res;
+}
+
+headkv_request headkv_server_check_request(const common_json & body, int32_t n_completions, int32_t n_tokens) {
+    headkv_request res;
     if (!headkv_server_is_on()) {
-        return 0;
+        return res;
     }
     if (n_completions > 1) {
         throw std::invalid_argument(string_format("n is %d: it must be 1 with --kv-size, send the request several times", n_completions));
     }
-    if (!body.contains("kv_size") || body.at("kv_size").is_null()) {
-        return 0;
+    if (body.contains("kv_size") && !body.at("kv_size").is_null()) {
+        res.kv_size = get_kv_size(body.at("kv_size"), n_tokens);
     }
-    const headkv_params & p = headkv_get_args().params;
-    const common_json & value = body.at("kv_size");
-    const int64_t n = value.is_number_integer() ? value.get<int64_t>() : 0;
-    if (n < p.window + 1 || n > p.kv_size) {
-        throw std::invalid_argument(string_format("kv_size is %.32s: it must be an integer in [%d, %d], from the window + 1 to --kv-size",
-                    safe_json_to_str(value).c_str(), p.window + 1, p.kv_size));
+    if (body.contains("kv_protect") && !body.at("kv_protect").is_null()) {
+        res.protect = get_spans(body.at("kv_protect"), n_tokens);
     }
-    return (int32_t) n;
+    return res;
 }
 
 //
@@ -178,25 +243,25 @@ static void check(int32_t code) {
     }
 }
 
-static void configure(llama_context * ctx, int32_t kv_size) {
-    kv_size = kv_size > 0 ? kv_size : headkv_get_args().params.kv_size;
-    if (kv_size != server.kv_size) {
-        headkv_params p = make_params();
-        p.kv_size = kv_size;
+static void configure(llama_context * ctx, headkv_request request) {
+    request.kv_size = request.kv_size > 0 ? request.kv_size : headkv_get_args().params.kv_size;
+    if (!(request == server.request)) {
+        std::vector<int32_t> spans;
+        const headkv_params p = make_params(request, spans);
         check(headkv_configure(ctx, &p));
-        server.kv_size = kv_size;
+        server.request = request;
     }
 }
 
-void headkv_server_announce(llama_context * ctx, llama_seq_id seq_id, int32_t n_tokens, bool whole, int32_t kv_size) {
-    configure(ctx, kv_size); // layers are compressed while the prompt is read
+void headkv_server_announce(llama_context * ctx, llama_seq_id seq_id, int32_t n_tokens, bool whole, const headkv_request & request) {
+    configure(ctx, request); // layers are compressed while the prompt is read
     check(headkv_begin_prompt(ctx, seq_id, n_tokens, whole));
 }
 
-bool headkv_server_read_ahead(llama_context * ctx, llama_seq_id seq_id, const std::vector<llama_token> & tokens, int32_t kv_size) {
+bool headkv_server_read_ahead(llama_context * ctx, llama_seq_id seq_id, const std::vector<llama_token> & tokens, const headkv_request & request) {
     static constexpr int32_t MAX_MS = 250; // a step, one ubatch through one layer, may take longer
 
-    configure(ctx, kv_size);
+    configure(ctx, request);
     const int32_t n_left = headkv_read_ahead(ctx, seq_id, tokens.data(), (int32_t) tokens.size(), MAX_MS);
     check(n_left);
     headkv_server_note(ctx, seq_id);
@@ -210,9 +275,9 @@ static headkv_stats get_stats(llama_context * ctx, llama_seq_id seq_id) {
     return stats;
 }
 
-headkv_slot_info headkv_server_compress(llama_context * ctx, llama_seq_id seq_id, int32_t kv_size) {
+headkv_slot_info headkv_server_compress(llama_context * ctx, llama_seq_id seq_id, const headkv_request & request) {
     const int64_t n_before = get_stats(ctx, seq_id).n_compress;
-    configure(ctx, kv_size);
+    configure(ctx, request);
     check(headkv_end_prompt(ctx, seq_id));
 
     const headkv_stats stats = get_stats(ctx, seq_id);
@@ -264,6 +329,30 @@ headkv_slot_info headkv_server_note(llama_context * ctx, llama_seq_id seq_id) {
     server.bytes_store   = stats.bytes_store;
     server.bytes_staging = stats.bytes_staging;
     return info;
+}
+
+void headkv_server_before_restore() {
+    headkv_clear_error();
+}
+
+void headkv_server_check_restore(size_t n_read) {
+    if (headkv_server_is_on() && n_read == 0) {
+        throw std::runtime_error(*headkv_last_error() ? headkv_last_error() : "the file cannot be read, or is not one of a slot");
+    }
+}
+
+void headkv_server_after_restore(llama_context * ctx, llama_seq_id seq_id, size_t n_tokens) {
+    if (!headkv_server_is_on()) {
+        return;
+    }
+    const headkv_stats stats = get_stats(ctx, seq_id);
+    if (stats.kv_size > kv_size_max()) {
+        throw std::runtime_error(string_format("it was compressed with kv_size %d, the limit of this server is %d", stats.kv_size, kv_size_max()));
+    }
+    if ((size_t) stats.n_past != n_tokens) {
+        throw std::runtime_error(string_format("it names %zu tokens, its cache has %d", n_tokens, stats.n_past));
+    }
+    headkv_server_note(ctx, seq_id);
 }
 
 bool headkv_server_forgets(llama_context * ctx, llama_seq_id seq_id) {

@@ -7,6 +7,7 @@
 
 #include <cstdint>
 #include <string>
+#include <utility>
 #include <vector>
 
 struct common_params;
@@ -25,6 +26,14 @@ struct headkv_slot_info {
     int64_t t_begin_us   = 0; // when the prompt was begun that is read ahead, see headkv_server_read_ahead()
 };
 
+// What a request may choose.
+struct headkv_request {
+    int32_t kv_size = 0; // 0 = that of the server
+    std::vector<std::pair<int32_t, int32_t>> protect; // [start, end) positions of the prompt that every head keeps
+
+    bool operator==(const headkv_request & other) const { return kv_size == other.kv_size && protect == other.protect; }
+};
+
 // Before a model is loaded: checks the flags against upstream's, adapts these, and makes the contexts of this thread
 // compressed ones. false: it was logged what cannot be combined.
 bool headkv_server_open(common_params & params);
@@ -35,21 +44,27 @@ bool    headkv_server_only_layer(); // --kv-prefill layer
 bool    headkv_server_by_layer(const llama_context * ctx); // prompts are read layer by layer
 int32_t headkv_server_n_batch();    // prompt tokens per batch where they are not
 
-// Of a completion request: its kv_size, 0 = the server's. Throws std::invalid_argument with field, value and range.
-int32_t headkv_server_check_request(const common_json & body, int32_t n_completions);
+// What a completion request chooses for its prompt of n_tokens. Throws std::invalid_argument with field, value and range.
+headkv_request headkv_server_check_request(const common_json & body, int32_t n_completions, int32_t n_tokens);
 
 // The next functions are for the thread that owns the context, while nothing is decoded. Those that can fail throw.
 
 // whole: the prompt may come in one batch
-void headkv_server_announce(llama_context * ctx, llama_seq_id seq_id, int32_t n_tokens, bool whole, int32_t kv_size);
+void headkv_server_announce(llama_context * ctx, llama_seq_id seq_id, int32_t n_tokens, bool whole, const headkv_request & request);
 
 // Reads on in a whole prompt, for as long as other slots may have to wait. false: more is to be read; true: the batch with
 // the whole prompt has one step left to do.
-bool headkv_server_read_ahead(llama_context * ctx, llama_seq_id seq_id, const std::vector<llama_token> & tokens, int32_t kv_size);
+bool headkv_server_read_ahead(llama_context * ctx, llama_seq_id seq_id, const std::vector<llama_token> & tokens, const headkv_request & request);
 
-headkv_slot_info headkv_server_compress(llama_context * ctx, llama_seq_id seq_id, int32_t kv_size);
+headkv_slot_info headkv_server_compress(llama_context * ctx, llama_seq_id seq_id, const headkv_request & request);
 
 headkv_slot_info headkv_server_note(llama_context * ctx, llama_seq_id seq_id);
+
+// Around the restoring of a slot from a file. The second one throws when it failed, the third one when what was restored is
+// not a sequence of n_tokens that a request could have left.
+void headkv_server_before_restore();
+void headkv_server_check_restore(size_t n_read);
+void headkv_server_after_restore(llama_context * ctx, llama_seq_id seq_id, size_t n_tokens);
 
 // Whether a released slot gives its cells back: nothing can be done with them, unless prompts may continue on them.
 bool headkv_server_forgets(llama_context * ctx, llama_seq_id seq_id);

@@ -61,12 +61,12 @@ static bool headkv_server_begin(const std::vector<server_slot> & slots, server_s
     if (n_tokens > 0 && n_tokens < slot.n_ctx) { // others are refused by upstream
         if (by_layer && fits) {
             t_begin_us = t_begin_us > 0 ? t_begin_us : ggml_time_us();
-            if (!headkv_server_read_ahead(slot.ctx_tgt, slot.id, slot.task->tokens.get_text_tokens(), slot.task->params.headkv_kv_size) ||
+            if (!headkv_server_read_ahead(slot.ctx_tgt, slot.id, slot.task->tokens.get_text_tokens(), slot.task->params.headkv) ||
                     batch.size() + n_tokens > n_batch) {
                 return false;
             }
         }
-        headkv_server_announce(slot.ctx_tgt, slot.id, n_tokens, by_layer && fits, slot.task->params.headkv_kv_size);
+        headkv_server_announce(slot.ctx_tgt, slot.id, n_tokens, by_layer && fits, slot.task->params.headkv);
     }
     return true;
 }
@@ -75,7 +75,7 @@ static bool headkv_server_begin(const std::vector<server_slot> & slots, server_s
 static void headkv_server_end(server_slot & slot) {
     if (headkv_server_is_on() && slot.state == SLOT_STATE_DONE_PROMPT) {
         const int64_t t_begin_us = slot.stats.headkv_info.t_begin_us;
-        slot.stats.headkv_info = headkv_server_compress(slot.ctx_tgt, slot.id, slot.task->params.headkv_kv_size);
+        slot.stats.headkv_info = headkv_server_compress(slot.ctx_tgt, slot.id, slot.task->params.headkv);
         if (t_begin_us > 0) {
             slot.stats.t_start = t_begin_us; // upstream's begins with the batch
         }

@@ -1,4 +1,5 @@
-// The CPU ops against definitions in double precision, on shapes with empty, short, long and cut ranges.
+// The CPU ops, and the CUDA kernels run on the CPU, against definitions in double precision, on shapes with empty, short,
+// long and cut ranges.
 //
 //   test-headkv-ops [test]    every case, exit code 1 if one fails; prints the cases that fail as arguments for -c
 //   test-headkv-ops perf      time per op of the attend kernels
@@ -22,6 +23,10 @@
 #include <random>
 #include <string>
 #include <vector>
+
+// cuda-on-cpu.cpp; descending: the order in which the threads of a block run
+bool cuda_on_cpu_supports(const ggml_tensor * op);
+void cuda_on_cpu_compute(ggml_tensor * op, bool descending);
 
 static std::mt19937 rng(1);
 
@@ -92,10 +97,11 @@ struct attend_case {
     int n_seqs   = 1;
     int n_tps    = 1;
     float softcap = 0.0f;
+    bool bias     = false;
 
     std::string name() const {
         std::string res = kernel + "," + ggml_type_name(type) + ",D=" + std::to_string(D) + ",G=" + std::to_string(G) +
-            ",seqs=" + std::to_string(n_seqs) + ",tps=" + std::to_string(n_tps) + ",softcap=" + std::to_string((int) softcap) + ",lens=";
+            ",seqs=" + std::to_string(n_seqs) + ",tps=" + std::to_string(n_tps) + ",softcap=" + std::to_string((int) softcap) + ",bias=" + std::to_string(bias) + ",lens=";
         for (int len : lens) {
             res += std::to_string(len) + "/";
         }
@@ -104,10 +110,11 @@ struct attend_case {
 };
 
 static bool test_attend(const attend_case & c) {
-    if (!headkv_attend_kernel_find(c.type, c.type, c.D, c.kernel.c_str())) {
+    const bool cuda = c.kernel == "cuda";
+    setenv("HEADKV_ATTEND_KERNEL", cuda ? "portable" : c.kernel.c_str(), 1);
+    if (!headkv_attend_kernel_find(c.type, c.type, c.D, getenv("HEADKV_ATTEND_KERNEL"))) {
         return true; // not on this machine or not for this type
     }
-    setenv("HEADKV_ATTEND_KERNEL", c.kernel.c_str(), 1);
     const int H = (int) c.lens.size()/c.n_seqs;
     headkv_attend_state state(c.D, c.G*H, H, c.n_seqs, c.type, c.type);
     state.scale   = 1.0f/std::sqrt((float) c.D);
@@ -129,7 +136,12 @@ static bool test_attend(const attend_case & c) {
     ggml_tensor * k = ggml_new_tensor_2d(ctx, c.type, c.D, n_rows);
     ggml_tensor * v = ggml_new_tensor_2d(ctx, c.type, c.D, n_rows);
     ggml_tensor * r = ggml_new_tensor_3d(ctx, GGML_TYPE_I32, 2, H, c.n_seqs);
-    ggml_tensor * out = headkv_build_attend_fused(ctx, &state, q, k, v, r);
+    ggml_tensor * b = c.bias ? ggml_new_tensor_2d(ctx, GGML_TYPE_F32, H, c.n_seqs) : nullptr;
+    ggml_tensor * out = headkv_build_attend_fused(ctx, &state, q, k, v, r, b);
+    if (cuda && !cuda_on_cpu_supports(out->view_src)) {
+        printf("  not supported\n");
+        return false;
+    }
     g.alloc(out);
 
     set_quantized(k, random_floats((size_t) c.D*n_rows));
@@ -137,6 +149,13 @@ static bool test_attend(const attend_case & c) {
     const std::vector<float> qf = random_floats(ggml_nelements(q), 2.0f);
     ggml_backend_tensor_set(q, qf.data(), 0, ggml_nbytes(q));
     ggml_backend_tensor_set(r, ranges.data(), 0, ggml_nbytes(r));
+    std::vector<float> bias(c.lens.size(), 0.0f);
+    if (b) {
+        for (size_t i = 0; i < bias.size(); ++i) {
+            bias[i] = i % 3 == 0 ? 0.0f : std::log((float) (1 + rng() % 3000)); // none, or as many cells as a long range
+        }
+        ggml_backend_tensor_set(b, bias.data(), 0, ggml_nbytes(b));
+    }
     const std::vector<float> kf = get_floats(k);
     const std::vector<float> vf = get_floats(v);
     // rows outside of the ranges must not be read
@@ -157,12 +176,19 @@ static bool test_attend(const attend_case & c) {
     double ref = 0.0;
     std::vector<float> first;
     for (int n_threads : { 1, 2, 3, 7 }) {
-        g.run(n_threads);
+        if (cuda && n_threads > 2) {
+            break;
+        }
+        if (cuda) {
+            cuda_on_cpu_compute(out->view_src, n_threads == 2);
+        } else {
+            g.run(n_threads);
+        }
         const std::vector<float> got = get_floats(out);
         if (first.empty()) {
             first = got;
         } else if (memcmp(first.data(), got.data(), got.size()*sizeof(float)) != 0) {
-            printf("  differs with %d threads\n", n_threads);
+            printf(cuda ? "  depends on the order of the threads\n" : "  differs with %d threads\n", n_threads);
             return false;
         }
     }
@@ -180,7 +206,7 @@ static bool test_attend(const attend_case & c) {
                         dot += (double) qh[d]*kf[(size_t) (ranges[2*i] + j)*c.D + d];
                     }
                     dot *= state.scale;
-                    s[j] = c.softcap > 0.0f ? c.softcap*std::tanh(dot/c.softcap) : dot;
+                    s[j] = (c.softcap > 0.0f ? c.softcap*std::tanh(dot/c.softcap) : dot) + (j == 0 ? bias[i] : 0.0);
                     m = std::max(m, s[j]);
                 }
                 double sum = 0.0;
@@ -409,8 +435,29 @@ int main(int argc, char ** argv) {
                 add({ kernel, type, 64, 7, { 9, 300, 140, 10, 20, 131 }, 3, n_tps });
             }
             add({ kernel, type, 64, 4, { 5, 300 }, 1, 1, 30.0f });
+            for (int n_tps : { 1, 3, 9 }) {
+                add({ kernel, type, 64, 4, { 9, 1, 140, 0, 20, 131, 3, 300, 2 }, 3, n_tps, 0.0f, true });
+            }
+            add({ kernel, type, 128, 7, { 5, 300, 257 }, 1, 1, 30.0f, true });
         }
     }
+    for (ggml_type type : { GGML_TYPE_F16, GGML_TYPE_BF16, GGML_TYPE_Q8_0 }) {
+        for (int D : { 64, 80, 96, 128, 256 }) {
+            if (D % ggml_blck_size(type) == 0) {
+                for (int G : { 1, 4, 7 }) {
+                    add({ "cuda", type, D, G, lens[(D + G) % 2] });
+                }
+            }
+        }
+        add({ "cuda", type, 64, 12, { 3, 3000 } }); // skew, and a group of more queries than a block takes
+        add({ "cuda", type, 128, 4, { 127, 0, 129, 0, 0, 385, 1, 1, 0, 2, 31, 255, 256, 257, 128, 1, 7 } , 17 }); // 17 sequences
+        for (int n_tps : { 2, 5 }) {
+            add({ "cuda", type, 64, 7, { 9, 300, 140, 10, 20, 131 }, 3, n_tps, 0.0f, true });
+        }
+        add({ "cuda", type, 64, 4, { 5, 300 }, 1, 1, 30.0f, true });
+    }
+    add({ "cuda", GGML_TYPE_F16, 64, 4, std::vector<int>(40, 3), 20, 1, 0.0f, true }); // more ranges than a warp has lanes
+    add({ "cuda", GGML_TYPE_F16, 64, 4, { 7, 130 }, 1, 1030 });                        // so many tokens that ranges are not cut
     for (int n_prefix : { 1, 2, 31, 257, 5000 }) {
         for (bool ties : { false, true }) {
             cases.push_back({ "select,n=" + std::to_string(n_prefix) + ",ties=" + std::to_string(ties), [=]() { return test_select(n_prefix, 6, 8, ties); } });

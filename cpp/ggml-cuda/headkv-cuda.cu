@@ -1,0 +1,30 @@
+#include "headkv-cuda.h"
+
+#include "headkv-attend.cuh"
+#include "headkv-op.h"
+
+#include "common.cuh"
+
+bool headkv_cuda_supports(const ggml_tensor * op) {
+    switch (headkv_op_get(op).kind) {
+        case HEADKV_OP_ATTEND: return headkv::attend_supports(op);
+        default:               return false;
+    }
+}
+
+bool headkv_cuda_compute(ggml_backend_cuda_context & ctx, ggml_tensor * dst) {
+    if (!headkv_cuda_supports(dst)) {
+        return false;
+    }
+    switch (headkv_op_get(dst).kind) {
+        case HEADKV_OP_ATTEND:
+            {
+                ggml_cuda_pool_alloc<char> scratch(ctx.pool(), headkv::attend_scratch(dst));
+                headkv::attend_run(dst, (float *) scratch.get(), ctx.stream());
+            } break;
+        default:
+            return false;
+    }
+    CUDA_CHECK(cudaGetLastError());
+    return true;
+}

@@ -1,0 +1,43 @@
+// Parameters of our ops. They ride on GGML_OP_CUSTOM and lie at the end of op_params, behind what ggml_custom_4d() puts
+// there, so that a backend can know an op and run it by itself. What the op means is said where it is built; the CPU
+// callback is its definition.
+#pragma once
+
+#include "ggml.h"
+
+#include <cstdint>
+#include <cstring>
+
+enum headkv_op_kind : int32_t {
+    HEADKV_OP_NONE   = 0,
+    HEADKV_OP_ATTEND = 1, // headkv-attend.h
+    HEADKV_OP_SCORE  = 2, // headkv-stages.h
+    HEADKV_OP_SELECT = 3, // same
+};
+
+struct headkv_op {
+    static constexpr uint32_t TAG = 0x564b4448;
+
+    uint32_t       tag  = TAG;
+    headkv_op_kind kind = HEADKV_OP_NONE;
+
+    float   scale       = 1.0f; // attend, score: of the dot products
+    float   softcap     = 0.0f; // same, 0 = none
+    int32_t n_window    = 0;    // score, select
+    int32_t pool        = 0;    // score: headkv_pool
+    int32_t pool_kernel = 1;    // score
+};
+
+// what ggml_custom_4d() takes: a function, the number of tasks, a pointer
+static_assert(2*sizeof(void *) + sizeof(int64_t) + sizeof(headkv_op) <= GGML_MAX_OP_PARAMS, "no room for the parameters");
+
+inline void headkv_op_set(ggml_tensor * t, const headkv_op & op) {
+    memcpy((char *) t->op_params + GGML_MAX_OP_PARAMS - sizeof(op), &op, sizeof(op));
+}
+
+// kind NONE: not ours
+inline headkv_op headkv_op_get(const ggml_tensor * t) {
+    headkv_op op;
+    memcpy(&op, (const char *) t->op_params + GGML_MAX_OP_PARAMS - sizeof(op), sizeof(op));
+    return t->op == GGML_OP_CUSTOM && op.tag == headkv_op::TAG ? op : headkv_op();
+}

@@ -1,0 +1,346 @@
+// Saved sequences: what llama_state_*() write and read of a ragged cache. Numbers as they are in memory.
+//
+//   u32 magic, u32 version, u32 kind (1 = one sequence, 2 = the whole context)
+//   u64 fingerprint of the model; u32 type_k, u32 type_v, u32 layers; of each layer: i32 il, n_head, n_head_kv, n_embd_head
+//   u32 sequences; of each one:
+//     u32 seq_id, i32 n_pos, n_prompt, n_whole, u32 kv_size
+//     of each layer and KV head: u32 n_kept, i32 pos[n_kept], rows of K and then of V, [n_kept + n_pos - n_prompt]
+//   u64 checksum of all that
+//
+// A sequence is saved when it is compressed; one that is being read cannot be. Everything is read, bounded by what the context
+// can hold and in steps, so that a length that lies allocates no more than the file has, and checked before the store changes.
+// A sequence that could not be restored is empty.
+
+#include "llama-kv-cache-ragged.h"
+
+#include "llama-context.h"
+#include "llama-impl.h"
+#include "llama-io.h"
+#include "llama-model.h"
+
+#include <algorithm>
+#include <map>
+#include <stdexcept>
+
+static constexpr uint32_t STATE_MAGIC   = 0x76736b68; // "hksv"
+static constexpr uint32_t STATE_VERSION = 1;
+
+enum state_kind_t : uint32_t { STATE_SEQUENCE = 1, STATE_CONTEXT = 2 };
+
+namespace {
+
+// FNV-1a
+struct checksum_t {
+    uint64_t value = 0xcbf29ce484222325;
+
+    void add(const void * data, size_t n_bytes) {
+        for (size_t i = 0; i < n_bytes; ++i) {
+            value = (value ^ ((const uint8_t *) data)[i])*0x100000001b3;
+        }
+    }
+    template <typename T>
+    void add(const T & x) {
+        add(&x, sizeof(x));
+    }
+};
+
+struct writer_t {
+    llama_io_write_i & io;
+    checksum_t sum;
+    std::vector<uint8_t> raw;
+
+    void bytes(const void * data, size_t n_bytes) {
+        sum.add(data, n_bytes);
+        io.write(data, n_bytes);
+    }
+    template <typename T>
+    void number(const T & x) {
+        bytes(&x, sizeof(x));
+    }
+    void rows(const ggml_tensor * t, uint32_t off, uint32_t n_rows) {
+        raw.resize(n_rows*t->nb[1]);
+        if (n_rows > 0) {
+            ggml_backend_tensor_get(t, raw.data(), off*t->nb[1], raw.size());
+        }
+        bytes(raw.data(), raw.size());
+    }
+};
+
+struct reader_t {
+    llama_io_read_i & io;
+    checksum_t sum;
+
+    void bytes(void * data, size_t n_bytes) {
+        io.read(data, n_bytes);
+        sum.add(data, n_bytes);
+    }
+    template <typename T>
+    T number() {
+        T x;
+        bytes(&x, sizeof(x));
+        return x;
+    }
+    template <typename T>
+    std::vector<T> array(size_t n) {
+        const size_t n_step = (64 << 10)/sizeof(T);
+        std::vector<T> res;
+        while (res.size() < n) {
+            const size_t n_have = res.size();
+            res.resize(n_have + std::min(n_step, n - n_have));
+            bytes(res.data() + n_have, (res.size() - n_have)*sizeof(T));
+        }
+        return res;
+    }
+    template <typename T>
+    void expect(T value, const char * what) {
+        const T x = number<T>();
+        if (x != value) {
+            throw std::runtime_error(format("%s is %lld, that of this context is %lld", what, (long long) x, (long long) value));
+        }
+    }
+};
+
+struct saved_head {
+    std::vector<int32_t> pos;
+    std::vector<uint8_t> k, v; // rows
+};
+
+struct saved_seq {
+    llama_seq_id seq_id;
+    llama_kv_cache_ragged::seq_t seq;
+    std::vector<std::vector<saved_head>> heads; // [i_layer][ih]
+};
+
+} // namespace
+
+// What a cell depends on besides the tokens. Of the weights, the vectors and the beginning of the token embeddings are looked at:
+// they have one form on all devices, while backends rearrange matrices.
+static uint64_t make_fingerprint(const llama_model & model, const llama_cparams & cparams) {
+    checksum_t sum;
+    std::map<std::string, std::string> keys(model.gguf_kv.begin(), model.gguf_kv.end());
+    for (const auto & [key, value] : keys) {
+        if (key.find(".head_importance") == std::string::npos) { // it can be added later
+            sum.add(key.data(),   key.size() + 1);
+            sum.add(value.data(), value.size() + 1);
+        }
+    }
+    sum.add(llama_model_n_params(&model));
+    sum.add(llama_model_size(&model));
+    std::vector<uint8_t> raw;
+    for (const auto & [name, t] : model.tensors_by_name) {
+        if ((ggml_is_vector(t) || t == model.tok_embd) && t->buffer) {
+            raw.resize(std::min<size_t>(ggml_nbytes(t), 4096));
+            ggml_backend_tensor_get(t, raw.data(), 0, raw.size());
+            sum.add(raw.data(), raw.size());
+        }
+    }
+    for (float x : { cparams.rope_freq_base, cparams.rope_freq_scale, cparams.yarn_ext_factor, cparams.yarn_attn_factor,
+            cparams.yarn_beta_fast, cparams.yarn_beta_slow }) {
+        sum.add(x);
+    }
+    sum.add(cparams.n_ctx_orig_yarn);
+    sum.add(cparams.rope_scaling_type);
+    return sum.value;
+}
+
+uint64_t llama_kv_cache_ragged::get_fingerprint() const {
+    if (!fingerprint) {
+        fingerprint = make_fingerprint(model, cparams);
+    }
+    return fingerprint;
+}
+
+void llama_kv_cache_ragged::state_write(llama_io_write_i & io, llama_seq_id seq_id, llama_state_seq_flags flags) const {
+    GGML_UNUSED(flags); // there is no part of it that could be left out, and no device where it is faster to keep
+
+    const auto refuse = [this](const std::string & why) {
+        fail(format("the state cannot be saved: %s", why.c_str()));
+        throw std::runtime_error(error_msg);
+    };
+    if (seq_id >= (llama_seq_id) seqs.size()) {
+        refuse(format("sequence %d, it must be in [0, %zu)", seq_id, seqs.size()));
+    }
+    std::vector<llama_seq_id> ids;
+    for (llama_seq_id s = 0; s < (llama_seq_id) seqs.size(); ++s) {
+        const bool is_empty = seqs[s].state == EMPTY && !is_reading(s);
+        if (is_empty || (seq_id >= 0 && s != seq_id)) {
+            continue;
+        }
+        if (seqs[s].state != STORED) {
+            refuse(format("the prompt of sequence %d is not compressed, call headkv_end_prompt() first", s));
+        }
+        ids.push_back(s);
+    }
+
+    writer_t to = { io, {}, {} };
+    to.number(STATE_MAGIC);
+    to.number(STATE_VERSION);
+    to.number(seq_id < 0 ? STATE_CONTEXT : STATE_SEQUENCE);
+    to.number(get_fingerprint());
+    to.number((uint32_t) type_k);
+    to.number((uint32_t) type_v);
+    to.number((uint32_t) store.layers.size());
+    for (const auto & layer : store.layers) {
+        for (int32_t x : { layer.il, layer.n_head, layer.n_head_kv, layer.n_embd_head }) {
+            to.number(x);
+        }
+    }
+    to.number((uint32_t) ids.size());
+    for (llama_seq_id s : ids) {
+        const seq_t & seq = seqs[s];
+        to.number((uint32_t) s);
+        to.number(seq.n_pos);
+        to.number(seq.n_prompt);
+        to.number(seq.n_whole);
+        to.number(seq.kv_size);
+        for (const auto & layer : store.layers) {
+            for (const auto & range : layer.ranges[s]) {
+                const uint32_t n_rows = range.n_kept + (seq.n_pos - seq.n_prompt);
+                to.number(range.n_kept);
+                to.bytes(range.pos.data(), range.pos.size()*sizeof(range.pos[0]));
+                to.rows(layer.k, range.off, n_rows);
+                to.rows(layer.v, range.off, n_rows);
+            }
+        }
+    }
+    const uint64_t sum = to.sum.value;
+    to.number(sum);
+}
+
+// one sequence; throws when it is not what a compression could have left
+static saved_seq read_seq(reader_t & from, const headkv_store & store, uint32_t n_ctx_seq) {
+    saved_seq res;
+    auto & seq = res.seq;
+    res.seq_id   = (llama_seq_id) from.number<uint32_t>();
+    seq.n_pos    = from.number<llama_pos>();
+    seq.n_prompt = from.number<llama_pos>();
+    seq.n_whole  = from.number<llama_pos>();
+    seq.kv_size  = from.number<uint32_t>();
+    seq.state    = llama_kv_cache_ragged::STORED;
+    if (seq.n_pos > (llama_pos) n_ctx_seq) {
+        throw std::runtime_error(format("it holds %d tokens: use a context of at least as many, n_ctx is %u", seq.n_pos, n_ctx_seq));
+    }
+    const bool ok = 0 < seq.n_prompt && seq.n_prompt <= seq.n_pos && 0 <= seq.n_whole && seq.n_whole <= seq.n_prompt;
+    if (!ok) {
+        throw std::runtime_error("it is damaged (tokens)");
+    }
+    for (const auto & layer : store.layers) {
+        auto & heads = res.heads.emplace_back(layer.n_head_kv);
+        for (auto & head : heads) {
+            const uint32_t n_kept = from.number<uint32_t>();
+            if (n_kept < (uint32_t) seq.n_whole || n_kept > (uint32_t) seq.n_prompt) {
+                throw std::runtime_error("it is damaged (cells)");
+            }
+            const size_t n_rows = n_kept + (seq.n_pos - seq.n_prompt);
+            head.pos = from.array<int32_t>(n_kept);
+            head.k   = from.array<uint8_t>(n_rows*ggml_row_size(layer.type_k, layer.n_embd_head));
+            head.v   = from.array<uint8_t>(n_rows*ggml_row_size(layer.type_v, layer.n_embd_head));
+            for (uint32_t i = 0; i < n_kept; ++i) {
+                const int32_t pos = head.pos[i];
+                const bool whole = i + seq.n_whole < n_kept || pos == seq.n_prompt - (int32_t) (n_kept - i);
+                const bool misses = (llama_pos) n_kept - 1 < seq.n_prompt; // so that the first cell can stand for them
+                if (pos < (i > 0 ? head.pos[i - 1] + 1 : misses ? -1 : 0) || pos >= seq.n_prompt || !whole) {
+                    throw std::runtime_error("it is damaged (positions)");
+                }
+            }
+        }
+    }
+    return res;
+}
+
+static void put_layer(headkv_store & store, headkv_store_layer & layer, llama_seq_id seq_id, const std::vector<saved_head> & heads,
+        uint32_t n_tail, uint32_t n_buckets) {
+    std::vector<uint32_t> n_kept;
+    for (const auto & head : heads) {
+        n_kept.push_back((uint32_t) head.pos.size());
+    }
+    store.relayout(layer, seq_id, n_kept, n_tail, n_buckets, {});
+    for (size_t ih = 0; ih < heads.size(); ++ih) {
+        auto & range = layer.ranges[seq_id][ih];
+        range.pos = heads[ih].pos;
+        if (!heads[ih].k.empty()) {
+            ggml_backend_tensor_set(layer.k, heads[ih].k.data(), range.off*layer.k->nb[1], heads[ih].k.size());
+            ggml_backend_tensor_set(layer.v, heads[ih].v.data(), range.off*layer.v->nb[1], heads[ih].v.size());
+        }
+    }
+}
+
+void llama_kv_cache_ragged::state_read(llama_io_read_i & io, llama_seq_id seq_id, llama_state_seq_flags flags) {
+    GGML_UNUSED(flags);
+    const bool one = seq_id >= 0;
+    try {
+        if (seq_id >= (llama_seq_id) seqs.size()) {
+            throw std::runtime_error(format("sequence %d: it must be in [0, %zu)", seq_id, seqs.size()));
+        }
+        if (one) {
+            seq_rm(seq_id, -1, -1);
+        } else {
+            clear(true);
+            release_idle_stage();
+            release_idle_store();
+        }
+
+        reader_t from = { io, {} };
+        if (from.number<uint32_t>() != STATE_MAGIC) {
+            throw std::runtime_error("it is not one of a compressed cache");
+        }
+        from.expect(STATE_VERSION, "its version");
+        if (from.number<uint32_t>() != (one ? STATE_SEQUENCE : STATE_CONTEXT)) {
+            throw std::runtime_error(one ? "it is one of a whole context, not of a sequence" : "it is one of a sequence, not of a whole context");
+        }
+        const uint64_t fingerprint = from.number<uint64_t>();
+        from.expect((uint32_t) type_k, "its type of K");
+        from.expect((uint32_t) type_v, "its type of V");
+        from.expect((uint32_t) store.layers.size(), "its number of layers");
+        for (const auto & layer : store.layers) {
+            from.expect(layer.il,          "a layer of it");
+            from.expect(layer.n_head,      "its number of heads");
+            from.expect(layer.n_head_kv,   "its number of KV heads");
+            from.expect(layer.n_embd_head, "its size of a head");
+        }
+        if (fingerprint != get_fingerprint()) {
+            throw std::runtime_error("it is one of another model, or of this one with another rotary embedding");
+        }
+        const uint32_t n_seqs = from.number<uint32_t>();
+        if (n_seqs > (one ? 1 : seqs.size())) {
+            throw std::runtime_error(format("it holds %u sequences: use a context of at least as many, n_seq_max is %zu", n_seqs, seqs.size()));
+        }
+        std::vector<saved_seq> saved;
+        std::vector<bool> seen(seqs.size(), false);
+        for (uint32_t i = 0; i < n_seqs; ++i) {
+            saved.push_back(read_seq(from, store, n_ctx_seq));
+            llama_seq_id & s = saved.back().seq_id;
+            s = one ? seq_id : s;
+            if (s < 0 || s >= (llama_seq_id) seqs.size() || seen[s]) {
+                throw std::runtime_error(format("it has sequence %d: it must be in [0, %zu), and there once", s, seqs.size()));
+            }
+            seen[s] = true;
+        }
+        const uint64_t sum = from.sum.value;
+        if (from.number<uint64_t>() != sum) {
+            throw std::runtime_error("it is damaged (checksum)");
+        }
+
+        if (lctx) {
+            lctx->synchronize(); // buffers are about to be replaced
+        }
+        for (const auto & it : saved) {
+            const uint32_t n_tail = std::max<uint32_t>(cfg->n_tail, it.seq.n_pos - it.seq.n_prompt);
+            for (size_t i = 0; i < store.layers.size(); ++i) {
+                put_layer(store, store.layers[i], it.seq_id, it.heads[i], n_tail, cfg->n_buckets);
+            }
+            seqs[it.seq_id] = it.seq;
+            seqs[it.seq_id].n_tail = n_tail;
+        }
+    } catch (const std::exception & e) {
+        if (one && seq_id < (llama_seq_id) seqs.size()) {
+            seqs[seq_id] = seq_t();
+            drop_seq(seq_id);
+        } else if (!one) {
+            clear(true);
+        }
+        release_idle_store();
+        fail(format("the state cannot be restored: %s", e.what()));
+        throw;
+    }
+}
