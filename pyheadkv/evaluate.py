@@ -32,7 +32,7 @@ from .gguf_keys import check_beta
 from .inspect import model_path
 from .journal import Journal, commit, machine, sha256
 from .llama import Llama, cells_in
-from .options import BY_IMPORTANCE, FULL, POLICIES, POOLS, Options, check_choice, check_int, parse_bytes
+from .options import BY_ALL_TOKENS, BY_IMPORTANCE, FULL, POLICIES, POOLS, Options, check_choice, check_int, parse_bytes
 from .quiz import Ask, TaskOptions, Turn
 from .tasks import TASKS, make_task
 from .trial import Held, Setting, Trial
@@ -73,21 +73,28 @@ class Worker:
 
     def __init__(self, job: Job) -> None:
         self.job = job
-        n_ctx = round_n_ctx(max(task.n_tokens + max(N_ROOM, n_answer(task)) for task in job.tasks))
-        self.llm = Llama(
-            job.model,
-            kv_size=64,
-            policy="snapkv",
-            keep_prompt=True,
-            n_ctx=n_ctx,
-            n_threads=job.n_threads,
-            n_threads_batch=job.n_threads,
-            n_gpu_layers=job.n_gpu_layers,
-            verbose=False,
-            **job.keep,
-        )
-        self.trial = Trial(self.llm)
+        self.trials: dict[str, Trial] = {}  # by policy, "" = any that can look at a prompt afterwards
+        self.llm = self.trial(Setting()).llm
         self.tasks = [make_task(self.llm, options) for options in job.tasks]
+
+    def trial(self, setting: Setting) -> Trial:
+        """Where prompts are read for a setting."""
+        policy = setting.policy if setting.policy in BY_ALL_TOKENS else ""
+        if policy not in self.trials:
+            job = self.job
+            self.trials[policy] = Trial(Llama(
+                job.model,
+                kv_size=64,
+                policy=policy or "snapkv",
+                keep_prompt=True,
+                n_ctx=round_n_ctx(max(task.n_tokens + max(N_ROOM, n_answer(task)) for task in job.tasks)),
+                n_threads=job.n_threads,
+                n_threads_batch=job.n_threads,
+                n_gpu_layers=job.n_gpu_layers,
+                verbose=False,
+                **job.keep,
+            ))  # fmt: skip
+        return self.trials[policy]
 
     def run(self, i_task: int, i_quiz: int) -> dict[str, Any]:
         """All answers about one context: one line of the output."""
@@ -110,27 +117,29 @@ class Worker:
         for i_ask, ask in enumerate(asks):
             rest = (ask.prompt[-1], *ask.more)
             for setting in self.job.settings:
-                held = self.trial.compress(setting, ask.prompt)
-                self.trial.go_on(len(ask.prompt) - 1, rest)
+                trial = self.trial(setting)
+                held = trial.compress(setting, ask.prompt)
+                trial.go_on(len(ask.prompt) - 1, rest)
                 yield from self._answers(i_ask, ask, rest[-1], setting, held, stop)
 
     def _answers(self, i_ask: int, ask: Ask, last: int, setting: Setting, held: Held, stop: frozenset[int]) -> Iterator[Answer]:
         """To a question and to those that follow it in the same chat."""
         number = i_ask * (1 + len(ask.turns))
-        said = self.trial.generate(last, ask.n_steps, stop=stop)
-        yield Answer(number, ask, self.llm.n_tokens, setting, held, said)
+        trial = self.trial(setting)
+        said = trial.generate(last, ask.n_steps, stop=stop)
+        yield Answer(number, ask, trial.llm.n_tokens, setting, held, said)
         for k, turn in enumerate(ask.turns, start=1):
-            self.trial.say(turn.prompt)
-            said = self.trial.generate(turn.prompt[-1], turn.n_steps, stop=stop)
-            yield Answer(number + k, turn, self.llm.n_tokens, setting, held, said)
+            trial.say(turn.prompt)
+            said = trial.generate(turn.prompt[-1], turn.n_steps, stop=stop)
+            yield Answer(number + k, turn, trial.llm.n_tokens, setting, held, said)
 
     def _agnostic(self, asks: Sequence[Ask], stop: frozenset[int]) -> Iterator[Answer]:
         for setting in self.job.settings:
             for i_ask, ask in enumerate(asks):
                 if i_ask == 0 or ask.prompt[: ask.n_context] != asks[i_ask - 1].prompt[: ask.n_context]:
-                    held = self.trial.compress(setting, ask.prompt[: ask.n_context])
+                    held = self.trial(setting).compress(setting, ask.prompt[: ask.n_context])
                 rest = (*ask.prompt[ask.n_context :], *ask.more)
-                self.trial.go_on(ask.n_context, rest)
+                self.trial(setting).go_on(ask.n_context, rest)
                 yield from self._answers(i_ask, ask, rest[-1], setting, held, stop)
 
 
@@ -221,7 +230,7 @@ def make_settings(args: argparse.Namespace, model: Path, *, n_ctx: int) -> tuple
     for policy, amount, pool, beta, file in product(policies, _amounts(args, model, n_ctx=n_ctx), pools, betas, files):
         if policy == FULL:
             continue
-        by_importance, by_score = policy in BY_IMPORTANCE, policy != "streaming"
+        by_importance, by_score = policy in BY_IMPORTANCE, policy not in ("streaming", "h2o", "razor")
         setting = replace(amount, policy=policy, pool=pool if by_score else "")
         out.append(replace(setting, beta=beta, importance=file) if by_importance else setting)
     return tuple(dict.fromkeys(out))

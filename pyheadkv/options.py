@@ -20,6 +20,7 @@ from .gguf_keys import Importance
 POLICIES = ("headkv", "snapkv", "streaming", "pyramidkv", "adakv", "headkv+adakv", "criticalkv", "h2o", "razor")
 FULL = "full"  # not one of them: the stock cache
 BY_IMPORTANCE = ("headkv", "headkv+adakv", "razor")  # policies that need the importance of the heads
+BY_ALL_TOKENS = ("h2o",)  # policies that look at a prompt while it is read: their context is made for them
 POOLS = {"max": 0, "avg": 1}
 ATTENDS = {"auto": 0, "fused": 1, "composed": 2}
 SURPLUSES = {"lost": 0, "redistribute": 1}

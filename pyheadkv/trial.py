@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .llama import n_common
-from .options import BY_IMPORTANCE, FULL, load_importance
+from .options import BY_ALL_TOKENS, BY_IMPORTANCE, FULL, load_importance
 
 if TYPE_CHECKING:
     from .gguf_keys import Importance
@@ -80,7 +80,7 @@ class Trial:
 
     Parameters
     ----------
-    llm : made with ``keep_prompt=True``
+    llm : made with ``keep_prompt=True``, and with the policy of the settings if it is one of ``BY_ALL_TOKENS``
     """
 
     def __init__(self, llm: Llama) -> None:
@@ -88,6 +88,7 @@ class Trial:
             raise ValueError("keep_prompt=False: a trial needs Llama(..., kv_size=N, keep_prompt=True)")
         self.llm = llm
         self.window: int = llm.kv_options.window
+        self._by_all_tokens = llm.kv_options.policy in BY_ALL_TOKENS
         self._tokens: list[int] = []  # what is there uncompressed
         self._unread: list[int] = []  # last token of an answer that was not stopped
         self._loaded: dict[str, Importance | None] = {}
@@ -98,10 +99,11 @@ class Trial:
         self.restore()
         n = n_common(self._tokens, tokens)
         if n < len(self._tokens):
-            # a compression needs the queries of the last tokens, which are those that were read last
-            n = min(n, max(0, len(tokens) - self.window))
+            # a compression needs the queries of the last tokens, or of all, which are those that were read last
+            n = 0 if self._by_all_tokens else min(n, max(0, len(tokens) - self.window))
             self._truncate(n)
-        self.llm.eval(list(tokens[n:]))
+        if n < len(tokens):
+            self.llm.eval(list(tokens[n:]))
         self._tokens = list(tokens)
 
     def compress(self, setting: Setting, prompt: Sequence[int]) -> Held:
@@ -125,7 +127,6 @@ class Trial:
         The last one is the first argument of ``generate`` or ``surprise``.
         """
         self._truncate(n)
-        del self._tokens[n:]  # their queries are gone
         if len(tokens) > 1:
             self.llm.eval(list(tokens[:-1]))
 

@@ -57,16 +57,18 @@ def fresh(path: Path, setting: Setting, prompt: list[int], rest: list[int]) -> t
     return logits(llm), positions(llm)
 
 
-def test_a_trial_gives_what_fresh_contexts_give(make_model: MakeModel) -> None:
+@pytest.mark.parametrize(("policy", "settings"), [("snapkv", SETTINGS), ("h2o", [Setting("h2o", 24), Setting(), Setting("h2o", 64), Setting("razor", 24)])],
+                         ids=["any", "all tokens"])
+def test_a_trial_gives_what_fresh_contexts_give(policy: str, settings: list[Setting], make_model: MakeModel) -> None:
     """Whatever was compressed before; prompts share beginnings of any length.
 
     They are read in other ubatches, so a cell may differ where two scores are equal but for rounding.
     """
     path, shared = make_model(SHAPE), tokens(256, seed=3)
     prompts = [[*shared, *tokens(n, seed=n)] for n in (30, 3, 64)] + [shared[:200], tokens(90, seed=8)]
-    trial = Trial(load(path, kv_size=64, policy="snapkv", keep_prompt=True, n_ubatch=512))
+    trial = Trial(load(path, kv_size=64, policy=policy, keep_prompt=True, n_ubatch=512))
     for prompt in prompts:
-        for setting in SETTINGS:
+        for setting in settings:
             trial.compress(setting, prompt)
             for rest in ([prompt[-1], 5, 6], [prompt[-1], 9]):
                 trial.go_on(len(prompt) - 1, rest)
