@@ -26,6 +26,16 @@ ggml_tensor * headkv_build_window(ggml_context * ctx, ggml_tensor * q_cur, ggml_
 ggml_tensor * headkv_build_score(ggml_context * ctx, ggml_cgraph * gf, ggml_tensor * q, ggml_tensor * k, ggml_tensor * mask,
         float scale, float softcap, headkv_pool pool, int pool_kernel);
 
+// The same for all heads of a layer, without the probabilities [n_kv, n_window, n_head]: the first of two ops leaves the
+// largest logit and the sum of exponentials of each chunk of keys, F32 [2, n_query, n_chunk, n_head_kv], the second takes
+// the scores from them. Accumulation is in F32 and independent of the number of threads.
+//   q     F32 [n_embd_head, n_head, n_window] queries in position order
+//   k         [n_embd_head*n_head_kv, n_cells] staged keys of the layer
+//   cells I32 [n_kv] cell of each position, the window last
+// Returns F32 [n_kv - n_window, n_head_kv].
+ggml_tensor * headkv_build_score_fused(ggml_context * ctx, ggml_tensor * q, ggml_tensor * k, ggml_tensor * cells,
+        float scale, float softcap, headkv_pool pool, int pool_kernel);
+
 // L1 norm of what each value adds to the output of the layer, per unit of attention, mean over the query heads of a group.
 //   v        [n_embd_head, n] values of one KV head
 //   wo   F32 [n_embd_head, n_embd*n_group] output matrix of its query heads
