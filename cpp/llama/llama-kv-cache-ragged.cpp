@@ -438,6 +438,7 @@ bool llama_kv_cache_ragged::seq_rm(llama_seq_id seq_id, llama_pos p0, llama_pos 
         stage->clear(false);
         seq = seq_t();
         release_idle_stage();
+        release_idle_store();
         return p0 == 0;
     }
     if (seq.state == STORED && p0 > 0) {
