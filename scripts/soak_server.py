@@ -24,8 +24,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import pyheadkv
 from llama_server import DIRECTLY, Server, running
+
+import pyheadkv
 from pyheadkv import Llama, needle
 
 N_CTX, KV_SIZE, SIZES, N_PREDICT = 2048, 128, (32, 64), 12
@@ -49,8 +50,9 @@ class Expected:
                      for i in range(n_prompts)]
         self.messages = [document.messages() for document in documents]
         self.answers: dict[tuple[str, int], Any] = {}
-        for what, options in {"completion": {}, "protected": {"protect": [(0, 60)]}, "whole": {"kv_size": N_CTX},
-                              **{f"sized {n}": {"kv_size": n} for n in SIZES}}.items():
+        settings: dict[str, dict[str, Any]] = {"completion": {}, "protected": {"protect": [(0, 60)]}, "whole": {"kv_size": N_CTX}}
+        settings.update({f"sized {n}": {"kv_size": n} for n in SIZES})
+        for what, options in settings.items():
             llm = Llama(pyheadkv.embedded_model(), n_ctx=N_CTX, n_batch=512, n_ubatch=512, n_threads=threads, n_threads_batch=threads, verbose=False,
                         **{"kv_size": KV_SIZE, **options})
             self.prompts = [list(llm.tokenize(document.prompt().encode())) for document in documents]
@@ -93,7 +95,7 @@ class Soak:
             what = rng.choice(KINDS)
             try:
                 wrong = self.one(what, rng)
-            except Exception as e:  # noqa: BLE001: any of them is a finding
+            except Exception as e:  # any of them is a finding
                 wrong = f"{type(e).__name__}: {e}"
             with self.lock:
                 self.counts[what] += 1
@@ -204,7 +206,8 @@ def main() -> int:
         f"{n} requests from {args.clients} clients to {args.slots} slots in {seconds:.0f} s, {compressions:.0f} prompts compressed "
         f"({platform.machine()}, {args.threads} threads, commit {commit}, `python scripts/soak_server.py {' '.join(sys.argv[1:])}`)", "",
         "| request | number |", "|---|---|", *(f"| {what} | {count} |" for what, count in sorted(soak.counts.items())), "",
-        f"crashed: {crashed}; wrong answers: {len(soak.wrong)}; left at the end: {left or 'nothing'}; the openai client took part: {soak.openai is not None}",
+        f"crashed: {crashed}; wrong answers: {len(soak.wrong)}; left at the end: {left or 'nothing'}; "
+        f"the openai client took part: {soak.openai is not None}",
         "", f"resident memory of no file, largest: {first / 2**20:.1f} MiB after the first quarter, {last / 2**20:.1f} MiB at the end",
         "", *soak.wrong[:20],
     ]
