@@ -16,11 +16,10 @@ import time
 from pathlib import Path
 
 import numpy as np
-from bench_decode import machine
 
 from pyheadkv import _lib
 from pyheadkv.gguf_keys import Importance
-from pyheadkv.journal import commit
+from pyheadkv.journal import commit, machine
 from pyheadkv.options import Options
 from pyheadkv.testing import random_importance
 

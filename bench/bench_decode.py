@@ -18,8 +18,6 @@ import argparse
 import csv
 import json
 import multiprocessing as mp
-import os
-import platform
 import statistics
 import sys
 import time
@@ -30,7 +28,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from pyheadkv.journal import commit
+from pyheadkv.journal import commit, machine
 
 ROOT = Path(__file__).resolve().parents[1]
 IMPORTANCE = ROOT / "tests" / "golden" / "head_mean_llama3_8b_r2.json"
@@ -128,15 +126,6 @@ class Worker:
     def stop(self) -> None:
         self.conn.send(("stop", 0))
         self.process.join()
-
-
-def machine() -> str:
-    """Name of the processor and the number of usable cores."""
-    name = platform.processor() or platform.machine()
-    info = Path("/proc/cpuinfo")
-    if info.is_file():
-        name = next((line.split(":")[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")), name)
-    return f"{name}, {len(os.sched_getaffinity(0))} cores"
 
 
 def measure(args: argparse.Namespace) -> list[dict[str, Any]]:

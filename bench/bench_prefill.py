@@ -19,10 +19,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from bench_decode import machine, make_model
+from bench_decode import make_model
 from tqdm import tqdm
 
-from pyheadkv.journal import commit
+from pyheadkv.journal import commit, machine
 
 KINDS: dict[str, dict[str, Any]] = {
     "stock": {"flash_attn": True},

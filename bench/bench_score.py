@@ -16,11 +16,11 @@ import time
 from pathlib import Path
 
 import numpy as np
-from bench_decode import machine, make_model
+from bench_decode import make_model
 from bench_prefill import status_bytes
 
 from pyheadkv import Llama
-from pyheadkv.journal import commit
+from pyheadkv.journal import commit, machine
 from pyheadkv.score import LlamaReader
 
 N_SPAN = 20  # tokens of the needle

@@ -13,12 +13,10 @@ AMOUNTS = ("kv_size", "kv_ratio", "kv_bytes")
 
 def add_amount_arguments(group: argparse._ActionsContainer, *, several: bool = False) -> None:
     """``--kv-ratio`` and ``--kv-bytes``; ``several``: lists, read by ``split``."""
-    one, metavar = ("each a", "LIST") if several else ("a", None)
-    ratio: dict[str, Any] = {} if several else {"type": float}
-    group.add_argument("--kv-ratio", **ratio, metavar=metavar or "X", help=f"instead of --kv-size: {one} share of each prompt, up to 1")
-    group.add_argument(
-        "--kv-bytes", metavar=metavar or "SIZE", help=f"instead of --kv-size: {one} number of bytes for the cells of all heads, such as 64MiB"
-    )
+    where, ratio = ("beside --kv-size or in its place, ", {}) if several else ("in place of --kv-size, ", {"type": float})
+    share, size = "shares of each prompt, up to 1" if several else "share of each prompt, up to 1", "the cells of all heads, such as 64MiB"
+    group.add_argument("--kv-ratio", **ratio, metavar="LIST" if several else "X", help=where + share)
+    group.add_argument("--kv-bytes", metavar="LIST" if several else "SIZE", help=f"{where}bytes for {size}")
 
 
 def add_keep_arguments(group: argparse._ActionsContainer) -> None:

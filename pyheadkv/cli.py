@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import __version__, demo, evaluate, inspect, plan, score, serve
+from .arguments import add_amount_arguments, add_keep_arguments, keep_kwargs
 from .demo import round_n_ctx, threads_kwargs
 from .inspect import format_bytes, model_path, read_shape
 from .options import POOLS, PREFILLS, check_int
@@ -72,6 +73,8 @@ def add_generate_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _add_cache_arguments(group: argparse._ArgumentGroup) -> None:
     inspect.add_budget_arguments(group, kv_size=None)
+    add_amount_arguments(group)
+    add_keep_arguments(group)
     group.add_argument(
         "--pool", choices=tuple(POOLS), default="max", help="pooling of the scores (default: %(default)s)"
     )
@@ -144,6 +147,8 @@ def _open_model(path: Path, args: argparse.Namespace, *, n_ctx: int) -> Llama:
     return Llama(
         path,
         kv_size=args.kv_size,
+        kv_ratio=args.kv_ratio,
+        kv_bytes=args.kv_bytes,
         policy=args.policy,
         beta=args.beta,
         window=args.window,
@@ -156,6 +161,7 @@ def _open_model(path: Path, args: argparse.Namespace, *, n_ctx: int) -> Llama:
         n_gpu_layers=args.n_gpu_layers,
         seed=args.seed,
         verbose=False,
+        **keep_kwargs(args),
         **threads_kwargs(args.threads),
     )
 
@@ -268,7 +274,7 @@ def _rate(n_tokens: int, seconds: float) -> str:
 
 
 def _kv_summary(llm: Llama, path: Path) -> str:
-    """Bytes of K and V held now and of the same tokens in a full cache."""
+    """Cells of each KV head, bytes of K and V held now, and of the same tokens in a full cache."""
     if llm.kv_options is None:
         try:
             return f"KV cache {format_bytes(llm.n_tokens * read_shape(path).token_bytes)} (full)"
@@ -276,8 +282,9 @@ def _kv_summary(llm: Llama, path: Path) -> str:
             return "KV cache full"
     stats = llm.kv_stats()
     n_held = stats.bytes_store + stats.bytes_staging
+    n_cells = stats.n_cells[stats.n_cells > 0].mean()
     return (
-        f"KV cache {format_bytes(n_held)} held, full {format_bytes(stats.bytes_full)} "
+        f"KV cache {n_cells:.0f} cells per head, {format_bytes(n_held)} held, full {format_bytes(stats.bytes_full)} "
         f"({n_held / max(1, stats.bytes_full):.1%})"
     )
 

@@ -14,12 +14,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import needle
+from .arguments import add_amount_arguments, add_keep_arguments, keep_kwargs, split
 from .inspect import format_bytes, model_path, printable, read_shape
-from .options import check_int
+from .options import FULL, check_int
 
 if TYPE_CHECKING:
     from .llama import Llama
 
+KV_SIZES = "64,128,256"
 N_DECODE = 96  # tokens decoded per question at least, so that the speed can be measured
 N_TAIL = 16  # cells per head that the store grows by; answers are short
 N_CTX_STEP = 256  # tokens, llama.cpp rounds contexts up to it
@@ -28,14 +30,22 @@ MAX_THREADS = 4  # the embedded model is too small for more
 
 @dataclass(frozen=True)
 class Case:
-    """One cache to ask: the full one (``kv_size`` None) or a compressed one."""
+    """One cache to ask: the full one, or a compressed one of which so much is kept.
 
-    policy: str = "full"
-    kv_size: int | None = None
+    Attributes
+    ----------
+    amount : name and value of ``kv_size``, ``kv_ratio`` or ``kv_bytes``
+    """
+
+    policy: str = FULL
+    amount: tuple[str, Any] | None = None
 
     @property
     def label(self) -> str:
-        return "full cache" if self.kv_size is None else f"{self.policy} {self.kv_size}"
+        if self.amount is None:
+            return "full cache"
+        name, value = self.amount
+        return f"{self.policy} {100 * value:g}%" if name == "kv_ratio" else f"{self.policy} {value}"
 
 
 @dataclass(frozen=True)
@@ -63,10 +73,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of ``pyheadkv demo``."""
     parser.add_argument(
         "--kv-size",
-        default="64,128,256",
         metavar="N,N,..",
-        help="mean cells per KV head, window included, one run each (default: %(default)s)",
+        help=f"mean cells per KV head, window included, one run each (default: {KV_SIZES} if no amount is given)",
     )
+    add_amount_arguments(parser, several=True)
+    add_keep_arguments(parser)
     parser.add_argument(
         "--tokens", type=int, default=2048, metavar="N", help="length of a prompt in tokens (default: %(default)s)"
     )
@@ -83,15 +94,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Ask every cache and print one table row each; 1 if the full cache gets fewer than half right."""
-    kv_sizes = _parse_sizes(args.kv_size)
+    amounts, keep = _parse_amounts(args), keep_kwargs(args)
     check_int("--questions", args.questions, 1, 1000)
     path = model_path(None)
     documents = _documents(n_tokens=args.tokens, n_questions=args.questions, seed=args.seed)
-    cases = [Case(), *(Case("headkv", n) for n in kv_sizes), Case("snapkv", kv_sizes[0])]
+    cases = [Case(), *(Case("headkv", amount) for amount in amounts), Case("snapkv", amounts[0])]
     _print_questions(documents, n_tokens=args.tokens)
     full: list[Answer] = []
     for case in cases:
-        answers = ask(path, documents, case=case, n_tokens=args.tokens, n_threads=args.threads)
+        answers = ask(path, documents, case=case, n_tokens=args.tokens, n_threads=args.threads, keep=keep)
         full = full or answers
         _print_row(case, answers, documents)
     n_right = sum(answer.is_right for answer in full)
@@ -118,13 +129,17 @@ def round_n_ctx(n_tokens: int) -> int:
     return -(-n_tokens // N_CTX_STEP) * N_CTX_STEP
 
 
-def _parse_sizes(text: str) -> list[int]:
+def _parse_amounts(args: argparse.Namespace) -> list[tuple[str, Any]]:
+    """Of cells, the fewest first, then shares and bytes."""
+    sizes = KV_SIZES if args.kv_size is None and not args.kv_ratio and not args.kv_bytes else args.kv_size
     try:
-        return sorted({int(part) for part in text.split(",")})
+        amounts: list[tuple[str, Any]] = [("kv_size", n) for n in sorted({int(part) for part in sizes.split(",")})] if sizes is not None else []
+        amounts += [("kv_ratio", float(part)) for part in split(args.kv_ratio)]
     except ValueError:
         raise ValueError(
-            f"--kv-size={text!r}: it must be numbers of cells separated by commas, such as 16,32"
+            f"--kv-size={args.kv_size!r}, --kv-ratio={args.kv_ratio!r}: they must be numbers separated by commas, such as 16,32 or 0.01,0.05"
         ) from None
+    return [*amounts, *(("kv_bytes", part) for part in split(args.kv_bytes))]
 
 
 def _documents(*, n_tokens: int, n_questions: int, seed: int) -> list[needle.Document]:
@@ -140,7 +155,13 @@ def _documents(*, n_tokens: int, n_questions: int, seed: int) -> list[needle.Doc
 
 
 def ask(
-    path: Path, documents: Sequence[needle.Document], *, case: Case, n_tokens: int, n_threads: int | None = None
+    path: Path,
+    documents: Sequence[needle.Document],
+    *,
+    case: Case,
+    n_tokens: int,
+    n_threads: int | None = None,
+    keep: dict[str, Any] | None = None,
 ) -> list[Answer]:
     """Ask all questions with one cache.
 
@@ -151,16 +172,18 @@ def ask(
     ----------
     n_tokens : length of the longest prompt
     n_threads : CPU threads; None = all CPUs, at most ``MAX_THREADS``
+    keep : sinks, protected spans and surplus of compressed caches, as ``Llama`` takes them
     """
     from tqdm import tqdm
 
     from .llama import Llama
 
-    options: dict[str, Any] = {} if case.kv_size is None else {"policy": case.policy, "n_tail": N_TAIL}
+    options: dict[str, Any] = {}
+    if case.amount is not None:
+        options = {"policy": case.policy, "n_tail": N_TAIL, case.amount[0]: case.amount[1], **(keep or {})}
     n_longest = max(document.n_answer_tokens for document in documents)
     llm = Llama(
         path,
-        kv_size=case.kv_size,
         n_ctx=round_n_ctx(n_tokens + max(N_DECODE, n_longest + 2)),
         verbose=False,
         **options,

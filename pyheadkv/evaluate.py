@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
@@ -26,10 +27,10 @@ from . import __version__
 from .arguments import add_amount_arguments, add_keep_arguments, keep_kwargs, split
 from .demo import round_n_ctx
 from .evaluate_report import write_report
-from .file_tasks import FILES
+from .file_tasks import FILES, check_files, n_answer
 from .gguf_keys import check_beta
 from .inspect import model_path
-from .journal import Journal, commit, sha256
+from .journal import Journal, commit, machine, sha256
 from .llama import Llama, cells_in
 from .options import BY_ALL_TOKENS, BY_IMPORTANCE, FULL, POLICIES, POOLS, Options, check_choice, check_int, parse_bytes
 from .quiz import Ask, TaskOptions, Turn
@@ -86,7 +87,7 @@ class Worker:
                 kv_size=64,
                 policy=policy or "snapkv",
                 keep_prompt=True,
-                n_ctx=round_n_ctx(max(task.n_tokens for task in job.tasks) + N_ROOM),
+                n_ctx=round_n_ctx(max(task.n_tokens + max(N_ROOM, n_answer(task)) for task in job.tasks)),
                 n_threads=job.n_threads,
                 n_threads_batch=job.n_threads,
                 n_gpu_layers=job.n_gpu_layers,
@@ -197,6 +198,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--depths", type=int, default=10, metavar="N", help="of the needle, task niah (default: %(default)s)")
     group.add_argument("--file", type=Path, metavar="FILE.jsonl", help=f"of the tasks {', '.join(FILES)}")
+    group.add_argument("--prompts", type=Path, metavar="FILE.json", help="of these tasks (default: those of the package)")
     group.add_argument("--seed", type=int, default=0, metavar="N", help="(default: %(default)s)")
     group = parser.add_argument_group("run")
     group.add_argument("--jobs", type=int, default=1, metavar="N", help="contexts at the same time (default: %(default)s)")
@@ -268,10 +270,12 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"output {args.output} exists: pass --resume to go on with it, or --force to replace it")
     lengths = [check_int("--tokens", int(n) if n.isdigit() else n, 64, 1 << 24) for n in split(args.tokens)]
     tasks = tuple(
-        TaskOptions(check_choice("task", name, TASKS), n, args.questions, args.seed, args.depths, args.file)
+        TaskOptions(check_choice("task", name, TASKS), n, args.questions, args.seed, args.depths, args.file, args.prompts)
         for name in split(args.task)
         for n in lengths
     )
+    for task in tasks:
+        n_answer(task)  # files that are needed are there
     protocols = tuple(check_choice("--protocol", p, PROTOCOLS) for p in split(args.protocol))
     settings = make_settings(args, path, n_ctx=max(lengths))
     job = Job(path, tasks, settings, protocols, keep_kwargs(args), check_int("--threads", args.threads, 1, 1024), args.n_gpu_layers)
@@ -283,11 +287,15 @@ def run(args: argparse.Namespace) -> int:
     places = [
         (i, k) for i, task in enumerate(tasks) for k in range(counts[i]) if (task.name, task.n_tokens, k) not in done
     ]
+    begin, whole = time.perf_counter(), not journal.entries
     with tqdm(total=sum(counts), initial=sum(counts) - len(places), desc="contexts", leave=False, disable=None) as bar:
         for entry in run_job(job, places, n_jobs=min(args.jobs, max(1, len(places)))):
             journal.append(entry)
             bar.update()
-    report = write_report(args.output, command="pyheadkv eval " + " ".join(sys.argv[2:]))
+    where = f"{machine()}; {args.jobs} processes of {args.threads} threads"
+    if whole:
+        where += f", {(time.perf_counter() - begin) / 60:.1f} minutes"
+    report = write_report(args.output, command="pyheadkv eval " + " ".join(sys.argv[2:]), where=where)
     print(report)
     return 0
 
@@ -297,8 +305,8 @@ def count_quizzes(job: Job, n_contexts: int) -> list[int]:
     counts = []
     for options in job.tasks:
         n = n_contexts
-        if options.file is not None:
-            with open(options.file, encoding="utf-8") as file:
+        if options.name in FILES:
+            with open(check_files(options)[0], encoding="utf-8") as file:
                 n = min(n, sum(bool(line.strip()) for line in file))
         counts.append(n)
     return counts
@@ -308,18 +316,18 @@ def describe(job: Job) -> dict[str, Any]:
     """What decides the answers: first line of the output."""
     import llama_cpp
 
-    digests = {s.importance: sha256(s.importance) for s in job.settings if s.importance}
+    files = {Path(s.importance) for s in job.settings if s.importance} | {f for t in job.tasks for f in (t.file, t.prompts) if f}
     return {
         "model": job.model.name,
         "model_sha256": sha256(job.model),
-        "importance_sha256": {Path(name).name: digest for name, digest in digests.items()},
+        "files_sha256": {file.name: sha256(file) for file in sorted(files)},
         "settings": [
             {**asdict(s), "name": s.name, "method": s.method, "budget": s.budget, "importance": Path(s.importance).name}
             for s in job.settings
         ],
         "keep": job.keep,
         "protocols": job.protocols,
-        "tasks": [{**asdict(t), "file": t.file and t.file.name} for t in job.tasks],
+        "tasks": [{**asdict(t), "file": t.file and t.file.name, "prompts": t.prompts and t.prompts.name} for t in job.tasks],
         "engine": {"n_threads": job.n_threads, "n_gpu_layers": job.n_gpu_layers},
         "versions": {"pyheadkv": __version__, "llama_cpp_python": llama_cpp.__version__, "commit": commit()},
     }

@@ -97,8 +97,13 @@ def gain(a: list[Answer], b: list[Answer]) -> tuple[float, float, float]:
     return interval(out)
 
 
-def write_report(path: Path, *, command: str) -> Path:
-    """Write FILE.md and FILE.png (and FILE.niah.png) beside FILE.jsonl; the path of the table."""
+def write_report(path: Path, *, command: str, where: str) -> Path:
+    """Write FILE.md and FILE.png (and FILE_niah.png) beside FILE.jsonl; the path of the table.
+
+    Parameters
+    ----------
+    command, where : that made the answers, and on which machine
+    """
     answers = Answers(path)
     if not answers.all:
         raise ValueError(f"{path} has no answers: run the evaluation first")
@@ -106,7 +111,7 @@ def write_report(path: Path, *, command: str) -> Path:
     pictures = [plot(answers, path.with_suffix(".png"))]
     if any(a.task == "niah" for a in answers.all):
         pictures.append(plot_depths(answers, path.with_name(path.stem + "_niah.png")))
-    lines = _head(answers, command, pictures)
+    lines = _head(answers, command, where, pictures)
     for protocol in answers.protocols:
         lines += _scores(answers, protocol) + _gains(answers, protocol)
     out.write_text("\n".join([*lines, ""]), encoding="utf-8")
@@ -118,7 +123,7 @@ def row(cells: list[str]) -> str:
     return "| " + " | ".join(cells) + " |"
 
 
-def _head(answers: Answers, command: str, pictures: list[Path]) -> list[str]:
+def _head(answers: Answers, command: str, where: str, pictures: list[Path]) -> list[str]:
     header = answers.header
     n_asked = {k: len(answers.of(answers.protocols[0], FULL, k)) for k in answers.kinds}
     asked = ", ".join(f"{n} {kind}" for kind, n in n_asked.items())
@@ -126,6 +131,7 @@ def _head(answers: Answers, command: str, pictures: list[Path]) -> list[str]:
     return [
         f"# {', '.join(dict.fromkeys(t['name'] for t in header['tasks']))}: cache policies on {header['model']}", "",
         f"`{command}`", "",
+        f"{where}.", "",
         f"Model sha256 {header['model_sha256'][:16]}, {versions}. Questions per cell: {asked}. Greedy; strict: the last prompt "
         "token runs against the compressed cache. Scores in % with 95 % intervals (bootstrap over contexts). Cells: "
         "kept per KV head, and their share of the compressed prompt; KiB: K and V in them; means over the prompts. Held: allocated "

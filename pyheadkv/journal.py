@@ -1,6 +1,6 @@
 """A file of JSON lines that a long run appends to and goes on from: its settings, then one line per step that is done.
 
-And what such settings name: checksums of files, the commit that ran.
+And what such a run names: checksums of files, the commit and the machine it ran on.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import platform
 import shutil
 import subprocess
 from pathlib import Path
@@ -93,3 +94,13 @@ def commit() -> str:
         return ""
     found = subprocess.run(["git", "-C", str(root), "describe", "--always", "--dirty"], capture_output=True, text=True, check=False)
     return found.stdout.strip()
+
+
+def machine() -> str:
+    """Name of the processor and the number of usable cores."""
+    name = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.is_file():
+        name = next((line.split(":")[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")), name)
+    n_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return f"{name}, {n_cores} cores"

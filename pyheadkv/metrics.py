@@ -1,7 +1,8 @@
 """How answers are graded: 0 to 1 for a response and one reference answer.
 
-The metrics of LongBench (Bai et al. 2024, arXiv:2308.14508) for its datasets in English, and of BABILong (Kuratov et al.
-2024, arXiv:2406.10149). ROUGE-L is the F measure of the longest common subsequence of words over the whole text; the
+The metrics of LongBench (Bai et al. 2024, arXiv:2308.14508) for its datasets in English, of BABILong (Kuratov et al. 2024,
+arXiv:2406.10149) and, but for small differences in what counts as a word, of InfiniteBench (Zhang et al. 2024,
+arXiv:2402.13718). ROUGE-L is the F measure of the longest common subsequence of words over the whole text; the
 similarity of code is that of ``difflib``.
 """
 
@@ -67,3 +68,31 @@ def label(response: str, answer: str, labels: Sequence[str], question: str) -> f
     said = response.lower().split(".")[0]
     others = {x.lower() for x in labels} - {answer.lower()} - {x.lower() for x in labels if x.lower() in question.lower()}
     return float(answer.lower() in said and not any(x in said for x in others))
+
+
+def first_number(response: str, answer: str) -> float:
+    """1 if the first number of the response is the answer (InfiniteBench)."""
+    found = re.search(r"\d+(?:\.\d+)?", response)
+    return float(found is not None and (found[0] == answer or ("." in found[0] + answer and float(found[0]) == float(answer))))
+
+
+def last_number(response: str, answer: str) -> float:
+    """1 if the last word of the response is the number (InfiniteBench)."""
+    words = re.findall(r"[^\s.`'\":]+", response)
+    return float(bool(words) and re.fullmatch(r"-?\d+", words[-1]) is not None and int(words[-1]) == int(answer))
+
+
+def has_words(response: str, answer: str) -> float:
+    """1 if the response has the words of the answer one after the other; case does not count (InfiniteBench)."""
+    said, wanted = (re.findall(r"[^\s:\"'.,?!{}]+", text.upper()) for text in (response, answer))
+    return float(any(said[i : i + len(wanted)] == wanted for i in range(len(said) - len(wanted) + 1)))
+
+
+def choice(response: str, answer: str, options: Sequence[str]) -> float:
+    """1 if the response is the answer or its letter: at its beginning, after "answer is", else the first one (InfiniteBench)."""
+    said = response.strip()
+    if text := max((option for option in options if option and said.startswith(option)), key=len, default=""):
+        return float(text == answer)
+    letter = r"([A-D])(?![A-Za-z])"
+    found = re.match(letter, said) or re.search(rf"(?:answer|option)(?: is)?:?\s+{letter}", said) or re.search(rf"(?<![A-Za-z]){letter}", said)
+    return float(found is not None and found[1] == "ABCD"[options.index(answer)])

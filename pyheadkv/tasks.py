@@ -23,7 +23,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from . import metrics, needle
-from .file_tasks import FILES, FileTask
+from .file_tasks import CLASSES, FILES
 from .quiz import Ask, Grade, Task, TaskOptions, Turn
 from .score_examples import REASONING, RETRIEVAL, Prose, speaks_needle_language, split_at
 
@@ -323,6 +323,6 @@ def make_task(llm: Llama, options: TaskOptions) -> Task:
         if name in PROSE:
             return (ProseChat if name == "multi-turn" else ProseTask)(llm, options, PROSE[name])
         if name in FILES:
-            return FileTask(llm, options)
+            return CLASSES[name](llm, options)
         known = (*PROSE, *FILES)
     raise ValueError(f"task={name!r}: for this model it must be one of {', '.join(known)}")

@@ -122,9 +122,51 @@ def test_generate_takes_the_prompt_from_file_and_standard_input(
     assert capsys.readouterr().out == expected
 
 
+def test_generate_keeps_what_it_is_told_to(model: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    kept: list[Any] = []
+    summary = cli._kv_summary
+
+    def look(llm: pyheadkv.Llama, path: Path) -> str:
+        kept.append((llm.kv_options, [llm.kv_positions(il, ih) for il in range(N_LAYER) for ih in range(N_HEAD_KV)]))
+        return summary(llm, path)
+
+    monkeypatch.setattr(cli, "_kv_summary", look)
+    options = ["--policy", "snapkv", "--kv-size", "32", "--sinks", "3", "--protect", "20:24", "--protect", "40:41", "--surplus", "redistribute"]
+    assert generate(model, "-p", PROMPT, *options) == 0
+    ((chosen, positions),) = kept
+    assert (chosen.sinks, chosen.protect, chosen.surplus) == (3, ((20, 24), (40, 41)), "redistribute")
+    assert all({0, 1, 2, 20, 21, 22, 23, 40} <= set(head.tolist()) for head in positions)
+    assert re.search(r"KV cache 3[67] cells per head", capsys.readouterr().err)  # four or five of them generated
+
+
+@pytest.mark.parametrize("amount", [["--kv-ratio", "0.25"], ["--kv-bytes", "4KiB"]])
+def test_generate_takes_a_share_or_bytes(
+    model: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, amount: list[str]
+) -> None:
+    sizes: list[int] = []
+    summary = cli._kv_summary
+
+    def look(llm: pyheadkv.Llama, path: Path) -> str:
+        sizes.extend([len(llm.kv_positions(0, 0)), llm.kv_stats().n_prompt])
+        return summary(llm, path)
+
+    monkeypatch.setattr(cli, "_kv_summary", look)
+    assert generate(model, "-p", PROMPT, "--policy", "snapkv", *amount) == 0
+    n_cells, n_prompt = sizes
+    cell = N_LAYER * N_HEAD_KV * 2 * N_EMBD_HEAD * 2
+    assert n_cells == (round(0.25 * n_prompt) if amount[0] == "--kv-ratio" else 4096 // cell)
+    assert f"KV cache {n_cells + 4} cells per head" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
+        (["--kv-size", "16", "--kv-ratio", "0.1"], ["kv_size=16", "kv_ratio=0.1", "one of them"]),
+        (["--kv-ratio", "1.5"], ["kv_ratio=1.5"]),
+        (["--kv-bytes", "3 cats"], ["kv_bytes='3 cats'", "512MiB"]),
+        (["--kv-size", "16", "--protect", "5"], ["--protect='5'", "START:END"]),
+        (["--kv-size", "16", "--protect", "5:5"], ["protect end=5"]),
+        (["--kv-size", "16", "--sinks", "-1"], ["sinks=-1"]),
         (["--kv-size", "0"], ["kv_size=0", "9"]),
         (["--kv-size", "-1"], ["kv_size=-1"]),
         (["--kv-size", "8"], ["kv_size=8", "window"]),
@@ -285,9 +327,19 @@ def test_demo_answers_with_the_embedded_model(capsys: pytest.CaptureFixture[str]
 
 
 @embedded
+def test_demo_takes_shares_bytes_and_what_is_kept(capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--kv-ratio", "0.1", "--kv-bytes", "500KiB", "--sinks", "2", "--protect", "0:8"]
+    assert cli.main(["demo", "--tokens", "600", "--questions", "1", "--threads", "1", *options]) == 0
+    out = capsys.readouterr().out
+    for label in ("full cache", "headkv 10%", "headkv 500KiB", "snapkv 10%"):
+        assert re.search(rf"^{label} .* \d/1$", out, flags=re.MULTILINE), out
+
+
+@embedded
 @pytest.mark.parametrize(
     "options",
-    [["--kv-size", "abc"], ["--kv-size", "16,"], ["--kv-size", "4"], ["--questions", "0"], ["--tokens", "10"]],
+    [["--kv-ratio", "x"], ["--kv-ratio", "2"], ["--kv-bytes", "1"], ["--protect", "a:b"], ["--kv-size", "abc"], ["--kv-size", "16,"],
+     ["--kv-size", "4"], ["--questions", "0"], ["--tokens", "10"]],
 )
 def test_demo_refuses_wrong_options(capsys: pytest.CaptureFixture[str], options: list[str]) -> None:
     assert cli.main(["demo", "--threads", "1", *options]) == 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 from collections.abc import Callable
 from itertools import islice, takewhile
 from pathlib import Path
@@ -184,7 +185,7 @@ def test_tasks_from_files(make_model: MakeModel, tmp_path: Path) -> None:
     assert ask.grade("Mary is in the Kitchen. Not in the garden.") == 1 and ask.grade("The garden or the kitchen.") == 0
     text = llm.detokenize(list(ask.prompt)).decode()
     assert "<context>\nMary went to the kitchen.\n</context>\n\nQuestion: Where is Mary?" in text
-    with pytest.raises(ValueError, match="qa1 to qa5"):
+    with pytest.raises(ValueError, match="says which task it is, one of qa1, qa2"):
         make_task(llm, TaskOptions("babilong", 500, file=file)).quiz(0)
     with pytest.raises(ValueError, match="line 1 has no key 'dataset'"):
         make_task(llm, TaskOptions("longbench", 500, file=named)).quiz(0)
@@ -192,7 +193,89 @@ def test_tasks_from_files(make_model: MakeModel, tmp_path: Path) -> None:
         make_task(llm, TaskOptions("longbench", 500))
 
 
+def of_lines(make_model: MakeModel, file: Path, name: str, *rows: dict[str, Any], n_tokens: int = 2000, **options: Any) -> tuple[Any, list[Any]]:
+    """The model and the questions of the first row of a file."""
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    llm = english(make_model)
+    return llm, make_task(llm, TaskOptions(name, n_tokens, file=file, **options)).quiz(0)
+
+
+def test_loogle_rows_of_every_form(make_model: MakeModel, tmp_path: Path) -> None:
+    pairs = [{"Q": "Who came {first}?", "A": "the old man", "type": "Timeline reorder"}, {"Q": "How many?", "A": "7", "type": "Computation"}]
+    forms: list[dict[str, Any]] = [
+        {"context": "a b c", "input": "Who came {first}?", "answers": ["him", "the old man"], "dataset": "timeline_reorder"},
+        {"input": "a b c", "title": "t", "qa_pairs": repr(pairs)},
+        {"input": "a b c", "title": "t", "qa_pairs": pairs},
+    ]
+    for row in forms:
+        llm, asks = of_lines(make_model, tmp_path / "l.jsonl", "loogle", row)
+        assert [a.kind for a in asks] == ["timeline_reorder", "computation"][: len(asks)] and len(asks) == 1 + ("qa_pairs" in row)
+        assert [a.n_steps for a in asks] == [32] * len(asks)
+        text = llm.detokenize(list(asks[0].prompt)).decode()
+        assert text.strip() == "Please answer the question based on the long texts below. \na b c\nQuestion: Who came {first}?\nAnswer:"
+        assert asks[0].grade("The old man.") == 1 and asks[0].grade("old woman") == 0.5
+        assert len({a.prompt[: a.n_context] for a in asks}) == 1  # compressed once where the question is not known
+    _, (ask,) = of_lines(make_model, tmp_path / "l.jsonl", "loogle", {**forms[0], "context": "a b c " * 3000, "dataset": "shortdep_qa"}, n_tokens=300)
+    assert len(ask.prompt) == 300 and ask.n_steps == 64
+    for wrong, word in (
+        ({"input": "a", "qa_pairs": "none"}, "qa_pairs = 'none'"),
+        ({"input": "a", "qa_pairs": "[open('x')]"}, "it must be a list of questions"),
+        ({**forms[0], "dataset": "cloze"}, "kind of question 'cloze': it must be one of comprehension_and_reasoning"),
+        ({"context": "a"}, "line 1 has no key 'input': is it a file of loogle"),
+    ):
+        with pytest.raises(ValueError, match=re.escape(word)):
+            of_lines(make_model, tmp_path / "l.jsonl", "loogle", wrong)
+
+
+@pytest.mark.parametrize(("name", "row", "n_steps", "right", "wrong"), [
+    ("passkey", {"input": "What is the pass key?", "answer": ["71432"]}, 6, "71432. Remember", "7143"),
+    ("number_string", {"input": "What is it?", "answer": "66556"}, 12, " 66556", "665565"),
+    ("kv_retrieval", {"input": 'Key: "a1-b"', "answer": ["c2-d"]}, 50, '{"a1-b": "c2-d"}', "c2-d4"),
+    ("longdialogue_qa_eng", {"input": "Who?", "answer": ["BEN", "BENJAMIN"]}, 40, "It is Benjamin.", "Benn"),
+    ("math_find", {"input": "The largest number is", "answer": [42]}, 3, "42, the largest", "41 or 42"),
+    ("code_run", {"input": "Give the value of func_1(3).", "answer": [-7]}, 5, "It is -7.", "-7 or 3"),
+    ("code_debug", {"input": "", "answer": ["f.b"], "options": ["f.a", "f.b", "g", "h"]}, 5, "B. f.b", "A. f.a"),
+    ("longbook_choice_eng", {"input": "Who?", "answer": ["Ann"], "options": ["Bob", "Cid", "Ann", "Dan"]}, 40, "The answer is C", "Dan"),
+    ("longbook_qa_eng", {"input": "Where?", "answer": ["in the sea", "at sea"]}, 40, "At sea", "No"),
+    ("longbook_sum_eng", {"input": "", "answer": ["a man goes to sea"]}, 1200, "a man goes to sea", "nothing"),
+])  # fmt: skip
+def test_infinitebench(
+    name: str, row: dict[str, Any], n_steps: int, right: str, wrong: str, make_model: MakeModel, tmp_path: Path
+) -> None:
+    llm, (ask,) = of_lines(make_model, tmp_path / f"{name}.jsonl", "infinitebench", {"id": 0, "context": "p q r", **row})
+    assert (ask.kind, ask.n_steps) == (name, n_steps)
+    text = llm.detokenize(list(ask.prompt)).decode()
+    assert "\n\np q r\n\n" in text and (name.startswith(("longdialogue", "code_debug")) or row["input"] in text)
+    assert all(f"\n{letter}. {option}\n" in text for letter, option in zip("ABCD", row.get("options", [])))
+    assert ask.grade(right) == 1 and ask.grade(wrong) == 0 == ask.grade("")
+
+
+def test_prompts_of_a_file_replace_those_of_the_package(make_model: MakeModel, tmp_path: Path) -> None:
+    prompts = tmp_path / "p.json"
+    row = {"context": "p q r", "input": "What?", "answer": ["5"]}
+    prompts.write_text(json.dumps({"infinitebench": {"passkey": {"prompt": "{context} <{input}>", "max_tokens": 3}}}))
+    llm, (ask,) = of_lines(make_model, tmp_path / "passkey.jsonl", "infinitebench", row, prompts=prompts)
+    assert llm.detokenize(list(ask.prompt)).decode().strip() == "p q r <What?>" and ask.n_steps == 3
+    with pytest.raises(ValueError, match="says which task it is, one of passkey: rename it"):
+        of_lines(make_model, tmp_path / "kv_retrieval.jsonl", "infinitebench", row, prompts=prompts)
+    for content in ({}, {"passkey": {"prompt": "no place", "max_tokens": 3}}, {"passkey": {"prompt": "{context}"}}):
+        prompts.write_text(json.dumps({"infinitebench": content} if content else {}))
+        with pytest.raises(ValueError, match="no prompts of infinitebench"):
+            of_lines(make_model, tmp_path / "passkey.jsonl", "infinitebench", row, prompts=prompts)
+
+
+def test_options_of_a_choice_have_the_answer(make_model: MakeModel, tmp_path: Path) -> None:
+    row = {"context": "p", "input": "Who?", "answer": ["Eve"], "options": ["Bob", "Cid", "Ann", "Dan"]}
+    with pytest.raises(ValueError, match="the answer 'Eve' among them"):
+        of_lines(make_model, tmp_path / "longbook_choice_eng.jsonl", "infinitebench", row)
+
+
 def test_metrics() -> None:
+    assert metrics.choice("A dog", "A dog", ["A cat", "A dog", "x", "y"]) == 1 == metrics.choice("(B)", "b", ["a", "b", "c", "d"])
+    assert metrics.choice("A cat", "A dog", ["A cat", "A dog", "x", "y"]) == 0 == metrics.choice("Apples", "a", ["a", "b", "c", "d"])
+    assert metrics.first_number("about 3.50", "3.5") == 1 and metrics.first_number("none", "3") == 0
+    assert metrics.last_number("it is: 12", "12") == 1 and metrics.last_number("12 it is", "12") == 0
+    assert metrics.has_words("Mr. John Smith!", "john smith") == 1 and metrics.has_words("John and Smith", "john smith") == 0
     assert metrics.rouge_l("a b c d", "b x d") == pytest.approx(2 * 2 / 7) and metrics.rouge_l("", "a") == 0
     classes = ["Date", "Expiry Date", "Place"]
     assert metrics.classification("It is Date or Place", "Date", classes) == 0.5
@@ -319,6 +402,12 @@ def test_evaluation_writes_resumes_and_reports(tmp_path: Path, capsys: pytest.Ca
     (["needle", "--contexts", "0"], "--contexts=0"),
     (["needle", "--beta", "1"], "--beta='1': it must be a finite number > 1"),
     (["needle", "--beta", "x"], "--beta='x'"),
+    (["needle", "--kv-ratio", "2"], "--kv-ratio='2': it must be a share of the prompt"),
+    (["needle", "--kv-ratio", "x"], "--kv-ratio='x'"),
+    (["needle", "--kv-bytes", "100"], "kv_bytes=100: 0 cells"),
+    (["needle", "--kv-bytes", "much"], "--kv-bytes='much'"),
+    (["needle", "--protect", "8"], "--protect='8': it must be START:END"),
+    (["loogle"], "task loogle reads a file: name it with --file"),
 ])  # fmt: skip
 @embedded
 def test_wrong_options_of_the_evaluation(options: list[str], word: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -326,6 +415,26 @@ def test_wrong_options_of_the_evaluation(options: list[str], word: str, tmp_path
     assert evaluate(*options, "-o", out) == 1
     assert word in capsys.readouterr().err
     assert not out.exists()
+
+
+@embedded
+def test_amounts_and_kept_cells_of_the_evaluation(tmp_path: Path) -> None:
+    out = tmp_path / "e.jsonl"
+    options = ["--policy", "snapkv,streaming", "--kv-size", "30", "--kv-ratio", "0.1", "--kv-bytes", "500KiB", "--sinks", "2",
+               "--protect", "20:24", "--surplus", "redistribute", "--tokens", "600", "--contexts", "1", "--questions", "1"]  # fmt: skip
+    assert evaluate("second-question", "-o", out, "--protocol", "query-aware", *options) == 0
+    header, entry = map(json.loads, out.read_bytes().splitlines())
+    assert header["keep"] == {"sinks": 2, "protect": [[20, 24]], "surplus": "redistribute"}
+    assert [s["name"] for s in header["settings"]][:4] == ["full", "snapkv max 30", "snapkv max 10%", "snapkv max 500KiB"]
+    n_prompt = entry["answers"][0]["n_prompt"]
+    cells = {a["setting"]: a["cells"] for a in entry["answers"]}
+    assert cells == {
+        "full": n_prompt, "snapkv max 30": 30, "snapkv max 10%": round(0.1 * n_prompt), "snapkv max 500KiB": 100,
+        "streaming 30": 30, "streaming 10%": round(0.1 * n_prompt), "streaming 500KiB": 100,
+    }  # fmt: skip
+    table = out.with_suffix(".md").read_text()
+    assert "Under all settings: sinks 2, protected 20:24, surplus redistribute." in table
+    assert f"| snapkv max 30 | 30 | {3000 / n_prompt:.1f} % | 150 | " in table
 
 
 def test_interval_covers_the_mean_and_shrinks() -> None:
