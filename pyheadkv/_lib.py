@@ -180,6 +180,19 @@ def check(result: int, error: type[Exception] = RuntimeError) -> int:
     return result
 
 
+def gpu_names() -> list[str]:
+    """Names of the GPUs that the library can use, such as ``CUDA0``, in the order that ``main_gpu`` counts."""
+    from llama_cpp import llama_cpp
+
+    ggml = llama_cpp._lib  # its dependencies are searched too
+    ggml.ggml_backend_dev_count.restype = ctypes.c_size_t
+    ggml.ggml_backend_dev_get.argtypes, ggml.ggml_backend_dev_get.restype = [ctypes.c_size_t], ctypes.c_void_p
+    ggml.ggml_backend_dev_type.argtypes = [ctypes.c_void_p]
+    ggml.ggml_backend_dev_name.argtypes, ggml.ggml_backend_dev_name.restype = [ctypes.c_void_p], ctypes.c_char_p
+    devices = [ggml.ggml_backend_dev_get(i) for i in range(ggml.ggml_backend_dev_count())]
+    return [ggml.ggml_backend_dev_name(d).decode() for d in devices if ggml.ggml_backend_dev_type(d) in (1, 2)]  # GPU, integrated GPU
+
+
 @contextmanager
 def creating(params: Params) -> Iterator[None]:
     """The contexts that this thread creates inside of the ``with`` statement compress as ``params`` say.

@@ -1,4 +1,8 @@
-"""Fixtures: random models (made once), both libraries, and helpers around one decode step."""
+"""Fixtures: random models (made once), both libraries, and helpers around one decode step.
+
+``pytest --device cpu,cuda0`` runs the tests of the engine once on each device (cpu, cuda0, vulkan0, metal, ...). A device
+that the library does not have is a skip.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +17,37 @@ import numpy.typing as npt
 import pytest
 
 N_THREADS = 2
+
+# tests of the engine: what load() loads in them goes to the device at hand
+ENGINE = ("test_attention", "test_engine", "test_policies", "test_policy_oracle", "test_prefill_layer", "test_sequences")
+device_options: dict[str, Any] = {}
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--device", default="cpu", help="devices of the engine tests, comma-separated (default: %(default)s)")
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    devices = metafunc.config.getoption("device").lower().split(",")
+    if devices != ["cpu"] and metafunc.module.__name__ in ENGINE:
+        metafunc.parametrize("device", devices, indirect=True, scope="session")
+
+
+@pytest.fixture(autouse=True)
+def device(request: pytest.FixtureRequest) -> str:
+    """Name of the device that load() uses; skips the test when the library does not have it."""
+    name = str(getattr(request, "param", "cpu"))
+    device_options.clear()
+    if name != "cpu":
+        lib = pytest.importorskip("pyheadkv._lib", reason="the library is not built: run make")
+        names = [n.lower() for n in lib.gpu_names()]
+        found = [i for i, n in enumerate(names) if n == name or (name == "metal" and n.startswith(("metal", "mtl")))]
+        if not found:
+            pytest.skip(f"no device {name}: the library has {', '.join(names) or 'no GPU'}")
+        device_options.update(n_gpu_layers=99, split_mode=0, main_gpu=found[0])
+    elif getattr(request, "param", None):
+        device_options.update(n_gpu_layers=0, op_offload=False)
+    return name
 
 
 @dataclass(frozen=True)
@@ -83,7 +118,7 @@ def load(path: Path, **options: Any) -> Any:
     """pyheadkv.Llama, quiet, two threads."""
     from pyheadkv import Llama
 
-    options = {"n_ctx": 2048, "n_threads": N_THREADS, "n_threads_batch": N_THREADS, "verbose": False, **options}
+    options = {"n_ctx": 2048, "n_threads": N_THREADS, "n_threads_batch": N_THREADS, "verbose": False, **device_options, **options}
     return Llama(path, **options)
 
 

@@ -201,6 +201,11 @@ def test_a_paused_prompt_is_given_up_or_finished_as_it_was_begun(make_model: Mak
         assert many.read_ahead(1, prompts[1], 10_000) == 1  # it was not disturbed
         many.remove(1)
         assert many.stats(1).bytes_staging == 0 and many.state(1) == 0
+        many.read(2, prompts[0])
+        assert many.read_ahead(1, prompts[1]) > 1
+        many.remove(2)  # whose rows wait for the one that is read
+        many.remove(1)
+        assert many.stats(1).bytes_staging == many.stats(1).bytes_store == 0
         logits = many.read(0, prompts[0])[0]
         assert (logits == expected[0]).all()
         many.decode({2: [5, 6, 7]})

@@ -230,7 +230,8 @@ def test_a_model_without_importance_is_refused(tmp_path: Path) -> None:
     "flags",
     [
         ["--context-shift"], ["--embeddings"], ["--reranking"], ["--cache-reuse", "64"], ["--slot-save-path", "."], ["--cache-ram", "100"],
-        ["--ctx-checkpoints", "4"], ["--ctx-checkpoints", "4", "--kv-reuse"], ["--spec-type", "ngram-mod"], ["--spec-default"], ["--swa-full"], ["-fa", "off"],
+        ["--ctx-checkpoints", "4"], ["--ctx-checkpoints", "4", "--kv-reuse"], ["--spec-type", "ngram-mod"], ["--spec-default"],
+        ["--swa-full"], ["-fa", "off"], ["--pooling", "mean"], ["--model-draft", str(MODEL)], ["--spec-type", "draft-mtp"], ["--mmproj", "missing.gguf"],
     ],
     ids=" ".join,
 )
@@ -238,6 +239,59 @@ def test_what_cannot_be_combined_is_refused_by_name(flags: list[str]) -> None:
     output = refusal("--kv-size", 64, *flags)
     named = {"--reranking": "--reranking", "--spec-default": "--spec-type"}.get(flags[0], flags[0])
     assert "not possible with --kv-size 64" in output and named in output.split("not possible")[1]
+
+
+def test_split_modes_and_group_attention_are_refused() -> None:
+    assert "split modes 'row' and 'tensor' are not supported" in refusal("--kv-size", 64, "-sm", "row")
+    assert "--grp-attn-n" in refusal("--kv-size", 64, "--grp-attn-n", "2")  # upstream's server has no such flag any more
+
+
+def test_a_model_with_a_sliding_window_is_refused(tmp_path: Path) -> None:
+    """The same weights as an architecture whose layers look at a window."""
+    import gguf
+
+    path, other = tmp_path / "llama.gguf", tmp_path / "cohere2.gguf"
+    write_random_model(path, n_layer=4, n_embd=64, n_head=4, n_head_kv=2, n_ff=96, n_ctx_train=1024, seed=3, tie_embeddings=True)
+    reader, writer = gguf.GGUFReader(path), gguf.GGUFWriter(other, "cohere2")
+    for key, field in reader.fields.items():
+        if not key.startswith(("GGUF.", "general.architecture")):
+            element = field.types[1] if field.types[0] == gguf.GGUFValueType.ARRAY else None
+            writer.add_key_value(key.replace("llama.", "cohere2."), field.contents(), field.types[0], element)
+    writer.add_uint32("cohere2.attention.sliding_window", 128)
+    writer.add_float32("cohere2.logit_scale", 1.0)
+    writer.add_float32("cohere2.attention.layer_norm_epsilon", 1e-5)
+    for tensor in reader.tensors:
+        if "ffn_norm" not in tensor.name:
+            writer.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    output = refusal("--kv-size", 64, "--kv-policy", "snapkv", model=other)
+    assert re.search("KV compression is not possible for .*cohere2.*sliding", output)
+
+
+def test_what_a_compressing_server_has_no_answer_for_is_an_error(small_server: Server) -> None:
+    for path, body in (("/embedding", {"content": "the"}), ("/v1/embeddings", {"input": "the"}), ("/rerank", {"query": "a", "documents": ["b"]}),
+                       ("/slots/0?action=save", {"filename": "x"}), ("/slots/0?action=restore", {"filename": "x"})):
+        status, answer = small_server.request(path, body)
+        assert status == 501 and answer["error"]["type"] == "not_supported_error", path
+    small_server.complete("the", 2, n_cache_reuse=64)
+    assert "cache reuse is not supported - ignoring n_cache_reuse = 64" in small_server.output()
+
+
+def test_what_is_switched_off_is_said_once(log: Path) -> None:
+    for flags, said in (([], ["--cache-ram", "--ctx-checkpoints"]), (["--kv-reuse"], ["--ctx-checkpoints"])):
+        with running(log, "--kv-size", 64, *flags) as server:
+            lines = [line for line in server.output().splitlines() if "switched off" in line]
+            assert len(lines) == len(said) and all(any(flag in line for line in lines) for flag in said)
+
+
+def test_sampling_on_the_backend(llm: Any, log: Path) -> None:
+    prompts = [prompt_ids(llm, seed) for seed in range(3)]
+    answers = [expected(llm, prompt, 12) for prompt in prompts]
+    with running(log, "--kv-size", KV_SIZE, "--backend-sampling", n_slots=2) as server, ThreadPoolExecutor(3) as pool:
+        assert list(pool.map(lambda prompt: server.tokens(prompt, 12, backend_sampling=True, top_k=1), prompts)) == answers
 
 
 # off
@@ -424,7 +478,7 @@ def test_a_file_that_is_no_saved_slot_is_a_400_and_leaves_the_slot_empty(llm: An
             assert_nothing_left(server)
             if name.startswith("wrong"):
                 assert "the state cannot be restored: it is damaged (checksum)" in answer["error"]["message"]
-        for name, why in {"large": "it was compressed with kv_size 256, the limit of this server is 200", "missing": "the file cannot be read"}.items():
+        for name, why in (("large", "it was compressed with kv_size 256, the limit of this server is 200"), ("missing", "the file cannot be read")):
             status, answer = slot_action(server, "restore", filename=name)
             assert status == 400 and why in answer["error"]["message"]
             assert_nothing_left(server)
@@ -477,7 +531,7 @@ def test_a_wrong_size_is_a_400_with_field_value_and_range(size: Any, small_serve
     for path, body in (("/completion", {"prompt": "the"}), ("/v1/chat/completions", {"messages": [{"role": "user", "content": "the"}]})):
         status, answer = small_server.request(path, {**body, "kv_size": size, "n_predict": 1})
         assert status == 400
-        assert f"kv_size is {json.dumps(size, separators=(',', ':'))}: it must be an integer in [9, 128], from the window + 1" in answer["error"]["message"]
+        assert f"kv_size is {json.dumps(size, separators=(',', ':'))}: it must be an integer in [9, 128]" in answer["error"]["message"]
 
 
 @pytest.mark.parametrize(

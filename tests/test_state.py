@@ -260,7 +260,7 @@ def checksum(data: bytes | bytearray) -> bytes:
 
 
 def test_a_forged_file_with_the_right_checksum_does_no_harm(small: Path) -> None:
-    """What the checksum would catch, caught by the checks behind it; cells may hold any bytes."""
+    """What the checksum would catch, caught by the checks behind it; cells may hold any finite numbers."""
     with sequences(small, n_seq_max=2, n_ctx=256) as many:
         c, ctx, prompt = many.c, many.ctx, tokens(60)
         many.read(0, prompt)

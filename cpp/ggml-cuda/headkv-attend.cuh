@@ -295,7 +295,7 @@ struct attend_grid {
         const int64_t n_rows = op->src[1]->ne[1];
 
         n_query = (int) (op->src[0]->ne[1]/n_head_kv*(op->src[0]->ne[2]/n_seqs));
-        nq      = n_query == 1 ? 1 : n_query <= 4 ? 4 : 8;
+        nq      = n_query <= 4 ? 4 : 8;
         n_tiles = (n_query + nq - 1)/nq;
 
         // enough blocks for every device, but no more partial results than they are worth
@@ -321,10 +321,10 @@ template <int D, class Row, class Stream>
 void attend_run(const attend_params & a, const attend_grid & g, Stream stream) {
     const dim3 grid(g.n_chunks_max, g.n_tiles, 1);
     const dim3 block(N_THREADS, 1, 1);
-    switch (g.nq) {
-        case 1:  HEADKV_LAUNCH((attend_chunk<D, 1, Row>), grid, block, stream, a); break;
-        case 4:  HEADKV_LAUNCH((attend_chunk<D, 4, Row>), grid, block, stream, a); break;
-        default: HEADKV_LAUNCH((attend_chunk<D, 8, Row>), grid, block, stream, a); break;
+    if (g.nq == 4) {
+        HEADKV_LAUNCH((attend_chunk<D, 4, Row>), grid, block, stream, a);
+    } else {
+        HEADKV_LAUNCH((attend_chunk<D, 8, Row>), grid, block, stream, a);
     }
     if (g.n_rows_chunk < 1 << 30) {
         HEADKV_LAUNCH((attend_combine<D>), dim3(a.n_ranges, g.n_query, 1), block, stream, a);

@@ -1,13 +1,17 @@
 #include "headkv-cuda.h"
 
 #include "headkv-attend.cuh"
-#include "headkv-op.h"
+#include "headkv-score.cuh"
+#include "headkv-select.cuh"
 
 #include "common.cuh"
 
 bool headkv_cuda_supports(const ggml_tensor * op) {
     switch (headkv_op_get(op).kind) {
         case HEADKV_OP_ATTEND: return headkv::attend_supports(op);
+        case HEADKV_OP_STATS:
+        case HEADKV_OP_SCORE:  return headkv::score_supports(op);
+        case HEADKV_OP_SELECT: return headkv::select_supports(op);
         default:               return false;
     }
 }
@@ -21,6 +25,16 @@ bool headkv_cuda_compute(ggml_backend_cuda_context & ctx, ggml_tensor * dst) {
             {
                 ggml_cuda_pool_alloc<char> scratch(ctx.pool(), headkv::attend_scratch(dst));
                 headkv::attend_run(dst, (float *) scratch.get(), ctx.stream());
+            } break;
+        case HEADKV_OP_STATS:
+        case HEADKV_OP_SCORE:
+            {
+                ggml_cuda_pool_alloc<char> scratch(ctx.pool(), headkv::score_scratch(dst));
+                headkv::score_run(dst, (float *) scratch.get(), ctx.stream());
+            } break;
+        case HEADKV_OP_SELECT:
+            {
+                headkv::select_run(dst, ctx.stream());
             } break;
         default:
             return false;

@@ -99,7 +99,7 @@ static __device__ __forceinline__ void tile_dots(const float * q, const char * k
             row[i] = k + (rows ? (size_t) rows[ri] : (size_t) ri)*nb;
         }
         float sum[2][NQ] = {};
-#pragma unroll
+#pragma unroll 4
         for (int c = 0; c < (D/8 + 3)/4; ++c) {
             const int d = 8*(4*c + sub);
             if (D % 32 == 0 || d < D) {

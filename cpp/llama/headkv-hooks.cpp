@@ -243,7 +243,7 @@ static ggml_tensor * new_input(ggml_context * ctx, ggml_type type, int64_t n, co
 // contiguous rows when it is called. Elsewhere: zeros for the tokens before the ubatch, then the diagonal block; null where
 // a backend lacks an op.
 static ggml_tensor * build_mask_of_step(ggml_context * ctx, headkv_input & inp, const llama_kv_cache_ragged_context & mctx,
-        int64_t n_tokens, const ggml_tensor * like) {
+        int64_t n_tokens, const ggml_tensor * like, ggml_backend_sched_t sched) {
     ggml_tensor * band = mctx.get_kv()->get_band();
     if (like->type != band->type) {
         return nullptr;
@@ -255,6 +255,12 @@ static ggml_tensor * build_mask_of_step(ggml_context * ctx, headkv_input & inp, 
         const headkv_store_layer * layer = mctx.get_layer(mctx.layer_step());
         if (!layer || layer->buft != ggml_backend_buffer_get_type(band->buffer)) {
             return nullptr; // the mask is copied to another device, which takes contiguous rows
+        }
+        for (int i = 0; sched && i < ggml_backend_sched_get_n_backends(sched); ++i) {
+            // with a GPU beside it, parts of a large ubatch are computed there even if the layer is not
+            if (!ggml_backend_supports_buft(ggml_backend_sched_get_backend(sched, i), layer->buft)) {
+                return nullptr;
+            }
         }
         ggml_tensor * mask = ggml_new_tensor_2d(ctx, band->type, n_kv, n_tokens);
         ggml_backend_tensor_alloc(band->buffer, mask, (char *) band->data + (mctx.get_kv()->n_band() - n_past)*band->nb[0]);
@@ -313,7 +319,7 @@ llm_graph_input_attn_kv * headkv_build_inp(const llm_graph_context & gctx) {
         ggml_set_name(inp->self_kq_mask, "attn_inp_kq_mask");
         inp->self_kq_mask_cnv = inp->self_kq_mask;
         if (mctx->is_layered()) {
-            if (ggml_tensor * mask = build_mask_of_step(ctx, *inp, *mctx, ubatch.n_tokens, inp->self_kq_mask)) {
+            if (ggml_tensor * mask = build_mask_of_step(ctx, *inp, *mctx, ubatch.n_tokens, inp->self_kq_mask, gctx.sched)) {
                 ggml_set_name(mask, "headkv_mask");
                 inp->self_kq_mask     = nullptr; // nothing to fill
                 inp->self_kq_mask_cnv = mask;

@@ -11,9 +11,12 @@
 enum headkv_op_kind : int32_t {
     HEADKV_OP_NONE   = 0,
     HEADKV_OP_ATTEND = 1, // headkv-attend.h
-    HEADKV_OP_SCORE  = 2, // headkv-stages.h
-    HEADKV_OP_SELECT = 3, // same
+    HEADKV_OP_STATS  = 2, // headkv-stages.h, first half of score
+    HEADKV_OP_SCORE  = 3, // same
+    HEADKV_OP_SELECT = 4, // same
 };
+
+constexpr int HEADKV_SCORE_CHUNK = 512; // keys that share an element of the result of STATS
 
 struct headkv_op {
     static constexpr uint32_t TAG = 0x564b4448;
@@ -21,10 +24,10 @@ struct headkv_op {
     uint32_t       tag  = TAG;
     headkv_op_kind kind = HEADKV_OP_NONE;
 
-    float   scale       = 1.0f; // attend, score: of the dot products
+    float   scale       = 1.0f; // attend, stats, score: of the dot products
     float   softcap     = 0.0f; // same, 0 = none
-    int32_t n_window    = 0;    // score, select
-    int32_t pool        = 0;    // score: headkv_pool
+    int32_t n_window    = 0;    // select
+    int32_t pool_max    = 1;    // score: pooling by the maximum, else by the average
     int32_t pool_kernel = 1;    // score
 };
 

@@ -1,4 +1,11 @@
+#include "headkv-op.h"
 #include "headkv-stages.h"
+
+#include "ggml-cpu.h"
+
+#include <algorithm>
+#include <cmath>
+#include <vector>
 
 // Sum of the rows of x [n, n_rows], in place: halves are added until one row is left. Upstream's pooling and
 // matrix products walk columns here and are slower; the order of additions is fixed.
@@ -72,6 +79,158 @@ void headkv_build_sums(ggml_context * ctx, ggml_cgraph * gf, ggml_tensor * q, gg
     p = ggml_sum_rows(ctx, ggml_cont(ctx, ggml_permute(ctx, p, 1, 0, 2, 3))); // [1, n_kv, H]
     ggml_tensor * seen = ggml_view_2d(ctx, sums, n_kv, H, sums->nb[2], 0);
     ggml_build_forward_expand(gf, ggml_add_inplace(ctx, seen, ggml_reshape_2d(ctx, p, n_kv, H)));
+}
+
+//
+// fused: both ops cut the keys of each head into chunks, which threads take in turn
+//
+
+namespace {
+
+struct score_args {
+    const ggml_tensor * q;
+    const ggml_tensor * k;
+    const int32_t     * cells;
+
+    headkv_op op;
+    int64_t n_embd_head, n_head_kv, n_group, n_window, n_kv, n_query, n_chunk;
+
+    explicit score_args(const ggml_tensor * dst) :
+        q(dst->src[0]), k(dst->src[1]), cells((const int32_t *) dst->src[2]->data), op(headkv_op_get(dst)),
+        n_embd_head(q->ne[0]), n_head_kv(k->ne[0]/n_embd_head), n_group(q->ne[1]/n_head_kv), n_window(q->ne[2]), n_kv(dst->src[2]->ne[0]),
+        n_query(n_window*n_group), n_chunk((n_kv + HEADKV_SCORE_CHUNK - 1)/HEADKV_SCORE_CHUNK) {
+    }
+
+    // logits of a key for the queries of a head, (token, head of the group); key: room for one
+    void logits(int64_t head, int64_t pos, float * key, float * dst) const {
+        const char * row = (const char *) k->data + cells[pos]*k->nb[1] + head*ggml_row_size(k->type, n_embd_head);
+        if (k->type == GGML_TYPE_F32) {
+            std::copy_n((const float *) row, n_embd_head, key);
+        } else {
+            ggml_get_type_traits(k->type)->to_float(row, key, n_embd_head);
+        }
+        const auto dot = ggml_get_type_traits_cpu(GGML_TYPE_F32)->vec_dot;
+        for (int64_t j = 0; j < n_query; ++j) {
+            const char * query = (const char *) q->data + j/n_group*q->nb[2] + (head*n_group + j%n_group)*q->nb[1];
+            float x;
+            dot((int) n_embd_head, &x, 0, key, 0, query, 0, 1);
+            dst[j] = op.softcap > 0.0f ? op.softcap*std::tanh(x*op.scale/op.softcap) : x*op.scale;
+        }
+    }
+};
+
+// F32 [2, n_query, n_chunk, n_head_kv]
+void stats_op(ggml_tensor * dst, int ith, int nth, void *) {
+    const score_args a(dst);
+    const int64_t n_prefix = a.n_kv - a.n_window;
+
+    std::vector<float> key(a.n_embd_head);
+    std::vector<float> x(a.n_query*HEADKV_SCORE_CHUNK);
+    for (int64_t job = ith; job < a.n_head_kv*a.n_chunk; job += nth) {
+        const int64_t first = job%a.n_chunk*HEADKV_SCORE_CHUNK;
+        const int64_t n     = std::min<int64_t>(HEADKV_SCORE_CHUNK, a.n_kv - first);
+        for (int64_t i = 0; i < n; ++i) {
+            a.logits(job/a.n_chunk, first + i, key.data(), x.data() + i*a.n_query);
+        }
+        float * out = (float *) dst->data + job*a.n_query*2;
+        for (int64_t j = 0; j < a.n_query; ++j) {
+            // a query of the window sees the keys up to its own
+            const int64_t n_visible = std::min(n, n_prefix + j/a.n_group + 1 - first);
+            float m = -INFINITY;
+            for (int64_t i = 0; i < n_visible; ++i) {
+                m = std::max(m, x[i*a.n_query + j]);
+            }
+            float s = 0.0f;
+            for (int64_t i = 0; i < n_visible; ++i) {
+                s += std::exp(x[i*a.n_query + j] - m);
+            }
+            out[2*j]     = m;
+            out[2*j + 1] = s;
+        }
+    }
+}
+
+void score_op(ggml_tensor * dst, int ith, int nth, void *) {
+    const score_args a(dst);
+    const int64_t n_prefix = a.n_kv - a.n_window;
+    const int64_t n_chunk  = (n_prefix + HEADKV_SCORE_CHUNK - 1)/HEADKV_SCORE_CHUNK; // of the scores
+    const int64_t half     = a.op.pool_kernel/2;
+
+    std::vector<float> key(a.n_embd_head);
+    std::vector<float> x(a.n_query);
+    std::vector<float> m(a.n_query);
+    std::vector<float> f(a.n_query); // 1/sum of exponentials
+    std::vector<float> mean;
+    for (int64_t job = ith; job < a.n_head_kv*n_chunk; job += nth) {
+        const int64_t head = job/n_chunk;
+        const float * stats = (const float *) dst->src[3]->data + head*a.n_chunk*a.n_query*2;
+        for (int64_t j = 0; j < a.n_query; ++j) {
+            m[j] = -INFINITY;
+            for (int64_t c = 0; c < a.n_chunk; ++c) {
+                m[j] = std::max(m[j], stats[(c*a.n_query + j)*2]);
+            }
+            float s = 0.0f;
+            for (int64_t c = 0; c < a.n_chunk; ++c) {
+                s += stats[(c*a.n_query + j)*2 + 1]*std::exp(stats[(c*a.n_query + j)*2] - m[j]);
+            }
+            f[j] = 1.0f/s;
+        }
+
+        const int64_t first = job%n_chunk*HEADKV_SCORE_CHUNK;
+        const int64_t last  = std::min(first + HEADKV_SCORE_CHUNK, n_prefix);
+        const int64_t lo    = std::max<int64_t>(first - half, 0);
+        const int64_t hi    = std::min(last + half, n_prefix);
+        mean.assign(hi - lo, 0.0f);
+        for (int64_t i = lo; i < hi; ++i) {
+            a.logits(head, i, key.data(), x.data());
+            for (int64_t j = 0; j < a.n_query; ++j) {
+                mean[i - lo] += std::exp(x[j] - m[j])*f[j];
+            }
+            mean[i - lo] /= a.n_query;
+        }
+        for (int64_t i = first; i < last; ++i) {
+            const float * begin = mean.data() + std::max(i - half, lo) - lo;
+            const float * end   = mean.data() + std::min(i + half + 1, hi) - lo;
+            float & res = ((float *) dst->data)[head*n_prefix + i];
+            if (a.op.pool_max) {
+                res = *std::max_element(begin, end);
+            } else {
+                res = 0.0f; // neighbours that do not exist count as zero
+                for (const float * p = begin; p < end; ++p) {
+                    res += *p;
+                }
+                res /= a.op.pool_kernel;
+            }
+        }
+    }
+}
+
+} // namespace
+
+ggml_tensor * headkv_build_score_fused(ggml_context * ctx, ggml_tensor * q, ggml_tensor * k, ggml_tensor * cells,
+        float scale, float softcap, headkv_pool pool, int pool_kernel) {
+    const int64_t n_embd_head = q->ne[0];
+    const int64_t n_head_kv   = k->ne[0]/n_embd_head;
+    const int64_t n_kv        = cells->ne[0];
+    GGML_ASSERT(q->type == GGML_TYPE_F32 && q->nb[0] == sizeof(float) && k->ne[0] % n_embd_head == 0 && q->ne[1] % n_head_kv == 0);
+    GGML_ASSERT(cells->type == GGML_TYPE_I32 && ggml_is_contiguous(cells) && n_kv > q->ne[2] && pool_kernel % 2 == 1 && pool_kernel < 64);
+
+    headkv_op op;
+    op.kind        = HEADKV_OP_STATS;
+    op.scale       = scale;
+    op.softcap     = softcap;
+    op.pool_max    = pool == HEADKV_POOL_MAX;
+    op.pool_kernel = pool_kernel;
+
+    ggml_tensor * args[] = { q, k, cells, nullptr };
+    const int64_t n_chunk = (n_kv + HEADKV_SCORE_CHUNK - 1)/HEADKV_SCORE_CHUNK;
+    args[3] = ggml_custom_4d(ctx, GGML_TYPE_F32, 2, q->ne[1]/n_head_kv*q->ne[2], n_chunk, n_head_kv, args, 3, stats_op, GGML_N_TASKS_MAX, nullptr);
+    headkv_op_set(args[3], op);
+
+    ggml_tensor * res = ggml_custom_4d(ctx, GGML_TYPE_F32, n_kv - q->ne[2], n_head_kv, 1, 1, args, 4, score_op, GGML_N_TASKS_MAX, nullptr);
+    op.kind = HEADKV_OP_SCORE;
+    headkv_op_set(res, op);
+    return res;
 }
 
 ggml_tensor * headkv_build_value_norm(ggml_context * ctx, ggml_tensor * v, ggml_tensor * wo, int64_t n_group) {

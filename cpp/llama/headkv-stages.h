@@ -26,6 +26,16 @@ ggml_tensor * headkv_build_window(ggml_context * ctx, ggml_tensor * q_cur, ggml_
 ggml_tensor * headkv_build_score(ggml_context * ctx, ggml_cgraph * gf, ggml_tensor * q, ggml_tensor * k, ggml_tensor * mask,
         float scale, float softcap, headkv_pool pool, int pool_kernel);
 
+// The same for all heads of a layer, without the probabilities [n_kv, n_window, n_head]: the first of two ops leaves the
+// largest logit and the sum of exponentials of each chunk of keys, F32 [2, n_query, n_chunk, n_head_kv], the second takes
+// the scores from them. Accumulation is in F32 and independent of the number of threads.
+//   q     F32 [n_embd_head, n_head, n_window] queries in position order
+//   k         [n_embd_head*n_head_kv, n_cells] staged keys of the layer
+//   cells I32 [n_kv] cell of each position, the window last
+// Returns F32 [n_kv - n_window, n_head_kv].
+ggml_tensor * headkv_build_score_fused(ggml_context * ctx, ggml_tensor * q, ggml_tensor * k, ggml_tensor * cells,
+        float scale, float softcap, headkv_pool pool, int pool_kernel);
+
 // Adds the attention that the queries of a ubatch pay to each cell to the sums over all queries. Its probabilities take
 // n_kv*n_tokens*n_head*4 bytes.
 //   q      F32 [n_embd_head, n_head, n_tokens]

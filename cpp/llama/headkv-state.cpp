@@ -235,6 +235,9 @@ static saved_seq read_seq(reader_t & from, const headkv_store & store, uint32_t 
             head.pos = from.array<int32_t>(n_kept);
             head.k   = from.array<uint8_t>(n_rows*ggml_row_size(layer.type_k, layer.n_embd_head));
             head.v   = from.array<uint8_t>(n_rows*ggml_row_size(layer.type_v, layer.n_embd_head));
+            if (!ggml_validate_row_data(layer.type_k, head.k.data(), head.k.size()) || !ggml_validate_row_data(layer.type_v, head.v.data(), head.v.size())) {
+                throw std::runtime_error("it is damaged (a value is not finite)");
+            }
             for (uint32_t i = 0; i < n_kept; ++i) {
                 const int32_t pos = head.pos[i];
                 const bool whole = i + seq.n_whole < n_kept || pos == seq.n_prompt - (int32_t) (n_kept - i);

@@ -35,6 +35,11 @@ static bool is_cpu(ggml_backend_buffer_type_t buft) {
     return ggml_backend_buft_is_host(buft) && (!dev || ggml_backend_dev_type(dev) == GGML_BACKEND_DEVICE_TYPE_CPU);
 }
 
+static bool device_supports(ggml_backend_buffer_type_t buft, const ggml_tensor * op) {
+    const ggml_backend_dev_t dev = ggml_backend_buft_get_device(buft);
+    return dev && ggml_backend_dev_supports_op(dev, op);
+}
+
 // whether the device of a layer runs the fused op: a CPU calls its function, any other has to know the op
 static bool can_attend_fused(const headkv_store_layer & layer) {
     if (!layer.attend->kernel) {
@@ -43,10 +48,6 @@ static bool can_attend_fused(const headkv_store_layer & layer) {
     if (is_cpu(layer.buft)) {
         return true;
     }
-    const ggml_backend_dev_t dev = ggml_backend_buft_get_device(layer.buft);
-    if (!dev) {
-        return false;
-    }
     ggml_init_params params = { 16*ggml_tensor_overhead(), nullptr, /*.no_alloc =*/ true };
     ggml_context_ptr ctx(ggml_init(params));
     ggml_tensor * q = ggml_new_tensor_3d(ctx.get(), GGML_TYPE_F32, layer.n_embd_head, layer.n_head, 1);
@@ -54,14 +55,14 @@ static bool can_attend_fused(const headkv_store_layer & layer) {
     ggml_tensor * v = ggml_new_tensor_2d(ctx.get(), layer.type_v, layer.n_embd_head, 256);
     ggml_tensor * r = ggml_new_tensor_3d(ctx.get(), GGML_TYPE_I32, 2, layer.n_head_kv, 1);
     ggml_tensor * op = headkv_build_attend_fused(ctx.get(), layer.attend.get(), q, k, v, r)->view_src;
-    if (!ggml_backend_dev_supports_op(dev, op)) {
+    if (!device_supports(layer.buft, op)) {
         return false;
     }
     // a device that says the same of a function that it cannot know says it of everything, as RPC does
     headkv_op unknown;
     unknown.tag = 0;
     headkv_op_set(op, unknown);
-    return !ggml_backend_dev_supports_op(dev, op);
+    return !device_supports(layer.buft, op);
 }
 
 // a layer-major batch: which step comes next
@@ -437,6 +438,7 @@ bool llama_kv_cache_ragged::seq_rm(llama_seq_id seq_id, llama_pos p0, llama_pos 
         stage->clear(false);
         seq = seq_t();
         release_idle_stage();
+        release_idle_store();
         return p0 == 0;
     }
     if (seq.state == STORED && p0 > 0) {
@@ -1376,8 +1378,23 @@ void llama_kv_cache_ragged::compress_layer(headkv_store_layer & layer) {
         set_data(t_slots, c.slots);
         set_data(t_mask, c.mask);
 
-        // one head at a time: the probabilities of a head are the largest part of the scratch memory
-        for (int64_t ih = 0; ih < H; ++ih) {
+        // all heads by the fused ops of the device
+        c.runner.begin();
+        bool scored = false;
+        if (!is_cpu(layer.buft) && layer.fused && n_prefix > 0) {
+            ggml_context * ctx = c.runner.ctx.get();
+            ggml_tensor * q = ggml_get_rows(ctx, ring_of_layer[layer.il], t_slots);
+            ggml_tensor * s = headkv_build_score_fused(ctx, ggml_reshape_3d(ctx, q, D, G*H, n_window), k_all, t_cells,
+                    layer.attend->scale, layer.attend->softcap, cfg.pool, cfg.pool_kernel);
+            scored = device_supports(layer.buft, s->src[3]) && device_supports(layer.buft, s);
+            if (scored) {
+                ggml_build_forward_expand(c.runner.gf, ggml_cpy(ctx, s, t_scores));
+                c.run();
+            }
+        }
+
+        // composed: one head at a time, because its probabilities are the largest part of the scratch memory
+        for (int64_t ih = 0; ih < H && !scored; ++ih) {
             c.runner.begin();
             ggml_context * ctx = c.runner.ctx.get();
 
@@ -1442,15 +1459,23 @@ void llama_kv_cache_ragged::compress_layer(headkv_store_layer & layer) {
         ggml_build_forward_expand(c.runner.gf, headkv_build_compact(ctx, layer.v, v_all, kept, t_cells, t_plan));
         c.run();
     } else {
+        ggml_tensor * all_kept = headkv_build_select(ctx, scores, t_select, n_window, n_total);
+        const bool selected = layer.fused && device_supports(layer.buft, all_kept->view_src);
+        if (selected) {
+            ggml_build_forward_expand(c.runner.gf, ggml_cpy(ctx, all_kept, t_kept));
+            c.run();
+        }
         for (int64_t ih = 0; ih < H; ++ih) {
             c.runner.begin();
             ctx = c.runner.ctx.get();
-            scores = ggml_view_1d(ctx, t_scores, n_prefix, ih*t_scores->nb[1]);
-            ggml_tensor * kept = n_keep[ih] == n_prefix
-                ? ggml_cast(ctx, ggml_arange(ctx, 0.0f, (float) n, 1.0f), GGML_TYPE_I32)
-                : headkv_build_select_composed(ctx, scores, n_keep[ih], t_window);
             const int64_t n_rows = plan[3*ih + 1];
-            kept = ggml_cpy(ctx, kept, ggml_view_1d(ctx, t_kept, n_rows, plan_select[2*ih]*sizeof(int32_t)));
+            ggml_tensor * kept = ggml_view_1d(ctx, t_kept, n_rows, plan_select[2*ih]*sizeof(int32_t));
+            if (!selected) {
+                scores = ggml_view_1d(ctx, t_scores, n_prefix, ih*t_scores->nb[1]);
+                kept = ggml_cpy(ctx, n_keep[ih] == n_prefix
+                    ? ggml_cast(ctx, ggml_arange(ctx, 0.0f, (float) n, 1.0f), GGML_TYPE_I32)
+                    : headkv_build_select_composed(ctx, scores, n_keep[ih], t_window), kept);
+            }
             ggml_build_forward_expand(c.runner.gf, kept);
             for (auto & [pool, all] : { std::make_pair(layer.k, k_all), std::make_pair(layer.v, v_all) }) {
                 ggml_tensor * rows = ggml_get_rows(ctx, head_cells(ctx, all, ih), kept); // F32

@@ -33,7 +33,10 @@ static bool headkv_server_begin(const std::vector<server_slot> & slots, server_s
 
     int32_t n_staged = 0; // prompts that end in this batch
     for (const auto & other : slots) {
-        if (other.state == SLOT_STATE_PROCESSING_PROMPT || (other.state == SLOT_STATE_STARTED && other.task->id < slot.task->id)) {
+        // the one that was begun goes first, whatever its number: requests that had to wait for a slot may have lower ones
+        const bool is_begun = other.stats.headkv_info.t_begin_us > 0;
+        const bool is_first = is_begun || (slot.stats.headkv_info.t_begin_us == 0 && other.task && other.task->id < slot.task->id);
+        if (other.state == SLOT_STATE_PROCESSING_PROMPT || (other.state == SLOT_STATE_STARTED && other.id != slot.id && is_first)) {
             return false;
         }
         n_staged += other.state == SLOT_STATE_DONE_PROMPT ? other.task->n_tokens() : 0;

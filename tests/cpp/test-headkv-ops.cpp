@@ -238,10 +238,112 @@ static bool test_attend(const attend_case & c) {
 }
 
 //
+// score
+//
+
+struct score_case {
+    bool cuda;
+    ggml_type type;
+    int D, G, n_window, n_kv, pool_kernel;
+    headkv_pool pool = HEADKV_POOL_MAX;
+    float softcap    = 0.0f;
+
+    std::string name() const {
+        return std::string("score,") + (cuda ? "cuda," : "cpu,") + ggml_type_name(type) + ",D=" + std::to_string(D) + ",G=" + std::to_string(G) + ",w=" +
+            std::to_string(n_window) + ",n=" + std::to_string(n_kv) + ",pool=" + std::to_string(pool) + "/" + std::to_string(pool_kernel) +
+            ",softcap=" + std::to_string((int) softcap);
+    }
+};
+
+static bool test_score(const score_case & c) {
+    const int H = 2;
+    const int n_cells  = c.n_kv + 5;
+    const int n_prefix = c.n_kv - c.n_window;
+    const int n_query  = c.n_window*c.G;
+
+    cpu_graph g;
+    ggml_context * ctx = g.ctx.get();
+    ggml_tensor * q = ggml_new_tensor_3d(ctx, GGML_TYPE_F32, c.D, c.G*H, c.n_window);
+    ggml_tensor * k = ggml_new_tensor_2d(ctx, c.type, c.D*H, n_cells);
+    ggml_tensor * p = ggml_new_tensor_1d(ctx, GGML_TYPE_I32, c.n_kv);
+    const float scale = 1.0f/std::sqrt((float) c.D);
+    ggml_tensor * out   = headkv_build_score_fused(ctx, q, k, p, scale, c.softcap, c.pool, c.pool_kernel);
+    ggml_tensor * stats = out->src[3];
+    g.alloc(out);
+
+    std::vector<int32_t> cells(n_cells);
+    for (int i = 0; i < n_cells; ++i) {
+        cells[i] = i;
+    }
+    std::shuffle(cells.begin(), cells.end(), rng);
+    set_quantized(k, random_floats(ggml_nelements(k)));
+    const std::vector<float> qf = random_floats(ggml_nelements(q), 2.0f);
+    const std::vector<float> kf = get_floats(k);
+    ggml_backend_tensor_set(q, qf.data(), 0, ggml_nbytes(q));
+    ggml_backend_tensor_set(p, cells.data(), 0, ggml_nbytes(p));
+
+    std::vector<float> first;
+    for (int n_threads : { 1, 2, 7 }) {
+        if (!c.cuda) {
+            g.run(n_threads);
+        } else if (cuda_on_cpu_supports(stats) && cuda_on_cpu_supports(out)) {
+            cuda_on_cpu_compute(stats, n_threads == 2);
+            cuda_on_cpu_compute(out, n_threads == 2);
+        } else {
+            printf("  not supported\n");
+            return false;
+        }
+        const std::vector<float> got = get_floats(out);
+        first = first.empty() ? got : first;
+        if (memcmp(first.data(), got.data(), got.size()*sizeof(float)) != 0) {
+            printf("  depends on the threads\n");
+            return false;
+        }
+    }
+
+    double err = 0.0;
+    double ref = 0.0;
+    for (int h = 0; h < H; ++h) {
+        std::vector<double> mean(n_prefix, 0.0);
+        std::vector<double> x(c.n_kv);
+        for (int j = 0; j < n_query; ++j) {
+            const int n = n_prefix + j/c.G + 1;
+            double sum = 0.0;
+            for (int i = 0; i < n; ++i) {
+                double dot = 0.0;
+                for (int d = 0; d < c.D; ++d) {
+                    dot += (double) qf[((size_t) (j/c.G)*c.G*H + h*c.G + j%c.G)*c.D + d]*kf[(size_t) cells[i]*c.D*H + h*c.D + d];
+                }
+                dot *= scale;
+                x[i] = std::exp(c.softcap > 0.0f ? c.softcap*std::tanh(dot/c.softcap) : dot);
+                sum += x[i];
+            }
+            for (int i = 0; i < n_prefix; ++i) {
+                mean[i] += x[i]/sum/n_query;
+            }
+        }
+        for (int i = 0; i < n_prefix; ++i) {
+            double want = 0.0;
+            for (int o = std::max(0, i - c.pool_kernel/2); o <= std::min(n_prefix - 1, i + c.pool_kernel/2); ++o) {
+                want = c.pool == HEADKV_POOL_MAX ? std::max(want, mean[o]) : want + mean[o]/c.pool_kernel;
+            }
+            const double got = first[(size_t) h*n_prefix + i];
+            err += (want - got)*(want - got);
+            ref += want*want;
+        }
+    }
+    if (!(err <= 1e-11*ref)) {
+        printf("  nmse %g\n", err/ref);
+        return false;
+    }
+    return true;
+}
+
+//
 // select
 //
 
-static bool test_select(int n_prefix, int H, int n_window, bool ties) {
+static bool test_select(int n_prefix, int H, int n_window, bool ties, bool cuda) {
     std::vector<float> scores = random_floats((size_t) n_prefix*H);
     for (float & s : scores) {
         s = ties ? std::floor(2.0f*s)/2.0f : s; // plateaus, also of -0 and 0
@@ -283,7 +385,11 @@ static bool test_select(int n_prefix, int H, int n_window, bool ties) {
         }
     }
     for (int n_threads : { 1, 2, 5 }) {
-        g.run(n_threads);
+        if (cuda) {
+            cuda_on_cpu_compute(out->view_src, n_threads == 2);
+        } else {
+            g.run(n_threads);
+        }
         std::vector<int32_t> got(n_total);
         ggml_backend_tensor_get(out, got.data(), 0, ggml_nbytes(out));
         if (got != want) {
@@ -291,6 +397,54 @@ static bool test_select(int n_prefix, int H, int n_window, bool ties) {
         }
     }
     return true;
+}
+
+// scored and selected by both: the same cells
+static bool test_kept(int n_kv, int n_window) {
+    const int D = 64;
+    const int H = 4;
+    const int n_prefix = n_kv - n_window;
+
+    cpu_graph g;
+    ggml_context * ctx = g.ctx.get();
+    ggml_tensor * q = ggml_new_tensor_3d(ctx, GGML_TYPE_F32, D, 4*H, n_window);
+    ggml_tensor * k = ggml_new_tensor_2d(ctx, GGML_TYPE_F16, D*H, n_kv);
+    ggml_tensor * c = ggml_new_tensor_1d(ctx, GGML_TYPE_I32, n_kv);
+    ggml_tensor * p = ggml_new_tensor_2d(ctx, GGML_TYPE_I32, 2, H);
+    std::vector<int32_t> plan;
+    int n_total = 0;
+    for (int h = 0; h < H; ++h) {
+        plan.insert(plan.end(), { n_total, (h + 1)*n_prefix/(H + 1) });
+        n_total += plan.back() + n_window;
+    }
+    ggml_tensor * score = headkv_build_score_fused(ctx, q, k, c, 0.125f, 0.0f, HEADKV_POOL_MAX, 7);
+    ggml_tensor * kept  = headkv_build_select(ctx, score, p, n_window, n_total);
+    g.alloc(kept);
+
+    std::vector<int32_t> cells(n_kv);
+    for (int i = 0; i < n_kv; ++i) {
+        cells[i] = i;
+    }
+    set_quantized(k, random_floats(ggml_nelements(k)));
+    const std::vector<float> qf = random_floats(ggml_nelements(q), 2.0f);
+    ggml_backend_tensor_set(q, qf.data(), 0, ggml_nbytes(q));
+    ggml_backend_tensor_set(c, cells.data(), 0, ggml_nbytes(c));
+    ggml_backend_tensor_set(p, plan.data(), 0, ggml_nbytes(p));
+
+    std::vector<int32_t> got[2];
+    for (int cuda : { 0, 1 }) {
+        if (cuda) {
+            for (ggml_tensor * op : { score->src[3], score, kept->view_src }) {
+                ggml_backend_tensor_memset(op, 0xff, 0, ggml_nbytes(op));
+                cuda_on_cpu_compute(op, false);
+            }
+        } else {
+            g.run(2);
+        }
+        got[cuda].resize(n_total);
+        ggml_backend_tensor_get(kept, got[cuda].data(), 0, ggml_nbytes(kept));
+    }
+    return got[0] == got[1];
 }
 
 // composed of ggml ops, one head: the same cells, ties included
@@ -458,9 +612,27 @@ int main(int argc, char ** argv) {
     }
     add({ "cuda", GGML_TYPE_F16, 64, 4, std::vector<int>(40, 3), 20, 1, 0.0f, true }); // more ranges than a warp has lanes
     add({ "cuda", GGML_TYPE_F16, 64, 4, { 7, 130 }, 1, 1030 });                        // so many tokens that ranges are not cut
+    const auto add_score = [&](const score_case & c) { cases.push_back({ c.name(), [c]() { return test_score(c); } }); };
+    for (bool cuda : { false, true }) {
+        for (ggml_type type : { GGML_TYPE_F16, GGML_TYPE_BF16, GGML_TYPE_Q8_0 }) {
+            for (int D : { 64, 80, 96, 128, 256 }) {
+                if (D % ggml_blck_size(type) == 0) {
+                    add_score({ cuda, type, D, D == 64 ? 7 : 2, 8, D == 128 ? 700 : 100, 7 });
+                }
+            }
+            for (int n_kv : { 2, 3, 32, 129, 256, 257, 513 }) {
+                add_score({ cuda, type, 64, 3, std::min(8, n_kv - 1), n_kv, 5 });
+            }
+            add_score({ cuda, type, 64, 1, 1, 300, 31, HEADKV_POOL_AVG });
+            add_score({ cuda, type, 64, 4, 3, 300, 1, HEADKV_POOL_AVG, 30.0f });
+        }
+    }
     for (int n_prefix : { 1, 2, 31, 257, 5000 }) {
         for (bool ties : { false, true }) {
-            cases.push_back({ "select,n=" + std::to_string(n_prefix) + ",ties=" + std::to_string(ties), [=]() { return test_select(n_prefix, 6, 8, ties); } });
+            for (bool cuda : { false, true }) {
+                cases.push_back({ std::string("select,") + (cuda ? "cuda" : "cpu") + ",n=" + std::to_string(n_prefix) + ",ties=" + std::to_string(ties),
+                        [=]() { return test_select(n_prefix, 6, 8, ties, cuda); } });
+            }
         }
     }
     for (int n_prefix : { 1, 2, 31, 257, 5000 }) {
@@ -472,6 +644,9 @@ int main(int argc, char ** argv) {
                 }
             }
         }
+    }
+    for (int n_kv : { 40, 300, 1000, 3000 }) {
+        cases.push_back({ "kept,n=" + std::to_string(n_kv), [=]() { return test_kept(n_kv, 8); } });
     }
     cases.push_back({ "buckets", test_buckets });
 

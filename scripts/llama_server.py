@@ -1,0 +1,88 @@
+"""A llama-server of this build as a child process, for benchmarks and soak tests."""
+
+from __future__ import annotations
+
+import json
+import socket
+import subprocess
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from pyheadkv import serve
+
+DIRECTLY = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+
+
+class Server:
+    """A running llama-server on a port of its own."""
+
+    def __init__(self, process: subprocess.Popen[bytes], port: int) -> None:
+        self.process, self.port = process, port
+
+    def request(self, path: str, body: Any = None, *, timeout: float = 3600) -> tuple[int, Any]:
+        """Status and parsed answer; GET without a body."""
+        data = None if body is None else body if isinstance(body, bytes) else json.dumps(body).encode()
+        request = urllib.request.Request(f"http://127.0.0.1:{self.port}{path}", data, {"Content-Type": "application/json"})
+        try:
+            with DIRECTLY.open(request, timeout=timeout) as response:
+                status, text = response.status, response.read().decode()
+        except urllib.error.HTTPError as e:
+            status, text = e.code, e.read().decode()
+        try:
+            return status, json.loads(text)
+        except ValueError:
+            return status, text
+
+    def complete(self, prompt: list[int], n: int, **more: Any) -> dict[str, Any]:
+        """Answer to a greedy completion of n tokens."""
+        status, answer = self.request("/completion", {"prompt": prompt, "n_predict": n, "temperature": 0, "return_tokens": True, **more})
+        if status != 200:
+            raise RuntimeError(f"{status}: {answer}")
+        return dict(answer)
+
+    def metric(self, name: str) -> float:
+        """A number of /metrics."""
+        lines = [line.split() for line in self.request("/metrics")[1].splitlines() if line.startswith(f"llamacpp:{name} ")]
+        return float(lines[0][1])
+
+    def status_bytes(self, field: str) -> int:
+        """A size in /proc/PID/status: RssAnon, resident pages of no file; VmHWM, the largest resident size so far."""
+        return int(Path(f"/proc/{self.process.pid}/status").read_text().split(f"{field}:")[1].split()[0]) * 1024
+
+
+@contextmanager
+def running(*flags: Any, log: Path, seconds: float = 120) -> Iterator[Server]:
+    """Start llama-server with these flags, wait until it answers, and end it."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = int(s.getsockname()[1])
+    command = [serve.server_path(), "--host", "127.0.0.1", "--port", port, "--metrics", "--no-warmup", *flags]
+    with log.open("wb") as out:
+        process = subprocess.Popen([str(c) for c in command], stdout=out, stderr=out)
+        server = Server(process, port)
+        try:
+            deadline = time.monotonic() + seconds
+            while not is_healthy(server):
+                if process.poll() is not None or time.monotonic() > deadline:
+                    raise RuntimeError(f"llama-server did not start: {log.read_text(errors='replace')[-2000:]}")
+                time.sleep(0.1)
+            yield server
+        finally:
+            process.terminate()
+            try:
+                process.wait(timeout=20)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+
+
+def is_healthy(server: Server) -> bool:
+    try:
+        return server.request("/health", timeout=5)[0] == 200
+    except (urllib.error.URLError, OSError):  # not listening yet
+        return False

@@ -1,0 +1,221 @@
+"""Mixed requests to llama-server with compression, and what must be true at their end.
+
+    python scripts/soak_server.py --requests 1500 --out bench/results/soak_server.md
+
+Clients on loopback send completions, chats, streams, requests of other sizes and with protected cells, whole prompts, bad bodies, and
+hang up while a prompt is queued, read or compressed and while tokens are generated. Every answer is compared with that of a context
+of its own. No crash, no wrong answer, resident memory that does not grow, and no cell left.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import json
+import platform
+import random
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from llama_server import DIRECTLY, Server, running
+
+import pyheadkv
+from pyheadkv import Llama, needle
+
+N_CTX, KV_SIZE, SIZES, N_PREDICT = 2048, 128, (32, 64), 12
+KINDS = ("completion", "completion", "sized", "protected", "whole", "stream", "chat", "chat stream", "openai", "hang up", "hang up", "bad body")
+BAD: list[Any] = [
+    b"{", b"[]", b'{"prompt": "\xff"}', {"prompt": {}}, {"prompt": [1, "the", None]}, {"prompt": [-1]}, {"prompt": [1 << 30]}, {"n_predict": 4},
+    {"prompt": "the", "kv_size": 1}, {"prompt": "the", "kv_size": "all"}, {"prompt": "the", "kv_protect": [[5, 1]]},
+    {"prompt": "the", "kv_protect": 7}, {"prompt": "the", "n": 3}, {"prompt": [5] * 3000}, {"messages": 5}, {"prompt": "the", "n_predict": "x"},
+]
+
+
+def until_end(tokens: list[int]) -> list[int]:
+    return tokens[: tokens.index(needle.EOS)] if needle.EOS in tokens else tokens
+
+
+class Expected:
+    """Prompts and the answers of contexts of their own."""
+
+    def __init__(self, n_prompts: int, threads: int) -> None:
+        documents = [needle.make_document(random.Random(i), n_tokens=300 + 150 * i, kinds=[needle.KINDS[i % len(needle.KINDS)]])
+                     for i in range(n_prompts)]
+        self.messages = [document.messages() for document in documents]
+        self.answers: dict[tuple[str, int], Any] = {}
+        settings: dict[str, dict[str, Any]] = {"completion": {}, "protected": {"protect": [(0, 60)]}, "whole": {"kv_size": N_CTX}}
+        settings.update({f"sized {n}": {"kv_size": n} for n in SIZES})
+        for what, options in settings.items():
+            llm = Llama(pyheadkv.embedded_model(), n_ctx=N_CTX, n_batch=512, n_ubatch=512, n_threads=threads, n_threads_batch=threads, verbose=False,
+                        **{"kv_size": KV_SIZE, **options})
+            self.prompts = [list(llm.tokenize(document.prompt().encode())) for document in documents]
+            for i, prompt in enumerate(self.prompts):
+                tokens = []
+                for token in llm.generate(prompt, temp=0.0):
+                    tokens.append(token)
+                    if len(tokens) == N_PREDICT:
+                        break
+                llm.reset()
+                self.answers[what, i] = until_end(tokens)
+            if what == "completion":
+                for i, messages in enumerate(self.messages):
+                    llm.reset()
+                    answer = llm.create_chat_completion(messages, max_tokens=N_PREDICT, temperature=0.0)
+                    self.answers["chat", i] = answer["choices"][0]["message"]["content"]
+            llm.close()
+
+
+class Soak:
+    def __init__(self, server: Server, expected: Expected, n_requests: int, deadline: float) -> None:
+        self.server, self.expected, self.n_left, self.deadline = server, expected, n_requests, deadline
+        self.lock = threading.Lock()
+        self.counts: collections.Counter[str] = collections.Counter()
+        self.wrong: list[str] = []
+        self.rss: list[tuple[int, int]] = []  # (requests, bytes)
+        try:
+            import openai
+            self.openai: Any = openai.OpenAI(base_url=f"http://127.0.0.1:{server.port}/v1", api_key="none")
+        except ImportError:
+            self.openai = None
+
+    def client(self, seed: int) -> None:
+        rng = random.Random(seed)
+        while True:
+            with self.lock:
+                if self.n_left == 0 or time.monotonic() > self.deadline:
+                    return
+                self.n_left -= 1
+            what = rng.choice(KINDS)
+            try:
+                wrong = self.one(what, rng)
+            except Exception as e:  # any of them is a finding
+                wrong = f"{type(e).__name__}: {e}"
+            with self.lock:
+                self.counts[what] += 1
+                if wrong:
+                    self.wrong.append(f"{what}: {wrong}"[:300])
+                n = sum(self.counts.values())
+                if n % 50 == 0:
+                    self.rss.append((n, self.server.status_bytes("RssAnon")))
+                    print(f"{n} requests, {self.rss[-1][1] / 2**20:.1f} MiB, {len(self.wrong)} wrong", flush=True)
+
+    def one(self, what: str, rng: random.Random) -> str:
+        """What is wrong with the answer, empty = nothing."""
+        i = rng.randrange(len(self.expected.prompts))
+        prompt, messages = self.expected.prompts[i], self.expected.messages[i]
+        if what == "completion":
+            return self.compare(self.complete(prompt), "completion", i)
+        if what == "sized":
+            n = rng.choice(SIZES)
+            return self.compare(self.complete(prompt, kv_size=n), f"sized {n}", i)
+        if what == "protected":
+            return self.compare(self.complete(prompt, kv_protect=[[0, 60]]), "protected", i)
+        if what == "whole":
+            return self.compare(self.complete(prompt, kv_size=0), "whole", i)
+        if what == "stream":
+            events = self.events("/completion", {"prompt": prompt, "n_predict": N_PREDICT, "temperature": 0, "return_tokens": True})
+            return self.compare(until_end([token for event in events if not event["stop"] for token in event["tokens"]]), "completion", i)
+        chat = {"messages": messages, "max_tokens": N_PREDICT, "temperature": 0}
+        if what == "chat":
+            status, answer = self.server.request("/v1/chat/completions", chat)
+            return self.compare(answer["choices"][0]["message"]["content"], "chat", i) if status == 200 else f"{status}: {answer}"
+        if what == "chat stream":
+            events = self.events("/v1/chat/completions", chat)
+            return self.compare("".join(choice["delta"].get("content") or "" for event in events for choice in event["choices"]), "chat", i)
+        if what == "openai":
+            if self.openai is None:
+                return ""
+            stream = self.openai.chat.completions.create(model="any", stream=True, **chat)
+            return self.compare("".join(choice.delta.content or "" for chunk in stream for choice in chunk.choices), "chat", i)
+        if what == "hang up":
+            body = json.dumps({"prompt": prompt, "n_predict": 500, "stream": rng.random() < 0.5}).encode()
+            with socket.create_connection(("127.0.0.1", self.server.port), timeout=60) as s:
+                s.sendall(b"POST /completion HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n" % len(body))
+                s.sendall(body if rng.random() < 0.9 else body[: len(body) // 2])
+                time.sleep(rng.choice([0, 0.01, 0.05, 0.2, 0.5, 1.0]))
+            return ""
+        status, answer = self.server.request(rng.choice(["/completion", "/v1/completions", "/v1/chat/completions"]), rng.choice(BAD))
+        return "" if status in (400, 500) and "message" in answer["error"] else f"{status}: {answer}"
+
+    def compare(self, got: Any, what: str, i: int) -> str:
+        want = self.expected.answers[what, i]
+        return "" if got == want else f"prompt {i}: {got} instead of {want}"
+
+    def complete(self, prompt: list[int], **more: Any) -> list[int]:
+        return until_end(self.server.complete(prompt, N_PREDICT, **more)["tokens"])
+
+    def events(self, path: str, body: dict[str, Any]) -> list[Any]:
+        import urllib.request
+
+        data = json.dumps({**body, "stream": True}).encode()
+        request = urllib.request.Request(f"http://127.0.0.1:{self.server.port}{path}", data, {"Content-Type": "application/json"})
+        with DIRECTLY.open(request, timeout=600) as response:
+            lines = [line[6:] for line in response.read().decode().splitlines() if line.startswith("data: ")]
+        return [json.loads(line) for line in lines if line != "[DONE]"]
+
+
+def ledger(server: Server) -> list[str]:
+    """What is left after all requests."""
+    deadline = time.monotonic() + 60
+    while any(slot["is_processing"] for slot in server.request("/slots")[1]) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    left = [f"slot {slot['id']}: {slot['kv']}" for slot in server.request("/slots")[1] if slot["is_processing"] or slot["kv"]["state"] != "empty"]
+    return left + [f"{name}: {server.metric(name)}" for name in ("kv_bytes_held", "kv_bytes_staging") if server.metric(name) != 0]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--requests", type=int, default=1500)
+    parser.add_argument("--clients", type=int, default=8)
+    parser.add_argument("--slots", type=int, default=4)
+    parser.add_argument("--prompts", type=int, default=8)
+    parser.add_argument("--seconds", type=float, default=1800, help="no request begins later")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--prefill", default="auto")
+    parser.add_argument("--out", type=Path)
+    args = parser.parse_args()
+
+    expected = Expected(args.prompts, args.threads)
+    with tempfile.TemporaryDirectory() as folder:
+        flags = ["-m", pyheadkv.embedded_model(), "-c", N_CTX * args.slots, "-np", args.slots, "-b", 512, "-ub", 512, "-t", args.threads,
+                 "-tb", args.threads, "--kv-size", KV_SIZE, "--kv-size-max", N_CTX, "--kv-prefill", args.prefill]
+        with running(*flags, log=Path(folder) / "log") as server:
+            start = time.monotonic()
+            soak = Soak(server, expected, args.requests, start + args.seconds)
+            with ThreadPoolExecutor(args.clients) as pool:
+                for done in [pool.submit(soak.client, seed) for seed in range(args.clients)]:
+                    done.result()
+            seconds = time.monotonic() - start
+            left = ledger(server)
+            crashed = server.process.poll() is not None
+            compressions = server.metric("kv_compressions_total")
+    n = sum(soak.counts.values())
+    # after the first quarter, in which every buffer has had its largest size
+    later = [size for at, size in soak.rss if at >= n / 4]
+    first, last = max(later[: len(later) // 3 + 1]), max(later[-(len(later) // 3 + 1) :])
+    is_flat = last < 1.05 * first + 4 * 2**20
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent).stdout.strip()
+    lines = [
+        f"{n} requests from {args.clients} clients to {args.slots} slots in {seconds:.0f} s, {compressions:.0f} prompts compressed "
+        f"({platform.machine()}, {args.threads} threads, commit {commit}, `python scripts/soak_server.py {' '.join(sys.argv[1:])}`)", "",
+        "| request | number |", "|---|---|", *(f"| {what} | {count} |" for what, count in sorted(soak.counts.items())), "",
+        f"crashed: {crashed}; wrong answers: {len(soak.wrong)}; left at the end: {left or 'nothing'}; "
+        f"the openai client took part: {soak.openai is not None}",
+        "", f"resident memory of no file, largest: {first / 2**20:.1f} MiB after the first quarter, {last / 2**20:.1f} MiB at the end",
+        "", *soak.wrong[:20],
+    ]
+    print("\n".join(lines))
+    if args.out:
+        args.out.write_text("\n".join(lines).rstrip() + "\n")
+    return int(crashed or bool(soak.wrong) or bool(left) or not is_flat or n < args.requests)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
