@@ -5,11 +5,15 @@ compressed one. They take turns, so that other load on the machine hits both; ev
 figure is a median over the rounds and every ratio the median of paired ratios.
 
     python bench/bench_decode.py --threads 2 --out bench/results/decode_cpu.csv
+    python bench/bench_decode.py --device cuda0 --shape llama-3.1-8b --ftype q4_0 --prompt 32768 --out ...
 
 The model has random weights of the shape of Llama-3.2-1B (16 layers, 32 query and
-8 KV heads of 64, q8_0); the head importance is that of Llama-3-8B-Instruct (every
-second layer), so that the budgets are as skewed as real ones. Prompts of the speed
+8 KV heads of 64) or Llama-3.1-8B (32 layers, heads of 128); one layer's data is
+repeated. The head importance is that of Llama-3-8B-Instruct (every second layer for
+1B), so that the budgets are as skewed as real ones. Prompts of the speed
 measurements are random cells; ``--prefill`` reads a real one to time compression.
+``--uncompressed`` also decodes with our kernel from a store that holds the whole
+prompt, in turn with upstream's flash attention over as many cells.
 """
 
 from __future__ import annotations
@@ -36,7 +40,7 @@ IMPORTANCE = ROOT / "tests" / "golden" / "head_mean_llama3_8b_r2.json"
 
 @dataclass(frozen=True)
 class Shape:
-    """Sizes of the random model."""
+    """Sizes of the random model, those of Llama-3.2-1B unless others are given."""
 
     n_layer: int = 16
     n_embd: int = 2048
@@ -47,14 +51,18 @@ class Shape:
     n_vocab: int = 32000
 
 
-def make_model(path: Path, ftype: str) -> None:
+SHAPES = {"llama-3.2-1b": Shape(), "llama-3.1-8b": Shape(n_layer=32, n_embd=4096, head_dim=128, n_ff=14336)}
+
+
+def make_model(path: Path, ftype: str, name: str = "llama-3.2-1b") -> None:
     """Write the random model, once."""
     from pyheadkv.testing import write_random_model
 
     if path.is_file():
         return
-    shape = Shape()
-    importance = np.array(json.loads(IMPORTANCE.read_text())["mean_score"])[::2, :]
+    shape = SHAPES[name]
+    mean_score = np.array(json.loads(IMPORTANCE.read_text())["mean_score"])
+    importance = mean_score[:: len(mean_score) // shape.n_layer]
     write_random_model(path, arch="llama", ftype=ftype, repeat_layers=True, importance=importance, seed=1, **vars(shape))
 
 
@@ -101,7 +109,10 @@ def worker(conn: Any, model: str, options: dict[str, Any]) -> None:
     def store_bytes(_: int) -> float:
         return llm.kv_stats().bytes_store
 
-    commands = {f.__name__: f for f in (decode, fill, empty, truncate, compress, prefill, store_bytes)}
+    def memory(i_gpu: int) -> float:
+        return _lib.gpu_bytes_used(i_gpu)
+
+    commands = {f.__name__: f for f in (decode, fill, empty, truncate, compress, prefill, store_bytes, memory)}
     while True:
         name, argument = conn.recv()
         if name == "stop":
@@ -128,17 +139,46 @@ class Worker:
         self.process.join()
 
 
+def device_options(device: str) -> tuple[dict[str, Any], int]:
+    """Options of Llama for a device, and its number among the GPUs, -1 for the CPU."""
+    if device == "cpu":
+        return {}, -1
+    from pyheadkv._lib import gpu_names
+
+    names = [name.lower() for name in gpu_names()]
+    if device.lower() not in names:
+        raise SystemExit(f"--device {device}: the library has {', '.join(names) or 'no GPU'}")
+    i_gpu = names.index(device.lower())
+    return {"n_gpu_layers": 99, "split_mode": 0, "main_gpu": i_gpu}, i_gpu
+
+
+def hardware(device: str) -> str:
+    """Name of the GPU, if one is used, and of the processor."""
+    from pyheadkv._lib import gpu_description
+
+    i_gpu = device_options(device)[1]
+    return (gpu_description(i_gpu) + ", " if i_gpu >= 0 else "") + machine()
+
+
 def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
     """All figures as rows of (what, ms per token, ratio of speeds to the stock cache at empty context)."""
-    make_model(args.model, args.ftype)
-    options = dict(n_ctx=args.prompt + 2048, n_threads=args.threads, n_threads_batch=args.threads, n_batch=512)
+    model = args.model or ROOT / "build" / f"bench-{args.shape.split('-')[-1]}-{args.ftype}.gguf"
+    make_model(model, args.ftype, args.shape)
+    options, i_gpu = device_options(args.device)
+    options.update(n_ctx=args.prompt + 2048, n_threads=args.threads, n_threads_batch=args.threads, n_batch=512)
     if args.type_kv:
         options.update(type_k=args.type_kv, type_v=args.type_kv)
-    stock = Worker(args.model, flash_attn=True, **options)
-    ours = Worker(args.model, kv_size=args.kv_size, **options)
+    stock = Worker(model, flash_attn=True, **options)
+    n_before = stock("memory", i_gpu) if i_gpu >= 0 else 0
+    ours = Worker(model, kv_size=args.kv_size, attend=args.attend, **options)
+    n_bytes = {"loaded": ours("memory", i_gpu) - n_before} if i_gpu >= 0 else {}
 
     ours("fill", args.prompt)
+    if i_gpu >= 0:
+        n_bytes["before compression"] = ours("memory", i_gpu) - n_before
     compress_s = ours("compress")
+    if i_gpu >= 0:
+        n_bytes["after compression"] = ours("memory", i_gpu) - n_before
     n_store = ours("store_bytes")
     ours("decode", 4)
     times: dict[str, list[float]] = {"stock, empty context": []}
@@ -167,6 +207,23 @@ def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
         rounds(f"full cache (same build), {n} tokens", n, 16)
 
     rows = []
+    if args.uncompressed:
+        # every head keeps all cells; upstream's attention over a full cache beside it
+        whole = Worker(model, kv_size=args.prompt + 1024, attend=args.attend, **options)
+        for who in (ours, whole):
+            who("fill", args.prompt)
+        whole("compress")
+        pairs = []
+        for i in tqdm(range(args.rounds), desc="uncompressed store"):
+            for who in (ours, whole):
+                who("truncate", args.prompt)
+            order = (ours, whole) if i % 2 == 0 else (whole, ours)
+            pair = {who: who("decode", 16) for who in order}
+            pairs.append((pair[ours], pair[whole]))
+        whole.stop()
+        rows.append({"what": f"uncompressed store, {args.prompt} tokens; speed against upstream's flash attention over as many cells",
+                     "value": round(1000 * statistics.median(w for _, w in pairs), 3), "unit": "ms/token",
+                     "speed_ratio": round(statistics.median(s / w for s, w in pairs), 4)})
     for what, values in times.items():
         if what.startswith("stock beside"):
             continue
@@ -174,6 +231,7 @@ def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
         ratio = statistics.median(b / v for b, v in zip(base, values))
         rows.append({"what": what, "value": round(1000 * statistics.median(values), 3), "unit": "ms/token", "speed_ratio": round(ratio, 4)})
     rows.append({"what": f"store after {args.prompt} tokens", "value": int(n_store), "unit": "bytes", "speed_ratio": ""})
+    rows += [{"what": f"device memory, {what}", "value": int(n), "unit": "bytes", "speed_ratio": ""} for what, n in n_bytes.items()]
     rows.append({"what": f"compression of {args.prompt} tokens", "value": round(1000 * compress_s, 1), "unit": "ms", "speed_ratio": ""})
     if args.prefill:
         seconds = ours("prefill", args.prompt)
@@ -188,8 +246,12 @@ def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, default=Path("build/bench-1b-q8_0.gguf"), help="random model, made when missing")
-    parser.add_argument("--ftype", default="q8_0", help="weights of the random model")
+    parser.add_argument("--device", default="cpu", help="cpu, cuda0, ... (default: %(default)s)")
+    parser.add_argument("--shape", choices=SHAPES, default="llama-3.2-1b", help="shape of the random model (default: %(default)s)")
+    parser.add_argument("--ftype", default="q8_0", help="weights of the random model: f16, q8_0 or q4_0 (default: %(default)s)")
+    parser.add_argument("--model", type=Path, help="file of the random model, made when missing (default: build/bench-SIZE-FTYPE.gguf)")
+    parser.add_argument("--attend", default="auto", help="auto, fused or composed (default: %(default)s)")
+    parser.add_argument("--uncompressed", action="store_true", help="also decode from a store with all cells of the prompt")
     parser.add_argument("--prompt", type=int, default=8192, help="prompt tokens (default: %(default)s)")
     parser.add_argument("--generated", type=int, default=1024, help="generated tokens of the second point (default: %(default)s)")
     parser.add_argument("--kv-size", type=int, default=128, help="mean cells per KV head (default: %(default)s)")
@@ -201,7 +263,7 @@ def main() -> None:
     args = parser.parse_args()
 
     rows = measure(args)
-    head = {"command": "python bench/bench_decode.py " + " ".join(a for a in sys.argv[1:]), "commit": commit(), "machine": machine()}
+    head = {"command": "python bench/bench_decode.py " + " ".join(a for a in sys.argv[1:]), "commit": commit(), "machine": hardware(args.device)}
     out = open(args.out, "w", newline="") if args.out else sys.stdout
     writer = csv.DictWriter(out, fieldnames=[*rows[0], *head])
     writer.writeheader()

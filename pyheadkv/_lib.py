@@ -180,17 +180,46 @@ def check(result: int, error: type[Exception] = RuntimeError) -> int:
     return result
 
 
-def gpu_names() -> list[str]:
-    """Names of the GPUs that the library can use, such as ``CUDA0``, in the order that ``main_gpu`` counts."""
+def _gpus() -> list[int]:
+    # ggml_backend_dev_t of each GPU
     from llama_cpp import llama_cpp
 
     ggml = llama_cpp._lib  # its dependencies are searched too
     ggml.ggml_backend_dev_count.restype = ctypes.c_size_t
     ggml.ggml_backend_dev_get.argtypes, ggml.ggml_backend_dev_get.restype = [ctypes.c_size_t], ctypes.c_void_p
     ggml.ggml_backend_dev_type.argtypes = [ctypes.c_void_p]
-    ggml.ggml_backend_dev_name.argtypes, ggml.ggml_backend_dev_name.restype = [ctypes.c_void_p], ctypes.c_char_p
     devices = [ggml.ggml_backend_dev_get(i) for i in range(ggml.ggml_backend_dev_count())]
-    return [ggml.ggml_backend_dev_name(d).decode() for d in devices if ggml.ggml_backend_dev_type(d) in (1, 2)]  # GPU, integrated GPU
+    return [d for d in devices if ggml.ggml_backend_dev_type(d) in (1, 2)]  # GPU, integrated GPU
+
+
+def gpu_names() -> list[str]:
+    """Names of the GPUs that the library can use, such as ``CUDA0``, in the order that ``main_gpu`` counts."""
+    from llama_cpp import llama_cpp
+
+    ggml = llama_cpp._lib
+    ggml.ggml_backend_dev_name.argtypes, ggml.ggml_backend_dev_name.restype = [ctypes.c_void_p], ctypes.c_char_p
+    return [ggml.ggml_backend_dev_name(d).decode() for d in _gpus()]
+
+
+def gpu_description(i_gpu: int) -> str:
+    """What the driver calls a GPU, such as ``NVIDIA H100``; ``i_gpu`` counts as in ``gpu_names``."""
+    from llama_cpp import llama_cpp
+
+    ggml = llama_cpp._lib
+    ggml.ggml_backend_dev_description.argtypes, ggml.ggml_backend_dev_description.restype = [ctypes.c_void_p], ctypes.c_char_p
+    return ggml.ggml_backend_dev_description(_gpus()[i_gpu]).decode()
+
+
+def gpu_bytes_used(i_gpu: int) -> int:
+    """Bytes in use on a GPU, by everything; ``i_gpu`` counts as in ``gpu_names``."""
+    from llama_cpp import llama_cpp
+
+    ggml = llama_cpp._lib
+    device = _gpus()[i_gpu]
+    free, total = ctypes.c_size_t(), ctypes.c_size_t()
+    ggml.ggml_backend_dev_memory.argtypes = [ctypes.c_void_p, ctypes.POINTER(ctypes.c_size_t), ctypes.POINTER(ctypes.c_size_t)]
+    ggml.ggml_backend_dev_memory(device, ctypes.byref(free), ctypes.byref(total))
+    return total.value - free.value
 
 
 @contextmanager

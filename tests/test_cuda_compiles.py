@@ -6,7 +6,6 @@ nvidia-cublas, which the Makefile installs where nvcc is.
 
 from __future__ import annotations
 
-import os
 import shutil
 import subprocess
 import sysconfig
@@ -37,7 +36,7 @@ def nvcc() -> list[str]:
 
 def compile_for(nvcc: list[str], source: Path, out: Path, archs: tuple[int, ...]) -> str:
     code = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in archs]
-    res = subprocess.run([*nvcc, *code, "-c", str(source), "-o", str(out)], capture_output=True, text=True)
+    res = subprocess.run([*nvcc, *code, "-c", str(source), "-o", str(out)], capture_output=True, text=True, check=False)
     assert res.returncode == 0, (res.stdout + res.stderr)[-4000:]
     return res.stdout + res.stderr
 

@@ -676,6 +676,7 @@ def test_slots_props_timings_and_metrics_say_what_is_held(llm: Any, log: Path) -
         assert props["bytes_held"] == server.metric("kv_bytes_held") >= kv["bytes"]
         assert props["bytes_staging"] == server.metric("kv_bytes_staging") == 0
         assert server.metric("kv_compressions_total") == 1
+        assert server.metric("kv_cells_evicted_total") == len(cells) * len(prompt) - sum(cells)
         assert server.metric("kv_compress_seconds_total") == pytest.approx(kv["compress_ms"] / 1000)
     assert "switched off" in server.output()
 

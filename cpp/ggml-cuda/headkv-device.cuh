@@ -132,8 +132,9 @@ static __device__ __forceinline__ void tile_dots(const float * q, const char * k
     }
 }
 
+// tanh by way of exp: tanhf() is too coarse when upstream's fast math replaces it
 static __device__ __forceinline__ float logit(float dot, float scale, float softcap) {
-    return softcap > 0.0f ? softcap*tanhf(dot*scale/softcap) : dot*scale;
+    return softcap > 0.0f ? softcap*(1.0f - 2.0f/(expf(2.0f*dot*scale/softcap) + 1.0f)) : dot*scale;
 }
 
 } // namespace headkv

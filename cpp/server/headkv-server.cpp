@@ -17,6 +17,7 @@ static struct {
     int64_t bytes_store    = 0;
     int64_t bytes_staging  = 0;
     int64_t n_compressions = 0;
+    int64_t n_evicted      = 0; // cells
     int64_t t_compress_us  = 0;
 
     int32_t n_batch = 0; // that was asked for
@@ -281,13 +282,15 @@ headkv_slot_info headkv_server_compress(llama_context * ctx, llama_seq_id seq_id
     check(headkv_end_prompt(ctx, seq_id));
 
     const headkv_stats stats = get_stats(ctx, seq_id);
+    headkv_slot_info info = headkv_server_note(ctx, seq_id);
     if (stats.n_compress > n_before) { // it was not compressed already
         std::lock_guard<std::mutex> lock(server.mutex);
+        info.compress_ms = server.slots.at(seq_id).compress_ms = stats.t_compress_us/1000.0;
         server.n_compressions += 1;
+        server.n_evicted      += info.n_evicted;
         server.t_compress_us  += stats.t_compress_us;
-        server.slots.at(seq_id).compress_ms = stats.t_compress_us/1000.0;
     }
-    return headkv_server_note(ctx, seq_id);
+    return info;
 }
 
 headkv_slot_info headkv_server_note(llama_context * ctx, llama_seq_id seq_id) {
@@ -325,6 +328,7 @@ headkv_slot_info headkv_server_note(llama_context * ctx, llama_seq_id seq_id) {
         info.cells_max    = cells.back();
     }
     info.n_bytes_full = stats.bytes_full;
+    info.n_evicted    = stats.n_past*(int64_t) cells.size() - n_cells;
     info.n_bytes      = cells.empty() || stats.n_past == 0 ? 0 : (int64_t) ((double) stats.bytes_full*n_cells/((double) stats.n_past*cells.size()));
     server.bytes_store   = stats.bytes_store;
     server.bytes_staging = stats.bytes_staging;
@@ -421,6 +425,7 @@ std::string headkv_server_metrics() {
         { "gauge",   "kv_bytes_held",             "Bytes of K and V allocated for compressed prompts",    (double) server.bytes_store    },
         { "gauge",   "kv_bytes_staging",          "Bytes allocated for prompts that are being read",      (double) server.bytes_staging  },
         { "counter", "kv_compressions_total",     "Number of prompts compressed",                         (double) server.n_compressions },
+        { "counter", "kv_cells_evicted_total",    "Cells that compressed prompts do not hold, all heads", (double) server.n_evicted      },
         { "counter", "kv_compress_seconds_total", "Time spent compressing prompts",                       server.t_compress_us/1e6       },
     };
     std::string res;

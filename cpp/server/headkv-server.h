@@ -22,6 +22,7 @@ struct headkv_slot_info {
     int32_t cells_max    = 0;
     int64_t n_bytes      = 0; // K and V of these cells
     int64_t n_bytes_full = 0; // of as many cells in every head
+    int64_t n_evicted    = 0; // cells that they have more
     double  compress_ms  = 0; // of its last compression
     int64_t t_begin_us   = 0; // when the prompt was begun that is read ahead, see headkv_server_read_ahead()
 };

@@ -4,6 +4,7 @@
 //   test-headkv-ops [test]    every case, exit code 1 if one fails; prints the cases that fail as arguments for -c
 //   test-headkv-ops perf      time per op of the attend kernels
 //   test-headkv-ops -c NAME   one case
+//   test-headkv-ops device    the cases of CUDA alone, on the first GPU instead of the CPU
 
 #include "headkv-attend.h"
 #include "headkv-stages.h"
@@ -39,14 +40,16 @@ static std::vector<float> random_floats(size_t n, float stdev = 1.0f) {
     return res;
 }
 
-// a graph on the CPU backend
+static ggml_backend_dev_t gpu = nullptr; // where the cases of CUDA run, null: on the CPU
+
+// a graph on the CPU backend, or on the GPU
 struct cpu_graph {
-    ggml_backend_ptr backend{ggml_backend_cpu_init()};
+    ggml_backend_ptr backend;
     ggml_context_ptr ctx;
     ggml_backend_buffer_ptr buf;
     ggml_cgraph * gf;
 
-    cpu_graph() {
+    explicit cpu_graph(bool on_gpu = false) : backend(on_gpu ? ggml_backend_dev_init(gpu, nullptr) : ggml_backend_cpu_init()) {
         ggml_init_params params = { 64*ggml_tensor_overhead() + ggml_graph_overhead(), nullptr, true };
         ctx.reset(ggml_init(params));
         gf = ggml_new_graph(ctx.get());
@@ -60,7 +63,9 @@ struct cpu_graph {
     }
 
     void run(int n_threads) {
-        ggml_backend_cpu_set_n_threads(backend.get(), n_threads);
+        if (ggml_backend_is_cpu(backend.get())) {
+            ggml_backend_cpu_set_n_threads(backend.get(), n_threads);
+        }
         if (ggml_backend_graph_compute(backend.get(), gf) != GGML_STATUS_SUCCESS) {
             abort();
         }
@@ -130,7 +135,7 @@ static bool test_attend(const attend_case & c) {
     }
     const int T = c.n_tps*c.n_seqs;
 
-    cpu_graph g;
+    cpu_graph g(cuda && gpu);
     ggml_context * ctx = g.ctx.get();
     ggml_tensor * q = ggml_new_tensor_3d(ctx, GGML_TYPE_F32, c.D, c.G*H, T);
     ggml_tensor * k = ggml_new_tensor_2d(ctx, c.type, c.D, n_rows);
@@ -179,7 +184,7 @@ static bool test_attend(const attend_case & c) {
         if (cuda && n_threads > 2) {
             break;
         }
-        if (cuda) {
+        if (cuda && !gpu) {
             cuda_on_cpu_compute(out->view_src, n_threads == 2);
         } else {
             g.run(n_threads);
@@ -228,7 +233,7 @@ static bool test_attend(const attend_case & c) {
         }
     }
     // the portable kernel rounds the queries to the dot type of K
-    const double limit = c.kernel != "portable" || c.type == GGML_TYPE_F32 ? 1e-11 : ggml_is_quantized(c.type) ? 1e-3 : 3e-5;
+    const double limit = gpu ? 1e-6 : c.kernel != "portable" || c.type == GGML_TYPE_F32 ? 1e-11 : ggml_is_quantized(c.type) ? 1e-3 : 3e-5;
     const double nmse = ref > 0.0 ? err/ref : err;
     if (!(nmse <= limit)) {
         printf("  nmse %g > %g\n", nmse, limit);
@@ -261,7 +266,7 @@ static bool test_score(const score_case & c) {
     const int n_prefix = c.n_kv - c.n_window;
     const int n_query  = c.n_window*c.G;
 
-    cpu_graph g;
+    cpu_graph g(c.cuda && gpu);
     ggml_context * ctx = g.ctx.get();
     ggml_tensor * q = ggml_new_tensor_3d(ctx, GGML_TYPE_F32, c.D, c.G*H, c.n_window);
     ggml_tensor * k = ggml_new_tensor_2d(ctx, c.type, c.D*H, n_cells);
@@ -284,7 +289,7 @@ static bool test_score(const score_case & c) {
 
     std::vector<float> first;
     for (int n_threads : { 1, 2, 7 }) {
-        if (!c.cuda) {
+        if (!c.cuda || gpu) {
             g.run(n_threads);
         } else if (cuda_on_cpu_supports(stats) && cuda_on_cpu_supports(out)) {
             cuda_on_cpu_compute(stats, n_threads == 2);
@@ -332,7 +337,7 @@ static bool test_score(const score_case & c) {
             ref += want*want;
         }
     }
-    if (!(err <= 1e-11*ref)) {
+    if (!(err <= (gpu ? 1e-6 : 1e-11)*ref)) {
         printf("  nmse %g\n", err/ref);
         return false;
     }
@@ -360,7 +365,7 @@ static bool test_select(int n_prefix, int H, int n_window, bool ties, bool cuda)
         plan.push_back(k);
         n_total += k + n_window;
     }
-    cpu_graph g;
+    cpu_graph g(cuda && gpu);
     ggml_tensor * s = ggml_new_tensor_2d(g.ctx.get(), GGML_TYPE_F32, n_prefix, H);
     ggml_tensor * p = ggml_new_tensor_2d(g.ctx.get(), GGML_TYPE_I32, 2, H);
     ggml_tensor * out = headkv_build_select(g.ctx.get(), s, p, n_window, n_total);
@@ -385,7 +390,7 @@ static bool test_select(int n_prefix, int H, int n_window, bool ties, bool cuda)
         }
     }
     for (int n_threads : { 1, 2, 5 }) {
-        if (cuda) {
+        if (cuda && !gpu) {
             cuda_on_cpu_compute(out->view_src, n_threads == 2);
         } else {
             g.run(n_threads);
@@ -568,6 +573,15 @@ int main(int argc, char ** argv) {
         perf();
         return 0;
     }
+    const bool on_gpu = argc > 1 && strcmp(argv[1], "device") == 0;
+    if (on_gpu) {
+        gpu = ggml_backend_dev_by_type(GGML_BACKEND_DEVICE_TYPE_GPU);
+        if (!gpu) {
+            printf("there is no GPU\n");
+            return 1;
+        }
+        printf("%s: %s\n", ggml_backend_dev_name(gpu), ggml_backend_dev_description(gpu));
+    }
     const std::string only = argc > 2 && strcmp(argv[1], "-c") == 0 ? argv[2] : "";
 
     std::vector<std::pair<std::string, std::function<bool()>>> cases;
@@ -653,7 +667,7 @@ int main(int argc, char ** argv) {
     int n_fail = 0;
     int n_run  = 0;
     for (const auto & [name, run] : cases) {
-        if (!only.empty() && name != only) {
+        if ((!only.empty() && name != only) || (on_gpu && name.find("cuda") == std::string::npos)) {
             continue;
         }
         n_run++;
