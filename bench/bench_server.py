@@ -51,8 +51,7 @@ def load(server: Server, n_slots: int, args: argparse.Namespace) -> dict[str, fl
             "decode_ms": statistics.median(t["predicted_per_token_ms"] for t in timings)}
 
 
-def throughput(args: argparse.Namespace) -> list[dict[str, Any]]:
-    rows = []
+def throughput(args: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory() as folder:
         for n_slots in (int(n) for n in args.slots.split(",")):
             results: dict[str, list[dict[str, float]]] = {kind: [] for kind in KINDS}
@@ -69,13 +68,11 @@ def throughput(args: argparse.Namespace) -> list[dict[str, Any]]:
                     row[name] = round(statistics.median(r[name] for r in results[kind]), 2)
                 for name, ratio in (("tokens_per_s", "throughput_ratio"), ("decode_ms", "decode_ms_ratio")):
                     row[ratio] = round(statistics.median(a[name] / b[name] for a, b in zip(results[kind], results["stock"])), 3)
-                rows.append(row)
-    return rows
+                write(row, args)
 
 
-def memory(args: argparse.Namespace) -> list[dict[str, Any]]:
+def memory(args: argparse.Namespace) -> None:
     """Resident memory of no file above that of a server with one slot of 256 tokens, which holds next to no cache."""
-    rows = []
     n_slots = int(args.slots)
     with tempfile.TemporaryDirectory() as folder:
         log = Path(folder) / "log"
@@ -86,20 +83,31 @@ def memory(args: argparse.Namespace) -> list[dict[str, Any]]:
             reuse = ["--kv-reuse"] if kind == "kv" else []  # slots keep their cells when a request is over
             with running(*flags(kind, args, n_slots, args.n_ctx), *reuse, log=log, seconds=600) as server:
                 at_start = server.status_bytes("RssAnon") - floor
-                row: dict[str, Any] = {"kind": kind, "slots": n_slots, "n_ctx": args.n_ctx, "rss_at_start_mib": round(at_start / MIB, 1)}
+                row: dict[str, Any] = {"kind": kind, "slots": n_slots, "n_ctx": args.n_ctx, "rss_at_start_mib": round(at_start / MIB, 1),
+                                       "prompts_read": "1 x 64"}
                 if kind == "kv":
                     for i in range(n_slots):
                         server.complete(make_prompt(args.n_prompt, i), 2, id_slot=i, ignore_eos=True)
                     row["prompts_read"] = f"{n_slots} x {args.n_prompt}"
-                    row["bytes_held_mib"] = round(server.metric("kv_bytes_held") / MIB, 1)
                 else:
                     server.complete(make_prompt(64, 99), 2)
-                    row["prompts_read"] = "1 x 64"
                 row["rss_mib"] = round((server.status_bytes("RssAnon") - floor) / MIB, 1)
                 row["rss_peak_mib"] = round((server.status_bytes("VmHWM") - server.status_bytes("RssFile") - floor) / MIB, 1)
-                rows.append(row)
+                row["bytes_held_mib"] = round(server.metric("kv_bytes_held") / MIB, 1) if kind == "kv" else ""
+                write(row, args)
                 print(row, flush=True)
-    return rows
+
+
+def write(row: dict[str, Any], args: argparse.Namespace) -> None:
+    """Append a row to the file of results."""
+    row = {"model": Path(args.model).name, **row, "kv_size": args.kv_size if row["kind"] == "kv" else "", "threads": args.threads,
+           "machine": machine(), "commit": commit(), "command": f"python bench/bench_server.py {' '.join(sys.argv[1:])}"}
+    is_new = not args.out.is_file()
+    with args.out.open("a", newline="") as f:
+        writer = csv.DictWriter(f, list(row))
+        if is_new:
+            writer.writeheader()
+        writer.writerow(row)
 
 
 def main() -> None:
@@ -115,17 +123,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
-    rows = throughput(args) if args.what == "throughput" else memory(args)
-    command = f"python bench/bench_server.py {' '.join(sys.argv[1:])}"
-    is_new = not args.out.is_file()
-    with args.out.open("a", newline="") as f:
-        names = list(dict.fromkeys(name for row in rows for name in row))
-        writer = csv.DictWriter(f, ["model", *names, "kv_size", "threads", "machine", "commit", "command"])
-        if is_new:
-            writer.writeheader()
-        for row in rows:
-            writer.writerow({"model": Path(args.model).name, **row, "kv_size": args.kv_size if row["kind"] == "kv" else "", "threads": args.threads,
-                             "machine": machine(), "commit": commit(), "command": command})
+    (throughput if args.what == "throughput" else memory)(args)
 
 
 if __name__ == "__main__":
