@@ -74,6 +74,7 @@ struct llama_kv_cache_ragged::reading_t {
     std::vector<std::unique_ptr<llama_kv_cache_context>> stage_ctxs; // of its ubatches
 
     bool    begun    = false;
+    bool    paused   = false;
     int32_t i_layer  = 0;
     size_t  i_ubatch = 0;
     int64_t i_token  = 0; // tokens before the ubatch
@@ -421,6 +422,9 @@ bool llama_kv_cache_ragged::seq_rm(llama_seq_id seq_id, llama_pos p0, llama_pos 
     }
     seq_t & seq = seqs[seq_id];
 
+    if (p0 >= 0 && is_reading(seq_id) && reading->paused) {
+        return true; // it counts as empty; only the removal of everything gives the prompt up
+    }
     p0 = std::max<llama_pos>(p0, 0);
     p1 = p1 < 0 ? std::numeric_limits<llama_pos>::max() : p1;
 
@@ -1839,14 +1843,16 @@ bool llama_kv_cache_ragged_context::next() {
         return false;
     }
     const bool is_last = step.i_layer == kv->n_layer() - 1 && step.i_ubatch == ubatches_stage.size() - 1;
-    return kv->t_pause == 0 || (!is_last && ggml_time_us() < kv->t_pause);
+    step.paused = kv->t_pause > 0 && (is_last || ggml_time_us() >= kv->t_pause);
+    return !step.paused;
 }
 
 bool llama_kv_cache_ragged_context::apply() {
     const llama_ubatch & ubatch = get_ubatch();
     const int32_t i_layer = layer_step();
     if (is_layered()) {
-        kv->reading->begun = true;
+        kv->reading->begun  = true;
+        kv->reading->paused = false;
     }
     if (kv->progress && !is_store()) {
         const int32_t n_layer  = layered ? kv->n_layer() : 1;
