@@ -199,6 +199,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--depths", type=int, default=10, metavar="N", help="of the needle, task niah (default: %(default)s)")
     group.add_argument("--file", type=Path, metavar="FILE.jsonl", help=f"of the tasks {', '.join(FILES)}")
     group.add_argument("--prompts", type=Path, metavar="FILE.json", help="of these tasks (default: those of the package)")
+    group.add_argument("--raw", action="store_true", help="no chat template, and one stop token, as the HeadKV authors ask (English tasks)")
     group.add_argument("--seed", type=int, default=0, metavar="N", help="(default: %(default)s)")
     group = parser.add_argument_group("run")
     group.add_argument("--jobs", type=int, default=1, metavar="N", help="contexts at the same time (default: %(default)s)")
@@ -270,7 +271,7 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"output {args.output} exists: pass --resume to go on with it, or --force to replace it")
     lengths = [check_int("--tokens", int(n) if n.isdigit() else n, 64, 1 << 24) for n in split(args.tokens)]
     tasks = tuple(
-        TaskOptions(check_choice("task", name, TASKS), n, args.questions, args.seed, args.depths, args.file, args.prompts)
+        TaskOptions(check_choice("task", name, TASKS), n, args.questions, args.seed, args.depths, args.file, args.prompts, args.raw)
         for name in split(args.task)
         for n in lengths
     )

@@ -45,7 +45,7 @@ class FileTask(Task):
         self.file, self.prompts = check_files(options)
         with open(self.file, encoding="utf-8") as file:
             self._rows = [json.loads(line) for line in file if line.strip()]
-        self._prose = Prose(llm)
+        self._prose = Prose(llm, raw=options.raw)
 
     def quiz(self, i: int) -> list[Ask]:
         row = self._rows[i]

@@ -77,9 +77,11 @@ class Task(ABC):
 
     @cached_property
     def stop_tokens(self) -> frozenset[int]:
-        """Tokens that end an answer."""
+        """Tokens that end an answer; with ``raw`` the end of the text alone."""
         import llama_cpp
 
+        if self.options.raw:
+            return frozenset({self.llm.token_eos()})
         return frozenset(t for t in range(self.llm.n_vocab()) if llama_cpp.llama_vocab_is_eog(self.llm._model.vocab, t))
 
 
@@ -94,6 +96,7 @@ class TaskOptions:
     n_depths : contexts i, i + n_depths, .. have their needle at the same depth (task niah)
     file : of a task that reads one
     prompts : JSON file in place of ``data/prompts.json``, for such a task
+    raw : as the HeadKV authors ask: no chat template, and only one token ends an answer
     """
 
     name: str
@@ -103,3 +106,4 @@ class TaskOptions:
     n_depths: int = 10
     file: Path | None = None
     prompts: Path | None = None
+    raw: bool = False

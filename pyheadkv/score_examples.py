@@ -372,10 +372,16 @@ def haystack_sentences() -> list[str]:
 
 
 class Prose:
-    """Pieces of a prompt in English, tokenised one by one, so that every piece has an exact span."""
+    """Pieces of a prompt in English, tokenised one by one, so that every piece has an exact span.
 
-    def __init__(self, llm: Llama) -> None:
+    Parameters
+    ----------
+    raw : without the chat template, if the model has one
+    """
+
+    def __init__(self, llm: Llama, *, raw: bool = False) -> None:
         self.llm = llm
+        self._template = None if raw else llm.metadata.get("tokenizer.chat_template")
         self._adds_space = llm.detokenize(llm.tokenize(b"a", add_bos=False)).startswith(b" ")
         self._sentences = [self.continued(sentence) for sentence in haystack_sentences()]
 
@@ -396,26 +402,23 @@ class Prose:
 
     def frame(self, question: str, *, how: str = "Answer with the words of the text.") -> tuple[list[int], list[int]]:
         """Tokens before the haystack and after it, in the chat template of the model if it has one."""
-        template = self.llm.metadata.get("tokenizer.chat_template")
-        if template is None:
+        if self._template is None:
             return self._around(f"{MARK}\n\nQuestion: {question}\nAnswer:")
-        return self._around(render_chat(self.llm, template, f"{MARK}\n\n{question} {how}"))
+        return self._around(render_chat(self.llm, self._template, f"{MARK}\n\n{question} {how}"))
 
     def reply(self, question: str, *, how: str = "Answer with the words of the text.") -> list[int]:
         """Tokens between an answer and the next one: the end of the turn and another question."""
-        template = self.llm.metadata.get("tokenizer.chat_template")
-        if template is None:
+        if self._template is None:
             text = f"\n\nQuestion: {question}\nAnswer:"
         else:
             chat = [("user", "a"), ("assistant", MARK), ("user", f"{question} {how}")]
-            text = render_chat_messages(self.llm, template, [{"role": role, "content": said} for role, said in chat])
+            text = render_chat_messages(self.llm, self._template, [{"role": role, "content": said} for role, said in chat])
             text = _split_chat(text)[1]
         return self.llm.tokenize(text.encode(), add_bos=False, special=True)
 
     def wrap(self, *, chat: bool = True) -> tuple[list[int], list[int]]:
         """Tokens before and after one message, in the chat template of the model if it has one and ``chat``."""
-        template = self.llm.metadata.get("tokenizer.chat_template")
-        return self._around(MARK if template is None or not chat else render_chat(self.llm, template, MARK))
+        return self._around(MARK if self._template is None or not chat else render_chat(self.llm, self._template, MARK))
 
     def _around(self, whole: str) -> tuple[list[int], list[int]]:
         prefix, suffix = _split_chat(whole)

@@ -18,14 +18,15 @@ from __future__ import annotations
 
 import random
 import re
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from . import metrics, needle
 from .file_tasks import CLASSES, FILES
 from .quiz import Ask, Grade, Task, TaskOptions, Turn
-from .score_examples import REASONING, RETRIEVAL, Prose, speaks_needle_language, split_at
+from .score_examples import REASONING, RETRIEVAL, Prose, haystack_sentences, speaks_needle_language, split_at
 
 if TYPE_CHECKING:
     from .llama import Llama
@@ -121,7 +122,7 @@ class ProseTask(Task):
 
     def __init__(self, llm: Llama, options: TaskOptions, make: Callable[[random.Random, int, TaskOptions], _Said]) -> None:
         super().__init__(llm, options)
-        self.make, self._prose = make, Prose(llm)
+        self.make, self._prose = make, Prose(llm, raw=options.raw)
 
     def quiz(self, i: int) -> list[Ask]:
         rng = self.rng(i)
@@ -153,6 +154,59 @@ class ProseChat(ProseTask):
         return [Ask(first.kind, (*context, *suffix), len(context), first.n_steps, first.grade, first.depth, turns=turns)]
 
 
+class WordsTask(Task):
+    """Words in random order; asked for those that come most often. Each kind of question has a list of its own."""
+
+    N_COMMON, N_TIMES, N_FREQUENT = 10, 10, 3
+
+    def __init__(self, llm: Llama, options: TaskOptions) -> None:
+        super().__init__(llm, options)
+        self._prose = Prose(llm, raw=options.raw)
+        found = re.findall(r"\b[a-z]{4,9}\b", " ".join(haystack_sentences()))
+        self._words = sorted(set(found))
+
+    def quiz(self, i: int) -> list[Ask]:
+        rng = self.rng(i)
+        return [self._ask(rng, "common", self._common(rng), self.N_COMMON), self._ask(rng, "frequent", self._frequent(rng), self.N_FREQUENT)]
+
+    def _common(self, rng: random.Random) -> Iterator[str]:
+        """Ten words ten times, then others once."""
+        words = rng.sample(self._words, len(self._words))
+        yield from words[: self.N_COMMON] * self.N_TIMES
+        yield from words[self.N_COMMON :]
+
+    def _frequent(self, rng: random.Random) -> Iterator[str]:
+        """Made-up words, the k-th of them in proportion to 1/k^2 (RULER's zeta distribution), for ever."""
+        words = ["".join(rng.choices("abcdefghijklmnopqrstuvwxyz", k=6)) for _ in range(50)]
+        credit = [0.0] * len(words)
+        while True:
+            for k in range(len(words)):
+                credit[k] += 1 / (k + 1) ** 2
+            while max(credit) >= 1:
+                k = credit.index(max(credit))
+                credit[k] -= 1
+                yield words[k]
+
+    def _ask(self, rng: random.Random, kind: str, words: Iterator[str], n: int) -> Ask:
+        question = f"Which {n} words come most often in the list?"
+        prefix, suffix = self._prose.frame(question, how="Answer with the words alone.")
+        n_left = self.options.n_tokens - len(prefix) - len(suffix)
+        chosen: list[str] = []
+        for word in words:
+            n_left -= len(self._prose.continued(word))
+            if n_left < 0:
+                break
+            chosen.append(word)
+        counts = Counter(chosen).most_common(n + 1)
+        if len(counts) <= n or counts[n - 1][1] == counts[n][1]:
+            raise ValueError(f"{self.options.n_tokens} tokens are too few for a list of words: use --tokens 1024 or more")
+        rng.shuffle(chosen)
+        context = [*prefix, *(t for word in chosen for t in self._prose.continued(word))]
+        best = [word for word, _ in counts[:n]]
+        n_steps = sum(len(self._prose.continued(word + ",")) for word in best) + N_SPARE
+        return Ask(kind, (*context, *suffix), len(context), n_steps, _has_words(best), 0.5)
+
+
 _Said = tuple[list[Fact], list[Asked]]
 
 
@@ -176,6 +230,11 @@ def _is_sentence(answer: str) -> Grade:
 def _has_all(values: Sequence[str]) -> Grade:
     """Share of the values that the text has."""
     return lambda text: sum(value.lower() in text.lower() for value in values) / len(values)
+
+
+def _has_words(words: Sequence[str]) -> Grade:
+    """Share of the words that are among those of the text."""
+    return lambda text: len(set(words) & set(re.findall("[a-z]+", text.lower()))) / len(words)
 
 
 def _steps(text: str) -> int:
@@ -302,7 +361,8 @@ PROSE: dict[str, Callable[[random.Random, int, TaskOptions], _Said]] = {
     "ruler-variables": ruler_variables,
 }
 CORPUS_TASKS: dict[str, type[Task]] = {"niah": CorpusDepths, "multi-turn": CorpusChat}
-TASKS = tuple(dict.fromkeys(("needle", "niah", *CORPUS, *PROSE, *FILES)))
+WORDS = "ruler-words"
+TASKS = tuple(dict.fromkeys(("needle", "niah", *CORPUS, *PROSE, WORDS, *FILES)))
 
 
 def make_task(llm: Llama, options: TaskOptions) -> Task:
@@ -314,6 +374,8 @@ def make_task(llm: Llama, options: TaskOptions) -> Task:
     """
     name = options.name
     if speaks_needle_language(llm):
+        if options.raw:
+            raise ValueError("--raw: the embedded model is asked in its own language, which has no chat template to leave out")
         if name in CORPUS_TASKS:
             return CORPUS_TASKS[name](llm, options)
         if name in CORPUS:
@@ -322,7 +384,9 @@ def make_task(llm: Llama, options: TaskOptions) -> Task:
     else:
         if name in PROSE:
             return (ProseChat if name == "multi-turn" else ProseTask)(llm, options, PROSE[name])
+        if name == WORDS:
+            return WordsTask(llm, options)
         if name in FILES:
             return CLASSES[name](llm, options)
-        known = (*PROSE, *FILES)
+        known = (*PROSE, WORDS, *FILES)
     raise ValueError(f"task={name!r}: for this model it must be one of {', '.join(known)}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import re
+from collections import Counter
 from collections.abc import Callable
 from itertools import islice, takewhile
 from pathlib import Path
@@ -154,6 +155,32 @@ def test_grades() -> None:
         assert a.grade(" and ".join(numbers[a.question])) == 1
     several = next(a for a in asked if a.kind == "multivalue")
     assert several.grade(numbers[several.question][0]) == 1 / 4
+
+
+@pytest.mark.parametrize("n_tokens", [2000, 5000])
+def test_lists_of_words_have_a_few_that_come_most_often(n_tokens: int, make_model: MakeModel) -> None:
+    llm = english(make_model)
+    asks = make_task(llm, TaskOptions("ruler-words", n_tokens)).quiz(2)
+    assert [ask.kind for ask in asks] == ["common", "frequent"]
+    for ask, n in zip(asks, (10, 3)):
+        assert n_tokens - 12 < len(ask.prompt) <= n_tokens
+        text = llm.detokenize(list(ask.prompt[: ask.n_context])).decode()
+        counts = Counter(re.findall("[a-z]{4,}", text)).most_common(n + 1)
+        assert counts[n - 1][1] > counts[n][1]
+        best = [word for word, _ in counts[:n]]
+        assert ask.grade(", ".join(best).title()) == 1 and ask.grade(best[0]) == 1 / n and ask.grade("") == 0
+    with pytest.raises(ValueError, match="100 tokens are too few for a list of words"):
+        make_task(llm, TaskOptions("ruler-words", 100)).quiz(0)
+
+
+def test_raw_prompts_have_no_chat_template_and_one_stop_token(make_model: MakeModel) -> None:
+    llm = english(make_model)
+    llm.metadata["tokenizer.chat_template"] = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}<assistant>"
+    for raw in (False, True):
+        task = make_task(llm, TaskOptions("niah", 1500, raw=raw))
+        text = llm.detokenize(list(task.quiz(0)[0].prompt)).decode()
+        assert ("<user>" in text) == ("<assistant>" in text) == (not raw) and text.endswith("Answer:") == raw
+        assert (task.stop_tokens == {llm.token_eos()}) or not raw
 
 
 def test_an_instruction_stands_at_the_beginning(make_model: MakeModel) -> None:
