@@ -202,7 +202,7 @@ def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
     for _ in tqdm(range(0, args.generated - 64, 32), desc="generating"):
         ours("decode", 32)
     rounds(f"ours, at {args.generated} generated tokens", args.prompt + args.generated - 64, 64)
-    for n in (2048, args.prompt):
+    for n in () if args.no_full else (2048, args.prompt):
         ours("fill", n)
         rounds(f"full cache (same build), {n} tokens", n, 16)
 
@@ -258,6 +258,7 @@ def main() -> None:
     parser.add_argument("--type-kv", type=int, default=0, help="ggml type of K and V, 8 = q8_0 (default: f16)")
     parser.add_argument("--threads", type=int, default=2, help="threads (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=7, help="rounds (default: %(default)s)")
+    parser.add_argument("--no-full", action="store_true", help="leave out decoding from the full cache, which takes longest")
     parser.add_argument("--prefill", action="store_true", help="also read a real prompt (minutes)")
     parser.add_argument("--out", type=Path, help="CSV to write")
     args = parser.parse_args()
