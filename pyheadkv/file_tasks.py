@@ -23,6 +23,7 @@ from __future__ import annotations
 import ast
 import json
 import re
+from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -54,9 +55,9 @@ class FileTask(Task):
         except KeyError as error:
             raise ValueError(f"{self.file}: line {i + 1} has no key {error}: is it a file of {self.options.name}?") from None
 
+    @abstractmethod
     def read(self, row: dict[str, Any]) -> list[Ask]:
         """Questions of one line; KeyError for what it does not have."""
-        raise NotImplementedError
 
     def kind_of(self, kind: str, what: str) -> str:
         """``kind``, if there is a prompt for it."""

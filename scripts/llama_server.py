@@ -19,17 +19,24 @@ DIRECTLY = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
 
 class Server:
-    """A running llama-server on a port of its own."""
+    """A running llama-server on a port of its own.
+
+    Attributes
+    ----------
+    seconds : an answer may take
+    """
+
+    seconds: float = 3600
 
     def __init__(self, process: subprocess.Popen[bytes], port: int) -> None:
         self.process, self.port = process, port
 
-    def request(self, path: str, body: Any = None, *, timeout: float = 3600) -> tuple[int, Any]:
+    def request(self, path: str, body: Any = None, *, timeout: float | None = None) -> tuple[int, Any]:
         """Status and parsed answer; GET without a body."""
         data = None if body is None else body if isinstance(body, bytes) else json.dumps(body).encode()
         request = urllib.request.Request(f"http://127.0.0.1:{self.port}{path}", data, {"Content-Type": "application/json"})
         try:
-            with DIRECTLY.open(request, timeout=timeout) as response:
+            with DIRECTLY.open(request, timeout=timeout or self.seconds) as response:
                 status, text = response.status, response.read().decode()
         except urllib.error.HTTPError as e:
             status, text = e.code, e.read().decode()
@@ -55,12 +62,16 @@ class Server:
         return int(Path(f"/proc/{self.process.pid}/status").read_text().split(f"{field}:")[1].split()[0]) * 1024
 
 
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return int(s.getsockname()[1])
+
+
 @contextmanager
 def running(*flags: Any, log: Path, seconds: float = 120) -> Iterator[Server]:
     """Start llama-server with these flags, wait until it answers, and end it."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = int(s.getsockname()[1])
+    port = free_port()
     command = [serve.server_path(), "--host", "127.0.0.1", "--port", port, "--metrics", "--no-warmup", *flags]
     with log.open("wb") as out:
         process = subprocess.Popen([str(c) for c in command], stdout=out, stderr=out)

@@ -30,6 +30,10 @@ except ImportError as error:
 
 from conftest import N_THREADS, greedy, load, stop_process
 
+sys.path.append(str(Path(__file__).parent.parent / "scripts"))
+import llama_server
+from llama_server import DIRECTLY, free_port
+
 from pyheadkv import needle, serve
 from pyheadkv.testing import write_random_model
 
@@ -43,7 +47,6 @@ except ValueError as error:
 
 N_CTX, N_UBATCH, KV_SIZE, WINDOW = 2048, 512, 128, 8
 SECONDS = 60  # for the server to start, and for one answer
-DIRECTLY = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 FLAGS = {
     "--kv-size": "0", "--kv-policy": "headkv", "--kv-beta": "1.2", "--kv-window": "8", "--kv-pool": "max", "--kv-pool-kernel": "7",
     "--kv-importance": "the model", "--kv-prefill": "auto", "--kv-reuse": "disabled", "--kv-size-max": "--kv-size",
@@ -51,7 +54,7 @@ FLAGS = {
 }  # and their defaults
 
 
-class Server:
+class Server(llama_server.Server):
     """A running llama-server.
 
     Parameters
@@ -59,22 +62,11 @@ class Server:
     log : file of its output
     """
 
-    def __init__(self, process: subprocess.Popen[bytes], port: int, log: Path) -> None:
-        self.process, self.port, self.log = process, port, log
+    seconds = SECONDS
 
-    def request(self, path: str, body: Any = None, *, timeout: float = SECONDS) -> tuple[int, Any]:
-        """Status and parsed answer; GET without a body."""
-        data = None if body is None else body if isinstance(body, bytes) else json.dumps(body).encode()
-        request = urllib.request.Request(f"http://127.0.0.1:{self.port}{path}", data, {"Content-Type": "application/json"})
-        try:
-            with DIRECTLY.open(request, timeout=timeout) as response:
-                status, text = response.status, response.read().decode()
-        except urllib.error.HTTPError as e:
-            status, text = e.code, e.read().decode()
-        try:
-            return status, json.loads(text)
-        except ValueError:
-            return status, text
+    def __init__(self, process: subprocess.Popen[bytes], port: int, log: Path) -> None:
+        super().__init__(process, port)
+        self.log = log
 
     def complete(self, prompt: Any, n: int, **more: Any) -> dict[str, Any]:
         body = {"prompt": prompt, "n_predict": n, "temperature": 0, "return_tokens": True, **more}
@@ -97,12 +89,6 @@ class Server:
 
     def output(self) -> str:
         return self.log.read_text(errors="replace")
-
-
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return int(s.getsockname()[1])
 
 
 @contextmanager

@@ -25,6 +25,14 @@ static ggml_tensor * sum_rows(ggml_context * ctx, ggml_cgraph * gf, ggml_tensor 
     return x;
 }
 
+ggml_tensor * headkv_build_soft_max(ggml_context * ctx, ggml_tensor * kq, ggml_tensor * mask, float scale, float softcap) {
+    if (softcap > 0.0f) {
+        kq = ggml_scale(ctx, ggml_tanh(ctx, ggml_scale(ctx, kq, scale/softcap)), softcap);
+        scale = 1.0f;
+    }
+    return ggml_soft_max_ext(ctx, kq, mask, scale, 0.0f);
+}
+
 ggml_tensor * headkv_build_score(ggml_context * ctx, ggml_cgraph * gf, ggml_tensor * q, ggml_tensor * k, ggml_tensor * mask,
         float scale, float softcap, headkv_pool pool, int pool_kernel) {
     const int64_t n_kv     = k->ne[1];
@@ -34,12 +42,8 @@ ggml_tensor * headkv_build_score(ggml_context * ctx, ggml_cgraph * gf, ggml_tens
 
     ggml_tensor * kq = ggml_mul_mat(ctx, k, ggml_reshape_2d(ctx, q, q->ne[0], n_window*n_group)); // [n_kv, n_window*n_group]
     ggml_prec_set_acc(kq, GGML_PREC_F32);
-    if (softcap > 0.0f) {
-        kq = ggml_scale(ctx, ggml_tanh(ctx, ggml_scale(ctx, kq, scale/softcap)), softcap);
-        scale = 1.0f;
-    }
     kq = ggml_reshape_3d(ctx, kq, n_kv, n_window, n_group);
-    ggml_tensor * p = ggml_soft_max_ext(ctx, kq, mask, scale, 0.0f); // the allocator makes it in place
+    ggml_tensor * p = headkv_build_soft_max(ctx, kq, mask, scale, softcap); // the allocator makes it in place
     ggml_build_forward_expand(gf, p);
 
     p = sum_rows(ctx, gf, ggml_reshape_2d(ctx, p, n_kv, n_window*n_group));
@@ -69,11 +73,7 @@ void headkv_build_sums(ggml_context * ctx, ggml_cgraph * gf, ggml_tensor * q, gg
     q = ggml_cont(ctx, ggml_permute(ctx, q, 0, 2, 1, 3));                     // [D, n_tokens, n_head]
     ggml_tensor * p = ggml_mul_mat(ctx, ggml_permute(ctx, k, 0, 2, 1, 3), q); // [n_kv, n_tokens, n_head]
     ggml_prec_set_acc(p, GGML_PREC_F32);
-    if (softcap > 0.0f) {
-        p = ggml_scale(ctx, ggml_tanh(ctx, ggml_scale(ctx, p, scale/softcap)), softcap);
-        scale = 1.0f;
-    }
-    p = ggml_soft_max_ext(ctx, p, mask, scale, 0.0f);
+    p = headkv_build_soft_max(ctx, p, mask, scale, softcap);
     p = ggml_sum_rows(ctx, ggml_cont(ctx, ggml_permute(ctx, p, 1, 0, 2, 3))); // [1, n_kv, n_head]
     p = ggml_reshape_3d(ctx, p, n_kv, n_head/H, H);
     p = ggml_sum_rows(ctx, ggml_cont(ctx, ggml_permute(ctx, p, 1, 0, 2, 3))); // [1, n_kv, H]

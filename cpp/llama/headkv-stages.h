@@ -18,6 +18,9 @@
 ggml_tensor * headkv_build_window(ggml_context * ctx, ggml_tensor * q_cur, ggml_tensor * rot, ggml_tensor * ring,
         ggml_tensor * tokens, ggml_tensor * slots);
 
+// Probabilities out of the products of keys and queries kq [n_kv, ..]; mask F16 [n_kv, ..] or null, softcap 0 = none.
+ggml_tensor * headkv_build_soft_max(ggml_context * ctx, ggml_tensor * kq, ggml_tensor * mask, float scale, float softcap);
+
 // Stage 4, score: for one KV head, mean over the window and the GQA group of softmax(q k), pooled over the prefix.
 //   q    F32 [n_embd_head, n_window, n_group] the window queries, any order of rows that mask agrees with
 //   k        [n_embd_head, n_kv] keys in position order, the window last

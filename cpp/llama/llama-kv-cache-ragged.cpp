@@ -1704,12 +1704,7 @@ bool llama_kv_cache_ragged::read_attention(llama_context * lctx, llama_seq_id se
             ggml_tensor * k = ggml_view_2d(ctx, k_all, D, k_all->ne[1], k_all->nb[1], ih*ggml_row_size(k_all->type, D));
             ggml_tensor * p = ggml_mul_mat(ctx, ggml_get_rows(ctx, k, t_cells), q); // [n, G]
             ggml_prec_set_acc(p, GGML_PREC_F32);
-            float scale = layer.attend->scale;
-            if (layer.attend->softcap > 0.0f) {
-                p = ggml_scale(ctx, ggml_tanh(ctx, ggml_scale(ctx, p, scale/layer.attend->softcap)), layer.attend->softcap);
-                scale = 1.0f;
-            }
-            p = ggml_soft_max_ext(ctx, p, nullptr, scale, 0.0f);
+            p = headkv_build_soft_max(ctx, p, nullptr, layer.attend->scale, layer.attend->softcap);
             for (int64_t g = 0; g < G; ++g) {
                 ggml_tensor * row  = ggml_view_1d(ctx, p, n, g*p->nb[1]);
                 ggml_tensor * best = ggml_top_k(ctx, row, n_top);
