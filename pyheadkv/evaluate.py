@@ -32,7 +32,7 @@ from .gguf_keys import check_beta
 from .inspect import model_path
 from .journal import Journal, commit, machine, sha256
 from .llama import Llama, cells_in
-from .options import BY_ALL_TOKENS, BY_IMPORTANCE, FULL, POLICIES, POOLS, Options, check_choice, check_int, parse_bytes
+from .options import BY_ALL_TOKENS, BY_IMPORTANCE, FULL, POLICIES, POOLS, UNPOOLED, Options, check_choice, check_int, parse_bytes
 from .quiz import Ask, TaskOptions, Turn
 from .tasks import TASKS, make_task
 from .trial import Held, Setting, Trial
@@ -231,7 +231,7 @@ def make_settings(args: argparse.Namespace, model: Path, *, n_ctx: int) -> tuple
     for policy, amount, pool, beta, file in product(policies, _amounts(args, model, n_ctx=n_ctx), pools, betas, files):
         if policy == FULL:
             continue
-        by_importance, by_score = policy in BY_IMPORTANCE, policy not in ("streaming", "h2o", "razor")
+        by_importance, by_score = policy in BY_IMPORTANCE, policy not in UNPOOLED
         setting = replace(amount, policy=policy, pool=pool if by_score else "")
         out.append(replace(setting, beta=beta, importance=file) if by_importance else setting)
     return tuple(dict.fromkeys(out))

@@ -13,7 +13,7 @@ import numpy.typing as npt
 from llama_cpp.llama import LlamaState
 
 from . import _lib
-from .options import FULL, ImportanceLike, Options, check_share, load_importance, parse_bytes, row_bytes
+from .options import FULL, ImportanceLike, Options, check_share, load_importance, parse_bytes, row_bytes, share_of_prompt
 
 STATES = ("empty", "staged", "compressed", "layered")
 
@@ -264,7 +264,7 @@ class Llama(llama_cpp.Llama):
         """Cells for a prompt of so many tokens, if its compression has not begun."""
         if self._kv_ratio is not None and STATES[self._stats().state] in ("empty", "staged"):
             options = self._need_options()
-            self.configure(kv_size=max(options.window + 1, round(self._kv_ratio * n_tokens)))
+            self.configure(kv_size=share_of_prompt(self._kv_ratio, n_tokens, window=options.window))
 
     def eval(self, tokens: Sequence[int]) -> None:
         """Evaluate tokens; the first evaluation of a ``generate`` call is the prompt."""

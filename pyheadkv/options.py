@@ -21,6 +21,7 @@ POLICIES = ("headkv", "snapkv", "streaming", "pyramidkv", "adakv", "headkv+adakv
 FULL = "full"  # not one of them: the stock cache
 BY_IMPORTANCE = ("headkv", "headkv+adakv", "razor")  # policies that need the importance of the heads
 BY_ALL_TOKENS = ("h2o",)  # policies that look at a prompt while it is read: their context is made for them
+UNPOOLED = ("streaming", "h2o", "razor")  # policies that do not score by the queries of the window
 POOLS = {"max": 0, "avg": 1}
 ATTENDS = {"auto": 0, "fused": 1, "composed": 2}
 SURPLUSES = {"lost": 0, "redistribute": 1}
@@ -109,6 +110,11 @@ def check_share(name: str, value: Any) -> float:
     if isinstance(value, (bool, str)) or not isinstance(value, (int, float, np.integer, np.floating)) or not 0 <= value <= 1:
         raise ValueError(f"{name}={value!r}: it must be a number in [0, 1]")
     return float(value)
+
+
+def share_of_prompt(share: float, n_tokens: int, *, window: int) -> int:
+    """Cells per KV head that are a share of a prompt, at least one more than the window."""
+    return max(window + 1, round(share * n_tokens))
 
 
 def check_spans(name: str, value: Any) -> tuple[tuple[int, int], ...]:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .llama import n_common
-from .options import BY_ALL_TOKENS, BY_IMPORTANCE, FULL, load_importance
+from .options import BY_ALL_TOKENS, BY_IMPORTANCE, FULL, load_importance, share_of_prompt
 
 if TYPE_CHECKING:
     from .gguf_keys import Importance
@@ -113,7 +113,7 @@ class Trial:
         if setting.policy == FULL:
             llm.configure(policy="snapkv", kv_size=llm.n_ctx())
         else:
-            kv_size = max(self.window + 1, round(setting.kv_ratio * len(prompt))) if setting.kv_ratio else setting.kv_size
+            kv_size = share_of_prompt(setting.kv_ratio, len(prompt), window=self.window) if setting.kv_ratio else setting.kv_size
             options: dict[str, Any] = {"policy": setting.policy, "kv_size": kv_size, "beta": setting.beta or None}
             llm.configure(importance=self._importance(setting), pool=setting.pool or "max", **options)
         llm.end_prompt()
