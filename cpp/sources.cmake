@@ -5,17 +5,17 @@ target_sources(llama PRIVATE ${HEADKV_LLAMA_SOURCES})
 target_include_directories(llama PRIVATE ${CMAKE_CURRENT_LIST_DIR} ${CMAKE_CURRENT_LIST_DIR}/llama)
 set_source_files_properties(${HEADKV_LLAMA_SOURCES} TARGET_DIRECTORY llama PROPERTIES SKIP_UNITY_BUILD_INCLUSION ON)
 
-# One kernel source, compiled once for each instruction set and chosen at run time.
+# The kernels of attend and score, compiled once for each instruction set and chosen at run time.
 function(headkv_isa file)
     set_source_files_properties(${CMAKE_CURRENT_LIST_DIR}/llama/${file} TARGET_DIRECTORY llama
         PROPERTIES COMPILE_OPTIONS "${ARGN}")
 endfunction()
 if (CMAKE_SYSTEM_PROCESSOR MATCHES "^(x86_64|AMD64|amd64)$" AND NOT MSVC)
-    headkv_isa(headkv-attend-avx2.cpp   -O3 -mavx2 -mfma -mf16c)
-    headkv_isa(headkv-attend-avx512.cpp -O3 -mavx512f -mavx512bw -mavx512vl -mavx512dq -mfma -mf16c -mprefer-vector-width=512
-        $<$<CXX_COMPILER_ID:GNU>:-Wno-maybe-uninitialized>) # false alarms of its own intrinsics header
+    headkv_isa(headkv-kernels-avx2.cpp   -O3 -mavx2 -mfma -mf16c)
+    headkv_isa(headkv-kernels-avx512.cpp -O3 -mavx512f -mavx512bw -mavx512vl -mavx512dq -mfma -mf16c -mprefer-vector-width=512
+        $<$<CXX_COMPILER_ID:GNU>:-Wno-maybe-uninitialized;-Wno-uninitialized>) # false alarms of its own intrinsics header
 elseif (CMAKE_SYSTEM_PROCESSOR MATCHES "^(aarch64|arm64|ARM64)$")
-    headkv_isa(headkv-attend-neon.cpp   -O3)
+    headkv_isa(headkv-kernels-neon.cpp   -O3)
 endif()
 
 # The ops that run on CUDA. HIP and MUSA compile upstream's sources too and take the header alone.

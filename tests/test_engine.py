@@ -142,7 +142,7 @@ def oracle_positions(llm: Any, shape: Shape, *, kv_size: int, pool: str = "max")
     for il in range(shape.n_layer):
         k = np.stack([head_cells(llm, il, ih) for ih in range(shape.n_head_kv)], axis=1)
         scores = reference.score(window(llm, il, shape.n_head, shape.head_dim), k, scale=shape.head_dim**-0.5, pool=pool,
-                                 pool_kernel=7, q_round=np.float16)
+                                 pool_kernel=7)
         kept.append(reference.keep(scores, llm.kv_budget[il], kv_size=kv_size, window=WINDOW, n_tokens=n))
     return kept
 
@@ -173,7 +173,7 @@ def test_kept_positions_equal_a_whole_oracle_forward_pass_up_to_rounding(shape: 
     oracle = reference.ReferenceModel(path, kv_round=np.float16)
     oracle.prefill(prompt)
     for il in range(shape.n_layer):
-        scores = oracle.scores(il, window=WINDOW, q_round=np.float16)
+        scores = oracle.scores(il, window=WINDOW)
         for ih, expected in enumerate(reference.keep(scores, llm.kv_budget[il], kv_size=48, window=WINDOW, n_tokens=400)):
             kept = llm.kv_positions(il, ih)
             assert len(kept) == len(expected)

@@ -44,7 +44,7 @@ def scores_of(llm: Any, shape: Shape, il: int) -> npt.NDArray[np.float64]:
         return sums[:, : llm.n_tokens - WINDOW]
     q = llm._read_floats(_lib.lib.headkv_read_window, shape.n_head * shape.head_dim, WINDOW, il)
     return reference.score(q.reshape(-1, shape.n_head, shape.head_dim), head_rows(llm, shape, il, v=False), scale=shape.head_dim**-0.5,
-                           pool=llm.kv_options.pool, pool_kernel=llm.kv_options.pool_kernel, q_round=np.float16)
+                           pool=llm.kv_options.pool, pool_kernel=llm.kv_options.pool_kernel)
 
 
 def all_queries(llm: Any, shape: Shape) -> list[npt.NDArray[np.float32]]:

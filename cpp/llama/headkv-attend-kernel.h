@@ -14,16 +14,6 @@
 
 namespace {
 
-struct row_f32  { static vf load(const char * row, int i) { return vf_load((const float *) row + i); } };
-struct row_f16  { static vf load(const char * row, int i) { return vf_load_f16(row + 2*i); } };
-struct row_bf16 { static vf load(const char * row, int i) { return vf_load_bf16(row + 2*i); } };
-struct row_q8_0 { // blocks of 32: f16 scale, 32 x int8
-    static vf load(const char * row, int i) {
-        const char * b = row + (i >> 5)*34;
-        return vf_mul(vf_set(f16_to_f32(b)), vf_load_i8((const int8_t *) b + 2 + (i & 31)));
-    }
-};
-
 constexpr int N_BLOCK = 64; // rows
 
 // largest power of two n <= limit such that n*G accumulators, n shared operands and two more fit into the registers

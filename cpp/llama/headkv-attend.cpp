@@ -95,8 +95,8 @@ headkv_attend_kernel headkv_attend_kernel_find(ggml_type type_k, ggml_type type_
 //
 
 headkv_attend_state::headkv_attend_state(int n_embd_head, int n_head, int n_head_kv, int n_seq_max, ggml_type type_k, ggml_type type_v) :
-    // env: HEADKV_ATTEND_KERNEL, for tests and measurements
-    kernel(headkv_attend_kernel_find(type_k, type_v, n_embd_head, getenv("HEADKV_ATTEND_KERNEL"))),
+    // env: HEADKV_KERNEL, for tests and measurements
+    kernel(headkv_attend_kernel_find(type_k, type_v, n_embd_head, getenv("HEADKV_KERNEL"))),
     n_embd_head(n_embd_head), n_head(n_head), n_head_kv(n_head_kv),
     n_done(new std::atomic<int>[(size_t) n_head_kv*n_seq_max*N_TOKENS_SPLIT]()) {
 }

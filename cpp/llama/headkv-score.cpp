@@ -1,10 +1,12 @@
+#define HEADKV_NO_SIMD
 #include "headkv-op.h"
+#include "headkv-score-kernel.h"
 #include "headkv-stages.h"
-
-#include "ggml-cpu.h"
 
 #include <algorithm>
 #include <cmath>
+#include <cstdlib>
+#include <cstring>
 #include <vector>
 
 // Sum of the rows of x [n, n_rows], in place: halves are added until one row is left. Upstream's pooling and
@@ -85,6 +87,31 @@ void headkv_build_sums(ggml_context * ctx, ggml_cgraph * gf, ggml_tensor * q, gg
 // fused: both ops cut the keys of each head into chunks, which threads take in turn
 //
 
+const headkv_score_kernel * headkv_score_kernel_portable() {
+    return &score_kernel;
+}
+
+const headkv_score_kernel * headkv_score_kernel_find(const char * name) {
+    static const struct {
+        const char * name;
+        const headkv_score_kernel * (*find)();
+    } kernels[] = {
+        { "avx512",   headkv_score_kernel_avx512   },
+        { "avx2",     headkv_score_kernel_avx2     },
+        { "neon",     headkv_score_kernel_neon     },
+        { "portable", headkv_score_kernel_portable },
+    };
+    for (const auto & k : kernels) {
+        if (name && strcmp(name, k.name) != 0) {
+            continue;
+        }
+        if (const headkv_score_kernel * res = k.find()) {
+            return res;
+        }
+    }
+    return nullptr;
+}
+
 namespace {
 
 struct score_args {
@@ -93,28 +120,86 @@ struct score_args {
     const int32_t     * cells;
 
     headkv_op op;
-    int64_t n_embd_head, n_head_kv, n_group, n_window, n_kv, n_query, n_chunk;
+    int64_t n_embd_head, n_head_kv, n_group, n_window, n_kv, n_prefix, n_query, n_chunk;
 
     explicit score_args(const ggml_tensor * dst) :
         q(dst->src[0]), k(dst->src[1]), cells((const int32_t *) dst->src[2]->data), op(headkv_op_get(dst)),
         n_embd_head(q->ne[0]), n_head_kv(k->ne[0]/n_embd_head), n_group(q->ne[1]/n_head_kv), n_window(q->ne[2]), n_kv(dst->src[2]->ne[0]),
-        n_query(n_window*n_group), n_chunk((n_kv + HEADKV_SCORE_CHUNK - 1)/HEADKV_SCORE_CHUNK) {
+        n_prefix(n_kv - n_window), n_query(n_window*n_group), n_chunk((n_kv + HEADKV_SCORE_CHUNK - 1)/HEADKV_SCORE_CHUNK) {
+    }
+};
+
+// the logits of one block of keys for all queries of a head
+struct score_block {
+    static constexpr int N = headkv_score_kernel::N_KEYS;
+    static_assert(HEADKV_SCORE_CHUNK % N == 0);
+
+    const score_args & a;
+    const headkv_score_kernel & kernel;
+    const headkv_score_kernel::to_column to_column;
+
+    int64_t head = -1;
+    std::vector<float> q; // of the head, (token, head of the group)
+    std::vector<float> row;
+    std::vector<float> keys;
+    std::vector<float> x; // [n_query][N]
+
+    explicit score_block(const score_args & a) :
+        // env: HEADKV_KERNEL, for tests and measurements
+        a(a), kernel(*headkv_score_kernel_find(getenv("HEADKV_KERNEL"))), to_column(kernel.find_to_column(a.k->type)), q(n_padded()*a.n_embd_head), row(a.n_embd_head),
+        keys(N*a.n_embd_head), x(N*n_padded()) {
     }
 
-    // logits of a key for the queries of a head, (token, head of the group); key: room for one
-    void logits(int64_t head, int64_t pos, float * key, float * dst) const {
-        const char * row = (const char *) k->data + cells[pos]*k->nb[1] + head*ggml_row_size(k->type, n_embd_head);
-        if (k->type == GGML_TYPE_F32) {
-            std::copy_n((const float *) row, n_embd_head, key);
-        } else {
-            ggml_get_type_traits(k->type)->to_float(row, key, n_embd_head);
+    size_t n_padded() const { constexpr int Q = headkv_score_kernel::N_QUERIES; return (a.n_query + Q - 1)/Q*Q; }
+
+    void set_head(int64_t ih) {
+        if (ih == head) {
+            return;
         }
-        const auto dot = ggml_get_type_traits_cpu(GGML_TYPE_F32)->vec_dot;
-        for (int64_t j = 0; j < n_query; ++j) {
-            const char * query = (const char *) q->data + j/n_group*q->nb[2] + (head*n_group + j%n_group)*q->nb[1];
-            float x;
-            dot((int) n_embd_head, &x, 0, key, 0, query, 0, 1);
-            dst[j] = op.softcap > 0.0f ? op.softcap*std::tanh(x*op.scale/op.softcap) : x*op.scale;
+        head = ih;
+        for (int64_t j = 0; j < a.n_query; ++j) {
+            const char * src = (const char *) a.q->data + j/a.n_group*a.q->nb[2] + (head*a.n_group + j%a.n_group)*a.q->nb[1];
+            for (int64_t d = 0; d < a.n_embd_head; ++d) {
+                q[j*a.n_embd_head + d] = ((const float *) src)[d]*a.op.scale;
+            }
+        }
+    }
+
+    // keys first to first + n - 1; a key that a query does not see has the logit -INFINITY
+    void compute(int64_t first, int64_t n) {
+        const size_t nb_head  = ggml_row_size(a.k->type, a.n_embd_head);
+        const auto   to_float = ggml_get_type_traits(a.k->type)->to_float;
+        for (int64_t i = 0; i < n; ++i) {
+            const char * src = (const char *) a.k->data + a.cells[first + i]*a.k->nb[1] + head*nb_head;
+            if (first + i + N < a.n_kv) {
+                // cells of a head lie too far apart for the processor to foresee the next block
+                vf_prefetch((const char *) a.k->data + a.cells[first + i + N]*a.k->nb[1] + head*nb_head, nb_head);
+            }
+            if (to_column && a.n_embd_head % 32 == 0) {
+                to_column(src, keys.data() + i, (int) a.n_embd_head);
+                continue;
+            }
+            if (a.k->type == GGML_TYPE_F32) {
+                std::copy_n((const float *) src, a.n_embd_head, row.data());
+            } else {
+                to_float(src, row.data(), a.n_embd_head);
+            }
+            for (int64_t d = 0; d < a.n_embd_head; ++d) {
+                keys[d*N + i] = row[d];
+            }
+        }
+        kernel.logits(q.data(), (int) n_padded(), keys.data(), (int) a.n_embd_head, x.data());
+        if (a.op.softcap > 0.0f) {
+            for (float & v : x) {
+                v = a.op.softcap*std::tanh(v/a.op.softcap);
+            }
+        }
+        for (int64_t j = 0; j < a.n_query; ++j) {
+            // a query of the window sees the keys up to its own
+            const int64_t n_visible = std::min(n, a.n_prefix + j/a.n_group + 1 - first);
+            if (n_visible < N) {
+                std::fill(x.begin() + j*N + std::max<int64_t>(n_visible, 0), x.begin() + (j + 1)*N, -INFINITY);
+            }
         }
     }
 };
@@ -122,47 +207,40 @@ struct score_args {
 // F32 [2, n_query, n_chunk, n_head_kv]
 void stats_op(ggml_tensor * dst, int ith, int nth, void *) {
     const score_args a(dst);
-    const int64_t n_prefix = a.n_kv - a.n_window;
+    score_block block(a);
 
-    std::vector<float> key(a.n_embd_head);
-    std::vector<float> x(a.n_query*HEADKV_SCORE_CHUNK);
     for (int64_t job = ith; job < a.n_head_kv*a.n_chunk; job += nth) {
         const int64_t first = job%a.n_chunk*HEADKV_SCORE_CHUNK;
-        const int64_t n     = std::min<int64_t>(HEADKV_SCORE_CHUNK, a.n_kv - first);
-        for (int64_t i = 0; i < n; ++i) {
-            a.logits(job/a.n_chunk, first + i, key.data(), x.data() + i*a.n_query);
-        }
+        const int64_t last  = std::min(first + HEADKV_SCORE_CHUNK, a.n_kv);
+        block.set_head(job/a.n_chunk);
+
         float * out = (float *) dst->data + job*a.n_query*2;
         for (int64_t j = 0; j < a.n_query; ++j) {
-            // a query of the window sees the keys up to its own
-            const int64_t n_visible = std::min(n, n_prefix + j/a.n_group + 1 - first);
-            float m = -INFINITY;
-            for (int64_t i = 0; i < n_visible; ++i) {
-                m = std::max(m, x[i*a.n_query + j]);
+            out[2*j]     = -INFINITY;
+            out[2*j + 1] = 0.0f;
+        }
+        for (int64_t i = first; i < last; i += block.N) {
+            block.compute(i, std::min<int64_t>(block.N, last - i));
+            for (int64_t j = 0; j < a.n_query; ++j) {
+                block.kernel.add_stats(block.x.data() + j*block.N, out + 2*j, out + 2*j + 1);
             }
-            float s = 0.0f;
-            for (int64_t i = 0; i < n_visible; ++i) {
-                s += std::exp(x[i*a.n_query + j] - m);
-            }
-            out[2*j]     = m;
-            out[2*j + 1] = s;
         }
     }
 }
 
 void score_op(ggml_tensor * dst, int ith, int nth, void *) {
     const score_args a(dst);
-    const int64_t n_prefix = a.n_kv - a.n_window;
-    const int64_t n_chunk  = (n_prefix + HEADKV_SCORE_CHUNK - 1)/HEADKV_SCORE_CHUNK; // of the scores
-    const int64_t half     = a.op.pool_kernel/2;
+    score_block block(a);
+    const int64_t n_chunk = (a.n_prefix + HEADKV_SCORE_CHUNK - 1)/HEADKV_SCORE_CHUNK; // of the scores
+    const int64_t half    = a.op.pool_kernel/2;
 
-    std::vector<float> key(a.n_embd_head);
-    std::vector<float> x(a.n_query);
     std::vector<float> m(a.n_query);
-    std::vector<float> f(a.n_query); // 1/sum of exponentials
+    std::vector<float> f(a.n_query); // 1/(sum of exponentials * n_query)
     std::vector<float> mean;
     for (int64_t job = ith; job < a.n_head_kv*n_chunk; job += nth) {
         const int64_t head = job/n_chunk;
+        block.set_head(head);
+
         const float * stats = (const float *) dst->src[3]->data + head*a.n_chunk*a.n_query*2;
         for (int64_t j = 0; j < a.n_query; ++j) {
             m[j] = -INFINITY;
@@ -173,25 +251,25 @@ void score_op(ggml_tensor * dst, int ith, int nth, void *) {
             for (int64_t c = 0; c < a.n_chunk; ++c) {
                 s += stats[(c*a.n_query + j)*2 + 1]*std::exp(stats[(c*a.n_query + j)*2] - m[j]);
             }
-            f[j] = 1.0f/s;
+            f[j] = 1.0f/(s*a.n_query);
         }
 
+        // the means of the chunk and of the neighbours that are pooled with it
         const int64_t first = job%n_chunk*HEADKV_SCORE_CHUNK;
-        const int64_t last  = std::min(first + HEADKV_SCORE_CHUNK, n_prefix);
+        const int64_t last  = std::min(first + HEADKV_SCORE_CHUNK, a.n_prefix);
         const int64_t lo    = std::max<int64_t>(first - half, 0);
-        const int64_t hi    = std::min(last + half, n_prefix);
-        mean.assign(hi - lo, 0.0f);
-        for (int64_t i = lo; i < hi; ++i) {
-            a.logits(head, i, key.data(), x.data());
+        const int64_t hi    = std::min(last + half, a.n_prefix);
+        mean.assign(GGML_PAD(hi - lo, block.N), 0.0f);
+        for (int64_t i = lo; i < hi; i += block.N) {
+            block.compute(i, std::min<int64_t>(block.N, hi - i));
             for (int64_t j = 0; j < a.n_query; ++j) {
-                mean[i - lo] += std::exp(x[j] - m[j])*f[j];
+                block.kernel.add_probs(block.x.data() + j*block.N, m[j], f[j], mean.data() + i - lo);
             }
-            mean[i - lo] /= a.n_query;
         }
         for (int64_t i = first; i < last; ++i) {
             const float * begin = mean.data() + std::max(i - half, lo) - lo;
             const float * end   = mean.data() + std::min(i + half + 1, hi) - lo;
-            float & res = ((float *) dst->data)[head*n_prefix + i];
+            float & res = ((float *) dst->data)[head*a.n_prefix + i];
             if (a.op.pool_max) {
                 res = *std::max_element(begin, end);
             } else {

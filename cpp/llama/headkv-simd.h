@@ -1,19 +1,48 @@
 // A vector of floats of the instruction set that the including file is compiled for, and nothing more than the
-// kernels need. W = number of lanes, N_REG = vector registers.
+// kernels need. W = number of lanes, N_REG = vector registers. Without an instruction set that is known here, or with
+// HEADKV_NO_SIMD, a vector is one float.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 #include <cstring>
 
-#if defined(__AVX512F__) || (defined(__AVX2__) && defined(__FMA__) && defined(__F16C__))
+#if defined(HEADKV_NO_SIMD)
+#include <algorithm>
+#include <cmath>
+#elif defined(__AVX512F__) || (defined(__AVX2__) && defined(__FMA__) && defined(__F16C__))
 #include <immintrin.h>
 #elif defined(__ARM_NEON) && defined(__aarch64__)
 #include <arm_neon.h>
+#else
+#define HEADKV_NO_SIMD
+#include <algorithm>
+#include <cmath>
 #endif
 
 namespace { // every file that includes this is compiled with other flags: nothing may be merged at link time
 
-#if defined(__AVX512F__)
+#if defined(HEADKV_NO_SIMD)
+
+typedef float vf;
+constexpr int W     = 1;
+constexpr int N_REG = 16;
+
+inline vf   vf_zero() { return 0.0f; }
+inline vf   vf_set(float x) { return x; }
+inline vf   vf_load(const float * p) { return *p; }
+inline void vf_store(float * p, vf x) { *p = x; }
+inline vf   vf_fma(vf a, vf b, vf c) { return a*b + c; }
+inline vf   vf_mul(vf a, vf b) { return a*b; }
+inline vf   vf_add(vf a, vf b) { return a + b; }
+inline vf   vf_sub(vf a, vf b) { return a - b; }
+inline vf   vf_max(vf a, vf b) { return std::max(a, b); }
+inline vf   vf_round(vf a) { return std::nearbyint(a); }
+inline vf   vf_exp2i(vf n) { return std::ldexp(1.0f, (int) n); }
+inline float vf_sum(vf a) { return a; }
+inline float vf_hmax(vf a) { return a; }
+
+#elif defined(__AVX512F__)
 
 typedef __m512 vf;
 constexpr int W     = 16;
@@ -116,8 +145,6 @@ inline void vf_sum4(vf a, vf b, vf c, vf d, float * dst) { vst1q_f32(dst, vpaddq
 
 #endif
 
-#ifdef HEADKV_SIMD
-
 // exp(x) for x <= 0, relative error ~2e-7; anything below -87 counts as -87.
 // x = n ln 2 + r with |r| <= ln(2)/2, then the Taylor series of exp(r) to r^7.
 inline vf vf_exp(vf x) {
@@ -136,6 +163,27 @@ inline vf vf_exp(vf x) {
     p = vf_fma(p, r, vf_set(1.0f));
     return vf_mul(p, vf_exp2i(n));
 }
+
+inline void vf_prefetch(const char * p, size_t n) {
+#if defined(__GNUC__)
+    for (size_t i = 0; i < n; i += 64) {
+        __builtin_prefetch(p + i);
+    }
+#endif
+}
+
+#ifdef HEADKV_SIMD
+
+// elements i to i + W - 1 of a row
+struct row_f32  { static vf load(const char * row, int i) { return vf_load((const float *) row + i); } };
+struct row_f16  { static vf load(const char * row, int i) { return vf_load_f16(row + 2*i); } };
+struct row_bf16 { static vf load(const char * row, int i) { return vf_load_bf16(row + 2*i); } };
+struct row_q8_0 { // blocks of 32: f16 scale, 32 x int8
+    static vf load(const char * row, int i) {
+        const char * b = row + (i >> 5)*34;
+        return vf_mul(vf_set(f16_to_f32(b)), vf_load_i8((const int8_t *) b + 2 + (i & 31)));
+    }
+};
 
 #endif
 

@@ -1205,9 +1205,8 @@ struct llama_kv_cache_ragged::compression {
     headkv_cells n_keep;      // [il][ih] prefix cells
     int64_t      n_protected; // of them, of every head
 
-    std::vector<ggml_fp16_t> mask;       // [n, n_window], causal within the window
-    std::vector<float>       window_pos; // [n_window]
-    std::vector<float>       scores;     // [n_prefix] of a policy that does not look at the queries
+    std::vector<float> window_pos; // [n_window]
+    std::vector<float> scores;     // [n_prefix] of a policy that does not look at the queries
 
     runner_t runner;
 
@@ -1254,11 +1253,6 @@ void llama_kv_cache_ragged::begin_compression(llama_seq_id seq_id, headkv_config
     headkv_budget_fit(c.n_keep, c.n_prefix, c.keep_all ? c.n_prefix : c.n_protected, cfg->surplus);
     if (cfg->policy->score) {
         c.scores = cfg->policy->score(c.n_prefix);
-    } else if (!c.keep_all && !cfg->policy->needs_sums) {
-        c.mask.assign(c.n*c.n_window, ggml_fp32_to_fp16(0.0f));
-        for (int64_t i = 0; i < c.n_window; ++i) {
-            std::fill(c.mask.begin() + i*c.n + c.n_prefix + i + 1, c.mask.begin() + (i + 1)*c.n, ggml_fp32_to_fp16(-INFINITY));
-        }
     }
 }
 
@@ -1348,7 +1342,6 @@ void llama_kv_cache_ragged::compress_layer(headkv_store_layer & layer) {
     ggml_tensor * t_select = ggml_new_tensor_2d(scratch.ctx.get(), GGML_TYPE_I32, 2, H);
     ggml_tensor * t_plan   = ggml_new_tensor_2d(scratch.ctx.get(), GGML_TYPE_I32, 3, H);
     ggml_tensor * t_window = ggml_new_tensor_1d(scratch.ctx.get(), GGML_TYPE_F32, n_window);
-    ggml_tensor * t_mask   = c.mask.empty() ? nullptr : ggml_new_tensor_2d(scratch.ctx.get(), GGML_TYPE_F16, n, n_window);
     scratch.alloc(layer.buft);
     set_data(t_cells,  c.cells);
     set_data(t_window, c.window_pos);
@@ -1380,17 +1373,17 @@ void llama_kv_cache_ragged::compress_layer(headkv_store_layer & layer) {
         c.run();
     } else if (!c.keep_all) {
         set_data(t_slots, c.slots);
-        set_data(t_mask, c.mask);
 
-        // all heads by the fused ops of the device
+        // all heads by the fused ops
         c.runner.begin();
         bool scored = false;
-        if (!is_cpu(layer.buft) && layer.fused && n_prefix > 0) {
+        const bool on_cpu = is_cpu(layer.buft);
+        if ((on_cpu || layer.fused) && n_prefix > 0) {
             ggml_context * ctx = c.runner.ctx.get();
             ggml_tensor * q = ggml_get_rows(ctx, ring_of_layer[layer.il], t_slots);
             ggml_tensor * s = headkv_build_score_fused(ctx, ggml_reshape_3d(ctx, q, D, G*H, n_window), k_all, t_cells,
                     layer.attend->scale, layer.attend->softcap, cfg.pool, cfg.pool_kernel);
-            scored = device_supports(layer.buft, s->src[3]) && device_supports(layer.buft, s);
+            scored = on_cpu || (device_supports(layer.buft, s->src[3]) && device_supports(layer.buft, s));
             if (scored) {
                 ggml_build_forward_expand(c.runner.gf, ggml_cpy(ctx, s, t_scores));
                 c.run();
@@ -1398,6 +1391,17 @@ void llama_kv_cache_ragged::compress_layer(headkv_store_layer & layer) {
         }
 
         // composed: one head at a time, because its probabilities are the largest part of the scratch memory
+        scratch_t scratch_mask;
+        ggml_tensor * t_mask = nullptr; // causal within the window
+        if (!scored) {
+            t_mask = ggml_new_tensor_2d(scratch_mask.ctx.get(), GGML_TYPE_F16, n, n_window);
+            scratch_mask.alloc(layer.buft);
+            std::vector<ggml_fp16_t> mask(n*n_window, ggml_fp32_to_fp16(0.0f));
+            for (int64_t i = 0; i < n_window; ++i) {
+                std::fill(mask.begin() + i*n + n_prefix + i + 1, mask.begin() + (i + 1)*n, ggml_fp32_to_fp16(-INFINITY));
+            }
+            set_data(t_mask, mask);
+        }
         for (int64_t ih = 0; ih < H && !scored; ++ih) {
             c.runner.begin();
             ggml_context * ctx = c.runner.ctx.get();
@@ -1409,6 +1413,9 @@ void llama_kv_cache_ragged::compress_layer(headkv_store_layer & layer) {
                     layer.attend->scale, layer.attend->softcap, cfg.pool, cfg.pool_kernel);
             ggml_build_forward_expand(c.runner.gf, ggml_cpy(ctx, s, ggml_view_1d(ctx, t_scores, n_prefix, ih*t_scores->nb[1])));
             c.run();
+        }
+        if (t_mask) {
+            note_peak(ggml_backend_buffer_get_size(scratch.buf.get()) + ggml_backend_buffer_get_size(scratch_mask.buf.get()) + c.runner.n_bytes());
         }
     }
 

@@ -3,10 +3,12 @@
 //
 //   test-headkv-ops [test]    every case, exit code 1 if one fails; prints the cases that fail as arguments for -c
 //   test-headkv-ops perf      time per op of the attend kernels
+//   test-headkv-ops perf score   time per layer of score, composed and fused
 //   test-headkv-ops -c NAME   one case
 //   test-headkv-ops device    the cases of CUDA alone, on the first GPU instead of the CPU
 
 #include "headkv-attend.h"
+#include "headkv-score.h"
 #include "headkv-stages.h"
 #include "headkv-store.h"
 
@@ -50,7 +52,7 @@ struct cpu_graph {
     ggml_cgraph * gf;
 
     explicit cpu_graph(bool on_gpu = false) : backend(on_gpu ? ggml_backend_dev_init(gpu, nullptr) : ggml_backend_cpu_init()) {
-        ggml_init_params params = { 64*ggml_tensor_overhead() + ggml_graph_overhead(), nullptr, true };
+        ggml_init_params params = { 256*ggml_tensor_overhead() + ggml_graph_overhead(), nullptr, true };
         ctx.reset(ggml_init(params));
         gf = ggml_new_graph(ctx.get());
     }
@@ -116,8 +118,8 @@ struct attend_case {
 
 static bool test_attend(const attend_case & c) {
     const bool cuda = c.kernel == "cuda";
-    setenv("HEADKV_ATTEND_KERNEL", cuda ? "portable" : c.kernel.c_str(), 1);
-    if (!headkv_attend_kernel_find(c.type, c.type, c.D, getenv("HEADKV_ATTEND_KERNEL"))) {
+    setenv("HEADKV_KERNEL", cuda ? "portable" : c.kernel.c_str(), 1);
+    if (!headkv_attend_kernel_find(c.type, c.type, c.D, getenv("HEADKV_KERNEL"))) {
         return true; // not on this machine or not for this type
     }
     const int H = (int) c.lens.size()/c.n_seqs;
@@ -247,35 +249,63 @@ static bool test_attend(const attend_case & c) {
 //
 
 struct score_case {
-    bool cuda;
+    std::string kernel;
     ggml_type type;
     int D, G, n_window, n_kv, pool_kernel;
     headkv_pool pool = HEADKV_POOL_MAX;
     float softcap    = 0.0f;
 
     std::string name() const {
-        return std::string("score,") + (cuda ? "cuda," : "cpu,") + ggml_type_name(type) + ",D=" + std::to_string(D) + ",G=" + std::to_string(G) + ",w=" +
+        return "score," + kernel + "," + ggml_type_name(type) + ",D=" + std::to_string(D) + ",G=" + std::to_string(G) + ",w=" +
             std::to_string(n_window) + ",n=" + std::to_string(n_kv) + ",pool=" + std::to_string(pool) + "/" + std::to_string(pool_kernel) +
             ",softcap=" + std::to_string((int) softcap);
     }
 };
 
 static bool test_score(const score_case & c) {
+    const bool cuda     = c.kernel == "cuda";
+    const bool composed = c.kernel == "composed"; // of ggml ops, head by head
+    setenv("HEADKV_KERNEL", cuda || composed ? "portable" : c.kernel.c_str(), 1);
+    if (!headkv_score_kernel_find(getenv("HEADKV_KERNEL"))) {
+        return true; // not on this machine
+    }
     const int H = 2;
     const int n_cells  = c.n_kv + 5;
     const int n_prefix = c.n_kv - c.n_window;
     const int n_query  = c.n_window*c.G;
 
-    cpu_graph g(c.cuda && gpu);
+    cpu_graph g(cuda && gpu);
     ggml_context * ctx = g.ctx.get();
     ggml_tensor * q = ggml_new_tensor_3d(ctx, GGML_TYPE_F32, c.D, c.G*H, c.n_window);
     ggml_tensor * k = ggml_new_tensor_2d(ctx, c.type, c.D*H, n_cells);
     ggml_tensor * p = ggml_new_tensor_1d(ctx, GGML_TYPE_I32, c.n_kv);
     const float scale = 1.0f/std::sqrt((float) c.D);
-    ggml_tensor * out   = headkv_build_score_fused(ctx, q, k, p, scale, c.softcap, c.pool, c.pool_kernel);
-    ggml_tensor * stats = out->src[3];
+    ggml_tensor * mask  = nullptr;
+    ggml_tensor * out   = nullptr;
+    ggml_tensor * stats = nullptr;
+    if (composed) {
+        mask = ggml_new_tensor_2d(ctx, GGML_TYPE_F16, c.n_kv, c.n_window);
+        out  = ggml_new_tensor_2d(ctx, GGML_TYPE_F32, n_prefix, H);
+        for (int h = 0; h < H; ++h) {
+            ggml_tensor * qh = ggml_view_3d(ctx, q, c.D, c.G, c.n_window, q->nb[1], q->nb[2], h*c.G*q->nb[1]);
+            ggml_tensor * kh = ggml_view_2d(ctx, k, c.D, n_cells, k->nb[1], h*ggml_row_size(c.type, c.D));
+            ggml_tensor * sh = headkv_build_score(ctx, g.gf, ggml_cont(ctx, ggml_permute(ctx, qh, 0, 2, 1, 3)), ggml_get_rows(ctx, kh, p), mask,
+                    scale, c.softcap, c.pool, c.pool_kernel);
+            ggml_build_forward_expand(g.gf, ggml_cpy(ctx, sh, ggml_view_1d(ctx, out, n_prefix, h*out->nb[1])));
+        }
+    } else {
+        out   = headkv_build_score_fused(ctx, q, k, p, scale, c.softcap, c.pool, c.pool_kernel);
+        stats = out->src[3];
+    }
     g.alloc(out);
 
+    if (mask) {
+        std::vector<ggml_fp16_t> causal((size_t) c.n_kv*c.n_window, ggml_fp32_to_fp16(0.0f));
+        for (int i = 0; i < c.n_window; ++i) {
+            std::fill(causal.begin() + i*c.n_kv + n_prefix + i + 1, causal.begin() + (i + 1)*c.n_kv, ggml_fp32_to_fp16(-INFINITY));
+        }
+        ggml_backend_tensor_set(mask, causal.data(), 0, ggml_nbytes(mask));
+    }
     std::vector<int32_t> cells(n_cells);
     for (int i = 0; i < n_cells; ++i) {
         cells[i] = i;
@@ -289,7 +319,7 @@ static bool test_score(const score_case & c) {
 
     std::vector<float> first;
     for (int n_threads : { 1, 2, 7 }) {
-        if (!c.cuda || gpu) {
+        if (!cuda || gpu) {
             g.run(n_threads);
         } else if (cuda_on_cpu_supports(stats) && cuda_on_cpu_supports(out)) {
             cuda_on_cpu_compute(stats, n_threads == 2);
@@ -533,7 +563,7 @@ static void perf() {
                     if (!headkv_attend_kernel_find(type, type, D, kernel)) {
                         continue;
                     }
-                    setenv("HEADKV_ATTEND_KERNEL", kernel, 1);
+                    setenv("HEADKV_KERNEL", kernel, 1);
                     headkv_attend_state state(D, 32, 8, 1, type, type);
                     state.scale = 0.1f;
                     cpu_graph g;
@@ -568,9 +598,74 @@ static void perf() {
     }
 }
 
+// scores of a layer of Llama-3.2-1B or 3.1-8B, by both paths in turn
+static void perf_score() {
+    const int H = 8;
+    const int G = 4;
+    printf("type,D,G,window,n_kv,composed_us,fused_us,composed_mib,fused_mib,fused/composed\n");
+    unsetenv("HEADKV_KERNEL");
+    for (ggml_type type : { GGML_TYPE_F16, GGML_TYPE_Q8_0 }) {
+        for (int D : { 64, 128 }) {
+            for (int n_window : { 8, 32 }) {
+                for (int n_kv : { 2048, 8192, 32768 }) {
+                    cpu_graph g[2]; // composed: one head, as the engine computes them
+                    ggml_tensor * k[2];
+                    ggml_tensor * q[2];
+                    double mib[2];
+                    for (int fused : { 0, 1 }) {
+                        ggml_context * ctx = g[fused].ctx.get();
+                        k[fused] = ggml_new_tensor_2d(ctx, type, D*H, n_kv);
+                        if (fused) {
+                            q[1] = ggml_new_tensor_3d(ctx, GGML_TYPE_F32, D, G*H, n_window);
+                            ggml_tensor * cells = ggml_new_tensor_1d(ctx, GGML_TYPE_I32, n_kv);
+                            ggml_tensor * s = headkv_build_score_fused(ctx, q[1], k[1], cells, 0.125f, 0.0f, HEADKV_POOL_MAX, 7);
+                            mib[1] = (ggml_nbytes(s) + ggml_nbytes(s->src[3]) + ggml_nbytes(cells))/1048576.0;
+                            g[1].alloc(s);
+                            std::vector<int32_t> order(n_kv);
+                            for (int i = 0; i < n_kv; ++i) {
+                                order[i] = i;
+                            }
+                            ggml_backend_tensor_set(cells, order.data(), 0, ggml_nbytes(cells));
+                        } else {
+                            q[0] = ggml_new_tensor_3d(ctx, GGML_TYPE_F32, D, n_window, G);
+                            ggml_tensor * mask = ggml_new_tensor_2d(ctx, GGML_TYPE_F16, n_kv, n_window);
+                            ggml_tensor * head = ggml_view_2d(ctx, k[0], D, n_kv, k[0]->nb[1], 0);
+                            ggml_tensor * s = headkv_build_score(ctx, g[0].gf, q[0], head, mask, 0.125f, 0.0f, HEADKV_POOL_MAX, 7);
+                            ggml_build_forward_expand(g[0].gf, s);
+                            // the graph allocator reuses what the context allocator does not: the products are the largest part
+                            mib[0] = (4.0*n_kv*n_window*G + ggml_nbytes(mask) + 4.0*n_kv*H)/1048576.0;
+                            g[0].alloc(s);
+                            ggml_backend_buffer_clear(g[0].buf.get(), 0);
+                        }
+                        set_quantized(k[fused], random_floats(ggml_nelements(k[fused])));
+                        const auto qf = random_floats(ggml_nelements(q[fused]));
+                        ggml_backend_tensor_set(q[fused], qf.data(), 0, ggml_nbytes(q[fused]));
+                    }
+                    std::vector<double> us[2];
+                    for (int i = 0; i < 2*7; ++i) {
+                        const auto t0 = std::chrono::steady_clock::now();
+                        for (int h = 0; h < (i%2 ? 1 : H); ++h) {
+                            g[i%2].run(1);
+                        }
+                        us[i%2].push_back(std::chrono::duration<double, std::micro>(std::chrono::steady_clock::now() - t0).count());
+                    }
+                    for (auto & u : us) {
+                        std::sort(u.begin(), u.end());
+                    }
+                    printf("%s,%d,%d,%d,%d,%.0f,%.0f,%.2f,%.2f,%.2f\n", ggml_type_name(type), D, G, n_window, n_kv, us[0][3], us[1][3], mib[0], mib[1], us[1][3]/us[0][3]);
+                }
+            }
+        }
+    }
+}
+
 int main(int argc, char ** argv) {
     if (argc > 1 && strcmp(argv[1], "perf") == 0) {
-        perf();
+        if (argc > 2 && strcmp(argv[2], "score") == 0) {
+            perf_score();
+        } else {
+            perf();
+        }
         return 0;
     }
     const bool on_gpu = argc > 1 && strcmp(argv[1], "device") == 0;
@@ -627,18 +722,19 @@ int main(int argc, char ** argv) {
     add({ "cuda", GGML_TYPE_F16, 64, 4, std::vector<int>(40, 3), 20, 1, 0.0f, true }); // more ranges than a warp has lanes
     add({ "cuda", GGML_TYPE_F16, 64, 4, { 7, 130 }, 1, 1030 });                        // so many tokens that ranges are not cut
     const auto add_score = [&](const score_case & c) { cases.push_back({ c.name(), [c]() { return test_score(c); } }); };
-    for (bool cuda : { false, true }) {
+    for (const char * kernel : { "portable", "avx2", "avx512", "neon", "composed", "cuda" }) {
         for (ggml_type type : { GGML_TYPE_F16, GGML_TYPE_BF16, GGML_TYPE_Q8_0 }) {
             for (int D : { 64, 80, 96, 128, 256 }) {
                 if (D % ggml_blck_size(type) == 0) {
-                    add_score({ cuda, type, D, D == 64 ? 7 : 2, 8, D == 128 ? 700 : 100, 7 });
+                    add_score({ kernel, type, D, D == 64 ? 7 : 2, 8, D == 128 ? 700 : 100, 7 });
                 }
             }
             for (int n_kv : { 2, 3, 32, 129, 256, 257, 513 }) {
-                add_score({ cuda, type, 64, 3, std::min(8, n_kv - 1), n_kv, 5 });
+                add_score({ kernel, type, 64, 3, std::min(8, n_kv - 1), n_kv, 5 });
             }
-            add_score({ cuda, type, 64, 1, 1, 300, 31, HEADKV_POOL_AVG });
-            add_score({ cuda, type, 64, 4, 3, 300, 1, HEADKV_POOL_AVG, 30.0f });
+            add_score({ kernel, type, 64, 1, 1, 300, 31, HEADKV_POOL_AVG });
+            add_score({ kernel, type, 64, 4, 3, 300, 1, HEADKV_POOL_AVG, 30.0f });
+            add_score({ kernel, type, 64, 1, 32, 1000, 63 }); // a query sees none of a chunk but its beginning
         }
     }
     for (int n_prefix : { 1, 2, 31, 257, 5000 }) {

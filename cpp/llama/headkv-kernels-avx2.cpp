@@ -1,0 +1,27 @@
+#include "headkv-attend-kernel.h"
+#include "headkv-score-kernel.h"
+
+#if defined(HEADKV_SIMD) && defined(__AVX2__) && !defined(__AVX512F__)
+static bool is_available() {
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+}
+#endif
+
+headkv_attend_kernel headkv_attend_kernel_avx2(ggml_type type_k, ggml_type type_v, int n_embd_head) {
+#if defined(HEADKV_SIMD) && defined(__AVX2__) && !defined(__AVX512F__)
+    if (is_available()) {
+        return find_kernel(type_k, type_v, n_embd_head);
+    }
+#endif
+    GGML_UNUSED(type_k); GGML_UNUSED(type_v); GGML_UNUSED(n_embd_head);
+    return nullptr;
+}
+
+const headkv_score_kernel * headkv_score_kernel_avx2() {
+#if defined(HEADKV_SIMD) && defined(__AVX2__) && !defined(__AVX512F__)
+    if (is_available()) {
+        return &score_kernel;
+    }
+#endif
+    return nullptr;
+}
