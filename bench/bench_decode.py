@@ -24,6 +24,7 @@ import json
 import multiprocessing as mp
 import statistics
 import sys
+import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -66,10 +67,34 @@ def make_model(path: Path, ftype: str, name: str = "llama-3.2-1b") -> None:
     write_random_model(path, arch="llama", ftype=ftype, repeat_layers=True, importance=importance, seed=1, **vars(shape))
 
 
+class Peak:
+    """The most memory in use on a GPU while the block runs, sampled every 2 ms: `n_bytes`."""
+
+    def __init__(self, i_gpu: int) -> None:
+        self.i_gpu, self.n_bytes, self.done = i_gpu, 0, threading.Event()
+        self.thread = threading.Thread(target=self._sample, daemon=True)
+
+    def _sample(self) -> None:
+        from pyheadkv import _lib
+
+        while not self.done.is_set():
+            self.n_bytes = max(self.n_bytes, _lib.gpu_bytes_used(self.i_gpu))
+            self.done.wait(0.002)
+
+    def __enter__(self) -> Peak:
+        self.thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.done.set()
+        self.thread.join()
+
+
 def worker(conn: Any, model: str, options: dict[str, Any]) -> None:
     """Serve commands (name, argument) of the parent; answers are seconds or numbers."""
     from pyheadkv import Llama, _lib
 
+    device = options.get("main_gpu", -1)
     llm = Llama(model, verbose=False, **options)
     conn.send("ready")
 
@@ -109,10 +134,17 @@ def worker(conn: Any, model: str, options: dict[str, Any]) -> None:
     def store_bytes(_: int) -> float:
         return llm.kv_stats().bytes_store
 
-    def memory(i_gpu: int) -> float:
-        return _lib.gpu_bytes_used(i_gpu)
+    def memory(_: int) -> float:
+        return _lib.gpu_bytes_used(device)
 
-    commands = {f.__name__: f for f in (decode, fill, empty, truncate, compress, prefill, store_bytes, memory)}
+    def peak_of_reading(n: int) -> float:
+        with Peak(device) as peak:
+            prefill(n)
+            if "kv_size" in options:
+                compress(0)
+        return peak.n_bytes
+
+    commands = {f.__name__: f for f in (decode, fill, empty, truncate, compress, prefill, store_bytes, memory, peak_of_reading)}
     while True:
         name, argument = conn.recv()
         if name == "stop":
@@ -160,6 +192,13 @@ def hardware(device: str) -> str:
     return (gpu_description(i_gpu) + ", " if i_gpu >= 0 else "") + machine()
 
 
+def device_bytes(i_gpu: int) -> int:
+    """Bytes in use on a GPU by all processes; 0 without one."""
+    from pyheadkv._lib import gpu_bytes_used
+
+    return gpu_bytes_used(i_gpu) if i_gpu >= 0 else 0
+
+
 def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
     """All figures as rows of (what, ms per token, ratio of speeds to the stock cache at empty context)."""
     model = args.model or ROOT / "build" / f"bench-{args.shape.split('-')[-1]}-{args.ftype}.gguf"
@@ -168,17 +207,28 @@ def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
     options.update(n_ctx=args.prompt + 2048, n_threads=args.threads, n_threads_batch=args.threads, n_batch=512)
     if args.type_kv:
         options.update(type_k=args.type_kv, type_v=args.type_kv)
+    # bytes on the device, weights included: those of the stock process, then what ours adds to them
+    n_bytes: dict[str, float] = {}
+    n_before = device_bytes(i_gpu)
+
+    def note(what: str, who: Worker, command: str = "memory") -> None:
+        if i_gpu >= 0:
+            n_bytes[what] = who(command, args.prompt) - n_before
+
     stock = Worker(model, flash_attn=True, **options)
-    n_before = stock("memory", i_gpu) if i_gpu >= 0 else 0
+    note("stock, loaded", stock)
+    if args.prefill:
+        note("stock, peak of reading", stock, "peak_of_reading")
+    n_before = device_bytes(i_gpu)
     ours = Worker(model, kv_size=args.kv_size, attend=args.attend, **options)
-    n_bytes = {"loaded": ours("memory", i_gpu) - n_before} if i_gpu >= 0 else {}
+    note("loaded", ours)
+    if args.prefill:
+        note("peak of reading and compressing", ours, "peak_of_reading")
 
     ours("fill", args.prompt)
-    if i_gpu >= 0:
-        n_bytes["before compression"] = ours("memory", i_gpu) - n_before
+    note("before compression", ours)
     compress_s = ours("compress")
-    if i_gpu >= 0:
-        n_bytes["after compression"] = ours("memory", i_gpu) - n_before
+    note("after compression", ours)
     n_store = ours("store_bytes")
     ours("decode", 4)
     times: dict[str, list[float]] = {"stock, empty context": []}
