@@ -70,7 +70,7 @@ class TrainOptions:
 
 
 def curriculum() -> tuple[Stage, ...]:
-    """The stages of the shipped model: 80 minutes on 2 CPU cores that were not idle."""
+    """The stages of the shipped model: two and a half hours on 2 CPU cores while others were busy."""
     only_direct = Mix(n_direct=(2, 3), n_value=(2, 3), people_share=0.7, question_share=0.5, mid_share=0.3)
     hops = Mix(n_direct=(2, 5), n_alias=(1, 4), n_aged=(2, 3), n_value=(2, 5), question_share=0.5)
     short = Mix(n_direct=(2, 6), n_alias=(1, 5), n_aged=(2, 4), n_listed=(1, 2), n_keys=(2, 4), question_share=0.5, chat_share=0.1)
@@ -81,6 +81,8 @@ def curriculum() -> tuple[Stage, ...]:
     long = replace(middle, n_direct=(4, 14), n_alias=(3, 9), question_share=0.4, weights=favoured)
     # the rest of a value is found by the name, not by how the value begins
     twins = replace(long, twin_share=0.4)
+    # more people that stand for each other than any document of an evaluation holds
+    chains = replace(twins, n_alias=(4, 12), weights={**favoured, "two-hop": 4.0})
     return (
         Stage("direct", ((48, 64),), only_direct, 160),
         Stage("hops", ((24, 192),), hops, 240),
@@ -89,6 +91,8 @@ def curriculum() -> tuple[Stage, ...]:
         Stage("512-1024", ((8, 512), (4, 1024)), middle, 200, max_position=16384),
         Stage("anneal", ((4, 1024), (2, 2048), (4, 1024), (1, 4096)), long, 640, max_position=16384, lr=(0.8, 0.0)),
         Stage("twins", ((4, 1024), (2, 2048), (4, 1024), (1, 4096)), twins, 240, max_position=16384, lr=(0.4, 0.0)),
+        Stage("chains", ((4, 1024), (2, 2048), (4, 1024), (1, 4096)), chains, 600, max_position=16384, lr=(0.6, 0.0)),
+        Stage("again", ((4, 1024), (2, 2048), (4, 1024), (1, 4096)), chains, 500, max_position=16384, lr=(0.5, 0.0)),
     )
 
 
