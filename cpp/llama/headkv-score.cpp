@@ -146,11 +146,16 @@ struct score_block {
 
     explicit score_block(const score_args & a) :
         // env: HEADKV_KERNEL, for tests and measurements
-        a(a), kernel(*headkv_score_kernel_find(getenv("HEADKV_KERNEL"))), to_column(kernel.find_to_column(a.k->type)), q(n_padded()*a.n_embd_head), row(a.n_embd_head),
-        keys(N*a.n_embd_head), x(N*n_padded()) {
+        a(a), kernel(*headkv_score_kernel_find(getenv("HEADKV_KERNEL"))),
+        // 32: a multiple of the vectors and of the blocks of q8_0
+        to_column(a.n_embd_head % 32 == 0 ? kernel.find_to_column(a.k->type) : nullptr),
+        q(n_padded()*a.n_embd_head), row(a.n_embd_head), keys(N*a.n_embd_head), x(N*n_padded()) {
     }
 
-    size_t n_padded() const { constexpr int Q = headkv_score_kernel::N_QUERIES; return (a.n_query + Q - 1)/Q*Q; }
+    size_t n_padded() const {
+        constexpr int Q = headkv_score_kernel::N_QUERIES;
+        return (a.n_query + Q - 1)/Q*Q;
+    }
 
     void set_head(int64_t ih) {
         if (ih == head) {
@@ -175,7 +180,7 @@ struct score_block {
                 // cells of a head lie too far apart for the processor to foresee the next block
                 vf_prefetch((const char *) a.k->data + a.cells[first + i + N]*a.k->nb[1] + head*nb_head, nb_head);
             }
-            if (to_column && a.n_embd_head % 32 == 0) {
+            if (to_column) {
                 to_column(src, keys.data() + i, (int) a.n_embd_head);
                 continue;
             }
