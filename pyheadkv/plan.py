@@ -49,6 +49,7 @@ HOST_BYTES = {"stock": 256, "token": 384, "layer": 896}  # per token, outside of
 
 MAX_TOKENS = 1 << 24  # longest prompt that is looked for
 MAX_PROBED = 1 << 20  # tokens of the largest context that is asked for its compute buffers; linear beyond
+SCORE_CHUNK = 512  # keys that share an element of what the fused op keeps between its passes, HEADKV_SCORE_CHUNK
 
 
 @dataclass(frozen=True)
@@ -308,11 +309,13 @@ class MemoryModel:
         shape, window = self.probe.shape, options.window
         n_query = shape.n_head * shape.n_embd_head_k
         ring = shape.n_layer * n_query * (window + 1) * 4
-        queries = (n_query + n_query // shape.n_head_kv) * window * 4
-        attention = max(2 * (shape.n_head // shape.n_head_kv) * window * 4, shape.n_head_kv * 8)  # one KV head; sort keys of all
-        scores_cells_mask = shape.n_head_kv * 4 + 4 + window * 2
-        kept = 2 * shape.n_head_kv * options.kv_size * 4
-        return ring + queries + n_prompt * (attention + scores_cells_mask) + kept
+        scores_cells = n_prompt * (shape.n_head_kv + 1) * 4
+        kept = shape.n_head_kv * options.kv_size * 4
+        plans = (2 * window + 5 * shape.n_head_kv) * 4 + 10 * 64  # and what aligns tensors
+        n_chunk = -(-n_prompt // SCORE_CHUNK)
+        score = window * 4 * (n_query + 2 * shape.n_head * n_chunk) + n_prompt * shape.n_head_kv * 4  # queries, stats, result
+        select = n_prompt * shape.n_head_kv * 8 + kept  # sort keys, result
+        return ring + scores_cells + kept + plans + max(score, select)
 
     def _compute_bytes(self, n_ctx: int) -> int:
         """Compute buffers: the chord of a convex function, hence not below it."""

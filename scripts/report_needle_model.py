@@ -46,7 +46,7 @@ class ReportOptions:
     n_each: int = 4
     seed: int = 77
     n_threads: int = 1
-    #: models asked at the same time
+    #: processes, each with a share of the contexts
     n_jobs: int = 2
 
 
@@ -61,6 +61,9 @@ class Tally:
         key = (length, document.kind, min(N_DECILES - 1, int(document.depths[0] * N_DECILES)))
         self.right[key] += is_right
         self.asked[key] += 1
+
+    def __add__(self, other: Tally) -> Tally:
+        return Tally(Counter(self.right) + Counter(other.right), Counter(self.asked) + Counter(other.asked))
 
     def rate(self, *, length: int | None = None, kind: str | None = None, decile: int | None = None) -> tuple[int, int]:
         """(right, asked) over everything that matches."""
@@ -89,15 +92,15 @@ def answer(llm: Llama, document: language.Document) -> str:
     return str(completion["choices"][0]["text"])
 
 
-def ask_all(path: Path, options: ReportOptions) -> tuple[Tally, float]:
-    """Tally over all lengths, and the seconds it took."""
+def ask_share(path: Path, options: ReportOptions, share: int) -> tuple[Tally, float]:
+    """Tally of one of ``n_jobs`` shares of the contexts over all lengths, and the seconds it took."""
     llm = Llama(
         str(path), n_ctx=max(options.lengths) + 256, n_batch=512, n_threads=options.n_threads,
         n_threads_batch=options.n_threads, verbose=False,
     )
     tally, started = Tally(), time.monotonic()
     for length in options.lengths:
-        for i in tqdm(range(options.n_contexts), desc=f"{path.name} {length}", mininterval=5):
+        for i in tqdm(range(share, options.n_contexts, options.n_jobs), desc=f"{path.name} {length}, {share}", mininterval=5):
             rng = random.Random(f"{options.seed} {length} {i}")
             llm.reset()
             for document in language.make_quiz(rng, n_tokens=length, n_each=options.n_each):
@@ -170,7 +173,12 @@ def _accuracy_lines(name: str, tally: Tally, options: ReportOptions) -> list[str
     lines.append(table_row(["---"] * (1 + N_DECILES)))
     for kind in language.KINDS:
         lines.append(table_row([kind, *(_cell(tally.rate(kind=kind, decile=i)) for i in range(N_DECILES))]))
-    return [*lines, "", "A list is entered at the depth of its first key.", ""]
+    lines += ["", "A list is entered at the depth of its first key. The lowest cell of one length and one tenth of the depth, of each kind:", ""]
+    for kind in language.KINDS:
+        cells = [(tally.rate(length=n, kind=kind, decile=i), n, i) for n in options.lengths for i in range(N_DECILES)]
+        (right, asked), length, decile = min((cell for cell in cells if cell[0][1]), key=lambda cell: cell[0][0] / cell[0][1])
+        lines.append(f"- {kind}: {_cell((right, asked), interval=True)}, {right} of {asked} at {length} tokens, {10 * decile}-{10 * decile + 10} %")
+    return [*lines, ""]
 
 
 def _importance_lines(importance: NDArray[np.float32], source: str, n_head_kv: int, picture: str) -> list[str]:
@@ -219,7 +227,7 @@ def _parse() -> ReportOptions:
     parser.add_argument("--questions", type=int, default=ReportOptions.n_each, help="of each kind per context")
     parser.add_argument("--seed", type=int, default=ReportOptions.seed)
     parser.add_argument("--threads", type=int, default=ReportOptions.n_threads)
-    parser.add_argument("--jobs", type=int, default=ReportOptions.n_jobs, help="models asked at the same time")
+    parser.add_argument("--jobs", type=int, default=ReportOptions.n_jobs, help="processes, each with a share of the contexts")
     a = parser.parse_args()
     pairs = [entry.partition("=") for entry in a.model or [f"q8_0={shipped}"]]
     models = {name: Path(file) for name, _, file in pairs}
@@ -229,10 +237,13 @@ def _parse() -> ReportOptions:
 def main() -> None:
     options = _parse()
     with ProcessPoolExecutor(options.n_jobs) as pool:
-        running = {name: pool.submit(ask_all, path, options) for name, path in options.models.items()}
-        done = {name: future.result() for name, future in running.items()}
-    tallies = {name: tally for name, (tally, _) in done.items()}
-    seconds = {name: spent for name, (_, spent) in done.items()}
+        running = {
+            name: [pool.submit(ask_share, path, options, share) for share in range(options.n_jobs)]
+            for name, path in options.models.items()
+        }
+        done = {name: [future.result() for future in futures] for name, futures in running.items()}
+    tallies = {name: sum((tally for tally, _ in shares), Tally()) for name, shares in done.items()}
+    seconds = {name: sum(spent for _, spent in shares) for name, shares in done.items()}
     write_report(tallies, seconds, options)
     print(options.out)
 
