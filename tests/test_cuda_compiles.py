@@ -30,7 +30,7 @@ def nvcc() -> list[str]:
     headers = [h for place in places for h in sorted(place.glob("**/cublas_v2.h"))]
     if not headers:
         pytest.skip("no headers of cuBLAS: pip install nvidia-cublas")
-    include = [ggml / "src", ggml / "include", ggml / "src" / "ggml-cuda", ROOT / "cpp" / "llama", ROOT / "cpp" / "ggml-cuda", headers[0].parent]
+    include = [ggml / "src", ggml / "include", ROOT / "cpp" / "llama", ROOT / "cpp" / "ggml-cuda", headers[0].parent]
     return [path, "-std=c++17", "-use_fast_math", "-extended-lambda", "-DGGML_CUDA_USE_GRAPHS", "-t", "3", *(f"-I{p}" for p in include)]
 
 

@@ -4,7 +4,7 @@
 #include "headkv-score.cuh"
 #include "headkv-select.cuh"
 
-#include "common.cuh"
+#include "ggml-cuda/common.cuh" // as upstream's ggml-cuda.cu, whose include directories these sources are compiled with
 
 bool headkv_cuda_supports(const ggml_tensor * op) {
     switch (headkv_op_get(op).kind) {
