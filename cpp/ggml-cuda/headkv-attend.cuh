@@ -331,17 +331,6 @@ void attend_run(const attend_params & a, const attend_grid & g, Stream stream) {
     }
 }
 
-template <class Row, class Stream>
-void attend_run(const attend_params & a, const attend_grid & g, int D, Stream stream) {
-    switch (D) {
-        case 64:  attend_run<64,  Row>(a, g, stream); break;
-        case 96:  attend_run<96,  Row>(a, g, stream); break;
-        case 128: attend_run<128, Row>(a, g, stream); break;
-        case 256: attend_run<256, Row>(a, g, stream); break;
-        default:  GGML_ABORT("head size %d", D);
-    }
-}
-
 template <class Stream>
 void attend_run(ggml_tensor * dst, float * scratch, Stream stream) {
     const ggml_tensor * q      = dst->src[0];
@@ -373,20 +362,9 @@ void attend_run(ggml_tensor * dst, float * scratch, Stream stream) {
     a.scale        = op.scale;
     a.softcap      = op.softcap;
 
-    const int D = (int) q->ne[0];
-    switch (k->type) {
-        case GGML_TYPE_F16:
-            D == 80 ? attend_run<80, row_f16>(a, g, stream) : attend_run<row_f16>(a, g, D, stream);
-            break;
-        case GGML_TYPE_BF16:
-            D == 80 ? attend_run<80, row_bf16>(a, g, stream) : attend_run<row_bf16>(a, g, D, stream);
-            break;
-        case GGML_TYPE_Q8_0: // rows of 80 are not whole blocks
-            attend_run<row_q8_0>(a, g, D, stream);
-            break;
-        default:
-            GGML_ABORT("type %s", ggml_type_name(k->type));
-    }
+    with_shape(k->type, (int) q->ne[0], [&](auto shape) {
+        attend_run<decltype(shape)::D, typename decltype(shape)::Row>(a, g, stream);
+    });
 }
 
 } // namespace headkv

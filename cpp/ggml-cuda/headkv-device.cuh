@@ -7,9 +7,12 @@
 #define HEADKV_LAUNCH(kernel, grid, block, stream, ...) kernel<<<grid, block, 0, stream>>>(__VA_ARGS__)
 #endif
 
+#include "ggml.h"
+
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
+#include <type_traits>
 
 namespace headkv {
 
@@ -82,6 +85,36 @@ struct row_q8_0 { // blocks of 32: f16 scale, 32 x int8; nothing is aligned to m
         }
     }
 };
+
+// run(shape_t<D, Row>()) of the head size and the type that a tensor has
+template <int D_, class Row_> struct shape_t {
+    static constexpr int D = D_;
+    typedef Row_ Row;
+};
+
+template <class Row, class F> void with_head_size(int D, const F & run) {
+    switch (D) {
+        case 64:  return run(shape_t<64,  Row>());
+        case 80:
+            if constexpr (!std::is_same_v<Row, row_q8_0>) { // rows of 80 are not whole blocks
+                return run(shape_t<80, Row>());
+            }
+            break;
+        case 96:  return run(shape_t<96,  Row>());
+        case 128: return run(shape_t<128, Row>());
+        case 256: return run(shape_t<256, Row>());
+    }
+    GGML_ABORT("head size %d", D);
+}
+
+template <class F> void with_shape(ggml_type type, int D, const F & run) {
+    switch (type) {
+        case GGML_TYPE_F16:  return with_head_size<row_f16> (D, run);
+        case GGML_TYPE_BF16: return with_head_size<row_bf16>(D, run);
+        case GGML_TYPE_Q8_0: return with_head_size<row_q8_0>(D, run);
+        default:             GGML_ABORT("type %s", ggml_type_name(type));
+    }
+}
 
 // p[r*NQ + j] = q[j] . row r for n <= N_TILE rows, by the whole block. Four lanes share a row, which they read 8 elements
 // at a time, and each takes two rows at once. Rows lie rows[r]*nb bytes behind k, or r*nb without rows.

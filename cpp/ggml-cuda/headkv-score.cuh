@@ -206,17 +206,6 @@ void score_run(const score_params & a, bool pooled, Stream stream) {
     HEADKV_LAUNCH((score_pooled<D, Row>), dim3((a.n_kv - a.n_window + n_step - 1)/n_step, a.n_head_kv, 1), block, stream, a);
 }
 
-template <class Row, class Stream>
-void score_run(const score_params & a, int D, bool pooled, Stream stream) {
-    switch (D) {
-        case 64:  score_run<64,  Row>(a, pooled, stream); break;
-        case 96:  score_run<96,  Row>(a, pooled, stream); break;
-        case 128: score_run<128, Row>(a, pooled, stream); break;
-        case 256: score_run<256, Row>(a, pooled, stream); break;
-        default:  GGML_ABORT("head size %d", D);
-    }
-}
-
 template <class Stream>
 void score_run(ggml_tensor * dst, float * scratch, Stream stream) {
     const ggml_tensor * q     = dst->src[0];
@@ -249,19 +238,9 @@ void score_run(ggml_tensor * dst, float * scratch, Stream stream) {
     a.scale       = op.scale;
     a.softcap     = op.softcap;
 
-    switch (k->type) {
-        case GGML_TYPE_F16:
-            D == 80 ? score_run<80, row_f16>(a, pooled, stream) : score_run<row_f16>(a, D, pooled, stream);
-            break;
-        case GGML_TYPE_BF16:
-            D == 80 ? score_run<80, row_bf16>(a, pooled, stream) : score_run<row_bf16>(a, D, pooled, stream);
-            break;
-        case GGML_TYPE_Q8_0: // rows of 80 are not whole blocks
-            score_run<row_q8_0>(a, D, pooled, stream);
-            break;
-        default:
-            GGML_ABORT("type %s", ggml_type_name(k->type));
-    }
+    with_shape(k->type, D, [&](auto shape) {
+        score_run<decltype(shape)::D, typename decltype(shape)::Row>(a, pooled, stream);
+    });
 }
 
 } // namespace headkv
