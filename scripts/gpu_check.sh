@@ -87,7 +87,7 @@ bench)
     run() { name=$1; shift; more "bench_$name" "$python" bench/bench_decode.py --device $device --out "$out/$name.csv" "$@"; }
     size=${GPU_CHECK_BENCH:-$([ $backend = cpu ] && echo small || echo full)}
     if [ "$size" = small ]; then
-        run decode_1b_2k --prompt 2048 --generated 128 --rounds 2 --uncompressed
+        run decode_1b_2k --prompt 2048 --generated 128 --rounds 2 --uncompressed --prefill
     else
         for ftype in q4_0 f16 q8_0; do
             for prompt in 8192 32768 131072; do
