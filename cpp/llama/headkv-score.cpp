@@ -114,6 +114,13 @@ const headkv_score_kernel * headkv_score_kernel_find(const char * name) {
 
 namespace {
 
+// env: HEADKV_KERNEL, for tests and measurements
+const headkv_score_kernel & kernel_of_env() {
+    const headkv_score_kernel * res = headkv_score_kernel_find(getenv("HEADKV_KERNEL"));
+    GGML_ASSERT(res && "HEADKV_KERNEL names no kernel of this build and machine");
+    return *res;
+}
+
 struct score_args {
     const ggml_tensor * q;
     const ggml_tensor * k;
@@ -145,8 +152,7 @@ struct score_block {
     std::vector<float> x; // [n_query][N]
 
     explicit score_block(const score_args & a) :
-        // env: HEADKV_KERNEL, for tests and measurements
-        a(a), kernel(*headkv_score_kernel_find(getenv("HEADKV_KERNEL"))),
+        a(a), kernel(kernel_of_env()),
         // 32: a multiple of the vectors and of the blocks of q8_0
         to_column(a.n_embd_head % 32 == 0 ? kernel.find_to_column(a.k->type) : nullptr),
         q(n_padded()*a.n_embd_head), row(a.n_embd_head), keys(N*a.n_embd_head), x(N*n_padded()) {
