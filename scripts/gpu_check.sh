@@ -73,11 +73,11 @@ build)
     ;;
 test)
     more ops "$build/bin/test-headkv-ops"
-    if [ $backend = cuda ]; then
+    if [ $backend != cpu ]; then
         more ops_device "$build/bin/test-headkv-ops" device
-        if command -v compute-sanitizer > /dev/null; then
-            more ops_sanitizer compute-sanitizer --error-exitcode 9 "$build/bin/test-headkv-ops" device
-        fi
+    fi
+    if [ $backend = cuda ] && command -v compute-sanitizer > /dev/null; then
+        more ops_sanitizer compute-sanitizer --error-exitcode 9 "$build/bin/test-headkv-ops" device
     fi
     for file in attention engine policies prefill_layer sequences policy_oracle; do
         more "test_$file" "$python" -m pytest -q -p no:cacheprovider "tests/test_$file.py" --device $device
