@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,16 @@ def library_path() -> Path:
 def embedded_model() -> Path:
     """Path of the small retrieval model that ships with the package (GGUF)."""
     return _HERE / "data" / "needle.gguf"
+
+
+def _how_to_get_it() -> str:
+    try:
+        installed = Path(str(metadata.distribution("pyheadkv").locate_file("pyheadkv")))
+    except metadata.PackageNotFoundError:
+        installed = _HERE
+    if installed.is_dir() and installed.resolve() != _HERE:
+        return f"{_HERE} is the source tree and hides the package installed in {installed}: start Python in another folder"
+    return "install pyheadkv with 'make' or 'pip install .', which builds it"
 
 
 def use_bundled_library() -> None:
@@ -42,7 +53,7 @@ def use_bundled_library() -> None:
             )
         return
     if not any(path.glob("*llama.*")):
-        raise ImportError(f"no libllama in {path}: install pyheadkv with 'make' or 'pip install .', which builds it")
+        raise ImportError(f"no libllama in {path}: {_how_to_get_it()}")
     os.environ["LLAMA_CPP_LIB_PATH"] = str(path)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import pickle
 import random
 import subprocess
@@ -79,3 +80,14 @@ def test_a_stock_library_that_was_loaded_first_is_an_import_error(stock_lib: Any
     env = {"LLAMA_CPP_LIB_PATH": str(stock_lib), "PYTHONPATH": ":".join(sys.path), "PATH": "/usr/bin:/bin"}
     res = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, cwd=Path(__file__).parent)
     assert res.returncode == 1 and "import pyheadkv first" in res.stderr
+
+
+def test_the_source_tree_in_the_way_of_the_installed_package_is_named(tmp_path: Path) -> None:
+    root = Path(__file__).resolve().parents[1]
+    env = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "PYHEADKV_LIB_PATH", "PYTHONSAFEPATH")}
+    (tmp_path / "pyheadkv").symlink_to(root / "pyheadkv")
+    command = [sys.executable, "-c", "import pyheadkv"]
+    if subprocess.run(command, cwd=tmp_path.parent, env=env, capture_output=True, check=False).returncode != 0:
+        pytest.skip("pyheadkv is not installed")
+    res = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, check=False)
+    assert res.returncode != 0 and "start Python in another folder" in res.stderr, res.stderr
