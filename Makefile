@@ -1,5 +1,5 @@
 # make        install into .venv        make demo    ask the embedded model
-# make test   everything CI runs        make clean   remove .venv and build
+# make test   everything CI runs        make clean   remove what it made
 #
 # Python >= 3.10 and a C++17 compiler are needed, ccache is used when present.
 
@@ -8,10 +8,13 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check --quiet
 CACHE  := build/llama
+BUILD  := build/Release
+LIBS   := pyheadkv/lib
 SDIST  ?=
 JOBS   ?= $(shell $(PYTHON) -c 'import os; print(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())')
 
-SOURCES := $(shell find cpp patches pyheadkv -type f -not -name '*.pyc') CMakeLists.txt pyproject.toml
+CMAKE  := PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/cmake
+SOURCES := $(shell find cpp patches -type f -not -name '*.pyc') CMakeLists.txt
 
 .PHONY: all demo test clean stock sanitize
 all: $(VENV)/.installed
@@ -31,10 +34,17 @@ $(VENV)/.llama-cpp-python: $(VENV)/.tools patches/UPSTREAM
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(PIP) install --no-build-isolation -C cmake.define.LLAMA_BUILD=OFF -C cmake.define.LLAVA_BUILD=OFF "$$(cat $(CACHE).sdist)"
 	touch $@
 
-CMAKE_DEFINES = -C cmake.define.PYHEADKV_SOURCE_CACHE=$(CURDIR)/$(CACHE) -C cmake.define.PYHEADKV_LLAMA_CPP_SDIST="$$(cat $(CACHE).sdist)"
+CMAKE_DEFINES = -DPYHEADKV_SOURCE_CACHE=$(CURDIR)/$(CACHE) -DPYHEADKV_LLAMA_CPP_SDIST="$$(cat $(CACHE).sdist)"
 
-$(VENV)/.installed: $(VENV)/.llama-cpp-python $(SOURCES)
-	PATH="$(CURDIR)/$(BIN):$$PATH" CMAKE_BUILD_PARALLEL_LEVEL=$(JOBS) $(PIP) install --no-build-isolation --no-deps --force-reinstall $(CMAKE_DEFINES) .
+$(LIBS)/.built: $(VENV)/.llama-cpp-python $(SOURCES)
+	$(CMAKE) -G Ninja -S . -B $(BUILD) $(CMAKE_DEFINES) $(CMAKE_ARGS) > $(BUILD).log
+	$(CMAKE) --build $(BUILD) --parallel $(JOBS) --target pyheadkv-libs
+	$(CMAKE) --install $(BUILD) --component pyheadkv --prefix $(CURDIR) > /dev/null
+	touch $@
+
+# the package is the one of the checkout: a Python file that is edited needs no make
+$(VENV)/.installed: $(VENV)/.llama-cpp-python $(LIBS)/.built pyproject.toml
+	$(PIP) install --no-build-isolation --no-deps -C wheel.cmake=false -C editable.mode=inplace --editable .
 	touch $@
 
 demo: all
@@ -43,21 +53,18 @@ demo: all
 # libraries that the tests compare with: upstream as it is, and ours with sanitizers
 STOCK := build/stock
 ASAN  := build/asan
-CMAKE := PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/cmake
 
 stock: $(VENV)/.llama-cpp-python
-	$(CMAKE) -G Ninja -S . -B $(STOCK) -DPYHEADKV_STOCK=ON -DPYHEADKV_SERVER=OFF -DPYHEADKV_SOURCE_CACHE=$(CURDIR)/$(CACHE) \
-		-DPYHEADKV_LLAMA_CPP_SDIST="$$(cat $(CACHE).sdist)" > $(STOCK).log
+	$(CMAKE) -G Ninja -S . -B $(STOCK) -DPYHEADKV_STOCK=ON -DPYHEADKV_SERVER=OFF $(CMAKE_DEFINES) > $(STOCK).log
 	$(CMAKE) --build $(STOCK) --parallel $(JOBS) --target pyheadkv-libs >> $(STOCK).log
 
 sanitize: $(VENV)/.llama-cpp-python
 	$(CMAKE) -G Ninja -S . -B $(ASAN) -DPYHEADKV_SERVER=OFF -DPYHEADKV_TESTS=ON -DPYHEADKV_SANITIZE=address,undefined \
-		-DCMAKE_BUILD_TYPE=Debug -DCMAKE_CXX_FLAGS_DEBUG=-O1 -DCMAKE_C_FLAGS_DEBUG=-O1 -DPYHEADKV_SOURCE_CACHE=$(CURDIR)/$(CACHE) \
-		-DPYHEADKV_LLAMA_CPP_SDIST="$$(cat $(CACHE).sdist)" > $(ASAN).log
+		-DCMAKE_BUILD_TYPE=Debug -DCMAKE_CXX_FLAGS_DEBUG=-O1 -DCMAKE_C_FLAGS_DEBUG=-O1 $(CMAKE_DEFINES) > $(ASAN).log
 	$(CMAKE) --build $(ASAN) --parallel $(JOBS) --target pyheadkv-libs pyheadkv-tests >> $(ASAN).log
 
 test: all stock sanitize
 	PYHEADKV_STOCK_LIB=$(CURDIR)/$(STOCK)/bin PYHEADKV_ASAN_DIR=$(CURDIR)/$(ASAN)/bin $(BIN)/pytest tests
 
 clean:
-	rm -rf $(VENV) build
+	rm -rf $(VENV) build $(LIBS)

@@ -5,12 +5,15 @@ from __future__ import annotations
 import os
 import pickle
 import random
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
 
 pytestmark = pytest.mark.usefixtures("library")
 
@@ -82,12 +85,26 @@ def test_a_stock_library_that_was_loaded_first_is_an_import_error(stock_lib: Any
     assert res.returncode == 1 and "import pyheadkv first" in res.stderr
 
 
-def test_the_source_tree_in_the_way_of_the_installed_package_is_named(tmp_path: Path) -> None:
-    root = Path(__file__).resolve().parents[1]
-    env = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "PYHEADKV_LIB_PATH", "PYTHONSAFEPATH")}
-    (tmp_path / "pyheadkv").symlink_to(root / "pyheadkv")
-    command = [sys.executable, "-c", "import pyheadkv"]
-    if subprocess.run(command, cwd=tmp_path.parent, env=env, capture_output=True, check=False).returncode != 0:
-        pytest.skip("pyheadkv is not installed")
-    res = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, check=False)
-    assert res.returncode != 0 and "start Python in another folder" in res.stderr, res.stderr
+def run_python(code: str, *flags: str, cwd: Path, **env: str) -> subprocess.CompletedProcess[str]:
+    """Python without what the environment says about our library, unless ``env`` does."""
+    ours = ("PYTHONPATH", "PYHEADKV_LIB_PATH", "LLAMA_CPP_LIB_PATH", "PYTHONSAFEPATH")
+    env = {**{k: v for k, v in os.environ.items() if k not in ours}, **env}
+    return subprocess.run([sys.executable, *flags, "-c", code], cwd=cwd, env=env, capture_output=True, text=True, check=False)
+
+
+def test_the_package_is_imported_in_the_checkout() -> None:
+    if not (ROOT / "pyheadkv" / "lib").is_dir():
+        pytest.skip("no library in the checkout: run make")
+    for cwd in (ROOT, ROOT / "tests"):
+        res = run_python("import pyheadkv; print(pyheadkv.__file__, pyheadkv.Llama)", cwd=cwd)
+        assert res.returncode == 0 and res.stdout.startswith(str(ROOT)), res.stderr
+
+
+def test_a_source_tree_without_a_library_that_hides_the_installed_package_is_named(tmp_path: Path) -> None:
+    tree, site = tmp_path / "tree", tmp_path / "site"
+    shutil.copytree(ROOT / "pyheadkv", tree / "pyheadkv", ignore=shutil.ignore_patterns("lib", "data", "__pycache__"))
+    (site / "pyheadkv").mkdir(parents=True)
+    (site / "pyheadkv-0.1.0.dist-info").mkdir()
+    (site / "pyheadkv-0.1.0.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: pyheadkv\nVersion: 0.1.0\n")
+    res = run_python("import pyheadkv", "-S", cwd=tree, PYTHONPATH=str(site))
+    assert res.returncode != 0 and "start Python in another folder" in res.stderr and str(site) in res.stderr, res.stderr
