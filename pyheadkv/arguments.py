@@ -6,7 +6,7 @@ import argparse
 import re
 from typing import Any
 
-from .options import SURPLUSES
+from .options import SURPLUSES, Options
 
 AMOUNTS = ("kv_size", "kv_ratio", "kv_bytes")
 
@@ -34,14 +34,18 @@ def add_keep_arguments(group: argparse._ActionsContainer) -> None:
     group.add_argument(
         "--surplus",
         choices=tuple(SURPLUSES),
-        default="lost",
-        help="what becomes of cells that a head may keep beyond the length of the prompt (default: %(default)s)",
+        help=f"what becomes of cells that a head may keep beyond the length of the prompt (default: {Options.surplus})",
     )
 
 
 def keep_kwargs(args: argparse.Namespace) -> dict[str, Any]:
-    """Arguments of ``Llama`` from what ``add_keep_arguments`` added."""
-    return {"sinks": args.sinks, "protect": [parse_span(text) for text in args.protect], "surplus": args.surplus}
+    """Arguments of ``Llama`` from what ``add_keep_arguments`` added, for a compressed cache."""
+    return {"sinks": args.sinks, "protect": [parse_span(text) for text in args.protect], "surplus": args.surplus or Options.surplus}
+
+
+def given(args: argparse.Namespace, *names: str) -> dict[str, Any]:
+    """Those of the arguments that were given; the others have the default of ``Options``."""
+    return {name: getattr(args, name) for name in names if getattr(args, name) is not None}
 
 
 def parse_span(text: str) -> tuple[int, int]:

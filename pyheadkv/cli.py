@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -12,10 +13,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import __version__, demo, evaluate, inspect, plan, score, serve
-from .arguments import add_amount_arguments, add_keep_arguments, keep_kwargs
+from .arguments import AMOUNTS, add_amount_arguments, add_keep_arguments, given, parse_span
 from .demo import round_n_ctx, threads_kwargs
 from .inspect import format_bytes, model_path, read_shape
-from .options import POOLS, PREFILLS, check_int
+from .options import POOLS, PREFILLS, Options, check_int, nearest
 
 if TYPE_CHECKING:
     from .llama import Llama
@@ -76,16 +77,15 @@ def _add_cache_arguments(group: argparse._ArgumentGroup) -> None:
     add_amount_arguments(group)
     add_keep_arguments(group)
     group.add_argument(
-        "--pool", choices=tuple(POOLS), default="max", help="pooling of the scores (default: %(default)s)"
+        "--pool", choices=tuple(POOLS), help=f"pooling of the scores (default: {Options.pool})"
     )
     group.add_argument(
-        "--pool-kernel", type=int, default=7, metavar="N", help="tokens, odd, 1 = none (default: %(default)s)"
+        "--pool-kernel", type=int, metavar="N", help=f"tokens, odd, 1 = none (default: {Options.pool_kernel})"
     )
     group.add_argument(
         "--prefill",
         choices=tuple(PREFILLS),
-        default="auto",
-        help="order in which the prompt is read; layer keeps one layer's full cache at a time (default: %(default)s)",
+        help=f"order in which the prompt is read; layer keeps one layer's full cache at a time (default: {Options.prefill})",
     )
 
 
@@ -146,22 +146,13 @@ def _open_model(path: Path, args: argparse.Namespace, *, n_ctx: int) -> Llama:
 
     return Llama(
         path,
-        kv_size=args.kv_size,
-        kv_ratio=args.kv_ratio,
-        kv_bytes=args.kv_bytes,
-        policy=args.policy,
-        beta=args.beta,
-        window=args.window,
-        pool=args.pool,
-        pool_kernel=args.pool_kernel,
-        importance=args.importance,
-        prefill=args.prefill,
+        **given(args, *AMOUNTS, "policy", "beta", "window", "pool", "pool_kernel", "importance", "prefill", "sinks", "surplus"),
+        protect=[parse_span(text) for text in args.protect] or None,
         n_ctx=n_ctx,
         n_batch=args.n_batch,
         n_gpu_layers=args.n_gpu_layers,
         seed=args.seed,
         verbose=False,
-        **keep_kwargs(args),
         **threads_kwargs(args.threads),
     )
 
@@ -322,8 +313,18 @@ def make_parser() -> argparse.ArgumentParser:
         raw: dict[str, Any] = {"prefix_chars": "\0", "add_help": False} if command.passes_on else {}
         sub = commands.add_parser(command.name, help=command.help, description=command.help, **raw)
         command.add_arguments(sub)
-        sub.set_defaults(run=command.run)
+        sub.set_defaults(run=command.run, parser=sub)
     return parser
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Arguments of a sub-command; an unknown flag ends the process with the nearest one that is known."""
+    args, unknown = make_parser().parse_known_args(argv)
+    if unknown:
+        flag = next((text for text in unknown if text.startswith("-")), unknown[0])
+        known = re.findall(r"(?<![\w-])--?[a-z][\w-]*", args.parser.format_help())
+        args.parser.error(f"unrecognized arguments: {' '.join(unknown)}{nearest(flag.split('=')[0], known)}")
+    return args
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -337,7 +338,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     -------
     exit code: 0, 1 after an error (one line on standard error), 130 after Ctrl-C
     """
-    args = make_parser().parse_args(argv)
+    args = parse(argv)
     try:
         return int(args.run(args))
     except BrokenPipeError:  # the reader of our output has gone, e.g. head

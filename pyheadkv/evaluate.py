@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from . import __version__
-from .arguments import add_amount_arguments, add_keep_arguments, keep_kwargs, split
+from .arguments import AMOUNTS, add_amount_arguments, add_keep_arguments, keep_kwargs, split
 from .demo import round_n_ctx
 from .evaluate_report import write_report
 from .file_tasks import FILES, check_files, n_answer
@@ -181,7 +181,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--kv-size", metavar="LIST", help=f"mean cells per KV head, window included (default: {KV_SIZES} if no amount is given)"
     )
     add_amount_arguments(group, several=True)
-    group.add_argument("--pool", default="max", metavar="LIST", help="max, avg (default: %(default)s)")
+    group.add_argument("--pool", default="", metavar="LIST", help=f"max, avg (default: {Options.pool})")
     group.add_argument("--beta", default="", metavar="LIST", help="(default: the one stored with the importance, else 1.2)")
     group.add_argument(
         "--importance", default="", metavar="LIST", help="score files or GGUFs (default: the importance of the model)"
@@ -224,9 +224,10 @@ def make_settings(args: argparse.Namespace, model: Path, *, n_ctx: int) -> tuple
     n_ctx : tokens that no budget exceeds
     """
     policies = [check_choice("--policy", p, (FULL, *POLICIES)) for p in split(args.policy)]
-    pools = [check_choice("--pool", p, tuple(POOLS)) for p in split(args.pool)]
+    pools = [check_choice("--pool", p, tuple(POOLS)) for p in split(args.pool)] or [Options.pool]
     betas = [_beta(b) for b in split(args.beta)] or [0.0]
     files = split(args.importance) or [""]
+    _check_used(args, policies)
     out = [Setting()]
     for policy, amount, pool, beta, file in product(policies, _amounts(args, model, n_ctx=n_ctx), pools, betas, files):
         if policy == FULL:
@@ -235,6 +236,17 @@ def make_settings(args: argparse.Namespace, model: Path, *, n_ctx: int) -> tuple
         setting = replace(amount, policy=policy, pool=pool if by_score else "")
         out.append(replace(setting, beta=beta, importance=file) if by_importance else setting)
     return tuple(dict.fromkeys(out))
+
+
+def _check_used(args: argparse.Namespace, policies: Sequence[str]) -> None:
+    compressed = [p for p in policies if p != FULL]
+    by_importance, by_score = any(p in BY_IMPORTANCE for p in compressed), any(p not in UNPOOLED for p in compressed)
+    used = {"pool": by_score, "beta": by_importance, "importance": by_importance}
+    used |= dict.fromkeys((*AMOUNTS, "sinks", "protect", "surplus"), bool(compressed))
+    for name, is_used in used.items():
+        value = getattr(args, name)
+        if not is_used and value not in (None, "", []):
+            raise ValueError(f"--{name.replace('_', '-')}={value}: no policy of {args.policy!r} looks at it: add one that does, or leave it out")
 
 
 def _amounts(args: argparse.Namespace, model: Path, *, n_ctx: int) -> list[Setting]:

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from . import _lib, embedded_model, gguf_keys
+from .arguments import given
 from .options import BY_IMPORTANCE, DEFAULT_BETA, POLICIES, Options, check_int, load_importance
 
 if TYPE_CHECKING:
@@ -116,8 +117,7 @@ def add_budget_arguments(parser: argparse._ActionsContainer, *, kv_size: int | N
     parser.add_argument(
         "--policy",
         choices=POLICIES,
-        default="headkv",
-        help="headkv and headkv+adakv need the importance of the heads, the others do not (default: %(default)s)",
+        help=f"{', '.join(BY_IMPORTANCE)} need the importance of the heads, the others do not (default: {Options.policy})",
     )
     parser.add_argument(
         "--beta",
@@ -128,9 +128,8 @@ def add_budget_arguments(parser: argparse._ActionsContainer, *, kv_size: int | N
     parser.add_argument(
         "--window",
         type=int,
-        default=8,
         metavar="N",
-        help="last tokens of the prompt, they score it and are kept (default: %(default)s)",
+        help=f"last tokens of the prompt, they score it and are kept (default: {Options.window})",
     )
     parser.add_argument(
         "--importance", metavar="FILE", help="score file (.json, .npy, .csv, .tsv) or a GGUF with importance (default: the model's own)"
@@ -154,7 +153,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print the plan of a model and draw it when asked to."""
-    options = Options(kv_size=args.kv_size, policy=args.policy, beta=args.beta, window=args.window)
+    options = Options(kv_size=args.kv_size, **given(args, "policy", "beta", "window"))
     plan = make_plan(model_path(args.model), options=options, importance=args.importance, n_ctx=args.n_ctx)
     print(format_plan(plan))
     if args.output is not None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ctypes
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
+from inspect import signature
 from os import PathLike, fspath
+from reprlib import repr as short_repr
 from typing import Any, Callable, Generator, Sequence
 
 import llama_cpp
@@ -13,7 +15,10 @@ import numpy.typing as npt
 from llama_cpp.llama import LlamaState
 
 from . import _lib
-from .options import FULL, ImportanceLike, Options, check_share, load_importance, parse_bytes, row_bytes, share_of_prompt
+from .options import (
+    FULL, MAX_CELLS, POLICIES, ImportanceLike, Options, check_choice, check_names, check_share, load_importance, parse_bytes, row_bytes,
+    share_of_prompt,
+)  # fmt: skip
 
 STATES = ("empty", "staged", "compressed", "layered")
 
@@ -72,6 +77,10 @@ class Llama(llama_cpp.Llama):
     generation attends to those and to the generated tokens. Completion, chat,
     streaming and grammars work as in llama-cpp-python.
 
+    Options that are None have the default of ``pyheadkv.options.Options``, which is named in
+    parentheses. All but the amounts need one of these: without ``kv_size``, ``kv_ratio`` or
+    ``kv_bytes`` they are an error.
+
     Parameters
     ----------
     model_path : path of a GGUF file
@@ -91,46 +100,48 @@ class Llama(llama_cpp.Llama):
         (uniform budgets, by the attention of all tokens of the prompt; reading it takes
         n_ctx * n_ubatch * n_head * 4 bytes more) or "razor" (the most important heads keep
         all, as many as the budget has room for, the others 4 sinks, the window and one cell
-        for what they drop); "full" is the stock cache, without ``kv_size``
+        for what they drop); "full" is the stock cache, without ``kv_size`` ("headkv")
     beta : > 1; a share 1/beta of the budget is given out by importance, the rest evenly;
         None = the one stored with the importance (``pyheadkv score --calibrate``), else 1.2
-    window : number of last queries that score the prompt; these cells are always kept
-    pool, pool_kernel : pooling of the scores along the prompt, "max" or "avg", odd size
+    window : number of last queries that score the prompt; these cells are always kept (8)
+    pool, pool_kernel : pooling of the scores along the prompt, "max" or "avg", odd size ("max", 7)
     importance : None = from the model's metadata; or a path (score file, GGUF), or a
         (n_layer, n_head) array
     prefill : order in which prompts are read: "layer" (one layer's full cache is alive
         at a time), "token" (every layer's, as upstream) or "auto" (layer where it
-        applies). The results are the same; ``prefill_mode`` says what was chosen
-    prefill_hidden : type of the hidden states between layers, "f32" (exact) or "f16" (half
+        applies; the default). The results are the same; ``prefill_mode`` says what was chosen
+    prefill_hidden : type of the hidden states between layers, "f32" (exact, the default) or "f16" (half
         the memory of what is left; logits of the random models of the tests change by a
         normalised error below 1e-5)
     kv_reuse : continue on the compressed past when a prompt starts with it. Off by
         default: such a prompt is read again, so that the answer is that of a fresh one
     keep_prompt : keep the full cache of the prompt beside the compressed one, so that
         ``restore_prompt`` can go back to it. For evaluations: it costs the memory that
-        compression saves
+        compression saves (False)
     sinks : first cells of a prompt that every head keeps; None = 4 under "streaming", as far as
         ``kv_size`` reaches, else 0
     protect : (start, end) spans of prompt positions whose cells every head keeps; what lies
         behind the end of a prompt is no matter. Sinks and protected cells are part of a
         head's budget; a head whose budget they exceed grows, which ``kv_stats()`` tells
     surplus : what becomes of the cells that a head may keep beyond the length of the prompt:
-        "lost", or "redistribute" (evenly to the other heads of its layer, then to those of
+        "lost" (the default), or "redistribute" (evenly to the other heads of its layer, then to those of
         the other layers)
-    pyramid_exact : True = the budgets of "pyramidkv" add up to ``kv_size`` per head; False =
+    pyramid_exact : True (the default) = the budgets of "pyramidkv" add up to ``kv_size`` per head; False =
         those of its authors, whose rounding holds more (32 layers: 13 % at 64 cells, 5 % at 128)
     adakv_floor : share of its budget, 0 to 1, that the prompt cannot take from a head; None =
         0.2 under "adakv", 0.5 under "headkv+adakv"
     adakv_normalize : under both, weight the scores of a head by the share of its best cells
-        in their sum, so that heads with concentrated attention get more
+        in their sum, so that heads with concentrated attention get more (False)
     n_tail, attend, n_buckets : see ``cpp/headkv.h``
     **kwargs : every argument of ``llama_cpp.Llama``; ``flash_attn`` is on when
         compression is
 
     Raises
     ------
+    TypeError
+        an option that neither class has; the message names the nearest one
     ValueError
-        wrong option, no importance for a policy that needs it, or an architecture that
+        wrong option, an option of the compression without an amount, no importance for a policy that needs it, or an architecture that
         cannot be compressed; the message names value, limit and remedy
 
     References
@@ -145,59 +156,68 @@ class Llama(llama_cpp.Llama):
         kv_size: int | None = None,
         kv_ratio: float | None = None,
         kv_bytes: int | str | None = None,
-        policy: str = "headkv",
+        policy: str | None = None,
         beta: float | None = None,
-        window: int = 8,
-        pool: str = "max",
-        pool_kernel: int = 7,
+        window: int | None = None,
+        pool: str | None = None,
+        pool_kernel: int | None = None,
         importance: ImportanceLike = None,
-        prefill: str = "auto",
-        prefill_hidden: str = "f32",
-        kv_reuse: bool = False,
-        keep_prompt: bool = False,
+        prefill: str | None = None,
+        prefill_hidden: str | None = None,
+        kv_reuse: bool | None = None,
+        keep_prompt: bool | None = None,
         sinks: int | None = None,
-        protect: Sequence[tuple[int, int]] = (),
-        surplus: str = "lost",
-        pyramid_exact: bool = True,
+        protect: Sequence[tuple[int, int]] | None = None,
+        surplus: str | None = None,
+        pyramid_exact: bool | None = None,
         adakv_floor: float | None = None,
-        adakv_normalize: bool = False,
-        n_tail: int = 64,
-        attend: str = "auto",
-        n_buckets: int = 1,
+        adakv_normalize: bool | None = None,
+        n_tail: int | None = None,
+        attend: str | None = None,
+        n_buckets: int | None = None,
         **kwargs: Any,
     ) -> None:
-        options = dict(policy=policy, beta=beta, window=window, pool=pool, pool_kernel=pool_kernel, n_tail=n_tail, attend=attend,
-                       n_buckets=n_buckets, prefill=prefill, prefill_hidden=prefill_hidden, keep_prompt=keep_prompt,
-                       sinks=sinks, protect=protect, surplus=surplus, pyramid_exact=pyramid_exact, adakv_floor=adakv_floor,
-                       adakv_normalize=adakv_normalize)
-        self._kv_args = dict(options, kv_size=kv_size, kv_ratio=kv_ratio, kv_bytes=kv_bytes, importance=importance, kv_reuse=kv_reuse)
-        self._kv_reuse = kv_reuse
+        given = {name: value for name, value in dict(
+            policy=policy, beta=beta, window=window, pool=pool, pool_kernel=pool_kernel, n_tail=n_tail, attend=attend, n_buckets=n_buckets,
+            prefill=prefill, prefill_hidden=prefill_hidden, keep_prompt=keep_prompt, sinks=sinks, protect=protect, surplus=surplus,
+            pyramid_exact=pyramid_exact, adakv_floor=adakv_floor, adakv_normalize=adakv_normalize).items() if value is not None}  # fmt: skip
+        amount = {name: value for name, value in dict(kv_size=kv_size, kv_ratio=kv_ratio, kv_bytes=kv_bytes).items() if value is not None}
+        more = {name: value for name, value in dict(importance=importance, kv_reuse=kv_reuse).items() if value is not None}
+        self._kv_args = {**given, **amount, **more}
+        self._kv_reuse = bool(kv_reuse)
         self._prompt_pending = False
         self._protect_head: list[int] = []  # the next prompt begins with these tokens, to be kept
         self._progress_error: BaseException | None = None
         model_path = fspath(model_path)
-        given = [f"{name}={value!r}" for name, value in dict(kv_size=kv_size, kv_ratio=kv_ratio, kv_bytes=kv_bytes).items() if value is not None]
-        if len(given) > 1:
-            raise ValueError(f"{', '.join(given)}: give one of them, they are three ways to say how much is kept")
-        if given and policy == FULL:
-            raise ValueError(f"policy='full', {given[0]}: the full cache has no budget, leave it out or choose another policy")
+        check_names("Llama()", kwargs, PARAMETERS)
+        check_choice("policy", given.get("policy", FULL), (FULL, *POLICIES))
+        if len(amount) > 1:
+            raise ValueError(f"{_assigned(amount)}: give one of them, they are three ways to say how much is kept")
+        if amount and policy == FULL:
+            raise ValueError(f"policy='full', {_assigned(amount)}: the full cache has no budget, leave it out or choose another policy")
         self._kv_ratio = kv_ratio
-        if not given:
+        if not amount:
+            idle = {name: value for name, value in {**given, **more}.items() if (name, value) != ("policy", FULL)}
+            if idle:
+                raise ValueError(f"{_assigned(idle)}: nothing says how much is kept, give kv_size, kv_ratio or kv_bytes; the stock cache "
+                                 "has no such options")
             self.kv_options: Options | None = None
             super().__init__(model_path, **kwargs)
             return
 
         n_ctx = kwargs.get("n_ctx", 512)  # 0 = that of the model, checked by the library
+        options = Options(kv_size=MAX_CELLS if kv_size is None else kv_size, **given)
         if kv_ratio is not None:
             if check_share("kv_ratio", kv_ratio) == 0:
                 raise ValueError(f"kv_ratio={kv_ratio!r}: nothing would be kept, use a share above 0")
-            kv_size = window + 1  # until there is a prompt
+            options = replace(options, kv_size=options.window + 1)  # until there is a prompt
         elif kv_bytes is not None:
-            kv_size = cells_in(parse_bytes("kv_bytes", kv_bytes), model_path, window=window, n_ctx=n_ctx, **{
-                name: kwargs.get(name) for name in ("type_k", "type_v")})
-        self.kv_options = Options(kv_size=kv_size, **options)
-        if n_ctx and kv_size > n_ctx:
-            raise ValueError(f"kv_size={kv_size}: it must not be larger than n_ctx = {n_ctx}")
+            options = replace(options, kv_size=cells_in(
+                parse_bytes("kv_bytes", kv_bytes), model_path, window=options.window, n_ctx=n_ctx, **{
+                    name: kwargs.get(name) for name in ("type_k", "type_v")}))
+        self.kv_options = options
+        if n_ctx and options.kv_size > n_ctx:
+            raise ValueError(f"kv_size={options.kv_size}: it must not be larger than n_ctx = {n_ctx}")
         self._importance = values = load_importance(importance, model_path)
         if kwargs.get("embedding"):
             raise ValueError("embedding=True: embeddings have no generation to speed up, use kv_size=None")
@@ -205,7 +225,7 @@ class Llama(llama_cpp.Llama):
             raise ValueError("flash_attn=False: compression needs flash attention")
         kwargs["flash_attn"] = True
 
-        params = self.kv_options.to_params(values, model_path)
+        params = options.to_params(values, model_path)
         try:
             with _lib.creating(params):
                 super().__init__(model_path, **kwargs)
@@ -216,7 +236,7 @@ class Llama(llama_cpp.Llama):
         except BaseException:
             self._close_partial()
             raise
-        if prefill == "layer" and self.prefill_mode != "layer":
+        if options.prefill == "layer" and self.prefill_mode != "layer":
             why = _lib.lib.headkv_why_token_prefill(self.ctx).decode()
             self.close()
             raise ValueError(f"prefill='layer' is not possible for this model: {why}; use prefill='auto'")
@@ -329,6 +349,7 @@ class Llama(llama_cpp.Llama):
         ValueError
             wrong value, or an option that sizes what the context owns; nothing has changed then
         """
+        check_names("configure()", options, [field.name for field in fields(Options)])
         new = replace(self._need_options(), **options)
         values = self._importance if importance is None else load_importance(importance, self.model_path)
         params = new.to_params(values, self.model_path)
@@ -591,6 +612,13 @@ class Llama(llama_cpp.Llama):
         values = np.zeros((n_max, n_row), dtype=np.float32)
         n = _lib.check(func(self.ctx, 0, *args, values.ctypes.data_as(ctypes.POINTER(ctypes.c_float)), values.size), ValueError)
         return values[:n]
+
+
+PARAMETERS = tuple(name for cls in (Llama, llama_cpp.Llama) for name in signature(cls).parameters if name != "kwargs")
+
+
+def _assigned(values: dict[str, Any]) -> str:
+    return ", ".join(f"{name}={short_repr(value)}" for name, value in values.items())
 
 
 def n_common(a: Sequence[int], b: Sequence[int]) -> int:

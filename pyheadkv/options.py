@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import ctypes
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from difflib import get_close_matches
 from fractions import Fraction
 from os import PathLike
 from pathlib import Path
@@ -27,6 +28,7 @@ ATTENDS = {"auto": 0, "fused": 1, "composed": 2}
 SURPLUSES = {"lost": 0, "redistribute": 1}
 PREFILLS = {"auto": 0, "token": 1, "layer": 2}
 
+MAX_CELLS = 1 << 26  # of a head
 DEFAULT_BETA = 1.2  # where none was chosen for the scores
 
 ImportanceLike = Union[str, PathLike, npt.ArrayLike, Importance, None]
@@ -91,10 +93,29 @@ def row_bytes(cell_type: str | int, n_values: int) -> int:
     return n_values // n_block * n_bytes
 
 
+def nearest(name: Any, names: Iterable[str]) -> str:
+    """``": did you mean .."`` with the most similar name; empty if none is similar."""
+    found = get_close_matches(str(name), list(names), n=1)
+    return f": did you mean {found[0]!r}?" if found else ""
+
+
+def check_names(what: str, given: Iterable[str], known: Sequence[str]) -> None:
+    """Names of options that are known.
+
+    Raises
+    ------
+    TypeError
+        names the first one that is not, and the nearest one that is
+    """
+    for name in given:
+        if name not in known:
+            raise TypeError(f"{what} has no option {name!r}{nearest(name, known) or ': its options are ' + ', '.join(known)}")
+
+
 def check_choice(name: str, value: Any, choices: Any) -> str:
     """``value``, if it is one of ``choices``; else ValueError."""
     if not isinstance(value, str) or value not in choices:
-        raise ValueError(f"{name}={value!r}: it must be one of {', '.join(map(repr, choices))}")
+        raise ValueError(f"{name}={value!r}: it must be one of {', '.join(map(repr, choices))}{nearest(value, choices)}")
     return value
 
 
@@ -125,8 +146,8 @@ def check_spans(name: str, value: Any) -> tuple[tuple[int, int], ...]:
     except (TypeError, ValueError):
         raise ValueError(f"{name}={value!r}: {remedy}") from None
     for start, end in spans:
-        check_int(f"{name} start", start, 0, (1 << 26) - 1, f": {remedy}")
-        check_int(f"{name} end", end, start + 1, 1 << 26, f": {remedy}")
+        check_int(f"{name} start", start, 0, MAX_CELLS - 1, f": {remedy}")
+        check_int(f"{name} end", end, start + 1, MAX_CELLS, f": {remedy}")
     return tuple((int(start), int(end)) for start, end in spans)
 
 
@@ -184,7 +205,7 @@ class Options:
         check_choice("prefill", self.prefill, tuple(PREFILLS))
         check_choice("prefill_hidden", self.prefill_hidden, ("f32", "f16"))
         check_int("window", self.window, 1, 64)
-        check_int("kv_size", self.kv_size, self.window + 1, 1 << 26,
+        check_int("kv_size", self.kv_size, self.window + 1, MAX_CELLS,
                   f" (it counts the observation window of {self.window} cells)")
         check_int("pool_kernel", self.pool_kernel, 1, 31)
         if self.pool_kernel % 2 == 0:
@@ -194,7 +215,7 @@ class Options:
         check_int("n_tail", self.n_tail, 1, 1 << 20)
         check_int("n_buckets", self.n_buckets, 1, 8)
         if self.sinks is not None:
-            check_int("sinks", self.sinks, 0, 1 << 26)
+            check_int("sinks", self.sinks, 0, MAX_CELLS)
         object.__setattr__(self, "protect", check_spans("protect", self.protect))
         check_choice("surplus", self.surplus, tuple(SURPLUSES))
         check_bool("pyramid_exact", self.pyramid_exact)

@@ -176,6 +176,9 @@ def test_generate_takes_a_share_or_bytes(
         (["--kv-size", "16", "--pool-kernel", "4"], ["pool_kernel=4", "odd"]),
         (["--kv-size", "16", "--importance", "no-such-file.json"], ["no-such-file.json"]),
         (["--threads", "0"], ["--threads=0"]),
+        (["--policy", "snapkv"], ["policy='snapkv'", "kv_size"]),
+        (["--sinks", "4", "--prefill", "layer"], ["prefill='layer'", "sinks=4", "kv_size"]),
+        (["--protect", "0:4"], ["protect=", "kv_size"]),
         (["--n-ctx", "32", "-p", 9 * PROMPT], ["context", "256"]),
     ],
 )
@@ -368,6 +371,14 @@ def test_version_and_help_exit_with_zero(capsys: pytest.CaptureFixture[str]) -> 
             cli.main(args)
         assert exit_info.value.code == 0
     assert f"pyheadkv {pyheadkv.__version__}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("flag", ["--kv-sise", "--kv-sise=64"])
+def test_an_unknown_flag_names_the_nearest_one(capsys: pytest.CaptureFixture[str], flag: str) -> None:
+    with pytest.raises(SystemExit) as exit_info:
+        cli.main(["generate", "-p", "a", flag])
+    assert exit_info.value.code == 2
+    assert "did you mean '--kv-size'" in capsys.readouterr().err
 
 
 def test_ctrl_c_exits_with_130(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:

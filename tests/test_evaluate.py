@@ -434,6 +434,11 @@ def test_evaluation_writes_resumes_and_reports(tmp_path: Path, capsys: pytest.Ca
     (["needle", "--kv-bytes", "100"], "kv_bytes=100: 0 cells"),
     (["needle", "--kv-bytes", "much"], "--kv-bytes='much'"),
     (["needle", "--protect", "8"], "--protect='8': it must be START:END"),
+    (["needle", "--policy", "snap"], "did you mean 'snapkv'"),
+    (["needle", "--policy", "snapkv", "--beta", "2"], "--beta=2: no policy of 'snapkv' looks at it"),
+    (["needle", "--policy", "razor,streaming", "--pool", "avg"], "--pool=avg: no policy"),
+    (["needle", "--policy", "full", "--kv-size", "64"], "--kv-size=64: no policy of 'full'"),
+    (["needle", "--policy", "full", "--sinks", "0"], "--sinks=0: no policy of 'full'"),
     (["loogle"], "task loogle reads a file: name it with --file"),
 ])  # fmt: skip
 @embedded
