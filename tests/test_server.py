@@ -9,6 +9,7 @@ import re
 import shutil
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import threading
@@ -601,9 +602,20 @@ def test_a_failed_compression_is_an_error_of_its_request_alone(llm: Any, log: Pa
         assert_nothing_left(server)
 
 
+def allocations_until_now(server: Server, count: Path) -> int:
+    """Disarms the preloaded fail-alloc.c: large allocations since it was armed."""
+    count.unlink(missing_ok=True)
+    os.kill(server.process.pid, signal.SIGUSR2)
+    deadline = time.monotonic() + 10
+    while not count.exists() or count.stat().st_size < struct.calcsize("l"):
+        assert time.monotonic() < deadline, "fail-alloc.c is not preloaded"
+        time.sleep(0.01)
+    return int(struct.unpack("l", count.read_bytes())[0])
+
+
 @pytest.mark.parametrize("prefill", ["token", "layer"])
 def test_a_failed_allocation_is_an_error_and_the_server_goes_on(prefill: str, llm: Any, log: Path, tmp_path: Path) -> None:
-    """Each large allocation of a request fails once, beside a slot that generates. That one goes on, unless upstream's own lists
+    """Each large allocation of a request fails in turn, beside a slot that generates. That one goes on, unless upstream's own lists
     of the batch cannot be allocated, which ends every request in it."""
     compiler = shutil.which("cc")
     if sys.platform != "linux" or not compiler:
@@ -613,18 +625,19 @@ def test_a_failed_allocation_is_an_error_and_the_server_goes_on(prefill: str, ll
     subprocess.run([compiler, "-O1", "-shared", "-fPIC", "-o", str(preload), str(source), "-ldl"], check=True)
     prompt, other, n, n_other = prompt_ids(llm, 1, 1200), prompt_ids(llm, 2, 600), 4, 60
     answer, answer_of_other = expected(llm, prompt, n), expected(llm, other, n_other)
-    errors, ended_both = 0, 0
+    errors, ended_both, count = 0, 0, tmp_path / "count"
     flags = ["--kv-size", KV_SIZE, "--kv-prefill", prefill]
     body = {"n_predict": n, "temperature": 0, "return_tokens": True}
-    with running(log, *flags, n_slots=2, environ={"LD_PRELOAD": str(preload)}) as server, ThreadPoolExecutor(1) as pool:
-        for _ in range(12):
+    environ = {"LD_PRELOAD": str(preload), "FAIL_ALLOC_COUNT": str(count)}
+    with running(log, *flags, n_slots=2, environ=environ) as server, ThreadPoolExecutor(1) as pool:
+        for k in range(1, 100):
             beside = pool.submit(server.request, "/completion", {**body, "prompt": other, "n_predict": n_other})
             while not beside.done() and all(slot["kv"]["state"] != "compressed" for slot in server.get("/slots")):
                 time.sleep(0.01)
             os.kill(server.process.pid, signal.SIGUSR1)
             status, result = server.request("/completion", {**body, "prompt": prompt})
             status_of_other, other_result = beside.result()
-            os.kill(server.process.pid, signal.SIGUSR2)
+            n_allocations = allocations_until_now(server, count)
             if status == 200:
                 assert until_end(result["tokens"]) == answer
             else:
@@ -636,7 +649,11 @@ def test_a_failed_allocation_is_an_error_and_the_server_goes_on(prefill: str, ll
                 ended_both += 1
                 assert status == 500 and "bad_alloc" in result["error"]["message"]
             assert_nothing_left(server)
-        assert errors > ended_both
+            if n_allocations < k:
+                break  # each has failed
+        else:
+            pytest.fail("the allocations of a request do not end")
+        assert errors > ended_both and k > 10
         assert server.tokens(prompt, n) == answer
 
 
