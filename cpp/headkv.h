@@ -3,7 +3,7 @@
 // The door for callers. Usage:
 //
 //   struct headkv_params p = headkv_default_params();
-//   p.kv_size = 128;                                   // mean cells per KV head, observation window included
+//   p.kv_size = 128;                                   // mean cells per KV head, recent ones included
 //   if (headkv_set_params(&p)) { puts(headkv_last_error()); }
 //   llama_context * ctx = llama_init_from_model(...);   // this thread's next contexts use the parameters
 //   headkv_set_params(NULL);
@@ -54,14 +54,17 @@ enum headkv_surplus {
 
 struct headkv_params {
     size_t       size;        // sizeof(struct headkv_params)
-    const char * policy;      // "headkv" (importance decides), "snapkv" (uniform), "streaming" (4 sinks and the last cells),
+    const char * policy;      // "auto" (headkv when the importance of the heads is known, else snapkv), "headkv" (importance decides), "snapkv" (uniform), "streaming" (4 sinks and the last cells),
                               // "pyramidkv" (fewer cells in deeper layers), "adakv" (the prompt decides within a layer),
                               // "headkv+adakv" (importance decides for the layers, both within a layer), "criticalkv" (uniform;
                               // half of the cells by attention times what their value does to the output of the layer), "h2o"
                               // (uniform, by the attention of all tokens of the prompt), "razor" (the most important heads keep
-                              // all, the others 4 sinks, the window and one cell for what they drop)
-    int32_t      kv_size;     // mean cells per KV head, observation window included
-    int32_t      window;      // queries that score the prompt, 1..64
+                              // all, the others 4 sinks, the recent cells and one for what they drop), "lossless" (all cells of
+                              // all heads, kv_size does not count)
+    int32_t      kv_size;     // mean cells per KV head, recent ones included
+    int32_t      window;      // queries of the last tokens, which score the prompt: 1..256
+    int32_t      recent;      // last cells of a prompt that every head keeps, >= 1
+    int32_t      power;       // 1, 2, 4 or 8: a cell's score is mean(p^power)^(1/power) over the queries, 1 = their mean
     int32_t      pool;        // enum headkv_pool
     int32_t      pool_kernel; // odd, 1..31; 1 = no pooling
     double       beta;        // > 1; larger = more uniform; 0 = the one stored with the importance, else 1.2
@@ -144,7 +147,7 @@ typedef bool (*headkv_progress)(int32_t il, int32_t n_layer, int32_t i_token, in
 LLAMA_API int32_t headkv_set_progress(struct llama_context * ctx, headkv_progress progress, void * user_data);
 
 // Compresses the sequence and releases the staging memory. A no-op for a compressed sequence.
-// Afterwards llama_memory_seq_rm() can take back generated tokens and the prompt's last `window` tokens, which every head
+// Afterwards llama_memory_seq_rm() can take back generated tokens and the prompt's last `recent` tokens, which every head
 // keeps, but no more than these.
 LLAMA_API int32_t headkv_end_prompt(struct llama_context * ctx, llama_seq_id seq_id);
 
@@ -155,8 +158,11 @@ LLAMA_API int32_t headkv_restore_prompt(struct llama_context * ctx, llama_seq_id
 
 LLAMA_API int32_t headkv_get_stats(const struct llama_context * ctx, llama_seq_id seq_id, struct headkv_stats * stats);
 
+// Name of the policy in use, never "auto"; "full" for the stock cache.
+LLAMA_API const char * headkv_get_policy(const struct llama_context * ctx);
+
 // Cells each head may keep of a long prompt, before its scores move them within a layer and without what protected cells
-// add, window included: [n_layer][n_head_kv_max] with 0 where a layer has fewer heads.
+// add, recent ones included: [n_layer][n_head_kv_max] with 0 where a layer has fewer heads.
 // Returns the number of values; dst may be NULL to ask for it.
 LLAMA_API int32_t headkv_get_budget(const struct llama_context * ctx, int32_t * dst, int32_t n);
 
@@ -176,11 +182,12 @@ LLAMA_API int32_t headkv_fill_prompt(struct llama_context * ctx, llama_seq_id se
 // For tests and tools: rows as the cache holds them, converted to float.
 // The window queries of a sequence in position order, [n_window][n_head][n_embd_head]; returns n_window.
 LLAMA_API int32_t headkv_read_window(const struct llama_context * ctx, llama_seq_id seq_id, int32_t il, float * dst, int64_t n);
-// Attention of the last token over a sequence that is not compressed, reduced for each query head, [n_layer][n_head_max]:
-// mass: sum of those of the n_top largest probabilities whose positions are in one of n_spans spans [start, end); 0 in
-// layers without KV heads; top: position of the largest one, -1 there. Returns the number of values; mass may be NULL to
-// ask for it.
-LLAMA_API int32_t headkv_read_attention(struct llama_context * ctx, llama_seq_id seq_id, const int32_t * spans, int32_t n_spans, int32_t n_top, float * mass, int32_t * top, int32_t n);
+// Attention of the last n_queries tokens, at most the window, over a sequence that is not compressed, reduced for each query
+// head, [n_queries][n_layer][n_head_max]: mass: sum of those of the n_top largest probabilities whose positions are in one of
+// n_spans spans [start, end); 0 in layers without KV heads; top: position of the largest one, -1 there. Of equal ones the first
+// count. Returns the number of values; mass may be NULL to ask for it.
+LLAMA_API int32_t headkv_read_attention(struct llama_context * ctx, llama_seq_id seq_id, int32_t n_queries, const int32_t * spans,
+        int32_t n_spans, int32_t n_top, float * mass, int32_t * top, int32_t n);
 // K (or V) of one head: of the whole prompt while it is staged, else of the cells that the head holds,
 // [n_cells][n_embd_head]; returns n_cells.
 LLAMA_API int32_t headkv_read_cells(const struct llama_context * ctx, llama_seq_id seq_id, int32_t il, int32_t ih, bool v, float * dst, int64_t n);

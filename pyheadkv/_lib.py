@@ -64,6 +64,8 @@ class Params(ctypes.Structure):
         ("policy", ctypes.c_char_p),
         ("kv_size", ctypes.c_int32),
         ("window", ctypes.c_int32),
+        ("recent", ctypes.c_int32),
+        ("power", ctypes.c_int32),
         ("pool", ctypes.c_int32),
         ("pool_kernel", ctypes.c_int32),
         ("beta", ctypes.c_double),
@@ -116,9 +118,9 @@ _PROTOTYPES: dict[str, tuple[list[Any], Any]] = {
     "headkv_default_params": ([], Params),
     # int32_t headkv_set_params(const struct headkv_params * params);
     "headkv_set_params": ([ctypes.POINTER(Params)], ctypes.c_int32),
-    # int32_t headkv_read_attention(struct llama_context * ctx, llama_seq_id seq_id, const int32_t * spans, int32_t n_spans,
-    #                               int32_t n_top, float * mass, int32_t * top, int32_t n);
-    "headkv_read_attention": ([_CTX, ctypes.c_int32, _I32, ctypes.c_int32, ctypes.c_int32, _F32, _I32, ctypes.c_int32], ctypes.c_int32),
+    # int32_t headkv_read_attention(struct llama_context * ctx, llama_seq_id seq_id, int32_t n_queries, const int32_t * spans,
+    #                               int32_t n_spans, int32_t n_top, float * mass, int32_t * top, int32_t n);
+    "headkv_read_attention": ([_CTX, ctypes.c_int32, ctypes.c_int32, _I32, ctypes.c_int32, ctypes.c_int32, _F32, _I32, ctypes.c_int32], ctypes.c_int32),
     # int32_t headkv_read_prompt(struct llama_context * ctx, llama_seq_id seq_id, const llama_token * tokens, int32_t n_tokens);
     "headkv_read_prompt": ([_CTX, ctypes.c_int32, _I32, ctypes.c_int32], ctypes.c_int32),
     # int32_t headkv_read_ahead(struct llama_context * ctx, llama_seq_id seq_id, const llama_token * tokens, int32_t n_tokens, int32_t max_ms);
@@ -143,6 +145,8 @@ _PROTOTYPES: dict[str, tuple[list[Any], Any]] = {
     "headkv_end_prompt": ([_CTX, ctypes.c_int32], ctypes.c_int32),
     # int32_t headkv_get_stats(const struct llama_context * ctx, llama_seq_id seq_id, struct headkv_stats * stats);
     "headkv_get_stats": ([_CTX, ctypes.c_int32, ctypes.POINTER(Stats)], ctypes.c_int32),
+    # const char * headkv_get_policy(const struct llama_context * ctx);
+    "headkv_get_policy": ([_CTX], ctypes.c_char_p),
     # int32_t headkv_get_budget(const struct llama_context * ctx, int32_t * dst, int32_t n);
     "headkv_get_budget": ([_CTX, _I32, ctypes.c_int32], ctypes.c_int32),
     # int32_t headkv_get_n_cells(const struct llama_context * ctx, llama_seq_id seq_id, int32_t * dst, int32_t n);

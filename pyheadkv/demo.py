@@ -74,7 +74,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--kv-size",
         metavar="N,N,..",
-        help=f"mean cells per KV head, window included, one run each (default: {KV_SIZES} if no amount is given)",
+        help=f"mean cells per KV head, recent ones included, one run each (default: {KV_SIZES} if no amount is given)",
     )
     add_amount_arguments(parser, several=True)
     add_keep_arguments(parser)

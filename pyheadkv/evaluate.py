@@ -39,7 +39,7 @@ from .trial import Held, Setting, Trial
 
 PROTOCOLS = ("query-aware", "query-agnostic")
 KV_SIZES = "32,64,128"
-WINDOW = Options(kv_size=64).window
+RECENT = Options(kv_size=64).recent
 N_ROOM = 512  # tokens of the context for follow-up questions and answers
 
 
@@ -178,7 +178,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("settings to compare, comma-separated; the full cache is always one of them")
     group.add_argument("--policy", default="headkv,snapkv,streaming", metavar="LIST", help="(default: %(default)s)")
     group.add_argument(
-        "--kv-size", metavar="LIST", help=f"mean cells per KV head, window included (default: {KV_SIZES} if no amount is given)"
+        "--kv-size", metavar="LIST", help=f"mean cells per KV head, recent ones included (default: {KV_SIZES} if no amount is given)"
     )
     add_amount_arguments(group, several=True)
     group.add_argument("--pool", default="", metavar="LIST", help=f"max, avg (default: {Options.pool})")
@@ -253,11 +253,11 @@ def _amounts(args: argparse.Namespace, model: Path, *, n_ctx: int) -> list[Setti
     """Settings that say nothing but how much is kept."""
     given = args.kv_size or args.kv_ratio or args.kv_bytes
     sizes = split(args.kv_size if given else KV_SIZES)
-    out = [Setting(kv_size=check_int("--kv-size", int(n) if n.isdigit() else n, WINDOW + 1, n_ctx)) for n in sizes]
+    out = [Setting(kv_size=check_int("--kv-size", int(n) if n.isdigit() else n, RECENT + 1, n_ctx)) for n in sizes]
     for text in split(args.kv_ratio):
         out.append(Setting(kv_ratio=_ratio(text)))
     for text in split(args.kv_bytes):
-        kv_size = cells_in(parse_bytes("--kv-bytes", text), model, window=WINDOW, n_ctx=n_ctx)
+        kv_size = cells_in(parse_bytes("--kv-bytes", text), model, recent=RECENT, n_ctx=n_ctx)
         out.append(Setting(kv_size=kv_size, kv_bytes=text.replace(" ", "")))
     return out
 

@@ -76,7 +76,7 @@ NPY_ERRORS = (  # what numpy raises at damaged headers, of which it tokenises an
 )  # fmt: skip
 
 REMEDY_DAMAGED = "the file is damaged or not complete, fetch or write it again"
-REMEDY_WRITE = "write it with scripts/gguf_add_importance.py"
+REMEDY_WRITE = "write it with 'pyheadkv score MODEL.gguf --write OUT.gguf'"
 
 
 @dataclass(frozen=True)
@@ -91,6 +91,7 @@ class Importance:
     version : of the keys
     arch : general.architecture of the model; empty for a score file
     beta : that suits these scores, as ``pyheadkv score --calibrate`` chose it; None = not chosen
+    fingerprint : of the model that a score file was measured on, see ``pyheadkv.importance``; may be empty
     """
 
     values: NDArray[np.float64]
@@ -99,6 +100,7 @@ class Importance:
     version: int = VERSION
     arch: str = ""
     beta: float | None = None
+    fingerprint: str = ""
 
 
 def read_importance(path: PathLike) -> Importance | None:
@@ -280,11 +282,12 @@ def _load_json(raw: bytes, path: Path) -> Importance:
             f'{path}: holds {_brief(data)}: use {{"layer-head": [floats]}} or {{"importance": [[floats]]}}'
         )
     if "importance" in data:
-        beta, method = data.get("beta"), data.get("method", "")
+        beta, method, fingerprint = data.get("beta"), data.get("method", ""), data.get("fingerprint", "")
         return Importance(
             check_importance(data["importance"], name=f"{path}: importance"),
             method=method if isinstance(method, str) else "",
             beta=None if beta is None else check_beta(beta, name=f"{path}: beta"),
+            fingerprint=fingerprint if isinstance(fingerprint, str) else "",
         )
     return Importance(check_importance(_mean_per_head(data, path), name=f"{path}: mean scores"))
 
@@ -393,6 +396,17 @@ _NO_PAIR = _Pair(-1, None, None, 0, 0)
 
 
 @dataclass(frozen=True)
+class _Tensor:
+    """Name, offset in the data section and size in bytes, which is 1 for a type unknown to gguf-py."""
+
+    name: str
+    begin: int
+    n_bytes: int
+    shape: tuple[int, ...]
+    type: int
+
+
+@dataclass(frozen=True)
 class _Header:
     """Where everything is in a GGUF file. Offsets and sizes in bytes."""
 
@@ -404,6 +418,7 @@ class _Header:
     tensors_begin: int
     tensors_end: int
     alignment: int
+    tensors: list[_Tensor]
 
     @property
     def arch(self) -> str:
@@ -486,11 +501,11 @@ def _parse_header(data: mmap.mmap, path: Path) -> _Header:
         pairs[name] = _parse_pair(cursor, name, begin)
     alignment = _alignment(cursor, pairs)
     tensors_begin = cursor.offset
-    extents = [_parse_tensor(cursor) for _ in range(n_tensors)]
-    header = _Header(path, data, version, n_tensors, pairs, tensors_begin, cursor.offset, alignment)
-    for name, begin, n_bytes in extents:
+    tensors = [_parse_tensor(cursor) for _ in range(n_tensors)]
+    header = _Header(path, data, version, n_tensors, pairs, tensors_begin, cursor.offset, alignment, tensors)
+    for tensor in tensors:
         cursor.offset = min(header.data_begin, len(data))
-        cursor.skip(begin + n_bytes, f"tensor {name!r}")
+        cursor.skip(tensor.begin + tensor.n_bytes, f"tensor {tensor.name!r}")
     return header
 
 
@@ -525,22 +540,21 @@ def _parse_array(cursor: _Cursor, name: str) -> tuple[int, NDArray[Any] | None]:
     return sub_type, np.frombuffer(cursor.data[begin : cursor.offset], dtype=dtype)
 
 
-def _parse_tensor(cursor: _Cursor) -> tuple[str, int, int]:
-    """Name, offset in the data section and size; a type unknown to gguf-py counts as one byte."""
+def _parse_tensor(cursor: _Cursor) -> _Tensor:
     from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
     name = cursor.string("tensor name")
     n_dims = cursor.scalar("I", f"dimensions of {name!r}")
     if n_dims > MAX_DIMS:
         raise cursor.error(f"tensor {name!r} has {n_dims} dimensions, at most {MAX_DIMS} are possible")
-    n_elements = math.prod(cursor.scalar("Q", f"shape of {name!r}") for _ in range(n_dims))
+    shape = tuple(cursor.scalar("Q", f"shape of {name!r}") for _ in range(n_dims))
     raw_type = cursor.scalar("I", f"type of {name!r}")
     begin = cursor.scalar("Q", f"offset of {name!r}")
     try:
         block, block_bytes = GGML_QUANT_SIZES[GGMLQuantizationType(raw_type)]
     except (ValueError, KeyError):
-        return name, begin, 1
-    return name, begin, n_elements // block * block_bytes
+        return _Tensor(name, begin, 1, shape, raw_type)
+    return _Tensor(name, begin, math.prod(shape) // block * block_bytes, shape, raw_type)
 
 
 def _alignment(cursor: _Cursor, pairs: dict[str, _Pair]) -> int:
@@ -618,6 +632,23 @@ def heads_by_layer(header: _Header) -> list[tuple[int, int]] | None:
             )
         columns.append(counts.tolist() * (n_layer if len(counts) == 1 else 1))
     return list(zip(*columns, strict=True))
+
+
+def f32_vectors(header: _Header, *, suffix: str) -> Iterator[tuple[str, NDArray[np.float32]]]:
+    """(name, copy of the values) of the F32 tensors of one dimension whose names end so."""
+    for tensor in header.tensors:
+        if tensor.name.endswith(suffix) and tensor.type == 0 and len(tensor.shape) == 1:
+            begin = header.data_begin + tensor.begin
+            yield tensor.name, np.frombuffer(header.data[begin : begin + tensor.n_bytes], dtype="<f4")
+
+
+def strings_of(header: _Header, key: str) -> tuple[int, bytes]:
+    """Number of the strings of an array and its bytes in the file; (0, b"") without the key or for another type."""
+    pair = header.pairs.get(key, _NO_PAIR)
+    if pair.type != ARRAY or pair.sub_type != STRING:
+        return 0, b""
+    begin = pair.begin + 8 + len(key.encode()) + 4 + 4
+    return struct.unpack_from("<Q", header.data, begin)[0], header.data[begin + 8 : pair.end]
 
 
 def _check_model_heads(header: _Header, values: NDArray[np.float64]) -> None:

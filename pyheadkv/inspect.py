@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 
 from . import _lib, embedded_model, gguf_keys
 from .arguments import given
-from .options import BY_IMPORTANCE, DEFAULT_BETA, POLICIES, Options, check_int, load_importance
+from .importance import Found, find_importance
+from .options import AUTO, BY_IMPORTANCE, DEFAULT_BETA, POLICIES, PRESETS, Options, check_int, load_importance
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -26,7 +27,7 @@ TOP_SHARES = (0.01, 0.05, 0.10, 0.25)  # of all query heads
 BARS, BARS_ASCII = "▁▂▃▄▅▆▇█", "12345678"
 
 REMEDY_IMPORTANCE = (
-    "write it with scripts/gguf_add_importance.py, name a score file with --importance, "
+    "measure it with 'pyheadkv score', name a score file with --importance, "
     "or use --policy snapkv (uniform budgets)"
 )
 
@@ -80,14 +81,18 @@ class Plan:
 
     Attributes
     ----------
+    policy : the one that "auto" stands for, if that was asked for
     importance : (n_layer, n_head) float64, not normalised; None under a policy that needs none
-    budget : (n_layer, n_head_kv) int32, cells, window included
+    origin : where it is from; empty when there is none
+    budget : (n_layer, n_head_kv) int32, cells, recent ones included
     n_ctx : tokens of the full cache to compare with
     """
 
     shape: ModelShape
     options: Options
+    policy: str
     importance: NDArray[np.float64] | None
+    origin: str
     budget: NDArray[np.int32]
     n_ctx: int
 
@@ -112,11 +117,11 @@ def add_budget_arguments(parser: argparse._ActionsContainer, *, kv_size: int | N
         type=int,
         default=kv_size,
         metavar="N",
-        help=f"mean cells per KV head, window included (default: {kv_size or 'full cache'})",
+        help=f"mean cells per KV head, recent ones included (default: {kv_size or 'full cache'})",
     )
     parser.add_argument(
         "--policy",
-        choices=POLICIES,
+        choices=(AUTO, *POLICIES),
         help=f"{', '.join(BY_IMPORTANCE)} need the importance of the heads, the others do not (default: {Options.policy})",
     )
     parser.add_argument(
@@ -129,7 +134,7 @@ def add_budget_arguments(parser: argparse._ActionsContainer, *, kv_size: int | N
         "--window",
         type=int,
         metavar="N",
-        help=f"last tokens of the prompt, they score it and are kept (default: {Options.window})",
+        help=f"queries of the last tokens of the prompt, which score it (default: {PRESETS['default']['window']})",
     )
     parser.add_argument(
         "--importance", metavar="FILE", help="score file (.json, .npy, .csv, .tsv) or a GGUF with importance (default: the model's own)"
@@ -249,23 +254,38 @@ def make_plan(
     if n_ctx is None and shape.n_ctx_train < 1:
         raise ValueError(f"{path}: {shape.arch}.context_length is missing: give --n-ctx")
     n_ctx = shape.n_ctx_train if n_ctx is None else check_int("n_ctx", n_ctx, 1, 1 << 30)
-    if options.kv_size > n_ctx:
+    if options.kv_size > n_ctx and options.policy != "lossless":
         raise ValueError(f"kv_size={options.kv_size} is above n_ctx={n_ctx}: use a smaller kv_size or a larger n_ctx")
-    found = _importance(path, source=importance, options=options)
-    options = replace(options, beta=options.beta or (found and found.beta) or DEFAULT_BETA)
-    values = None if found is None else found.values
-    return Plan(shape, options, values, _budget(shape, options=options, importance=found), n_ctx)
-
-
-def _importance(
-    path: str | os.PathLike[str], *, source: str | os.PathLike[str] | None, options: Options
-) -> gguf_keys.Importance | None:
-    if source is not None:
-        return load_importance(source, path)
-    found = gguf_keys.read_importance(path)
+    found = _importance(path, source=importance)
     if found is None and options.policy in BY_IMPORTANCE:
-        raise ValueError(f"{path}: no head importance in the file: {REMEDY_IMPORTANCE}")
-    return found
+        raise ValueError(f"{path}: nothing is known of the importance of its heads: {REMEDY_IMPORTANCE}")
+    values = found and found.importance
+    policy = policy_of(options, known=found is not None)
+    options = replace(options, beta=options.beta or (values and values.beta) or DEFAULT_BETA)
+    return Plan(
+        shape=shape,
+        options=options,
+        policy=policy,
+        importance=None if values is None else values.values,
+        origin="" if found is None else found.origin,
+        budget=_budget(shape, options=options, importance=values),
+        n_ctx=n_ctx,
+    )
+
+
+def _importance(path: str | os.PathLike[str], *, source: str | os.PathLike[str] | None) -> Found | None:
+    if source is None:
+        return find_importance(path)
+    given = load_importance(source, path)
+    return None if given is None else Found(given, str(source))
+
+
+def policy_of(options: Options, *, known: bool) -> str:
+    """Name of the policy; what "auto" means when the importance of the heads is known or not."""
+    if options.policy != AUTO:
+        return options.policy
+    by = BY_IMPORTANCE[0] if known else "snapkv"
+    return by
 
 
 def _budget(shape: ModelShape, *, options: Options, importance: gguf_keys.Importance | None) -> NDArray[np.int32]:
@@ -334,7 +354,7 @@ def _head_lines(plan: Plan) -> list[str]:
     heads = f"{shape.n_head} query heads, {shape.n_head_kv} KV heads" + ("" if shape.is_uniform else " at most")
     lines = [
         f"model       {shape.name} ({shape.arch}): {shape.n_layer} layers, {heads}, {shape.cell_bytes} bytes per cell",
-        f"options     policy {options.policy}, kv_size {options.kv_size}, beta {options.beta}, window {options.window}",
+        f"options     policy {plan.policy}, kv_size {options.kv_size}, beta {options.beta}, window {options.window}",
     ]
     if plan.importance is None:
         return [*lines, f"importance  none, policy {options.policy} does not need it"]
@@ -402,7 +422,7 @@ def draw(plan: Plan) -> Figure:
             figure, axes[0], share, title="importance", head="query head", unit="share of the total importance (%)"
         )
     title = f"budget: {plan.options.policy}, kv_size {plan.options.kv_size}, beta {plan.options.beta}"
-    _draw_panel(figure, axes[-1], plan.budget, title=title, head="KV head", unit="budget (cells, window included)")
+    _draw_panel(figure, axes[-1], plan.budget, title=title, head="KV head", unit="budget (cells, recent ones included)")
     figure.suptitle(
         f"{plan.shape.name}: {format_bytes(plan.n_bytes)} of {format_bytes(plan.n_bytes_full)} at {plan.n_ctx} tokens"
     )

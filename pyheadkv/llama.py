@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import sys
 from dataclasses import dataclass, fields, replace
 from inspect import signature
 from os import PathLike, fspath
@@ -15,9 +16,11 @@ import numpy.typing as npt
 from llama_cpp.llama import LlamaState
 
 from . import _lib
+from .gguf_keys import Importance
+from .importance import Found, find_importance
 from .options import (
-    FULL, MAX_CELLS, POLICIES, ImportanceLike, Options, check_choice, check_names, check_share, load_importance, parse_bytes, row_bytes,
-    share_of_prompt,
+    AUTO, BY_IMPORTANCE, FULL, LOSSLESS, MAX_CELLS, POLICIES, ImportanceLike, Options, check_choice, check_names, check_share,
+    load_importance, parse_bytes, preset_changes, row_bytes, share_of_prompt,
 )  # fmt: skip
 
 STATES = ("empty", "staged", "compressed", "layered")
@@ -84,13 +87,14 @@ class Llama(llama_cpp.Llama):
     Parameters
     ----------
     model_path : path of a GGUF file
-    kv_size : mean cells per KV head after the prompt, window included;
+    kv_size : mean cells per KV head after the prompt, recent ones included;
         None = the stock cache, bit-identical to upstream
     kv_ratio : instead of ``kv_size``, its share of the length of each prompt, above 0 and at
         most 1
     kv_bytes : instead of ``kv_size``, bytes of K and V that the cells of all heads take
         after the prompt, a number or such as "64MiB"; generated tokens come on top
-    policy : "headkv" (budgets by head importance), "snapkv" (uniform budgets), "streaming"
+    policy : "auto" (the default: "headkv" when the importance of the heads is known, else "snapkv";
+        ``policy`` of the object says which), "headkv" (budgets by head importance), "snapkv" (uniform budgets), "streaming"
         (uniform budgets: the first cells and the last ones, whatever the queries look at),
         "pyramidkv" (budgets fall with the depth of the layer), "adakv" (within a layer, the
         prompt decides which heads get how many cells), "headkv+adakv" (a layer has the
@@ -99,14 +103,21 @@ class Llama(llama_cpp.Llama):
         cells by attention times what their value does to the output of the layer), "h2o"
         (uniform budgets, by the attention of all tokens of the prompt; reading it takes
         n_ctx * n_ubatch * n_head * 4 bytes more) or "razor" (the most important heads keep
-        all, as many as the budget has room for, the others 4 sinks, the window and one cell
-        for what they drop); "full" is the stock cache, without ``kv_size`` ("headkv")
+        all, as many as the budget has room for, the others 4 sinks, the recent cells and one
+        for what they drop); without an amount "full", the stock cache, and "lossless": every
+        head keeps all, in the store that decoding reads faster than the stock cache
     beta : > 1; a share 1/beta of the budget is given out by importance, the rest evenly;
         None = the one stored with the importance (``pyheadkv score --calibrate``), else 1.2
-    window : number of last queries that score the prompt; these cells are always kept (8)
-    pool, pool_kernel : pooling of the scores along the prompt, "max" or "avg", odd size ("max", 7)
-    importance : None = from the model's metadata; or a path (score file, GGUF), or a
-        (n_layer, n_head) array
+    preset : what the five options below are when they are not given: "default", or "paper"
+        (those of HeadKV: 8, 8, 1, "max", 7)
+    window : number of last queries that score the prompt (64)
+    recent : last cells of the prompt that every head keeps (8)
+    power : 1, 2, 4 or 8: the score of a cell is the power mean of the attention that the queries
+        pay to it; 1 = their mean, more = rather the largest (4)
+    pool, pool_kernel : pooling of the scores along the prompt, "max" or "avg", odd size ("max", 31)
+    importance : a path (score file, GGUF), or a (n_layer, n_head) array; None = the model's
+        metadata, ``MODEL.importance.json`` beside it, the user's cache, or the registry of known
+        models, in this order
     prefill : order in which prompts are read: "layer" (one layer's full cache is alive
         at a time), "token" (every layer's, as upstream) or "auto" (layer where it
         applies; the default). The results are the same; ``prefill_mode`` says what was chosen
@@ -158,7 +169,10 @@ class Llama(llama_cpp.Llama):
         kv_bytes: int | str | None = None,
         policy: str | None = None,
         beta: float | None = None,
+        preset: str | None = None,
         window: int | None = None,
+        recent: int | None = None,
+        power: int | None = None,
         pool: str | None = None,
         pool_kernel: int | None = None,
         importance: ImportanceLike = None,
@@ -178,7 +192,7 @@ class Llama(llama_cpp.Llama):
         **kwargs: Any,
     ) -> None:
         given = {name: value for name, value in dict(
-            policy=policy, beta=beta, window=window, pool=pool, pool_kernel=pool_kernel, n_tail=n_tail, attend=attend, n_buckets=n_buckets,
+            policy=policy, beta=beta, preset=preset, window=window, recent=recent, power=power, pool=pool, pool_kernel=pool_kernel, n_tail=n_tail, attend=attend, n_buckets=n_buckets,
             prefill=prefill, prefill_hidden=prefill_hidden, keep_prompt=keep_prompt, sinks=sinks, protect=protect, surplus=surplus,
             pyramid_exact=pyramid_exact, adakv_floor=adakv_floor, adakv_normalize=adakv_normalize).items() if value is not None}  # fmt: skip
         amount = {name: value for name, value in dict(kv_size=kv_size, kv_ratio=kv_ratio, kv_bytes=kv_bytes).items() if value is not None}
@@ -188,15 +202,16 @@ class Llama(llama_cpp.Llama):
         self._prompt_pending = False
         self._protect_head: list[int] = []  # the next prompt begins with these tokens, to be kept
         self._progress_error: BaseException | None = None
-        model_path = fspath(model_path)
+        self._kv_path = model_path = fspath(model_path)
         check_names("Llama()", kwargs, PARAMETERS)
-        check_choice("policy", given.get("policy", FULL), (FULL, *POLICIES))
+        check_choice("policy", given.get("policy", FULL), (AUTO, FULL, *POLICIES))
         if len(amount) > 1:
             raise ValueError(f"{_assigned(amount)}: give one of them, they are three ways to say how much is kept")
-        if amount and policy == FULL:
-            raise ValueError(f"policy='full', {_assigned(amount)}: the full cache has no budget, leave it out or choose another policy")
+        if amount and policy in (FULL, LOSSLESS):
+            raise ValueError(f"policy={policy!r}, {_assigned(amount)}: it keeps all cells, leave the amount out or choose another policy")
         self._kv_ratio = kv_ratio
-        if not amount:
+        self._found: Found | None = None  # the importance in use
+        if not amount and policy != LOSSLESS:
             idle = {name: value for name, value in {**given, **more}.items() if (name, value) != ("policy", FULL)}
             if idle:
                 raise ValueError(f"{_assigned(idle)}: nothing says how much is kept, give kv_size, kv_ratio or kv_bytes; the stock cache "
@@ -210,22 +225,22 @@ class Llama(llama_cpp.Llama):
         if kv_ratio is not None:
             if check_share("kv_ratio", kv_ratio) == 0:
                 raise ValueError(f"kv_ratio={kv_ratio!r}: nothing would be kept, use a share above 0")
-            options = replace(options, kv_size=options.window + 1)  # until there is a prompt
+            options = replace(options, kv_size=options.recent + 1)  # until there is a prompt
         elif kv_bytes is not None:
             options = replace(options, kv_size=cells_in(
-                parse_bytes("kv_bytes", kv_bytes), model_path, window=options.window, n_ctx=n_ctx, **{
+                parse_bytes("kv_bytes", kv_bytes), model_path, recent=options.recent, n_ctx=n_ctx, **{
                     name: kwargs.get(name) for name in ("type_k", "type_v")}))
         self.kv_options = options
-        if n_ctx and options.kv_size > n_ctx:
+        if n_ctx and options.kv_size > n_ctx and options.policy != LOSSLESS:
             raise ValueError(f"kv_size={options.kv_size}: it must not be larger than n_ctx = {n_ctx}")
-        self._importance = values = load_importance(importance, model_path)
+        self._find_importance(importance)
         if kwargs.get("embedding"):
             raise ValueError("embedding=True: embeddings have no generation to speed up, use kv_size=None")
         if kwargs.get("flash_attn") is False:
             raise ValueError("flash_attn=False: compression needs flash attention")
         kwargs["flash_attn"] = True
 
-        params = options.to_params(values, model_path)
+        params = options.to_params(self._importance, model_path)
         try:
             with _lib.creating(params):
                 super().__init__(model_path, **kwargs)
@@ -240,6 +255,29 @@ class Llama(llama_cpp.Llama):
             why = _lib.lib.headkv_why_token_prefill(self.ctx).decode()
             self.close()
             raise ValueError(f"prefill='layer' is not possible for this model: {why}; use prefill='auto'")
+        if self.verbose:
+            print(f"pyheadkv: policy {self.policy}{'' if self._found is None else ', importance from ' + self._found.origin}", file=sys.stderr)
+
+    def _find_importance(self, importance: ImportanceLike) -> None:
+        if importance is not None:
+            given = load_importance(importance, self._kv_path)
+            self._found = None if given is None else Found(given, "the argument importance=")
+        elif self._found is None and self._need_options().policy in (AUTO, *BY_IMPORTANCE):
+            self._found = find_importance(self._kv_path)
+
+    @property
+    def _importance(self) -> Importance | None:
+        return None if self._found is None else self._found.importance
+
+    @property
+    def policy(self) -> str:
+        """The policy in use, never "auto"; "full" for the stock cache."""
+        return _lib.lib.headkv_get_policy(self.ctx).decode()
+
+    @property
+    def importance_origin(self) -> str:
+        """Where the importance that the policy uses is from; empty when it uses none."""
+        return self._found.origin if self._found is not None and self.policy in BY_IMPORTANCE else ""
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "context_params" and self.kv_options is not None and self.kv_options.prefill != "token":
@@ -284,7 +322,7 @@ class Llama(llama_cpp.Llama):
         """Cells for a prompt of so many tokens, if its compression has not begun."""
         if self._kv_ratio is not None and STATES[self._stats().state] in ("empty", "staged"):
             options = self._need_options()
-            self.configure(kv_size=share_of_prompt(self._kv_ratio, n_tokens, window=options.window))
+            self.configure(kv_size=min(share_of_prompt(self._kv_ratio, n_tokens, recent=options.recent), self.n_ctx()))
 
     def eval(self, tokens: Sequence[int]) -> None:
         """Evaluate tokens; the first evaluation of a ``generate`` call is the prompt."""
@@ -350,11 +388,15 @@ class Llama(llama_cpp.Llama):
             wrong value, or an option that sizes what the context owns; nothing has changed then
         """
         check_names("configure()", options, [field.name for field in fields(Options)])
-        new = replace(self._need_options(), **options)
-        values = self._importance if importance is None else load_importance(importance, self.model_path)
-        params = new.to_params(values, self.model_path)
-        _lib.check(_lib.lib.headkv_configure(self.ctx, ctypes.byref(params)), ValueError)
-        self.kv_options, self._importance = new, values
+        before = self._need_options(), self._found
+        self.kv_options = replace(before[0], **preset_changes(options))
+        try:
+            self._find_importance(importance)
+            params = self.kv_options.to_params(self._importance, self.model_path)
+            _lib.check(_lib.lib.headkv_configure(self.ctx, ctypes.byref(params)), ValueError)
+        except BaseException:
+            self.kv_options, self._found = before
+            raise
 
     def restore_prompt(self, n_tokens: int) -> None:
         """Go back to the first ``n_tokens`` of the compressed prompt, uncompressed, without reading them again.
@@ -539,7 +581,7 @@ class Llama(llama_cpp.Llama):
 
     @property
     def kv_budget(self) -> npt.NDArray[np.int32]:
-        """Cells that each head may keep of a long prompt, window included: int32 (n_layer, n_head_kv).
+        """Cells that each head may keep of a long prompt, recent ones included: int32 (n_layer, n_head_kv).
 
         Some policies move cells within a layer by what the prompt is; ``kv_stats().n_cells`` tells the outcome.
         """
@@ -576,34 +618,37 @@ class Llama(llama_cpp.Llama):
         """Logits after the last evaluated token, float32 (n_vocab,)."""
         return np.array(np.ctypeslib.as_array(self._ctx.get_logits_ith(-1), shape=(self.n_vocab(),)))
 
-    def read_attention(self, spans: Sequence[tuple[int, int]], n_top: int) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int32]]:
-        """Attention of the last evaluated token over a prompt that is not compressed yet.
+    def read_attention(
+        self, spans: Sequence[tuple[int, int]], n_top: int, *, n_queries: int = 1
+    ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int32]]:
+        """Attention of the last evaluated tokens over a prompt that is not compressed yet.
 
-        Reduced where the cache is: rows of attention are never copied.
+        Reduced in the library: rows of attention are not returned.
 
         Parameters
         ----------
         spans : (start, end) token positions, end excluded
         n_top : how many of the largest probabilities are looked at
+        n_queries : of the last so many tokens, at most ``window``
 
         Returns
         -------
-        mass : float32 (n_layer, n_head), the sum of those of the ``n_top`` largest
+        mass : float32 (n_queries, n_layer, n_head), the sum of those of the ``n_top`` largest
             probabilities whose positions lie in a span; 0 in layers without attention
-        top : int32 (n_layer, n_head), position of the largest one; -1 there
+        top : int32 (n_queries, n_layer, n_head), position of the largest one; -1 there
 
         Raises
         ------
         ValueError
-            the prompt is compressed or empty, a span leaves it, or ``n_top`` exceeds it
+            the prompt is compressed or empty, a span leaves it, or ``n_top`` or ``n_queries`` exceeds it
         """
         self._need_options()
         i32, f32 = ctypes.POINTER(ctypes.c_int32), ctypes.POINTER(ctypes.c_float)
         bounds = np.ascontiguousarray(spans, dtype=np.int32).reshape(-1, 2)
-        head = (self.ctx, 0, bounds.ctypes.data_as(i32), len(bounds), n_top)
+        head = (self.ctx, 0, n_queries, bounds.ctypes.data_as(i32), len(bounds), n_top)
         n = _lib.check(_lib.lib.headkv_read_attention(*head, None, None, 0), ValueError)
         n_layer = llama_cpp.llama_model_n_layer(self.model)
-        mass = np.zeros((n_layer, n // n_layer), dtype=np.float32)
+        mass = np.zeros((n_queries, n_layer, n // n_layer // n_queries), dtype=np.float32)
         top = np.zeros(mass.shape, dtype=np.int32)
         _lib.check(_lib.lib.headkv_read_attention(*head, mass.ctypes.data_as(f32), top.ctypes.data_as(i32), n), ValueError)
         return mass, top
@@ -629,7 +674,7 @@ def n_common(a: Sequence[int], b: Sequence[int]) -> int:
 
 
 def cells_in(
-    n_bytes: int, model_path: str | PathLike[str], *, window: int, n_ctx: int, type_k: int | None = None, type_v: int | None = None
+    n_bytes: int, model_path: str | PathLike[str], *, recent: int, n_ctx: int, type_k: int | None = None, type_v: int | None = None
 ) -> int:
     """Cells per KV head that take so many bytes together; no more than a prompt can have.
 
@@ -640,7 +685,7 @@ def cells_in(
 
     Raises
     ------
-    ValueError : the bytes do not hold the window
+    ValueError : the bytes do not hold the recent cells
     """
     from .inspect import read_shape
 
@@ -648,8 +693,8 @@ def cells_in(
     f16 = llama_cpp.GGML_TYPE_F16
     cell = row_bytes(f16 if type_k is None else type_k, shape.n_embd_head_k) + row_bytes(f16 if type_v is None else type_v, shape.n_embd_head_v)
     kv_size = n_bytes // (cell * shape.n_heads_kv)
-    if kv_size <= window:
-        least = (window + 1) * cell * shape.n_heads_kv
-        raise ValueError(f"kv_bytes={n_bytes}: {kv_size} cells for each of {shape.n_heads_kv} KV heads, which must hold the window of {window} "
-                         f"and one more: use at least {least} bytes")
+    if kv_size <= recent:
+        least = (recent + 1) * cell * shape.n_heads_kv
+        raise ValueError(f"kv_bytes={n_bytes}: {kv_size} cells for each of {shape.n_heads_kv} KV heads, which must hold the {recent} recent "
+                         f"ones and one more: use at least {least} bytes")
     return min(kv_size, n_ctx or shape.n_ctx_train)

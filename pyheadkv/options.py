@@ -18,15 +18,23 @@ import numpy.typing as npt
 from . import _lib, gguf_keys
 from .gguf_keys import Importance
 
-POLICIES = ("headkv", "snapkv", "streaming", "pyramidkv", "adakv", "headkv+adakv", "criticalkv", "h2o", "razor")
+POLICIES = ("headkv", "snapkv", "streaming", "pyramidkv", "adakv", "headkv+adakv", "criticalkv", "h2o", "razor", "lossless")
+AUTO = "auto"  # the best one for what is known of the model
 FULL = "full"  # not one of them: the stock cache
+LOSSLESS = "lossless"  # needs no amount
 BY_IMPORTANCE = ("headkv", "headkv+adakv", "razor")  # policies that need the importance of the heads
 BY_ALL_TOKENS = ("h2o",)  # policies that look at a prompt while it is read: their context is made for them
-UNPOOLED = ("streaming", "h2o", "razor")  # policies that do not score by the queries of the window
+UNPOOLED = ("streaming", "h2o", "razor", "lossless")  # policies that do not score by the queries of the window
 POOLS = {"max": 0, "avg": 1}
 ATTENDS = {"auto": 0, "fused": 1, "composed": 2}
 SURPLUSES = {"lost": 0, "redistribute": 1}
 PREFILLS = {"auto": 0, "token": 1, "layer": 2}
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "default": {"window": 64, "recent": 8, "power": 4, "pool": "max", "pool_kernel": 31},
+    "paper": {"window": 8, "recent": 8, "power": 1, "pool": "max", "pool_kernel": 7},  # HeadKV's, and SnapKV's but for the window
+}
+POWERS = (1, 2, 4, 8)
 
 MAX_CELLS = 1 << 26  # of a head
 DEFAULT_BETA = 1.2  # where none was chosen for the scores
@@ -133,9 +141,9 @@ def check_share(name: str, value: Any) -> float:
     return float(value)
 
 
-def share_of_prompt(share: float, n_tokens: int, *, window: int) -> int:
-    """Cells per KV head that are a share of a prompt, at least one more than the window."""
-    return max(window + 1, round(share * n_tokens))
+def share_of_prompt(share: float, n_tokens: int, *, recent: int) -> int:
+    """Cells per KV head that are a share of a prompt, at least one more than the recent ones; with all of it, every head keeps all."""
+    return max(recent + 1, n_tokens + 1 if share == 1 else round(share * n_tokens))
 
 
 def check_spans(name: str, value: Any) -> tuple[tuple[int, int], ...]:
@@ -149,6 +157,11 @@ def check_spans(name: str, value: Any) -> tuple[tuple[int, int], ...]:
         check_int(f"{name} start", start, 0, MAX_CELLS - 1, f": {remedy}")
         check_int(f"{name} end", end, start + 1, MAX_CELLS, f": {remedy}")
     return tuple((int(start), int(end)) for start, end in spans)
+
+
+def preset_changes(options: dict[str, Any]) -> dict[str, Any]:
+    """``options`` for ``replace``: with another preset, what the old one filled in is forgotten."""
+    return {**dict.fromkeys(PRESETS["default"]), **options} if "preset" in options else options
 
 
 def load_importance(source: ImportanceLike, model: str | PathLike[str]) -> Importance | None:
@@ -180,11 +193,14 @@ class Options:
     """
 
     kv_size: int
-    policy: str = "headkv"
+    policy: str = AUTO
     beta: float | None = None
-    window: int = 8
-    pool: str = "max"
-    pool_kernel: int = 7
+    preset: str = "default"
+    window: int | None = None  # from here to pool_kernel None = that of the preset
+    recent: int | None = None
+    power: int | None = None
+    pool: str | None = None
+    pool_kernel: int | None = None
     n_tail: int = 64
     attend: str = "auto"
     n_buckets: int = 1
@@ -199,14 +215,21 @@ class Options:
     adakv_normalize: bool = False
 
     def __post_init__(self) -> None:
-        check_choice("policy", self.policy, POLICIES)
+        check_choice("policy", self.policy, (AUTO, *POLICIES))
+        check_choice("preset", self.preset, tuple(PRESETS))
+        for name, value in PRESETS[self.preset].items():
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, value)
         check_choice("pool", self.pool, tuple(POOLS))
         check_choice("attend", self.attend, tuple(ATTENDS))
         check_choice("prefill", self.prefill, tuple(PREFILLS))
         check_choice("prefill_hidden", self.prefill_hidden, ("f32", "f16"))
-        check_int("window", self.window, 1, 64)
-        check_int("kv_size", self.kv_size, self.window + 1, MAX_CELLS,
-                  f" (it counts the observation window of {self.window} cells)")
+        check_int("window", self.window, 1, 256)
+        recent = check_int("recent", self.recent, 1, 1 << 20)
+        check_int("power", self.power, 1, 8)
+        if self.power not in POWERS:
+            raise ValueError(f"power={self.power}: it must be one of {', '.join(map(str, POWERS))}")
+        check_int("kv_size", self.kv_size, recent + 1, MAX_CELLS, f" (it counts the {recent} recent cells that every head keeps)")
         check_int("pool_kernel", self.pool_kernel, 1, 31)
         if self.pool_kernel % 2 == 0:
             raise ValueError(f"pool_kernel={self.pool_kernel}: it must be odd, so that the pooling is centred")
@@ -232,6 +255,8 @@ class Options:
         params.policy = self.policy.encode()
         params.kv_size = self.kv_size
         params.window = self.window
+        params.recent = self.recent
+        params.power = self.power
         params.pool = POOLS[self.pool]
         params.pool_kernel = self.pool_kernel
         params.beta = float(self.beta or (importance and importance.beta) or 0)  # 0 = the library looks it up

@@ -124,7 +124,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--kv-size",
         default=",".join(map(str, KV_SIZES)),
         metavar="N,N,..",
-        help="mean cells per KV head, window included (default: %(default)s)",
+        help="mean cells per KV head, recent ones included (default: %(default)s)",
     )
     for name in "kv":
         parser.add_argument(
@@ -192,7 +192,7 @@ def make_plan(
     ----------
     path : GGUF; only its header is read
     memory : bytes for the whole process
-    kv_sizes : mean cells per KV head, window included
+    kv_sizes : mean cells per KV head, recent ones included
     n_predict : tokens to generate; the store has room for them, ``Llama(n_tail=n_predict)``
     n_ubatch : tokens per graph
     prefill_hidden : "f32" or "f16"
@@ -298,20 +298,20 @@ class MemoryModel:
             cells=round_n_ctx(n_prompt) * (1 if prefill == "layer" else n_layer) * self.layer_bytes,
             hidden=self._hidden_bytes(n_prompt) if prefill == "layer" else 0,
             store=n_kept * n_layer * self.layer_bytes,
-            scratch=self._scratch_bytes(n_prompt, options),
+            scratch=self._scratch_bytes(n_prompt, options, n_rings=1 if prefill == "layer" else n_layer),
         )
 
     def _hidden_bytes(self, n_prompt: int) -> int:
         n_band = -(-(n_prompt + self.n_ubatch + 256) // 64) * 64 + 32  # columns of the mask
         return n_prompt * self.probe.n_embd * self.n_bytes_hidden + self.n_ubatch * n_band * 2
 
-    def _scratch_bytes(self, n_prompt: int, options: Options) -> int:
-        shape, window = self.probe.shape, options.window
+    def _scratch_bytes(self, n_prompt: int, options: Options, *, n_rings: int) -> int:
+        shape, window = self.probe.shape, int(options.window or 0)
         n_query = shape.n_head * shape.n_embd_head_k
-        ring = shape.n_layer * n_query * (window + 1) * 4
+        ring = n_rings * n_query * (window + 1) * 4
         scores_cells = n_prompt * (shape.n_head_kv + 1) * 4
         kept = shape.n_head_kv * options.kv_size * 4
-        plans = (2 * window + 5 * shape.n_head_kv) * 4 + 10 * 64  # and what aligns tensors
+        plans = (window + int(options.recent or 0) + 5 * shape.n_head_kv) * 4 + 10 * 64  # and what aligns tensors
         n_chunk = -(-n_prompt // SCORE_CHUNK)
         score = window * 4 * (n_query + 2 * shape.n_head * n_chunk) + n_prompt * shape.n_head_kv * 4  # queries, stats, result
         select = n_prompt * shape.n_head_kv * 8 + kept  # sort keys, result

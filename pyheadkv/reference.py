@@ -27,7 +27,7 @@ POOLS: tuple[str, ...] = ("max", "avg")
 # importance -> budget
 
 
-def budget(importance: ArrayLike, *, kv_size: int, window: int, beta: float) -> NDArray[np.int32]:
+def budget(importance: ArrayLike, *, kv_size: int, recent: int, beta: float) -> NDArray[np.int32]:
     """Prefix cells of each query head: the authors' formula bit for bit (HeadKV lines 347 and 381-389).
 
     The quirks are part of it: importance is normalised twice, the shared pool is a float floor division, rounding
@@ -36,22 +36,22 @@ def budget(importance: ArrayLike, *, kv_size: int, window: int, beta: float) -> 
     Parameters
     ----------
     importance : (n_layer, n_head), >= 0, any positive sum
-    kv_size : cells per head on average, window included
-    window : tokens at the end of the prompt that every head keeps
+    kv_size : cells per head on average, recent ones included
+    recent : tokens at the end of the prompt that every head keeps
     beta : > 1; a share 1/beta of the cells is distributed by importance, the rest evenly
 
     Returns
     -------
-    (n_layer, n_head) int32, cells, window excluded
+    (n_layer, n_head) int32, cells, recent ones excluded
     """
     share = _check_importance(importance)
-    _check_sizes(kv_size=kv_size, window=window)
+    _check_sizes(kv_size=kv_size, recent=recent)
     if not (math.isfinite(beta) and beta > 1):
         raise ValueError(f"beta = {beta} is not above 1: use a finite number such as 1.2 (larger is more even)")
 
     share = share / share.sum()
     share = share / share.sum()  # the authors' pow(temp) stands between the two; temp is always 1
-    base = kv_size - window
+    base = kv_size - recent
     n_shared = base // float(beta)  # float floor division: 11 // 1.1 is 9.0
     caps = np.rint(share * (n_shared * share.size) + (base - n_shared))
     if caps.max() > np.iinfo(np.int32).max:
@@ -60,20 +60,20 @@ def budget(importance: ArrayLike, *, kv_size: int, window: int, beta: float) -> 
     return rounded
 
 
-def budget_kv(caps: ArrayLike, *, n_head_kv: int, window: int) -> NDArray[np.int32]:
-    """Cells each KV head may keep: the mean over its query heads, rounded half to even, plus the window.
+def budget_kv(caps: ArrayLike, *, n_head_kv: int, recent: int) -> NDArray[np.int32]:
+    """Cells each KV head may keep: the mean over its query heads, rounded half to even, plus the recent ones.
 
     The mean (Zefan-Cai/KVCache-Factory c97f9d7) leaves the average at ``kv_size``; the maximum would not.
 
     Parameters
     ----------
-    caps : (n_layer, n_head) cells, window excluded, as :func:`budget` gives
+    caps : (n_layer, n_head) cells, recent ones excluded, as :func:`budget` gives
     n_head_kv : KV heads per layer
-    window : tokens
+    recent : tokens
 
     Returns
     -------
-    (n_layer, n_head_kv) int32, cells, window included
+    (n_layer, n_head_kv) int32, cells, recent ones included
     """
     caps = np.asarray(caps)
     if caps.ndim != 2:
@@ -82,19 +82,19 @@ def budget_kv(caps: ArrayLike, *, n_head_kv: int, window: int) -> NDArray[np.int
     if n_head_kv < 1 or n_head % n_head_kv:
         raise ValueError(f"n_head_kv = {n_head_kv} does not divide n_head = {n_head}: take it from the model")
     groups = caps.reshape(n_layer, n_head_kv, n_head // n_head_kv)
-    cells: NDArray[np.int32] = (np.rint(groups.mean(axis=-1, dtype=np.float64)) + window).astype(np.int32)
+    cells: NDArray[np.int32] = (np.rint(groups.mean(axis=-1, dtype=np.float64)) + recent).astype(np.int32)
     return cells
 
 
-def uniform_budget(*, n_layer: int, n_head: int, kv_size: int, window: int) -> NDArray[np.int32]:
+def uniform_budget(*, n_layer: int, n_head: int, kv_size: int, recent: int) -> NDArray[np.int32]:
     """Prefix cells of each head under policy "snapkv": all the same.
 
     Returns
     -------
-    (n_layer, n_head) int32, cells, window excluded
+    (n_layer, n_head) int32, cells, recent ones excluded
     """
-    _check_sizes(kv_size=kv_size, window=window)
-    return np.full((n_layer, n_head), kv_size - window, dtype=np.int32)
+    _check_sizes(kv_size=kv_size, recent=recent)
+    return np.full((n_layer, n_head), kv_size - recent, dtype=np.int32)
 
 
 def spread(cells: ArrayLike, n: int, *, limit: int) -> tuple[NDArray[np.int64], int]:
@@ -126,7 +126,7 @@ def spread(cells: ArrayLike, n: int, *, limit: int) -> tuple[NDArray[np.int64], 
 
 
 def pyramid_budget(
-    *, n_layer: int, n_head_kv: int, kv_size: int, window: int, n_prefix: int | None = None, exact: bool = True
+    *, n_layer: int, n_head_kv: int, kv_size: int, recent: int, n_prefix: int | None = None, exact: bool = True
 ) -> NDArray[np.int64]:
     """Prefix cells of each KV head under policy "pyramidkv": they fall linearly from the first layer to the last.
 
@@ -134,16 +134,16 @@ def pyramid_budget(
 
     Parameters
     ----------
-    n_prefix : cells before the window; None = a long prompt
+    n_prefix : cells before the recent ones; None = a long prompt
     exact : True = what flooring loses goes to the first heads, one cell each; False = the authors' arithmetic, whose
         step is floored, so that the layers hold more than ``kv_size``
 
     Returns
     -------
-    (n_layer, n_head_kv) int64, cells, window excluded
+    (n_layer, n_head_kv) int64, cells, recent ones excluded
     """
-    _check_sizes(kv_size=kv_size, window=window)
-    base = kv_size - window
+    _check_sizes(kv_size=kv_size, recent=recent)
+    base = kv_size - recent
     last = base // 20
     first = 2 * base - last
     if n_prefix is not None and first > n_prefix:
@@ -164,7 +164,7 @@ def pyramid_budget(
 
 
 def razor_budget(
-    importance: ArrayLike, *, n_head_kv: int, kv_size: int, window: int, n_prefix: int, n_protected: int
+    importance: ArrayLike, *, n_head_kv: int, kv_size: int, recent: int, n_prefix: int, n_protected: int
 ) -> NDArray[np.int64]:
     """Prefix cells of each KV head under policy "razor": the most important ones keep all, the last of them a part, the
     others their protected cells and one for what they drop.
@@ -172,19 +172,19 @@ def razor_budget(
     Parameters
     ----------
     importance : (n_layer, n_head)
-    n_prefix : cells before the window
+    n_prefix : cells before the recent ones
     n_protected : of them, of every head
 
     Returns
     -------
     (n_layer, n_head_kv) int64
     """
-    _check_sizes(kv_size=kv_size, window=window)
+    _check_sizes(kv_size=kv_size, recent=recent)
     values = np.asarray(importance, dtype=np.float64)
     matters = values.reshape(len(values), n_head_kv, -1).mean(axis=-1).ravel()
     few = min(n_prefix, n_protected + 1)
     cells = np.full(matters.size, few, dtype=np.int64)
-    rest = max(0, kv_size - window - few) * matters.size
+    rest = max(0, kv_size - recent - few) * matters.size
     for i in np.argsort(-matters, kind="stable"):
         more = min(rest, n_prefix - few)
         cells[i] += more
@@ -193,7 +193,7 @@ def razor_budget(
 
 
 def fit_budget(cells: ArrayLike, *, n_prefix: int, n_protected: int = 0, redistribute: bool = False) -> NDArray[np.int64]:
-    """Prefix cells of each KV head for a prompt of ``n_prefix`` cells before the window.
+    """Prefix cells of each KV head for a prompt of ``n_prefix`` cells before the recent ones.
 
     What a head may keep beyond them is lost, or goes evenly to the other heads of its layer, and what these cannot take
     to the heads of all layers. Then a head gets at least its protected cells.
@@ -256,6 +256,7 @@ def score(
     *,
     scale: float,
     n_prefix: int | None = None,
+    power: int = 1,
     pool: Pool = "max",
     pool_kernel: int = 7,
     softcap: float = 0.0,
@@ -263,8 +264,9 @@ def score(
 ) -> NDArray[np.float64]:
     """Attention that the window pays to each prefix cell (HeadKV lines 391-416), per KV head.
 
-    Softmax runs over all columns and the window columns are dropped afterwards, without renormalising. The mean is
-    taken over the window and over the query heads of the group, before pooling.
+    Softmax runs over all columns and those behind the prefix are dropped afterwards, without renormalising. The power
+    mean, mean(p ** power) ** (1 / power), is taken over the window and over the query heads of the group, before pooling;
+    power 1 is the authors' mean.
 
     Parameters
     ----------
@@ -272,6 +274,7 @@ def score(
     k : (n_tokens, n_head_kv, head_dim), after RoPE
     scale : factor on q . k, usually head_dim ** -0.5
     n_prefix : leading cells that compete; None means all but the window
+    power : exponent
     pool, pool_kernel : see :func:`pool_scores`
     softcap : logits become softcap * tanh(logits / softcap); 0 turns it off
     q_round : dtype the queries are stored in before use, e.g. np.float16; None leaves them alone
@@ -285,11 +288,8 @@ def score(
     n_window, n_tokens = len(q_window), len(k)
     if n_prefix is None:
         n_prefix = n_tokens - n_window
-    if not 0 <= n_prefix <= n_tokens - n_window:
-        raise ValueError(
-            f"n_prefix = {n_prefix} is outside 0..{n_tokens - n_window}: "
-            f"the last {n_window} of {n_tokens} tokens are the window"
-        )
+    if not 0 <= n_prefix <= n_tokens:
+        raise ValueError(f"n_prefix = {n_prefix} is outside 0..{n_tokens}, the tokens of the prompt")
 
     n_head, n_head_kv = q_window.shape[1], k.shape[1]
     group = n_head // n_head_kv
@@ -298,8 +298,8 @@ def score(
     mean = np.zeros((n_head_kv, n_tokens))
     for h in range(n_head):
         logits = _logits(q_window[:, h], k[:, h // group], scale=scale, softcap=softcap)
-        mean[h // group] += softmax(np.where(visible, logits, -np.inf)).mean(axis=0) / group
-    return pool_scores(mean[:, :n_prefix], pool=pool, kernel=pool_kernel)
+        mean[h // group] += (softmax(np.where(visible, logits, -np.inf)) ** power).mean(axis=0) / group
+    return pool_scores(mean[:, :n_prefix] ** (1 / power), pool=pool, kernel=pool_kernel)
 
 
 def attention_sums(q: ArrayLike, k: ArrayLike, *, scale: float, q_round: DTypeLike | None = None) -> NDArray[np.float64]:
@@ -488,17 +488,17 @@ def select(scores: ArrayLike, k: ArrayLike) -> list[NDArray[np.int32]]:
     return [np.sort(row[:n]).astype(np.int32) for row, n in zip(order, counts.tolist())]
 
 
-def keep(scores: ArrayLike, cells: ArrayLike, *, kv_size: int, window: int, n_tokens: int) -> list[NDArray[np.int32]]:
-    """Positions each KV head keeps of a prompt: its best prefix cells and the window.
+def keep(scores: ArrayLike, cells: ArrayLike, *, kv_size: int, recent: int, n_tokens: int) -> list[NDArray[np.int32]]:
+    """Positions each KV head keeps of a prompt: its best prefix cells and the recent ones.
 
-    A prompt whose prefix is shorter than the average budget ``kv_size - window`` is not compressed at all, whatever
+    A prompt whose prefix is shorter than the average budget ``kv_size - recent`` is not compressed at all, whatever
     the budget of a single head (HeadKV line 444). Otherwise a head with more cells than prefix keeps the prefix and
     the surplus is lost.
 
     Parameters
     ----------
-    scores : (n_head_kv, n_prefix), n_prefix = max(0, n_tokens - window)
-    cells : (n_head_kv,) cells the head may keep, window included
+    scores : (n_head_kv, n_prefix), n_prefix = max(0, n_tokens - recent)
+    cells : (n_head_kv,) cells the head may keep, recent ones included
     n_tokens : length of the prompt
 
     Returns
@@ -506,15 +506,15 @@ def keep(scores: ArrayLike, cells: ArrayLike, *, kv_size: int, window: int, n_to
     n_head_kv ascending int32 arrays
     """
     scores, cells = np.asarray(scores, dtype=np.float64), np.asarray(cells)
-    n_prefix = max(0, n_tokens - window)
+    n_prefix = max(0, n_tokens - recent)
     if scores.ndim != 2 or cells.shape != scores.shape[:1] or scores.shape[1] != n_prefix:
         raise ValueError(
             f"scores {scores.shape} and cells {cells.shape} do not fit: pass (n_head_kv, {n_prefix}) and (n_head_kv,)"
         )
-    if kv_size - window > n_prefix:
+    if kv_size - recent > n_prefix:
         return [np.arange(n_tokens, dtype=np.int32) for _ in cells]
     tail = np.arange(n_prefix, n_tokens, dtype=np.int32)
-    return [np.concatenate([kept, tail]) for kept in select(scores, cells - window)]
+    return [np.concatenate([kept, tail]) for kept in select(scores, cells - recent)]
 
 
 def compact(x: NDArray[Any], positions: Sequence[NDArray[np.integer]]) -> list[NDArray[Any]]:
@@ -655,11 +655,25 @@ class ReferenceModel:
         return logits
 
     def scores(
-        self, il: int, *, window: int, pool: Pool = "max", pool_kernel: int = 7, q_round: DTypeLike | None = None
+        self,
+        il: int,
+        *,
+        window: int,
+        recent: int | None = None,
+        power: int = 1,
+        pool: Pool = "max",
+        pool_kernel: int = 7,
+        q_round: DTypeLike | None = None,
     ) -> NDArray[np.float64]:
-        """Scores of layer ``il`` for all cells before the window, see :func:`score`; shape (n_head_kv, n_prefix)."""
-        q = window_queries(self.q[il], window=window)
-        return score(q, self.k[il], scale=self.scale, pool=pool, pool_kernel=pool_kernel, q_round=q_round)
+        """Scores of layer ``il`` for all cells before the recent ones (None = the window), see :func:`score`.
+
+        Returns
+        -------
+        (n_head_kv, n_prefix) float64
+        """
+        q, k = window_queries(self.q[il], window=window), self.k[il]
+        n_prefix = max(0, len(k) - (window if recent is None else recent))
+        return score(q, k, scale=self.scale, n_prefix=n_prefix, power=power, pool=pool, pool_kernel=pool_kernel, q_round=q_round)
 
     def compress(
         self,
@@ -667,6 +681,8 @@ class ReferenceModel:
         *,
         kv_size: int,
         window: int,
+        recent: int | None = None,
+        power: int = 1,
         pool: Pool = "max",
         pool_kernel: int = 7,
         q_round: DTypeLike | None = None,
@@ -675,8 +691,8 @@ class ReferenceModel:
 
         Parameters
         ----------
-        cells : (n_layer, n_head_kv) cells each head may keep, window included, as :func:`budget_kv` gives
-        kv_size : cells per head on average, window included; decides whether the prompt is compressed at all
+        cells : (n_layer, n_head_kv) cells each head may keep, recent ones included, as :func:`budget_kv` gives
+        kv_size : cells per head on average, recent ones included; decides whether the prompt is compressed at all
 
         Returns
         -------
@@ -687,11 +703,13 @@ class ReferenceModel:
             raise ValueError(
                 f"cells has shape {cells.shape}, the model {(self.n_layer, self.n_head_kv)}: use budget_kv"
             )
-        _check_sizes(kv_size=kv_size, window=window)
+        recent = window if recent is None else recent
+        _check_sizes(kv_size=kv_size, recent=recent)
+        how: dict[str, Any] = {"power": power, "pool": pool, "pool_kernel": pool_kernel, "q_round": q_round}
         kept = []
         for il in range(self.n_layer):
-            scores = self.scores(il, window=window, pool=pool, pool_kernel=pool_kernel, q_round=q_round)
-            kept.append(keep(scores, cells[il], kv_size=kv_size, window=window, n_tokens=self.n_past))
+            scores = self.scores(il, window=window, recent=recent, **how)
+            kept.append(keep(scores, cells[il], kv_size=kv_size, recent=recent, n_tokens=self.n_past))
         self.retain(kept)
         return kept
 
@@ -828,12 +846,12 @@ def _check_importance(importance: ArrayLike) -> NDArray[np.float64]:
     return values
 
 
-def _check_sizes(*, kv_size: int, window: int) -> None:
-    if window < 1:
-        raise ValueError(f"window = {window} is below 1: give a positive number of tokens")
-    if kv_size <= window:
+def _check_sizes(*, kv_size: int, recent: int) -> None:
+    if recent < 1:
+        raise ValueError(f"recent = {recent} is below 1: give a positive number of tokens")
+    if kv_size <= recent:
         raise ValueError(
-            f"kv_size = {kv_size} is not above window = {window}: it includes the window, use at least {window + 1}"
+            f"kv_size = {kv_size} is not above recent = {recent}: it includes the recent cells, use at least {recent + 1}"
         )
 
 

@@ -1,24 +1,30 @@
 """``pyheadkv score``: measure the importance of every query head on the model itself.
 
-Each example is a prompt with a needle, read with full attention, and a greedy answer. The attention of the tokens that
-produce the answer is reduced inside the engine. Three formulas, per query head and example (N = tokens of the needle):
+Each example is a prompt with a needle, read with full attention, and an answer. The attention of the tokens that produce
+the answer is reduced inside the engine. Three formulas, per query head and example (N = tokens of the needle):
 
 ====== ============================================================================================= ==================
 method score                                                                                         examples
 ====== ============================================================================================= ==================
-r      for each generated token: 1/N if the most attended position is in the needle and holds it     retrieval
-er     for each generated token: mass of those of the N most attended positions in the needle, by N  retrieval
+r      for each token of the answer: 1/N if the most attended position is in the needle and holds it retrieval
+er     for each token of the answer: mass of those of the N most attended positions in the needle,   retrieval
+       by N
 r2     the same                                                                                      reasoning
 ====== ============================================================================================= ==================
 
-Importance is the mean over the examples that the model answered. The answer of every example is appended to a file
-beside the output as soon as it is there, from which ``--resume`` goes on.
+The answer is the right one, whatever the model would say (teacher forcing: one pass over prompt and answer, and every
+example counts), or with ``--answers generated``, as the HeadKV authors do it, what the model generates, and examples that
+it answers wrongly do not count. Importance is the mean over the examples that count. Examples are added until the
+importance is stable: until the ranks of the KV heads in two halves of the examples agree.
+
+What an example gave is appended to a file beside the output as soon as it is there, from which ``--resume`` goes on.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 import time
 from collections.abc import Sequence
@@ -33,6 +39,7 @@ from . import __version__, calibrate, gguf_keys
 from .calibrate import Calibration, HeldOut
 from .demo import round_n_ctx, threads_kwargs
 from .gguf_keys import Importance
+from .importance import cache_path, fingerprint, sidecar_path
 from .inspect import gini, model_path, read_shape
 from .journal import REMEDY, Journal, sha256
 from .options import check_int
@@ -51,8 +58,15 @@ if TYPE_CHECKING:
     from .llama import Llama
 
 ACCEPT_ABOVE = 0.5
+ANSWERS = ("forced", "generated")
 MAX_TOKENS = 10000  # of the authors
-CORPUS_MAX_TOKENS = 2048  # a small model: more examples say more than longer ones
+CLEAN_MAX_TOKENS = 1536  # more examples say more than longer ones
+CORPUS_MAX_TOKENS = 2048
+STABLE = 0.95  # reliability at which a run ends
+N_STABLE = 12  # examples before it may
+N_COUNTED, RELIABLE = 8, 0.7  # below one of these nothing is written
+N_SPLITS = 50
+MAX_ANSWER = 64  # tokens of an answer that are forced at most: the largest window
 N_ANSWER = 64  # tokens of the context that are left for the answer
 N_TOP_HEADS = 10  # named in the report
 
@@ -63,9 +77,11 @@ class Reader(Protocol):
     Attributes
     ----------
     shape : (n_layer, n_head)
+    heads : (query heads, KV heads) of each layer
     """
 
     shape: tuple[int, int]
+    heads: Sequence[tuple[int, int]]
 
     def begin(self, tokens: Sequence[int]) -> None:
         """Forget everything and read a prompt."""
@@ -74,9 +90,9 @@ class Reader(Protocol):
         """Read one generated token."""
 
     def attention(
-        self, spans: Sequence[tuple[int, int]], n_top: int
+        self, spans: Sequence[tuple[int, int]], n_top: int, n_queries: int
     ) -> tuple[NDArray[np.float32], NDArray[np.int32]]:
-        """Attention of the last token, as ``Llama.read_attention`` gives it."""
+        """Attention of the last tokens, as ``Llama.read_attention`` gives it."""
 
     def greedy(self) -> int:
         """The most likely next token."""
@@ -91,8 +107,12 @@ class LlamaReader:
         self.llm = llm
         with gguf_keys.open_header(llm.model_path) as header:
             heads = gguf_keys.heads_by_layer(header)
-        n_head = max(n for n, _ in heads) if heads else llama_cpp.llama_model_n_head(llm.model)
-        self.shape = llama_cpp.llama_model_n_layer(llm.model), n_head
+        n_layer, n_head, n_head_kv = (
+            f(llm.model)
+            for f in (llama_cpp.llama_model_n_layer, llama_cpp.llama_model_n_head, llama_cpp.llama_model_n_head_kv)
+        )
+        self.heads = heads or [(n_head, n_head_kv)] * n_layer
+        self.shape = n_layer, max(n for n, _ in self.heads)
 
     def begin(self, tokens: Sequence[int]) -> None:
         self.llm.reset()
@@ -102,9 +122,9 @@ class LlamaReader:
         self.llm.eval([token])
 
     def attention(
-        self, spans: Sequence[tuple[int, int]], n_top: int
+        self, spans: Sequence[tuple[int, int]], n_top: int, n_queries: int
     ) -> tuple[NDArray[np.float32], NDArray[np.int32]]:
-        return self.llm.read_attention(spans, n_top)
+        return self.llm.read_attention(spans, n_top, n_queries=n_queries)
 
     def greedy(self) -> int:
         return int(self.llm.last_logits.argmax())
@@ -118,8 +138,9 @@ class Outcome:
     ----------
     name, kind : of the example
     n_tokens : of its prompt
-    quality : of the response, 0 to 1
+    quality : of the response, 0 to 1; 1 for a forced answer
     accepted : the scores count
+    response : what was generated; "" for a forced answer
     scores : (n_layer, n_head) nested lists
     """
 
@@ -156,10 +177,22 @@ def mass_scores(mass: NDArray[np.float32], *, n_span: int) -> NDArray[np.float64
     return mass.astype(np.float64) / n_span
 
 
+def score_forced(reader: Reader, example: Example, *, method: str) -> NDArray[np.float64]:
+    """Scores of all heads in one example whose answer is given, (n_layer, n_head)."""
+    answer = example.answer_tokens[:MAX_ANSWER]
+    reader.begin([*example.tokens, *answer[:-1]])
+    n_top = 1 if method == "r" else example.n_span
+    mass, top = reader.attention(example.spans, n_top, len(answer))
+    if method == "r":
+        copied = [_copy(t, example, token) for t, token in zip(top, answer, strict=True)]
+        return np.sum(copied, axis=0)
+    return mass_scores(mass, n_span=example.n_span).sum(axis=0)
+
+
 def score_example(
     reader: Reader, example: Example, *, method: str, examples: Examples
 ) -> tuple[NDArray[np.float64], list[int]]:
-    """Scores of all heads in one example.
+    """Scores of all heads in one example that the model answers.
 
     Returns
     -------
@@ -172,7 +205,8 @@ def score_example(
         token = reader.greedy()
         stopped = examples.is_stop(token)
         if example.spans and (not stopped or examples.scores_stop):
-            total += _score_token(reader, example, token=token, method=method)
+            mass, top = reader.attention(example.spans, 1 if method == "r" else example.n_span, 1)
+            total += _copy(top[0], example, token) if method == "r" else mass_scores(mass[0], n_span=example.n_span)
         if stopped:
             break
         response.append(token)
@@ -181,12 +215,8 @@ def score_example(
     return total, response
 
 
-def _score_token(reader: Reader, example: Example, *, token: int, method: str) -> NDArray[np.float64]:
-    if method == "r":
-        _, top = reader.attention(example.spans, 1)
-        return copy_scores(top, token=token, tokens=example.tokens, spans=example.spans, n_span=example.n_span)
-    mass, _ = reader.attention(example.spans, example.n_span)
-    return mass_scores(mass, n_span=example.n_span)
+def _copy(top: NDArray[np.int32], example: Example, token: int) -> NDArray[np.float64]:
+    return copy_scores(top, token=token, tokens=example.tokens, spans=example.spans, n_span=example.n_span)
 
 
 def mean_importance(outcomes: Sequence[Outcome]) -> NDArray[np.float64]:
@@ -206,6 +236,44 @@ def mean_importance(outcomes: Sequence[Outcome]) -> NDArray[np.float64]:
     return gguf_keys.check_importance(np.mean(accepted, axis=0), name="importance")
 
 
+def reliability(outcomes: Sequence[Outcome], heads: Sequence[tuple[int, int]]) -> float:
+    """How well the ranks of the KV heads would agree with those of as many other examples, 0 to 1.
+
+    The rank correlation (Spearman) of two halves of the examples, mean over random halves, stepped up to their whole number
+    by the Spearman-Brown formula.
+    """
+    scores = np.array([kv_scores(np.asarray(o.scores), heads) for o in outcomes if o.accepted])
+    n = len(scores)
+    if n < 2:
+        return 0.0
+    rng = np.random.default_rng(0)
+    found = []
+    for _ in range(N_SPLITS):
+        order = rng.permutation(n)
+        found.append(rank_correlation(scores[order[: n // 2]].mean(0), scores[order[n // 2 :]].mean(0)))
+    r = max(0.0, float(np.mean(found)))
+    return 2 * r / (1 + r)
+
+
+def kv_scores(scores: NDArray[np.float64], heads: Sequence[tuple[int, int]]) -> NDArray[np.float64]:
+    """Means over the GQA groups, of all KV heads in a row: what decides their budgets."""
+    rows = [row[:n].reshape(n_kv, -1).mean(1) for row, (n, n_kv) in zip(scores, heads, strict=True) if n_kv]
+    return np.concatenate(rows)
+
+
+def rank_correlation(a: NDArray[np.float64], b: NDArray[np.float64]) -> float:
+    """Spearman's, ties by their mean rank; 0 where one of them is constant."""
+    x, y = (_ranks(v) for v in (a, b))
+    spread = float(x.std() * y.std())
+    return float(((x - x.mean()) * (y - y.mean())).mean()) / spread if spread > 0 else 0.0
+
+
+def _ranks(values: NDArray[np.float64]) -> NDArray[np.float64]:
+    _, place, counts = np.unique(values, return_inverse=True, return_counts=True)
+    ends = np.cumsum(counts)
+    return (ends - (counts - 1) / 2)[place]
+
+
 # a run
 
 
@@ -215,8 +283,12 @@ class Settings:
 
     Attributes
     ----------
+    answers : "forced" or "generated"
+    n_examples : at most
+    until : reliability at which it ends before; 0 = it does not
     max_tokens : length of the longest prompt
     model_sha256 : of the file
+    fingerprint : of the model in any quantisation
     engine : threads, batch and layers on the GPU, which decide how sums are rounded
     versions : of pyheadkv and llama_cpp_python
     calibration : examples and cache sizes that beta is chosen on; empty = it is not
@@ -224,10 +296,13 @@ class Settings:
 
     method: str
     protocol: str
+    answers: str
     n_examples: int
+    until: float
     max_tokens: int
     seed: int
     model_sha256: str
+    fingerprint: str
     engine: dict[str, int]
     versions: dict[str, str]
     calibration: dict[str, Any] = field(default_factory=dict)
@@ -241,8 +316,8 @@ def outcomes_of(journal: Journal) -> list[Outcome]:
         raise ValueError(f"{journal.path} is damaged ({error}): {REMEDY}") from None
 
 
-def measure(reader: Reader, examples: Examples, journal: Journal, *, method: str) -> int:
-    """Score the examples that the journal does not have yet, with a progress bar.
+def measure(reader: Reader, examples: Examples, journal: Journal, *, method: str, answers: str, until: float) -> int:
+    """Score the examples that the journal does not have yet, until their reliability, with a progress bar.
 
     Returns
     -------
@@ -257,22 +332,28 @@ def measure(reader: Reader, examples: Examples, journal: Journal, *, method: str
     look = {"desc": "scoring", "unit": " tokens", "unit_scale": True, "leave": False, "disable": None}
     with tqdm(total=total, initial=initial, **look) as bar:
         for slot, n_planned in zip(examples.slots[n_done:], lengths[n_done:], strict=True):
-            outcome = measure_one(reader, examples, slot, method=method)
+            n_accepted = sum(o.accepted for o in outcomes)
+            agreement = reliability(outcomes, reader.heads)
+            if until and n_accepted >= N_STABLE and agreement >= until:
+                break
+            bar.set_postfix_str(f"{n_accepted} examples count, reliability {agreement:.2f}", refresh=False)
+            outcome = measure_one(reader, examples, slot, method=method, answers=answers)
             journal.append(asdict(outcome))
             outcomes.append(outcome)
             n_read += outcome.n_tokens
-            n_accepted = sum(o.accepted for o in outcomes)
-            bar.set_postfix_str(f"{n_accepted}/{len(outcomes)} accepted", refresh=False)
             bar.update(n_planned)
     return n_read
 
 
-def measure_one(reader: Reader, examples: Examples, slot: Slot, *, method: str) -> Outcome:
-    """Make one example, let the model answer it and score its heads."""
+def measure_one(reader: Reader, examples: Examples, slot: Slot, *, method: str, answers: str) -> Outcome:
+    """Make one example, give it its answer or let the model find one, and score its heads."""
     example = examples.make(slot)
-    scores, tokens = score_example(reader, example, method=method, examples=examples)
-    response = examples.text(tokens)
-    quality = examples.quality(response, example.answer)
+    if answers == "forced":
+        scores, response, quality = score_forced(reader, example, method=method), "", 1.0
+    else:
+        scores, tokens = score_example(reader, example, method=method, examples=examples)
+        response = examples.text(tokens)
+        quality = examples.quality(response, example.answer)
     return Outcome(
         name=slot.name,
         kind=slot.kind,
@@ -285,7 +366,26 @@ def measure_one(reader: Reader, examples: Examples, slot: Slot, *, method: str) 
     )
 
 
-def result(settings: Settings, outcomes: Sequence[Outcome], calibration: Calibration | None = None) -> dict[str, Any]:
+def check_reliable(outcomes: Sequence[Outcome], heads: Sequence[tuple[int, int]]) -> float:
+    """Reliability of the importance, if it is enough to be used.
+
+    Raises
+    ------
+    ValueError : fewer than N_COUNTED examples count, or their reliability is below RELIABLE
+    """
+    n, agreement = sum(o.accepted for o in outcomes), reliability(outcomes, heads)
+    if n < N_COUNTED:
+        why = f"{n} of {len(outcomes)} examples count, at least {N_COUNTED} are needed"
+        raise ValueError(f"{why}: use --answers forced, which counts every example, or more with --examples")
+    if agreement < RELIABLE:
+        raise ValueError(f"the importance from {n} examples has a reliability of {agreement:.2f}, at least {RELIABLE} is needed: "
+                         "use more with --examples")  # fmt: skip
+    return agreement
+
+
+def result(
+    settings: Settings, outcomes: Sequence[Outcome], agreement: float, calibration: Calibration | None = None
+) -> dict[str, Any]:
     """Content of the score file."""
     how = asdict(settings)
     del how["calibration"]
@@ -296,6 +396,7 @@ def result(settings: Settings, outcomes: Sequence[Outcome], calibration: Calibra
         "importance": mean_importance(outcomes).tolist(),
         **how,
         "accepted": sum(o.accepted for o in outcomes),
+        "reliability": round(agreement, 4),
         "examples": examples,
     }
 
@@ -306,7 +407,14 @@ def result(settings: Settings, outcomes: Sequence[Outcome], calibration: Calibra
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of ``pyheadkv score``."""
     parser.add_argument("model", nargs="?", metavar="MODEL.gguf", help="model (default: the embedded one)")
-    parser.add_argument("-o", "--output", type=Path, required=True, metavar="FILE.json", help="score file to write")
+    parser.add_argument(
+        "-o",
+        "--output",
+        type=Path,
+        metavar="FILE.json",
+        help="score file to write (default: MODEL.importance.json beside the model, or in the user's cache where its folder "
+        "cannot be written; there it is found)",
+    )
     parser.add_argument(
         "--write", type=Path, metavar="OUT.gguf", help="also write a copy of the model with the importance"
     )
@@ -322,13 +430,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="clean",
         help="clean: chat template, exact spans; authors: as the scripts of the HeadKV authors (default: %(default)s)",
     )
-    parser.add_argument("--examples", type=int, metavar="N", help="of protocol clean (default: 60)")
+    parser.add_argument(
+        "--answers",
+        choices=ANSWERS,
+        help="forced: the right answer is given, every example counts; generated: the model answers, and what it answers wrongly "
+        "does not count (default: forced; generated with protocol authors)",
+    )
+    parser.add_argument(
+        "--examples",
+        type=int,
+        metavar="N",
+        help=f"of protocol clean (default: until the ranks of the KV heads are stable, {N_STABLE} to 60)",
+    )
     parser.add_argument(
         "--max-tokens",
         type=int,
         metavar="N",
-        help=f"longest prompt (default: {MAX_TOKENS}, in protocol clean at most the context length of the model; "
-        f"{CORPUS_MAX_TOKENS} for the embedded model)",
+        help=f"longest prompt (default: {CLEAN_MAX_TOKENS}, {CORPUS_MAX_TOKENS} for the embedded model, "
+        f"{MAX_TOKENS} with protocol authors)",
     )
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the haystacks (default: %(default)s)")
     parser.add_argument(
@@ -357,6 +476,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Measure, write the score file and the model when asked to, and report."""
     path = model_path(args.model)
+    if args.output is None:
+        args.output = default_output(path)
+        if args.output == cache_path(path):
+            args.output.parent.mkdir(parents=True, exist_ok=True)
+    answers = choose_answers(args)
     journal_path = _check_files(path, args)
     max_tokens = choose_max_tokens(args, n_ctx_train=read_shape(path).n_ctx_train)
     if args.examples is not None:
@@ -379,10 +503,13 @@ def run(args: argparse.Namespace) -> int:
         settings = Settings(
             method=args.method,
             protocol=args.protocol,
+            answers=answers,
             n_examples=len(examples.slots),
+            until=STABLE if args.examples is None and args.protocol == "clean" else 0.0,
             max_tokens=max_tokens,
             seed=args.seed,
             model_sha256=sha256(path),
+            fingerprint=fingerprint(path).key,
             engine={
                 "n_threads": llm.n_threads,
                 "n_threads_batch": llm.n_threads_batch,
@@ -394,9 +521,11 @@ def run(args: argparse.Namespace) -> int:
         )
         journal = Journal(journal_path, asdict(settings), resume=args.resume)
         begin = time.perf_counter()
-        n_read = measure(LlamaReader(llm), examples, journal, method=args.method)
+        reader = LlamaReader(llm)
+        n_read = measure(reader, examples, journal, method=args.method, answers=answers, until=settings.until)
         seconds = time.perf_counter() - begin
         outcomes, calibration = outcomes_of(journal), None
+        agreement = check_reliable(outcomes, reader.heads)
         if args.calibrate:
             held_out = HeldOut(llm, max_tokens=max_tokens, n_examples=calibrate.N_EXAMPLES, seed=args.seed)
             importance = Importance(mean_importance(outcomes))
@@ -405,12 +534,13 @@ def run(args: argparse.Namespace) -> int:
             )
     finally:
         llm.close()
-    scores = result(settings, outcomes, calibration)
+    scores = result(settings, outcomes, agreement, calibration)
     write_json(args.output, scores)
     journal_path.unlink()
     if args.write is not None:
         _write_model(path, args, scores)
     print(report(scores, n_read=n_read, seconds=seconds))
+    print(f"written     {args.output}")
     if calibration is not None:
         print("\n".join(calibration.lines()))
     return 0
@@ -422,9 +552,10 @@ def report(scores: dict[str, Any], *, n_read: int, seconds: float) -> str:
     best = np.argsort(-importance, axis=None, kind="stable")[:N_TOP_HEADS]
     heads = "  ".join("{}-{} {:.3g}".format(*divmod(int(i), importance.shape[1]), importance.flat[i]) for i in best)
     cost = f", {1000 * seconds / n_read:.2f} s per 1000 prompt tokens" if n_read else ""
-    how = f"method {scores['method']}, protocol {scores['protocol']}"
+    how = f"method {scores['method']}, protocol {scores['protocol']}, answers {scores['answers']}"
     lines = (
-        f"examples    {scores['accepted']} of {scores['n_examples']} answered and counted, {how}",
+        f"examples    {scores['accepted']} of {len(scores['examples'])} count, {how}",
+        f"reliability {scores['reliability']:.3f} (rank correlation of the KV heads' importance with that of other examples)",
         f"time        {seconds:.1f} s for {n_read} prompt tokens{cost}",
         f"importance  Gini {gini(importance):.3f}; largest, as layer-head: {heads}",
     )
@@ -447,13 +578,26 @@ def _check_files(path: Path, args: argparse.Namespace) -> Path:
     return journal
 
 
+def default_output(model: Path) -> Path:
+    """Beside the model, or in the user's cache where its folder cannot be written."""
+    beside = sidecar_path(model)
+    return beside if os.access(beside.parent, os.W_OK) else cache_path(model)
+
+
+def choose_answers(args: argparse.Namespace) -> str:
+    """Where answers come from: "forced" or "generated"."""
+    if args.answers == "forced" and args.protocol == "authors":
+        raise ValueError("--answers forced: protocol authors does what their scripts do, use protocol clean")
+    return args.answers or ("generated" if args.protocol == "authors" else "forced")
+
+
 def choose_max_tokens(args: argparse.Namespace, *, n_ctx_train: int) -> int:
     """Length of the longest prompt."""
     if args.max_tokens is not None:
         return check_int("--max-tokens", args.max_tokens, 1, 1 << 24)
-    if args.protocol == "authors" or not n_ctx_train:
+    if args.protocol == "authors":
         return MAX_TOKENS
-    return min(MAX_TOKENS, n_ctx_train - N_ANSWER)
+    return min(CLEAN_MAX_TOKENS, n_ctx_train - N_ANSWER) if n_ctx_train else CLEAN_MAX_TOKENS
 
 
 def _open_model(path: Path, args: argparse.Namespace, *, n_ctx: int) -> Llama:
@@ -462,7 +606,8 @@ def _open_model(path: Path, args: argparse.Namespace, *, n_ctx: int) -> Llama:
     # any compressed cache: prompts are read and never compressed
     return Llama(
         path,
-        kv_size=64,
+        kv_size=2 * MAX_ANSWER,
+        window=MAX_ANSWER,
         policy="snapkv",
         prefill="token",
         keep_prompt=args.calibrate,
@@ -489,7 +634,7 @@ def _json_lines(value: Any) -> str:
 
 def _write_model(path: Path, args: argparse.Namespace, scores: dict[str, Any]) -> None:
     source = (
-        f"pyheadkv {__version__} score, protocol {args.protocol}, {scores['accepted']} of {scores['n_examples']} "
+        f"pyheadkv {__version__} score, protocol {args.protocol}, {scores['accepted']} of {len(scores['examples'])} "
         f"examples up to {scores['max_tokens']} tokens, seed {args.seed}, measured on sha256:{scores['model_sha256']}"
     )
     gguf_keys.write_importance(

@@ -70,6 +70,7 @@ class Example:
     n_span : length of the answer in tokens, what scores are divided by
     answer : text that the response is compared with
     n_steps : tokens to generate at most
+    answer_tokens : the answer as the model would begin to say it; empty where answers cannot be forced
     """
 
     tokens: tuple[int, ...]
@@ -77,6 +78,7 @@ class Example:
     n_span: int
     answer: str
     n_steps: int
+    answer_tokens: tuple[int, ...] = ()
 
 
 class Examples(ABC):
@@ -191,7 +193,7 @@ class CorpusExamples(Examples):
             spans = spans[:1]  # the other fact says whose value it is, the answer is not in it
         tokens = (needle.BOS, *needle.encode(document.prompt()))
         n_span = sum(end - start for start, end in spans)
-        return Example(tokens, spans, n_span, document.answer, document.n_answer_tokens)
+        return Example(tokens, spans, n_span, document.answer, document.n_answer_tokens, tuple(needle.encode(document.answer)))
 
     def is_stop(self, token: int) -> bool:
         return self.is_end(token)
@@ -469,7 +471,8 @@ class ProseExamples(Examples):
         start = len(prefix) + len(head) + len(before)
         tokens = (*prefix, *head, *before, *answer, *after, *tail, *suffix)
         n_steps = len(answer) + N_SPARE * self._copies
-        return Example(tokens, ((start, start + len(answer)),), len(answer), needle_.answer, n_steps)
+        forced = tuple(self.llm.tokenize(needle_.answer.encode(), add_bos=False))
+        return Example(tokens, ((start, start + len(answer)),), len(answer), needle_.answer, n_steps, forced)
 
     def is_stop(self, token: int) -> bool:
         return self.is_end(token)

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from .importance import find_importance
 from .llama import n_common
-from .options import BY_ALL_TOKENS, BY_IMPORTANCE, FULL, load_importance, share_of_prompt
+from .options import AUTO, BY_ALL_TOKENS, BY_IMPORTANCE, FULL, load_importance, share_of_prompt
 
 if TYPE_CHECKING:
     from .gguf_keys import Importance
@@ -25,7 +26,7 @@ class Setting:
     Attributes
     ----------
     policy : of ``pyheadkv.Llama``, or "full"
-    kv_size : mean cells per KV head, window included; 0 for "full" and with ``kv_ratio``
+    kv_size : mean cells per KV head, recent ones included; 0 for "full" and with ``kv_ratio``
     pool, beta : None = the default
     importance : path of a score file or GGUF, or a name given to ``Trial.use``; "" = the model's own
     kv_ratio : share of the prompt in place of ``kv_size``; 0 = none
@@ -113,7 +114,7 @@ class Trial:
         if setting.policy == FULL:
             llm.configure(policy="snapkv", kv_size=llm.n_ctx())
         else:
-            kv_size = share_of_prompt(setting.kv_ratio, len(prompt), window=self.window) if setting.kv_ratio else setting.kv_size
+            kv_size = share_of_prompt(setting.kv_ratio, len(prompt), recent=llm.kv_options.recent) if setting.kv_ratio else setting.kv_size
             options: dict[str, Any] = {"policy": setting.policy, "kv_size": kv_size, "beta": setting.beta or None}
             llm.configure(importance=self._importance(setting), pool=setting.pool or "max", **options)
         llm.end_prompt()
@@ -164,10 +165,11 @@ class Trial:
 
     def _importance(self, setting: Setting) -> Importance | None:
         source = setting.importance or self.llm.model_path
-        if setting.policy not in BY_IMPORTANCE:
+        if setting.policy not in (AUTO, *BY_IMPORTANCE):
             return None
         if source not in self._loaded:
-            self._loaded[source] = load_importance(source, self.llm.model_path)
+            found = None if setting.importance else find_importance(source)
+            self._loaded[source] = load_importance(source, self.llm.model_path) if setting.importance else found and found.importance
         return self._loaded[source]
 
     def restore(self) -> None:

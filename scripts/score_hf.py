@@ -19,6 +19,7 @@ import hashlib
 import json
 import sys
 import time
+from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -42,15 +43,15 @@ CHECKPOINT_FILES = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt")
 NATIVE_COMMAND = "pyheadkv score MODEL.gguf -o native.json --method M --threads 1"
 HF_COMMAND = "python scripts/score_hf.py --from-gguf MODEL.gguf -o hf.json --method M --check-logits"
 #: settings that two score files of a report share
-SAME = ("method", "protocol", "n_examples", "max_tokens", "seed", "model_sha256")
+SAME = ("method", "protocol", "answers", "n_examples", "max_tokens", "seed", "model_sha256")
 COLUMNS = ("Pearson r", "top heads", "max difference", "same answers", "accepted native", "accepted HF", "logit NMSE")
 
 
 class HFReader:
     """Reads examples with a causal language model of transformers.
 
-    The prompt goes through ``sdpa`` in chunks into a cache, its last token and the generated ones through ``eager``,
-    one at a time: no more than one row of attention per head is ever kept.
+    The prompt goes through ``sdpa`` in chunks into a cache, its last tokens and the generated ones through ``eager``: rows
+    of attention are kept for ``score.MAX_ANSWER`` tokens.
 
     Parameters
     ----------
@@ -59,40 +60,55 @@ class HFReader:
     Attributes
     ----------
     shape : (n_layer, n_head)
+    heads : (query heads, KV heads) of each layer
     """
 
     def __init__(self, model: transformers.PreTrainedModel, *, n_chunk: int = 512) -> None:
         config = model.config.get_text_config(decoder=True)
         self.model, self.n_chunk = model, n_chunk
         self.shape = config.num_hidden_layers, config.num_attention_heads
+        self.heads = [(self.shape[1], getattr(config, "num_key_value_heads", None) or self.shape[1])] * self.shape[0]
 
     def begin(self, tokens: Sequence[int]) -> None:
         # without a config every layer keeps all positions, those with a sliding window too
         self._cache = transformers.DynamicCache()
+        self._rows: deque[torch.Tensor] = deque(maxlen=score.MAX_ANSWER)
         self.model.set_attn_implementation("sdpa")
-        for i in range(0, len(tokens) - 1, self.n_chunk):
-            self._step(tokens[i : min(i + self.n_chunk, len(tokens) - 1)])
+        n = max(0, len(tokens) - score.MAX_ANSWER)
+        for i in range(0, n, self.n_chunk):
+            self._step(tokens[i : min(i + self.n_chunk, n)])
         self.model.set_attn_implementation("eager")
-        self.append(tokens[-1])
+        self._look(tokens[n:])
 
     def append(self, token: int) -> None:
-        out = self._step([token], output_attentions=True)
-        rows = [row for row in out.attentions or () if row is not None]
-        if len(rows) != self.shape[0]:
+        self._look([token])
+
+    def _look(self, tokens: Sequence[int]) -> None:
+        """Read tokens and keep their rows of attention."""
+        out = self._step(tokens, output_attentions=True)
+        layers = [row for row in out.attentions or () if row is not None]
+        if len(layers) != self.shape[0]:
             raise ValueError(
-                f"{type(self.model).__name__} gives the attention of {len(rows)} of {self.shape[0]} layers: importance "
+                f"{type(self.model).__name__} gives the attention of {len(layers)} of {self.shape[0]} layers: importance "
                 "needs softmax attention in all of them, use another model"
             )
-        self._rows = torch.stack([row[0, :, -1] for row in rows]).float()
+        rows = torch.stack([layer[0] for layer in layers]).float()  # (n_layer, n_head, n_tokens, n_kv)
+        n_kv = rows.shape[-1]
+        self._rows.extend(rows[:, :, i, : n_kv - len(tokens) + i + 1] for i in range(len(tokens)))
         self._logits = out.logits[0, -1].float()
 
-    def attention(self, spans: Sequence[tuple[int, int]], n_top: int) -> tuple[NDArray[np.float32], NDArray[np.int32]]:
-        inside = torch.zeros(self._rows.shape[-1], device=self._rows.device)
-        for start, end in spans:
-            inside[start:end] = 1
-        largest, order = self._rows.sort(dim=-1, descending=True, stable=True)  # the first of equals wins
-        mass = (largest[..., :n_top] * inside[order[..., :n_top]]).sum(-1)
-        return mass.cpu().numpy(), order[..., 0].to(torch.int32).cpu().numpy()
+    def attention(
+        self, spans: Sequence[tuple[int, int]], n_top: int, n_queries: int
+    ) -> tuple[NDArray[np.float32], NDArray[np.int32]]:
+        masses, tops = [], []
+        for row in list(self._rows)[-n_queries:]:
+            inside = torch.zeros(row.shape[-1], device=row.device)
+            for start, end in spans:
+                inside[start:end] = 1
+            largest, order = row.sort(dim=-1, descending=True, stable=True)  # the first of equals wins
+            masses.append((largest[..., :n_top] * inside[order[..., :n_top]]).sum(-1).cpu().numpy())
+            tops.append(order[..., 0].to(torch.int32).cpu().numpy())
+        return np.stack(masses), np.stack(tops)
 
     def greedy(self) -> int:
         return int(self._logits.argmax())
@@ -278,13 +294,13 @@ def make_vocab(args: argparse.Namespace, source: Path, model: transformers.PreTr
     return HFVocab(tokenizer, n_vocab=n_vocab, ends=model.generation_config.eos_token_id)
 
 
-def measure(reader: HFReader, examples: Examples, *, method: str) -> list[score.Outcome]:
+def measure(reader: HFReader, examples: Examples, *, method: str, answers: str) -> list[score.Outcome]:
     """Score all examples, with a progress bar."""
     outcomes: list[score.Outcome] = []
     with tqdm(examples.slots, desc="scoring", unit=" examples", leave=False, disable=None) as bar:
         for slot in bar:
-            outcomes.append(score.measure_one(reader, examples, slot, method=method))
-            bar.set_postfix_str(f"{sum(o.accepted for o in outcomes)}/{len(outcomes)} accepted", refresh=False)
+            outcomes.append(score.measure_one(reader, examples, slot, method=method, answers=answers))
+            bar.set_postfix_str(f"{sum(o.accepted for o in outcomes)} of {len(outcomes)} count", refresh=False)
     return outcomes
 
 
@@ -302,6 +318,7 @@ def run(args: argparse.Namespace) -> None:
     reader = HFReader(model.to(args.device), n_chunk=n_chunk)
     vocab = make_vocab(args, source, model)
     n_ctx_train = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", 0)
+    answers = score.choose_answers(args)
     max_tokens = score.choose_max_tokens(args, n_ctx_train=n_ctx_train)
     if args.max_tokens is None and speaks_needle_language(vocab):
         max_tokens = score.CORPUS_MAX_TOKENS
@@ -315,16 +332,19 @@ def run(args: argparse.Namespace) -> None:
     sha256 = sums[source.name] if args.from_gguf else hashlib.sha256("".join(sums.values()).encode()).hexdigest()
     engine = {"n_threads": torch.get_num_threads(), "n_chunk": n_chunk, "dtype": args.dtype, "device": args.device}
     settings = score.Settings(
+        answers=answers,
         n_examples=len(examples.slots),
+        until=0.0,
         model_sha256=sha256,
+        fingerprint="",
         engine=engine,
         versions={**score.versions(), "torch": torch.__version__, "transformers": transformers.__version__},
         **options,
     )
     begin = time.perf_counter()
-    outcomes = measure(reader, examples, method=args.method)
+    outcomes = measure(reader, examples, method=args.method, answers=answers)
     seconds = time.perf_counter() - begin
-    content = score.result(settings, outcomes)
+    content = score.result(settings, outcomes, score.check_reliable(outcomes, reader.heads))
     content |= {"model": Path(args.model or source).name, "model_files": sums}
     if args.check_logits:
         content["logits_nmse"] = logits_error(reader, source, examples.make(examples.slots[0]).tokens)
@@ -343,6 +363,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--vocab", type=Path, metavar="MODEL.gguf", help="tokenise with its vocabulary")
     parser.add_argument("--method", choices=METHODS, default="r2", help="(default: %(default)s)")
     parser.add_argument("--protocol", choices=PROTOCOLS, default="clean", help="(default: %(default)s)")
+    parser.add_argument("--answers", choices=score.ANSWERS, help="(default: as pyheadkv score)")
     parser.add_argument("--examples", type=int, metavar="N", help="of protocol clean (default: 60)")
     parser.add_argument("--max-tokens", type=int, metavar="N", help="longest prompt (default: as pyheadkv score)")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the haystacks (default: %(default)s)")

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-N_THREADS = 2
+N_THREADS = 1  # small models are fastest so, and more threads than free cores wait for each other
 
 # tests of the engine: what load() loads in them goes to the device at hand
 ENGINE = ("test_attention", "test_engine", "test_policies", "test_policy_oracle", "test_prefill_layer", "test_sequences")
@@ -115,9 +115,11 @@ def tokens(n: int, *, seed: int = 0, n_vocab: int = 384) -> list[int]:
 
 
 def load(path: Path, **options: Any) -> Any:
-    """pyheadkv.Llama, quiet, two threads."""
+    """pyheadkv.Llama, quiet, two threads; compression as in the paper, unless another preset is asked for."""
     from pyheadkv import Llama
 
+    if any(options.get(name) is not None for name in ("kv_size", "kv_ratio", "kv_bytes")):
+        options = {"preset": "paper", **options}
     options = {"n_ctx": 2048, "n_threads": N_THREADS, "n_threads_batch": N_THREADS, "verbose": False, **device_options, **options}
     return Llama(path, **options)
 
@@ -166,3 +168,12 @@ def stop_process(process: subprocess.Popen[bytes]) -> None:
     except subprocess.TimeoutExpired:
         process.kill()
         process.wait()
+
+
+def without_importance(source: Path, path: Path) -> None:
+    """A copy of a model whose metadata has no importance."""
+    from pyheadkv import gguf_keys
+
+    with gguf_keys.open_header(source) as header:
+        gone = {name for name in header.pairs if ".attention.head_importance" in name}
+        gguf_keys.replace_file(path, lambda out: gguf_keys._copy_with_fields(header, out, [], without=gone))

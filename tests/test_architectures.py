@@ -35,11 +35,11 @@ def test_importance_of_layers_that_differ_in_their_heads(arch: str, n_head: list
         values[il, n:] = 0
     used = [(n, kv) if kv else (0, 0) for n, kv in zip(n_head, n_head_kv)]
     row = np.concatenate([values[il, :n] for il, (n, _) in enumerate(used)])
-    caps = reference.budget(row[None], kv_size=architectures.KV_SIZE, window=8, beta=1.2)[0]
+    caps = reference.budget(row[None], kv_size=architectures.KV_SIZE, recent=8, beta=1.2)[0]
     expected = np.zeros((3, max(n_head_kv)), dtype=np.int32)
     for il, (n, kv) in enumerate(used):
         if kv:
-            expected[il, :kv] = reference.budget_kv(caps[None, :n], n_head_kv=kv, window=8)[0]
+            expected[il, :kv] = reference.budget_kv(caps[None, :n], n_head_kv=kv, recent=8)[0]
             caps = caps[n:]
     model = architectures.make_model(arch, keys)
     try:

@@ -43,7 +43,7 @@ def test_golden_file_covers_both_score_sets_five_sizes_and_eight_betas() -> None
 
 @pytest.mark.parametrize("case", CASES, ids=case_name)
 def test_budget_equals_golden(case: dict[str, Any]) -> None:
-    caps = budget(IMPORTANCE[case["scores"]], kv_size=case["kv_size"], window=case["window"], beta=case["beta"])
+    caps = budget(IMPORTANCE[case["scores"]], kv_size=case["kv_size"], recent=case["window"], beta=case["beta"])
     assert caps.dtype == np.int32 and caps.shape == (32, 32)
     assert caps.sum() == case["total_without_window"]
     assert caps.sum() + caps.size * case["window"] == case["total_with_window"]
@@ -75,8 +75,8 @@ def test_authors_score_file_gives_the_golden_means(name: str, tmp_path: Path) ->
 def test_kv_budget_is_the_group_mean(
     name: str, kv_size: int, beta: float, expected: tuple[float, float, float]
 ) -> None:
-    caps = budget(IMPORTANCE[name], kv_size=kv_size, window=WINDOW, beta=beta)
-    cells = budget_kv(caps, n_head_kv=8, window=WINDOW)
+    caps = budget(IMPORTANCE[name], kv_size=kv_size, recent=WINDOW, beta=beta)
+    cells = budget_kv(caps, n_head_kv=8, recent=WINDOW)
     assert cells.dtype == np.int32 and cells.shape == (32, 8)
     prefix = cells - WINDOW
     assert (prefix.min(), np.median(prefix), prefix.max()) == expected
@@ -87,7 +87,7 @@ def test_rounding_importance_to_float32_changes_a_golden_budget() -> None:
     """Why gguf_keys stores importance as F64 when F32 is not exact."""
     importance = IMPORTANCE["mistral_7b_r2"]
     exact, rounded = (
-        budget(values, kv_size=512, window=WINDOW, beta=2.0)
+        budget(values, kv_size=512, recent=WINDOW, beta=2.0)
         for values in (importance, importance.astype(np.float32).astype(np.float64))
     )
     assert np.abs(exact - rounded).sum() == 1
@@ -96,41 +96,41 @@ def test_rounding_importance_to_float32_changes_a_golden_budget() -> None:
 @pytest.mark.parametrize(("base", "beta", "n_shared"), [(11, 1.1, 9), (101, 1.01, 99)])
 def test_shared_pool_is_a_python_float_floor_division(base: int, beta: float, n_shared: int) -> None:
     assert base // beta == n_shared != int(base / beta)
-    caps = budget([[1.0, 0.0]], kv_size=base + WINDOW, window=WINDOW, beta=beta)
+    caps = budget([[1.0, 0.0]], kv_size=base + WINDOW, recent=WINDOW, beta=beta)
     assert caps.tolist() == [[base + n_shared, base - n_shared]]
 
 
 def test_budget_rounds_half_to_even() -> None:
     # shares 1/4 and 3/4 of a pool of 2: caps 0.5 and 1.5 above base - 1
-    assert budget([[1.0, 3.0]], kv_size=2 + WINDOW, window=WINDOW, beta=2.0).tolist() == [[2, 2]]
-    assert budget([[1.0, 3.0]], kv_size=3 + WINDOW, window=WINDOW, beta=3.0).tolist() == [[2, 4]]
+    assert budget([[1.0, 3.0]], kv_size=2 + WINDOW, recent=WINDOW, beta=2.0).tolist() == [[2, 2]]
+    assert budget([[1.0, 3.0]], kv_size=3 + WINDOW, recent=WINDOW, beta=3.0).tolist() == [[2, 4]]
 
 
 def test_kv_budget_rounds_half_to_even_and_adds_the_window() -> None:
-    assert budget_kv([[2, 3, 3, 4]], n_head_kv=2, window=5).tolist() == [[2 + 5, 4 + 5]]
+    assert budget_kv([[2, 3, 3, 4]], n_head_kv=2, recent=5).tolist() == [[2 + 5, 4 + 5]]
 
 
 def test_scale_of_importance_does_not_matter() -> None:
     importance = IMPORTANCE["llama3_8b_r2"]
-    one = budget(importance, kv_size=128, window=WINDOW, beta=1.2)
-    np.testing.assert_array_equal(budget(importance * 1e6, kv_size=128, window=WINDOW, beta=1.2), one)
+    one = budget(importance, kv_size=128, recent=WINDOW, beta=1.2)
+    np.testing.assert_array_equal(budget(importance * 1e6, kv_size=128, recent=WINDOW, beta=1.2), one)
 
 
 @pytest.mark.parametrize("beta", [1.0000001, 1.005, 2.0, 1e9])
 @pytest.mark.parametrize("kv_size", [9, 10, 31, 33])
 def test_no_head_is_ever_empty(kv_size: int, beta: float) -> None:
-    assert budget([[5.0, 0.0, 0.0]], kv_size=kv_size, window=WINDOW, beta=beta).min() >= 1
+    assert budget([[5.0, 0.0, 0.0]], kv_size=kv_size, recent=WINDOW, beta=beta).min() >= 1
 
 
 def test_uniform_budget_is_kv_size_without_the_window() -> None:
-    caps = uniform_budget(n_layer=2, n_head=6, kv_size=20, window=WINDOW)
+    caps = uniform_budget(n_layer=2, n_head=6, kv_size=20, recent=WINDOW)
     assert caps.dtype == np.int32 and caps.tolist() == [[12] * 6] * 2
-    assert (budget_kv(caps, n_head_kv=2, window=WINDOW) == 20).all()
+    assert (budget_kv(caps, n_head_kv=2, recent=WINDOW) == 20).all()
 
 
 def test_huge_beta_gives_uniform_budgets() -> None:
-    caps = budget(IMPORTANCE["llama3_8b_r2"], kv_size=128, window=WINDOW, beta=1e6)
-    np.testing.assert_array_equal(caps, uniform_budget(n_layer=32, n_head=32, kv_size=128, window=WINDOW))
+    caps = budget(IMPORTANCE["llama3_8b_r2"], kv_size=128, recent=WINDOW, beta=1e6)
+    np.testing.assert_array_equal(caps, uniform_budget(n_layer=32, n_head=32, kv_size=128, recent=WINDOW))
 
 
 @pytest.mark.parametrize(
@@ -139,7 +139,7 @@ def test_huge_beta_gives_uniform_budgets() -> None:
         ({"kv_size": 8}, "kv_size = 8.*at least 9"),
         ({"kv_size": 0}, "kv_size = 0"),
         ({"kv_size": -1}, "kv_size = -1"),
-        ({"window": 0}, "window = 0"),
+        ({"recent": 0}, "recent = 0"),
         ({"beta": 1.0}, "beta = 1.0"),
         ({"beta": 0.5}, "beta = 0.5"),
         ({"beta": float("nan")}, "beta = nan"),
@@ -155,7 +155,7 @@ def test_huge_beta_gives_uniform_budgets() -> None:
     ],
 )
 def test_wrong_budget_input_is_a_value_error_that_names_it(change: dict[str, Any], message: str) -> None:
-    args: dict[str, Any] = {"importance": [[1.0, 2.0]], "kv_size": 64, "window": WINDOW, "beta": 1.2} | change
+    args: dict[str, Any] = {"importance": [[1.0, 2.0]], "kv_size": 64, "recent": WINDOW, "beta": 1.2} | change
     with pytest.raises(ValueError, match=message):
         budget(args.pop("importance"), **args)
 
@@ -163,4 +163,4 @@ def test_wrong_budget_input_is_a_value_error_that_names_it(change: dict[str, Any
 @pytest.mark.parametrize("n_head_kv", [0, -1, 3])
 def test_kv_heads_that_do_not_divide_the_heads_are_refused(n_head_kv: int) -> None:
     with pytest.raises(ValueError, match=f"n_head_kv = {n_head_kv}"):
-        budget_kv(np.ones((2, 4)), n_head_kv=n_head_kv, window=WINDOW)
+        budget_kv(np.ones((2, 4)), n_head_kv=n_head_kv, recent=WINDOW)

@@ -58,7 +58,7 @@ def window(llm: Any, il: int, n_head: int, head_dim: int) -> npt.NDArray[np.floa
     """The window queries of a layer, (n_window, n_head, head_dim) float32."""
     from pyheadkv import _lib
 
-    return llm._read_floats(_lib.lib.headkv_read_window, n_head * head_dim, WINDOW, il).reshape(-1, n_head, head_dim)
+    return llm._read_floats(_lib.lib.headkv_read_window, n_head * head_dim, llm.kv_options.window, il).reshape(-1, n_head, head_dim)
 
 
 # ---------------------------------------------------------------- off means off
@@ -135,25 +135,32 @@ def test_prompt_logits_do_not_change_with_compression(make_model: MakeModel) -> 
 # ---------------------------------------------------------------- kept cells
 
 
-def oracle_positions(llm: Any, shape: Shape, *, kv_size: int, pool: str = "max") -> list[list[npt.NDArray[np.int32]]]:
+def oracle_positions(llm: Any, shape: Shape) -> list[list[npt.NDArray[np.int32]]]:
     """Kept positions by the oracle, from the engine's own window queries and keys."""
-    n = llm.n_tokens
+    n, options = llm.n_tokens, llm.kv_options
     kept = []
     for il in range(shape.n_layer):
         k = np.stack([head_cells(llm, il, ih) for ih in range(shape.n_head_kv)], axis=1)
-        scores = reference.score(window(llm, il, shape.n_head, shape.head_dim), k, scale=shape.head_dim**-0.5, pool=pool,
-                                 pool_kernel=7)
-        kept.append(reference.keep(scores, llm.kv_budget[il], kv_size=kv_size, window=WINDOW, n_tokens=n))
+        scores = reference.score(window(llm, il, shape.n_head, shape.head_dim), k, scale=shape.head_dim**-0.5,
+                                 n_prefix=max(0, n - options.recent), power=options.power, pool=options.pool, pool_kernel=options.pool_kernel)
+        kept.append(reference.keep(scores, llm.kv_budget[il], kv_size=options.kv_size, recent=options.recent, n_tokens=n))
     return kept
 
 
 @ALL_SHAPES
 @pytest.mark.parametrize("n_ubatch", [1, 32, 512])
-@pytest.mark.parametrize(("n_prompt", "kv_size"), [(5, 32), (8, 32), (30, 32), (31, 16), (300, 9), (300, 32), (701, 96)])
-def test_kept_positions_equal_the_oracle(shape: Shape, n_ubatch: int, n_prompt: int, kv_size: int, make_model: MakeModel) -> None:
-    llm = load(make_model(shape), kv_size=kv_size, n_ubatch=n_ubatch, pool="avg" if n_prompt == 701 else "max")
+@pytest.mark.parametrize(("n_prompt", "options"), [
+    (5, {"kv_size": 32}), (8, {"kv_size": 32}), (30, {"kv_size": 32}), (31, {"kv_size": 16}), (300, {"kv_size": 9}),
+    (300, {"kv_size": 32}), (701, {"kv_size": 96, "pool": "avg"}), (300, {"kv_size": 32, "preset": "default"}),
+    (40, {"kv_size": 16, "preset": "default"}), (300, {"kv_size": 48, "window": 5, "recent": 20, "power": 2}),
+    (300, {"kv_size": 40, "window": 70, "recent": 1, "power": 8, "pool_kernel": 1}),
+], ids=str)
+def test_kept_positions_equal_the_oracle(
+    shape: Shape, n_ubatch: int, n_prompt: int, options: dict[str, Any], make_model: MakeModel
+) -> None:
+    llm = load(make_model(shape), n_ubatch=n_ubatch, **options)
     llm.eval(tokens(n_prompt, seed=n_prompt))
-    expected = oracle_positions(llm, shape, kv_size=kv_size, pool=llm.kv_options.pool)
+    expected = oracle_positions(llm, shape)
     rows = {(il, ih, v): head_cells(llm, il, ih, v=v) for il in range(shape.n_layer) for ih in range(shape.n_head_kv) for v in (False, True)}
     llm.end_prompt()
     for il in range(shape.n_layer):
@@ -174,7 +181,7 @@ def test_kept_positions_equal_a_whole_oracle_forward_pass_up_to_rounding(shape: 
     oracle.prefill(prompt)
     for il in range(shape.n_layer):
         scores = oracle.scores(il, window=WINDOW)
-        for ih, expected in enumerate(reference.keep(scores, llm.kv_budget[il], kv_size=48, window=WINDOW, n_tokens=400)):
+        for ih, expected in enumerate(reference.keep(scores, llm.kv_budget[il], kv_size=48, recent=WINDOW, n_tokens=400)):
             kept = llm.kv_positions(il, ih)
             assert len(kept) == len(expected)
             swapped = np.setxor1d(kept, expected)
@@ -459,9 +466,9 @@ def test_wrong_options_are_value_errors_that_name_value_and_limit(options: dict[
 
 def test_a_model_without_importance_is_refused_with_the_remedy(make_model: MakeModel) -> None:
     path = make_model(SHAPES[1], importance=None)
-    with pytest.raises(ValueError, match="gguf_add_importance"):
-        load(path, kv_size=64)
-    assert load(path, kv_size=64, policy="snapkv").kv_budget.tolist() == [[64, 64]] * 3
+    with pytest.raises(ValueError, match="pyheadkv score"):
+        load(path, kv_size=64, policy="headkv")
+    assert load(path, kv_size=64).kv_budget.tolist() == [[64, 64]] * 3
 
 
 def test_corrupt_files_are_value_errors(make_model: MakeModel, tmp_path: Path) -> None:
@@ -512,8 +519,8 @@ def test_c_budgets_equal_the_oracle_on_the_golden_cases() -> None:
             got = np.zeros((32, n_head_kv), dtype=np.int32)
             counts = [np.full(32, n, dtype=np.int32) for n in (32, n_head_kv)]
             _lib.check(_lib.lib.headkv_plan(ctypes.byref(params), 32, *(x.ctypes.data_as(ctypes.POINTER(ctypes.c_int32)) for x in (*counts, got))))
-            caps = reference.budget(scores, kv_size=case["kv_size"], window=WINDOW, beta=case["beta"])
-            np.testing.assert_array_equal(got, reference.budget_kv(caps, n_head_kv=n_head_kv, window=WINDOW))
+            caps = reference.budget(scores, kv_size=case["kv_size"], recent=WINDOW, beta=case["beta"])
+            np.testing.assert_array_equal(got, reference.budget_kv(caps, n_head_kv=n_head_kv, recent=WINDOW))
 
 
 @pytest.mark.parametrize("name", ["llama3_8b_r2", "mistral_7b_r2"])

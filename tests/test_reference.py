@@ -170,7 +170,7 @@ def test_prompt_not_longer_than_the_window_has_no_prefix() -> None:
     assert score(window_queries(q, window=8), KEYS[:3], scale=1.0).shape == (1, 0)
 
 
-@pytest.mark.parametrize(("n_window", "n_prefix"), [(2, 3), (2, -1), (5, None), (0, None)])
+@pytest.mark.parametrize(("n_window", "n_prefix"), [(2, 5), (2, -1), (5, None), (0, None)])
 def test_window_and_prefix_must_fit_the_keys(n_window: int, n_prefix: int | None) -> None:
     with pytest.raises(ValueError, match="n_prefix|do not fit"):
         score(np.ones((n_window, 1, 1)), KEYS, scale=1.0, n_prefix=n_prefix)
@@ -209,23 +209,23 @@ def test_select_refuses_a_negative_k() -> None:
 
 def test_keep_is_the_best_prefix_cells_and_the_window() -> None:
     scores = [[0.0, 9, 1, 2, 8, 0], [1.0, 2, 3, 4, 5, 6]]
-    kept = keep(scores, [6, 5], kv_size=6, window=WINDOW, n_tokens=10)
+    kept = keep(scores, [6, 5], kv_size=6, recent=WINDOW, n_tokens=10)
     assert lists(kept) == [[1, 4, 6, 7, 8, 9], [5, 6, 7, 8, 9]]
 
 
 def test_prompt_shorter_than_the_mean_budget_is_not_compressed_whatever_the_heads_have() -> None:
     scores = np.ones((2, 5))
-    assert lists(keep(scores, [5, 99], kv_size=10, window=WINDOW, n_tokens=9)) == [list(range(9))] * 2
+    assert lists(keep(scores, [5, 99], kv_size=10, recent=WINDOW, n_tokens=9)) == [list(range(9))] * 2
 
 
 def test_prompt_of_exactly_kv_size_tokens_is_compressed_and_surplus_is_lost() -> None:
     scores = np.array([[3.0, 2, 1, 0, 0, 0], [0.0] * 6])
-    kept = keep(scores, [5, 15], kv_size=10, window=WINDOW, n_tokens=10)
+    kept = keep(scores, [5, 15], kv_size=10, recent=WINDOW, n_tokens=10)
     assert lists(kept) == [[0, 6, 7, 8, 9], list(range(10))]
 
 
 def test_prompt_shorter_than_the_window_is_kept() -> None:
-    assert lists(keep(np.zeros((1, 0)), [9], kv_size=9, window=8, n_tokens=3)) == [[0, 1, 2]]
+    assert lists(keep(np.zeros((1, 0)), [9], kv_size=9, recent=8, n_tokens=3)) == [[0, 1, 2]]
 
 
 # attend
@@ -301,9 +301,9 @@ def test_compression_keeps_the_window_and_at_most_the_budget(
 ) -> None:
     model, kv_size = ReferenceModel(model_path(name)), 10
     caps = reference.budget(
-        random_importance(n_layer=model.n_layer, n_head=model.n_head, seed=3), kv_size=kv_size, window=WINDOW, beta=1.2
+        random_importance(n_layer=model.n_layer, n_head=model.n_head, seed=3), kv_size=kv_size, recent=WINDOW, beta=1.2
     )
-    cells = reference.budget_kv(caps, n_head_kv=model.n_head_kv, window=WINDOW)
+    cells = reference.budget_kv(caps, n_head_kv=model.n_head_kv, recent=WINDOW)
     model.prefill(tokens(n_tokens))
     kept = model.compress(cells, kv_size=kv_size, window=WINDOW)
     for il, heads in enumerate(kept):
@@ -336,7 +336,7 @@ def test_kept_cells_of_the_model_are_the_stages_applied_to_its_q_and_k(model_pat
     model.prefill(tokens(40))
     kept = model.compress(np.array([[9, 12], [20, 5]]), kv_size=10, window=WINDOW, pool="avg", pool_kernel=5)
     scores = score(model.q[1][-WINDOW:], model.k[1], scale=16**-0.5, pool="avg", pool_kernel=5)
-    assert lists(kept[1]) == lists(keep(scores, [20, 5], kv_size=10, window=WINDOW, n_tokens=40))
+    assert lists(kept[1]) == lists(keep(scores, [20, 5], kv_size=10, recent=WINDOW, n_tokens=40))
 
 
 def test_retain_replaces_the_kept_cells(model_path: Callable[[str], Path]) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import SHAPES, load, tokens
+from conftest import SHAPES, load, tokens, without_importance
 from numpy.typing import NDArray
 
 try:
@@ -18,7 +18,7 @@ try:
 except ImportError as error:
     pytest.skip(f"the library is not built: {error}", allow_module_level=True)
 
-from pyheadkv import cli, gguf_keys, needle, score, score_examples
+from pyheadkv import cli, gguf_keys, importance, needle, score, score_examples
 from pyheadkv.reference import ReferenceModel, softmax
 from pyheadkv.metrics import token_f1, word_recall
 from pyheadkv.score_examples import Example, Examples, Slot, make_examples
@@ -48,18 +48,22 @@ class RowsReader:
     def __init__(self, rows: Sequence[NDArray[np.floating]], greedy: Sequence[int]) -> None:
         self.rows, self.tokens = rows, greedy
         self.shape = rows[0].shape[:2]
+        self.heads = [(self.shape[1], self.shape[1])] * self.shape[0]
         self.appended: list[int] = []
+        self.prompt: list[int] = []
 
-    def begin(self, _: Sequence[int]) -> None:
-        self.appended = []
+    def begin(self, prompt: Sequence[int]) -> None:
+        self.prompt, self.appended = list(prompt), []
 
     def append(self, token: int) -> None:
         self.appended.append(token)
 
     def attention(
-        self, spans: Sequence[tuple[int, int]], n_top: int
+        self, spans: Sequence[tuple[int, int]], n_top: int, n_queries: int
     ) -> tuple[NDArray[np.float32], NDArray[np.int32]]:
-        return reduce_rows(self.rows[len(self.appended)], spans, n_top)
+        first = len(self.appended)
+        found = [reduce_rows(rows, spans, n_top) for rows in self.rows[first : first + n_queries]]
+        return np.stack([mass for mass, _ in found]), np.stack([top for _, top in found])
 
     def greedy(self) -> int:
         return self.tokens[len(self.appended)]
@@ -71,6 +75,7 @@ class OracleReader:
     def __init__(self, path: Path) -> None:
         self.model = ReferenceModel(path, kv_round=np.float16)
         self.shape = self.model.n_layer, self.model.n_head
+        self.heads = [(self.model.n_head, self.model.n_head_kv)] * self.model.n_layer
 
     def begin(self, prompt: Sequence[int]) -> None:
         self.logits = self.model.prefill(prompt)[-1]
@@ -79,12 +84,19 @@ class OracleReader:
         self.logits = self.model.decode(token)
 
     def attention(
-        self, spans: Sequence[tuple[int, int]], n_top: int
+        self, spans: Sequence[tuple[int, int]], n_top: int, n_queries: int
     ) -> tuple[NDArray[np.float32], NDArray[np.int32]]:
         m = self.model
         heads = [h * m.n_head_kv // m.n_head for h in range(m.n_head)]
-        rows = [softmax(np.einsum("hd,thd->ht", q[-1], k[:, heads]) * m.scale) for q, k in zip(m.q, m.k, strict=True)]
-        return reduce_rows(np.array(rows), spans, n_top)
+        found = []
+        for i in range(-n_queries, 0):
+            rows = []
+            for q, k in zip(m.q, m.k, strict=True):
+                n = len(k) + i + 1
+                row = softmax(np.einsum("hd,thd->ht", q[i], k[:n, heads]) * m.scale)
+                rows.append(np.pad(row, ((0, 0), (0, len(k) - n))))
+            found.append(reduce_rows(np.array(rows), spans, n_top))
+        return np.stack([mass for mass, _ in found]), np.stack([top for _, top in found])
 
     def greedy(self) -> int:
         return int(self.logits.argmax())
@@ -146,6 +158,47 @@ def test_scores_of_written_rows_are_those_worked_out_by_hand() -> None:
     assert scores.tolist() == [[0.5, 0]]
 
 
+def test_forced_answer_scores_as_if_the_model_had_said_it_and_is_read_in_one_pass() -> None:
+    reader, example = RowsReader(ROWS, [99, 99]), replace(example_of(4, n_steps=2), answer_tokens=(11, 12))
+    scores = score.score_forced(reader, example, method="r2")
+    assert scores == pytest.approx(np.array([[(0.3 + 0.6 + 0.2) / 2, (0.3 + 0.9 + 0.05) / 2]]))
+    assert reader.prompt == [10, 11, 12, 13, 11] and reader.appended == []  # the last token of the answer is not read
+    assert score.score_forced(reader, example, method="r").tolist() == [[0.5, 0]]
+    outcome = score.measure_one(reader, Fixed(example), Slot("0", "fixed", 4, 0.5, 0), method="r2", answers="forced")
+    assert outcome.accepted and outcome.scores == scores.tolist()
+
+
+def test_reliability_is_that_of_the_ranks_of_kv_heads() -> None:
+    rng = np.random.default_rng(1)
+    truth, heads = rng.random((4, 8)), [(8, 2)] * 3 + [(4, 4)]
+    truth[3, 4:] = 0  # a layer with fewer heads
+    noisy = lambda noise, n: [outcome(1.0, np.maximum(0, truth + noise * rng.standard_normal(truth.shape)).tolist()) for _ in range(n)]
+    assert score.kv_scores(truth, heads).shape == (10,)
+    assert score.kv_scores(truth, heads)[1] == truth[0, 4:].mean()
+    sure, few, many = (score.reliability(o, heads) for o in (noisy(0.01, 8), noisy(1.0, 8), noisy(1.0, 200)))
+    assert sure > 0.95 and few < many and many > 0.8
+    assert score.reliability(noisy(0.1, 1), heads) == 0
+    assert score.rank_correlation(np.array([1.0, 2, 2, 3]), np.array([10.0, 20, 20, 90])) == pytest.approx(1)
+    assert score.rank_correlation(np.array([1.0, 2, 3]), np.array([3.0, 2, 1])) == pytest.approx(-1)
+    assert score.rank_correlation(np.ones(3), np.arange(3.0)) == 0
+
+
+def test_a_run_ends_when_the_importance_is_stable_and_never_writes_an_unreliable_one(tmp_path: Path) -> None:
+    rng = np.random.default_rng(3)
+    rows = [np.tile(np.linspace(0.1, 0.9, 40)[None, :, None], (1, 1, 4))] * 2
+    examples = Fixed(replace(example_of(4, n_steps=2), answer_tokens=(11, 12)), n=40)
+    reader, journal = RowsReader(rows, []), score.Journal(tmp_path / "a.part", asdict(SETTINGS), resume=False)
+    score.measure(reader, examples, journal, method="r2", answers="forced", until=0.9)
+    outcomes = score.outcomes_of(journal)
+    assert len(outcomes) == score.N_STABLE
+    assert score.check_reliable(outcomes, reader.heads) == pytest.approx(1)
+    with pytest.raises(ValueError, match=rf"7 of 7 examples count, at least {score.N_COUNTED}"):
+        score.check_reliable(outcomes[:7], reader.heads)
+    noise = [outcome(1.0, rng.random((1, 40)).tolist()) for _ in range(20)]
+    with pytest.raises(ValueError, match=r"reliability of 0\.\d\d, at least 0\.7"):
+        score.check_reliable(noise, reader.heads)
+
+
 @pytest.mark.parametrize("scores_stop", [False, True])
 def test_token_that_ends_the_answer_is_no_response_and_counts_for_the_authors(scores_stop: bool) -> None:
     examples = Fixed(example_of(4, n_steps=2), stop=12, scores_stop=scores_stop)
@@ -201,6 +254,10 @@ def test_scores_of_the_engine_are_those_of_the_oracle(shape: Any, make_model: Ca
         np.testing.assert_allclose(found, expected, atol=5e-3)
         if method != "r":
             assert expected.any()
+        forced = replace(example, answer_tokens=tuple(example.tokens[9:15]))
+        found, expected = (score.score_forced(r, forced, method=method) for r in (score.LlamaReader(llm), OracleReader(path)))
+        assert np.isclose(found, expected, atol=1e-4).mean() > 0.9
+        np.testing.assert_allclose(found, expected, atol=1 / 16 if method == "r" else 5e-3)  # of two nearly equal ones either is the top
 
 
 # examples
@@ -315,7 +372,8 @@ def test_protocols_refuse_what_they_cannot_do(llm: Any, monkeypatch: pytest.Monk
 # runs
 
 
-SETTINGS = score.Settings("r2", "clean", 4, 100, 0, "00", {"n_threads": 1}, {"pyheadkv": "0"})
+SETTINGS = score.Settings("r2", "clean", "generated", 4, 0.0, 100, 0, "00", "", {"n_threads": 1}, {"pyheadkv": "0"})
+MEASURE = {"method": "r2", "answers": "generated", "until": 0.0}
 
 
 class Interrupted(RowsReader):
@@ -337,13 +395,13 @@ def finished(path: Path, *, interrupt: int | None = None, tear: bool = False) ->
     examples = Fixed(example_of(4, n_steps=2), n=4)
     if interrupt is not None:
         with pytest.raises(KeyboardInterrupt):
-            score.measure(Interrupted(interrupt), examples, score.Journal(path, asdict(SETTINGS), resume=False), method="r2")
+            score.measure(Interrupted(interrupt), examples, score.Journal(path, asdict(SETTINGS), resume=False), **MEASURE)
         if tear:
             path.write_bytes(path.read_bytes() + b'{"name": "2", "ki')
     journal = score.Journal(path, asdict(SETTINGS), resume=interrupt is not None)
     assert len(journal.entries) == (interrupt or 0)
-    score.measure(RowsReader(ROWS, [11, 12]), examples, journal, method="r2")
-    assert score.result(SETTINGS, score.outcomes_of(journal))["accepted"] == 4
+    score.measure(RowsReader(ROWS, [11, 12]), examples, journal, **MEASURE)
+    assert score.result(SETTINGS, score.outcomes_of(journal), 1.0)["accepted"] == 4
     return path.read_bytes()
 
 
@@ -406,14 +464,15 @@ def test_embedded_model_is_asked_in_its_language(tmp_path: Path) -> None:
 def test_score_writes_file_and_model_and_resumes(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    options = ["--examples", "4", "--max-tokens", "600", "--seed", "5"]
+    options = ["--examples", "9", "--max-tokens", "600", "--seed", "5"]
     first, second, out = tmp_path / "1.json", tmp_path / "2.json", tmp_path / "out.gguf"
     assert run("-o", first, *options, "--write", out, "--force") == 0
     printed = capsys.readouterr().out
-    assert "4 of 4 answered" in printed and "per 1000 prompt tokens" in printed
+    assert "9 of 9 count" in printed and "reliability" in printed and "per 1000 prompt tokens" in printed
     content = json.loads(first.read_bytes())
     assert content["method"] == "r2" and content["protocol"] == "clean" and content["seed"] == 5
-    assert content["n_examples"] == content["accepted"] == len(content["examples"]) == 4
+    assert content["n_examples"] == content["accepted"] == len(content["examples"]) == 9
+    assert content["answers"] == "forced" and score.RELIABLE < content["reliability"] <= 1
     assert len(content["model_sha256"]) == 64 and content["versions"]["pyheadkv"] == pyheadkv.__version__
     written = gguf_keys.read_importance(out)
     assert written is not None and written.method == "headkv-r2" and content["model_sha256"] in written.source
@@ -433,7 +492,7 @@ def test_score_writes_file_and_model_and_resumes(
     assert run("-o", second, *options) == 1
     assert "--resume" in capsys.readouterr().err
     assert run("-o", second, *options, "--resume") == 0
-    assert len(done) == 4
+    assert len(done) == 9
     assert second.read_bytes() == first.read_bytes()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["1.json", "2.json", "out.gguf"]
 
@@ -442,9 +501,32 @@ def test_score_of_a_model_that_answers_nothing_is_an_error(
     model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "a.json"
-    assert run(model, "-o", out, "--examples", "2", "--max-tokens", "1000") == 1
-    assert "answered none of 2 examples" in capsys.readouterr().err
+    assert run(model, "-o", out, "--examples", "2", "--max-tokens", "1000", "--answers", "generated") == 1
+    assert "0 of 2 examples count, at least 8 are needed: use --answers forced" in capsys.readouterr().err
     assert not out.exists()
+
+
+@embedded
+def test_score_without_an_output_writes_where_it_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, cache = tmp_path / "models" / "a.gguf", tmp_path / "cache"
+    model.parent.mkdir()
+    without_importance(pyheadkv.embedded_model(), model)
+    monkeypatch.setenv("PYHEADKV_CACHE", str(cache))
+    options = ["--examples", "9", "--max-tokens", "600"]
+    assert importance.find_importance(model) is None
+    assert run(model, *options) == 0
+    beside = importance.find_importance(model)
+    assert beside is not None and beside.origin == f"beside the model: {tmp_path / 'models' / 'a.importance.json'}"
+    first = importance.sidecar_path(model).read_bytes()
+    assert run(model, *options) == 1
+    assert run(model, *options, "--force") == 0
+    assert importance.sidecar_path(model).read_bytes() == first  # twice the same
+    importance.sidecar_path(model).unlink()
+    monkeypatch.setattr(score.os, "access", lambda *_: False)  # root may write everywhere
+    assert run(model, *options) == 0
+    cached = importance.find_importance(model)
+    assert cached is not None and str(cache) in cached.origin and not importance.sidecar_path(model).exists()
+    np.testing.assert_array_equal(cached.importance.values, beside.importance.values)
 
 
 @embedded

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import warnings
+from dataclasses import replace
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
@@ -81,8 +82,8 @@ def test_reader_gives_what_the_engine_gives(
         one.begin(prompt)
     for token in (17, 21):
         assert nmse(reader.last_logits, engine.llm.last_logits) < 1e-4
-        for n_top in (1, 26, 150):
-            found, expected = (one.attention(spans, n_top) for one in (reader, engine))
+        for n_top, n_queries in ((1, 1), (26, 1), (26, 8), (140, 8)):
+            found, expected = (one.attention(spans, n_top, n_queries) for one in (reader, engine))
             assert [values.dtype for values in found] == [np.float32, np.int32]
             # rounding decides which of two nearly equal positions is the N-th
             assert np.isclose(found[0], expected[0], atol=1e-3).mean() > 0.9
@@ -103,6 +104,9 @@ def test_scores_are_those_of_the_engine(score_hf: ModuleType, method: str, make_
     assert said == wanted
     np.testing.assert_allclose(found, expected, atol=5e-3)
     assert method == "r" or expected.any()
+    forced = replace(example, answer_tokens=tuple(example.tokens[9:15]))
+    found, expected = (score.score_forced(reader, forced, method=method) for reader in readers)
+    np.testing.assert_allclose(found, expected, atol=5e-3)
 
 
 def llama() -> Any:

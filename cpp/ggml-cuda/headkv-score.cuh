@@ -23,7 +23,9 @@ struct score_params {
     int   n_group;
     int   n_window;
     int   n_kv;
+    int   n_prefix;
     int   n_chunk;
+    int   n_square;
     bool  pool_max;
     int   pool_kernel;
     float scale;
@@ -133,7 +135,7 @@ static __global__ void __launch_bounds__(N_THREADS) score_pooled(const score_par
     __shared__ float mean[N_TILE];
 
     const int head     = blockIdx.y;
-    const int n_prefix = a.n_kv - a.n_window;
+    const int n_prefix = a.n_prefix;
     const int n_query  = a.n_window*a.n_group;
     const int half     = a.pool_kernel/2;
     const int first    = blockIdx.x*(N_TILE - 2*half); // of the scores
@@ -151,11 +153,20 @@ static __global__ void __launch_bounds__(N_THREADS) score_pooled(const score_par
         if (r < n) {
             const float * totals = a.totals + ((size_t) head*n_query + j0)*2;
             for (int j = 0; j < min(NQ, n_query - j0); ++j) {
-                sum += expf(logit(p[r*NQ + j], a.scale, a.softcap) - totals[2*j])*totals[2*j + 1];
+                const int visible = a.n_kv - a.n_window + (j0 + j)/a.n_group + 1 - r0;
+                float x = r < visible ? expf(logit(p[r*NQ + j], a.scale, a.softcap) - totals[2*j])*totals[2*j + 1] : 0.0f;
+                for (int i = 0; i < a.n_square; ++i) {
+                    x *= x;
+                }
+                sum += x;
             }
         }
     }
-    mean[r] = sum/n_query;
+    sum /= n_query;
+    for (int i = 0; i < a.n_square; ++i) {
+        sum = sqrtf(sum);
+    }
+    mean[r] = sum;
     __syncthreads();
 
     const int i = first + r; // position
@@ -203,7 +214,7 @@ void score_run(const score_params & a, bool pooled, Stream stream) {
     }
     const int n_step = N_TILE - 2*(a.pool_kernel/2);
     HEADKV_LAUNCH((score_totals), dim3(a.n_window*a.n_group, a.n_head_kv, 1), dim3(32, 1, 1), stream, a);
-    HEADKV_LAUNCH((score_pooled<D, Row>), dim3((a.n_kv - a.n_window + n_step - 1)/n_step, a.n_head_kv, 1), block, stream, a);
+    HEADKV_LAUNCH((score_pooled<D, Row>), dim3((a.n_prefix + n_step - 1)/n_step, a.n_head_kv, 1), block, stream, a);
 }
 
 template <class Stream>
@@ -232,6 +243,8 @@ void score_run(ggml_tensor * dst, float * scratch, Stream stream) {
     a.n_group     = (int) q->ne[1]/a.n_head_kv;
     a.n_window    = (int) q->ne[2];
     a.n_kv        = (int) cells->ne[0];
+    a.n_prefix    = pooled ? (int) dst->ne[0] : 0;
+    a.n_square    = op.n_square;
     a.n_chunk     = (a.n_kv + HEADKV_SCORE_CHUNK - 1)/HEADKV_SCORE_CHUNK;
     a.pool_max    = op.pool_max != 0;
     a.pool_kernel = op.pool_kernel;

@@ -16,7 +16,7 @@ struct select_params {
     size_t n_scores;        // floats from head to head
     size_t n_plan;          // integers from head to head
     int n_prefix;
-    int n_window;
+    int n_recent;
 };
 
 // an integer in the order of the scores; -0 and 0 are one score, NaN is the lowest
@@ -60,7 +60,7 @@ static __global__ void __launch_bounds__(N_SELECT) select_best(const select_para
     int32_t     * out    = a.dst + a.plan[blockIdx.x*a.n_plan];
     const int     tid    = threadIdx.x;
 
-    for (int i = tid; i < a.n_window; i += N_SELECT) {
+    for (int i = tid; i < a.n_recent; i += N_SELECT) {
         out[n_keep + i] = a.n_prefix + i;
     }
     if (n_keep == a.n_prefix) {
@@ -141,7 +141,7 @@ void select_run(ggml_tensor * dst, Stream stream) {
     a.n_scores = scores->nb[1]/sizeof(float);
     a.n_plan   = plan->nb[1]/sizeof(int32_t);
     a.n_prefix = (int) scores->ne[0];
-    a.n_window = headkv_op_get(dst).n_window;
+    a.n_recent = headkv_op_get(dst).n_recent;
     HEADKV_LAUNCH((select_best), dim3((unsigned) scores->ne[1], 1, 1), dim3(N_SELECT, 1, 1), stream, a);
 }
 

@@ -56,6 +56,8 @@ struct headkv_params headkv_default_params(void) {
         /*.policy          =*/ "headkv",
         /*.kv_size         =*/ 128,
         /*.window          =*/ 8,
+        /*.recent          =*/ 8,
+        /*.power           =*/ 1,
         /*.pool            =*/ HEADKV_POOL_MAX,
         /*.pool_kernel     =*/ 7,
         /*.beta            =*/ 0.0,
@@ -261,6 +263,11 @@ int32_t headkv_get_stats(const struct llama_context * ctx, llama_seq_id seq_id, 
     return 0;
 }
 
+const char * headkv_get_policy(const struct llama_context * ctx) {
+    llama_kv_cache_ragged * kv = get_kv(ctx);
+    return kv ? kv->config().policy->name : "full";
+}
+
 int32_t headkv_get_budget(const struct llama_context * ctx, int32_t * dst, int32_t n) {
     const llama_kv_cache_ragged * kv = get_kv_seq(ctx, 0);
     if (!kv) {
@@ -274,7 +281,9 @@ int32_t headkv_get_budget(const struct llama_context * ctx, int32_t * dst, int32
         }
         std::fill(dst, dst + n_values, 0);
         for (int32_t il = 0; il < kv->n_layer(); ++il) {
-            std::copy(kv->budget(il).begin(), kv->budget(il).end(), dst + il*n_head_kv);
+            std::transform(kv->budget(il).begin(), kv->budget(il).end(), dst + il*n_head_kv, [&](uint32_t x) {
+                return kv->config().policy->keeps_all ? (int32_t) kv->n_ctx_seq_max() : (int32_t) x;
+            });
         }
     }
     return n_values;
@@ -368,12 +377,16 @@ int32_t headkv_read_window(const struct llama_context * ctx, llama_seq_id seq_id
     return res < 0 ? fail(kv->error()) : res;
 }
 
-int32_t headkv_read_attention(struct llama_context * ctx, llama_seq_id seq_id, const int32_t * spans, int32_t n_spans, int32_t n_top, float * mass, int32_t * top, int32_t n) {
+int32_t headkv_read_attention(struct llama_context * ctx, llama_seq_id seq_id, int32_t n_queries, const int32_t * spans, int32_t n_spans,
+        int32_t n_top, float * mass, int32_t * top, int32_t n) {
     llama_kv_cache_ragged * kv = get_kv_seq(ctx, seq_id);
     if (!kv) {
         return -1;
     }
-    const int32_t n_values = kv->n_layer()*kv->n_head_max();
+    if (n_queries < 1 || n_queries > (int32_t) kv->config().window) {
+        return fail(format("attention of the last %d tokens: it must be in [1, %u], the observation window", n_queries, kv->config().window));
+    }
+    const int32_t n_values = n_queries*kv->n_layer()*kv->n_head_max();
     if (!mass) {
         return n_values;
     }
@@ -385,7 +398,7 @@ int32_t headkv_read_attention(struct llama_context * ctx, llama_seq_id seq_id, c
         ranges.push_back({ spans[2*i], spans[2*i + 1] });
     }
     try {
-        return kv->read_attention(ctx, seq_id, ranges, n_top, mass, top) ? n_values : fail(kv->error());
+        return kv->read_attention(ctx, seq_id, n_queries, ranges, n_top, mass, top) ? n_values : fail(kv->error());
     } catch (const std::exception & e) {
         return fail(e.what());
     }

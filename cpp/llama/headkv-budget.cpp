@@ -44,14 +44,14 @@ static std::vector<double> normalized(const std::vector<double> & v) {
 headkv_cells headkv_budget_uniform(const headkv_config & cfg, const headkv_heads & heads) {
     headkv_cells res;
     for (int32_t n : heads.n_head_kv) {
-        res.emplace_back(n, (int64_t) cfg.kv_size - cfg.window);
+        res.emplace_back(n, (int64_t) cfg.kv_size - cfg.recent);
     }
     return res;
 }
 
 // prefix cells of each query head
 static std::vector<int64_t> budget_query_heads(const headkv_config & cfg, const std::vector<double> & importance) {
-    const double base = (double) cfg.kv_size - cfg.window;
+    const double base = (double) cfg.kv_size - cfg.recent;
 
     const std::vector<double> share = normalized(normalized(importance));
 
@@ -223,7 +223,7 @@ std::vector<std::vector<uint32_t>> headkv_budget(const headkv_config & cfg, cons
     for (const auto & layer : cfg.policy->budget(cfg, heads, std::numeric_limits<int64_t>::max())) {
         res.emplace_back();
         for (int64_t n : layer) {
-            res.back().push_back((uint32_t) n + cfg.window);
+            res.back().push_back((uint32_t) std::min<int64_t>(n, HEADKV_MAX_CELLS) + cfg.recent);
         }
     }
     return res;

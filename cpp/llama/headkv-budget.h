@@ -3,7 +3,7 @@
 
 #include "headkv-policy.h"
 
-// kv_size without the window for every head
+// kv_size without the recent cells for every head
 headkv_cells headkv_budget_uniform(const headkv_config & cfg, const headkv_heads & heads);
 
 // Importance of the query heads that exist, layer after layer.
@@ -19,11 +19,11 @@ headkv_cells headkv_budget_importance(const headkv_config & cfg, const headkv_he
 // does not divide to the first ones; as often as it takes. Returns what no head could take.
 int64_t headkv_budget_spread(headkv_cells & cells, int64_t n, int64_t limit);
 
-// Cells of a prompt of n_prefix cells before the window. What a head may keep beyond them is lost, or goes evenly to the
+// Cells of a prompt of n_prefix cells before the recent ones. What a head may keep beyond them is lost, or goes evenly to the
 // other heads of its layer, and what these cannot take to those of all layers. Then each head gets at least n_protected.
 void headkv_budget_fit(headkv_cells & cells, int64_t n_prefix, int64_t n_protected, headkv_surplus surplus);
 
-// cells before the window that every head keeps
+// cells before the recent ones that every head keeps
 int64_t headkv_n_protected(const headkv_config & cfg, int64_t n_prefix);
 
 // Moves cells between the heads of a layer to where the scores are high. Each head is guaranteed the share floor of its
@@ -34,5 +34,5 @@ int64_t headkv_n_protected(const headkv_config & cfg, int64_t n_prefix);
 // up, ties to the lower head, and the sum stays.
 void headkv_budget_adapt(headkv_scored & layer, double floor, bool normalize);
 
-// Budgets of the policy for long prompts, window included, [il][ih].
+// Budgets of the policy for long prompts, recent ones included, [il][ih].
 std::vector<std::vector<uint32_t>> headkv_budget(const headkv_config & cfg, const headkv_heads & heads);

@@ -48,7 +48,7 @@ static std::vector<std::pair<int32_t, int32_t>> spans_of(const headkv_params & p
 }
 
 void headkv_config_check_ctx(const headkv_config & cfg, uint32_t n_ctx) {
-    if (cfg.kv_size > n_ctx) {
+    if (cfg.kv_size > n_ctx && !cfg.policy->keeps_all) {
         throw std::invalid_argument(format("kv_size is %u: it must not be larger than n_ctx = %u", cfg.kv_size, n_ctx));
     }
     if (!cfg.spans.empty() && (uint32_t) cfg.spans.back().second > n_ctx) {
@@ -62,20 +62,49 @@ headkv_config headkv_config_from_params(const headkv_params & params) {
         throw std::invalid_argument(format("headkv_params.size is %zu, this library expects %zu", params.size, sizeof(headkv_params)));
     }
 
-    headkv_config cfg;
+    headkv_config cfg = {};
 
-    cfg.policy      = &headkv_policy_find(params.policy ? params.policy : "");
-    cfg.window      = check_range("window", params.window, 1, 64);
+    if (params.importance) {
+        cfg.importance.n_layer = check_range("n_layer of the importance", params.n_layer, 1, 65536);
+        cfg.importance.n_head  = check_range("n_head of the importance",  params.n_head,  1, 65536);
+        cfg.importance.values.assign(params.importance, params.importance + (size_t) params.n_layer*params.n_head);
+        headkv_importance_check(cfg.importance);
+    }
+    const bool is_auto = strcmp(params.policy ? params.policy : "", "auto") == 0;
+    if (!is_auto) {
+        cfg.policy = &headkv_policy_find(params.policy ? params.policy : "");
+    }
+    if (cfg.importance.values.empty() && params.importance_gguf && (is_auto || cfg.policy->needs_importance)) {
+        cfg.importance = headkv_importance_from_gguf(params.importance_gguf);
+    }
+    if (is_auto) {
+        cfg.policy = &headkv_policy_find(cfg.importance.values.empty() ? HEADKV_AUTO_UNKNOWN : HEADKV_AUTO_IMPORTANCE);
+    }
+    if (!cfg.policy->needs_importance) {
+        cfg.importance = {};
+    } else if (cfg.importance.values.empty()) {
+        throw std::invalid_argument(format("policy '%s' needs the importance of each head and nothing is known of this model's: measure it with "
+                    "'pyheadkv score MODEL.gguf --write OUT.gguf', pass importance=, or use policy 'auto'", cfg.policy->name));
+    }
+
+    cfg.window      = check_range("window", params.window, 1, 256);
+    cfg.recent      = check_range("recent", params.recent, 1, 1 << 20);
+    while (1 << cfg.n_square < params.power) {
+        cfg.n_square++;
+    }
+    if (params.power != 1 << cfg.n_square || cfg.n_square > 3) {
+        throw std::invalid_argument(format("power is %d: it must be 1, 2, 4 or 8", params.power));
+    }
     cfg.pool        = (headkv_pool) check_range("pool", params.pool, HEADKV_POOL_MAX, HEADKV_POOL_AVG);
     cfg.pool_kernel = check_range("pool_kernel", params.pool_kernel, 1, 31);
     if (cfg.pool_kernel % 2 == 0) {
         throw std::invalid_argument(format("pool_kernel is %d: it must be odd, so that the pooling is centred", params.pool_kernel));
     }
-    if (params.kv_size < params.window + 1 || params.kv_size > 1 << 26) {
-        throw std::invalid_argument(format("kv_size is %d: it counts the window of %d cells, so it must be at least %d (and at most %d)",
-                    params.kv_size, params.window, params.window + 1, 1 << 26));
+    if (!cfg.policy->keeps_all && (params.kv_size < params.recent + 1 || params.kv_size > HEADKV_MAX_CELLS)) {
+        throw std::invalid_argument(format("kv_size is %d: it counts the %d recent cells, so it must be at least %d (and at most %d)",
+                    params.kv_size, params.recent, params.recent + 1, HEADKV_MAX_CELLS));
     }
-    cfg.kv_size = params.kv_size;
+    cfg.kv_size = cfg.policy->keeps_all ? HEADKV_MAX_CELLS : params.kv_size;
     cfg.n_tail    = check_range("n_tail", params.n_tail, 1, 1 << 20);
     cfg.attend    = (headkv_attend) check_range("attend", params.attend, HEADKV_ATTEND_AUTO, HEADKV_ATTEND_COMPOSED);
     cfg.n_buckets = check_range("n_buckets", params.n_buckets, 1, 8);
@@ -86,7 +115,7 @@ headkv_config headkv_config_from_params(const headkv_params & params) {
     cfg.surplus = (headkv_surplus) check_range("surplus", params.surplus, HEADKV_SURPLUS_LOST, HEADKV_SURPLUS_REDISTRIBUTE);
     const int32_t n_sinks = check_range("sinks", params.sinks, -1, 1 << 26);
     cfg.spans = spans_of(params, n_sinks >= 0 ? n_sinks :
-            std::min(cfg.policy->n_sinks, params.kv_size - params.window - (cfg.policy->compensates ? 1 : 0)));
+            std::min(cfg.policy->n_sinks, params.kv_size - params.recent - (cfg.policy->compensates ? 1 : 0)));
 
     cfg.pyramid_exact   = check_range("pyramid_exact",   params.pyramid_exact,   0, 1) == 1;
     cfg.adakv_normalize = check_range("adakv_normalize", params.adakv_normalize, 0, 1) == 1;
@@ -100,21 +129,6 @@ headkv_config headkv_config_from_params(const headkv_params & params) {
     }
     if (cfg.keep_prompt) {
         cfg.prefill = HEADKV_PREFILL_TOKEN;
-    }
-
-    if (cfg.policy->needs_importance) {
-        if (params.importance) {
-            cfg.importance.n_layer = check_range("n_layer of the importance", params.n_layer, 1, 65536);
-            cfg.importance.n_head  = check_range("n_head of the importance",  params.n_head,  1, 65536);
-            cfg.importance.values.assign(params.importance, params.importance + (size_t) params.n_layer*params.n_head);
-            headkv_importance_check(cfg.importance);
-        } else if (params.importance_gguf) {
-            cfg.importance = headkv_importance_from_gguf(params.importance_gguf);
-        }
-        if (cfg.importance.values.empty()) {
-            throw std::invalid_argument(format("policy '%s' needs the importance of each head and the model has none: add it with "
-                        "scripts/gguf_add_importance.py, pass importance=, or use policy 'snapkv'", cfg.policy->name));
-        }
     }
 
     const double known = cfg.importance.beta != 0.0 ? cfg.importance.beta : 1.2;

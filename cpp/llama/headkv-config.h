@@ -17,10 +17,14 @@ struct headkv_importance {
 
 struct headkv_policy; // headkv-policy.h
 
+constexpr int32_t HEADKV_MAX_CELLS = 1 << 26; // of a head
+
 struct headkv_config {
     const headkv_policy * policy;
     uint32_t      kv_size;
     uint32_t      window;
+    uint32_t      recent;
+    int           n_square; // log2 of the power
     headkv_pool   pool;
     uint32_t      pool_kernel;
     double        beta; // > 1

@@ -26,7 +26,8 @@ struct headkv_op {
 
     float   scale       = 1.0f; // attend, stats, score: of the dot products
     float   softcap     = 0.0f; // same, 0 = none
-    int32_t n_window    = 0;    // select
+    int32_t n_recent    = 0;    // select
+    int32_t n_square    = 0;    // score: probabilities are squared so often before their mean is taken
     int32_t pool_max    = 1;    // score: pooling by the maximum, else by the average
     int32_t pool_kernel = 1;    // score
 };

@@ -8,7 +8,7 @@ static constexpr int64_t BETA = 20;
 
 // The authors fix the budgets with the first prompt of a process; here each prompt has its own.
 static headkv_cells budget(const headkv_config & cfg, const headkv_heads & heads, int64_t n_prefix) {
-    const int64_t base = (int64_t) cfg.kv_size - cfg.window;
+    const int64_t base = (int64_t) cfg.kv_size - cfg.recent;
 
     int64_t n_layer = 0; // with KV heads
     int64_t n_heads = 0;

@@ -30,7 +30,7 @@ static headkv_cells budget(const headkv_config & cfg, const headkv_heads & heads
     std::iota(order.begin(), order.end(), 0);
     std::stable_sort(order.begin(), order.end(), [&](size_t a, size_t b) { return matters[a] > matters[b]; });
 
-    int64_t rest = std::max<int64_t>(0, (int64_t) cfg.kv_size - cfg.window - n_few)*(int64_t) cells.size();
+    int64_t rest = std::max<int64_t>(0, (int64_t) cfg.kv_size - cfg.recent - n_few)*(int64_t) cells.size();
     for (size_t i : order) {
         const int64_t n = std::min(rest, n_prefix - n_few);
         *cells[i] += n;

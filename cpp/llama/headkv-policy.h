@@ -19,7 +19,8 @@
     X(headkv_adakv)  \
     X(criticalkv)    \
     X(h2o)           \
-    X(razor)
+    X(razor)         \
+    X(lossless)
 
 // heads of each layer, both 0 where a layer has no KV heads
 struct headkv_heads {
@@ -27,7 +28,7 @@ struct headkv_heads {
     std::vector<int32_t> n_head_kv; // [il]
 };
 
-// [il][ih] cells before the window
+// [il][ih] cells before the recent ones
 using headkv_cells = std::vector<std::vector<int64_t>>;
 
 // what is known of a layer when its cells are scored
@@ -48,11 +49,12 @@ struct headkv_policy {
     bool         needs_importance; // of the query heads, in the configuration
     bool         needs_values;     // headkv_scored has them
     bool         needs_sums;       // scores are the attention that all queries of the prompt pay to a cell, not pooled
+    bool         keeps_all;        // every cell of every head; kv_size does not count
     bool         compensates;      // one of a head's cells stands for all that it drops, if it drops any: their mean
     double       adakv_floor;      // default of the option
     int32_t      n_sinks;          // same
 
-    // Cells of each KV head, for prompts of n_prefix cells before the window. May be more than that.
+    // Cells of each KV head, for prompts of n_prefix cells before the recent ones. May be more than that.
     // Throws std::invalid_argument when the importance does not fit the layers.
     headkv_cells (*budget)(const headkv_config & cfg, const headkv_heads & heads, int64_t n_prefix);
 
@@ -64,6 +66,10 @@ struct headkv_policy {
     // The sum of n_keep must stay, and protected cells too. null = nothing of that.
     void (*refine)(const headkv_config & cfg, headkv_scored & layer);
 };
+
+// what policy "auto" means when the importance of the heads is known, and when it is not
+constexpr const char * HEADKV_AUTO_IMPORTANCE = "headkv";
+constexpr const char * HEADKV_AUTO_UNKNOWN    = "snapkv";
 
 // by name; throws std::invalid_argument with the known ones
 const headkv_policy & headkv_policy_find(const std::string & name);

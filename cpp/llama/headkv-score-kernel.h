@@ -92,10 +92,13 @@ void score_add_stats(const float * x, float * m, float * s) {
     *s += vf_sum(sv);
 }
 
-void score_add_probs(const float * x, float m, float f, float * sum) {
+void score_add_probs(const float * x, float m, float f, int n_square, float * sum) {
     for (int i = 0; i < N_KEYS; i += W) {
-        const vf p = vf_exp(vf_sub(vf_load(x + i), vf_set(m)));
-        vf_store(sum + i, vf_fma(p, vf_set(f), vf_load(sum + i)));
+        vf p = vf_mul(vf_exp(vf_sub(vf_load(x + i), vf_set(m))), vf_set(f));
+        for (int j = 0; j < n_square; ++j) {
+            p = vf_mul(p, p);
+        }
+        vf_store(sum + i, vf_add(vf_load(sum + i), p));
     }
 }
 

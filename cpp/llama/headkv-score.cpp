@@ -36,21 +36,27 @@ ggml_tensor * headkv_build_soft_max(ggml_context * ctx, ggml_tensor * kq, ggml_t
 }
 
 ggml_tensor * headkv_build_score(ggml_context * ctx, ggml_cgraph * gf, ggml_tensor * q, ggml_tensor * k, ggml_tensor * mask,
-        float scale, float softcap, headkv_pool pool, int pool_kernel) {
+        int64_t n_prefix, float scale, float softcap, int n_square, headkv_pool pool, int pool_kernel) {
     const int64_t n_kv     = k->ne[1];
     const int64_t n_window = q->ne[1];
     const int64_t n_group  = q->ne[2];
-    const int64_t n_prefix = n_kv - n_window;
 
     ggml_tensor * kq = ggml_mul_mat(ctx, k, ggml_reshape_2d(ctx, q, q->ne[0], n_window*n_group)); // [n_kv, n_window*n_group]
     ggml_prec_set_acc(kq, GGML_PREC_F32);
     kq = ggml_reshape_3d(ctx, kq, n_kv, n_window, n_group);
     ggml_tensor * p = headkv_build_soft_max(ctx, kq, mask, scale, softcap); // the allocator makes it in place
     ggml_build_forward_expand(gf, p);
+    for (int i = 0; i < n_square; ++i) {
+        p = ggml_sqr_inplace(ctx, p);
+        ggml_build_forward_expand(gf, p);
+    }
 
     p = sum_rows(ctx, gf, ggml_reshape_2d(ctx, p, n_kv, n_window*n_group));
 
     ggml_tensor * s = ggml_scale(ctx, ggml_view_1d(ctx, p, n_prefix, 0), 1.0f/(n_window*n_group));
+    for (int i = 0; i < n_square; ++i) {
+        s = ggml_sqrt(ctx, s);
+    }
     if (pool_kernel > 1) {
         // max leaves out the neighbours that do not exist, avg counts them as zero: what torch's poolings do
         s = pool == HEADKV_POOL_MAX
@@ -132,7 +138,7 @@ struct score_args {
     explicit score_args(const ggml_tensor * dst) :
         q(dst->src[0]), k(dst->src[1]), cells((const int32_t *) dst->src[2]->data), op(headkv_op_get(dst)),
         n_embd_head(q->ne[0]), n_head_kv(k->ne[0]/n_embd_head), n_group(q->ne[1]/n_head_kv), n_window(q->ne[2]), n_kv(dst->src[2]->ne[0]),
-        n_prefix(n_kv - n_window), n_query(n_window*n_group), n_chunk((n_kv + HEADKV_SCORE_CHUNK - 1)/HEADKV_SCORE_CHUNK) {
+        n_prefix(op.kind == HEADKV_OP_SCORE ? dst->ne[0] : 0), n_query(n_window*n_group), n_chunk((n_kv + HEADKV_SCORE_CHUNK - 1)/HEADKV_SCORE_CHUNK) {
     }
 };
 
@@ -207,7 +213,7 @@ struct score_block {
         }
         for (int64_t j = 0; j < a.n_query; ++j) {
             // a query of the window sees the keys up to its own
-            const int64_t n_visible = std::min(n, a.n_prefix + j/a.n_group + 1 - first);
+            const int64_t n_visible = std::min(n, a.n_kv - a.n_window + j/a.n_group + 1 - first);
             if (n_visible < N) {
                 std::fill(x.begin() + j*N + std::max<int64_t>(n_visible, 0), x.begin() + (j + 1)*N, -INFINITY);
             }
@@ -246,7 +252,7 @@ void score_op(ggml_tensor * dst, int ith, int nth, void *) {
     const int64_t half    = a.op.pool_kernel/2;
 
     std::vector<float> m(a.n_query);
-    std::vector<float> f(a.n_query); // 1/(sum of exponentials * n_query)
+    std::vector<float> f(a.n_query); // 1/sum of exponentials
     std::vector<float> mean;
     for (int64_t job = ith; job < a.n_head_kv*n_chunk; job += nth) {
         const int64_t head = job/n_chunk;
@@ -262,7 +268,7 @@ void score_op(ggml_tensor * dst, int ith, int nth, void *) {
             for (int64_t c = 0; c < a.n_chunk; ++c) {
                 s += stats[(c*a.n_query + j)*2 + 1]*std::exp(stats[(c*a.n_query + j)*2] - m[j]);
             }
-            f[j] = 1.0f/(s*a.n_query);
+            f[j] = 1.0f/s;
         }
 
         // the means of the chunk and of the neighbours that are pooled with it
@@ -274,7 +280,13 @@ void score_op(ggml_tensor * dst, int ith, int nth, void *) {
         for (int64_t i = lo; i < hi; i += block.N) {
             block.compute(i, std::min<int64_t>(block.N, hi - i));
             for (int64_t j = 0; j < a.n_query; ++j) {
-                block.kernel.add_probs(block.x.data() + j*block.N, m[j], f[j], mean.data() + i - lo);
+                block.kernel.add_probs(block.x.data() + j*block.N, m[j], f[j], a.op.n_square, mean.data() + i - lo);
+            }
+        }
+        for (float & x : mean) {
+            x /= a.n_query;
+            for (int i = 0; i < a.op.n_square; ++i) {
+                x = std::sqrt(x);
             }
         }
         for (int64_t i = first; i < last; ++i) {
@@ -297,17 +309,18 @@ void score_op(ggml_tensor * dst, int ith, int nth, void *) {
 } // namespace
 
 ggml_tensor * headkv_build_score_fused(ggml_context * ctx, ggml_tensor * q, ggml_tensor * k, ggml_tensor * cells,
-        float scale, float softcap, headkv_pool pool, int pool_kernel) {
+        int64_t n_prefix, float scale, float softcap, int n_square, headkv_pool pool, int pool_kernel) {
     const int64_t n_embd_head = q->ne[0];
     const int64_t n_head_kv   = k->ne[0]/n_embd_head;
     const int64_t n_kv        = cells->ne[0];
     GGML_ASSERT(q->type == GGML_TYPE_F32 && q->nb[0] == sizeof(float) && k->ne[0] % n_embd_head == 0 && q->ne[1] % n_head_kv == 0);
-    GGML_ASSERT(cells->type == GGML_TYPE_I32 && ggml_is_contiguous(cells) && n_kv > q->ne[2] && pool_kernel % 2 == 1 && pool_kernel < 64);
+    GGML_ASSERT(cells->type == GGML_TYPE_I32 && ggml_is_contiguous(cells) && n_kv >= q->ne[2] && n_kv >= n_prefix && pool_kernel % 2 == 1 && pool_kernel < 64);
 
     headkv_op op;
     op.kind        = HEADKV_OP_STATS;
     op.scale       = scale;
     op.softcap     = softcap;
+    op.n_square    = n_square;
     op.pool_max    = pool == HEADKV_POOL_MAX;
     op.pool_kernel = pool_kernel;
 
@@ -316,7 +329,7 @@ ggml_tensor * headkv_build_score_fused(ggml_context * ctx, ggml_tensor * q, ggml
     args[3] = ggml_custom_4d(ctx, GGML_TYPE_F32, 2, q->ne[1]/n_head_kv*q->ne[2], n_chunk, n_head_kv, args, 3, stats_op, GGML_N_TASKS_MAX, nullptr);
     headkv_op_set(args[3], op);
 
-    ggml_tensor * res = ggml_custom_4d(ctx, GGML_TYPE_F32, n_kv - q->ne[2], n_head_kv, 1, 1, args, 4, score_op, GGML_N_TASKS_MAX, nullptr);
+    ggml_tensor * res = ggml_custom_4d(ctx, GGML_TYPE_F32, n_prefix, n_head_kv, 1, 1, args, 4, score_op, GGML_N_TASKS_MAX, nullptr);
     op.kind = HEADKV_OP_SCORE;
     headkv_op_set(res, op);
     return res;

@@ -16,8 +16,8 @@ struct headkv_score_kernel {
     void (*logits)(const float * q, int n_query, const float * keys, int n_embd_head, float * x);
     // adds the logits of a block, -INFINITY for keys that are not seen, to the largest, m, and to the sum s of exp(x - m)
     void (*add_stats)(const float * x, float * m, float * s);
-    // sum[i] += f*exp(x[i] - m); m is not below x[i]
-    void (*add_probs)(const float * x, float m, float f, float * sum);
+    // sum[i] += (f*exp(x[i] - m))^(2^n_square); m is not below x[i]
+    void (*add_probs)(const float * x, float m, float f, int n_square, float * sum);
 };
 
 // each returns null when the file was built without its instruction set or the machine lacks it

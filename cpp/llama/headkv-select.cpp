@@ -23,7 +23,7 @@ static void select_op(ggml_tensor * dst, int ith, int nth, void * userdata) {
     const ggml_tensor * plan   = dst->src[1];
 
     const int64_t n_prefix = scores->ne[0];
-    const int32_t n_window = headkv_op_get(dst).n_window;
+    const int32_t n_recent = headkv_op_get(dst).n_recent;
 
     // the keys come before the result
     uint64_t * all_keys = (uint64_t *) dst->data;
@@ -49,13 +49,13 @@ static void select_op(ggml_tensor * dst, int ith, int nth, void * userdata) {
             }
             std::sort(out, out + n_keep);
         }
-        for (int32_t i = 0; i < n_window; ++i) {
+        for (int32_t i = 0; i < n_recent; ++i) {
             out[std::min<int64_t>(n_keep, n_prefix) + i] = (int32_t) n_prefix + i;
         }
     }
 }
 
-ggml_tensor * headkv_build_select(ggml_context * ctx, ggml_tensor * scores, ggml_tensor * plan, int64_t n_window, int64_t n_total) {
+ggml_tensor * headkv_build_select(ggml_context * ctx, ggml_tensor * scores, ggml_tensor * plan, int64_t n_recent, int64_t n_total) {
     GGML_ASSERT(scores->type == GGML_TYPE_F32 && plan->type == GGML_TYPE_I32 && plan->ne[1] == scores->ne[1]);
     ggml_tensor * args[] = { scores, plan };
     const int64_t n_keys = 2*ggml_nelements(scores); // elements that the keys, of 64 bits each, take
@@ -63,13 +63,13 @@ ggml_tensor * headkv_build_select(ggml_context * ctx, ggml_tensor * scores, ggml
 
     headkv_op op;
     op.kind     = HEADKV_OP_SELECT;
-    op.n_window = (int32_t) n_window;
+    op.n_recent = (int32_t) n_recent;
     headkv_op_set(res, op);
     return ggml_view_1d(ctx, res, n_total, n_keys*sizeof(int32_t));
 }
 
-ggml_tensor * headkv_build_select_composed(ggml_context * ctx, ggml_tensor * scores, int64_t n_keep, ggml_tensor * window) {
-    ggml_tensor * kept = window;
+ggml_tensor * headkv_build_select_composed(ggml_context * ctx, ggml_tensor * scores, int64_t n_keep, ggml_tensor * recent) {
+    ggml_tensor * kept = recent;
     if (n_keep > 0) {
         const int64_t n = scores->ne[0];
 
@@ -92,7 +92,7 @@ ggml_tensor * headkv_build_select_composed(ggml_context * ctx, ggml_tensor * sco
         top  = ggml_reshape_2d(ctx, ggml_cast(ctx, top, GGML_TYPE_F32), 1, n_keep);
         ggml_tensor * order = ggml_argsort(ctx, ggml_reshape_1d(ctx, top, n_keep), GGML_SORT_ORDER_ASC);
         top  = ggml_reshape_1d(ctx, ggml_get_rows(ctx, top, order), n_keep);
-        kept = ggml_concat(ctx, top, window, 0);
+        kept = ggml_concat(ctx, top, recent, 0);
     }
     return ggml_cast(ctx, kept, GGML_TYPE_I32);
 }

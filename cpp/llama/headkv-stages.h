@@ -21,23 +21,24 @@ ggml_tensor * headkv_build_window(ggml_context * ctx, ggml_tensor * q_cur, ggml_
 // Probabilities out of the products of keys and queries kq [n_kv, ..]; mask F16 [n_kv, ..] or null, softcap 0 = none.
 ggml_tensor * headkv_build_soft_max(ggml_context * ctx, ggml_tensor * kq, ggml_tensor * mask, float scale, float softcap);
 
-// Stage 4, score: for one KV head, mean over the window and the GQA group of softmax(q k), pooled over the prefix.
+// Stage 4, score: for one KV head, power mean over the window and the GQA group of softmax(q k), pooled over the prefix:
+// mean(p^e)^(1/e) with e = 2^n_square. The prefix are the first n_prefix keys; what is behind it is always kept.
 //   q    F32 [n_embd_head, n_window, n_group] the window queries, any order of rows that mask agrees with
-//   k        [n_embd_head, n_kv] keys in position order, the window last
+//   k        [n_embd_head, n_kv] keys in position order, those of the window last
 //   mask F16 [n_kv, n_window]
-// Returns F32 [n_kv - n_window]. Nodes are expanded into gf, because intermediate results are overwritten in place.
+// Returns F32 [n_prefix]. Nodes are expanded into gf, because intermediate results are overwritten in place.
 ggml_tensor * headkv_build_score(ggml_context * ctx, ggml_cgraph * gf, ggml_tensor * q, ggml_tensor * k, ggml_tensor * mask,
-        float scale, float softcap, headkv_pool pool, int pool_kernel);
+        int64_t n_prefix, float scale, float softcap, int n_square, headkv_pool pool, int pool_kernel);
 
 // The same for all heads of a layer, without the probabilities [n_kv, n_window, n_head]: the first of two ops leaves the
 // largest logit and the sum of exponentials of each chunk of keys, F32 [2, n_query, n_chunk, n_head_kv], the second takes
 // the scores from them. Accumulation is in F32 and independent of the number of threads.
 //   q     F32 [n_embd_head, n_head, n_window] queries in position order
 //   k         [n_embd_head*n_head_kv, n_cells] staged keys of the layer
-//   cells I32 [n_kv] cell of each position, the window last
-// Returns F32 [n_kv - n_window, n_head_kv].
+//   cells I32 [n_kv] cell of each position
+// Returns F32 [n_prefix, n_head_kv].
 ggml_tensor * headkv_build_score_fused(ggml_context * ctx, ggml_tensor * q, ggml_tensor * k, ggml_tensor * cells,
-        float scale, float softcap, headkv_pool pool, int pool_kernel);
+        int64_t n_prefix, float scale, float softcap, int n_square, headkv_pool pool, int pool_kernel);
 
 // Adds the attention that the queries of a ubatch pay to each cell to the sums over all queries. Its probabilities take
 // n_kv*n_tokens*n_head*4 bytes.
@@ -60,15 +61,15 @@ ggml_tensor * headkv_build_value_norm(ggml_context * ctx, ggml_tensor * v, ggml_
 ggml_tensor * headkv_build_output_matrix(ggml_context * ctx, ggml_tensor * wo, ggml_tensor * wo_s, ggml_tensor * columns, int64_t n_embd_head);
 
 // Stage 5, select: positions of the n_keep[h] best scores of each head, ascending, ties to the lower position,
-// followed by the positions of the window.
+// followed by the n_recent positions behind the prefix.
 //   scores F32 [n_prefix, n_head_kv]
 //   plan   I32 [2, n_head_kv]: first element of dst, number of prefix cells to keep
 //   dst    I32 [n_total]
-ggml_tensor * headkv_build_select(ggml_context * ctx, ggml_tensor * scores, ggml_tensor * plan, int64_t n_window, int64_t n_total);
+ggml_tensor * headkv_build_select(ggml_context * ctx, ggml_tensor * scores, ggml_tensor * plan, int64_t n_recent, int64_t n_total);
 
-// the same for one head, out of existing ops; scores F32 [n_prefix], n_prefix below 2^22; window: F32 [n_window] positions
-// of the window
-ggml_tensor * headkv_build_select_composed(ggml_context * ctx, ggml_tensor * scores, int64_t n_keep, ggml_tensor * window);
+// the same for one head, out of existing ops; scores F32 [n_prefix], n_prefix below 2^22; recent: F32 [n_recent] positions
+// behind it
+ggml_tensor * headkv_build_select_composed(ggml_context * ctx, ggml_tensor * scores, int64_t n_keep, ggml_tensor * recent);
 
 // The mean of some of the rows of one head, for the cell that stands for those that are dropped.
 //   rows       [n_embd_head, n]

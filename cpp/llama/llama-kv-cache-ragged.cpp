@@ -125,7 +125,7 @@ llama_kv_cache_ragged::llama_kv_cache_ragged(
     }
 
     stage_plan = make_stage(n_ctx, true, false);
-    make_rings(rings_plan, ring_of_layer_plan, true);
+    make_rings(rings_plan, ring_of_layer_plan, true, false);
     make_sums(sums_plan, sums_of_layer_plan, true, n_ctx);
 
     store_plan.no_alloc = true;
@@ -136,7 +136,7 @@ llama_kv_cache_ragged::llama_kv_cache_ragged(
             const auto & b = budgets[layer.il];
             const bool     moves  = c.policy->refine || c.surplus != HEADKV_SURPLUS_LOST;
             const uint32_t n_most = moves ? std::accumulate(b.begin(), b.end(), 0u) : b[ih];
-            const uint32_t n_sure = (uint32_t) headkv_n_protected(c, n_ctx_seq) + c.window;
+            const uint32_t n_sure = (uint32_t) headkv_n_protected(c, n_ctx_seq) + c.recent;
             n_kept.push_back(layer.fused || c.policy->compensates ? n_ctx_seq : std::min(n_ctx_seq, std::max(n_most, n_sure)));
         }
         for (size_t s = 0; s < seqs.size(); ++s) {
@@ -153,9 +153,9 @@ llama_kv_cache_ragged::llama_kv_cache_ragged(
         }
     }
     const int n_fused = (int) std::count_if(store.layers.begin(), store.layers.end(), [](const headkv_store_layer & l) { return l.fused; });
-    LLAMA_LOG_INFO("%s: policy %s, kv_size %u: %.1f cells per KV head of %llu, window %u, beta %g, attend fused in %d of %d layers, else composed\n", __func__,
+    LLAMA_LOG_INFO("%s: policy %s, kv_size %u: %.1f cells per KV head of %llu, window %u, power %d, recent %u, beta %g, attend fused in %d of %d layers, else composed\n", __func__,
             c.policy->name, c.kv_size, (double) n_cells/n_heads, (unsigned long long) n_heads,
-            c.window, c.beta, n_fused, (int) store.layers.size());
+            c.window, 1 << c.n_square, c.recent, c.beta, n_fused, (int) store.layers.size());
 }
 
 llama_kv_cache_ragged::~llama_kv_cache_ragged() = default;
@@ -202,21 +202,21 @@ int64_t llama_kv_cache_ragged::n_slots() const {
     return (int64_t) cfg->window*seqs.size() + 1;
 }
 
-void llama_kv_cache_ragged::make_rings(std::vector<ring_t> & rings, std::vector<ggml_tensor *> & of_layer, bool plan) const {
-    make_tensors(rings, of_layer, plan, "headkv_window", [this](const headkv_store_layer & l) {
+void llama_kv_cache_ragged::make_rings(std::vector<ring_t> & rings, std::vector<ggml_tensor *> & of_layer, bool plan, bool one_layer) const {
+    make_tensors(rings, of_layer, plan, one_layer, "headkv_window", [this](const headkv_store_layer & l) {
         return std::array<int64_t, 3>{ (int64_t) l.n_embd_head*l.n_head, n_slots(), 1 };
     });
 }
 
 void llama_kv_cache_ragged::make_sums(std::vector<ring_t> & bufs, std::vector<ggml_tensor *> & of_layer, bool plan, uint32_t n_cells) const {
     if (with_sums) {
-        make_tensors(bufs, of_layer, plan, "headkv_sums", [n_cells](const headkv_store_layer & l) {
+        make_tensors(bufs, of_layer, plan, false, "headkv_sums", [n_cells](const headkv_store_layer & l) {
             return std::array<int64_t, 3>{ 1, n_cells, l.n_head_kv };
         });
     }
 }
 
-void llama_kv_cache_ragged::make_tensors(std::vector<ring_t> & rings, std::vector<ggml_tensor *> & of_layer, bool plan, const char * name,
+void llama_kv_cache_ragged::make_tensors(std::vector<ring_t> & rings, std::vector<ggml_tensor *> & of_layer, bool plan, bool one_layer, const char * name,
         const std::function<std::array<int64_t, 3>(const headkv_store_layer &)> & shape) const {
     std::map<ggml_backend_buffer_type_t, ring_t> by_buft;
     of_layer.assign(hparams.n_layer(), nullptr);
@@ -227,6 +227,14 @@ void llama_kv_cache_ragged::make_tensors(std::vector<ring_t> & rings, std::vecto
             ring.ctx.reset(ggml_init(params));
         }
         const auto ne = shape(layer);
+        for (ggml_tensor * t = ggml_get_first_tensor(ring.ctx.get()); one_layer && t; t = ggml_get_next_tensor(ring.ctx.get(), t)) {
+            if (std::equal(ne.begin(), ne.end(), t->ne)) {
+                of_layer[layer.il] = t; // what it holds is not needed when the next layer begins
+            }
+        }
+        if (of_layer[layer.il]) {
+            continue;
+        }
         of_layer[layer.il] = ggml_new_tensor_3d(ring.ctx.get(), GGML_TYPE_F32, ne[0], ne[1], ne[2]);
         ggml_format_name(of_layer[layer.il], "%s_l%d", name, layer.il);
     }
@@ -529,7 +537,7 @@ llama_pos llama_kv_cache_ragged::seq_pos_min(llama_seq_id seq_id) const {
     if (seq.n_pos == 0 || is_reading(seq_id)) {
         return -1;
     }
-    // below the observation window nothing can be removed or continued
+    // below the recent cells nothing can be removed or continued
     return seq.state == STORED ? std::min(seq.n_prompt - seq.n_whole, seq.n_pos - 1) : 0;
 }
 
@@ -895,6 +903,7 @@ bool llama_kv_cache_ragged::apply_update(llama_context * lctx) {
     } catch (const std::exception & e) {
         const std::string what = reason(e);
         res = fail(what == NO_MEMORY ? what : format("%s (%s)", NO_MEMORY, what.c_str()));
+        release_idle_stage(); // what was allocated before the failure
     }
     want_compress = -1;
     want_tail.clear();
@@ -963,15 +972,16 @@ void llama_kv_cache_ragged::alloc_stage(uint32_t n_cells) {
             drop_seq(s);
         }
     }
-    if (rings.empty()) {
-        make_rings(rings, ring_of_layer, false);
-    }
     if (!is_staging()) {
         stage.reset(); // the old memory goes before the new one comes
+        rings.clear();
         sums.clear();
         sums_of_layer.clear();
         hidden_buf = ring_t();
         hidden = band = nullptr;
+    }
+    if (rings.empty()) {
+        make_rings(rings, ring_of_layer, false, want_layered);
     }
     auto res = make_stage(n_cells, false, want_layered);
     std::vector<ring_t> new_sums;
@@ -1031,7 +1041,7 @@ void llama_kv_cache_ragged::alloc_hidden(uint32_t n_tokens) {
 }
 
 void llama_kv_cache_ragged::release_idle_stage() {
-    if (stage && !is_staging()) {
+    if (bytes_staging() > 0 && !is_staging()) {
         lctx->synchronize();
         release_stage();
     }
@@ -1186,6 +1196,24 @@ void set_data(ggml_tensor * t, const std::vector<T> & data) {
     }
 }
 
+// [n_queries][n] of the last n_queries of n tokens
+std::vector<ggml_fp16_t> causal_mask(int64_t n, int64_t n_queries) {
+    std::vector<ggml_fp16_t> res(n*n_queries, ggml_fp32_to_fp16(0.0f));
+    for (int64_t i = 0; i < n_queries; ++i) {
+        std::fill(res.begin() + (i + 1)*n - (n_queries - 1 - i), res.begin() + (i + 1)*n, ggml_fp32_to_fp16(-INFINITY));
+    }
+    return res;
+}
+
+// those of a KV head's group in some slots of the ring, [D, n_slots, G]
+ggml_tensor * queries_of_head(ggml_context * ctx, ggml_tensor * ring, ggml_tensor * slots, const headkv_store_layer & layer, int64_t ih) {
+    const int64_t D = layer.n_embd_head;
+    const int64_t G = layer.n_head/layer.n_head_kv;
+    ggml_tensor * q = ggml_get_rows(ctx, ring, slots);
+    q = ggml_view_3d(ctx, q, D, G, slots->ne[0], D*q->nb[0], q->nb[1], ih*G*D*q->nb[0]);
+    return ggml_cont(ctx, ggml_permute(ctx, q, 0, 2, 1, 3));
+}
+
 } // namespace
 
 struct llama_kv_cache_ragged::compression {
@@ -1194,7 +1222,8 @@ struct llama_kv_cache_ragged::compression {
     int64_t           t_us = 0; // spent so far
 
     int64_t n;        // tokens of the prompt
-    int64_t n_window; // the last ones
+    int64_t n_window; // the last ones, whose queries score
+    int64_t n_recent; // the last ones, which every head keeps
     int64_t n_prefix; // the others
     bool    keep_all;
 
@@ -1205,7 +1234,7 @@ struct llama_kv_cache_ragged::compression {
     headkv_cells n_keep;      // [il][ih] prefix cells
     int64_t      n_protected; // of them, of every head
 
-    std::vector<float> window_pos; // [n_window]
+    std::vector<float> recent_pos; // [n_recent]
     std::vector<float> scores;     // [n_prefix] of a policy that does not look at the queries
 
     runner_t runner;
@@ -1225,10 +1254,11 @@ void llama_kv_cache_ragged::begin_compression(llama_seq_id seq_id, headkv_config
 
     c.n        = seqs[seq_id].n_pos;
     c.n_window = std::min<int64_t>(cfg->window, c.n);
-    c.n_prefix = c.n - c.n_window;
+    c.n_recent = std::min<int64_t>(cfg->recent, c.n);
+    c.n_prefix = c.n - c.n_recent;
 
     // the authors' test: a prompt that fits into the average budget is kept by every head
-    c.keep_all = (int64_t) cfg->kv_size - cfg->window > c.n_prefix;
+    c.keep_all = cfg->policy->keeps_all || (int64_t) cfg->kv_size - cfg->recent > c.n_prefix;
 
     c.slots = window_slots(seq_id);
     c.cells = stage_cells(seq_id);
@@ -1245,8 +1275,8 @@ void llama_kv_cache_ragged::begin_compression(llama_seq_id seq_id, headkv_config
     }
     c.contiguous = c.cells.back() - c.cells.front() == c.n - 1 && std::is_sorted(c.cells.begin(), c.cells.end());
 
-    for (int64_t i = 0; i < c.n_window; ++i) {
-        c.window_pos.push_back((float) (c.n_prefix + i));
+    for (int64_t i = 0; i < c.n_recent; ++i) {
+        c.recent_pos.push_back((float) (c.n_prefix + i));
     }
     c.n_keep = cfg->policy->budget(*cfg, heads(), c.n_prefix);
     c.n_protected = headkv_n_protected(*cfg, c.n_prefix);
@@ -1325,6 +1355,7 @@ void llama_kv_cache_ragged::compress_layer(headkv_store_layer & layer) {
 
     const int64_t n        = c.n;
     const int64_t n_window = c.n_window;
+    const int64_t n_recent = c.n_recent;
     const int64_t n_prefix = c.n_prefix;
 
     const int64_t D = layer.n_embd_head;
@@ -1332,7 +1363,7 @@ void llama_kv_cache_ragged::compress_layer(headkv_store_layer & layer) {
     const int64_t G = layer.n_head/layer.n_head_kv;
 
     std::vector<int64_t> n_keep = c.n_keep[layer.il]; // prefix cells
-    const int64_t n_total = std::accumulate(n_keep.begin(), n_keep.end(), H*n_window);
+    const int64_t n_total = std::accumulate(n_keep.begin(), n_keep.end(), H*n_recent);
 
     scratch_t scratch;
     ggml_tensor * t_scores = ggml_new_tensor_2d(scratch.ctx.get(), GGML_TYPE_F32, std::max<int64_t>(n_prefix, 1), H);
@@ -1341,10 +1372,10 @@ void llama_kv_cache_ragged::compress_layer(headkv_store_layer & layer) {
     ggml_tensor * t_slots  = ggml_new_tensor_1d(scratch.ctx.get(), GGML_TYPE_I32, n_window);
     ggml_tensor * t_select = ggml_new_tensor_2d(scratch.ctx.get(), GGML_TYPE_I32, 2, H);
     ggml_tensor * t_plan   = ggml_new_tensor_2d(scratch.ctx.get(), GGML_TYPE_I32, 3, H);
-    ggml_tensor * t_window = ggml_new_tensor_1d(scratch.ctx.get(), GGML_TYPE_F32, n_window);
+    ggml_tensor * t_recent = ggml_new_tensor_1d(scratch.ctx.get(), GGML_TYPE_F32, n_recent);
     scratch.alloc(layer.buft);
     set_data(t_cells,  c.cells);
-    set_data(t_window, c.window_pos);
+    set_data(t_recent, c.recent_pos);
 
     ggml_tensor * k_all = storage_of(*stage, layer.il, false);
     ggml_tensor * v_all = storage_of(*stage, layer.il, true);
@@ -1382,7 +1413,7 @@ void llama_kv_cache_ragged::compress_layer(headkv_store_layer & layer) {
             ggml_context * ctx = c.runner.ctx.get();
             ggml_tensor * q = ggml_get_rows(ctx, ring_of_layer[layer.il], t_slots);
             ggml_tensor * s = headkv_build_score_fused(ctx, ggml_reshape_3d(ctx, q, D, G*H, n_window), k_all, t_cells,
-                    layer.attend->scale, layer.attend->softcap, cfg.pool, cfg.pool_kernel);
+                    n_prefix, layer.attend->scale, layer.attend->softcap, cfg.n_square, cfg.pool, cfg.pool_kernel);
             scored = on_cpu || (device_supports(layer.buft, s->src[3]) && device_supports(layer.buft, s));
             if (scored) {
                 ggml_build_forward_expand(c.runner.gf, ggml_cpy(ctx, s, t_scores));
@@ -1396,21 +1427,15 @@ void llama_kv_cache_ragged::compress_layer(headkv_store_layer & layer) {
         if (!scored) {
             t_mask = ggml_new_tensor_2d(scratch_mask.ctx.get(), GGML_TYPE_F16, n, n_window);
             scratch_mask.alloc(layer.buft);
-            std::vector<ggml_fp16_t> mask(n*n_window, ggml_fp32_to_fp16(0.0f));
-            for (int64_t i = 0; i < n_window; ++i) {
-                std::fill(mask.begin() + i*n + n_prefix + i + 1, mask.begin() + (i + 1)*n, ggml_fp32_to_fp16(-INFINITY));
-            }
-            set_data(t_mask, mask);
+            set_data(t_mask, causal_mask(n, n_window));
         }
         for (int64_t ih = 0; ih < H && !scored; ++ih) {
             c.runner.begin();
             ggml_context * ctx = c.runner.ctx.get();
 
-            ggml_tensor * q = ggml_get_rows(ctx, ring_of_layer[layer.il], t_slots);         // [D*n_head, w]
-            q = ggml_view_3d(ctx, q, D, G, n_window, D*q->nb[0], q->nb[1], ih*G*D*q->nb[0]);
-            q = ggml_cont(ctx, ggml_permute(ctx, q, 0, 2, 1, 3));                           // [D, w, G]
+            ggml_tensor * q = queries_of_head(ctx, ring_of_layer[layer.il], t_slots, layer, ih);
             ggml_tensor * s = headkv_build_score(ctx, c.runner.gf, q, head_cells(ctx, k_all, ih), t_mask,
-                    layer.attend->scale, layer.attend->softcap, cfg.pool, cfg.pool_kernel);
+                    n_prefix, layer.attend->scale, layer.attend->softcap, cfg.n_square, cfg.pool, cfg.pool_kernel);
             ggml_build_forward_expand(c.runner.gf, ggml_cpy(ctx, s, ggml_view_1d(ctx, t_scores, n_prefix, ih*t_scores->nb[1])));
             c.run();
         }
@@ -1438,12 +1463,12 @@ void llama_kv_cache_ragged::compress_layer(headkv_store_layer & layer) {
     }
 
     // budgets are known: make room, select and compact
-    std::vector<uint32_t> n_kept;     // with the window
+    std::vector<uint32_t> n_kept;     // with the recent ones
     std::vector<int32_t> plan_select; // [2, H]
     std::vector<int32_t> n_comp;      // [H] 1 = a cell for those that are dropped comes first
     int32_t n_before = 0;
     for (int64_t ih = 0; ih < H; ++ih) {
-        n_kept.push_back((uint32_t) (n_keep[ih] + n_window));
+        n_kept.push_back((uint32_t) (n_keep[ih] + n_recent));
         n_comp.push_back(cfg.policy->compensates && n_keep[ih] > 0 && n_keep[ih] < n_prefix);
         n_keep[ih] -= n_comp[ih];
         plan_select.insert(plan_select.end(), { n_before + n_comp[ih], (int32_t) n_keep[ih] });
@@ -1465,12 +1490,12 @@ void llama_kv_cache_ragged::compress_layer(headkv_store_layer & layer) {
     ggml_tensor * scores = ggml_view_2d(ctx, t_scores, n_prefix, H, t_scores->nb[1], 0);
 
     if (is_cpu(layer.buft)) {
-        ggml_tensor * kept = ggml_cpy(ctx, headkv_build_select(ctx, scores, t_select, n_window, n_total), t_kept);
+        ggml_tensor * kept = ggml_cpy(ctx, headkv_build_select(ctx, scores, t_select, n_recent, n_total), t_kept);
         ggml_build_forward_expand(c.runner.gf, headkv_build_compact(ctx, layer.k, k_all, kept, t_cells, t_plan));
         ggml_build_forward_expand(c.runner.gf, headkv_build_compact(ctx, layer.v, v_all, kept, t_cells, t_plan));
         c.run();
     } else {
-        ggml_tensor * all_kept = headkv_build_select(ctx, scores, t_select, n_window, n_total);
+        ggml_tensor * all_kept = headkv_build_select(ctx, scores, t_select, n_recent, n_total);
         const bool selected = layer.fused && device_supports(layer.buft, all_kept->view_src);
         if (selected) {
             ggml_build_forward_expand(c.runner.gf, ggml_cpy(ctx, all_kept, t_kept));
@@ -1485,7 +1510,7 @@ void llama_kv_cache_ragged::compress_layer(headkv_store_layer & layer) {
                 scores = ggml_view_1d(ctx, t_scores, n_prefix, ih*t_scores->nb[1]);
                 kept = ggml_cpy(ctx, n_keep[ih] == n_prefix
                     ? ggml_cast(ctx, ggml_arange(ctx, 0.0f, (float) n, 1.0f), GGML_TYPE_I32)
-                    : headkv_build_select_composed(ctx, scores, n_keep[ih], t_window), kept);
+                    : headkv_build_select_composed(ctx, scores, n_keep[ih], t_recent), kept);
             }
             ggml_build_forward_expand(c.runner.gf, kept);
             for (auto & [pool, all] : { std::make_pair(layer.k, k_all), std::make_pair(layer.v, v_all) }) {
@@ -1544,7 +1569,7 @@ void llama_kv_cache_ragged::compensate(headkv_store_layer & layer, ggml_tensor *
 void llama_kv_cache_ragged::end_compression() {
     const llama_seq_id seq_id = running->seq_id;
     seq_t & seq = seqs[seq_id];
-    seq.n_whole = running->keep_all ? seq.n_pos : (llama_pos) running->n_window;
+    seq.n_whole = running->keep_all ? seq.n_pos : (llama_pos) running->n_recent;
     seq.kv_size = running->cfg->kv_size;
 
     t_compress = running->t_us;
@@ -1659,74 +1684,89 @@ bool llama_kv_cache_ragged::fill(llama_context * lctx, llama_seq_id seq_id, uint
     return true;
 }
 
-bool llama_kv_cache_ragged::read_attention(llama_context * lctx, llama_seq_id seq_id, const std::vector<std::pair<int32_t, int32_t>> & spans,
-        int32_t n_top, float * mass, int32_t * top) {
+bool llama_kv_cache_ragged::read_attention(llama_context * lctx, llama_seq_id seq_id, int32_t n_queries,
+        const std::vector<std::pair<int32_t, int32_t>> & spans, int32_t n_top, float * mass, int32_t * top) {
     const seq_t & seq = seqs[seq_id];
     if (seq.state != STAGED) {
         return fail(format("sequence %d is not staged: attention is that of a prompt before its compression", seq_id));
     }
     const int64_t n = seq.n_pos;
-    if (n_top < 1 || n_top > n) {
-        return fail(format("%d largest probabilities of %d: it must be in [1, %d]", n_top, seq.n_pos, seq.n_pos));
+    const int32_t n_window = std::min<int32_t>((int32_t) cfg->window, seq.n_pos);
+    if (n_queries < 1 || n_queries > n_window) {
+        return fail(format("attention of the last %d tokens: it must be in [1, %d], those whose queries the window has", n_queries, n_window));
     }
-    std::vector<float> inside(n, 0.0f);
+    if (n_top < 1 || n_top > n - n_queries + 1) {
+        return fail(format("%d largest probabilities of %d: it must be in [1, %d]", n_top, seq.n_pos, seq.n_pos - n_queries + 1));
+    }
+    std::vector<bool> inside(n, false);
     for (const auto & [start, end] : spans) {
         if (start < 0 || end <= start || end > n) {
             return fail(format("span [%d, %d) of %d tokens: it must not be empty and lie within them", start, end, seq.n_pos));
         }
-        std::fill(inside.begin() + start, inside.begin() + end, 1.0f);
+        std::fill(inside.begin() + start, inside.begin() + end, true);
     }
-    const auto slots = window_slots(seq_id);
+    auto slots = window_slots(seq_id);
     if (slots.empty()) {
-        return fail("the query of the last token is missing: evaluate it again");
+        return fail("the queries of the last tokens are missing: evaluate them again");
     }
+    slots.erase(slots.begin(), slots.end() - n_queries);
     const std::vector<int32_t> cells = stage_cells(seq_id);
 
     const size_t n_row = n_head_max();
-    std::fill(mass, mass + n_layer()*n_row, 0.0f);
-    std::fill(top,  top  + n_layer()*n_row, -1);
+    const size_t n_all = n_row*n_layer(); // of one query
+    std::fill(mass, mass + n_queries*n_all, 0.0f);
+    std::fill(top,  top  + n_queries*n_all, -1);
 
     lctx->synchronize();
     runner_t runner(lctx);
+    std::vector<float> probs, best;
     for (const auto & layer : store.layers) {
         const int64_t D = layer.n_embd_head;
         const int64_t H = layer.n_head_kv;
         const int64_t G = layer.n_head/layer.n_head_kv;
 
         scratch_t scratch;
-        ggml_tensor * t_cells  = ggml_new_tensor_1d(scratch.ctx.get(), GGML_TYPE_I32, n);
-        ggml_tensor * t_inside = ggml_new_tensor_2d(scratch.ctx.get(), GGML_TYPE_F32, 1, n);
-        ggml_tensor * t_mass   = ggml_new_tensor_1d(scratch.ctx.get(), GGML_TYPE_F32, layer.n_head);
-        ggml_tensor * t_top    = ggml_new_tensor_1d(scratch.ctx.get(), GGML_TYPE_I32, layer.n_head);
+        ggml_tensor * t_cells = ggml_new_tensor_1d(scratch.ctx.get(), GGML_TYPE_I32, n);
+        ggml_tensor * t_slots = ggml_new_tensor_1d(scratch.ctx.get(), GGML_TYPE_I32, n_queries);
+        ggml_tensor * t_mask  = ggml_new_tensor_2d(scratch.ctx.get(), GGML_TYPE_F16, n, n_queries);
+        ggml_tensor * t_probs = ggml_new_tensor_3d(scratch.ctx.get(), GGML_TYPE_F32, n, n_queries, G);
         scratch.alloc(layer.buft);
-        set_data(t_cells,  cells);
-        set_data(t_inside, inside);
+        set_data(t_cells, cells);
+        set_data(t_slots, slots);
+        set_data(t_mask,  causal_mask(n, n_queries));
 
         ggml_tensor * k_all = storage_of(*stage, layer.il, false);
-        ggml_tensor * ring  = ring_of_layer[layer.il];
         for (int64_t ih = 0; ih < H; ++ih) {
             runner.begin();
             ggml_context * ctx = runner.ctx.get();
-            ggml_tensor * q = ggml_view_2d(ctx, ring, D, G, D*ring->nb[0], slots.back()*ring->nb[1] + ih*G*D*ring->nb[0]);
+            ggml_tensor * q = queries_of_head(ctx, ring_of_layer[layer.il], t_slots, layer, ih);
             ggml_tensor * k = ggml_view_2d(ctx, k_all, D, k_all->ne[1], k_all->nb[1], ih*ggml_row_size(k_all->type, D));
-            ggml_tensor * p = ggml_mul_mat(ctx, ggml_get_rows(ctx, k, t_cells), q); // [n, G]
+            ggml_tensor * p = ggml_mul_mat(ctx, ggml_get_rows(ctx, k, t_cells), ggml_reshape_2d(ctx, q, D, n_queries*G));
             ggml_prec_set_acc(p, GGML_PREC_F32);
-            p = headkv_build_soft_max(ctx, p, nullptr, layer.attend->scale, layer.attend->softcap);
-            for (int64_t g = 0; g < G; ++g) {
-                ggml_tensor * row  = ggml_view_1d(ctx, p, n, g*p->nb[1]);
-                ggml_tensor * best = ggml_top_k(ctx, row, n_top);
-                ggml_tensor * hit  = ggml_get_rows(ctx, t_inside, best);                        // [1, n_top]
-                ggml_tensor * prob = ggml_get_rows(ctx, ggml_reshape_2d(ctx, row, 1, n), best); // [1, n_top]
-                ggml_tensor * sum  = ggml_sum(ctx, ggml_mul(ctx, prob, hit));
-                ggml_build_forward_expand(runner.gf, ggml_cpy(ctx, sum, ggml_view_1d(ctx, t_mass, 1, (ih*G + g)*sizeof(float))));
-            }
-            ggml_build_forward_expand(runner.gf, ggml_cpy(ctx, ggml_argmax(ctx, p), ggml_view_1d(ctx, t_top, G, ih*G*sizeof(int32_t))));
+            p = headkv_build_soft_max(ctx, ggml_reshape_3d(ctx, p, n, n_queries, G), t_mask, layer.attend->scale, layer.attend->softcap);
+            ggml_build_forward_expand(runner.gf, ggml_cpy(ctx, p, t_probs));
             if (!runner.run()) {
                 return fail("a graph could not be computed");
             }
+            probs.resize(n*n_queries*G);
+            ggml_backend_tensor_get(t_probs, probs.data(), 0, probs.size()*sizeof(float));
+            for (int64_t j = 0; j < n_queries*G; ++j) {
+                const float * row = probs.data() + j*n;
+                const size_t  i   = (j % n_queries)*n_all + layer.il*n_row + ih*G + j/n_queries;
+                best.assign(row, row + n);
+                std::nth_element(best.begin(), best.begin() + n_top - 1, best.end(), std::greater<float>());
+                const float least = best[n_top - 1];
+                int64_t n_equal = n_top - std::count_if(row, row + n, [&](float x) { return x > least; }); // of equals, the first ones
+                double sum = 0.0;
+                for (int64_t pos = 0; pos < n; ++pos) {
+                    if (row[pos] > least || (row[pos] == least && n_equal-- > 0)) {
+                        sum += inside[pos] ? row[pos] : 0.0f;
+                    }
+                }
+                mass[i] = (float) sum;
+                top [i] = (int32_t) (std::max_element(row, row + n) - row);
+            }
         }
-        ggml_backend_tensor_get(t_mass, mass + layer.il*n_row, 0, layer.n_head*sizeof(float));
-        ggml_backend_tensor_get(t_top,  top  + layer.il*n_row, 0, layer.n_head*sizeof(int32_t));
     }
     return true;
 }

@@ -32,7 +32,7 @@
 // sequences share their ubatches. One sequence at a time is read layer by layer, and only while no other one is staged.
 //
 // Positions always are the logical ones. A stored sequence can be truncated as far as every head still has its last cells:
-// down to the beginning of the observation window.
+// those that are kept because they are recent.
 
 class llama_kv_cache_ragged : public llama_memory_i {
 public:
@@ -127,6 +127,7 @@ public:
     const headkv_config & config() const { return *cfg; }
     const seq_t & get_seq(llama_seq_id seq_id) const { return seqs.at(seq_id); }
     uint32_t n_seq_max() const { return (uint32_t) seqs.size(); }
+    uint32_t n_ctx_seq_max() const { return n_ctx_seq; }
 
     int32_t n_head_kv_max() const;
     int32_t n_head_max() const;
@@ -143,8 +144,8 @@ public:
     int64_t t_compress_us() const { return t_compress; }
     int64_t n_compress()    const { return n_compressions; }
 
-    // attention of the last token of a staged sequence, see headkv_read_attention()
-    bool read_attention(llama_context * lctx, llama_seq_id seq_id, const std::vector<std::pair<int32_t, int32_t>> & spans,
+    // attention of the last tokens of a staged sequence, see headkv_read_attention()
+    bool read_attention(llama_context * lctx, llama_seq_id seq_id, int32_t n_queries, const std::vector<std::pair<int32_t, int32_t>> & spans,
             int32_t n_top, float * mass, int32_t * top);
 
     // rows converted to float; the number of rows, or -1 and error()
@@ -277,10 +278,10 @@ private:
 
     headkv_heads heads() const; // of the layers with KV heads
     std::unique_ptr<llama_kv_cache> make_stage(uint32_t n_cells, bool plan, bool one_layer) const;
-    // one tensor per layer, of the type F32
-    void make_tensors(std::vector<ring_t> & bufs, std::vector<ggml_tensor *> & of_layer, bool plan, const char * name,
+    // one tensor per layer, of the type F32; one_layer: layers of one shape share it
+    void make_tensors(std::vector<ring_t> & bufs, std::vector<ggml_tensor *> & of_layer, bool plan, bool one_layer, const char * name,
             const std::function<std::array<int64_t, 3>(const headkv_store_layer &)> & shape) const;
-    void make_rings(std::vector<ring_t> & rings, std::vector<ggml_tensor *> & of_layer, bool plan) const;
+    void make_rings(std::vector<ring_t> & rings, std::vector<ggml_tensor *> & of_layer, bool plan, bool one_layer) const;
     void make_sums (std::vector<ring_t> & bufs,  std::vector<ggml_tensor *> & of_layer, bool plan, uint32_t n_cells) const;
 
     void alloc_stage(uint32_t n_cells);

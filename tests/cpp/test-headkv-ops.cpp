@@ -267,11 +267,13 @@ struct score_case {
     int D, G, n_window, n_kv, pool_kernel;
     headkv_pool pool = HEADKV_POOL_MAX;
     float softcap    = 0.0f;
+    int   n_recent   = 0; // 0 = n_window
+    int   n_square   = 0;
 
     std::string name() const {
         return "score," + kernel + "," + ggml_type_name(type) + ",D=" + std::to_string(D) + ",G=" + std::to_string(G) + ",w=" +
             std::to_string(n_window) + ",n=" + std::to_string(n_kv) + ",pool=" + std::to_string(pool) + "/" + std::to_string(pool_kernel) +
-            ",softcap=" + std::to_string((int) softcap);
+            ",softcap=" + std::to_string((int) softcap) + ",recent=" + std::to_string(n_recent) + ",square=" + std::to_string(n_square);
     }
 };
 
@@ -284,7 +286,7 @@ static bool test_score(const score_case & c) {
     }
     const int H = 2;
     const int n_cells  = c.n_kv + 5;
-    const int n_prefix = c.n_kv - c.n_window;
+    const int n_prefix = c.n_kv - (c.n_recent > 0 ? c.n_recent : c.n_window);
     const int n_query  = c.n_window*c.G;
 
     op_graph g((cuda || composed) && gpu);
@@ -303,11 +305,11 @@ static bool test_score(const score_case & c) {
             ggml_tensor * qh = ggml_view_3d(ctx, q, c.D, c.G, c.n_window, q->nb[1], q->nb[2], h*c.G*q->nb[1]);
             ggml_tensor * kh = ggml_view_2d(ctx, k, c.D, n_cells, k->nb[1], h*ggml_row_size(c.type, c.D));
             ggml_tensor * sh = headkv_build_score(ctx, g.gf, ggml_cont(ctx, ggml_permute(ctx, qh, 0, 2, 1, 3)), ggml_get_rows(ctx, kh, p), mask,
-                    scale, c.softcap, c.pool, c.pool_kernel);
+                    n_prefix, scale, c.softcap, c.n_square, c.pool, c.pool_kernel);
             ggml_build_forward_expand(g.gf, ggml_cpy(ctx, sh, ggml_view_1d(ctx, out, n_prefix, h*out->nb[1])));
         }
     } else {
-        out   = headkv_build_score_fused(ctx, q, k, p, scale, c.softcap, c.pool, c.pool_kernel);
+        out   = headkv_build_score_fused(ctx, q, k, p, n_prefix, scale, c.softcap, c.n_square, c.pool, c.pool_kernel);
         stats = out->src[3];
     }
     g.alloc(out);
@@ -318,7 +320,7 @@ static bool test_score(const score_case & c) {
     if (mask) {
         std::vector<ggml_fp16_t> causal((size_t) c.n_kv*c.n_window, ggml_fp32_to_fp16(0.0f));
         for (int i = 0; i < c.n_window; ++i) {
-            std::fill(causal.begin() + i*c.n_kv + n_prefix + i + 1, causal.begin() + (i + 1)*c.n_kv, ggml_fp32_to_fp16(-INFINITY));
+            std::fill(causal.begin() + i*c.n_kv + c.n_kv - c.n_window + i + 1, causal.begin() + (i + 1)*c.n_kv, ggml_fp32_to_fp16(-INFINITY));
         }
         ggml_backend_tensor_set(mask, causal.data(), 0, ggml_nbytes(mask));
     }
@@ -358,7 +360,7 @@ static bool test_score(const score_case & c) {
         std::vector<double> mean(n_prefix, 0.0);
         std::vector<double> x(c.n_kv);
         for (int j = 0; j < n_query; ++j) {
-            const int n = n_prefix + j/c.G + 1;
+            const int n = c.n_kv - c.n_window + j/c.G + 1;
             double sum = 0.0;
             for (int i = 0; i < n; ++i) {
                 double dot = 0.0;
@@ -369,9 +371,12 @@ static bool test_score(const score_case & c) {
                 x[i] = std::exp(c.softcap > 0.0f ? c.softcap*std::tanh(dot/c.softcap) : dot);
                 sum += x[i];
             }
-            for (int i = 0; i < n_prefix; ++i) {
-                mean[i] += x[i]/sum/n_query;
+            for (int i = 0; i < std::min(n, n_prefix); ++i) {
+                mean[i] += std::pow(x[i]/sum, 1 << c.n_square)/n_query;
             }
+        }
+        for (double & m : mean) {
+            m = std::pow(m, 1.0/(1 << c.n_square));
         }
         for (int i = 0; i < n_prefix; ++i) {
             double want = 0.0;
@@ -395,7 +400,7 @@ static bool test_score(const score_case & c) {
 // select
 //
 
-static bool test_select(int n_prefix, int H, int n_window, bool ties, bool cuda) {
+static bool test_select(int n_prefix, int H, int n_recent, bool ties, bool cuda) {
     std::vector<float> scores = random_floats((size_t) n_prefix*H);
     for (float & s : scores) {
         s = ties ? std::floor(2.0f*s)/2.0f : s; // plateaus, also of -0 and 0
@@ -410,12 +415,12 @@ static bool test_select(int n_prefix, int H, int n_window, bool ties, bool cuda)
         const int k = h == 0 ? 0 : h == 1 ? n_prefix : (int) (rng() % (n_prefix + 1));
         plan.push_back(n_total);
         plan.push_back(k);
-        n_total += k + n_window;
+        n_total += k + n_recent;
     }
     op_graph g(cuda && gpu);
     ggml_tensor * s = ggml_new_tensor_2d(g.ctx.get(), GGML_TYPE_F32, n_prefix, H);
     ggml_tensor * p = ggml_new_tensor_2d(g.ctx.get(), GGML_TYPE_I32, 2, H);
-    ggml_tensor * out = headkv_build_select(g.ctx.get(), s, p, n_window, n_total);
+    ggml_tensor * out = headkv_build_select(g.ctx.get(), s, p, n_recent, n_total);
     g.alloc(out);
     ggml_backend_tensor_set(s, scores.data(), 0, ggml_nbytes(s));
     ggml_backend_tensor_set(p, plan.data(), 0, ggml_nbytes(p));
@@ -432,7 +437,7 @@ static bool test_select(int n_prefix, int H, int n_window, bool ties, bool cuda)
         order.resize(plan[2*h + 1]);
         std::sort(order.begin(), order.end());
         want.insert(want.end(), order.begin(), order.end());
-        for (int i = 0; i < n_window; ++i) {
+        for (int i = 0; i < n_recent; ++i) {
             want.push_back(n_prefix + i);
         }
     }
@@ -469,7 +474,7 @@ static bool test_kept(int n_kv, int n_window) {
         plan.insert(plan.end(), { n_total, (h + 1)*n_prefix/(H + 1) });
         n_total += plan.back() + n_window;
     }
-    ggml_tensor * score = headkv_build_score_fused(ctx, q, k, c, 0.125f, 0.0f, HEADKV_POOL_MAX, 7);
+    ggml_tensor * score = headkv_build_score_fused(ctx, q, k, c, n_prefix, 0.125f, 0.0f, 0, HEADKV_POOL_MAX, 7);
     ggml_tensor * kept  = headkv_build_select(ctx, score, p, n_window, n_total);
     g.alloc(kept);
 
@@ -519,9 +524,9 @@ static bool test_select_composed(int n_prefix, int n_keep, int n_values) {
         if (composed && g.is_skipped()) {
             return true;
         }
-        const float window = (float) n_prefix;
+        const float recent = (float) n_prefix;
         ggml_backend_tensor_set(s, scores.data(), 0, ggml_nbytes(s));
-        ggml_backend_tensor_set(composed ? w : p, composed ? (const void *) &window : plan.data(), 0, composed ? sizeof(float) : ggml_nbytes(p));
+        ggml_backend_tensor_set(composed ? w : p, composed ? (const void *) &recent : plan.data(), 0, composed ? sizeof(float) : ggml_nbytes(p));
         g.run(2);
         got[composed].resize(n_keep + 1);
         ggml_backend_tensor_get(out, got[composed].data(), 0, ggml_nbytes(out));
@@ -626,7 +631,7 @@ static void perf_score() {
     unsetenv("HEADKV_KERNEL");
     for (ggml_type type : { GGML_TYPE_F16, GGML_TYPE_Q8_0 }) {
         for (int D : { 64, 128 }) {
-            for (int n_window : { 8, 32 }) {
+            for (int n_window : { 8, 64 }) {
                 for (int n_kv : { 2048, 8192, 32768 }) {
                     op_graph g[2]; // composed: one head, as the engine computes them
                     ggml_tensor * k[2];
@@ -638,7 +643,7 @@ static void perf_score() {
                         if (fused) {
                             q[1] = ggml_new_tensor_3d(ctx, GGML_TYPE_F32, D, G*H, n_window);
                             ggml_tensor * cells = ggml_new_tensor_1d(ctx, GGML_TYPE_I32, n_kv);
-                            ggml_tensor * s = headkv_build_score_fused(ctx, q[1], k[1], cells, 0.125f, 0.0f, HEADKV_POOL_MAX, 7);
+                            ggml_tensor * s = headkv_build_score_fused(ctx, q[1], k[1], cells, n_kv - 8, 0.125f, 0.0f, 2, HEADKV_POOL_MAX, 31);
                             mib[1] = (ggml_nbytes(s) + ggml_nbytes(s->src[3]) + ggml_nbytes(cells))/1048576.0;
                             g[1].alloc(s);
                             std::vector<int32_t> order(n_kv);
@@ -650,7 +655,7 @@ static void perf_score() {
                             q[0] = ggml_new_tensor_3d(ctx, GGML_TYPE_F32, D, n_window, G);
                             ggml_tensor * mask = ggml_new_tensor_2d(ctx, GGML_TYPE_F16, n_kv, n_window);
                             ggml_tensor * head = ggml_view_2d(ctx, k[0], D, n_kv, k[0]->nb[1], 0);
-                            ggml_tensor * s = headkv_build_score(ctx, g[0].gf, q[0], head, mask, 0.125f, 0.0f, HEADKV_POOL_MAX, 7);
+                            ggml_tensor * s = headkv_build_score(ctx, g[0].gf, q[0], head, mask, n_kv - 8, 0.125f, 0.0f, 2, HEADKV_POOL_MAX, 31);
                             ggml_build_forward_expand(g[0].gf, s);
                             // the graph allocator reuses what the context allocator does not: the products are the largest part
                             mib[0] = (4.0*n_kv*n_window*G + ggml_nbytes(mask) + 4.0*n_kv*H)/1048576.0;
@@ -756,6 +761,9 @@ int main(int argc, char ** argv) {
             add_score({ kernel, type, 64, 1, 1, 300, 31, HEADKV_POOL_AVG });
             add_score({ kernel, type, 64, 4, 3, 300, 1, HEADKV_POOL_AVG, 30.0f });
             add_score({ kernel, type, 64, 1, 32, 1000, 63 }); // a query sees none of a chunk but its beginning
+            add_score({ kernel, type, 64, 4, 64, 300, 31, HEADKV_POOL_MAX, 0.0f, 8, 2 });
+            add_score({ kernel, type, 64, 3, 5, 300, 7, HEADKV_POOL_AVG, 0.0f, 20, 1 });
+            add_score({ kernel, type, 64, 2, 600, 700, 1, HEADKV_POOL_MAX, 30.0f, 1, 3 });
         }
     }
     for (int n_prefix : { 1, 2, 31, 257, 5000 }) {

@@ -1,0 +1,237 @@
+"""Where the importance of a model's heads comes from when none is given.
+
+In this order: the metadata of the model, a score file beside it (``MODEL.importance.json``), the user's cache (what
+``pyheadkv score`` writes when the folder of the model cannot be written), and the registry of the package, which has the
+importance of some known models.
+
+A model is recognised by what survives its quantisation: the shape, the tokenizer, and the weights of its norms, which
+stay F32 in every GGUF.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from . import gguf_keys
+from .gguf_keys import Importance
+
+SIDECAR = ".importance.json"
+REGISTRY = Path(__file__).resolve().parent / "data" / "importance"
+N_SKETCH = 4  # values of each norm
+SAME, RELATIVE = 1e-6, 0.1  # largest relative distance of two sketches
+
+
+@dataclass(frozen=True)
+class Fingerprint:
+    """What identifies the weights of a model in any quantisation.
+
+    Attributes
+    ----------
+    arch : general.architecture
+    heads : (query heads, KV heads) of each layer
+    facts : other numbers of the metadata that tell models of one shape apart, and the size of the vocabulary
+    tokens : sha256 of the tokens of the vocabulary, hexadecimal
+    norms : sha256 of the weights of all norms, hexadecimal
+    sketch : some values of each norm, in the order of their names, float32
+    """
+
+    arch: str
+    heads: tuple[tuple[int, int], ...]
+    facts: dict[str, float]
+    tokens: str
+    norms: str
+    sketch: NDArray[np.float32]
+
+    @property
+    def key(self) -> str:
+        """Name of the model in the user's cache: 16 hexadecimal digits."""
+        return hashlib.sha256(f"{self.arch} {self.heads} {self.tokens} {self.norms}".encode()).hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class Found:
+    """Importance and where it is from.
+
+    Attributes
+    ----------
+    importance : the values
+    origin : for people, such as "registry: SmolLM2-135M-Instruct"
+    relative : measured on another model of the same family, not on these weights
+    """
+
+    importance: Importance
+    origin: str
+    relative: bool = False
+
+
+FACTS = ("context_length", "embedding_length", "feed_forward_length", "rope.freq_base")
+
+
+def fingerprint(model: str | os.PathLike[str]) -> Fingerprint:
+    """Fingerprint of a GGUF; reads its header and its norms.
+
+    Raises
+    ------
+    ValueError : the file is damaged, or does not say how many heads it has
+    """
+    path = Path(model)
+    stat = path.stat()
+    return _fingerprint(path, stat.st_mtime_ns, stat.st_size)
+
+
+@lru_cache(maxsize=8)
+def _fingerprint(path: Path, _mtime_ns: int, _size: int) -> Fingerprint:
+    with gguf_keys.open_header(path) as header:
+        heads = gguf_keys.heads_by_layer(header)
+        if heads is None:
+            raise ValueError(f"{path}: {header.arch}.block_count or attention.head_count is missing")
+        facts = {}
+        for name in FACTS:
+            pair = header.pairs.get(f"{header.arch}.{name}")
+            if pair is not None and isinstance(pair.value, (int, float)):
+                facts[name] = float(pair.value)
+        n_tokens, tokens = gguf_keys.strings_of(header, "tokenizer.ggml.tokens")
+        facts["n_tokens"] = float(n_tokens)
+        sha, sketch = hashlib.sha256(), []
+        for name, values in sorted(gguf_keys.f32_vectors(header, suffix="norm.weight")):
+            sha.update(name.encode() + b"\0" + values.tobytes())
+            sketch.append(values[:: max(1, len(values) // N_SKETCH)][:N_SKETCH])
+        return Fingerprint(
+            arch=header.arch,
+            heads=tuple(heads),
+            facts=facts,
+            tokens=hashlib.sha256(tokens).hexdigest(),
+            norms=sha.hexdigest(),
+            sketch=np.concatenate(sketch) if sketch else np.zeros(0, dtype=np.float32),
+        )
+
+
+def find_importance(model: str | os.PathLike[str]) -> Found | None:
+    """Importance of a model for which none was given; None = nothing is known of it.
+
+    Raises
+    ------
+    ValueError : what is there is damaged or of another model
+    """
+    path = Path(model)
+    stored = gguf_keys.read_importance(path)
+    if stored is not None:
+        return Found(stored, "metadata of the model")
+    for place, what in ((sidecar_path(path), "beside the model"), (cache_path(path), "user cache")):
+        if place.is_file():
+            return Found(load_for(place, path), f"{what}: {place}")
+    return find_registered(path)
+
+
+def sidecar_path(model: str | os.PathLike[str]) -> Path:
+    """Where the score file of a model stands: ``MODEL.importance.json`` beside ``MODEL.gguf``."""
+    path = Path(model)
+    return path.with_name(path.name.removesuffix(".gguf") + SIDECAR)
+
+
+def cache_path(model: str | os.PathLike[str]) -> Path:
+    """Where it stands when the folder of the model cannot be written; ``PYHEADKV_CACHE`` names another folder."""
+    return cache_folder() / "importance" / f"{fingerprint(model).key}.json"
+
+
+def cache_folder() -> Path:
+    """Folder of the user's cache."""
+    given = os.environ.get("PYHEADKV_CACHE")
+    if given:
+        return Path(given)
+    from platformdirs import user_cache_path
+
+    return user_cache_path("pyheadkv", appauthor=False)
+
+
+def load_for(scores: Path, model: Path) -> Importance:
+    """A score file for a model.
+
+    Raises
+    ------
+    ValueError : it is damaged, or was measured on another model
+    """
+    found = gguf_keys.load_scores(scores)
+    measured_on = found.fingerprint
+    if measured_on and measured_on != fingerprint(model).key:
+        raise ValueError(
+            f"{scores} was measured on a model with the fingerprint {measured_on}, {model} has {fingerprint(model).key}: "
+            "remove the file, measure again with 'pyheadkv score --force', or name it with importance="
+        )
+    return replace(found, values=gguf_keys.fit_heads(found.values, model))
+
+
+# registry
+
+
+def registered() -> list[Path]:
+    """Files of the registry, in order of their names."""
+    return sorted(REGISTRY.glob("*.json"))
+
+
+def find_registered(model: str | os.PathLike[str]) -> Found | None:
+    """What the registry has for a model: that of the same weights, else the nearest one that is related to it."""
+    mine = fingerprint(model)
+    best: tuple[float, dict[str, Any]] | None = None
+    for file in registered():
+        entry = json.loads(file.read_text(encoding="utf-8"))
+        distance = _distance(mine, entry)
+        if distance is not None and (best is None or distance < best[0]):
+            best = distance, entry
+    if best is None:
+        return None
+    distance, entry = best
+    values = gguf_keys.check_importance(entry["importance"], name=f"registry: {entry['name']}")
+    relative = distance > SAME
+    origin = f"registry: {entry['name']}"
+    if relative:
+        origin += " (a relative of this model: the weights differ)" if entry["sketch"] else " (by shape: the weights were not compared)"
+    found = Importance(values, method=entry["method"], source=entry["source"], arch=mine.arch, beta=entry.get("beta"))
+    return Found(found, origin, relative)
+
+
+def _distance(mine: Fingerprint, entry: dict[str, Any]) -> float | None:
+    """Of the norms, relative; None = no relation."""
+    if mine.arch != entry["arch"] or [list(h) for h in mine.heads] != entry["heads"] or mine.facts != entry["facts"]:
+        return None
+    if entry["tokens"] and mine.tokens != entry["tokens"]:
+        return None
+    if not entry["sketch"]:
+        return RELATIVE
+    other = np.asarray(entry["sketch"], dtype=np.float32)
+    if other.shape != mine.sketch.shape or np.ptp(other) == 0:  # norms that are all one tell nothing
+        return None
+    distance = float(np.linalg.norm(mine.sketch - other) / np.linalg.norm(other))
+    return distance if distance <= RELATIVE else None
+
+
+def registry_entry(model: str | os.PathLike[str], importance: Importance, *, name: str, source: str) -> dict[str, Any]:
+    """An entry of the registry, a JSON file in ``REGISTRY``."""
+    mine = fingerprint(model)
+    return {
+        "name": name,
+        "source": source,
+        "method": importance.method,
+        "beta": importance.beta,
+        "arch": mine.arch,
+        "heads": [list(h) for h in mine.heads],
+        "facts": mine.facts,
+        "tokens": mine.tokens,
+        "sketch": [float(f"{x:.9g}") for x in mine.sketch],
+        "importance": importance.values.tolist(),
+    }
+
+
+def describe(found: Found | None, sequence: Sequence[str] = ("metadata", "file beside the model", "user cache", "registry")) -> str:
+    """One line for a log."""
+    return f"importance from {found.origin}" if found else f"no importance ({', '.join(sequence)})"
