@@ -43,7 +43,7 @@ $(LIBS)/.built: $(VENV)/.llama-cpp-python $(SOURCES)
 	touch $@
 
 # the package is the one of the checkout: a Python file that is edited needs no make
-$(VENV)/.installed: $(VENV)/.llama-cpp-python $(LIBS)/.built pyproject.toml
+$(VENV)/.installed: $(VENV)/.llama-cpp-python pyproject.toml | $(LIBS)/.built
 	$(PIP) install --no-build-isolation --no-deps -C wheel.cmake=false -C editable.mode=inplace --editable .
 	touch $@
 

@@ -20,6 +20,8 @@ from .options import (
     share_of_prompt,
 )  # fmt: skip
 
+PIECE_MS = 250  # of reading a prompt layer by layer, before Python has its turn
+
 STATES = ("empty", "staged", "compressed", "layered")
 
 
@@ -187,7 +189,7 @@ class Llama(llama_cpp.Llama):
         self._kv_reuse = bool(kv_reuse)
         self._prompt_pending = False
         self._protect_head: list[int] = []  # the next prompt begins with these tokens, to be kept
-        self._progress_error: BaseException | None = None
+        self._progress: Callable[[int, int, int, int], bool | None] | None = None
         model_path = fspath(model_path)
         check_names("Llama()", kwargs, PARAMETERS)
         check_choice("policy", given.get("policy", FULL), (FULL, *POLICIES))
@@ -295,36 +297,67 @@ class Llama(llama_cpp.Llama):
         if self.n_tokens + len(tokens) > n_ctx:
             raise ValueError(f"{self.n_tokens} + {len(tokens)} tokens do not fit into n_ctx={n_ctx}: "
                              "use a larger n_ctx or a shorter prompt")
-        self._progress_error = None
         whole = self._prompt_pending and self.n_tokens == 0 and self.prefill_mode == "layer" and not self._logits_all
         try:
             if whole and len(tokens) > 1:
                 self._eval_whole(tokens)
             else:
-                if tokens:
-                    _lib.check(_lib.lib.headkv_begin_prompt(self.ctx, 0, self.n_tokens + len(tokens), False))
-                super().eval(tokens)
-        except RuntimeError as e:
+                self._eval_batches(tokens)
+        except BaseException:
             self._requires_eval = True  # the next prompt is read from its beginning, even if it is the same
-            if self._progress_error is not None:
-                raise self._progress_error from None
-            raise RuntimeError(f"{e}: {_lib.last_error()}" if _lib.last_error() else str(e)) from None
+            raise
         if self._prompt_pending and self.n_tokens > 0:
             self._prompt_pending = False
             self.end_prompt()
 
+    def _eval_batches(self, tokens: Sequence[int]) -> None:
+        """In upstream's order; each ubatch is a step of its own if somebody looks on."""
+        n, n_end = len(tokens), self.n_tokens + len(tokens)
+        if tokens:
+            _lib.check(_lib.lib.headkv_begin_prompt(self.ctx, 0, n_end, False))
+        is_shown = self._progress is not None and STATES[self._stats().state] in ("empty", "staged")
+        n_step = llama_cpp.llama_n_ubatch(self.ctx) if is_shown else max(1, n)
+        for i in range(0, max(1, n), n_step):
+            if is_shown:
+                self._show_step(0, 1, self.n_tokens, n_end)
+            try:
+                super().eval(tokens[i : i + n_step])
+            except RuntimeError as e:
+                raise RuntimeError(f"{e}: {_lib.last_error()}" if _lib.last_error() else str(e)) from None
+
     def _eval_whole(self, tokens: Sequence[int]) -> None:
+        """Layer by layer, in pieces: Python handles signals in between."""
         n = len(tokens)
         ids = np.ascontiguousarray(tokens, dtype=np.int32)
-        self._ctx.kv_cache_seq_rm(0, 0, -1)
-        self._fit_ratio(n)
-        code = _lib.lib.headkv_read_prompt(self.ctx, 0, ids.ctypes.data_as(ctypes.POINTER(ctypes.c_int32)), n)
-        if code != 0:
+        prompt = (self.ctx, 0, ids.ctypes.data_as(ctypes.POINTER(ctypes.c_int32)), n)
+        n_ubatch, n_layer = llama_cpp.llama_n_ubatch(self.ctx), llama_cpp.llama_model_n_layer(self.model)
+        n_ubatches = -(-n // n_ubatch)
+        n_steps = n_left = n_layer * n_ubatches
+        max_ms = PIECE_MS if self._progress is None else 0  # 0 = one step
+        self._ctx.kv_cache_seq_rm(0, -1, -1)
+        try:
+            self._fit_ratio(n)
+            while n_left > 0:
+                il, i_ubatch = divmod(n_steps - n_left, n_ubatches)
+                self._show_step(il, n_layer, i_ubatch * n_ubatch, n)
+                if n_left > 1:
+                    n_left = _lib.check(_lib.lib.headkv_read_ahead(*prompt, max_ms))
+                else:
+                    code = _lib.lib.headkv_read_prompt(*prompt)
+                    if code != 0:
+                        raise RuntimeError(f"llama_decode returned {code}: {_lib.last_error()}")
+                    n_left = 0
+            self.input_ids[:n] = ids
+            self.n_tokens = n
+        except BaseException:
+            self._ctx.kv_cache_seq_rm(0, -1, -1)
             self.n_tokens = 0
-            raise RuntimeError(f"llama_decode returned {code}")
-        self.input_ids[:n] = ids
-        self.n_tokens = n
+            raise
         self._requires_eval = False
+
+    def _show_step(self, *step: int) -> None:
+        if self._progress is not None and self._progress(*step) is False:
+            raise RuntimeError("the prompt is not read to its end: aborted by the function that set_progress() was given")
 
     def read_prompt(self, tokens: Sequence[int]) -> None:
         """Forget everything, evaluate a whole prompt and compress it; what ``generate`` begins with."""
@@ -379,16 +412,7 @@ class Llama(llama_cpp.Llama):
         What ``progress`` raises is raised by the evaluation. None = no calls.
         """
         self._need_options()
-
-        def call(il: int, n_layer: int, i_token: int, n_tokens: int, _: Any) -> bool:
-            try:
-                return progress(il, n_layer, i_token, n_tokens) is not False
-            except BaseException as e:  # Ctrl-C too: nothing can be raised through the library
-                self._progress_error = e
-                return False
-
-        self._progress = _lib.Progress() if progress is None else _lib.Progress(call)
-        _lib.check(_lib.lib.headkv_set_progress(self.ctx, self._progress, None))
+        self._progress = progress
 
     def generate(self, tokens: Sequence[int], *args: Any, **kwargs: Any) -> Generator[int, Sequence[int] | None, None]:
         """As ``llama_cpp.Llama.generate``; the prompt is compressed after its evaluation."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import re
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -383,7 +384,7 @@ def test_an_unknown_flag_names_the_nearest_one(capsys: pytest.CaptureFixture[str
 
 def test_ctrl_c_exits_with_130(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupt(*_: Any) -> None:
-        raise KeyboardInterrupt
+        signal.raise_signal(signal.SIGINT)
 
     monkeypatch.setattr(cli.Meter, "_show_step", interrupt)
     monkeypatch.setattr(cli.Meter, "_counted_decode", interrupt)
