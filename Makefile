@@ -27,11 +27,12 @@ $(VENV)/.tools: pyproject.toml
 	! command -v nvcc > /dev/null || $(PIP) install --no-deps nvidia-cublas # its headers, for a compile check
 	touch $@
 
-# the Python part of llama-cpp-python; its library is ours
+# the Python part of llama-cpp-python; where it looks for its library is ours, whoever imports it
 $(VENV)/.llama-cpp-python: $(VENV)/.tools patches/UPSTREAM
 	mkdir -p build
 	$(BIN)/python patches/apply.py --out $(CACHE) --sdist=$(SDIST) --sdist-only > $(CACHE).sdist || (rm -f $(CACHE).sdist; exit 1)
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(PIP) install --no-build-isolation -C cmake.define.LLAMA_BUILD=OFF -C cmake.define.LLAVA_BUILD=OFF "$$(cat $(CACHE).sdist)"
+	ln -sfn $(CURDIR)/$(LIBS) "$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("platlib"))')/llama_cpp/lib"
 	touch $@
 
 CMAKE_DEFINES = -DPYHEADKV_SOURCE_CACHE=$(CURDIR)/$(CACHE) -DPYHEADKV_LLAMA_CPP_SDIST="$$(cat $(CACHE).sdist)"
