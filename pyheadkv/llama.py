@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from inspect import signature
 from os import PathLike, fspath
@@ -189,6 +191,8 @@ class Llama(llama_cpp.Llama):
         self._kv_reuse = bool(kv_reuse)
         self._prompt_pending = False
         self._protect_head: list[int] = []  # the next prompt begins with these tokens, to be kept
+        self._n_protect = 0  # first tokens of the pending prompt that every head keeps
+        self._is_rendering = False
         self._progress: Callable[[int, int, int, int], bool | None] | None = None
         model_path = fspath(model_path)
         check_names("Llama()", kwargs, PARAMETERS)
@@ -297,18 +301,32 @@ class Llama(llama_cpp.Llama):
         if self.n_tokens + len(tokens) > n_ctx:
             raise ValueError(f"{self.n_tokens} + {len(tokens)} tokens do not fit into n_ctx={n_ctx}: "
                              "use a larger n_ctx or a shorter prompt")
-        whole = self._prompt_pending and self.n_tokens == 0 and self.prefill_mode == "layer" and not self._logits_all
+        is_prompt, self._prompt_pending = self._prompt_pending, False
+        n_protect, self._n_protect = self._n_protect, 0
+        whole = is_prompt and self.n_tokens == 0 and self.prefill_mode == "layer" and not self._logits_all
         try:
-            if whole and len(tokens) > 1:
-                self._eval_whole(tokens)
-            else:
-                self._eval_batches(tokens)
+            with self._protecting(n_protect):
+                if whole and len(tokens) > 1:
+                    self._eval_whole(tokens)
+                else:
+                    self._eval_batches(tokens)
+                if is_prompt and self.n_tokens > 0:
+                    self.end_prompt()
         except BaseException:
             self._requires_eval = True  # the next prompt is read from its beginning, even if it is the same
             raise
-        if self._prompt_pending and self.n_tokens > 0:
-            self._prompt_pending = False
-            self.end_prompt()
+
+    @contextmanager
+    def _protecting(self, n_tokens: int) -> Iterator[None]:
+        """Every head keeps the first tokens of what is compressed meanwhile, beside what it is told to keep anyway."""
+        protect = self._need_options().protect
+        if n_tokens:
+            self.configure(protect=[*protect, (0, n_tokens)])
+        try:
+            yield
+        finally:
+            if n_tokens:
+                self.configure(protect=protect)
 
     def _eval_batches(self, tokens: Sequence[int]) -> None:
         """In upstream's order; each ubatch is a step of its own if somebody looks on."""
@@ -388,6 +406,8 @@ class Llama(llama_cpp.Llama):
         params = new.to_params(values, self.model_path)
         _lib.check(_lib.lib.headkv_configure(self.ctx, ctypes.byref(params)), ValueError)
         self.kv_options, self._importance = new, values
+        if STATES[self._stats().state] == "compressed":
+            self._requires_eval = True  # the same prompt would be compressed in another way now
 
     def restore_prompt(self, n_tokens: int) -> None:
         """Go back to the first ``n_tokens`` of the compressed prompt, uncompressed, without reading them again.
@@ -417,22 +437,24 @@ class Llama(llama_cpp.Llama):
     def generate(self, tokens: Sequence[int], *args: Any, **kwargs: Any) -> Generator[int, Sequence[int] | None, None]:
         """As ``llama_cpp.Llama.generate``; the prompt is compressed after its evaluation."""
         head, self._protect_head = self._protect_head, []
-        protect = self.kv_options.protect if self.kv_options is not None else ()
         if self.kv_options is not None:
             if head or not self._kv_reuse and not self._is_cached(tokens):
                 self.reset()
-            if head:
-                if list(tokens[: len(head)]) != head:
-                    raise ValueError("protect_system=True: the chat format in use does not put the system message where the model's "
-                                     "template does, use protect=[(0, n)]")
-                self.configure(protect=[*protect, (0, len(head))])
+            if list(tokens[: len(head)]) != head:
+                raise ValueError("protect_system=True: the chat format in use asks more than once, use protect=[(0, n)]")
             self._prompt_pending = True
+            self._n_protect = len(head)
         try:
             return (yield from super().generate(tokens, *args, **kwargs))
         finally:
             self._prompt_pending = False
-            if head:
-                self.configure(protect=protect)
+            self._n_protect = 0
+
+    def create_completion(self, prompt: str | list[int], *args: Any, **kwargs: Any) -> Any:
+        """As ``llama_cpp.Llama.create_completion``."""
+        if self._is_rendering:
+            raise _Rendered(prompt)
+        return super().create_completion(prompt, *args, **kwargs)
 
     def create_chat_completion(self, messages: list[Any], *args: Any, protect_system: bool = False, **kwargs: Any) -> Any:
         """As ``llama_cpp.Llama.create_chat_completion``.
@@ -444,28 +466,53 @@ class Llama(llama_cpp.Llama):
         Raises
         ------
         ValueError
-            ``protect_system`` without a system message, compression or a chat template in the model
+            ``protect_system`` without a system message or compression, or with a chat format that leaves it out
         """
-        if protect_system:
-            self._protect_head = self._system_tokens(messages)
-        return super().create_chat_completion(messages, *args, **kwargs)
+        if not protect_system:
+            return super().create_chat_completion(messages, *args, **kwargs)
+        head = self._system_tokens(messages, *args, **kwargs)
+        self._protect_head = head
+        try:
+            answer = super().create_chat_completion(messages, *args, **kwargs)
+        finally:
+            self._protect_head = []
+        return self._protect_stream(head, answer) if isinstance(answer, Iterator) else answer
 
-    def _system_tokens(self, messages: list[Any]) -> list[int]:
+    def _protect_stream(self, head: list[int], chunks: Iterator[Any]) -> Iterator[Any]:
+        """A prompt is read with the first chunk, if somebody asks for it."""
+        self._protect_head = head
+        try:
+            yield from chunks
+        finally:
+            self._protect_head = []
+
+    def _system_tokens(self, messages: list[Any], *args: Any, **kwargs: Any) -> list[int]:
         """Tokens that every chat which begins with this system message begins with, and some more."""
-        from .score_examples import render_chat_messages
-
         self._need_options()
-        template = self.metadata.get("tokenizer.chat_template")
         if not messages or messages[0]["role"] != "system":
             raise ValueError("protect_system=True: the first message is no system message")
-        if template is None:
-            raise ValueError("protect_system=True: the model has no chat template, use protect=[(0, n)]")
-        # what two chats with other users have in common
-        texts = [render_chat_messages(self, template, [messages[0], {"role": "user", "content": c}]) for c in "ab"]
-        a, b = (self.tokenize(text.encode(), add_bos=False, special=True) for text in texts)
+        system, other = messages[0], {"role": "system", "content": "x" if messages[0]["content"] != "x" else "y"}
+        # what two chats with other users have in common, and one with another system message has not
+        a, b, c = (self._chat_tokens([first, {"role": "user", "content": user}], *args, **kwargs)
+                   for first, user in ((system, "a"), (system, "b"), (other, "a")))  # fmt: skip
         head = a[: n_common(a, b)]
-        bos = self.token_bos()
-        return head if bos < 0 or head[:1] == [bos] else [bos, *head]
+        if n_common(head, c) == len(head):
+            raise ValueError("protect_system=True: the chat format in use leaves the system message out, or puts it behind the first "
+                             "question, use protect=[(start, end)]")
+        return head
+
+    def _chat_tokens(self, messages: list[Any], *args: Any, **kwargs: Any) -> list[int]:
+        """The prompt that the chat format in use makes of a chat."""
+        self._is_rendering = True
+        try:
+            super().create_chat_completion(messages, *args, **kwargs)
+        except _Rendered as rendered:
+            if isinstance(rendered.prompt, str):
+                raise ValueError("protect_system=True: the chat format in use makes text, not tokens, use protect=[(0, n)]") from None
+            return rendered.prompt
+        finally:
+            self._is_rendering = False
+        raise ValueError("protect_system=True: the chat format in use asks nothing, use protect=[(0, n)]")
 
     def _is_cached(self, tokens: Sequence[int]) -> bool:
         # the very prompt that was compressed, without a token generated after it
@@ -636,6 +683,13 @@ class Llama(llama_cpp.Llama):
         values = np.zeros((n_max, n_row), dtype=np.float32)
         n = _lib.check(func(self.ctx, 0, *args, values.ctypes.data_as(ctypes.POINTER(ctypes.c_float)), values.size), ValueError)
         return values[:n]
+
+
+class _Rendered(BaseException):
+    """The prompt of a chat whose completion was not wanted."""
+
+    def __init__(self, prompt: str | list[int]) -> None:
+        self.prompt = prompt
 
 
 PARAMETERS = tuple(name for cls in (Llama, llama_cpp.Llama) for name in signature(cls).parameters if name != "kwargs")
