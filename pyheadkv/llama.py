@@ -290,7 +290,7 @@ class Llama(llama_cpp.Llama):
         """Cells for a prompt of so many tokens, if its compression has not begun."""
         if self._kv_ratio is not None and STATES[self._stats().state] in ("empty", "staged"):
             options = self._need_options()
-            self.configure(kv_size=share_of_prompt(self._kv_ratio, n_tokens, window=options.window))
+            self._configure(kv_size=share_of_prompt(self._kv_ratio, n_tokens, window=options.window))
 
     def eval(self, tokens: Sequence[int]) -> None:
         """Evaluate tokens; the first evaluation of a ``generate`` call is the prompt."""
@@ -321,12 +321,12 @@ class Llama(llama_cpp.Llama):
         """Every head keeps the first tokens of what is compressed meanwhile, beside what it is told to keep anyway."""
         protect = self._need_options().protect
         if n_tokens:
-            self.configure(protect=[*protect, (0, n_tokens)])
+            self._configure(protect=[*protect, (0, n_tokens)])
         try:
             yield
         finally:
             if n_tokens:
-                self.configure(protect=protect)
+                self._configure(protect=protect)
 
     def _eval_batches(self, tokens: Sequence[int]) -> None:
         """In upstream's order; each ubatch is a step of its own if somebody looks on."""
@@ -387,7 +387,9 @@ class Llama(llama_cpp.Llama):
             self._prompt_pending = False
 
     def configure(self, *, importance: ImportanceLike = None, **options: Any) -> None:
-        """Change how the prompts to come are compressed.
+        """Change how the prompts to come are compressed; a copy (``pickle``, ``deepcopy``) has the change too.
+
+        ``kv_size`` takes the place of ``kv_ratio`` and ``kv_bytes``.
 
         Parameters
         ----------
@@ -401,6 +403,14 @@ class Llama(llama_cpp.Llama):
             wrong value, or an option that sizes what the context owns; nothing has changed then
         """
         check_names("configure()", options, [field.name for field in fields(Options)])
+        self._configure(importance, **options)
+        self._kv_args |= options
+        if importance is not None:
+            self._kv_args["importance"] = importance
+        if "kv_size" in options:  # in place of what said how much is kept
+            self._kv_ratio = self._kv_args["kv_ratio"] = self._kv_args["kv_bytes"] = None
+
+    def _configure(self, importance: ImportanceLike = None, **options: Any) -> None:
         new = replace(self._need_options(), **options)
         values = self._importance if importance is None else load_importance(importance, self.model_path)
         params = new.to_params(values, self.model_path)

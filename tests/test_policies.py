@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 import random
 import subprocess
 import sys
@@ -205,6 +207,34 @@ def test_the_system_message_of_a_chat_is_kept(prefill: str) -> None:
     assert not whole()
     list(llm.create_chat_completion(messages, max_tokens=2, stream=True, protect_system=True))
     assert set(range(n_system)) <= set(llm.kv_positions(1, 1).tolist())
+
+
+@pytest.mark.parametrize("amount", [{"kv_size": 64}, {"kv_ratio": 0.5}, {"kv_bytes": "100KiB"}], ids=str)
+@pytest.mark.parametrize("duplicate", [lambda llm: pickle.loads(pickle.dumps(llm)), copy.deepcopy], ids=["pickle", "deepcopy"])
+def test_a_copy_has_what_configure_changed(duplicate: Callable[[Any], Any], amount: dict[str, Any], make_model: MakeModel) -> None:
+    """And the original: a smaller kv_size takes the place of what said how much is kept."""
+    llm = load(make_model(SHAPE), **amount, beta=1.5)
+    assert duplicate(llm).kv_options == llm.kv_options
+    scores = np.full((SHAPE.n_layer, SHAPE.n_head), 1.0)
+    llm.configure(kv_size=24, policy="adakv", sinks=2, protect=[(5, 7)], importance=scores, beta=None)
+    other = duplicate(llm)
+    assert other.kv_options == llm.kv_options and other.kv_options.kv_size == 24 and other.kv_options.beta is None
+    outcomes = []
+    for model in (llm, other):
+        model.read_prompt(tokens(300))
+        assert model.kv_options.kv_size == 24
+        outcomes.append(outcome(model))
+    assert outcomes[0] == outcomes[1]
+    llm.configure(policy="headkv")
+    assert duplicate(llm).kv_budget.tolist() == llm.kv_budget.tolist()  # of the scores
+
+
+def test_the_same_prompt_after_configure_is_compressed_anew(make_model: MakeModel) -> None:
+    llm = load(make_model(SHAPE), kv_size=64, policy="snapkv")
+    for kv_size in (64, 32):
+        llm.configure(kv_size=kv_size)
+        next(llm.generate(tokens(300), temp=0.0))
+        assert set(llm.kv_stats().n_cells.ravel().tolist()) == {kv_size}
 
 
 USER, SYSTEM = {"role": "user", "content": "anna"}, {"role": "system", "content": "the code of anna is 48 ."}
