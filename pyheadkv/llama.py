@@ -17,6 +17,7 @@ import numpy.typing as npt
 from llama_cpp.llama import LlamaState
 
 from . import _lib
+from .grammar import GrammarSampler, check_grammar
 from .options import (
     FULL, MAX_CELLS, POLICIES, ImportanceLike, Options, check_choice, check_names, check_share, load_importance, parse_bytes, row_bytes,
     share_of_prompt,
@@ -459,6 +460,12 @@ class Llama(llama_cpp.Llama):
         finally:
             self._prompt_pending = False
             self._n_protect = 0
+
+    def _init_sampler(self, *args: Any, grammar: llama_cpp.LlamaGrammar | None = None, **kwargs: Any) -> Any:
+        if grammar is None:
+            return super()._init_sampler(*args, **kwargs)
+        check_grammar(grammar, self._model)
+        return GrammarSampler(super()._init_sampler(*args, grammar=grammar, **kwargs), n_vocab=self.n_vocab())
 
     def create_completion(self, prompt: str | list[int], *args: Any, **kwargs: Any) -> Any:
         """As ``llama_cpp.Llama.create_completion``."""
