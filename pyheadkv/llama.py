@@ -446,10 +446,15 @@ class Llama(llama_cpp.Llama):
         self._progress = progress
 
     def generate(self, tokens: Sequence[int], *args: Any, **kwargs: Any) -> Generator[int, Sequence[int] | None, None]:
-        """As ``llama_cpp.Llama.generate``; the prompt is compressed after its evaluation."""
+        """As ``llama_cpp.Llama.generate``; the prompt is compressed after its evaluation.
+
+        ``reset=False`` continues on what was evaluated: what is not compressed yet is part of
+        the prompt, and a compressed past stays as it is.
+        """
         head, self._protect_head = self._protect_head, []
         if self.kv_options is not None:
-            if head or not self._kv_reuse and not self._is_cached(tokens):
+            is_new = signature(llama_cpp.Llama.generate).bind(self, tokens, *args, **kwargs).arguments.get("reset", True)
+            if head or is_new and not self._kv_reuse and not self._is_cached(tokens):
                 self.reset()
             if list(tokens[: len(head)]) != head:
                 raise ValueError("protect_system=True: the chat format in use asks more than once, use protect=[(0, n)]")
