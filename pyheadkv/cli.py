@@ -130,12 +130,17 @@ def run_generate(args: argparse.Namespace) -> int:
 
 
 def _read_prompt(args: argparse.Namespace) -> str:
-    if args.prompt is not None:
-        prompt = str(args.prompt)
-    elif args.file is not None:
-        prompt = Path(args.file).read_text(encoding="utf-8")
-    else:
-        prompt = sys.stdin.read()
+    where = "-p" if args.prompt is not None else args.file or "standard input"
+    try:
+        if args.prompt is not None:
+            prompt = str(args.prompt)
+        elif args.file is not None:
+            prompt = Path(args.file).read_text(encoding="utf-8")
+        else:
+            prompt = sys.stdin.read()
+        prompt.encode("utf-8")  # bytes that are none come as surrogates in arguments, and from standard input in some locales
+    except UnicodeError as error:
+        raise ValueError(f"the prompt from {where} is not UTF-8 ({error}): convert it, such as with iconv -f latin1 -t utf-8") from None
     if not prompt.strip():
         raise ValueError("the prompt is empty: give one with -p, -f or on standard input")
     return prompt

@@ -76,7 +76,7 @@ NPY_ERRORS = (  # what numpy raises at damaged headers, of which it tokenises an
 )  # fmt: skip
 
 REMEDY_DAMAGED = "the file is damaged or not complete, fetch or write it again"
-REMEDY_WRITE = "write it with scripts/gguf_add_importance.py"
+REMEDY_WRITE = "write it again with 'pyheadkv score MODEL.gguf -o scores.json --write OUT.gguf'"
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from . import _lib, embedded_model, gguf_keys
 from .arguments import given
-from .options import BY_IMPORTANCE, DEFAULT_BETA, POLICIES, Options, check_int, load_importance
+from .options import BY_IMPORTANCE, DEFAULT_BETA, POLICIES, MissingFileError, Options, check_int, load_importance
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -26,7 +26,7 @@ TOP_SHARES = (0.01, 0.05, 0.10, 0.25)  # of all query heads
 BARS, BARS_ASCII = "▁▂▃▄▅▆▇█", "12345678"
 
 REMEDY_IMPORTANCE = (
-    "write it with scripts/gguf_add_importance.py, name a score file with --importance, "
+    "measure it with 'pyheadkv score MODEL.gguf -o scores.json' and name the file with --importance, "
     "or use --policy snapkv (uniform budgets)"
 )
 
@@ -170,13 +170,13 @@ def model_path(path: str | os.PathLike[str] | None) -> Path:
 
     Raises
     ------
-    ValueError : there is no such file
+    MissingFileError : there is no such file
     """
     if path is None and not embedded_model().is_file():
-        raise ValueError("the embedded model is missing in this installation: name a MODEL.gguf or install again")
+        raise MissingFileError("the embedded model is missing in this installation: name a MODEL.gguf or install again")
     found = embedded_model() if path is None else Path(path)
     if not found.is_file():
-        raise ValueError(f"model={str(found)!r}: no such file, name a GGUF")
+        raise MissingFileError(f"model={str(found)!r}: no such file, name a GGUF")
     return found
 
 

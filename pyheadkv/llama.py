@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
@@ -19,8 +20,8 @@ from llama_cpp.llama import LlamaState
 from . import _lib
 from .grammar import GrammarSampler, check_grammar
 from .options import (
-    FULL, MAX_CELLS, POLICIES, ImportanceLike, Options, check_choice, check_names, check_share, load_importance, parse_bytes, row_bytes,
-    share_of_prompt,
+    FULL, MAX_CELLS, POLICIES, ImportanceLike, MissingFileError, Options, check_choice, check_names, check_share, check_text, check_tokens,
+    load_importance, parse_bytes, row_bytes, share_of_prompt,
 )  # fmt: skip
 
 PIECE_MS = 250  # of reading a prompt layer by layer, before Python has its turn
@@ -139,12 +140,15 @@ class Llama(llama_cpp.Llama):
         in their sum, so that heads with concentrated attention get more (False)
     n_tail, attend, n_buckets : see ``cpp/headkv.h``
     **kwargs : every argument of ``llama_cpp.Llama``; ``flash_attn`` is on when
-        compression is
+        compression is, also where False is passed: that is upstream's default, which
+        wrappers pass on, and there is no compression without it
 
     Raises
     ------
     TypeError
         an option that neither class has; the message names the nearest one
+    MissingFileError
+        there is no such model, a FileNotFoundError and a ValueError
     ValueError
         wrong option, an option of the compression without an amount, no importance for a policy that needs it, or an architecture that
         cannot be compressed; the message names value, limit and remedy
@@ -196,6 +200,8 @@ class Llama(llama_cpp.Llama):
         self._is_rendering = False
         self._progress: Callable[[int, int, int, int], bool | None] | None = None
         model_path = fspath(model_path)
+        if not os.path.exists(model_path):
+            raise MissingFileError(f"Model path does not exist: {model_path}")
         check_names("Llama()", kwargs, PARAMETERS)
         check_choice("policy", given.get("policy", FULL), (FULL, *POLICIES))
         if len(amount) > 1:
@@ -228,8 +234,6 @@ class Llama(llama_cpp.Llama):
         self._importance = values = load_importance(importance, model_path)
         if kwargs.get("embedding"):
             raise ValueError("embedding=True: embeddings have no generation to speed up, use kv_size=None")
-        if kwargs.get("flash_attn") is False:
-            raise ValueError("flash_attn=False: compression needs flash attention")
         kwargs["flash_attn"] = True
 
         params = options.to_params(values, model_path)
@@ -295,6 +299,7 @@ class Llama(llama_cpp.Llama):
 
     def eval(self, tokens: Sequence[int]) -> None:
         """Evaluate tokens; the first evaluation of a ``generate`` call is the prompt."""
+        check_tokens(tokens, n_vocab=self._n_vocab)
         if self.kv_options is None:
             super().eval(tokens)
             return
@@ -452,6 +457,7 @@ class Llama(llama_cpp.Llama):
         the prompt, and a compressed past stays as it is.
         """
         head, self._protect_head = self._protect_head, []
+        check_tokens(tokens, n_vocab=self._n_vocab)
         if self.kv_options is not None:
             is_new = signature(llama_cpp.Llama.generate).bind(self, tokens, *args, **kwargs).arguments.get("reset", True)
             if head or is_new and not self._kv_reuse and not self._is_cached(tokens):
@@ -474,6 +480,8 @@ class Llama(llama_cpp.Llama):
 
     def create_completion(self, prompt: str | list[int], *args: Any, **kwargs: Any) -> Any:
         """As ``llama_cpp.Llama.create_completion``."""
+        if isinstance(prompt, str):
+            check_text("prompt", prompt)
         if self._is_rendering:
             raise _Rendered(prompt)
         return super().create_completion(prompt, *args, **kwargs)
@@ -490,6 +498,7 @@ class Llama(llama_cpp.Llama):
         ValueError
             ``protect_system`` without a system message or compression, or with a chat format that leaves it out
         """
+        check_text("messages", messages)
         if not protect_system:
             return super().create_chat_completion(messages, *args, **kwargs)
         head = self._system_tokens(messages, *args, **kwargs)

@@ -201,6 +201,12 @@ def test_generate_refuses_what_it_cannot_read(model: Path, tmp_path: Path, capsy
         [model, "-p", " "],
         [model, "-f", tmp_path / "none.txt"],
     ]
+    latin = tmp_path / "latin.txt"
+    latin.write_bytes("café".encode("latin1"))
+    for source, where in ((["-f", latin], str(latin)), (["-p", "caf\udce9"], "-p")):
+        assert generate(model, *source) == 1
+        message = error_line(capsys)
+        assert f"the prompt from {where} is not UTF-8" in message and "iconv" in message
     for args in cases:
         assert generate(*args) == 1
         error_line(capsys)
@@ -268,7 +274,7 @@ def test_inspect_takes_importance_from_another_file(
 def test_inspect_without_importance_offers_snapkv(plain_model: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["inspect", str(plain_model)]) == 1
     message = error_line(capsys)
-    assert "gguf_add_importance.py" in message and "--policy snapkv" in message
+    assert "pyheadkv score" in message and "--policy snapkv" in message
     assert cli.main(["inspect", str(plain_model), "--policy", "snapkv", "--kv-size", "40"]) == 0
     assert (budgets_of(capsys.readouterr().out) == 40).all()
 

@@ -112,8 +112,8 @@ headkv_config headkv_config_from_params(const headkv_params & params) {
             cfg.importance = headkv_importance_from_gguf(params.importance_gguf);
         }
         if (cfg.importance.values.empty()) {
-            throw std::invalid_argument(format("policy '%s' needs the importance of each head and the model has none: add it with "
-                        "scripts/gguf_add_importance.py, pass importance=, or use policy 'snapkv'", cfg.policy->name));
+            throw std::invalid_argument(format("policy '%s' needs the importance of each head and the model has none: measure it with "
+                        "'pyheadkv score', pass importance=, or use policy 'snapkv'", cfg.policy->name));
         }
     }
 
