@@ -23,7 +23,7 @@ $(VENV)/.tools: pyproject.toml
 	test -d $(VENV) || $(PYTHON) -m venv $(VENV)
 	$(PIP) install --upgrade pip
 	$(PIP) install "scikit-build-core>=0.10" "patch-ng>=1.18" "cmake>=3.21,<4" ninja "numpy>=1.24" "gguf>=0.17" \
-		"tqdm>=4.60" "matplotlib>=3.7" "pytest>=8" jinja2 "openai>=1"
+		"tqdm>=4.60" "platformdirs>=4" "matplotlib>=3.7" "pytest>=8" jinja2 "openai>=1"
 	! command -v nvcc > /dev/null || $(PIP) install --no-deps nvidia-cublas # its headers, for a compile check
 	touch $@
 

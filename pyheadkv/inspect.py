@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from . import _lib, embedded_model, gguf_keys
-from .arguments import given
+from .arguments import check_drawing, given
 from .options import BY_IMPORTANCE, DEFAULT_BETA, POLICIES, MissingFileError, Options, check_int, load_importance
 
 if TYPE_CHECKING:
@@ -153,6 +153,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print the plan of a model and draw it when asked to."""
+    if args.output is not None:
+        check_drawing("the heat map")
     options = Options(kv_size=args.kv_size, **given(args, "policy", "beta", "window"))
     plan = make_plan(model_path(args.model), options=options, importance=args.importance, n_ctx=args.n_ctx)
     print(format_plan(plan))

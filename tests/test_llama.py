@@ -119,6 +119,24 @@ def test_the_package_is_imported_in_the_checkout() -> None:
         assert res.returncode == 0 and res.stdout.startswith(str(ROOT)), res.stderr
 
 
+INFERENCE = """
+import sys
+sys.modules["matplotlib"] = None
+from pyheadkv import Llama, cli, embedded_model
+llm = Llama(embedded_model(), kv_size=64, n_ctx=512, n_threads=1, n_threads_batch=1, verbose=False)
+assert llm("the code of anna is 48 . question : the code of anna is", max_tokens=2)["choices"][0]["text"]
+print(cli.main(["inspect"]), cli.main(["inspect", "-o", "a.png"]), cli.main(["eval", "needle", "-o", "a.jsonl"]))
+"""
+
+
+def test_inference_does_without_matplotlib_and_commands_that_draw_name_the_extra(tmp_path: Path) -> None:
+    res = run_python(INFERENCE, cwd=tmp_path, PYTHONPATH=os.pathsep.join(sys.path))
+    assert res.returncode == 0 and res.stdout.endswith("0 1 1\n"), res.stderr
+    for what in ("heat map", "report"):
+        assert f'the {what} is drawn with matplotlib, which is not installed: pip install "pyheadkv[eval]"' in res.stderr
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_source_tree_without_a_library_that_hides_the_installed_package_is_named(tmp_path: Path) -> None:
     tree, site = tmp_path / "tree", tmp_path / "site"
     shutil.copytree(ROOT / "pyheadkv", tree / "pyheadkv", ignore=shutil.ignore_patterns("lib", "data", "__pycache__"))
