@@ -52,7 +52,8 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
         mib = [row[name] / 2**20 for row in rows]
         axes.plot(tokens, mib, marker="o", ms=4, color=color)
         axes.annotate(f"{label}: {mib[-1]:.3g} MiB", (tokens[-1], mib[-1]), xytext=(-8, 6), textcoords="offset points", ha="right", color=color)
-    axes.set(xlabel="tokens of the prompt", ylabel="MiB of K and V", ylim=(0, None), title=f"{Path(rows[0]['model']).stem}, f16 K and V")
+    axes.set(xlabel="tokens of the prompt", ylabel="MiB of K and V", ylim=(0, 1.1 * max(row["bytes_stock"] for row in rows) / 2**20))
+    axes.set_title(f"{Path(rows[0]['model']).stem}, f16 K and V", loc="left", fontsize=10)
     axes.set_xticks(tokens[-4:], [f"{n // 1024}k" for n in tokens[-4:]])
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(alpha=0.25)
