@@ -337,9 +337,9 @@ class Llama(llama_cpp.Llama):
     def _eval_batches(self, tokens: Sequence[int]) -> None:
         """In upstream's order; each ubatch is a step of its own if somebody looks on."""
         n, n_end = len(tokens), self.n_tokens + len(tokens)
-        if tokens:
+        if n > 0:
             _lib.check(_lib.lib.headkv_begin_prompt(self.ctx, 0, n_end, False))
-        is_shown = self._progress is not None and STATES[self._stats().state] in ("empty", "staged")
+        is_shown = n > 0 and self._progress is not None and STATES[self._stats().state] in ("empty", "staged")
         n_step = llama_cpp.llama_n_ubatch(self.ctx) if is_shown else max(1, n)
         for i in range(0, max(1, n), n_step):
             if is_shown:
