@@ -23,15 +23,16 @@ $(VENV)/.tools: pyproject.toml
 	test -d $(VENV) || $(PYTHON) -m venv $(VENV)
 	$(PIP) install --upgrade pip
 	$(PIP) install "scikit-build-core>=0.10" "patch-ng>=1.18" "cmake>=3.21,<4" ninja "numpy>=1.24" "gguf>=0.17" \
-		"tqdm>=4.60" "matplotlib>=3.7" "pytest>=8" jinja2 "openai>=1"
+		"tqdm>=4.60" "platformdirs>=4" "matplotlib>=3.7" "pytest>=8" jinja2 "openai>=1"
 	! command -v nvcc > /dev/null || $(PIP) install --no-deps nvidia-cublas # its headers, for a compile check
 	touch $@
 
-# the Python part of llama-cpp-python; its library is ours
+# the Python part of llama-cpp-python; where it looks for its library is ours, whoever imports it
 $(VENV)/.llama-cpp-python: $(VENV)/.tools patches/UPSTREAM
 	mkdir -p build
 	$(BIN)/python patches/apply.py --out $(CACHE) --sdist=$(SDIST) --sdist-only > $(CACHE).sdist || (rm -f $(CACHE).sdist; exit 1)
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(PIP) install --no-build-isolation -C cmake.define.LLAMA_BUILD=OFF -C cmake.define.LLAVA_BUILD=OFF "$$(cat $(CACHE).sdist)"
+	ln -sfn $(CURDIR)/$(LIBS) "$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("platlib"))')/llama_cpp/lib"
 	touch $@
 
 CMAKE_DEFINES = -DPYHEADKV_SOURCE_CACHE=$(CURDIR)/$(CACHE) -DPYHEADKV_LLAMA_CPP_SDIST="$$(cat $(CACHE).sdist)"
@@ -43,7 +44,7 @@ $(LIBS)/.built: $(VENV)/.llama-cpp-python $(SOURCES)
 	touch $@
 
 # the package is the one of the checkout: a Python file that is edited needs no make
-$(VENV)/.installed: $(VENV)/.llama-cpp-python $(LIBS)/.built pyproject.toml
+$(VENV)/.installed: $(VENV)/.llama-cpp-python pyproject.toml | $(LIBS)/.built
 	$(PIP) install --no-build-isolation --no-deps -C wheel.cmake=false -C editable.mode=inplace --editable .
 	touch $@
 

@@ -131,7 +131,7 @@ LLAMA_API int32_t headkv_begin_prompt(struct llama_context * ctx, llama_seq_id s
 // Returns what llama_decode() does; -4: not enough memory for the batch. The sequence is empty after a failure.
 LLAMA_API int32_t headkv_read_prompt(struct llama_context * ctx, llama_seq_id seq_id, const llama_token * tokens, int32_t n_tokens);
 
-// Reads on in a whole prompt, layer by layer, for about max_ms, but not its last step (one ubatch through one layer).
+// Reads on in a whole prompt, layer by layer, for about max_ms, 0 = one step, but not its last step (one ubatch through one layer).
 // Returns how many steps are left, 1 or more: when it is 1, headkv_read_prompt() or llama_decode() of the same whole prompt
 // finishes it. In between the sequence counts as empty and other compressed ones can be decoded; the outcome is that of
 // one call. llama_memory_seq_rm(.., -1, -1) gives up. Negative: failed, and the sequence is empty.

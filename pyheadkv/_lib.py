@@ -35,7 +35,7 @@ def _how_to_get_it() -> str:
 
 
 def use_bundled_library() -> None:
-    """Point llama_cpp at the bundled library, before it is imported.
+    """Point llama_cpp at the bundled library, unless it was imported before and holds it already.
 
     Raises
     ------
@@ -44,17 +44,18 @@ def use_bundled_library() -> None:
         library is missing.
     """
     path = library_path()
-    loaded = sys.modules.get("llama_cpp.llama_cpp")
-    if loaded is not None:
-        if not hasattr(loaded._lib, "headkv_set_params"):
-            raise ImportError(
-                "llama_cpp was imported before pyheadkv and loaded a stock libllama, which cannot compress: "
-                "import pyheadkv first"
-            )
-        return
     if not any(path.glob("*llama.*")):
         raise ImportError(f"no libllama in {path}: {_how_to_get_it()}")
-    os.environ["LLAMA_CPP_LIB_PATH"] = str(path)
+    loaded = sys.modules.get("llama_cpp.llama_cpp")
+    if loaded is None:
+        os.environ["LLAMA_CPP_LIB_PATH"] = str(path)
+        return
+    held = Path(loaded._lib._name).parent
+    if held.resolve() != path.resolve():
+        raise ImportError(
+            f"llama_cpp was imported before pyheadkv and loaded the library in {held}, not the one in {path}, which compresses: "
+            f"import pyheadkv first, or set LLAMA_CPP_LIB_PATH={path} before Python starts"
+        )
 
 
 # struct headkv_params, cpp/headkv.h

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import re
+from importlib.util import find_spec
 from typing import Any
 
 from .options import SURPLUSES, Options
@@ -59,6 +60,17 @@ def parse_span(text: str) -> tuple[int, int]:
     if found is None:
         raise ValueError(f"--protect={text!r}: it must be START:END, two positions in the prompt such as 0:32")
     return int(found[1]), int(found[2])
+
+
+def check_drawing(what: str) -> None:
+    """``what`` can be drawn.
+
+    Raises
+    ------
+    ValueError : matplotlib is missing, which inference does without
+    """
+    if find_spec("matplotlib") is None:
+        raise ValueError(f"{what} is drawn with matplotlib, which is not installed: pip install \"pyheadkv[eval]\"")
 
 
 def split(text: str | None) -> list[str]:

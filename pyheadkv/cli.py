@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 from . import __version__, demo, evaluate, inspect, plan, score, serve
 from .arguments import AMOUNTS, add_amount_arguments, add_keep_arguments, given, parse_span
 from .demo import round_n_ctx, threads_kwargs
-from .inspect import format_bytes, model_path, read_shape
-from .options import POOLS, PREFILLS, Options, check_int, nearest
+from .inspect import BUDGET_OPTIONS, format_bytes, model_path, read_shape
+from .options import POOLS, PREFILLS, PRESETS, Options, check_int, nearest
 
 if TYPE_CHECKING:
     from .llama import Llama
@@ -77,10 +77,10 @@ def _add_cache_arguments(group: argparse._ArgumentGroup) -> None:
     add_amount_arguments(group)
     add_keep_arguments(group)
     group.add_argument(
-        "--pool", choices=tuple(POOLS), help=f"pooling of the scores (default: {Options.pool})"
+        "--pool", choices=tuple(POOLS), help=f"pooling of the scores (default: {PRESETS['default']['pool']})"
     )
     group.add_argument(
-        "--pool-kernel", type=int, metavar="N", help=f"tokens, odd, 1 = none (default: {Options.pool_kernel})"
+        "--pool-kernel", type=int, metavar="N", help=f"tokens, odd, 1 = none (default: {PRESETS['default']['pool_kernel']})"
     )
     group.add_argument(
         "--prefill",
@@ -130,12 +130,17 @@ def run_generate(args: argparse.Namespace) -> int:
 
 
 def _read_prompt(args: argparse.Namespace) -> str:
-    if args.prompt is not None:
-        prompt = str(args.prompt)
-    elif args.file is not None:
-        prompt = Path(args.file).read_text(encoding="utf-8")
-    else:
-        prompt = sys.stdin.read()
+    where = "-p" if args.prompt is not None else args.file or "standard input"
+    try:
+        if args.prompt is not None:
+            prompt = str(args.prompt)
+        elif args.file is not None:
+            prompt = Path(args.file).read_text(encoding="utf-8")
+        else:
+            prompt = sys.stdin.read()
+        prompt.encode("utf-8")  # bytes that are none come as surrogates in arguments, and from standard input in some locales
+    except UnicodeError as error:
+        raise ValueError(f"the prompt from {where} is not UTF-8 ({error}): convert it, such as with iconv -f latin1 -t utf-8") from None
     if not prompt.strip():
         raise ValueError("the prompt is empty: give one with -p, -f or on standard input")
     return prompt
@@ -146,7 +151,7 @@ def _open_model(path: Path, args: argparse.Namespace, *, n_ctx: int) -> Llama:
 
     return Llama(
         path,
-        **given(args, *AMOUNTS, "policy", "beta", "window", "pool", "pool_kernel", "importance", "prefill", "sinks", "surplus"),
+        **given(args, *AMOUNTS, *BUDGET_OPTIONS, "pool", "pool_kernel", "importance", "prefill", "sinks", "surplus"),
         protect=[parse_span(text) for text in args.protect] or None,
         n_ctx=n_ctx,
         n_batch=args.n_batch,

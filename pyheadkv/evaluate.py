@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from . import __version__
-from .arguments import AMOUNTS, add_amount_arguments, add_keep_arguments, keep_kwargs, split
+from .arguments import AMOUNTS, add_amount_arguments, add_keep_arguments, check_drawing, keep_kwargs, split
 from .demo import round_n_ctx
 from .evaluate_report import write_report
 from .file_tasks import FILES, check_files, n_answer
@@ -276,6 +276,7 @@ def run(args: argparse.Namespace) -> int:
     """Ask everything that is not answered yet, and write the report."""
     from tqdm import tqdm
 
+    check_drawing("the report")
     path = model_path(args.model)
     if args.output.suffix != ".jsonl" or not args.output.parent.is_dir():
         raise ValueError(f"output {args.output}: name a file that ends in .jsonl, in a folder that exists")

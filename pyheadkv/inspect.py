@@ -14,15 +14,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from . import _lib, embedded_model, gguf_keys
-from .arguments import given
+from .arguments import check_drawing, given
 from .importance import Found, find_importance
-from .options import AUTO, BY_IMPORTANCE, DEFAULT_BETA, POLICIES, PRESETS, Options, check_int, load_importance
+from .options import AUTO, BY_IMPORTANCE, DEFAULT_BETA, POLICIES, PRESETS, MissingFileError, Options, check_int, load_importance
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 BYTES_F16 = 2
+BUDGET_OPTIONS = ("policy", "beta", "preset", "window", "recent", "power")  # of add_budget_arguments, beside kv_size
 TOP_SHARES = (0.01, 0.05, 0.10, 0.25)  # of all query heads
 BARS, BARS_ASCII = "▁▂▃▄▅▆▇█", "12345678"
 
@@ -130,11 +131,19 @@ def add_budget_arguments(parser: argparse._ActionsContainer, *, kv_size: int | N
         metavar="X",
         help=f"> 1, larger is more uniform (default: the one stored with the importance, else {DEFAULT_BETA})",
     )
+    preset = PRESETS["default"]
+    parser.add_argument("--preset", choices=tuple(PRESETS), help="defaults of the options below (default: default)")
     parser.add_argument(
-        "--window",
+        "--window", type=int, metavar="N", help=f"queries of the last tokens of the prompt, which score it (default: {preset['window']})"
+    )
+    parser.add_argument(
+        "--recent", type=int, metavar="N", help=f"last cells of the prompt that every head keeps (default: {preset['recent']})"
+    )
+    parser.add_argument(
+        "--power",
         type=int,
         metavar="N",
-        help=f"queries of the last tokens of the prompt, which score it (default: {PRESETS['default']['window']})",
+        help=f"of the mean of the queries' attention: 1 = plain, up to 8 = rather the largest (default: {preset['power']})",
     )
     parser.add_argument(
         "--importance", metavar="FILE", help="score file (.json, .npy, .csv, .tsv) or a GGUF with importance (default: the model's own)"
@@ -158,7 +167,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print the plan of a model and draw it when asked to."""
-    options = Options(kv_size=args.kv_size, **given(args, "policy", "beta", "window"))
+    if args.output is not None:
+        check_drawing("the heat map")
+    options = Options(kv_size=args.kv_size, **given(args, *BUDGET_OPTIONS))
     plan = make_plan(model_path(args.model), options=options, importance=args.importance, n_ctx=args.n_ctx)
     print(format_plan(plan))
     if args.output is not None:
@@ -175,13 +186,13 @@ def model_path(path: str | os.PathLike[str] | None) -> Path:
 
     Raises
     ------
-    ValueError : there is no such file
+    MissingFileError : there is no such file
     """
     if path is None and not embedded_model().is_file():
-        raise ValueError("the embedded model is missing in this installation: name a MODEL.gguf or install again")
+        raise MissingFileError("the embedded model is missing in this installation: name a MODEL.gguf or install again")
     found = embedded_model() if path is None else Path(path)
     if not found.is_file():
-        raise ValueError(f"model={str(found)!r}: no such file, name a GGUF")
+        raise MissingFileError(f"model={str(found)!r}: no such file, name a GGUF")
     return found
 
 

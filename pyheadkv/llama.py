@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from inspect import signature
 from os import PathLike, fspath
@@ -17,11 +20,14 @@ from llama_cpp.llama import LlamaState
 
 from . import _lib
 from .gguf_keys import Importance
+from .grammar import GrammarSampler, check_grammar
 from .importance import Found, find_importance
 from .options import (
-    AUTO, BY_IMPORTANCE, FULL, LOSSLESS, MAX_CELLS, POLICIES, ImportanceLike, Options, check_choice, check_names, check_share,
-    load_importance, parse_bytes, preset_changes, row_bytes, share_of_prompt,
+    AUTO, BY_IMPORTANCE, FULL, LOSSLESS, MAX_CELLS, POLICIES, ImportanceLike, MissingFileError, Options, check_choice, check_names,
+    check_share, check_text, check_tokens, load_importance, parse_bytes, preset_changes, row_bytes, share_of_prompt,
 )  # fmt: skip
+
+PIECE_MS = 250  # of reading a prompt layer by layer, before Python has its turn
 
 STATES = ("empty", "staged", "compressed", "layered")
 
@@ -145,12 +151,15 @@ class Llama(llama_cpp.Llama):
         in their sum, so that heads with concentrated attention get more (False)
     n_tail, attend, n_buckets : see ``cpp/headkv.h``
     **kwargs : every argument of ``llama_cpp.Llama``; ``flash_attn`` is on when
-        compression is
+        compression is, also where False is passed: that is upstream's default, which
+        wrappers pass on, and there is no compression without it
 
     Raises
     ------
     TypeError
         an option that neither class has; the message names the nearest one
+    MissingFileError
+        there is no such model, a FileNotFoundError and a ValueError
     ValueError
         wrong option, an option of the compression without an amount, no importance for a policy that needs it, or an architecture that
         cannot be compressed; the message names value, limit and remedy
@@ -201,8 +210,12 @@ class Llama(llama_cpp.Llama):
         self._kv_reuse = bool(kv_reuse)
         self._prompt_pending = False
         self._protect_head: list[int] = []  # the next prompt begins with these tokens, to be kept
-        self._progress_error: BaseException | None = None
+        self._n_protect = 0  # first tokens of the pending prompt that every head keeps
+        self._is_rendering = False
+        self._progress: Callable[[int, int, int, int], bool | None] | None = None
         self._kv_path = model_path = fspath(model_path)
+        if not os.path.exists(model_path):
+            raise MissingFileError(f"Model path does not exist: {model_path}")
         check_names("Llama()", kwargs, PARAMETERS)
         check_choice("policy", given.get("policy", FULL), (AUTO, FULL, *POLICIES))
         if len(amount) > 1:
@@ -236,8 +249,6 @@ class Llama(llama_cpp.Llama):
         self._find_importance(importance)
         if kwargs.get("embedding"):
             raise ValueError("embedding=True: embeddings have no generation to speed up, use kv_size=None")
-        if kwargs.get("flash_attn") is False:
-            raise ValueError("flash_attn=False: compression needs flash attention")
         kwargs["flash_attn"] = True
 
         params = options.to_params(self._importance, model_path)
@@ -322,10 +333,11 @@ class Llama(llama_cpp.Llama):
         """Cells for a prompt of so many tokens, if its compression has not begun."""
         if self._kv_ratio is not None and STATES[self._stats().state] in ("empty", "staged"):
             options = self._need_options()
-            self.configure(kv_size=min(share_of_prompt(self._kv_ratio, n_tokens, recent=options.recent), self.n_ctx()))
+            self._configure(kv_size=min(share_of_prompt(self._kv_ratio, n_tokens, recent=options.recent), self.n_ctx()))
 
     def eval(self, tokens: Sequence[int]) -> None:
         """Evaluate tokens; the first evaluation of a ``generate`` call is the prompt."""
+        check_tokens(tokens, n_vocab=self._n_vocab)
         if self.kv_options is None:
             super().eval(tokens)
             return
@@ -333,36 +345,81 @@ class Llama(llama_cpp.Llama):
         if self.n_tokens + len(tokens) > n_ctx:
             raise ValueError(f"{self.n_tokens} + {len(tokens)} tokens do not fit into n_ctx={n_ctx}: "
                              "use a larger n_ctx or a shorter prompt")
-        self._progress_error = None
-        whole = self._prompt_pending and self.n_tokens == 0 and self.prefill_mode == "layer" and not self._logits_all
+        is_prompt, self._prompt_pending = self._prompt_pending, False
+        n_protect, self._n_protect = self._n_protect, 0
+        whole = is_prompt and self.n_tokens == 0 and self.prefill_mode == "layer" and not self._logits_all
         try:
-            if whole and len(tokens) > 1:
-                self._eval_whole(tokens)
-            else:
-                if tokens:
-                    _lib.check(_lib.lib.headkv_begin_prompt(self.ctx, 0, self.n_tokens + len(tokens), False))
-                super().eval(tokens)
-        except RuntimeError as e:
+            with self._protecting(n_protect):
+                if whole and len(tokens) > 1:
+                    self._eval_whole(tokens)
+                else:
+                    self._eval_batches(tokens)
+                if is_prompt and self.n_tokens > 0:
+                    self.end_prompt()
+        except BaseException:
             self._requires_eval = True  # the next prompt is read from its beginning, even if it is the same
-            if self._progress_error is not None:
-                raise self._progress_error from None
-            raise RuntimeError(f"{e}: {_lib.last_error()}" if _lib.last_error() else str(e)) from None
-        if self._prompt_pending and self.n_tokens > 0:
-            self._prompt_pending = False
-            self.end_prompt()
+            raise
+
+    @contextmanager
+    def _protecting(self, n_tokens: int) -> Iterator[None]:
+        """Every head keeps the first tokens of what is compressed meanwhile, beside what it is told to keep anyway."""
+        protect = self._need_options().protect
+        if n_tokens:
+            self._configure(protect=[*protect, (0, n_tokens)])
+        try:
+            yield
+        finally:
+            if n_tokens:
+                self._configure(protect=protect)
+
+    def _eval_batches(self, tokens: Sequence[int]) -> None:
+        """In upstream's order; each ubatch is a step of its own if somebody looks on."""
+        n, n_end = len(tokens), self.n_tokens + len(tokens)
+        if n > 0:
+            _lib.check(_lib.lib.headkv_begin_prompt(self.ctx, 0, n_end, False))
+        is_shown = n > 0 and self._progress is not None and STATES[self._stats().state] in ("empty", "staged")
+        n_step = llama_cpp.llama_n_ubatch(self.ctx) if is_shown else max(1, n)
+        for i in range(0, max(1, n), n_step):
+            if is_shown:
+                self._show_step(0, 1, self.n_tokens, n_end)
+            try:
+                super().eval(tokens[i : i + n_step])
+            except RuntimeError as e:
+                raise RuntimeError(f"{e}: {_lib.last_error()}" if _lib.last_error() else str(e)) from None
 
     def _eval_whole(self, tokens: Sequence[int]) -> None:
+        """Layer by layer, in pieces: Python handles signals in between."""
         n = len(tokens)
         ids = np.ascontiguousarray(tokens, dtype=np.int32)
-        self._ctx.kv_cache_seq_rm(0, 0, -1)
-        self._fit_ratio(n)
-        code = _lib.lib.headkv_read_prompt(self.ctx, 0, ids.ctypes.data_as(ctypes.POINTER(ctypes.c_int32)), n)
-        if code != 0:
+        prompt = (self.ctx, 0, ids.ctypes.data_as(ctypes.POINTER(ctypes.c_int32)), n)
+        n_ubatch, n_layer = llama_cpp.llama_n_ubatch(self.ctx), llama_cpp.llama_model_n_layer(self.model)
+        n_ubatches = -(-n // n_ubatch)
+        n_steps = n_left = n_layer * n_ubatches
+        max_ms = PIECE_MS if self._progress is None else 0  # 0 = one step
+        self._ctx.kv_cache_seq_rm(0, -1, -1)
+        try:
+            self._fit_ratio(n)
+            while n_left > 0:
+                il, i_ubatch = divmod(n_steps - n_left, n_ubatches)
+                self._show_step(il, n_layer, i_ubatch * n_ubatch, n)
+                if n_left > 1:
+                    n_left = _lib.check(_lib.lib.headkv_read_ahead(*prompt, max_ms))
+                else:
+                    code = _lib.lib.headkv_read_prompt(*prompt)
+                    if code != 0:
+                        raise RuntimeError(f"llama_decode returned {code}: {_lib.last_error()}")
+                    n_left = 0
+            self.input_ids[:n] = ids
+            self.n_tokens = n
+        except BaseException:
+            self._ctx.kv_cache_seq_rm(0, -1, -1)
             self.n_tokens = 0
-            raise RuntimeError(f"llama_decode returned {code}")
-        self.input_ids[:n] = ids
-        self.n_tokens = n
+            raise
         self._requires_eval = False
+
+    def _show_step(self, *step: int) -> None:
+        if self._progress is not None and self._progress(*step) is False:
+            raise RuntimeError("the prompt is not read to its end: aborted by the function that set_progress() was given")
 
     def read_prompt(self, tokens: Sequence[int]) -> None:
         """Forget everything, evaluate a whole prompt and compress it; what ``generate`` begins with."""
@@ -374,7 +431,9 @@ class Llama(llama_cpp.Llama):
             self._prompt_pending = False
 
     def configure(self, *, importance: ImportanceLike = None, **options: Any) -> None:
-        """Change how the prompts to come are compressed.
+        """Change how the prompts to come are compressed; a copy (``pickle``, ``deepcopy``) has the change too.
+
+        ``kv_size`` takes the place of ``kv_ratio`` and ``kv_bytes``.
 
         Parameters
         ----------
@@ -388,6 +447,14 @@ class Llama(llama_cpp.Llama):
             wrong value, or an option that sizes what the context owns; nothing has changed then
         """
         check_names("configure()", options, [field.name for field in fields(Options)])
+        self._configure(importance, **options)
+        self._kv_args |= options
+        if importance is not None:
+            self._kv_args["importance"] = importance
+        if "kv_size" in options:  # in place of what said how much is kept
+            self._kv_ratio = self._kv_args["kv_ratio"] = self._kv_args["kv_bytes"] = None
+
+    def _configure(self, importance: ImportanceLike = None, **options: Any) -> None:
         before = self._need_options(), self._found
         self.kv_options = replace(before[0], **preset_changes(options))
         try:
@@ -397,6 +464,8 @@ class Llama(llama_cpp.Llama):
         except BaseException:
             self.kv_options, self._found = before
             raise
+        if STATES[self._stats().state] == "compressed":
+            self._requires_eval = True  # the same prompt would be compressed in another way now
 
     def restore_prompt(self, n_tokens: int) -> None:
         """Go back to the first ``n_tokens`` of the compressed prompt, uncompressed, without reading them again.
@@ -421,36 +490,43 @@ class Llama(llama_cpp.Llama):
         What ``progress`` raises is raised by the evaluation. None = no calls.
         """
         self._need_options()
-
-        def call(il: int, n_layer: int, i_token: int, n_tokens: int, _: Any) -> bool:
-            try:
-                return progress(il, n_layer, i_token, n_tokens) is not False
-            except BaseException as e:  # Ctrl-C too: nothing can be raised through the library
-                self._progress_error = e
-                return False
-
-        self._progress = _lib.Progress() if progress is None else _lib.Progress(call)
-        _lib.check(_lib.lib.headkv_set_progress(self.ctx, self._progress, None))
+        self._progress = progress
 
     def generate(self, tokens: Sequence[int], *args: Any, **kwargs: Any) -> Generator[int, Sequence[int] | None, None]:
-        """As ``llama_cpp.Llama.generate``; the prompt is compressed after its evaluation."""
+        """As ``llama_cpp.Llama.generate``; the prompt is compressed after its evaluation.
+
+        ``reset=False`` continues on what was evaluated: what is not compressed yet is part of
+        the prompt, and a compressed past stays as it is.
+        """
         head, self._protect_head = self._protect_head, []
-        protect = self.kv_options.protect if self.kv_options is not None else ()
+        check_tokens(tokens, n_vocab=self._n_vocab)
         if self.kv_options is not None:
-            if head or not self._kv_reuse and not self._is_cached(tokens):
+            is_new = signature(llama_cpp.Llama.generate).bind(self, tokens, *args, **kwargs).arguments.get("reset", True)
+            if head or is_new and not self._kv_reuse and not self._is_cached(tokens):
                 self.reset()
-            if head:
-                if list(tokens[: len(head)]) != head:
-                    raise ValueError("protect_system=True: the chat format in use does not put the system message where the model's "
-                                     "template does, use protect=[(0, n)]")
-                self.configure(protect=[*protect, (0, len(head))])
+            if list(tokens[: len(head)]) != head:
+                raise ValueError("protect_system=True: the chat format in use asks more than once, use protect=[(0, n)]")
             self._prompt_pending = True
+            self._n_protect = len(head)
         try:
             return (yield from super().generate(tokens, *args, **kwargs))
         finally:
             self._prompt_pending = False
-            if head:
-                self.configure(protect=protect)
+            self._n_protect = 0
+
+    def _init_sampler(self, *args: Any, grammar: llama_cpp.LlamaGrammar | None = None, **kwargs: Any) -> Any:
+        if grammar is None:
+            return super()._init_sampler(*args, **kwargs)
+        check_grammar(grammar, self._model)
+        return GrammarSampler(super()._init_sampler(*args, grammar=grammar, **kwargs), n_vocab=self.n_vocab())
+
+    def create_completion(self, prompt: str | list[int], *args: Any, **kwargs: Any) -> Any:
+        """As ``llama_cpp.Llama.create_completion``."""
+        if isinstance(prompt, str):
+            check_text("prompt", prompt)
+        if self._is_rendering:
+            raise _Rendered(prompt)
+        return super().create_completion(prompt, *args, **kwargs)
 
     def create_chat_completion(self, messages: list[Any], *args: Any, protect_system: bool = False, **kwargs: Any) -> Any:
         """As ``llama_cpp.Llama.create_chat_completion``.
@@ -462,28 +538,54 @@ class Llama(llama_cpp.Llama):
         Raises
         ------
         ValueError
-            ``protect_system`` without a system message, compression or a chat template in the model
+            ``protect_system`` without a system message or compression, or with a chat format that leaves it out
         """
-        if protect_system:
-            self._protect_head = self._system_tokens(messages)
-        return super().create_chat_completion(messages, *args, **kwargs)
+        check_text("messages", messages)
+        if not protect_system:
+            return super().create_chat_completion(messages, *args, **kwargs)
+        head = self._system_tokens(messages, *args, **kwargs)
+        self._protect_head = head
+        try:
+            answer = super().create_chat_completion(messages, *args, **kwargs)
+        finally:
+            self._protect_head = []
+        return self._protect_stream(head, answer) if isinstance(answer, Iterator) else answer
 
-    def _system_tokens(self, messages: list[Any]) -> list[int]:
+    def _protect_stream(self, head: list[int], chunks: Iterator[Any]) -> Iterator[Any]:
+        """A prompt is read with the first chunk, if somebody asks for it."""
+        self._protect_head = head
+        try:
+            yield from chunks
+        finally:
+            self._protect_head = []
+
+    def _system_tokens(self, messages: list[Any], *args: Any, **kwargs: Any) -> list[int]:
         """Tokens that every chat which begins with this system message begins with, and some more."""
-        from .score_examples import render_chat_messages
-
         self._need_options()
-        template = self.metadata.get("tokenizer.chat_template")
         if not messages or messages[0]["role"] != "system":
             raise ValueError("protect_system=True: the first message is no system message")
-        if template is None:
-            raise ValueError("protect_system=True: the model has no chat template, use protect=[(0, n)]")
-        # what two chats with other users have in common
-        texts = [render_chat_messages(self, template, [messages[0], {"role": "user", "content": c}]) for c in "ab"]
-        a, b = (self.tokenize(text.encode(), add_bos=False, special=True) for text in texts)
+        system, other = messages[0], {"role": "system", "content": "x" if messages[0]["content"] != "x" else "y"}
+        # what two chats with other users have in common, and one with another system message has not
+        a, b, c = (self._chat_tokens([first, {"role": "user", "content": user}], *args, **kwargs)
+                   for first, user in ((system, "a"), (system, "b"), (other, "a")))  # fmt: skip
         head = a[: n_common(a, b)]
-        bos = self.token_bos()
-        return head if bos < 0 or head[:1] == [bos] else [bos, *head]
+        if n_common(head, c) == len(head):
+            raise ValueError("protect_system=True: the chat format in use leaves the system message out, or puts it behind the first "
+                             "question, use protect=[(start, end)]")
+        return head
+
+    def _chat_tokens(self, messages: list[Any], *args: Any, **kwargs: Any) -> list[int]:
+        """The prompt that the chat format in use makes of a chat."""
+        self._is_rendering = True
+        try:
+            super().create_chat_completion(messages, *args, **kwargs)
+        except _Rendered as rendered:
+            if isinstance(rendered.prompt, str):
+                raise ValueError("protect_system=True: the chat format in use makes text, not tokens, use protect=[(0, n)]") from None
+            return rendered.prompt
+        finally:
+            self._is_rendering = False
+        raise ValueError("protect_system=True: the chat format in use asks nothing, use protect=[(0, n)]")
 
     def _is_cached(self, tokens: Sequence[int]) -> bool:
         # the very prompt that was compressed, without a token generated after it
@@ -657,6 +759,13 @@ class Llama(llama_cpp.Llama):
         values = np.zeros((n_max, n_row), dtype=np.float32)
         n = _lib.check(func(self.ctx, 0, *args, values.ctypes.data_as(ctypes.POINTER(ctypes.c_float)), values.size), ValueError)
         return values[:n]
+
+
+class _Rendered(BaseException):
+    """The prompt of a chat whose completion was not wanted."""
+
+    def __init__(self, prompt: str | list[int]) -> None:
+        self.prompt = prompt
 
 
 PARAMETERS = tuple(name for cls in (Llama, llama_cpp.Llama) for name in signature(cls).parameters if name != "kwargs")

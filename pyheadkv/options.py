@@ -42,6 +42,37 @@ DEFAULT_BETA = 1.2  # where none was chosen for the scores
 ImportanceLike = Union[str, PathLike, npt.ArrayLike, Importance, None]
 
 
+class MissingFileError(FileNotFoundError, ValueError):
+    """A file that was named does not exist; llama_cpp raises ValueError then."""
+
+
+def check_text(name: str, value: Any) -> None:
+    """Strings, at any depth of lists and dicts, that have an encoding in UTF-8.
+
+    Raises
+    ------
+    ValueError
+        names the character and the remedy
+    """
+    if isinstance(value, str):
+        try:
+            value.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise ValueError(f"{name}: character {error.start} is {value[error.start]!r}, a byte that was no UTF-8 or half of a character: "
+                             "read the text in the encoding that it has") from None
+    elif isinstance(value, (list, tuple, dict)):
+        for item in value.values() if isinstance(value, dict) else value:
+            check_text(name, item)
+
+
+def check_tokens(tokens: Sequence[int], *, n_vocab: int) -> None:
+    """Token ids of the vocabulary; else ValueError."""
+    ids = np.asarray(tokens)
+    if ids.size and (ids.dtype.kind not in "iu" or ids.min() < 0 or ids.max() >= n_vocab):
+        for i, token in enumerate(tokens):
+            check_int(f"tokens[{i}]", token, 0, n_vocab - 1, ", the vocabulary of the model")
+
+
 def check_int(name: str, value: Any, lo: int, hi: int, remedy: str = "") -> int:
     """``value`` as int, if it is one in [lo, hi].
 
@@ -172,7 +203,7 @@ def load_importance(source: ImportanceLike, model: str | PathLike[str]) -> Impor
         return Importance(gguf_keys.check_importance(source, name="importance"))
     path = Path(source)
     if not path.is_file():
-        raise ValueError(f"importance={str(source)!r}: no such file")
+        raise MissingFileError(f"importance={str(source)!r}: no such file")
     if path.suffix.lower() in gguf_keys.SCORE_SUFFIXES:
         scores = gguf_keys.load_scores(path)
         return replace(scores, values=gguf_keys.fit_heads(scores.values, model))

@@ -566,7 +566,8 @@ def _check_files(path: Path, args: argparse.Namespace) -> Path:
     """Refuse now what would fail after hours; the path of the journal."""
     journal: Path = args.output.with_name(args.output.name + ".part")
     if args.output.exists() and not args.force:
-        raise ValueError(f"output {args.output} exists: pass --force to replace it, or choose another name")
+        state = "is complete, there is nothing to go on with" if args.resume and not journal.exists() else "exists"
+        raise ValueError(f"output {args.output} {state}: pass --force to replace it, or choose another name")
     if not args.output.parent.is_dir():
         raise ValueError(f"output {args.output} is in a folder that does not exist: choose an existing one")
     if journal.exists() and not (args.resume or args.force):

@@ -25,7 +25,7 @@ git rev-parse --short HEAD > "$root/COMMIT" 2>/dev/null || echo "?" > "$root/COM
 
 # plain Python, used where the machine has no package of that name
 site=$("$python" -c 'import sysconfig; print(sysconfig.get_paths()["purelib"])')
-for name in llama_cpp diskcache gguf jinja2 markupsafe tqdm yaml pytest _pytest pluggy iniconfig packaging pygments typing_extensions.py; do
+for name in llama_cpp diskcache gguf jinja2 markupsafe platformdirs tqdm yaml pytest _pytest pluggy iniconfig packaging pygments typing_extensions.py; do
     [ -e "$site/$name" ] || { echo "no Python package $name in $site" >&2; exit 1; }
     (cd "$site" && tar cf - --exclude=__pycache__ --exclude='*.so' --exclude='*.so.*' --exclude=lib "$name") | tar xf - -C "$root/python"
 done

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import re
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -151,7 +152,7 @@ def test_generate_takes_a_share_or_bytes(
         return summary(llm, path)
 
     monkeypatch.setattr(cli, "_kv_summary", look)
-    assert generate(model, "-p", PROMPT, "--policy", "snapkv", *amount) == 0
+    assert generate(model, "-p", PROMPT, "--policy", "snapkv", "--preset", "paper", *amount) == 0
     n_cells, n_prompt = sizes
     cell = N_LAYER * N_HEAD_KV * 2 * N_EMBD_HEAD * 2
     assert n_cells == (round(0.25 * n_prompt) if amount[0] == "--kv-ratio" else 4096 // cell)
@@ -169,7 +170,7 @@ def test_generate_takes_a_share_or_bytes(
         (["--kv-size", "16", "--sinks", "-1"], ["sinks=-1"]),
         (["--kv-size", "0"], ["kv_size=0", "9"]),
         (["--kv-size", "-1"], ["kv_size=-1"]),
-        (["--kv-size", "8"], ["kv_size=8", "window"]),
+        (["--kv-size", "8"], ["kv_size=8", "recent"]),
         (["--kv-size", "300", "--n-ctx", "200"], ["300", "256"]),
         (["--kv-size", "16", "--beta", "nan"], ["beta=nan"]),
         (["--kv-size", "16", "--beta", "1"], ["beta=1"]),
@@ -200,6 +201,12 @@ def test_generate_refuses_what_it_cannot_read(model: Path, tmp_path: Path, capsy
         [model, "-p", " "],
         [model, "-f", tmp_path / "none.txt"],
     ]
+    latin = tmp_path / "latin.txt"
+    latin.write_bytes("café".encode("latin1"))
+    for source, where in ((["-f", latin], str(latin)), (["-p", "caf\udce9"], "-p")):
+        assert generate(model, *source) == 1
+        message = error_line(capsys)
+        assert f"the prompt from {where} is not UTF-8" in message and "iconv" in message
     for args in cases:
         assert generate(*args) == 1
         error_line(capsys)
@@ -208,9 +215,9 @@ def test_generate_refuses_what_it_cannot_read(model: Path, tmp_path: Path, capsy
 
 
 def test_generate_without_importance_names_the_remedies(plain_model: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert generate(plain_model, "-p", PROMPT, "--kv-size", "16") == 1
-    assert "importance" in error_line(capsys)
-    assert generate(plain_model, "-p", PROMPT, "--kv-size", "16", "--policy", "snapkv") == 0
+    assert generate(plain_model, "-p", PROMPT, "--kv-size", "16", "--policy", "headkv") == 1
+    assert "pyheadkv score" in error_line(capsys)
+    assert generate(plain_model, "-p", PROMPT, "--kv-size", "16") == 0
 
 
 # inspect
@@ -265,11 +272,13 @@ def test_inspect_takes_importance_from_another_file(
 
 
 def test_inspect_without_importance_offers_snapkv(plain_model: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["inspect", str(plain_model)]) == 1
+    assert cli.main(["inspect", str(plain_model), "--policy", "headkv"]) == 1
     message = error_line(capsys)
-    assert "gguf_add_importance.py" in message and "--policy snapkv" in message
-    assert cli.main(["inspect", str(plain_model), "--policy", "snapkv", "--kv-size", "40"]) == 0
-    assert (budgets_of(capsys.readouterr().out) == 40).all()
+    assert "pyheadkv score" in message and "--policy snapkv" in message
+    for policy in ("auto", "snapkv"):
+        assert cli.main(["inspect", str(plain_model), "--policy", policy, "--kv-size", "40"]) == 0
+        out = capsys.readouterr().out
+        assert (budgets_of(out) == 40).all() and "policy snapkv" in out
 
 
 @pytest.mark.parametrize(
@@ -279,7 +288,9 @@ def test_inspect_without_importance_offers_snapkv(plain_model: Path, capsys: pyt
         (["--kv-size", "2000"], "n_ctx=1024"),
         (["--beta", "0.5"], "beta=0.5"),
         (["--n-ctx", "0"], "n_ctx=0"),
-        (["--window", "65"], "window=65"),
+        (["--window", "257"], "window=257"),
+        (["--power", "3"], "power=3"),
+        (["--recent", "0"], "recent=0"),
     ],
 )
 def test_inspect_refuses_wrong_options_in_one_line(
@@ -383,7 +394,7 @@ def test_an_unknown_flag_names_the_nearest_one(capsys: pytest.CaptureFixture[str
 
 def test_ctrl_c_exits_with_130(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupt(*_: Any) -> None:
-        raise KeyboardInterrupt
+        signal.raise_signal(signal.SIGINT)
 
     monkeypatch.setattr(cli.Meter, "_show_step", interrupt)
     monkeypatch.setattr(cli.Meter, "_counted_decode", interrupt)

@@ -334,6 +334,35 @@ def test_second_prompt_with_the_same_prefix_is_answered_like_a_fresh_one(make_mo
         assert greedy(llm, prompt, 20) == greedy(load(path, kv_size=32), prompt, 20)
 
 
+def test_generate_without_reset_continues_on_what_was_evaluated(make_model: MakeModel) -> None:
+    """A part of the prompt that is not compressed yet, as upstream does; and a compressed past, as eval does."""
+    path, document, question = make_model(SHAPES[1]), tokens(100), tokens(20, seed=3)[1:]
+
+    def ask(llm: Any, prompt: list[int], *, positional: bool = False) -> list[int]:
+        args = (40, 0.95, 0.05, 1.0, 0.0, 1.0, False) if positional else ()
+        stream = llm.generate(prompt, *args, **{} if positional else {"temp": 0.0, "reset": False})
+        return [next(stream) for _ in range(8)]
+
+    stock, ours, whole = load(path, flash_attn=True), load(path, kv_size=256), load(path, kv_size=32)
+    for llm in (stock, ours):
+        llm.eval(document)
+    answer = ask(stock, question)
+    assert ask(ours, question, positional=True) == answer and ours.n_tokens == stock.n_tokens == 119 + 7
+    assert ours.kv_stats().n_prompt == 119
+
+    pieces = load(path, kv_size=32)
+    pieces.eval(document)
+    first = ask(pieces, question)
+    assert first == greedy(whole, [*document, *question], 8)
+    for il, ih in np.ndindex(3, 2):
+        np.testing.assert_array_equal(pieces.kv_positions(il, ih), whole.kv_positions(il, ih))
+    second = ask(pieces, question)
+    assert pieces.kv_stats().n_prompt == 119 and pieces.n_tokens == 119 + 7 + 19 + 7
+    whole.eval(question)
+    assert second[0] == int(logits(whole).argmax())
+    assert ask(load(path, kv_size=32), document) == greedy(load(path, kv_size=32), document, 8)  # nothing was evaluated
+
+
 def test_kv_reuse_continues_on_the_compressed_past(make_model: MakeModel) -> None:
     llm = load(make_model(SHAPES[1]), kv_size=32, kv_reuse=True)
     a = tokens(200)
@@ -453,7 +482,6 @@ def test_a_thousand_short_completions_leave_memory_flat(make_model: MakeModel) -
         ({"kv_size": 64, "importance": np.zeros((3, 8))}, "sum 0.0: it must be above 0"),
         ({"kv_size": 64, "importance": np.full((3, 8), np.nan)}, "is nan: every value must be finite"),
         ({"kv_size": 64, "importance": "/no/such/file.json"}, "no such file"),
-        ({"kv_size": 64, "flash_attn": False}, "flash attention"),
         ({"kv_size": 64, "embedding": True}, "embedding=True"),
     ],
     ids=lambda v: None if isinstance(v, str) else "-".join(f"{k}={x}" for k, x in v.items())[:40],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import pickle
 import random
@@ -78,18 +79,36 @@ def test_a_pickled_model_keeps_its_options(llm: Any, document: Any) -> None:
     assert complete(copy, document)["choices"][0]["text"] == complete(llm, document)["choices"][0]["text"]
 
 
-def test_a_stock_library_that_was_loaded_first_is_an_import_error(stock_lib: Any) -> None:
-    code = "import llama_cpp\nimport pyheadkv"
-    env = {"LLAMA_CPP_LIB_PATH": str(stock_lib), "PYTHONPATH": ":".join(sys.path), "PATH": "/usr/bin:/bin"}
-    res = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, cwd=Path(__file__).parent)
-    assert res.returncode == 1 and "import pyheadkv first" in res.stderr
-
-
 def run_python(code: str, *flags: str, cwd: Path, **env: str) -> subprocess.CompletedProcess[str]:
     """Python without what the environment says about our library, unless ``env`` does."""
     ours = ("PYTHONPATH", "PYHEADKV_LIB_PATH", "LLAMA_CPP_LIB_PATH", "PYTHONSAFEPATH")
     env = {**{k: v for k, v in os.environ.items() if k not in ours}, **env}
     return subprocess.run([sys.executable, *flags, "-c", code], cwd=cwd, env=env, capture_output=True, text=True, check=False)
+
+
+def test_a_stock_library_that_was_loaded_first_is_an_import_error(stock_lib: Any) -> None:
+    res = run_python("import llama_cpp\nimport pyheadkv", cwd=ROOT, LLAMA_CPP_LIB_PATH=str(stock_lib))
+    assert res.returncode == 1 and "import pyheadkv first" in res.stderr and str(stock_lib) in res.stderr
+
+
+def test_llama_cpp_may_be_imported_first_where_its_library_is_ours() -> None:
+    spec = importlib.util.find_spec("llama_cpp")
+    if spec is None or not (Path(str(spec.origin)).parent / "lib").samefile(_library()):
+        pytest.skip("llama_cpp has a library of its own: not the environment of make")
+    res = run_python("from llama_cpp import LlamaGrammar\nfrom pyheadkv import Llama\nprint(Llama)", cwd=ROOT / "tests")
+    assert res.returncode == 0 and "pyheadkv" in res.stdout, res.stderr
+
+
+def test_another_library_that_was_loaded_first_is_named_with_the_remedy(tmp_path: Path) -> None:
+    (tmp_path / "libllama.so").touch()
+    res = run_python("import llama_cpp\nimport pyheadkv", cwd=ROOT, LLAMA_CPP_LIB_PATH=str(_library()), PYHEADKV_LIB_PATH=str(tmp_path))
+    assert res.returncode == 1 and f"set LLAMA_CPP_LIB_PATH={tmp_path}" in res.stderr and str(_library()) in res.stderr, res.stderr
+
+
+def _library() -> Path:
+    from pyheadkv import _lib
+
+    return _lib.library_path()
 
 
 def test_the_package_is_imported_in_the_checkout() -> None:
@@ -98,6 +117,24 @@ def test_the_package_is_imported_in_the_checkout() -> None:
     for cwd in (ROOT, ROOT / "tests"):
         res = run_python("import pyheadkv; print(pyheadkv.__file__, pyheadkv.Llama)", cwd=cwd)
         assert res.returncode == 0 and res.stdout.startswith(str(ROOT)), res.stderr
+
+
+INFERENCE = """
+import sys
+sys.modules["matplotlib"] = None
+from pyheadkv import Llama, cli, embedded_model
+llm = Llama(embedded_model(), kv_size=64, n_ctx=512, n_threads=1, n_threads_batch=1, verbose=False)
+assert llm("the code of anna is 48 . question : the code of anna is", max_tokens=2)["choices"][0]["text"]
+print(cli.main(["inspect"]), cli.main(["inspect", "-o", "a.png"]), cli.main(["eval", "needle", "-o", "a.jsonl"]))
+"""
+
+
+def test_inference_does_without_matplotlib_and_commands_that_draw_name_the_extra(tmp_path: Path) -> None:
+    res = run_python(INFERENCE, cwd=tmp_path, PYTHONPATH=os.pathsep.join(sys.path))
+    assert res.returncode == 0 and res.stdout.endswith("0 1 1\n"), res.stderr
+    for what in ("heat map", "report"):
+        assert f'the {what} is drawn with matplotlib, which is not installed: pip install "pyheadkv[eval]"' in res.stderr
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_source_tree_without_a_library_that_hides_the_installed_package_is_named(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, Callable
 
 import pytest
-from conftest import SHAPES, load
+from conftest import SHAPES, greedy, load, tokens
 
 MakeModel = Callable[..., Path]
 pytestmark = pytest.mark.usefixtures("library")
@@ -53,6 +53,46 @@ def test_a_misspelt_policy_names_the_nearest_one(make_model: MakeModel) -> None:
     for amount in ({}, {"kv_size": 64}):
         with pytest.raises(ValueError, match="policy='razr': it must be one of .*: did you mean 'razor'"):
             load(make_model(SHAPES[1]), policy="razr", **amount)
+
+
+@pytest.mark.parametrize("amount", [{}, {"kv_size": 64}], ids=str)
+def test_a_missing_model_is_named_as_llama_cpp_does(amount: dict[str, int], tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="^Model path does not exist: .*none.gguf$") as raised:
+        load(tmp_path / "none.gguf", **amount)
+    assert isinstance(raised.value, ValueError)
+
+
+@pytest.mark.parametrize("amount", [{}, {"kv_size": 64}], ids=str)
+@pytest.mark.parametrize(
+    ("ids", "message"), [([1, 5, 384], r"tokens\[2\]=384: it must be in \[0, 383\]"), ([-1], r"tokens\[0\]=-1"), ([1, 2.5], r"tokens\[1\]=2.5"),
+                         ([1, "a"], r"tokens\[1\]='a'"), ([None], r"tokens\[0\]=None"), ([True], r"tokens\[0\]=True")], ids=str,
+)  # fmt: skip
+def test_a_wrong_token_is_named_with_its_place(ids: list[Any], message: str, amount: dict[str, int], make_model: MakeModel) -> None:
+    llm = load(make_model(SHAPES[1]), **amount)
+    expected = greedy(llm, tokens(30), 4)
+    for call in (llm.eval, llm.read_prompt if amount else llm.eval, lambda ids: next(llm.generate(ids)), lambda ids: llm.create_completion(ids)):
+        with pytest.raises(ValueError, match=message):
+            call(ids)
+    assert greedy(llm, tokens(30), 4) == expected
+
+
+@pytest.mark.parametrize("amount", [{}, {"kv_size": 64}], ids=str)
+def test_text_that_is_not_utf_8_is_named(amount: dict[str, int], make_model: MakeModel) -> None:
+    llm, text = load(make_model(SHAPES[1]), **amount), "caf\udce9"
+    with pytest.raises(ValueError, match="prompt: character 3 is '.udce9'.*encoding"):
+        llm.create_completion(text)
+    with pytest.raises(ValueError, match="prompt: character 3"):
+        llm(text, stream=True)
+    for content in (text, [{"type": "text", "text": text}]):
+        with pytest.raises(ValueError, match="messages: character 3"):
+            llm.create_chat_completion([{"role": "user", "content": content}])
+
+
+def test_flash_attention_is_on_where_a_wrapper_passes_the_default_of_upstream(make_model: MakeModel) -> None:
+    """There is no compression without it, and False says no more than that nobody asked for it."""
+    path, prompt = make_model(SHAPES[1]), tokens(100)
+    outcomes = [greedy(load(path, kv_size=32, **options), prompt, 6) for options in ({}, {"flash_attn": False}, {"flash_attn": True})]
+    assert outcomes[0] == outcomes[1] == outcomes[2]
 
 
 def test_the_full_cache_may_be_named_and_defaults_be_left_out(make_model: MakeModel) -> None:

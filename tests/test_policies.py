@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 import random
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any, Callable
 
@@ -16,6 +20,7 @@ from pyheadkv.options import ggml_type, row_bytes
 pytestmark = pytest.mark.usefixtures("library")
 MakeModel = Callable[..., Path]
 SHAPE = SHAPES[1]
+embedded = pytest.mark.skipif(not embedded_model().is_file(), reason="the embedded model is not there yet")
 
 
 def kept(llm: Any, shape: Shape = SHAPE) -> list[list[int]]:
@@ -181,7 +186,7 @@ def test_wrong_amounts_are_errors(options: dict[str, Any], message: str, make_mo
         load(make_model(SHAPE), **options)
 
 
-@pytest.mark.skipif(not embedded_model().is_file(), reason="the embedded model is not there yet")
+@embedded
 @pytest.mark.parametrize("prefill", ["token", "layer"])
 def test_the_system_message_of_a_chat_is_kept(prefill: str) -> None:
     llm = load(embedded_model(), kv_size=60, policy="snapkv", prefill=prefill)
@@ -204,16 +209,103 @@ def test_the_system_message_of_a_chat_is_kept(prefill: str) -> None:
     assert set(range(n_system)) <= set(llm.kv_positions(1, 1).tolist())
 
 
-@pytest.mark.skipif(not embedded_model().is_file(), reason="the embedded model is not there yet")
-def test_a_system_message_that_cannot_be_kept_is_an_error(make_model: MakeModel) -> None:
-    user, system = {"role": "user", "content": "anna"}, {"role": "system", "content": "the code of anna is 48 ."}
+@pytest.mark.parametrize("amount", [{"kv_size": 64}, {"kv_ratio": 0.5}, {"kv_bytes": "100KiB"}], ids=str)
+@pytest.mark.parametrize("duplicate", [lambda llm: pickle.loads(pickle.dumps(llm)), copy.deepcopy], ids=["pickle", "deepcopy"])
+def test_a_copy_has_what_configure_changed(duplicate: Callable[[Any], Any], amount: dict[str, Any], make_model: MakeModel) -> None:
+    """And the original: a smaller kv_size takes the place of what said how much is kept."""
+    llm = load(make_model(SHAPE), **amount, beta=1.5)
+    assert duplicate(llm).kv_options == llm.kv_options
+    scores = np.full((SHAPE.n_layer, SHAPE.n_head), 1.0)
+    llm.configure(kv_size=24, policy="adakv", sinks=2, protect=[(5, 7)], importance=scores, beta=None)
+    other = duplicate(llm)
+    assert other.kv_options == llm.kv_options and other.kv_options.kv_size == 24 and other.kv_options.beta is None
+    outcomes = []
+    for model in (llm, other):
+        model.read_prompt(tokens(300))
+        assert model.kv_options.kv_size == 24
+        outcomes.append(outcome(model))
+    assert outcomes[0] == outcomes[1]
+    llm.configure(policy="headkv")
+    assert duplicate(llm).kv_budget.tolist() == llm.kv_budget.tolist()  # of the scores
+
+
+def test_the_same_prompt_after_configure_is_compressed_anew(make_model: MakeModel) -> None:
+    llm = load(make_model(SHAPE), kv_size=64, policy="snapkv")
+    for kv_size in (64, 32):
+        llm.configure(kv_size=kv_size)
+        next(llm.generate(tokens(300), temp=0.0))
+        assert set(llm.kv_stats().n_cells.ravel().tolist()) == {kv_size}
+
+
+USER, SYSTEM = {"role": "user", "content": "anna"}, {"role": "system", "content": "the code of anna is 48 ."}
+
+
+def with_template(path: Path, template: str) -> Path:
+    """A copy of the embedded model with another chat template."""
+    command = [sys.executable, "-m", "gguf.scripts.gguf_new_metadata", "--chat-template", template, str(embedded_model()), str(path)]
+    subprocess.run(command, check=True, capture_output=True)
+    return path
+
+
+def kept_by_all(llm: Any) -> set[int]:
+    """Positions that every head of the embedded model holds."""
+    return set.intersection(*(set(llm.kv_positions(il, ih).tolist()) for il in range(5) for ih in range(4)))
+
+
+@embedded
+@pytest.mark.parametrize("form", ["no bos", "chatml", "llama-2"])
+def test_the_system_message_is_kept_whatever_the_chat_format(form: str, tmp_path: Path) -> None:
+    """Its tokens are those that the format makes, with BOS or without."""
+    path, options = embedded_model(), {}
+    if form == "no bos":
+        path = with_template(tmp_path / "m.gguf", "{% for m in messages %}{{ ' ' + m['content'] | trim }}{% endfor %}")
+    else:
+        options = {"chat_format": form}
+    llm = load(path, kv_size=40, policy="snapkv", **options)
+    rng = random.Random(3)
+    user = " ".join(" ".join(needle.filler_sentence(rng)) for _ in range(40))
+    messages = [SYSTEM, {"role": "user", "content": user}]
+    llm.create_chat_completion(messages, max_tokens=1)
+    prompt = llm.input_ids[: llm.n_tokens].tolist()
+    text = needle.encode(SYSTEM["content"])[1:]  # formats differ in what stands before the first word
+    start = next(i for i in range(len(prompt)) if prompt[i : i + len(text)] == text)
+    assert (prompt[0] == llm.token_bos()) == (form != "no bos")
+    system = set(range(start + len(text)))
+    assert not system <= kept_by_all(llm)
+    llm.create_chat_completion(messages, max_tokens=1, protect_system=True)
+    assert llm.input_ids[: llm.n_tokens].tolist() == prompt
+    assert system <= kept_by_all(llm)
+    llm.create_chat_completion(messages, max_tokens=1)
+    assert not system <= kept_by_all(llm)
+
+
+@embedded
+def test_a_stream_that_nobody_iterates_protects_nothing(make_model: MakeModel) -> None:
+    llm = load(embedded_model(), kv_size=60)
+    other = "the code of bob is 12 33 . question : the code of bob is"
+    expected = llm.create_completion(other, max_tokens=3, temperature=0)["choices"][0]["text"]
+    never = llm.create_chat_completion([SYSTEM, USER], protect_system=True, stream=True, max_tokens=4)
+    assert llm.create_completion(other, max_tokens=3, temperature=0)["choices"][0]["text"] == expected
+    next(never)
+    assert set(range(8)) <= kept_by_all(llm)
+    assert llm.kv_options.protect == ()  # though the stream is open
+    assert llm.create_completion(other, max_tokens=3, temperature=0)["choices"][0]["text"] == expected
+    with pytest.raises(ValueError, match="Tool choice"):
+        llm.create_chat_completion([SYSTEM, USER], protect_system=True, tools=[], tool_choice={"type": "function", "function": {"name": "f"}})
+    assert llm.create_completion(other, max_tokens=3, temperature=0)["choices"][0]["text"] == expected
+
+
+@embedded
+def test_a_system_message_that_cannot_be_kept_is_an_error(tmp_path: Path) -> None:
     llm = load(embedded_model(), kv_size=60)
     with pytest.raises(ValueError, match="no system message"):
-        llm.create_chat_completion([user], protect_system=True)
-    with pytest.raises(ValueError, match="chat format in use"):
-        load(embedded_model(), kv_size=60, chat_format="chatml").create_chat_completion([system, user], protect_system=True)
-    with pytest.raises(ValueError, match="no chat template"):
-        load(make_model(SHAPE), kv_size=60).create_chat_completion([system, user], protect_system=True)
+        llm.create_chat_completion([USER], protect_system=True)
+    with pytest.raises(ValueError, match="the stock one"):
+        load(embedded_model()).create_chat_completion([SYSTEM, USER], protect_system=True)
+    for i, template in enumerate(("{{ messages[-1]['content'] }}", "{% for m in messages | reverse %}{{ ' ' + m['content'] }}{% endfor %}")):
+        llm = load(with_template(tmp_path / f"{i}.gguf", template), kv_size=60)
+        with pytest.raises(ValueError, match="leaves the system message out, or puts it behind"):
+            llm.create_chat_completion([SYSTEM, USER], protect_system=True)
 
 
 def test_policy_full_is_the_stock_cache(make_model: MakeModel) -> None:

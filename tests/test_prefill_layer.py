@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -87,26 +88,103 @@ def test_plain_eval_does_not_end_the_prompt(make_model: MakeModel) -> None:
         np.testing.assert_array_equal(whole.kv_positions(il, 0), pieces.kv_positions(il, 0))
 
 
+def set_progress(llm: Any, progress: Callable[..., Any] | None, door: str) -> None:
+    """``Llama.set_progress``, or that of the library, in whose calls nothing may be raised."""
+    if door == "python":
+        llm.set_progress(progress)
+        return
+    from pyheadkv import _lib
+
+    llm.callback = _lib.Progress() if progress is None else _lib.Progress(lambda *step: progress(*step[:4]) is not False)
+    _lib.check(_lib.lib.headkv_set_progress(llm.ctx, llm.callback, None))
+
+
+@pytest.mark.parametrize("door", ["python", "library"])
 @pytest.mark.parametrize("prefill", ["token", "layer"])
-def test_abort_in_every_step_leaves_a_clean_state(prefill: str, make_model: MakeModel) -> None:
+def test_abort_in_every_step_leaves_a_clean_state(prefill: str, door: str, make_model: MakeModel) -> None:
     path, prompt = make_model(SHAPES[1]), tokens(150)
     llm = load(path, kv_size=48, prefill=prefill, n_ubatch=64)
     fresh = outcome(llm, prompt, SHAPES[1])
     steps: list[tuple[int, int, int, int]] = []
-    llm.set_progress(lambda *step: steps.append(step))
+    set_progress(llm, lambda *step: steps.append(step), door)
     llm.read_prompt(prompt)
-    assert steps[0][0] == 0 and steps[-1][3] == 150
-    assert len(steps) == {"token": 3, "layer": 9}[prefill]
-    assert sorted(steps) == steps
+    places = {"token": [(0, 1, i, 150) for i in (0, 64, 128)], "layer": [(il, 3, i, 150) for il in range(3) for i in (0, 64, 128)]}
+    assert steps == places[prefill]
     for abort_at in steps:
-        llm.set_progress(lambda *step, abort_at=abort_at: step != abort_at)
+        set_progress(llm, lambda *step, abort_at=abort_at: step != abort_at, door)
         with pytest.raises(RuntimeError, match="aborted"):
             llm.read_prompt(prompt)
-        llm.set_progress(None)
+        set_progress(llm, None, door)
         stats = llm.kv_stats()
         if prefill == "layer":
             assert (stats.state, stats.n_past, stats.bytes_staging) == ("empty", 0, 0)
         assert outcome(llm, prompt, SHAPES[1]) == fresh
+
+
+@pytest.mark.parametrize("prefill", ["token", "layer"])
+def test_what_progress_raises_is_raised_by_the_evaluation(prefill: str, make_model: MakeModel) -> None:
+    path, prompt = make_model(SHAPES[1]), tokens(150)
+    llm = load(path, kv_size=48, prefill=prefill, n_ubatch=64)
+    fresh = outcome(llm, prompt, SHAPES[1])
+    for error in (KeyboardInterrupt(), ZeroDivisionError("here")):
+        left = [2]
+
+        def progress(*_: int, left: list[int] = left, error: BaseException = error) -> None:
+            left[0] -= 1
+            if left[0] < 0:
+                raise error
+
+        llm.set_progress(progress)
+        with pytest.raises(type(error)) as raised:
+            llm.read_prompt(prompt)
+        assert raised.value is error and left == [-1]
+        llm.set_progress(None)
+        assert outcome(llm, prompt, SHAPES[1]) == fresh
+
+
+def test_progress_is_that_of_prompts_alone(make_model: MakeModel) -> None:
+    llm = load(make_model(SHAPES[1]), kv_size=48, n_ubatch=64)
+    steps: list[tuple[int, int, int, int]] = []
+    llm.set_progress(lambda *step: steps.append(step))
+    llm.eval(tokens(100))
+    llm.eval(tokens(30)[1:])
+    assert steps == [(0, 1, 0, 100), (0, 1, 64, 100), (0, 1, 100, 129)]
+    llm.end_prompt()
+    llm.eval([5])
+    assert len(steps) == 3
+
+
+@pytest.mark.parametrize("prefill", ["token", "layer"])
+def test_ctrl_c_is_handled_while_a_prompt_is_read(prefill: str, make_model: MakeModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Within one piece of it, and the next prompt is read as if nothing had been."""
+    from pyheadkv import _lib, llama
+
+    path, prompt = make_model(SHAPES[1]), tokens(600)
+    llm = load(path, kv_size=48, prefill=prefill, n_ubatch=64, n_batch=64)
+    fresh = outcome(llm, prompt, SHAPES[1])
+    n_calls = 0
+    read, name = (llm._ctx, "decode") if prefill == "token" else (_lib.lib, "headkv_read_ahead")
+    call = getattr(read, name)
+
+    def interrupted(*args: Any) -> Any:
+        nonlocal n_calls
+        result = call(*args)
+        n_calls += 1
+        if n_calls == 3:
+            signal.raise_signal(signal.SIGINT)
+        return result
+
+    monkeypatch.setattr(llama, "PIECE_MS", 0)  # one step
+    monkeypatch.setattr(read, name, interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        next(llm.generate(prompt, temp=0.0))
+    assert n_calls == 3
+    monkeypatch.undo()
+    if prefill == "layer":
+        assert (llm.kv_stats().state, llm.kv_stats().bytes_staging) == ("empty", 0)
+    n_read = llm.n_tokens
+    assert n_read == (0 if prefill == "layer" else 128)  # the third batch is not counted yet
+    assert outcome(llm, prompt, SHAPES[1]) == fresh
 
 
 def test_logits_of_all_tokens_are_read_token_by_token(make_model: MakeModel) -> None:

@@ -494,6 +494,8 @@ def test_score_writes_file_and_model_and_resumes(
     assert run("-o", second, *options, "--resume") == 0
     assert len(done) == 9
     assert second.read_bytes() == first.read_bytes()
+    assert run("-o", second, *options, "--resume") == 1
+    assert "is complete, there is nothing to go on with" in capsys.readouterr().err
     assert sorted(path.name for path in tmp_path.iterdir()) == ["1.json", "2.json", "out.gguf"]
 
 

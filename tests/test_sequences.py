@@ -205,6 +205,10 @@ def test_a_paused_prompt_is_given_up_or_finished_as_it_was_begun(make_model: Mak
         assert many.stats(1).bytes_staging == 0 and many.state(1) == 0
         many.read(2, prompts[0])
         assert many.read_ahead(1, prompts[1]) > 1
+        left = [many.read_ahead(1, prompts[1], 0) for _ in range(2)]
+        assert left[0] == left[1] + 1  # 0 ms: one step
+        with pytest.raises(RuntimeError, match="in -1 ms"):
+            many.read_ahead(1, prompts[1], -1)
         many.remove(2)  # whose rows wait for the one that is read
         many.remove(1)
         assert many.stats(1).bytes_staging == many.stats(1).bytes_store == 0

@@ -185,8 +185,8 @@ int32_t headkv_read_ahead(struct llama_context * ctx, llama_seq_id seq_id, const
     if (*why_not) {
         return fail(format("the prompt cannot be read layer by layer: %s", why_not));
     }
-    if (n_tokens < 2 || max_ms < 1) {
-        return fail(format("%d tokens in %d ms: it must be 2 tokens and 1 ms at least", n_tokens, max_ms));
+    if (n_tokens < 2 || max_ms < 0) {
+        return fail(format("%d tokens in %d ms: it must be 2 tokens and 0 ms at least", n_tokens, max_ms));
     }
     const auto n_left = [&]() { return (int32_t) kv->n_steps_left(seq_id, n_tokens, llama_n_ubatch(ctx)); };
     if (n_left() > 1) {
