@@ -17,7 +17,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -316,44 +316,115 @@ def test_slots_give_what_single_runs_give(n_slots: int, prefill: str, llm: Any, 
         assert server.metric("kv_compressions_total") == len(prompts)
 
 
-def test_others_decode_on_while_a_prompt_is_read_layer_by_layer(tmp_path: Path, log: Path) -> None:
-    """No stream waits for the whole prompt of another slot, and a cancelled prompt gives its memory back at once."""
-    path = tmp_path / "slow.gguf"  # seconds for a prompt
-    write_random_model(path, n_layer=12, n_embd=512, n_head=8, n_head_kv=8, n_ff=2048, n_vocab=384, n_ctx_train=N_CTX, seed=3, importance="random")
-    short, long = ([20 + seed + (7 * i) % 300 for i in range(n)] for seed, n in ((1, 100), (2, 1900)))
-    with closing(load(path, kv_size=KV_SIZE, n_ctx=N_CTX, n_batch=N_UBATCH, n_ubatch=N_UBATCH)) as slow:
-        answer = greedy(slow, list(long), 4)
-    with running(log, "--kv-size", KV_SIZE, model=path, n_slots=2) as server, ThreadPoolExecutor(1) as pool:
-        body = {"prompt": short, "n_predict": 1500, "temperature": 0, "stream": True, "ignore_eos": True}
-        request = urllib.request.Request(f"http://127.0.0.1:{server.port}/completion", json.dumps(body).encode(), {"Content-Type": "application/json"})
-        with DIRECTLY.open(request, timeout=SECONDS) as stream:
-            stream.readline()
-            start, times = time.monotonic(), []
-            reading = pool.submit(server.complete, long, 4)
+@pytest.fixture(scope="module")
+def slow_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model that needs seconds for a prompt."""
+    path = tmp_path_factory.mktemp("slow") / "slow.gguf"
+    write_random_model(path, n_layer=12, n_embd=512, n_head=8, n_head_kv=8, n_ff=2048, n_vocab=384, n_ctx_train=2 * N_CTX, seed=3, importance="random")
+    return path
+
+
+SHORT, LONG = ([20 + seed + (7 * i) % 300 for i in range(n)] for seed, n in ((1, 100), (2, 1900)))
+
+
+@contextmanager
+def stream_of(server: Server, prompt: Sequence[int], n: int, **more: Any) -> Iterator[Iterator[tuple[float, str]]]:
+    """The lines of a streamed completion, each with the seconds since the request; the headers come first, as an empty line."""
+    body = {"prompt": prompt, "n_predict": n, "temperature": 0, "stream": True, "return_tokens": True, "ignore_eos": True, **more}
+    request = urllib.request.Request(f"http://127.0.0.1:{server.port}/completion", json.dumps(body).encode(), {"Content-Type": "application/json"})
+    start = time.monotonic()
+    with DIRECTLY.open(request, timeout=SECONDS) as stream:
+        seconds = time.monotonic() - start
+
+        def lines() -> Iterator[tuple[float, str]]:
+            yield seconds, ""
+            for line in stream:
+                yield time.monotonic() - start, line.decode().strip()
+
+        yield lines()
+
+
+def data_of(lines: Iterator[tuple[float, str]]) -> list[tuple[float, dict[str, Any]]]:
+    return [(seconds, json.loads(line[6:])) for seconds, line in lines if line.startswith("data: ")]
+
+
+def test_others_decode_on_while_a_prompt_is_read_layer_by_layer(slow_model: Path, log: Path) -> None:
+    """No stream waits for the whole prompt of another slot."""
+    with closing(load(slow_model, kv_size=KV_SIZE, n_ctx=N_CTX, n_batch=N_UBATCH, n_ubatch=N_UBATCH)) as slow:
+        answer = greedy(slow, list(LONG), 4)
+    with running(log, "--kv-size", KV_SIZE, model=slow_model, n_slots=2) as server, ThreadPoolExecutor(1) as pool:
+        with stream_of(server, SHORT, 1500) as stream:
+            first = next(seconds for seconds, line in stream if line)
+            times = [first]
+            reading = pool.submit(server.complete, LONG, 4)
             while not reading.done():
-                if stream.readline().startswith(b"data: "):
-                    times.append(time.monotonic())
+                times += [seconds for seconds, line in [next(stream)] if line]
             seconds = reading.result()["timings"]["prompt_ms"] / 1000
         assert reading.result()["tokens"] == answer
-        times = [t for t in times if t < start + seconds]
-        longest = max(b - a for a, b in zip([start, *times], [*times, start + seconds]))
+        times = [t for t in times if t < first + seconds]
+        longest = max(b - a for a, b in zip(times, [*times[1:], first + seconds]))
         assert len(times) > 3 and longest < 0.6 * seconds, (times, seconds)
 
-        n_compressed = server.metric("kv_compressions_total")
-        data = json.dumps({"prompt": long, "n_predict": 4}).encode()
+
+def test_a_prompt_of_one_token_waits_for_one_that_is_read_layer_by_layer(slow_model: Path, log: Path) -> None:
+    """It cannot be read layer by layer, and does not join the batch of one that is."""
+    with running(log, "--kv-size", KV_SIZE, "-t", 1, "-tb", 1, model=slow_model, n_slots=3) as server, ThreadPoolExecutor(3) as pool:
+        answers = [server.tokens(prompt, 4) for prompt in (LONG, [30])]
+        long = pool.submit(server.tokens, LONG, 4, id_slot=0)
+        while not any(slot["kv"]["state"] == "reading" for slot in server.get("/slots")):
+            assert not long.done()
+        short = [pool.submit(server.tokens, [30], 4, id_slot=i) for i in (1, 2)]
+        assert [future.result() for future in (long, *short)] == [answers[0], answers[1], answers[1]]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_client_that_leaves_while_its_prompt_is_read_cancels_it(stream: bool, slow_model: Path, log: Path) -> None:
+    flags = ["--kv-size", KV_SIZE, "-t", 1, "-tb", 1, "-c", 2 * N_CTX]  # some seconds for the prompt
+    with running(log, *flags, model=slow_model) as server:
+        answer = server.complete(LONG * 2, 4)["tokens"]
+        data = json.dumps({"prompt": LONG * 2, "n_predict": 4, "stream": stream}).encode()
         with socket.create_connection(("127.0.0.1", server.port), timeout=SECONDS) as s:
             s.sendall(b"POST /completion HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n" % len(data) + data)
             deadline = time.monotonic() + SECONDS
             while not any(slot["kv"]["state"] == "reading" for slot in server.get("/slots")):
                 assert time.monotonic() < deadline
             assert server.metric("kv_bytes_staging") > 0
-            n_cancelled = server.output().count("cancel task")
-        while server.output().count("cancel task") == n_cancelled:  # upstream looks a second after its last result of any request
+        while "cancel task" not in server.output():  # upstream looks a second after its last result of any request
             assert time.monotonic() < deadline
             time.sleep(0.1)
         assert_nothing_left(server)
-        assert server.metric("kv_compressions_total") == n_compressed
-        assert server.complete(long, 4)["tokens"] == answer
+        assert server.metric("kv_compressions_total") == 1
+        assert server.complete(LONG * 2, 4)["tokens"] == answer
+
+
+@pytest.mark.parametrize("prefill", ["layer", "token"])
+def test_a_stream_begins_at_once_and_pings_while_its_prompt_is_read(prefill: str, slow_model: Path, log: Path) -> None:
+    flags = ["--kv-size", KV_SIZE, "--kv-prefill", prefill, "--sse-ping-interval", 1, "-t", 1, "-tb", 1, "-c", 2 * N_CTX]
+    with running(log, *flags, model=slow_model) as server, stream_of(server, LONG * 2, 1) as stream:
+        lines = list(stream)
+        whole = next(seconds for seconds, line in lines if line.startswith("data: "))
+        assert lines[0][0] < 0.3 * whole
+        assert sum(line == ":" and seconds < whole for seconds, line in lines) >= (1 if whole > 4 else 0), (lines, whole)
+
+
+@pytest.mark.parametrize("beside", [False, True], ids=["alone", "beside"])
+def test_progress_is_that_of_the_layers_read(beside: bool, slow_model: Path, log: Path) -> None:
+    """return_progress counts tokens; a layer of the prompt counts as its share of them. Timings and metrics cover all of it."""
+    with running(log, "--kv-size", KV_SIZE, "-t", 1, "-tb", 1, model=slow_model, n_slots=2) as server, ExitStack() as stack:
+        if beside:
+            next(line for _, line in stack.enter_context(stream_of(server, SHORT, 1500)) if line)
+        before = server.metric("prompt_seconds_total")
+        with stream_of(server, LONG, 2, return_progress=True) as stream:
+            events = data_of(stream)
+        timings = events[-1][1]["timings"]
+        assert server.metric("prompt_seconds_total") - before == pytest.approx(timings["prompt_ms"] / 1000, rel=0.9 if beside else 0.2)
+        progress = [(seconds, event["prompt_progress"]) for seconds, event in events if "prompt_progress" in event]
+        assert all(p["total"] == len(LONG) and p["cache"] == 0 and p["time_ms"] / 1000 < seconds + 0.1 for seconds, p in progress)
+        processed = [p["processed"] for _, p in progress]
+        assert processed == sorted(processed) and processed[0] == 0 and processed[-1] == len(LONG)
+        assert max(b - a for a, b in zip(processed, processed[1:])) < 0.6 * len(LONG), processed
+        with stream_of(server, SHORT, 2) as stream:
+            assert not any("prompt_progress" in event for _, event in data_of(stream))
 
 
 def test_slots_share_one_pool_of_positions(llm: Any, log: Path) -> None:

@@ -259,12 +259,17 @@ void headkv_server_announce(llama_context * ctx, llama_seq_id seq_id, int32_t n_
     check(headkv_begin_prompt(ctx, seq_id, n_tokens, whole));
 }
 
-bool headkv_server_read_ahead(llama_context * ctx, llama_seq_id seq_id, const std::vector<llama_token> & tokens, const headkv_request & request) {
+bool headkv_server_read_ahead(llama_context * ctx, llama_seq_id seq_id, const std::vector<llama_token> & tokens, const headkv_request & request,
+        int32_t & n_read) {
     static constexpr int32_t MAX_MS = 250; // a step, one ubatch through one layer, may take longer
 
     configure(ctx, request);
     const int32_t n_left = headkv_read_ahead(ctx, seq_id, tokens.data(), (int32_t) tokens.size(), MAX_MS);
     check(n_left);
+    const int64_t n_tokens = (int64_t) tokens.size();
+    const int64_t n_ubatch = llama_n_ubatch(ctx);
+    const int64_t n_steps  = llama_model_n_layer(llama_get_model(ctx))*((n_tokens + n_ubatch - 1)/n_ubatch);
+    n_read = (int32_t) (n_tokens*(n_steps - n_left)/n_steps);
     headkv_server_note(ctx, seq_id);
     return n_left == 1;
 }
