@@ -21,6 +21,7 @@ from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 try:
@@ -466,6 +467,88 @@ def test_reuse_continues_on_the_compressed_past(llm: Any, log: Path) -> None:
             result = server.complete(prompt, 4)
             assert until_end(result["tokens"]) == expected(llm, prompt, 4) and result["timings"]["cache_n"] == 0
         assert server.complete([*a[:-2], *c, *b], 4, cache_prompt=False)["timings"]["cache_n"] == 0
+
+
+# adapters
+
+
+def write_lora(path: Path, *, seed: int, invocation: Sequence[int] = ()) -> Path:
+    """A random adapter of the embedded model; invocation: the tokens that switch an aLoRA on."""
+    import gguf
+
+    rng = np.random.default_rng(seed)
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_string("general.type", "adapter")
+    writer.add_string("adapter.type", "lora")
+    writer.add_float32("adapter.lora.alpha", 16.0)
+    if invocation:
+        writer.add_key_value("adapter.alora.invocation_tokens", list(invocation), gguf.GGUFValueType.ARRAY, gguf.GGUFValueType.UINT32)
+    shapes = {t.name: t.shape.tolist() for t in gguf.GGUFReader(MODEL).tensors}
+    for name in (n for n in shapes if re.fullmatch(r"blk\.\d+\.(attn_q|attn_v|ffn_up)\.weight", n)):
+        n_in, n_out = shapes[name]
+        writer.add_tensor(f"{name}.lora_a", 0.1 * rng.standard_normal((4, n_in), dtype=np.float32))
+        writer.add_tensor(f"{name}.lora_b", 0.1 * rng.standard_normal((n_out, 4), dtype=np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def scaled(*scales: float) -> list[dict[str, Any]]:
+    """Field "lora" of a request."""
+    return [{"id": i, "scale": scale} for i, scale in enumerate(scales)]
+
+
+WHOLE = ["--kv-size", N_CTX, "--kv-policy", "snapkv"]  # every cell is kept: what upstream's cache holds
+
+
+@pytest.fixture(scope="module")
+def adapters(tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
+    """Flags with two adapters."""
+    folder = tmp_path_factory.mktemp("lora")
+    return [flag for seed in (5, 6) for flag in ("--lora", write_lora(folder / f"{seed}.gguf", seed=seed))]
+
+
+@pytest.fixture(scope="module")
+def of_stock(llm: Any, log: Path, adapters: list[Any]) -> list[tuple[list[int], list[dict[str, Any]], list[int]]]:
+    """Prompts, adapters, and what upstream's server generates with them."""
+    cases = [(prompt_ids(llm, 1, 600 + 50 * i), scaled(*scales)) for i, scales in enumerate([(1.0, 0.0), (0.0, 0.0), (0.0, 1.0), (0.4, 0.8)])]
+    with running(log, *adapters) as server:
+        answers = [server.tokens(prompt, 12, ignore_eos=True, lora=lora) for prompt, lora in cases]
+    assert len({str(answer) for answer in answers}) == len(cases)
+    return [(*case, answer) for case, answer in zip(cases, answers)]
+
+
+@pytest.mark.parametrize("prefill", ["auto", "layer", "token"])
+def test_a_prompt_is_read_with_the_adapters_of_its_request(prefill: str, adapters: list[Any], of_stock: list[Any], log: Path) -> None:
+    """One after the other, and at once on two slots, where batches of other requests come in between."""
+    with running(log, *WHOLE, *adapters, "--kv-prefill", prefill, n_slots=2) as server, ThreadPoolExecutor(4) as pool:
+        for _ in range(2):
+            for prompt, lora, answer in of_stock:
+                assert server.tokens(prompt, 12, ignore_eos=True, lora=lora) == answer
+            got = list(pool.map(lambda case: server.tokens(case[0], 12, ignore_eos=True, lora=case[1]), of_stock))
+            assert got == [answer for _, _, answer in of_stock]
+
+
+def test_an_activated_adapter_begins_where_it_is_invoked(llm: Any, log: Path, tmp_path: Path) -> None:
+    """aLoRA: the prompt before the invocation is computed without it, as by upstream's server; by layers it is refused."""
+    invocation = words(llm, "the code of")
+    path = write_lora(tmp_path / "alora.gguf", seed=5, invocation=invocation)
+    document = [t for t in prompt_ids(llm, 1, 600) if t not in invocation]
+    prompts = [[*document, *invocation, *words(llm, "anna is")], document]
+    request: dict[str, Any] = dict(n=12, ignore_eos=True, lora=scaled(3.0))
+    with running(log, "--lora", path) as server:
+        answers = [server.tokens(prompt, **request) for prompt in prompts]
+        assert answers[0] != server.tokens(prompts[0], **{**request, "lora": scaled(0.0)})
+    for prefill in ("auto", "token"):
+        with running(log, *WHOLE, "--lora", path, "--kv-prefill", prefill) as server:
+            assert [server.tokens(prompt, **request) for prompt in prompts] == answers
+    with running(log, *WHOLE, "--lora", path, "--kv-prefill", "layer") as server:
+        status, answer = server.request("/completion", {"prompt": prompts[0], "n_predict": 1, "lora": scaled(3.0)})
+        assert status == 500 and "--kv-prefill layer" in answer["error"]["message"] and "aLoRA" in answer["error"]["message"]
+        assert_nothing_left(server)
+        assert server.tokens(prompts[1], **request) == answers[1]
 
 
 # saved slots

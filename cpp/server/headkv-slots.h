@@ -23,6 +23,11 @@ static int32_t headkv_server_fill(const std::vector<server_slot> & slots, int32_
     return whole ? n_batch : std::min(n_batch, headkv_server_n_batch());
 }
 
+// Whether the tokens before the invocation of an aLoRA are computed without it, in batches of their own.
+static bool headkv_server_is_split(const server_slot & slot) {
+    return lora_all_alora(slot.lora) && slot.alora_invocation_start > 1;
+}
+
 // Before a slot's prompt is begun. false = it has to wait for its turn.
 static bool headkv_server_begin(const std::vector<server_slot> & slots, server_slot & slot, const server_batch & batch, int32_t n_batch) {
     if (!headkv_server_is_on() || slot.state != SLOT_STATE_STARTED) {
@@ -56,8 +61,12 @@ static bool headkv_server_begin(const std::vector<server_slot> & slots, server_s
         }
     }
     slot.prompt_clear();
+    if (headkv_server_is_split(slot) && headkv_server_only_layer()) {
+        throw std::runtime_error("--kv-prefill layer: one part of the prompt is computed without the aLoRA and the other one with it, "
+                "which no order by layers can do: use --kv-prefill auto");
+    }
     if (n_tokens > 0 && n_tokens < slot.n_ctx) { // others are refused by upstream
-        slot.stats.headkv_info.by_layer = layers && fits && n_tokens > 1;
+        slot.stats.headkv_info.by_layer = layers && fits && n_tokens > 1 && !headkv_server_is_split(slot);
         headkv_server_announce(slot.ctx_tgt, slot.id, n_tokens, slot.stats.headkv_info.by_layer, slot.task->params.headkv);
     }
     return true;
@@ -73,6 +82,7 @@ static bool headkv_server_read(server_slot & slot, const server_batch & batch, i
     }
     const int32_t n_tokens = slot.task->n_tokens();
     const int64_t t_start  = ggml_time_us();
+    common_set_adapter_lora(slot.ctx_tgt, slot.lora); // upstream sets those of the batch, when it is complete
     const bool    is_ahead = headkv_server_read_ahead(slot.ctx_tgt, slot.id, slot.task->tokens.get_text_tokens(), slot.task->params.headkv, info.n_read);
     slot.stats.update_prompt_last();
     metrics.add_prompt(0, slot.stats.t_prompt_last - t_start); // its tokens are counted with the batch
