@@ -14,8 +14,8 @@
 // Every function that can fail returns a negative number and leaves the reason in headkv_last_error().
 // Nothing here keeps a pointer of the caller after it returned.
 //
-// llama_state_*() save and restore compressed sequences. What they refuse, they name in headkv_last_error(); the sequence that
-// could not be restored is empty then.
+// llama_state_*() save and restore compressed sequences, with the adapters set that they were computed with. What they refuse,
+// they name in headkv_last_error(); the sequence that could not be restored is empty then.
 #pragma once
 
 #include "llama.h"
@@ -147,6 +147,10 @@ LLAMA_API int32_t headkv_set_progress(struct llama_context * ctx, headkv_progres
 // Afterwards llama_memory_seq_rm() can take back generated tokens and the prompt's last `window` tokens, which every head
 // keeps, but no more than these.
 LLAMA_API int32_t headkv_end_prompt(struct llama_context * ctx, llama_seq_id seq_id);
+
+// Whether a compressed sequence is what a prompt read now would have left: 0, or negative with the reason in
+// headkv_last_error(), which can be other adapters (LoRA, control vector). llama_decode() continues on it in either case.
+LLAMA_API int32_t headkv_can_continue(const struct llama_context * ctx, llama_seq_id seq_id);
 
 // Takes a compressed sequence back to the first n_tokens of its prompt, uncompressed: another end can be read, or the same
 // prompt compressed in another way, without reading it again. As many tokens as were taken back, at most `window`, must be

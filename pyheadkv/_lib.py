@@ -141,6 +141,8 @@ _PROTOTYPES: dict[str, tuple[list[Any], Any]] = {
     "headkv_set_progress": ([_CTX, Progress, ctypes.c_void_p], ctypes.c_int32),
     # int32_t headkv_end_prompt(struct llama_context * ctx, llama_seq_id seq_id);
     "headkv_end_prompt": ([_CTX, ctypes.c_int32], ctypes.c_int32),
+    # int32_t headkv_can_continue(const struct llama_context * ctx, llama_seq_id seq_id);
+    "headkv_can_continue": ([_CTX, ctypes.c_int32], ctypes.c_int32),
     # int32_t headkv_get_stats(const struct llama_context * ctx, llama_seq_id seq_id, struct headkv_stats * stats);
     "headkv_get_stats": ([_CTX, ctypes.c_int32, ctypes.POINTER(Stats)], ctypes.c_int32),
     # int32_t headkv_get_budget(const struct llama_context * ctx, int32_t * dst, int32_t n);

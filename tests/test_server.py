@@ -21,7 +21,6 @@ from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
 try:
@@ -29,7 +28,7 @@ try:
 except ImportError as error:
     pytest.skip(f"the library is not built: {error}", allow_module_level=True)
 
-from conftest import N_THREADS, greedy, load, stop_process
+from conftest import N_THREADS, greedy, load, stop_process, write_lora
 
 sys.path.append(str(Path(__file__).parent.parent / "scripts"))
 import llama_server
@@ -472,29 +471,6 @@ def test_reuse_continues_on_the_compressed_past(llm: Any, log: Path) -> None:
 # adapters
 
 
-def write_lora(path: Path, *, seed: int, invocation: Sequence[int] = ()) -> Path:
-    """A random adapter of the embedded model; invocation: the tokens that switch an aLoRA on."""
-    import gguf
-
-    rng = np.random.default_rng(seed)
-    writer = gguf.GGUFWriter(path, "llama")
-    writer.add_string("general.type", "adapter")
-    writer.add_string("adapter.type", "lora")
-    writer.add_float32("adapter.lora.alpha", 16.0)
-    if invocation:
-        writer.add_key_value("adapter.alora.invocation_tokens", list(invocation), gguf.GGUFValueType.ARRAY, gguf.GGUFValueType.UINT32)
-    shapes = {t.name: t.shape.tolist() for t in gguf.GGUFReader(MODEL).tensors}
-    for name in (n for n in shapes if re.fullmatch(r"blk\.\d+\.(attn_q|attn_v|ffn_up)\.weight", n)):
-        n_in, n_out = shapes[name]
-        writer.add_tensor(f"{name}.lora_a", 0.1 * rng.standard_normal((4, n_in), dtype=np.float32))
-        writer.add_tensor(f"{name}.lora_b", 0.1 * rng.standard_normal((n_out, 4), dtype=np.float32))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return path
-
-
 def scaled(*scales: float) -> list[dict[str, Any]]:
     """Field "lora" of a request."""
     return [{"id": i, "scale": scale} for i, scale in enumerate(scales)]
@@ -507,7 +483,7 @@ WHOLE = ["--kv-size", N_CTX, "--kv-policy", "snapkv"]  # every cell is kept: wha
 def adapters(tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
     """Flags with two adapters."""
     folder = tmp_path_factory.mktemp("lora")
-    return [flag for seed in (5, 6) for flag in ("--lora", write_lora(folder / f"{seed}.gguf", seed=seed))]
+    return [flag for seed in (5, 6) for flag in ("--lora", write_lora(folder / f"{seed}.gguf", MODEL, seed=seed))]
 
 
 @pytest.fixture(scope="module")
@@ -534,7 +510,7 @@ def test_a_prompt_is_read_with_the_adapters_of_its_request(prefill: str, adapter
 def test_an_activated_adapter_begins_where_it_is_invoked(llm: Any, log: Path, tmp_path: Path) -> None:
     """aLoRA: the prompt before the invocation is computed without it, as by upstream's server; by layers it is refused."""
     invocation = words(llm, "the code of")
-    path = write_lora(tmp_path / "alora.gguf", seed=5, invocation=invocation)
+    path = write_lora(tmp_path / "alora.gguf", MODEL, seed=5, invocation=invocation)
     document = [t for t in prompt_ids(llm, 1, 600) if t not in invocation]
     prompts = [[*document, *invocation, *words(llm, "anna is")], document]
     request: dict[str, Any] = dict(n=12, ignore_eos=True, lora=scaled(3.0))
@@ -549,6 +525,28 @@ def test_an_activated_adapter_begins_where_it_is_invoked(llm: Any, log: Path, tm
         assert status == 500 and "--kv-prefill layer" in answer["error"]["message"] and "aLoRA" in answer["error"]["message"]
         assert_nothing_left(server)
         assert server.tokens(prompts[1], **request) == answers[1]
+
+
+def test_reuse_continues_only_with_the_adapters_of_the_past(llm: Any, adapters: list[Any], log: Path) -> None:
+    """In the slot, and in the prompt cache."""
+    document, other, question = prompt_ids(llm, 1), prompt_ids(llm, 2), words(llm, "the code of anna is")
+    asked = [*document, *question]
+    flags = ["--kv-size", KV_SIZE, *adapters]
+    with running(log, *flags) as server:
+        fresh = {scale: server.tokens(asked, 12, ignore_eos=True, lora=scaled(scale, 0.0)) for scale in (1.0, 0.0)}
+    with running(log, *flags, "--kv-reuse", "--cache-ram", 64) as server:
+        for away in (False, True):
+            for scale, cached in ((0.0, False), (1.0, True), (0.5, False)):
+                server.complete(document, 1, lora=scaled(1.0, 0.0), cache_prompt=False)
+                if away:  # the document leaves the slot for the cache
+                    server.complete(other, 1, lora=scaled(0.0, 1.0))
+                result = server.complete(asked, 12, ignore_eos=True, lora=scaled(scale, 0.0))
+                assert (result["timings"]["cache_n"] > 0) == cached, (away, scale)
+                assert cached or scale not in fresh or result["tokens"] == fresh[scale]
+        # "lora" left out: those of the server, both with scale 1
+        assert server.complete(document, 1)["timings"]["cache_n"] == 0
+        assert server.complete(asked, 1, lora=scaled(1.0, 1.0))["timings"]["cache_n"] > 0
+        assert "--kv-reuse: the prompt is read from its beginning, it was computed with other adapters" in server.output()
 
 
 # saved slots
@@ -593,6 +591,26 @@ def test_a_document_is_read_once_and_asked_across_restarts(llm: Any, log: Path, 
         for prompt in (document, [*document[:500], *questions[1]]):
             result = server.complete(prompt, 8, id_slot=0)
             assert until_end(result["tokens"]) == expected(llm, prompt, 8) and result["timings"]["cache_n"] == 0
+
+
+def test_a_saved_slot_belongs_to_the_adapters_of_the_server(llm: Any, adapters: list[Any], log: Path, tmp_path: Path) -> None:
+    """POST /lora-adapters sets them; a request that names the same ones continues too."""
+    document, question = prompt_ids(llm, 1), words(llm, "the code of anna is")
+    flags = ["--kv-size", KV_SIZE, "--kv-reuse", "--slot-save-path", tmp_path, *adapters]
+    with running(log, *flags) as server:
+        server.complete(document, 1)
+        assert slot_action(server, "save", filename="document")[0] == 200
+        answer = server.tokens([*document, *question], 12, ignore_eos=True)
+    with running(log, *flags) as server:
+        for request in ({}, {"lora": scaled(1.0, 1.0)}):
+            assert slot_action(server, "restore", filename="document")[0] == 200
+            result = server.complete([*document, *question], 12, ignore_eos=True, **request)
+            assert result["tokens"] == answer and result["timings"]["cache_n"] == len(document)
+        server.request("/lora-adapters", scaled(1.0, 0.0))
+        status, error = slot_action(server, "restore", filename="document")
+        assert status == 400 and "the state cannot be restored: it was computed with other adapters" in error["error"]["message"]
+        server.request("/lora-adapters", scaled(1.0, 1.0))
+        assert slot_action(server, "restore", filename="document")[0] == 200
 
 
 def test_a_file_that_is_no_saved_slot_is_a_400_and_leaves_the_slot_empty(llm: Any, log: Path, tmp_path: Path) -> None:

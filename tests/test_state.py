@@ -8,14 +8,14 @@ import pickle
 import random
 import subprocess
 import sys
-from collections.abc import Callable
-from contextlib import closing
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import SHAPES, Shape, greedy, load, nmse, tokens
+from conftest import SHAPES, Shape, greedy, load, nmse, tokens, write_lora
 from test_sequences import sequences
 
 from pyheadkv.testing import write_random_model
@@ -218,6 +218,95 @@ def test_a_state_of_something_else_is_refused(make_model: MakeModel) -> None:
         state.n_tokens = 299
         with pytest.raises(ValueError, match="its cache has 300 tokens, 299 were said to be in it"):
             llm.load_state(state)
+
+
+def load_lora(model: Any, file: Path) -> Any:
+    import llama_cpp
+
+    return llama_cpp.llama_adapter_lora_init(model, str(file).encode())
+
+
+def set_loras(ctx: Any, *loras: tuple[Any, float]) -> None:
+    import llama_cpp
+
+    n = len(loras)
+    adapters = (llama_cpp.llama_adapter_lora_p_ctypes * n)(*(lora for lora, _ in loras))
+    assert llama_cpp.llama_set_adapters_lora(ctx, adapters, n, (ctypes.c_float * n)(*(scale for _, scale in loras))) == 0
+
+
+@contextmanager
+def with_adapters(path: Path, *loras: tuple[Path, float], vector: float = 0.0, first: int = 1, **options: Any) -> Iterator[Any]:
+    """A context with LoRA adapters and, if it is not 0, a control vector from layer `first` on."""
+    from llama_cpp import llama_cpp
+
+    with closing(load(path, kv_size=64, **options)) as llm:
+        set_loras(llm.ctx, *((load_lora(llm.model, file), scale) for file, scale in loras))
+        n_embd, n_layer = llm.n_embd(), llama_cpp.llama_model_n_layer(llm.model)
+        data = (ctypes.c_float * (n_embd * n_layer))(*[vector] * (n_embd * n_layer))
+        if vector:
+            assert llama_cpp._lib.llama_set_adapter_cvec(ctypes.c_void_p(llm.ctx), data, ctypes.c_size_t(len(data)), n_embd, first, n_layer) == 0
+        yield llm
+
+
+def test_a_state_belongs_to_the_adapters_that_it_was_computed_with(make_model: MakeModel, tmp_path: Path) -> None:
+    """LoRA with its scale, several of them in any order, control vectors; with each of them layers are read as by upstream's order."""
+    path, prompt, question = make_model(GQA4), tokens(300), tokens(9, seed=5)[1:]
+    a, b = (write_lora(tmp_path / f"{seed}.gguf", path, seed=seed) for seed in (1, 2))
+    kinds: list[dict[str, Any]] = [
+        dict(), dict(loras=[(a, 1.0)]), dict(loras=[(a, 0.5)]), dict(loras=[(b, 1.0)]), dict(loras=[(a, 1.0), (b, 1.0)]),
+        dict(vector=0.3), dict(vector=0.2), dict(vector=0.3, first=2), dict(loras=[(a, 1.0)], vector=0.3),
+    ]
+    states, answers = [], []
+    for kind in kinds:
+        more = dict(kind)
+        loras = more.pop("loras", [])
+        with with_adapters(path, *loras, prefill="token", **more) as llm:
+            llm.read_prompt(prompt)
+            expected = llm.last_logits
+        with with_adapters(path, *loras, prefill="layer", **more) as llm:
+            llm.read_prompt(prompt)
+            assert (llm.last_logits == expected).all()
+            states.append(llm.save_state())
+            answers.append(ask(llm, question, 8))
+    assert len({str(answer) for answer in answers}) > len(kinds) // 2
+    for i, kind in enumerate(kinds):
+        more = dict(kind)
+        loras = more.pop("loras", [])[::-1]
+        with with_adapters(path, *loras, **more) as llm:
+            for j, state in enumerate(states):
+                if i == j:
+                    llm.load_state(state)
+                    assert ask(llm, question, 8) == answers[i]
+                else:
+                    with pytest.raises(ValueError, match="other adapters"):
+                        llm.load_state(state)
+
+
+def test_adapters_that_change_are_noticed(make_model: MakeModel, tmp_path: Path) -> None:
+    """A prompt that is paused between its layers is refused; a sequence of several adapters is that of none of them."""
+    path, prompt = make_model(GQA4), tokens(200)
+    lora = write_lora(tmp_path / "lora.gguf", path, seed=1)
+    with sequences(path, n_seq_max=2, n_ctx=512) as many:
+        c, ctx, adapter = many.c, many.ctx, load_lora(many.model, lora)
+        set_loras(ctx, (adapter, 1.0))
+        many.read(0, prompt)
+        state = get_seq(c, ctx, 0)
+        assert many.headkv.lib.headkv_can_continue(ctx, 0) == 0
+        assert many.read_ahead(1, prompt) > 1
+        set_loras(ctx, (adapter, 0.0))
+        with pytest.raises(RuntimeError, match="sequence 1 is being read layer by layer and other adapters were set"):
+            many.read_ahead(1, prompt)
+        assert many.state(1) == 0 and many.stats(1).bytes_staging == 0
+        assert many.headkv.lib.headkv_can_continue(ctx, 0) < 0 and "other adapters" in many.headkv.last_error()
+        assert not set_seq(c, ctx, 1, state)
+        set_loras(ctx, (adapter, 1.0))
+        assert set_seq(c, ctx, 1, state)
+        set_loras(ctx, (adapter, 0.5))
+        many.decode({0: [5]})
+        for x in (1.0, 0.5, 0.0):
+            set_loras(ctx, (adapter, x))
+            assert many.headkv.lib.headkv_can_continue(ctx, 0) < 0
+            assert not set_seq(c, ctx, 1, get_seq(c, ctx, 0))
 
 
 @pytest.fixture(scope="module")

@@ -231,6 +231,15 @@ int32_t headkv_end_prompt(struct llama_context * ctx, llama_seq_id seq_id) {
     return 0;
 }
 
+int32_t headkv_can_continue(const struct llama_context * ctx, llama_seq_id seq_id) {
+    const llama_kv_cache_ragged * kv = get_kv_seq(ctx, seq_id);
+    if (!kv) {
+        return -1;
+    }
+    const std::string why_not = kv->why_not_continued(seq_id);
+    return why_not.empty() ? 0 : fail(why_not);
+}
+
 int32_t headkv_restore_prompt(struct llama_context * ctx, llama_seq_id seq_id, int32_t n_tokens) {
     llama_kv_cache_ragged * kv = get_kv_seq(ctx, seq_id);
     if (!kv) {

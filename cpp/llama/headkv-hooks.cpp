@@ -103,6 +103,12 @@ llama_memory_i * headkv_create_memory(const llama_model & model, const llama_mem
     }
 }
 
+void headkv_note_adapters(llama_memory_i * memory, const llama_adapter_loras & loras, const llama_adapter_cvec & cvec) {
+    if (auto * kv = dynamic_cast<llama_kv_cache_ragged *>(memory)) {
+        kv->note_adapters(loras, cvec);
+    }
+}
+
 //
 // graph input
 //

@@ -3,7 +3,7 @@
 //   u32 magic, u32 version, u32 kind (1 = one sequence, 2 = the whole context)
 //   u64 fingerprint of the model; u32 type_k, u32 type_v, u32 layers; of each layer: i32 il, n_head, n_head_kv, n_embd_head
 //   u32 sequences; of each one:
-//     u32 seq_id, i32 n_pos, n_prompt, n_whole, u32 kv_size
+//     u32 seq_id, i32 n_pos, n_prompt, n_whole, u32 kv_size, u64 fingerprint of the adapters
 //     of each layer and KV head: u32 n_kept, i32 pos[n_kept], rows of K and then of V, [n_kept + n_pos - n_prompt]
 //   u64 checksum of all that
 //
@@ -23,7 +23,7 @@
 #include <stdexcept>
 
 static constexpr uint32_t STATE_MAGIC   = 0x76736b68; // "hksv"
-static constexpr uint32_t STATE_VERSION = 1;
+static constexpr uint32_t STATE_VERSION = 2;
 
 enum state_kind_t : uint32_t { STATE_SEQUENCE = 1, STATE_CONTEXT = 2 };
 
@@ -143,6 +143,47 @@ static uint64_t make_fingerprint(const llama_model & model, const llama_cparams 
     return sum.value;
 }
 
+// Of the adapters, which change more often, the beginning of every tensor. Whatever the order in which they were set.
+static uint64_t make_fingerprint(const llama_adapter_loras & loras, const llama_adapter_cvec & cvec, int32_t n_layer) {
+    std::vector<uint8_t> raw;
+    const auto add_tensor = [&](checksum_t & sum, const ggml_tensor * t) {
+        raw.resize(std::min<size_t>(ggml_nbytes(t), 4096));
+        ggml_backend_tensor_get(t, raw.data(), 0, raw.size());
+        sum.add(t->type);
+        sum.add(t->ne);
+        sum.add(raw.data(), raw.size());
+    };
+    std::vector<uint64_t> parts;
+    for (const auto & [lora, scale] : loras) {
+        checksum_t sum;
+        const std::map<std::string, llama_adapter_lora_weight> weights(lora->ab_map.begin(), lora->ab_map.end());
+        for (const auto & [name, weight] : weights) {
+            sum.add(name.data(), name.size() + 1);
+            add_tensor(sum, weight.a);
+            add_tensor(sum, weight.b);
+        }
+        sum.add(lora->alpha);
+        sum.add(scale);
+        parts.push_back(sum.value);
+    }
+    std::sort(parts.begin(), parts.end());
+    for (int32_t il = 0; il < n_layer; ++il) {
+        if (const ggml_tensor * t = cvec.tensor_for(il)) {
+            checksum_t sum;
+            sum.add(il);
+            add_tensor(sum, t);
+            parts.push_back(sum.value);
+        }
+    }
+    checksum_t sum;
+    sum.add(parts.data(), parts.size()*sizeof(parts[0]));
+    return parts.empty() ? 0 : sum.value;
+}
+
+void llama_kv_cache_ragged::note_adapters(const llama_adapter_loras & loras, const llama_adapter_cvec & cvec) {
+    adapters = make_fingerprint(loras, cvec, n_layer());
+}
+
 uint64_t llama_kv_cache_ragged::get_fingerprint() const {
     if (!fingerprint) {
         fingerprint = make_fingerprint(model, cparams);
@@ -193,6 +234,7 @@ void llama_kv_cache_ragged::state_write(llama_io_write_i & io, llama_seq_id seq_
         to.number(seq.n_prompt);
         to.number(seq.n_whole);
         to.number(seq.kv_size);
+        to.number(seq.adapters);
         for (const auto & layer : store.layers) {
             for (const auto & range : layer.ranges[s]) {
                 const uint32_t n_rows = range.n_kept + (seq.n_pos - seq.n_prompt);
@@ -208,7 +250,7 @@ void llama_kv_cache_ragged::state_write(llama_io_write_i & io, llama_seq_id seq_
 }
 
 // one sequence; throws when it is not what a compression could have left
-static saved_seq read_seq(reader_t & from, const headkv_store & store, uint32_t n_ctx_seq) {
+static saved_seq read_seq(reader_t & from, const headkv_store & store, uint32_t n_ctx_seq, uint64_t adapters) {
     saved_seq res;
     auto & seq = res.seq;
     res.seq_id   = (llama_seq_id) from.number<uint32_t>();
@@ -216,9 +258,13 @@ static saved_seq read_seq(reader_t & from, const headkv_store & store, uint32_t 
     seq.n_prompt = from.number<llama_pos>();
     seq.n_whole  = from.number<llama_pos>();
     seq.kv_size  = from.number<uint32_t>();
+    seq.adapters = from.number<uint64_t>();
     seq.state    = llama_kv_cache_ragged::STORED;
     if (seq.n_pos > (llama_pos) n_ctx_seq) {
         throw std::runtime_error(format("it holds %d tokens: use a context of at least as many, n_ctx is %u", seq.n_pos, n_ctx_seq));
+    }
+    if (seq.adapters != adapters) {
+        throw std::runtime_error("it was computed with other adapters (LoRA with its scale, control vector): set the same ones first");
     }
     const bool ok = 0 < seq.n_prompt && seq.n_prompt <= seq.n_pos && 0 <= seq.n_whole && seq.n_whole <= seq.n_prompt;
     if (!ok) {
@@ -311,7 +357,7 @@ void llama_kv_cache_ragged::state_read(llama_io_read_i & io, llama_seq_id seq_id
         std::vector<saved_seq> saved;
         std::vector<bool> seen(seqs.size(), false);
         for (uint32_t i = 0; i < n_seqs; ++i) {
-            saved.push_back(read_seq(from, store, n_ctx_seq));
+            saved.push_back(read_seq(from, store, n_ctx_seq, adapters));
             llama_seq_id & s = saved.back().seq_id;
             s = one ? seq_id : s;
             if (s < 0 || s >= (llama_seq_id) seqs.size() || seen[s]) {

@@ -541,6 +541,17 @@ llama_pos llama_kv_cache_ragged::seq_pos_max(llama_seq_id seq_id) const {
 // batches
 //
 
+std::string llama_kv_cache_ragged::why_not_continued(llama_seq_id seq_id) const {
+    const seq_t & seq = seqs[seq_id];
+    if (seq.state != STORED) {
+        return format("sequence %d is not compressed", seq_id);
+    }
+    if (seq.adapters != adapters) {
+        return "it was computed with other adapters (LoRA with its scale, control vector) than those that are set";
+    }
+    return "";
+}
+
 void llama_kv_cache_ragged::configure(headkv_config_ptr other) {
     const auto & a = *cfg;
     const auto & b = *other;
@@ -814,6 +825,9 @@ llama_memory_context_ptr llama_kv_cache_ragged::init_batch(llama_batch_allocr & 
 
 std::string llama_kv_cache_ragged::why_not_resumed(const std::vector<llama_ubatch> & ubatches) const {
     std::vector<llama_token> tokens;
+    if (seqs[reading->seq_id].adapters != adapters) {
+        return "other adapters were set";
+    }
     for (size_t i = 0; i < ubatches.size(); ++i) {
         const llama_ubatch & ubatch = ubatches[i];
         if (ubatch.seq_id_unq[0] != reading->seq_id) {
@@ -1874,6 +1888,8 @@ bool llama_kv_cache_ragged_context::apply() {
     const llama_pos n_window = kv->config().window;
     for (uint32_t i = 0; i < ubatch.n_tokens; ++i) {
         auto & seq = kv->seqs[ubatch.seq_id[i][0]];
+        const bool same = seq.n_pos == 0 || seq.adapters == kv->adapters;
+        seq.adapters = same ? kv->adapters : llama_kv_cache_ragged::SEVERAL_ADAPTERS;
         seq.n_pos = ubatch.pos[i] + 1;
         if (!is_store()) {
             seq.state = layered ? llama_kv_cache_ragged::LAYERED : llama_kv_cache_ragged::STAGED;

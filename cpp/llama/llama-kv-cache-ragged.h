@@ -1,5 +1,6 @@
 #pragma once
 
+#include "llama-adapter.h"
 #include "llama-kv-cache.h"
 
 #include "headkv-config.h"
@@ -86,12 +87,19 @@ public:
         llama_pos n_whole  = 0; // last tokens of the prompt that every head kept
         uint32_t  n_tail   = 0; // rows reserved per head for generated tokens
         uint32_t  kv_size  = 0; // that it was compressed with
+        uint64_t  adapters = 0; // that its tokens were computed with, see note_adapters()
         bool      kept     = false; // STORED, and its prompt is still in the staging
         llama_pos n_stage  = 0; // tokens of that
 
         std::vector<llama_pos> window; // [n_window] position whose query is in a slot of the ring, -1 = none
         bool      has_sums = true; // the sums of attention are those of its tokens
     };
+
+    // the adapters that the tokens to come are computed with; headkv-state.cpp
+    void note_adapters(const llama_adapter_loras & loras, const llama_adapter_cvec & cvec);
+
+    // why a STORED sequence is not what the adapters that are set would have left, empty = it is
+    std::string why_not_continued(llama_seq_id seq_id) const;
 
     // parameters for the compressions to come; throws std::invalid_argument
     void configure(headkv_config_ptr other);
@@ -296,6 +304,9 @@ private:
     bool compress_impl(llama_seq_id seq_id);
     void truncate_prompt(llama_seq_id seq_id, llama_pos p0);
     void drop_seq(llama_seq_id seq_id); // frees the rows of a sequence in the store
+
+    static constexpr uint64_t SEVERAL_ADAPTERS = 1; // one after the other
+    uint64_t adapters = 0; // fingerprint of those that are set, 0 = none
 
     mutable uint64_t fingerprint = 0; // of what a saved cell depends on, 0 = not computed yet
     uint64_t get_fingerprint() const;

@@ -340,8 +340,8 @@ headkv_slot_info headkv_server_note(llama_context * ctx, llama_seq_id seq_id) {
     return info;
 }
 
-void headkv_server_before_restore() {
-    headkv_clear_error();
+std::string headkv_server_why_not_continued(llama_context * ctx, llama_seq_id seq_id) {
+    return headkv_can_continue(ctx, seq_id) == 0 ? "" : headkv_last_error();
 }
 
 void headkv_server_check_restore(size_t n_read) {

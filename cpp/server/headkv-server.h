@@ -63,9 +63,11 @@ headkv_slot_info headkv_server_compress(llama_context * ctx, llama_seq_id seq_id
 
 headkv_slot_info headkv_server_note(llama_context * ctx, llama_seq_id seq_id);
 
-// Around the restoring of a slot from a file. The second one throws when it failed, the third one when what was restored is
+// Why a sequence is not what a prompt with this request would have left, empty = it is.
+std::string headkv_server_why_not_continued(llama_context * ctx, llama_seq_id seq_id);
+
+// After the restoring of a slot from a file. The first one throws when it failed, the second one when what was restored is
 // not a sequence of n_tokens that a request could have left.
-void headkv_server_before_restore();
 void headkv_server_check_restore(size_t n_read);
 void headkv_server_after_restore(llama_context * ctx, llama_seq_id seq_id, size_t n_tokens);
 

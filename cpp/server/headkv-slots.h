@@ -23,6 +23,15 @@ static int32_t headkv_server_fill(const std::vector<server_slot> & slots, int32_
     return whole ? n_batch : std::min(n_batch, headkv_server_n_batch());
 }
 
+// Before a slot is restored: what is not computed with these adapters is refused then.
+static void headkv_server_before_restore(server_slot & slot, const std::vector<common_adapter_lora_info> & lora) {
+    if (headkv_server_reuses()) {
+        headkv_clear_error();
+        slot.lora = lora; // upstream forgets what the slot holds if they are not those of the next request
+        common_set_adapter_lora(slot.ctx_tgt, slot.lora);
+    }
+}
+
 // Whether the tokens before the invocation of an aLoRA are computed without it, in batches of their own.
 static bool headkv_server_is_split(const server_slot & slot) {
     return lora_all_alora(slot.lora) && slot.alora_invocation_start > 1;
@@ -55,10 +64,13 @@ static bool headkv_server_begin(const std::vector<server_slot> & slots, server_s
     if (headkv_server_reuses() && slot.task->params.cache_prompt && slot.prompt.n_tokens() > 0) {
         const headkv_slot_info info = headkv_server_note(slot.ctx_tgt, slot.id);
         const int32_t n_past = std::min((int32_t) slot.prompt.tokens.get_common_prefix(slot.task->tokens), n_tokens - 1);
-        if (info.state == 2 && n_past >= info.n_prompt) {
+        common_set_adapter_lora(slot.ctx_tgt, slot.lora);
+        const std::string why_not = headkv_server_why_not_continued(slot.ctx_tgt, slot.id);
+        if (why_not.empty() && n_past >= info.n_prompt) {
             SLT_INF(slot, "--kv-reuse: %d of %d tokens are continued on the compressed past\n", n_past, n_tokens);
             return true;
         }
+        SLT_INF(slot, "--kv-reuse: the prompt is read from its beginning, %s\n", why_not.empty() ? "it leaves the compressed past" : why_not.c_str());
     }
     slot.prompt_clear();
     if (headkv_server_is_split(slot) && headkv_server_only_layer()) {
