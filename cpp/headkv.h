@@ -15,7 +15,7 @@
 // Nothing here keeps a pointer of the caller after it returned.
 //
 // llama_state_*() save and restore compressed sequences, with the adapters set that they were computed with. What they refuse,
-// they name in headkv_last_error(); the sequence that could not be restored is empty then.
+// they name in headkv_last_error(), and nothing has changed; only when memory is short the sequence is empty then.
 #pragma once
 
 #include "llama.h"
@@ -149,8 +149,13 @@ LLAMA_API int32_t headkv_set_progress(struct llama_context * ctx, headkv_progres
 LLAMA_API int32_t headkv_end_prompt(struct llama_context * ctx, llama_seq_id seq_id);
 
 // Whether a compressed sequence is what a prompt read now would have left: 0, or negative with the reason in
-// headkv_last_error(), which can be other adapters (LoRA, control vector). llama_decode() continues on it in either case.
+// headkv_last_error(), which can be another kv_size, other protected cells or other adapters (LoRA, control vector).
+// llama_decode() continues on it in either case.
 LLAMA_API int32_t headkv_can_continue(const struct llama_context * ctx, llama_seq_id seq_id);
+
+// Limits of the sequences that llama_state_*() restores from now on, which are refused beyond them; 0 = that of the context.
+// n_protected: cells that every head keeps as protected, sinks included.
+LLAMA_API int32_t headkv_limit_restore(struct llama_context * ctx, int32_t kv_size, int32_t n_protected, int32_t n_tokens);
 
 // Takes a compressed sequence back to the first n_tokens of its prompt, uncompressed: another end can be read, or the same
 // prompt compressed in another way, without reading it again. As many tokens as were taken back, at most `window`, must be

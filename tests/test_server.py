@@ -452,20 +452,63 @@ def test_reuse_continues_on_the_compressed_past(llm: Any, log: Path) -> None:
     reusing = load(MODEL, kv_size=KV_SIZE, n_ctx=N_CTX, n_batch=N_UBATCH, n_ubatch=N_UBATCH, kv_reuse=True)
     answers = [expected(reusing, a, 4)]
     longer = [*a, *answers[0], *b]
+    leaving = [a, [*a[:-2], *c], [*a[: -WINDOW // 2], *c], [*a[: -WINDOW - 1], *c]]
     reusing.reset()
     greedy(reusing, a, 4)
-    answers.append(until_end(greedy(reusing, longer, 8)))
+    answers += [until_end(greedy(reusing, prompt, 8)) for prompt in (longer, *leaving)]
     with running(log, "--kv-size", KV_SIZE, "--kv-reuse") as server:
         assert server.tokens(a, 4) == answers[0]
         result = server.complete(longer, 8)
         assert until_end(result["tokens"]) == answers[1]
         assert result["timings"]["cache_n"] >= len(a) and result["timings"]["kv"]["n_prompt"] == len(a)
         assert "tokens are continued on the compressed past" in server.output()
-        # neither the prompt itself nor one that leaves it within its tokens can be continued
-        for prompt in (a, [*a[:-2], *c]):
-            result = server.complete(prompt, 4)
-            assert until_end(result["tokens"]) == expected(llm, prompt, 4) and result["timings"]["cache_n"] == 0
+        # the prompt itself, and one that leaves it within the window, whose cells all heads have; as the library does
+        for prompt, answer, n_past in zip(leaving, answers[2:], (len(a) - 1, len(a) - 2, len(a) - WINDOW // 2, 0)):
+            result = server.complete(prompt, 8)
+            assert until_end(result["tokens"]) == answer and result["timings"]["cache_n"] == n_past
+        assert answers[-1] == expected(llm, leaving[-1], 8)
+        assert f"the prompt is read from its beginning: its first {len(a) - WINDOW - 1} tokens are those of the compressed past, which cannot be " \
+            f"cut to fewer than {len(a) - WINDOW + 1}" in server.output()
         assert server.complete([*a[:-2], *c, *b], 4, cache_prompt=False)["timings"]["cache_n"] == 0
+
+
+def test_reuse_has_the_size_and_the_protected_cells_of_the_request(llm: Any, log: Path) -> None:
+    """A past that was compressed in another way is not continued, and the log says why."""
+    document, question = prompt_ids(llm, 1), words(llm, "the code of anna is")
+    asked, spans, n = [*document, *question], [[0, 40], [500, 560]], 8
+    large = 2 * KV_SIZE
+    requests: dict[str, dict[str, Any]] = {
+        "none": {}, "its own": {"kv_size": KV_SIZE, "kv_protect": []}, "small": {"kv_size": 32}, "large": {"kv_size": large},
+        "protect": {"kv_protect": spans}, "merged": {"kv_protect": [[500, 530], [0, 40], [520, 560]]},
+        "in the question": {"kv_protect": [*spans, [len(document) + 1, len(document) + 3]]}, "part": {"kv_protect": spans[:1]},
+    }
+    same = [("none", "its own"), ("its own", "none"), ("protect", "merged"), ("protect", "in the question")]
+    reasons = {"small": "it was compressed with kv_size 128, that of now is 32", "protect": "it was compressed with other protected cells than those of now"}
+    with running(log, "--kv-size", KV_SIZE, "--kv-size-max", large) as server:
+        fresh = {name: server.complete(asked, n, **request) for name, request in requests.items()}
+    with running(log, "--kv-size", KV_SIZE, "--kv-size-max", large, "--kv-reuse") as server:
+        for first, second in [*same, *(("none", name) for name in requests if name != "its own"), ("large", "none"), ("protect", "part"), ("part", "protect")]:
+            server.complete(document, 1, cache_prompt=False, **requests[first])
+            n_read = len(server.output())
+            result = server.complete(asked, n, **requests[second])
+            said = server.output()[n_read:]
+            if (first, second) in same or first == second:
+                assert result["timings"]["cache_n"] == len(document) and "tokens are continued on the compressed past" in said
+            else:
+                assert result["timings"]["cache_n"] == 0 and result["tokens"] == fresh[second]["tokens"], (first, second)
+                assert result["timings"]["kv"]["cells"] == fresh[second]["timings"]["kv"]["cells"]
+                assert reasons.get(second, "read from its beginning: it was compressed with") in said
+        # a past that is whole is what any size would leave that keeps it whole
+        short = document[:100]
+        server.complete(short, 1, cache_prompt=False)
+        for size in (KV_SIZE, large, 0):
+            assert server.complete([*short, *question], 1, kv_size=size)["timings"]["cache_n"] >= len(short)
+        assert server.complete([*short, *question], 1, kv_size=len(short) - 1)["timings"]["cache_n"] == 0
+        # one that is short is not the past of a long prompt, which would not be compressed
+        server.complete(document[:20], 1, cache_prompt=False)
+        result = server.complete(document, n)
+        assert result["timings"]["cache_n"] == 0 and until_end(result["tokens"]) == expected(llm, document, n)
+        assert f"every head would keep {len(document) - 20} new tokens behind 20 of the compressed past, kv_size is {KV_SIZE}" in server.output()
 
 
 # adapters
@@ -546,7 +589,7 @@ def test_reuse_continues_only_with_the_adapters_of_the_past(llm: Any, adapters: 
         # "lora" left out: those of the server, both with scale 1
         assert server.complete(document, 1)["timings"]["cache_n"] == 0
         assert server.complete(asked, 1, lora=scaled(1.0, 1.0))["timings"]["cache_n"] > 0
-        assert "--kv-reuse: the prompt is read from its beginning, it was computed with other adapters" in server.output()
+        assert "--kv-reuse: the prompt is read from its beginning: it was computed with other adapters" in server.output()
 
 
 # saved slots
@@ -586,11 +629,12 @@ def test_a_document_is_read_once_and_asked_across_restarts(llm: Any, log: Path, 
             assert server.metric("kv_compressions_total") == 0
             assert slot_action(server, "erase", slot=1)[0] == 200
             assert_nothing_left(server)
-        # what is not on the compressed past is read again: the document itself, and one that leaves it
+        # the document itself continues but for its last token; what leaves it is read again
         assert slot_action(server, "restore", slot=0, filename="document")[0] == 200
-        for prompt in (document, [*document[:500], *questions[1]]):
-            result = server.complete(prompt, 8, id_slot=0)
-            assert until_end(result["tokens"]) == expected(llm, prompt, 8) and result["timings"]["cache_n"] == 0
+        assert server.complete(document, 8, id_slot=0)["timings"]["cache_n"] == len(document) - 1
+        prompt = [*document[:500], *questions[1]]
+        result = server.complete(prompt, 8, id_slot=0)
+        assert until_end(result["tokens"]) == expected(llm, prompt, 8) and result["timings"]["cache_n"] == 0
 
 
 def test_a_saved_slot_belongs_to_the_adapters_of_the_server(llm: Any, adapters: list[Any], log: Path, tmp_path: Path) -> None:
@@ -613,13 +657,17 @@ def test_a_saved_slot_belongs_to_the_adapters_of_the_server(llm: Any, adapters: 
         assert slot_action(server, "restore", filename="document")[0] == 200
 
 
-def test_a_file_that_is_no_saved_slot_is_a_400_and_leaves_the_slot_empty(llm: Any, log: Path, tmp_path: Path) -> None:
-    prompt = prompt_ids(llm, 1, 300)
+def test_a_file_that_is_no_saved_slot_is_a_400_and_leaves_the_slot_as_it_is(llm: Any, log: Path, tmp_path: Path) -> None:
+    prompt, question = prompt_ids(llm, 1, 300), words(llm, "the code of anna is")
     flags = ["--kv-reuse", "--slot-save-path", tmp_path]
     with running(log, "--kv-size", 256, *flags) as server:
         server.complete(prompt, 1)
         assert slot_action(server, "save", filename="large")[0] == 200
-    with running(log, "--kv-size", KV_SIZE, "--kv-size-max", 200, *flags) as server:
+        server.complete(prompt_ids(llm, 1, 1200), 1)
+        assert slot_action(server, "save", filename="long")[0] == 200
+        server.complete(prompt, 1, kv_size=200, kv_protect=[[0, 240]])
+        assert slot_action(server, "save", filename="protected")[0] == 200
+    with running(log, "--kv-size", KV_SIZE, "--kv-size-max", 200, "-c", 1024, *flags) as server:
         server.complete(prompt, 1)
         assert slot_action(server, "save", filename="good")[0] == 200
         good = (tmp_path / "good").read_bytes()
@@ -630,18 +678,28 @@ def test_a_file_that_is_no_saved_slot_is_a_400_and_leaves_the_slot_empty(llm: An
             wrong[f"wrong{i}"] = good[:at] + bytes([good[at] ^ 16]) + good[at + 1 :]
         for name, data in {**cut, **wrong, "empty": b"", "text": b"the" * 999}.items():
             (tmp_path / name).write_bytes(data)
-            server.complete(prompt, 1)
+        why = {
+            **dict.fromkeys(wrong, "the state cannot be restored: it is damaged (checksum)"), "missing": "the file cannot be read",
+            "large": "the state cannot be restored: it was compressed with kv_size 256, the limit is 200", "long": "the state cannot be restored: it holds 1200 tokens",
+            "protected": "the state cannot be restored: every head keeps 240 protected cells, the limit is 192",
+        }
+        server.complete(prompt, 1, cache_prompt=False)
+        held = server.get("/slots")[0]["kv"]
+        assert held["state"] == "compressed" and held["n_tokens"] == len(prompt)
+        for name in [*cut, *wrong, "empty", "text", "large", "long", "protected", "missing"]:
             status, answer = slot_action(server, "restore", filename=name)
-            assert status == 400 and "Unable to restore slot" in answer["error"]["message"], name
-            assert_nothing_left(server)
-            if name.startswith("wrong"):
-                assert "the state cannot be restored: it is damaged (checksum)" in answer["error"]["message"]
-        for name, why in (("large", "it was compressed with kv_size 256, the limit of this server is 200"), ("missing", "the file cannot be read")):
-            status, answer = slot_action(server, "restore", filename=name)
-            assert status == 400 and why in answer["error"]["message"]
-            assert_nothing_left(server)
+            assert status == 400 and f"Unable to restore slot: {why.get(name, '')}" in answer["error"]["message"], name
+            assert server.get("/slots")[0]["kv"] == held, name
+        asked = server.complete([*prompt, *question], 8)
+        assert asked["timings"]["cache_n"] == len(prompt)
         assert slot_action(server, "restore", filename="good")[0] == 200
-        assert server.tokens(prompt, 8) == expected(llm, prompt, 8)
+        assert server.complete([*prompt, *question], 8)["tokens"] == asked["tokens"]
+        # the tokens of the file are not those of its cells: nobody knows before they are put in
+        cells = good[12 + 4 * int.from_bytes(good[8:12], "little") :]
+        (tmp_path / "fewer").write_bytes(good[:8] + b"".join(n.to_bytes(4, "little") for n in [len(prompt) - 1, *prompt[:-1]]) + cells)
+        status, answer = slot_action(server, "restore", filename="fewer")
+        assert status == 400 and "it names" in answer["error"]["message"]
+        assert_nothing_left(server)
 
 
 def test_the_prompt_cache_holds_compressed_prompts(llm: Any, log: Path) -> None:
@@ -665,7 +723,7 @@ def test_the_prompt_cache_holds_compressed_prompts(llm: Any, log: Path) -> None:
             assert server.metric("kv_compressions_total") == len(documents)
             kv = server.get("/slots")[0]["kv"]
             assert kv["state"] == "compressed" and kv["n_prompt"] == len(documents[-1])
-            assert server.tokens(documents[0], 8) == expected(llm, documents[0], 8)
+            assert server.complete(documents[0], 8)["timings"]["cache_n"] == len(documents[0]) - 1
 
 
 # requests

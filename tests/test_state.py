@@ -326,7 +326,7 @@ def test_a_file_that_ends_early_or_has_a_wrong_byte_is_a_clean_error(small: Path
         want = many.decode({1: [5]})[1]
         for n in range(len(state)):
             assert not set_seq(c, ctx, 0, state[:n]), n
-        assert many.state(0) == 0
+        assert many.state(0) == 2 and get_seq(c, ctx, 0) == state  # nothing has changed
         rng = random.Random(1)
         for _ in range(1500):
             damaged = bytearray(state)
@@ -367,6 +367,43 @@ def test_a_forged_file_with_the_right_checksum_does_no_harm(small: Path) -> None
                 if many.n_past[1] < 250:
                     many.decode({1: [5, 6], 0: [5]}) if many.n_past[0] < 250 else many.decode({1: [5, 6]})
         assert n_loaded > 100
+
+
+def test_numbers_that_lie_are_refused(small: Path) -> None:
+    """kv_size, protected cells and the cells of the heads, with the right checksum."""
+    n_layer, n_prompt, kv_size = 2, 100, 40
+    with sequences(small, n_seq_max=1, n_ctx=256, protect=[(2, 5), (8, 20)]) as many:
+        c, ctx, lib = many.c, many.ctx, many.headkv.lib
+        many.read(0, tokens(n_prompt))
+        state = get_seq(c, ctx, 0)
+        head = 8 + 3 * 4 + 8 + 3 * 4 + n_layer * 16 + 4 + 4  # of the file, up to n_pos
+        numbers = dict(n_pos=0, n_prompt=4, n_whole=8, kv_size=12, n_spans=24, first=28, last=40)
+
+        def forged(**changes: int) -> bytes:
+            data = bytearray(state[:-8])
+            for name, value in changes.items():
+                at = head + numbers[name]
+                data[at : at + 4] = (value % (1 << 32)).to_bytes(4, "little")
+            return bytes(data) + checksum(data[8:])
+
+        def why(data: bytes) -> str:
+            assert not set_seq(c, ctx, 0, data) and get_seq(c, ctx, 0) == state
+            return str(many.headkv.last_error())
+
+        assert forged(n_prompt=n_prompt, kv_size=kv_size, n_spans=2, first=2, last=20) == state
+        for size in (0, 1, -1, -40, 1 << 31):
+            assert "it is damaged (kv_size)" in why(forged(kv_size=size))
+        assert "it is damaged (cells)" in why(forged(kv_size=9))
+        for changes in (dict(first=-1), dict(first=5), dict(last=n_prompt - 7), dict(last=8), dict(first=1 << 30)):
+            assert "it is damaged (protected cells)" in why(forged(**changes))
+        assert not set_seq(c, ctx, 0, forged(n_spans=1 << 31))
+        for limits, said in (((kv_size - 1, 0, 0), "kv_size 40, the limit is 39"), ((0, 14, 0), "every head keeps 15 protected cells, the limit is 14"),
+                             ((0, 0, n_prompt - 1), "it holds 100 tokens, the limit is 99")):
+            assert lib.headkv_limit_restore(ctx, *limits) == 0
+            assert said in why(state)
+        assert lib.headkv_limit_restore(ctx, 0, -1, 0) < 0
+        assert lib.headkv_limit_restore(ctx, kv_size, 15, n_prompt) == 0
+        assert set_seq(c, ctx, 0, state)
 
 
 def test_a_state_is_as_small_as_the_cache() -> None:

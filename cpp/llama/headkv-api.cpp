@@ -240,6 +240,18 @@ int32_t headkv_can_continue(const struct llama_context * ctx, llama_seq_id seq_i
     return why_not.empty() ? 0 : fail(why_not);
 }
 
+int32_t headkv_limit_restore(struct llama_context * ctx, int32_t kv_size, int32_t n_protected, int32_t n_tokens) {
+    llama_kv_cache_ragged * kv = get_kv_seq(ctx, 0);
+    if (!kv) {
+        return -1;
+    }
+    if (kv_size < 0 || n_protected < 0 || n_tokens < 0) {
+        return fail(format("limits %d, %d and %d: they must not be negative", kv_size, n_protected, n_tokens));
+    }
+    kv->limit_restore({ kv_size, n_protected, n_tokens });
+    return 0;
+}
+
 int32_t headkv_restore_prompt(struct llama_context * ctx, llama_seq_id seq_id, int32_t n_tokens) {
     llama_kv_cache_ragged * kv = get_kv_seq(ctx, seq_id);
     if (!kv) {

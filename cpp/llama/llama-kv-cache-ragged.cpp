@@ -541,6 +541,11 @@ llama_pos llama_kv_cache_ragged::seq_pos_max(llama_seq_id seq_id) const {
 // batches
 //
 
+// the authors' test: a prompt that fits into the average budget is kept by every head
+static bool keeps_all(const headkv_config & cfg, int64_t n_prompt) {
+    return (int64_t) cfg.kv_size - cfg.window > std::max<int64_t>(0, n_prompt - cfg.window);
+}
+
 std::string llama_kv_cache_ragged::why_not_continued(llama_seq_id seq_id) const {
     const seq_t & seq = seqs[seq_id];
     if (seq.state != STORED) {
@@ -548,6 +553,12 @@ std::string llama_kv_cache_ragged::why_not_continued(llama_seq_id seq_id) const 
     }
     if (seq.adapters != adapters) {
         return "it was computed with other adapters (LoRA with its scale, control vector) than those that are set";
+    }
+    if (seq.kv_size != cfg->kv_size && !(seq.n_whole == seq.n_prompt && keeps_all(*cfg, seq.n_prompt))) {
+        return format("it was compressed with kv_size %u, that of now is %u", seq.kv_size, cfg->kv_size);
+    }
+    if (seq.spans != headkv_protected(*cfg, seq.n_prompt - seq.n_whole)) {
+        return "it was compressed with other protected cells than those of now";
     }
     return "";
 }
@@ -1241,8 +1252,7 @@ void llama_kv_cache_ragged::begin_compression(llama_seq_id seq_id, headkv_config
     c.n_window = std::min<int64_t>(cfg->window, c.n);
     c.n_prefix = c.n - c.n_window;
 
-    // the authors' test: a prompt that fits into the average budget is kept by every head
-    c.keep_all = (int64_t) cfg->kv_size - cfg->window > c.n_prefix;
+    c.keep_all = keeps_all(*cfg, c.n);
 
     c.slots = window_slots(seq_id);
     c.cells = stage_cells(seq_id);
@@ -1560,6 +1570,7 @@ void llama_kv_cache_ragged::end_compression() {
     seq_t & seq = seqs[seq_id];
     seq.n_whole = running->keep_all ? seq.n_pos : (llama_pos) running->n_window;
     seq.kv_size = running->cfg->kv_size;
+    seq.spans   = headkv_protected(*running->cfg, seq.n_pos - seq.n_whole);
 
     t_compress = running->t_us;
     n_compressions++;

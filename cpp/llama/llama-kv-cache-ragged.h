@@ -87,6 +87,7 @@ public:
         llama_pos n_whole  = 0; // last tokens of the prompt that every head kept
         uint32_t  n_tail   = 0; // rows reserved per head for generated tokens
         uint32_t  kv_size  = 0; // that it was compressed with
+        std::vector<std::pair<int32_t, int32_t>> spans; // of its prompt before the last n_whole tokens, that every head kept as protected
         uint64_t  adapters = 0; // that its tokens were computed with, see note_adapters()
         bool      kept     = false; // STORED, and its prompt is still in the staging
         llama_pos n_stage  = 0; // tokens of that
@@ -98,8 +99,16 @@ public:
     // the adapters that the tokens to come are computed with; headkv-state.cpp
     void note_adapters(const llama_adapter_loras & loras, const llama_adapter_cvec & cvec);
 
-    // why a STORED sequence is not what the adapters that are set would have left, empty = it is
+    // why a STORED sequence is not what the parameters and the adapters that are set would have left, empty = it is
     std::string why_not_continued(llama_seq_id seq_id) const;
+
+    // Limits of a sequence that is restored, 0 = only those of the context. See headkv_limit_restore().
+    struct limits_t {
+        int32_t kv_size     = 0;
+        int32_t n_protected = 0;
+        int32_t n_tokens    = 0;
+    };
+    void limit_restore(const limits_t & other) { limits = other; }
 
     // parameters for the compressions to come; throws std::invalid_argument
     void configure(headkv_config_ptr other);
@@ -307,6 +316,8 @@ private:
 
     static constexpr uint64_t SEVERAL_ADAPTERS = 1; // one after the other
     uint64_t adapters = 0; // fingerprint of those that are set, 0 = none
+
+    limits_t limits;
 
     mutable uint64_t fingerprint = 0; // of what a saved cell depends on, 0 = not computed yet
     uint64_t get_fingerprint() const;

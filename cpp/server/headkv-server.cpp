@@ -340,8 +340,25 @@ headkv_slot_info headkv_server_note(llama_context * ctx, llama_seq_id seq_id) {
     return info;
 }
 
-std::string headkv_server_why_not_continued(llama_context * ctx, llama_seq_id seq_id) {
-    return headkv_can_continue(ctx, seq_id) == 0 ? "" : headkv_last_error();
+std::string headkv_server_why_not_continued(llama_context * ctx, llama_seq_id seq_id, int32_t n_past, int32_t n_tokens, const headkv_request & request) {
+    configure(ctx, request);
+    if (headkv_can_continue(ctx, seq_id) != 0) {
+        return headkv_last_error();
+    }
+    const llama_pos n_least = llama_memory_seq_pos_min(llama_get_memory(ctx), seq_id) + 1;
+    if (n_past < n_least) {
+        return string_format("its first %d tokens are those of the compressed past, which cannot be cut to fewer than %d", n_past, n_least);
+    }
+    const int32_t n_new = n_tokens - n_past;
+    if (n_new > n_past && n_new > server.request.kv_size) {
+        return string_format("every head would keep %d new tokens behind %d of the compressed past, kv_size is %d", n_new, n_past, server.request.kv_size);
+    }
+    return "";
+}
+
+void headkv_server_limit_restore(llama_context * ctx, int32_t n_ctx) {
+    headkv_clear_error();
+    check(headkv_limit_restore(ctx, kv_size_max(), kv_size_max() - headkv_get_args().params.window, n_ctx));
 }
 
 void headkv_server_check_restore(size_t n_read) {
@@ -350,14 +367,8 @@ void headkv_server_check_restore(size_t n_read) {
     }
 }
 
-void headkv_server_after_restore(llama_context * ctx, llama_seq_id seq_id, size_t n_tokens) {
-    if (!headkv_server_is_on()) {
-        return;
-    }
+void headkv_server_check_restored(llama_context * ctx, llama_seq_id seq_id, size_t n_tokens) {
     const headkv_stats stats = get_stats(ctx, seq_id);
-    if (stats.kv_size > kv_size_max()) {
-        throw std::runtime_error(string_format("it was compressed with kv_size %d, the limit of this server is %d", stats.kv_size, kv_size_max()));
-    }
     if ((size_t) stats.n_past != n_tokens) {
         throw std::runtime_error(string_format("it names %zu tokens, its cache has %d", n_tokens, stats.n_past));
     }

@@ -63,13 +63,14 @@ headkv_slot_info headkv_server_compress(llama_context * ctx, llama_seq_id seq_id
 
 headkv_slot_info headkv_server_note(llama_context * ctx, llama_seq_id seq_id);
 
-// Why a sequence is not what a prompt with this request would have left, empty = it is.
-std::string headkv_server_why_not_continued(llama_context * ctx, llama_seq_id seq_id);
+// Why a prompt of n_tokens with this request, whose first n_past the sequence holds, does not continue on it, empty = it does.
+std::string headkv_server_why_not_continued(llama_context * ctx, llama_seq_id seq_id, int32_t n_past, int32_t n_tokens, const headkv_request & request);
 
-// After the restoring of a slot from a file. The first one throws when it failed, the second one when what was restored is
-// not a sequence of n_tokens that a request could have left.
+// Around the restoring of a slot of n_ctx tokens. The second one throws when it failed, the third one when what was restored
+// is not a sequence of n_tokens.
+void headkv_server_limit_restore(llama_context * ctx, int32_t n_ctx);
 void headkv_server_check_restore(size_t n_read);
-void headkv_server_after_restore(llama_context * ctx, llama_seq_id seq_id, size_t n_tokens);
+void headkv_server_check_restored(llama_context * ctx, llama_seq_id seq_id, size_t n_tokens);
 
 // Whether a released slot gives its cells back: nothing can be done with them, unless prompts may continue on them.
 bool headkv_server_forgets(llama_context * ctx, llama_seq_id seq_id);

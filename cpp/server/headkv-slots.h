@@ -23,12 +23,33 @@ static int32_t headkv_server_fill(const std::vector<server_slot> & slots, int32_
     return whole ? n_batch : std::min(n_batch, headkv_server_n_batch());
 }
 
-// Before a slot is restored: what is not computed with these adapters is refused then.
-static void headkv_server_before_restore(server_slot & slot, const std::vector<common_adapter_lora_info> & lora) {
+// Before a slot is restored: what was not computed with these adapters is refused then, and what exceeds the slot.
+static void headkv_server_before_restore(const server_slot & slot, std::vector<common_adapter_lora_info> lora) {
     if (headkv_server_reuses()) {
-        headkv_clear_error();
-        slot.lora = lora; // upstream forgets what the slot holds if they are not those of the next request
-        common_set_adapter_lora(slot.ctx_tgt, slot.lora);
+        headkv_server_limit_restore(slot.ctx_tgt, slot.n_ctx);
+        common_set_adapter_lora(slot.ctx_tgt, lora);
+    }
+}
+
+// After it. Upstream forgets what a slot holds when its adapters are not those of the next request.
+static void headkv_server_after_restore(server_slot & slot, const std::vector<common_adapter_lora_info> & lora) {
+    if (headkv_server_reuses()) {
+        headkv_server_check_restored(slot.ctx_tgt, slot.id, slot.prompt.tokens.size());
+        slot.lora = lora;
+    }
+}
+
+// Whether a slot still holds what it held before its restoring failed, n_read bytes of the file were put in.
+static bool headkv_server_keeps(const server_slot & slot, size_t n_read) {
+    return headkv_server_reuses() && n_read == 0 &&
+        llama_memory_seq_pos_max(llama_get_memory(slot.ctx_tgt), slot.id) + 1 == slot.prompt.tokens.pos_next();
+}
+
+// Before a slot is filled from the prompt cache, for a request with these adapters.
+static void headkv_server_before_load(server_slot & slot, const std::vector<common_adapter_lora_info> & lora) {
+    if (headkv_server_reuses()) {
+        headkv_server_before_restore(slot, lora);
+        slot.lora = lora;
     }
 }
 
@@ -62,15 +83,15 @@ static bool headkv_server_begin(const std::vector<server_slot> & slots, server_s
     }
 
     if (headkv_server_reuses() && slot.task->params.cache_prompt && slot.prompt.n_tokens() > 0) {
-        const headkv_slot_info info = headkv_server_note(slot.ctx_tgt, slot.id);
         const int32_t n_past = std::min((int32_t) slot.prompt.tokens.get_common_prefix(slot.task->tokens), n_tokens - 1);
         common_set_adapter_lora(slot.ctx_tgt, slot.lora);
-        const std::string why_not = headkv_server_why_not_continued(slot.ctx_tgt, slot.id);
-        if (why_not.empty() && n_past >= info.n_prompt) {
+        const std::string why_not = slot.alora_invocation_start > 0 ? "an aLoRA is invoked in it"
+            : headkv_server_why_not_continued(slot.ctx_tgt, slot.id, n_past, n_tokens, slot.task->params.headkv);
+        if (why_not.empty()) {
             SLT_INF(slot, "--kv-reuse: %d of %d tokens are continued on the compressed past\n", n_past, n_tokens);
             return true;
         }
-        SLT_INF(slot, "--kv-reuse: the prompt is read from its beginning, %s\n", why_not.empty() ? "it leaves the compressed past" : why_not.c_str());
+        SLT_INF(slot, "--kv-reuse: the prompt is read from its beginning: %s\n", why_not.c_str());
     }
     slot.prompt_clear();
     if (headkv_server_is_split(slot) && headkv_server_only_layer()) {
