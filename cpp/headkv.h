@@ -14,8 +14,8 @@
 // Every function that can fail returns a negative number and leaves the reason in headkv_last_error().
 // Nothing here keeps a pointer of the caller after it returned.
 //
-// llama_state_*() save and restore compressed sequences. What they refuse, they name in headkv_last_error(); the sequence that
-// could not be restored is empty then.
+// llama_state_*() save and restore compressed sequences, with the adapters set that they were computed with. What they refuse,
+// they name in headkv_last_error(), and nothing has changed; only when memory is short the sequence is empty then.
 #pragma once
 
 #include "llama.h"
@@ -62,13 +62,15 @@ struct headkv_params {
                               // all, the others 4 sinks, the recent cells and one for what they drop), "lossless" (all cells of
                               // all heads, kv_size does not count)
     int32_t      kv_size;     // mean cells per KV head, recent ones included
-    int32_t      window;      // queries of the last tokens, which score the prompt: 1..256
+    int32_t      window;      // queries of the last tokens, which score the prompt: 1..256; the paper's numbers of this and of
+                              // the next four are 8, 8, 1, max, 7
     int32_t      recent;      // last cells of a prompt that every head keeps, >= 1
     int32_t      power;       // 1, 2, 4 or 8: a cell's score is mean(p^power)^(1/power) over the queries, 1 = their mean
     int32_t      pool;        // enum headkv_pool
     int32_t      pool_kernel; // odd, 1..31; 1 = no pooling
     double       beta;        // > 1; larger = more uniform; 0 = the one stored with the importance, else 1.2
-    int32_t      n_tail;      // rows reserved per head for generated tokens before the store grows, >= 1
+    int32_t      n_tail;      // rows per head for generated tokens that the store grows by at a time, at least (or 1/16 of its
+                              // cells), >= 1
     int32_t      attend;      // enum headkv_attend
     int32_t      n_buckets;   // attention calls per layer of the composed path, 1..8
     int32_t      prefill;     // enum headkv_prefill
@@ -114,7 +116,7 @@ LLAMA_API const char * headkv_last_error(void);
 // Empties it, before a function of llama.h that may leave its reason there.
 LLAMA_API void headkv_clear_error(void);
 
-// Other parameters for the compressions to come. window, n_tail, attend, n_buckets, prefill, hidden_f16 and keep_prompt size
+// Other parameters for the compressions to come. A window may not be larger than the context was created with; n_tail, attend, n_buckets, prefill, hidden_f16 and keep_prompt size
 // what the context owns and must be those it was created with.
 LLAMA_API int32_t headkv_configure(struct llama_context * ctx, const struct headkv_params * params);
 
@@ -151,6 +153,15 @@ LLAMA_API int32_t headkv_set_progress(struct llama_context * ctx, headkv_progres
 // keeps, but no more than these.
 LLAMA_API int32_t headkv_end_prompt(struct llama_context * ctx, llama_seq_id seq_id);
 
+// Whether a compressed sequence is what a prompt read now would have left: 0, or negative with the reason in
+// headkv_last_error(), which can be another kv_size, other protected cells or other adapters (LoRA, control vector).
+// llama_decode() continues on it in either case.
+LLAMA_API int32_t headkv_can_continue(const struct llama_context * ctx, llama_seq_id seq_id);
+
+// Limits of the sequences that llama_state_*() restores from now on, which are refused beyond them; 0 = that of the context.
+// n_protected: cells that every head keeps as protected, sinks included.
+LLAMA_API int32_t headkv_limit_restore(struct llama_context * ctx, int32_t kv_size, int32_t n_protected, int32_t n_tokens);
+
 // Takes a compressed sequence back to the first n_tokens of its prompt, uncompressed: another end can be read, or the same
 // prompt compressed in another way, without reading it again. As many tokens as were taken back, at most `window`, must be
 // read before the next compression. Needs keep_prompt, which costs the memory of the full cache.
@@ -158,7 +169,7 @@ LLAMA_API int32_t headkv_restore_prompt(struct llama_context * ctx, llama_seq_id
 
 LLAMA_API int32_t headkv_get_stats(const struct llama_context * ctx, llama_seq_id seq_id, struct headkv_stats * stats);
 
-// Name of the policy in use, never "auto"; "full" for the stock cache.
+// Name of the policy in use, never "auto"; "full" for the stock cache. NULL: that of the contexts which this thread creates next.
 LLAMA_API const char * headkv_get_policy(const struct llama_context * ctx);
 
 // Cells each head may keep of a long prompt, before its scores move them within a layer and without what protected cells

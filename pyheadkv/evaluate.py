@@ -32,7 +32,7 @@ from .gguf_keys import check_beta
 from .inspect import model_path
 from .journal import Journal, commit, machine, sha256
 from .llama import Llama, cells_in
-from .options import BY_ALL_TOKENS, BY_IMPORTANCE, FULL, POLICIES, POOLS, UNPOOLED, Options, check_choice, check_int, parse_bytes
+from .options import AUTO, BY_ALL_TOKENS, BY_IMPORTANCE, FULL, POLICIES, POOLS, PRESETS, UNPOOLED, Options, check_choice, check_int, parse_bytes
 from .quiz import Ask, TaskOptions, Turn
 from .tasks import TASKS, make_task
 from .trial import Held, Setting, Trial
@@ -176,12 +176,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "-o", "--output", type=Path, required=True, metavar="FILE.jsonl", help="answers; tables and plots stand beside it"
     )
     group = parser.add_argument_group("settings to compare, comma-separated; the full cache is always one of them")
-    group.add_argument("--policy", default="headkv,snapkv,streaming", metavar="LIST", help="(default: %(default)s)")
+    group.add_argument("--policy", default="auto,snapkv,streaming", metavar="LIST", help="(default: %(default)s)")
     group.add_argument(
         "--kv-size", metavar="LIST", help=f"mean cells per KV head, recent ones included (default: {KV_SIZES} if no amount is given)"
     )
     add_amount_arguments(group, several=True)
-    group.add_argument("--pool", default="", metavar="LIST", help=f"max, avg (default: {Options.pool})")
+    group.add_argument("--preset", default="", metavar="LIST", help="of window, recent, power and pooling: default, paper (default: default)")
+    group.add_argument("--pool", default="", metavar="LIST", help="max, avg (default: that of the preset)")
     group.add_argument("--beta", default="", metavar="LIST", help="(default: the one stored with the importance, else 1.2)")
     group.add_argument(
         "--importance", default="", metavar="LIST", help="score files or GGUFs (default: the importance of the model)"
@@ -223,25 +224,27 @@ def make_settings(args: argparse.Namespace, model: Path, *, n_ctx: int) -> tuple
     ----------
     n_ctx : tokens that no budget exceeds
     """
-    policies = [check_choice("--policy", p, (FULL, *POLICIES)) for p in split(args.policy)]
-    pools = [check_choice("--pool", p, tuple(POOLS)) for p in split(args.pool)] or [Options.pool]
+    policies = [check_choice("--policy", p, (AUTO, FULL, *POLICIES)) for p in split(args.policy)]
+    presets = [check_choice("--preset", p, tuple(PRESETS)) for p in split(args.preset)] or [""]
+    pools = [check_choice("--pool", p, tuple(POOLS)) for p in split(args.pool)] or [""]
     betas = [_beta(b) for b in split(args.beta)] or [0.0]
     files = split(args.importance) or [""]
     _check_used(args, policies)
     out = [Setting()]
-    for policy, amount, pool, beta, file in product(policies, _amounts(args, model, n_ctx=n_ctx), pools, betas, files):
+    amounts = _amounts(args, model, n_ctx=n_ctx)
+    for policy, amount, preset, pool, beta, file in product(policies, amounts, presets, pools, betas, files):
         if policy == FULL:
             continue
-        by_importance, by_score = policy in BY_IMPORTANCE, policy not in UNPOOLED
-        setting = replace(amount, policy=policy, pool=pool if by_score else "")
+        by_importance, by_score = policy in (AUTO, *BY_IMPORTANCE), policy not in UNPOOLED
+        setting = replace(amount, policy=policy, preset=preset if by_score else "", pool=pool if by_score else "")
         out.append(replace(setting, beta=beta, importance=file) if by_importance else setting)
     return tuple(dict.fromkeys(out))
 
 
 def _check_used(args: argparse.Namespace, policies: Sequence[str]) -> None:
     compressed = [p for p in policies if p != FULL]
-    by_importance, by_score = any(p in BY_IMPORTANCE for p in compressed), any(p not in UNPOOLED for p in compressed)
-    used = {"pool": by_score, "beta": by_importance, "importance": by_importance}
+    by_importance, by_score = any(p in (AUTO, *BY_IMPORTANCE) for p in compressed), any(p not in UNPOOLED for p in compressed)
+    used = {"preset": by_score, "pool": by_score, "beta": by_importance, "importance": by_importance}
     used |= dict.fromkeys((*AMOUNTS, "sinks", "protect", "surplus"), bool(compressed))
     for name, is_used in used.items():
         value = getattr(args, name)

@@ -13,7 +13,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -26,6 +25,7 @@ from . import gguf_keys
 from .gguf_keys import Importance
 
 SIDECAR = ".importance.json"
+IN_METADATA = "metadata of the model"  # an origin
 REGISTRY = Path(__file__).resolve().parent / "data" / "importance"
 N_SKETCH = 4  # values of each norm
 SAME, RELATIVE = 1e-6, 0.1  # largest relative distance of two sketches
@@ -126,7 +126,7 @@ def find_importance(model: str | os.PathLike[str]) -> Found | None:
     path = Path(model)
     stored = gguf_keys.read_importance(path)
     if stored is not None:
-        return Found(stored, "metadata of the model")
+        return Found(stored, IN_METADATA)
     for place, what in ((sidecar_path(path), "beside the model"), (cache_path(path), "user cache")):
         if place.is_file():
             return Found(load_for(place, path), f"{what}: {place}")
@@ -215,6 +215,27 @@ def _distance(mine: Fingerprint, entry: dict[str, Any]) -> float | None:
     return distance if distance <= RELATIVE else None
 
 
+def write_gguf(model: str | os.PathLike[str], importance: Importance) -> Path:
+    """A GGUF in the user's cache that holds nothing but this importance: what llama-server reads."""
+    import gguf
+
+    mine = fingerprint(model)
+    path = cache_folder() / "importance" / f"{mine.key}.gguf"
+    path.parent.mkdir(parents=True, exist_ok=True)
+
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    writer = gguf.GGUFWriter(part, mine.arch)
+    n_layer, n_head = importance.values.shape
+    gguf_keys.add_importance_keys(writer, importance.values, n_layer=n_layer, n_head=n_head, method=importance.method, source=importance.source)
+    if importance.beta is not None:
+        writer.add_float64(gguf_keys.KEY_BETA.format(arch=mine.arch), importance.beta)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    os.replace(part, path)
+    return path
+
+
 def registry_entry(model: str | os.PathLike[str], importance: Importance, *, name: str, source: str) -> dict[str, Any]:
     """An entry of the registry, a JSON file in ``REGISTRY``."""
     mine = fingerprint(model)
@@ -230,8 +251,3 @@ def registry_entry(model: str | os.PathLike[str], importance: Importance, *, nam
         "sketch": [float(f"{x:.9g}") for x in mine.sketch],
         "importance": importance.values.tolist(),
     }
-
-
-def describe(found: Found | None, sequence: Sequence[str] = ("metadata", "file beside the model", "user cache", "registry")) -> str:
-    """One line for a log."""
-    return f"importance from {found.origin}" if found else f"no importance ({', '.join(sequence)})"

@@ -438,7 +438,7 @@ class Llama(llama_cpp.Llama):
         Parameters
         ----------
         importance : as for the constructor; None = what was used until now
-        **options : any of the constructor's but ``window, n_tail, attend, n_buckets, prefill,
+        **options : any of the constructor's, with a ``window`` up to its one, but ``n_tail, attend, n_buckets, prefill,
             prefill_hidden, keep_prompt``; those that are not given stay
 
         Raises

@@ -232,7 +232,7 @@ class Options:
     power: int | None = None
     pool: str | None = None
     pool_kernel: int | None = None
-    n_tail: int = 64
+    n_tail: int = 16
     attend: str = "auto"
     n_buckets: int = 1
     prefill: str = "auto"

@@ -292,7 +292,7 @@ class MemoryModel:
         if prefill == "stock":
             return Footprint(*common, cells=n_ctx * n_layer * self.layer_bytes)
         options = Options(kv_size=kv_size)
-        n_kept = min(kv_size, n_prompt) + max(options.n_tail, self.n_predict)
+        n_kept = min(kv_size, n_prompt) + max(options.n_tail, min(kv_size, n_prompt) // 16, self.n_predict)
         return Footprint(
             *common,
             cells=round_n_ctx(n_prompt) * (1 if prefill == "layer" else n_layer) * self.layer_bytes,

@@ -10,7 +10,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ._lib import library_path
+from .importance import IN_METADATA, find_importance, write_gguf
 from .inspect import model_path
+from .options import AUTO, BY_IMPORTANCE
 
 #: flags of llama-server that name a model
 MODEL_FLAGS = frozenset(
@@ -46,7 +48,23 @@ def command_line(arguments: Sequence[str]) -> list[str]:
         model = []
     else:
         model = ["-m", str(model_path(None))]
-    return [str(server_path()), *model, *rest]
+    return [str(server_path()), *model, *rest, *_importance_flags(model, rest)]
+
+
+def _importance_flags(model: Sequence[str], rest: Sequence[str]) -> list[str]:
+    """``--kv-importance`` with what is known of the model beside its metadata, which the server reads itself."""
+    flags = dict(zip(rest, [*rest[1:], ""], strict=False))
+    path = model[-1] if model else flags.get("-m") or flags.get("--model") or os.environ.get("LLAMA_ARG_MODEL")
+    policy = flags.get("--kv-policy") or os.environ.get("LLAMA_ARG_KV_POLICY") or AUTO
+    is_on = "--kv-size" in flags or os.environ.get("LLAMA_ARG_KV_SIZE")
+    is_given = "--kv-importance" in flags or os.environ.get("LLAMA_ARG_KV_IMPORTANCE")
+    if not path or not is_on or is_given or policy not in (AUTO, *BY_IMPORTANCE) or not Path(path).is_file():
+        return []
+    found = find_importance(path)
+    if found is None or found.origin == IN_METADATA:
+        return []
+    print(f"pyheadkv: importance from {found.origin}", file=sys.stderr)
+    return ["--kv-importance", str(write_gguf(path, found.importance))]
 
 
 def run(args: argparse.Namespace) -> int:

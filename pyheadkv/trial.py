@@ -31,6 +31,7 @@ class Setting:
     importance : path of a score file or GGUF, or a name given to ``Trial.use``; "" = the model's own
     kv_ratio : share of the prompt in place of ``kv_size``; 0 = none
     kv_bytes : how ``kv_size`` was given, if as bytes; "" = it was not
+    preset : of window, recent, power and pooling; "" = the default
     """
 
     policy: str = FULL
@@ -40,11 +41,12 @@ class Setting:
     importance: str = ""
     kv_ratio: float = 0.0
     kv_bytes: str = ""
+    preset: str = ""
 
     @property
     def method(self) -> str:
         """What is compared at equal budgets."""
-        parts = [self.policy, PurePath(self.importance).stem if self.importance else "", self.pool]
+        parts = [self.policy, PurePath(self.importance).stem if self.importance else "", self.preset, self.pool]
         return " ".join(filter(None, [*parts, f"beta {self.beta:g}" if self.beta else ""]))
 
     @property
@@ -116,7 +118,8 @@ class Trial:
         else:
             kv_size = share_of_prompt(setting.kv_ratio, len(prompt), recent=llm.kv_options.recent) if setting.kv_ratio else setting.kv_size
             options: dict[str, Any] = {"policy": setting.policy, "kv_size": kv_size, "beta": setting.beta or None}
-            llm.configure(importance=self._importance(setting), pool=setting.pool or "max", **options)
+            preset = {"preset": setting.preset or "default"} | ({"pool": setting.pool} if setting.pool else {})
+            llm.configure(importance=self._importance(setting), **preset, **options)
         llm.end_prompt()
         stats = llm.kv_stats()
         per_head = float(stats.n_cells[stats.n_cells > 0].mean())

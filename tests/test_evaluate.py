@@ -47,7 +47,7 @@ def positions(llm: Any) -> set[tuple[int, int, int]]:
 def fresh(path: Path, setting: Setting, prompt: list[int], rest: list[int]) -> tuple[npt.NDArray[np.float32], set[tuple[int, int, int]]]:
     """Logits and kept cells after ``rest``, in a context of its own; the last token of the prompt is read again if it is in ``rest``."""
     policy = "snapkv" if setting.policy == "full" else setting.policy
-    options: dict[str, Any] = {"beta": setting.beta or None, "pool": setting.pool or "max"}
+    options: dict[str, Any] = {"beta": setting.beta or None, "preset": setting.preset or "default"} | ({"pool": setting.pool} if setting.pool else {})
     llm = load(path, kv_size=setting.kv_size or 1024, policy=policy, keep_prompt=True, **options)
     llm.read_prompt(prompt)
     if rest[0] == prompt[-1]:
@@ -67,7 +67,7 @@ def test_a_trial_gives_what_fresh_contexts_give(policy: str, settings: list[Sett
     """
     path, shared = make_model(SHAPE), tokens(256, seed=3)
     prompts = [[*shared, *tokens(n, seed=n)] for n in (30, 3, 64)] + [shared[:200], tokens(90, seed=8)]
-    trial = Trial(load(path, kv_size=64, policy=policy, keep_prompt=True, n_ubatch=512))
+    trial = Trial(load(path, kv_size=64, preset="default", policy=policy, keep_prompt=True, n_ubatch=512))
     for prompt in prompts:
         for setting in settings:
             trial.compress(setting, prompt)
@@ -81,7 +81,7 @@ def test_a_trial_gives_what_fresh_contexts_give(policy: str, settings: list[Sett
 
 
 def test_bytes_of_a_trial_are_those_of_the_kept_cells(make_model: MakeModel) -> None:
-    trial = Trial(load(make_model(SHAPE), kv_size=64, policy="snapkv", keep_prompt=True))
+    trial = Trial(load(make_model(SHAPE), kv_size=64, preset="default", policy="snapkv", keep_prompt=True))
     cell = 2 * 2 * SHAPE.head_dim  # K and V, f16
     n_heads = SHAPE.n_layer * SHAPE.n_head_kv
     held = trial.compress(Setting("snapkv", 24), tokens(100))
@@ -93,7 +93,7 @@ def test_bytes_of_a_trial_are_those_of_the_kept_cells(make_model: MakeModel) -> 
 
 
 def test_surprise_is_the_mean_negative_log_likelihood(make_model: MakeModel) -> None:
-    trial = Trial(load(make_model(SHAPE), kv_size=64, policy="snapkv", keep_prompt=True))
+    trial = Trial(load(make_model(SHAPE), kv_size=64, preset="default", policy="snapkv", keep_prompt=True))
     prompt, answer = tokens(50), [3, 4, 5]
     trial.compress(Setting(), prompt)
     trial.go_on(49, prompt[49:])

@@ -18,10 +18,11 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 try:
@@ -29,13 +30,13 @@ try:
 except ImportError as error:
     pytest.skip(f"the library is not built: {error}", allow_module_level=True)
 
-from conftest import N_THREADS, greedy, load, stop_process
+from conftest import N_THREADS, greedy, load, stop_process, without_importance, write_lora
 
 sys.path.append(str(Path(__file__).parent.parent / "scripts"))
 import llama_server
 from llama_server import DIRECTLY, free_port
 
-from pyheadkv import needle, serve
+from pyheadkv import gguf_keys, importance, needle, serve
 from pyheadkv.testing import write_random_model
 
 MODEL = pyheadkv.embedded_model()
@@ -49,7 +50,8 @@ except ValueError as error:
 N_CTX, N_UBATCH, KV_SIZE, WINDOW = 2048, 512, 128, 8
 SECONDS = 60  # for the server to start, and for one answer
 FLAGS = {
-    "--kv-size": "0", "--kv-policy": "headkv", "--kv-beta": "1.2", "--kv-window": "8", "--kv-pool": "max", "--kv-pool-kernel": "7",
+    "--kv-size": "0", "--kv-policy": "auto", "--kv-beta": "1.2", "--kv-window": "64", "--kv-recent": "8", "--kv-power": "4",
+    "--kv-pool": "max", "--kv-pool-kernel": "31",
     "--kv-importance": "the model", "--kv-prefill": "auto", "--kv-reuse": "disabled", "--kv-size-max": "--kv-size",
     "--kv-sinks": "4 with the policy streaming, else 0",
 }  # and their defaults
@@ -144,7 +146,7 @@ def log(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def llm() -> Any:
-    return load(MODEL, kv_size=KV_SIZE, n_ctx=N_CTX, n_batch=N_UBATCH, n_ubatch=N_UBATCH)
+    return load(MODEL, preset="default", kv_size=KV_SIZE, n_ctx=N_CTX, n_batch=N_UBATCH, n_ubatch=N_UBATCH)
 
 
 def prompt_ids(llm: Any, seed: int, n_tokens: int = 1000) -> list[int]:
@@ -180,13 +182,15 @@ def test_the_help_has_every_flag_its_variable_and_its_default() -> None:
     [
         (["--kv-size", "many"], "'many': it must be an integer"),
         (["--kv-size", "128x"], "'128x': it must be an integer"),
-        (["--kv-size", "-1"], "'-1': it must be at least the window + 1"),
-        (["--kv-size", "8"], "kv_size is 8: it counts the window of 8 cells, so it must be at least 9"),
+        (["--kv-size", "-1"], "'-1': it must be more than --kv-recent"),
+        (["--kv-size", "8"], "kv_size is 8: it counts the 8 recent cells, so it must be at least 9"),
         (["--kv-size", "4096"], "kv_size is 4096: it must not be larger than n_ctx = 512"),
         (["--kv-policy", "nope"], "policy is 'nope': it must be one of headkv"),
         (["--kv-beta", "1"], "beta is 1: it must be a finite number > 1"),
         (["--kv-beta", "large"], "'large': it must be a number"),
-        (["--kv-window", "65"], "window is 65: it must be in [1, 64]"),
+        (["--kv-window", "257"], "window is 257: it must be in [1, 256]"),
+        (["--kv-power", "3"], "power is 3: it must be 1, 2, 4 or 8"),
+        (["--kv-policy", "lossless"], "--kv-policy lossless: it keeps all cells, leave --kv-size out"),
         (["--kv-pool", "min"], "'min': it must be one of max, avg"),
         (["--kv-pool-kernel", "4"], "pool_kernel is 4: it must be odd"),
         (["--kv-prefill", "row"], "'row': it must be one of auto, token, layer"),
@@ -210,7 +214,45 @@ def test_flags_without_a_size_are_refused() -> None:
 def test_a_model_without_importance_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "plain.gguf"
     write_random_model(path, n_layer=2, n_embd=64, n_head=4, n_head_kv=2, n_ff=96, n_ctx_train=1024, seed=3)
-    assert "needs the importance of each head" in refusal("--kv-size", 64, model=path)
+    assert "needs the importance of each head" in refusal("--kv-size", 64, "--kv-policy", "headkv", model=path)
+
+
+def test_lossless_keeps_all_cells_and_refuses_an_amount(llm: Any, log: Path) -> None:
+    prompt, n = prompt_ids(llm, 6), 24
+    lossless = load(MODEL, policy="lossless", n_ctx=N_CTX, n_batch=N_UBATCH, n_ubatch=N_UBATCH)
+    with closing(lossless), running(log, "--kv-policy", "lossless") as server:
+        assert server.tokens(prompt, n) == expected(lossless, prompt, n)
+        props = server.get("/props")["kv"]
+        assert (props["size"], props["policy"]) == (0, "lossless")
+        status, error = server.request("/completion", {"prompt": prompt, "n_predict": 1, "kv_size": 64})
+        assert status == 400 and "the server keeps all cells (--kv-policy lossless)" in error["error"]["message"]
+        status, answer = server.request("/completion", {"prompt": prompt, "n_predict": 1})
+        assert status == 200 and answer["timings"]["kv"]["cells"]["min"] >= len(prompt)
+
+
+def test_auto_says_what_it_chose(llm: Any, log: Path, tmp_path: Path) -> None:
+    plain = tmp_path / "plain.gguf"
+    without_importance(MODEL, plain)
+    for model, policy in ((MODEL, "headkv"), (plain, "snapkv")):
+        with running(log, "--kv-size", KV_SIZE, model=model) as server:
+            assert server.get("/props")["kv"]["policy"] == policy
+            assert f"compression: policy {policy}, --kv-size {KV_SIZE}" in server.output()
+
+
+def test_serve_finds_the_importance_that_python_finds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain, given = tmp_path / "plain.gguf", ["--kv-size", "64"]
+    without_importance(MODEL, plain)
+    monkeypatch.setenv("PYHEADKV_CACHE", str(tmp_path / "cache"))
+    assert serve.command_line([str(plain), *given])[1:] == ["-m", str(plain), *given]
+    values = gguf_keys.read_importance(MODEL)
+    importance.sidecar_path(plain).write_text(json.dumps({"importance": values.values.tolist(), "method": "r2"}))
+    command = serve.command_line([str(plain), *given])
+    assert command[1:-2] == ["-m", str(plain), *given] and command[-2] == "--kv-importance"
+    np.testing.assert_array_equal(gguf_keys.read_importance(command[-1]).values, values.values)
+    for more in (["--kv-policy", "snapkv"], ["--kv-importance", "a.gguf"]):
+        assert "--kv-importance" not in serve.command_line([str(plain), *given, *more])[-1:] and serve.command_line([str(plain), *given, *more])[-2:] == more
+    assert serve.command_line([str(plain)])[-1] == str(plain)  # no compression
+    assert serve.command_line([str(MODEL), *given])[-2:] == given  # in its metadata
 
 
 @pytest.mark.parametrize(
@@ -317,44 +359,115 @@ def test_slots_give_what_single_runs_give(n_slots: int, prefill: str, llm: Any, 
         assert server.metric("kv_compressions_total") == len(prompts)
 
 
-def test_others_decode_on_while_a_prompt_is_read_layer_by_layer(tmp_path: Path, log: Path) -> None:
-    """No stream waits for the whole prompt of another slot, and a cancelled prompt gives its memory back at once."""
-    path = tmp_path / "slow.gguf"  # seconds for a prompt
-    write_random_model(path, n_layer=12, n_embd=512, n_head=8, n_head_kv=8, n_ff=2048, n_vocab=384, n_ctx_train=N_CTX, seed=3, importance="random")
-    short, long = ([20 + seed + (7 * i) % 300 for i in range(n)] for seed, n in ((1, 100), (2, 1900)))
-    with closing(load(path, kv_size=KV_SIZE, n_ctx=N_CTX, n_batch=N_UBATCH, n_ubatch=N_UBATCH)) as slow:
-        answer = greedy(slow, list(long), 4)
-    with running(log, "--kv-size", KV_SIZE, model=path, n_slots=2) as server, ThreadPoolExecutor(1) as pool:
-        body = {"prompt": short, "n_predict": 1500, "temperature": 0, "stream": True, "ignore_eos": True}
-        request = urllib.request.Request(f"http://127.0.0.1:{server.port}/completion", json.dumps(body).encode(), {"Content-Type": "application/json"})
-        with DIRECTLY.open(request, timeout=SECONDS) as stream:
-            stream.readline()
-            start, times = time.monotonic(), []
-            reading = pool.submit(server.complete, long, 4)
+@pytest.fixture(scope="module")
+def slow_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model that needs seconds for a prompt."""
+    path = tmp_path_factory.mktemp("slow") / "slow.gguf"
+    write_random_model(path, n_layer=12, n_embd=512, n_head=8, n_head_kv=8, n_ff=2048, n_vocab=384, n_ctx_train=2 * N_CTX, seed=3, importance="random")
+    return path
+
+
+SHORT, LONG = ([20 + seed + (7 * i) % 300 for i in range(n)] for seed, n in ((1, 100), (2, 1900)))
+
+
+@contextmanager
+def stream_of(server: Server, prompt: Sequence[int], n: int, **more: Any) -> Iterator[Iterator[tuple[float, str]]]:
+    """The lines of a streamed completion, each with the seconds since the request; the headers come first, as an empty line."""
+    body = {"prompt": prompt, "n_predict": n, "temperature": 0, "stream": True, "return_tokens": True, "ignore_eos": True, **more}
+    request = urllib.request.Request(f"http://127.0.0.1:{server.port}/completion", json.dumps(body).encode(), {"Content-Type": "application/json"})
+    start = time.monotonic()
+    with DIRECTLY.open(request, timeout=SECONDS) as stream:
+        seconds = time.monotonic() - start
+
+        def lines() -> Iterator[tuple[float, str]]:
+            yield seconds, ""
+            for line in stream:
+                yield time.monotonic() - start, line.decode().strip()
+
+        yield lines()
+
+
+def data_of(lines: Iterator[tuple[float, str]]) -> list[tuple[float, dict[str, Any]]]:
+    return [(seconds, json.loads(line[6:])) for seconds, line in lines if line.startswith("data: ")]
+
+
+def test_others_decode_on_while_a_prompt_is_read_layer_by_layer(slow_model: Path, log: Path) -> None:
+    """No stream waits for the whole prompt of another slot."""
+    with closing(load(slow_model, preset="default", kv_size=KV_SIZE, n_ctx=N_CTX, n_batch=N_UBATCH, n_ubatch=N_UBATCH)) as slow:
+        answer = greedy(slow, list(LONG), 4)
+    with running(log, "--kv-size", KV_SIZE, model=slow_model, n_slots=2) as server, ThreadPoolExecutor(1) as pool:
+        with stream_of(server, SHORT, 1500) as stream:
+            first = next(seconds for seconds, line in stream if line)
+            times = [first]
+            reading = pool.submit(server.complete, LONG, 4)
             while not reading.done():
-                if stream.readline().startswith(b"data: "):
-                    times.append(time.monotonic())
+                times += [seconds for seconds, line in [next(stream)] if line]
             seconds = reading.result()["timings"]["prompt_ms"] / 1000
         assert reading.result()["tokens"] == answer
-        times = [t for t in times if t < start + seconds]
-        longest = max(b - a for a, b in zip([start, *times], [*times, start + seconds]))
+        times = [t for t in times if t < first + seconds]
+        longest = max(b - a for a, b in zip(times, [*times[1:], first + seconds]))
         assert len(times) > 3 and longest < 0.6 * seconds, (times, seconds)
 
-        n_compressed = server.metric("kv_compressions_total")
-        data = json.dumps({"prompt": long, "n_predict": 4}).encode()
+
+def test_a_prompt_of_one_token_waits_for_one_that_is_read_layer_by_layer(slow_model: Path, log: Path) -> None:
+    """It cannot be read layer by layer, and does not join the batch of one that is."""
+    with running(log, "--kv-size", KV_SIZE, "-t", 1, "-tb", 1, model=slow_model, n_slots=3) as server, ThreadPoolExecutor(3) as pool:
+        answers = [server.tokens(prompt, 4) for prompt in (LONG, [30])]
+        long = pool.submit(server.tokens, LONG, 4, id_slot=0)
+        while not any(slot["kv"]["state"] == "reading" for slot in server.get("/slots")):
+            assert not long.done()
+        short = [pool.submit(server.tokens, [30], 4, id_slot=i) for i in (1, 2)]
+        assert [future.result() for future in (long, *short)] == [answers[0], answers[1], answers[1]]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_client_that_leaves_while_its_prompt_is_read_cancels_it(stream: bool, slow_model: Path, log: Path) -> None:
+    flags = ["--kv-size", KV_SIZE, "-t", 1, "-tb", 1, "-c", 2 * N_CTX]  # some seconds for the prompt
+    with running(log, *flags, model=slow_model) as server:
+        answer = server.complete(LONG * 2, 4)["tokens"]
+        data = json.dumps({"prompt": LONG * 2, "n_predict": 4, "stream": stream}).encode()
         with socket.create_connection(("127.0.0.1", server.port), timeout=SECONDS) as s:
             s.sendall(b"POST /completion HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n" % len(data) + data)
             deadline = time.monotonic() + SECONDS
             while not any(slot["kv"]["state"] == "reading" for slot in server.get("/slots")):
                 assert time.monotonic() < deadline
             assert server.metric("kv_bytes_staging") > 0
-            n_cancelled = server.output().count("cancel task")
-        while server.output().count("cancel task") == n_cancelled:  # upstream looks a second after its last result of any request
+        while "cancel task" not in server.output():  # upstream looks a second after its last result of any request
             assert time.monotonic() < deadline
             time.sleep(0.1)
         assert_nothing_left(server)
-        assert server.metric("kv_compressions_total") == n_compressed
-        assert server.complete(long, 4)["tokens"] == answer
+        assert server.metric("kv_compressions_total") == 1
+        assert server.complete(LONG * 2, 4)["tokens"] == answer
+
+
+@pytest.mark.parametrize("prefill", ["layer", "token"])
+def test_a_stream_begins_at_once_and_pings_while_its_prompt_is_read(prefill: str, slow_model: Path, log: Path) -> None:
+    flags = ["--kv-size", KV_SIZE, "--kv-prefill", prefill, "--sse-ping-interval", 1, "-t", 1, "-tb", 1, "-c", 2 * N_CTX]
+    with running(log, *flags, model=slow_model) as server, stream_of(server, LONG * 2, 1) as stream:
+        lines = list(stream)
+        whole = next(seconds for seconds, line in lines if line.startswith("data: "))
+        assert lines[0][0] < 0.3 * whole
+        assert sum(line == ":" and seconds < whole for seconds, line in lines) >= (1 if whole > 4 else 0), (lines, whole)
+
+
+@pytest.mark.parametrize("beside", [False, True], ids=["alone", "beside"])
+def test_progress_is_that_of_the_layers_read(beside: bool, slow_model: Path, log: Path) -> None:
+    """return_progress counts tokens; a layer of the prompt counts as its share of them. Timings and metrics cover all of it."""
+    with running(log, "--kv-size", KV_SIZE, "-t", 1, "-tb", 1, model=slow_model, n_slots=2) as server, ExitStack() as stack:
+        if beside:
+            next(line for _, line in stack.enter_context(stream_of(server, SHORT, 1500)) if line)
+        before = server.metric("prompt_seconds_total")
+        with stream_of(server, LONG, 2, return_progress=True) as stream:
+            events = data_of(stream)
+        timings = events[-1][1]["timings"]
+        assert server.metric("prompt_seconds_total") - before == pytest.approx(timings["prompt_ms"] / 1000, rel=0.9 if beside else 0.2)
+        progress = [(seconds, event["prompt_progress"]) for seconds, event in events if "prompt_progress" in event]
+        assert all(p["total"] == len(LONG) and p["cache"] == 0 and p["time_ms"] / 1000 < seconds + 0.1 for seconds, p in progress)
+        processed = [p["processed"] for _, p in progress]
+        assert processed == sorted(processed) and processed[0] == 0 and processed[-1] == len(LONG)
+        assert max(b - a for a, b in zip(processed, processed[1:])) < 0.6 * len(LONG), processed
+        with stream_of(server, SHORT, 2) as stream:
+            assert not any("prompt_progress" in event for _, event in data_of(stream))
 
 
 def test_slots_share_one_pool_of_positions(llm: Any, log: Path) -> None:
@@ -379,23 +492,147 @@ def test_a_new_request_never_continues_on_a_compressed_past(llm: Any, log: Path)
 
 def test_reuse_continues_on_the_compressed_past(llm: Any, log: Path) -> None:
     a, b, c = prompt_ids(llm, 1), words(llm, "the code of anna is"), words(llm, "the room of bob is")
-    reusing = load(MODEL, kv_size=KV_SIZE, n_ctx=N_CTX, n_batch=N_UBATCH, n_ubatch=N_UBATCH, kv_reuse=True)
+    reusing = load(MODEL, preset="default", kv_size=KV_SIZE, n_ctx=N_CTX, n_batch=N_UBATCH, n_ubatch=N_UBATCH, kv_reuse=True)
     answers = [expected(reusing, a, 4)]
     longer = [*a, *answers[0], *b]
+    leaving = [a, [*a[:-2], *c], [*a[: -WINDOW // 2], *c], [*a[: -WINDOW - 1], *c]]
     reusing.reset()
     greedy(reusing, a, 4)
-    answers.append(until_end(greedy(reusing, longer, 8)))
+    answers += [until_end(greedy(reusing, prompt, 8)) for prompt in (longer, *leaving)]
     with running(log, "--kv-size", KV_SIZE, "--kv-reuse") as server:
         assert server.tokens(a, 4) == answers[0]
         result = server.complete(longer, 8)
         assert until_end(result["tokens"]) == answers[1]
         assert result["timings"]["cache_n"] >= len(a) and result["timings"]["kv"]["n_prompt"] == len(a)
         assert "tokens are continued on the compressed past" in server.output()
-        # neither the prompt itself nor one that leaves it within its tokens can be continued
-        for prompt in (a, [*a[:-2], *c]):
-            result = server.complete(prompt, 4)
-            assert until_end(result["tokens"]) == expected(llm, prompt, 4) and result["timings"]["cache_n"] == 0
+        # the prompt itself, and one that leaves it within the window, whose cells all heads have; as the library does
+        for prompt, answer, n_past in zip(leaving, answers[2:], (len(a) - 1, len(a) - 2, len(a) - WINDOW // 2, 0)):
+            result = server.complete(prompt, 8)
+            assert until_end(result["tokens"]) == answer and result["timings"]["cache_n"] == n_past
+        assert answers[-1] == expected(llm, leaving[-1], 8)
+        assert f"the prompt is read from its beginning: its first {len(a) - WINDOW - 1} tokens are those of the compressed past, which cannot be " \
+            f"cut to fewer than {len(a) - WINDOW + 1}" in server.output()
         assert server.complete([*a[:-2], *c, *b], 4, cache_prompt=False)["timings"]["cache_n"] == 0
+
+
+def test_reuse_has_the_size_and_the_protected_cells_of_the_request(llm: Any, log: Path) -> None:
+    """A past that was compressed in another way is not continued, and the log says why."""
+    document, question = prompt_ids(llm, 1), words(llm, "the code of anna is")
+    asked, spans, n = [*document, *question], [[0, 40], [500, 560]], 8
+    large = 2 * KV_SIZE
+    requests: dict[str, dict[str, Any]] = {
+        "none": {}, "its own": {"kv_size": KV_SIZE, "kv_protect": []}, "small": {"kv_size": 32}, "large": {"kv_size": large},
+        "protect": {"kv_protect": spans}, "merged": {"kv_protect": [[500, 530], [0, 40], [520, 560]]},
+        "in the question": {"kv_protect": [*spans, [len(document) + 1, len(document) + 3]]}, "part": {"kv_protect": spans[:1]},
+    }
+    same = [("none", "its own"), ("its own", "none"), ("protect", "merged"), ("protect", "in the question")]
+    reasons = {"small": "it was compressed with kv_size 128, that of now is 32", "protect": "it was compressed with other protected cells than those of now"}
+    with running(log, "--kv-size", KV_SIZE, "--kv-size-max", large) as server:
+        fresh = {name: server.complete(asked, n, **request) for name, request in requests.items()}
+    with running(log, "--kv-size", KV_SIZE, "--kv-size-max", large, "--kv-reuse") as server:
+        for first, second in [*same, *(("none", name) for name in requests if name != "its own"), ("large", "none"), ("protect", "part"), ("part", "protect")]:
+            server.complete(document, 1, cache_prompt=False, **requests[first])
+            n_read = len(server.output())
+            result = server.complete(asked, n, **requests[second])
+            said = server.output()[n_read:]
+            if (first, second) in same or first == second:
+                assert result["timings"]["cache_n"] == len(document) and "tokens are continued on the compressed past" in said
+            else:
+                assert result["timings"]["cache_n"] == 0 and result["tokens"] == fresh[second]["tokens"], (first, second)
+                assert result["timings"]["kv"]["cells"] == fresh[second]["timings"]["kv"]["cells"]
+                assert reasons.get(second, "read from its beginning: it was compressed with") in said
+        # a past that is whole is what any size would leave that keeps it whole
+        short = document[:100]
+        server.complete(short, 1, cache_prompt=False)
+        for size in (KV_SIZE, large, 0):
+            assert server.complete([*short, *question], 1, kv_size=size)["timings"]["cache_n"] >= len(short)
+        assert server.complete([*short, *question], 1, kv_size=len(short) - 1)["timings"]["cache_n"] == 0
+        # one that is short is not the past of a long prompt, which would not be compressed
+        server.complete(document[:20], 1, cache_prompt=False)
+        result = server.complete(document, n)
+        assert result["timings"]["cache_n"] == 0 and until_end(result["tokens"]) == expected(llm, document, n)
+        assert f"every head would keep {len(document) - 20} new tokens behind 20 of the compressed past, kv_size is {KV_SIZE}" in server.output()
+
+
+# adapters
+
+
+def scaled(*scales: float) -> list[dict[str, Any]]:
+    """Field "lora" of a request."""
+    return [{"id": i, "scale": scale} for i, scale in enumerate(scales)]
+
+
+WHOLE = ["--kv-size", N_CTX, "--kv-policy", "snapkv"]  # every cell is kept: what upstream's cache holds
+
+
+@pytest.fixture(scope="module")
+def adapters(tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
+    """Flags with two adapters."""
+    folder = tmp_path_factory.mktemp("lora")
+    return [flag for seed in (5, 6) for flag in ("--lora", write_lora(folder / f"{seed}.gguf", MODEL, seed=seed))]
+
+
+@pytest.fixture(scope="module")
+def of_stock(llm: Any, log: Path, adapters: list[Any]) -> list[tuple[list[int], list[dict[str, Any]], list[int]]]:
+    """Prompts, adapters, and what upstream's server generates with them."""
+    cases = [(prompt_ids(llm, 1, 600 + 50 * i), scaled(*scales)) for i, scales in enumerate([(1.0, 0.0), (0.0, 0.0), (0.0, 1.0), (0.4, 0.8)])]
+    with running(log, *adapters) as server:
+        answers = [server.tokens(prompt, 12, ignore_eos=True, lora=lora) for prompt, lora in cases]
+    assert len({str(answer) for answer in answers}) == len(cases)
+    return [(*case, answer) for case, answer in zip(cases, answers)]
+
+
+@pytest.mark.parametrize("prefill", ["auto", "layer", "token"])
+def test_a_prompt_is_read_with_the_adapters_of_its_request(prefill: str, adapters: list[Any], of_stock: list[Any], log: Path) -> None:
+    """One after the other, and at once on two slots, where batches of other requests come in between."""
+    with running(log, *WHOLE, *adapters, "--kv-prefill", prefill, n_slots=2) as server, ThreadPoolExecutor(4) as pool:
+        for _ in range(2):
+            for prompt, lora, answer in of_stock:
+                assert server.tokens(prompt, 12, ignore_eos=True, lora=lora) == answer
+            got = list(pool.map(lambda case: server.tokens(case[0], 12, ignore_eos=True, lora=case[1]), of_stock))
+            assert got == [answer for _, _, answer in of_stock]
+
+
+def test_an_activated_adapter_begins_where_it_is_invoked(llm: Any, log: Path, tmp_path: Path) -> None:
+    """aLoRA: the prompt before the invocation is computed without it, as by upstream's server; by layers it is refused."""
+    invocation = words(llm, "the code of")
+    path = write_lora(tmp_path / "alora.gguf", MODEL, seed=5, invocation=invocation)
+    document = [t for t in prompt_ids(llm, 1, 600) if t not in invocation]
+    prompts = [[*document, *invocation, *words(llm, "anna is")], document]
+    request: dict[str, Any] = dict(n=12, ignore_eos=True, lora=scaled(3.0))
+    with running(log, "--lora", path) as server:
+        answers = [server.tokens(prompt, **request) for prompt in prompts]
+        assert answers[0] != server.tokens(prompts[0], **{**request, "lora": scaled(0.0)})
+    for prefill in ("auto", "token"):
+        with running(log, *WHOLE, "--lora", path, "--kv-prefill", prefill) as server:
+            assert [server.tokens(prompt, **request) for prompt in prompts] == answers
+    with running(log, *WHOLE, "--lora", path, "--kv-prefill", "layer") as server:
+        status, answer = server.request("/completion", {"prompt": prompts[0], "n_predict": 1, "lora": scaled(3.0)})
+        assert status == 500 and "--kv-prefill layer" in answer["error"]["message"] and "aLoRA" in answer["error"]["message"]
+        assert_nothing_left(server)
+        assert server.tokens(prompts[1], **request) == answers[1]
+
+
+def test_reuse_continues_only_with_the_adapters_of_the_past(llm: Any, adapters: list[Any], log: Path) -> None:
+    """In the slot, and in the prompt cache."""
+    document, other, question = prompt_ids(llm, 1), prompt_ids(llm, 2), words(llm, "the code of anna is")
+    asked = [*document, *question]
+    flags = ["--kv-size", KV_SIZE, *adapters]
+    with running(log, *flags) as server:
+        fresh = {scale: server.tokens(asked, 12, ignore_eos=True, lora=scaled(scale, 0.0)) for scale in (1.0, 0.0)}
+    with running(log, *flags, "--kv-reuse", "--cache-ram", 64) as server:
+        for away in (False, True):
+            for scale, cached in ((0.0, False), (1.0, True), (0.5, False)):
+                server.complete(document, 1, lora=scaled(1.0, 0.0), cache_prompt=False)
+                if away:  # the document leaves the slot for the cache
+                    server.complete(other, 1, lora=scaled(0.0, 1.0))
+                result = server.complete(asked, 12, ignore_eos=True, lora=scaled(scale, 0.0))
+                assert (result["timings"]["cache_n"] > 0) == cached, (away, scale)
+                assert cached or scale not in fresh or result["tokens"] == fresh[scale]
+        # "lora" left out: those of the server, both with scale 1
+        assert server.complete(document, 1)["timings"]["cache_n"] == 0
+        assert server.complete(asked, 1, lora=scaled(1.0, 1.0))["timings"]["cache_n"] > 0
+        assert "--kv-reuse: the prompt is read from its beginning: it was computed with other adapters" in server.output()
 
 
 # saved slots
@@ -409,7 +646,7 @@ def test_a_document_is_read_once_and_asked_across_restarts(llm: Any, log: Path, 
     """Saved, restored by a new server into another slot, asked twice, erased, restored again."""
     document = prompt_ids(llm, 1)
     questions = [words(llm, f"the {what} is") for what in ("code of anna", "room of bob", "code of anna")]
-    reusing = load(MODEL, kv_size=KV_SIZE, n_ctx=N_CTX, n_batch=N_UBATCH, n_ubatch=N_UBATCH, kv_reuse=True)
+    reusing = load(MODEL, preset="default", kv_size=KV_SIZE, n_ctx=N_CTX, n_batch=N_UBATCH, n_ubatch=N_UBATCH, kv_reuse=True)
     answers = []
     for question in questions:
         reusing.reset()
@@ -435,20 +672,45 @@ def test_a_document_is_read_once_and_asked_across_restarts(llm: Any, log: Path, 
             assert server.metric("kv_compressions_total") == 0
             assert slot_action(server, "erase", slot=1)[0] == 200
             assert_nothing_left(server)
-        # what is not on the compressed past is read again: the document itself, and one that leaves it
+        # the document itself continues but for its last token; what leaves it is read again
         assert slot_action(server, "restore", slot=0, filename="document")[0] == 200
-        for prompt in (document, [*document[:500], *questions[1]]):
-            result = server.complete(prompt, 8, id_slot=0)
-            assert until_end(result["tokens"]) == expected(llm, prompt, 8) and result["timings"]["cache_n"] == 0
+        assert server.complete(document, 8, id_slot=0)["timings"]["cache_n"] == len(document) - 1
+        prompt = [*document[:500], *questions[1]]
+        result = server.complete(prompt, 8, id_slot=0)
+        assert until_end(result["tokens"]) == expected(llm, prompt, 8) and result["timings"]["cache_n"] == 0
 
 
-def test_a_file_that_is_no_saved_slot_is_a_400_and_leaves_the_slot_empty(llm: Any, log: Path, tmp_path: Path) -> None:
-    prompt = prompt_ids(llm, 1, 300)
+def test_a_saved_slot_belongs_to_the_adapters_of_the_server(llm: Any, adapters: list[Any], log: Path, tmp_path: Path) -> None:
+    """POST /lora-adapters sets them; a request that names the same ones continues too."""
+    document, question = prompt_ids(llm, 1), words(llm, "the code of anna is")
+    flags = ["--kv-size", KV_SIZE, "--kv-reuse", "--slot-save-path", tmp_path, *adapters]
+    with running(log, *flags) as server:
+        server.complete(document, 1)
+        assert slot_action(server, "save", filename="document")[0] == 200
+        answer = server.tokens([*document, *question], 12, ignore_eos=True)
+    with running(log, *flags) as server:
+        for request in ({}, {"lora": scaled(1.0, 1.0)}):
+            assert slot_action(server, "restore", filename="document")[0] == 200
+            result = server.complete([*document, *question], 12, ignore_eos=True, **request)
+            assert result["tokens"] == answer and result["timings"]["cache_n"] == len(document)
+        server.request("/lora-adapters", scaled(1.0, 0.0))
+        status, error = slot_action(server, "restore", filename="document")
+        assert status == 400 and "the state cannot be restored: it was computed with other adapters" in error["error"]["message"]
+        server.request("/lora-adapters", scaled(1.0, 1.0))
+        assert slot_action(server, "restore", filename="document")[0] == 200
+
+
+def test_a_file_that_is_no_saved_slot_is_a_400_and_leaves_the_slot_as_it_is(llm: Any, log: Path, tmp_path: Path) -> None:
+    prompt, question = prompt_ids(llm, 1, 300), words(llm, "the code of anna is")
     flags = ["--kv-reuse", "--slot-save-path", tmp_path]
     with running(log, "--kv-size", 256, *flags) as server:
         server.complete(prompt, 1)
         assert slot_action(server, "save", filename="large")[0] == 200
-    with running(log, "--kv-size", KV_SIZE, "--kv-size-max", 200, *flags) as server:
+        server.complete(prompt_ids(llm, 1, 1200), 1)
+        assert slot_action(server, "save", filename="long")[0] == 200
+        server.complete(prompt, 1, kv_size=200, kv_protect=[[0, 240]])
+        assert slot_action(server, "save", filename="protected")[0] == 200
+    with running(log, "--kv-size", KV_SIZE, "--kv-size-max", 200, "-c", 1024, *flags) as server:
         server.complete(prompt, 1)
         assert slot_action(server, "save", filename="good")[0] == 200
         good = (tmp_path / "good").read_bytes()
@@ -459,25 +721,35 @@ def test_a_file_that_is_no_saved_slot_is_a_400_and_leaves_the_slot_empty(llm: An
             wrong[f"wrong{i}"] = good[:at] + bytes([good[at] ^ 16]) + good[at + 1 :]
         for name, data in {**cut, **wrong, "empty": b"", "text": b"the" * 999}.items():
             (tmp_path / name).write_bytes(data)
-            server.complete(prompt, 1)
+        why = {
+            **dict.fromkeys(wrong, "the state cannot be restored: it is damaged (checksum)"), "missing": "the file cannot be read",
+            "large": "the state cannot be restored: it was compressed with kv_size 256, the limit is 200", "long": "the state cannot be restored: it holds 1200 tokens",
+            "protected": "the state cannot be restored: every head keeps 240 protected cells, the limit is 192",
+        }
+        server.complete(prompt, 1, cache_prompt=False)
+        held = server.get("/slots")[0]["kv"]
+        assert held["state"] == "compressed" and held["n_tokens"] == len(prompt)
+        for name in [*cut, *wrong, "empty", "text", "large", "long", "protected", "missing"]:
             status, answer = slot_action(server, "restore", filename=name)
-            assert status == 400 and "Unable to restore slot" in answer["error"]["message"], name
-            assert_nothing_left(server)
-            if name.startswith("wrong"):
-                assert "the state cannot be restored: it is damaged (checksum)" in answer["error"]["message"]
-        for name, why in (("large", "it was compressed with kv_size 256, the limit of this server is 200"), ("missing", "the file cannot be read")):
-            status, answer = slot_action(server, "restore", filename=name)
-            assert status == 400 and why in answer["error"]["message"]
-            assert_nothing_left(server)
+            assert status == 400 and f"Unable to restore slot: {why.get(name, '')}" in answer["error"]["message"], name
+            assert server.get("/slots")[0]["kv"] == held, name
+        asked = server.complete([*prompt, *question], 8)
+        assert asked["timings"]["cache_n"] == len(prompt)
         assert slot_action(server, "restore", filename="good")[0] == 200
-        assert server.tokens(prompt, 8) == expected(llm, prompt, 8)
+        assert server.complete([*prompt, *question], 8)["tokens"] == asked["tokens"]
+        # the tokens of the file are not those of its cells: nobody knows before they are put in
+        cells = good[12 + 4 * int.from_bytes(good[8:12], "little") :]
+        (tmp_path / "fewer").write_bytes(good[:8] + b"".join(n.to_bytes(4, "little") for n in [len(prompt) - 1, *prompt[:-1]]) + cells)
+        status, answer = slot_action(server, "restore", filename="fewer")
+        assert status == 400 and "it names" in answer["error"]["message"]
+        assert_nothing_left(server)
 
 
 def test_the_prompt_cache_holds_compressed_prompts(llm: Any, log: Path) -> None:
     """Three documents take turns on one slot: each is read once, and asked on its compressed past."""
     documents = [prompt_ids(llm, seed, 800) for seed in range(3)]
     question = words(llm, "the code of anna is")
-    reusing = load(MODEL, kv_size=KV_SIZE, n_ctx=N_CTX, n_batch=N_UBATCH, n_ubatch=N_UBATCH, kv_reuse=True)
+    reusing = load(MODEL, preset="default", kv_size=KV_SIZE, n_ctx=N_CTX, n_batch=N_UBATCH, n_ubatch=N_UBATCH, kv_reuse=True)
     answers = []
     for document in documents:
         reusing.reset()
@@ -494,7 +766,7 @@ def test_the_prompt_cache_holds_compressed_prompts(llm: Any, log: Path) -> None:
             assert server.metric("kv_compressions_total") == len(documents)
             kv = server.get("/slots")[0]["kv"]
             assert kv["state"] == "compressed" and kv["n_prompt"] == len(documents[-1])
-            assert server.tokens(documents[0], 8) == expected(llm, documents[0], 8)
+            assert server.complete(documents[0], 8)["timings"]["cache_n"] == len(documents[0]) - 1
 
 
 # requests
@@ -502,7 +774,7 @@ def test_the_prompt_cache_holds_compressed_prompts(llm: Any, log: Path) -> None:
 
 def test_a_request_has_its_own_size(llm: Any, log: Path) -> None:
     prompt = prompt_ids(llm, 2)
-    small = load(MODEL, kv_size=32, n_ctx=N_CTX, n_batch=N_UBATCH, n_ubatch=N_UBATCH)
+    small = load(MODEL, preset="default", kv_size=32, n_ctx=N_CTX, n_batch=N_UBATCH, n_ubatch=N_UBATCH)
     with running(log, "--kv-size", KV_SIZE, n_slots=2) as server:
         with ThreadPoolExecutor(4) as pool:
             sizes = [32, KV_SIZE, 32, None]
@@ -539,7 +811,7 @@ def test_wrong_protected_ranges_are_a_400(protect: Any, why: str, small_server: 
 def test_a_request_protects_cells_of_its_prompt(llm: Any, log: Path) -> None:
     prompt = prompt_ids(llm, 2)
     spans = [(0, 40), (500, 560)]
-    protecting = load(MODEL, kv_size=KV_SIZE, n_ctx=N_CTX, n_batch=N_UBATCH, n_ubatch=N_UBATCH, protect=spans)
+    protecting = load(MODEL, preset="default", kv_size=KV_SIZE, n_ctx=N_CTX, n_batch=N_UBATCH, n_ubatch=N_UBATCH, protect=spans)
     with running(log, "--kv-size", KV_SIZE, n_slots=2) as server, ThreadPoolExecutor(3) as pool:
         results = list(pool.map(lambda protect: server.complete(prompt, 16, kv_protect=protect), [spans, None, [list(span) for span in spans]]))
     assert [until_end(result["tokens"]) for result in results] == [expected(some, prompt, 16) for some in (protecting, llm, protecting)]
@@ -675,7 +947,7 @@ def test_slots_props_timings_and_metrics_say_what_is_held(llm: Any, log: Path) -
         assert kv["compress_ms"] > 0
         props, slots = server.get("/props")["kv"], server.get("/slots")
         assert props["slots"] == [slots[0]["kv"]] and slots[0]["kv"]["cells"] == kv["cells"]
-        assert (props["size"], props["window"], props["policy"], props["reuse"]) == (KV_SIZE, WINDOW, "headkv", True)
+        assert (props["size"], props["window"], props["policy"], props["reuse"]) == (KV_SIZE, 64, "headkv", True)
         assert props["bytes_held"] == server.metric("kv_bytes_held") >= kv["bytes"]
         assert props["bytes_staging"] == server.metric("kv_bytes_staging") == 0
         assert server.metric("kv_compressions_total") == 1

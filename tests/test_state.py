@@ -8,14 +8,14 @@ import pickle
 import random
 import subprocess
 import sys
-from collections.abc import Callable
-from contextlib import closing
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import SHAPES, Shape, greedy, load, nmse, tokens
+from conftest import SHAPES, Shape, greedy, load, nmse, tokens, write_lora
 from test_sequences import sequences
 
 from pyheadkv.testing import write_random_model
@@ -220,6 +220,95 @@ def test_a_state_of_something_else_is_refused(make_model: MakeModel) -> None:
             llm.load_state(state)
 
 
+def load_lora(model: Any, file: Path) -> Any:
+    import llama_cpp
+
+    return llama_cpp.llama_adapter_lora_init(model, str(file).encode())
+
+
+def set_loras(ctx: Any, *loras: tuple[Any, float]) -> None:
+    import llama_cpp
+
+    n = len(loras)
+    adapters = (llama_cpp.llama_adapter_lora_p_ctypes * n)(*(lora for lora, _ in loras))
+    assert llama_cpp.llama_set_adapters_lora(ctx, adapters, n, (ctypes.c_float * n)(*(scale for _, scale in loras))) == 0
+
+
+@contextmanager
+def with_adapters(path: Path, *loras: tuple[Path, float], vector: float = 0.0, first: int = 1, **options: Any) -> Iterator[Any]:
+    """A context with LoRA adapters and, if it is not 0, a control vector from layer `first` on."""
+    from llama_cpp import llama_cpp
+
+    with closing(load(path, kv_size=64, **options)) as llm:
+        set_loras(llm.ctx, *((load_lora(llm.model, file), scale) for file, scale in loras))
+        n_embd, n_layer = llm.n_embd(), llama_cpp.llama_model_n_layer(llm.model)
+        data = (ctypes.c_float * (n_embd * n_layer))(*[vector] * (n_embd * n_layer))
+        if vector:
+            assert llama_cpp._lib.llama_set_adapter_cvec(ctypes.c_void_p(llm.ctx), data, ctypes.c_size_t(len(data)), n_embd, first, n_layer) == 0
+        yield llm
+
+
+def test_a_state_belongs_to_the_adapters_that_it_was_computed_with(make_model: MakeModel, tmp_path: Path) -> None:
+    """LoRA with its scale, several of them in any order, control vectors; with each of them layers are read as by upstream's order."""
+    path, prompt, question = make_model(GQA4), tokens(300), tokens(9, seed=5)[1:]
+    a, b = (write_lora(tmp_path / f"{seed}.gguf", path, seed=seed) for seed in (1, 2))
+    kinds: list[dict[str, Any]] = [
+        dict(), dict(loras=[(a, 1.0)]), dict(loras=[(a, 0.5)]), dict(loras=[(b, 1.0)]), dict(loras=[(a, 1.0), (b, 1.0)]),
+        dict(vector=0.3), dict(vector=0.2), dict(vector=0.3, first=2), dict(loras=[(a, 1.0)], vector=0.3),
+    ]
+    states, answers = [], []
+    for kind in kinds:
+        more = dict(kind)
+        loras = more.pop("loras", [])
+        with with_adapters(path, *loras, prefill="token", **more) as llm:
+            llm.read_prompt(prompt)
+            expected = llm.last_logits
+        with with_adapters(path, *loras, prefill="layer", **more) as llm:
+            llm.read_prompt(prompt)
+            assert (llm.last_logits == expected).all()
+            states.append(llm.save_state())
+            answers.append(ask(llm, question, 8))
+    assert len({str(answer) for answer in answers}) > len(kinds) // 2
+    for i, kind in enumerate(kinds):
+        more = dict(kind)
+        loras = more.pop("loras", [])[::-1]
+        with with_adapters(path, *loras, **more) as llm:
+            for j, state in enumerate(states):
+                if i == j:
+                    llm.load_state(state)
+                    assert ask(llm, question, 8) == answers[i]
+                else:
+                    with pytest.raises(ValueError, match="other adapters"):
+                        llm.load_state(state)
+
+
+def test_adapters_that_change_are_noticed(make_model: MakeModel, tmp_path: Path) -> None:
+    """A prompt that is paused between its layers is refused; a sequence of several adapters is that of none of them."""
+    path, prompt = make_model(GQA4), tokens(200)
+    lora = write_lora(tmp_path / "lora.gguf", path, seed=1)
+    with sequences(path, n_seq_max=2, n_ctx=512) as many:
+        c, ctx, adapter = many.c, many.ctx, load_lora(many.model, lora)
+        set_loras(ctx, (adapter, 1.0))
+        many.read(0, prompt)
+        state = get_seq(c, ctx, 0)
+        assert many.headkv.lib.headkv_can_continue(ctx, 0) == 0
+        assert many.read_ahead(1, prompt) > 1
+        set_loras(ctx, (adapter, 0.0))
+        with pytest.raises(RuntimeError, match="sequence 1 is being read layer by layer and other adapters were set"):
+            many.read_ahead(1, prompt)
+        assert many.state(1) == 0 and many.stats(1).bytes_staging == 0
+        assert many.headkv.lib.headkv_can_continue(ctx, 0) < 0 and "other adapters" in many.headkv.last_error()
+        assert not set_seq(c, ctx, 1, state)
+        set_loras(ctx, (adapter, 1.0))
+        assert set_seq(c, ctx, 1, state)
+        set_loras(ctx, (adapter, 0.5))
+        many.decode({0: [5]})
+        for x in (1.0, 0.5, 0.0):
+            set_loras(ctx, (adapter, x))
+            assert many.headkv.lib.headkv_can_continue(ctx, 0) < 0
+            assert not set_seq(c, ctx, 1, get_seq(c, ctx, 0))
+
+
 @pytest.fixture(scope="module")
 def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("state") / "small.gguf"
@@ -237,7 +326,7 @@ def test_a_file_that_ends_early_or_has_a_wrong_byte_is_a_clean_error(small: Path
         want = many.decode({1: [5]})[1]
         for n in range(len(state)):
             assert not set_seq(c, ctx, 0, state[:n]), n
-        assert many.state(0) == 0
+        assert many.state(0) == 2 and get_seq(c, ctx, 0) == state  # nothing has changed
         rng = random.Random(1)
         for _ in range(1500):
             damaged = bytearray(state)
@@ -278,6 +367,43 @@ def test_a_forged_file_with_the_right_checksum_does_no_harm(small: Path) -> None
                 if many.n_past[1] < 250:
                     many.decode({1: [5, 6], 0: [5]}) if many.n_past[0] < 250 else many.decode({1: [5, 6]})
         assert n_loaded > 100
+
+
+def test_numbers_that_lie_are_refused(small: Path) -> None:
+    """kv_size, protected cells and the cells of the heads, with the right checksum."""
+    n_layer, n_prompt, kv_size = 2, 100, 40
+    with sequences(small, n_seq_max=1, n_ctx=256, protect=[(2, 5), (8, 20)]) as many:
+        c, ctx, lib = many.c, many.ctx, many.headkv.lib
+        many.read(0, tokens(n_prompt))
+        state = get_seq(c, ctx, 0)
+        head = 8 + 3 * 4 + 8 + 3 * 4 + n_layer * 16 + 4 + 4  # of the file, up to n_pos
+        numbers = dict(n_pos=0, n_prompt=4, n_whole=8, kv_size=12, n_spans=24, first=28, last=40)
+
+        def forged(**changes: int) -> bytes:
+            data = bytearray(state[:-8])
+            for name, value in changes.items():
+                at = head + numbers[name]
+                data[at : at + 4] = (value % (1 << 32)).to_bytes(4, "little")
+            return bytes(data) + checksum(data[8:])
+
+        def why(data: bytes) -> str:
+            assert not set_seq(c, ctx, 0, data) and get_seq(c, ctx, 0) == state
+            return str(many.headkv.last_error())
+
+        assert forged(n_prompt=n_prompt, kv_size=kv_size, n_spans=2, first=2, last=20) == state
+        for size in (0, 1, -1, -40, 1 << 31):
+            assert "it is damaged (kv_size)" in why(forged(kv_size=size))
+        assert "it is damaged (cells)" in why(forged(kv_size=9))
+        for changes in (dict(first=-1), dict(first=5), dict(last=n_prompt - 7), dict(last=8), dict(first=1 << 30)):
+            assert "it is damaged (protected cells)" in why(forged(**changes))
+        assert not set_seq(c, ctx, 0, forged(n_spans=1 << 31))
+        for limits, said in (((kv_size - 1, 0, 0), "kv_size 40, the limit is 39"), ((0, 14, 0), "every head keeps 15 protected cells, the limit is 14"),
+                             ((0, 0, n_prompt - 1), "it holds 100 tokens, the limit is 99")):
+            assert lib.headkv_limit_restore(ctx, *limits) == 0
+            assert said in why(state)
+        assert lib.headkv_limit_restore(ctx, 0, -1, 0) < 0
+        assert lib.headkv_limit_restore(ctx, kv_size, 15, n_prompt) == 0
+        assert set_seq(c, ctx, 0, state)
 
 
 def test_a_state_is_as_small_as_the_cache() -> None:

@@ -72,11 +72,11 @@ void headkv_add_args(const std::function<void(common_arg)> & add_opt) {
         add_opt(arg.set_env(env).set_examples({ LLAMA_EXAMPLE_SERVER, LLAMA_EXAMPLE_CLI }));
     };
     add(common_arg({ "--kv-size" }, "N",
-        "compress each prompt to N cells per KV head on average, observation window included (default: 0 = off)",
+        "compress each prompt to N cells per KV head on average, recent ones included (default: 0 = off)",
         [](common_params &, const std::string & value) {
             const int32_t n = to_int(value);
             if (n < 0) {
-                throw std::invalid_argument("'" + value + "': it must be at least the window + 1, or 0 = off");
+                throw std::invalid_argument("'" + value + "': it must be more than --kv-recent, or 0 = off");
             }
             headkv_get_args().params.kv_size = n;
         }), "LLAMA_ARG_KV_SIZE");
@@ -93,14 +93,21 @@ void headkv_add_args(const std::function<void(common_arg)> & add_opt) {
         "first tokens of each prompt that every KV head keeps (default: 4 with the policy streaming, else 0)",
         [](common_params &, const std::string & value) { set("--kv-sinks").params.sinks = to_int(value); }), "LLAMA_ARG_KV_SINKS");
     add(common_arg({ "--kv-policy" }, "NAME",
-        with_default("which cells of a prompt each KV head keeps: headkv, headkv+adakv, razor = by importance; snapkv, streaming, pyramidkv, adakv, criticalkv, h2o need none", def.policy),
+        with_default("which cells of a prompt each KV head keeps: auto = headkv when the importance of the heads is known, else snapkv; headkv, headkv+adakv, razor = by importance; "
+            "snapkv, streaming, pyramidkv, adakv, criticalkv, h2o need none; lossless = all, without --kv-size", def.policy),
         [](common_params &, const std::string & value) { set("--kv-policy").policy = value; }), "LLAMA_ARG_KV_POLICY");
     add(common_arg({ "--kv-beta" }, "X",
         "a share 1/X of the budget is given out by importance, X > 1 (default: the one stored with the importance, else 1.2)",
         [](common_params &, const std::string & value) { set("--kv-beta").params.beta = to_double(value); }), "LLAMA_ARG_KV_BETA");
     add(common_arg({ "--kv-window" }, "N",
-        with_default("last tokens of a prompt that score it and are always kept, 1 to 64", std::to_string(def.params.window)),
+        with_default("last tokens of a prompt whose queries score it, 1 to 256", std::to_string(def.params.window)),
         [](common_params &, const std::string & value) { set("--kv-window").params.window = to_int(value); }), "LLAMA_ARG_KV_WINDOW");
+    add(common_arg({ "--kv-recent" }, "N",
+        with_default("last tokens of a prompt that every KV head keeps", std::to_string(def.params.recent)),
+        [](common_params &, const std::string & value) { set("--kv-recent").params.recent = to_int(value); }), "LLAMA_ARG_KV_RECENT");
+    add(common_arg({ "--kv-power" }, "1|2|4|8",
+        with_default("power mean of the queries' attention that scores a token: 1 = their mean, more = rather the largest", std::to_string(def.params.power)),
+        [](common_params &, const std::string & value) { set("--kv-power").params.power = to_int(value); }), "LLAMA_ARG_KV_POWER");
     add(common_arg({ "--kv-pool" }, "max|avg",
         with_default("pooling of the scores along the prompt", POOLS[def.params.pool]),
         [](common_params &, const std::string & value) { set("--kv-pool").params.pool = to_choice(value, POOLS); }), "LLAMA_ARG_KV_POOL");

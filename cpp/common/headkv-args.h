@@ -16,6 +16,9 @@ struct headkv_args {
     bool        reuse = false;
     int32_t     kv_size_max = 0; // of a request, 0 = kv_size
     std::vector<std::string> given; // flags that were set, other than --kv-size
+
+    bool is_lossless() const { return policy == "lossless"; }
+    std::string amount() const { return is_lossless() ? "--kv-policy lossless" : "--kv-size " + std::to_string(params.kv_size); }
 };
 
 // Those of the process: common_params, which belong to upstream, have no room for them.

@@ -53,15 +53,15 @@ static bool is_head(const llama_kv_cache_ragged & kv, int32_t il, int32_t ih) {
 struct headkv_params headkv_default_params(void) {
     struct headkv_params params = {
         /*.size            =*/ sizeof(struct headkv_params),
-        /*.policy          =*/ "headkv",
+        /*.policy          =*/ "auto",
         /*.kv_size         =*/ 128,
-        /*.window          =*/ 8,
+        /*.window          =*/ 64,
         /*.recent          =*/ 8,
-        /*.power           =*/ 1,
+        /*.power           =*/ 4,
         /*.pool            =*/ HEADKV_POOL_MAX,
-        /*.pool_kernel     =*/ 7,
+        /*.pool_kernel     =*/ 31,
         /*.beta            =*/ 0.0,
-        /*.n_tail          =*/ 64,
+        /*.n_tail          =*/ 16,
         /*.attend          =*/ HEADKV_ATTEND_AUTO,
         /*.n_buckets       =*/ 1,
         /*.prefill         =*/ HEADKV_PREFILL_AUTO,
@@ -233,6 +233,27 @@ int32_t headkv_end_prompt(struct llama_context * ctx, llama_seq_id seq_id) {
     return 0;
 }
 
+int32_t headkv_can_continue(const struct llama_context * ctx, llama_seq_id seq_id) {
+    const llama_kv_cache_ragged * kv = get_kv_seq(ctx, seq_id);
+    if (!kv) {
+        return -1;
+    }
+    const std::string why_not = kv->why_not_continued(seq_id);
+    return why_not.empty() ? 0 : fail(why_not);
+}
+
+int32_t headkv_limit_restore(struct llama_context * ctx, int32_t kv_size, int32_t n_protected, int32_t n_tokens) {
+    llama_kv_cache_ragged * kv = get_kv_seq(ctx, 0);
+    if (!kv) {
+        return -1;
+    }
+    if (kv_size < 0 || n_protected < 0 || n_tokens < 0) {
+        return fail(format("limits %d, %d and %d: they must not be negative", kv_size, n_protected, n_tokens));
+    }
+    kv->limit_restore({ kv_size, n_protected, n_tokens });
+    return 0;
+}
+
 int32_t headkv_restore_prompt(struct llama_context * ctx, llama_seq_id seq_id, int32_t n_tokens) {
     llama_kv_cache_ragged * kv = get_kv_seq(ctx, seq_id);
     if (!kv) {
@@ -264,7 +285,10 @@ int32_t headkv_get_stats(const struct llama_context * ctx, llama_seq_id seq_id, 
 }
 
 const char * headkv_get_policy(const struct llama_context * ctx) {
-    llama_kv_cache_ragged * kv = get_kv(ctx);
+    if (!ctx) {
+        return headkv_thread_config() ? headkv_thread_config()->policy->name : "full";
+    }
+    const llama_kv_cache_ragged * kv = get_kv(ctx);
     return kv ? kv->config().policy->name : "full";
 }
 
@@ -383,8 +407,8 @@ int32_t headkv_read_attention(struct llama_context * ctx, llama_seq_id seq_id, i
     if (!kv) {
         return -1;
     }
-    if (n_queries < 1 || n_queries > (int32_t) kv->config().window) {
-        return fail(format("attention of the last %d tokens: it must be in [1, %u], the observation window", n_queries, kv->config().window));
+    if (n_queries < 1 || n_queries > kv->n_window_max()) {
+        return fail(format("attention of the last %d tokens: it must be in [1, %d], the window of the context", n_queries, kv->n_window_max()));
     }
     const int32_t n_values = n_queries*kv->n_layer()*kv->n_head_max();
     if (!mass) {

@@ -148,10 +148,20 @@ void headkv_budget_fit(headkv_cells & cells, int64_t n_prefix, int64_t n_protect
     }
 }
 
+std::vector<std::pair<int32_t, int32_t>> headkv_protected(const headkv_config & cfg, int64_t n_prefix) {
+    std::vector<std::pair<int32_t, int32_t>> res;
+    for (const auto & [start, end] : cfg.spans) {
+        if (start < n_prefix) {
+            res.push_back({ start, (int32_t) std::min<int64_t>(end, n_prefix) });
+        }
+    }
+    return res;
+}
+
 int64_t headkv_n_protected(const headkv_config & cfg, int64_t n_prefix) {
     int64_t res = 0;
-    for (const auto & [start, end] : cfg.spans) {
-        res += std::max<int64_t>(0, std::min<int64_t>(end, n_prefix) - start);
+    for (const auto & [start, end] : headkv_protected(cfg, n_prefix)) {
+        res += end - start;
     }
     return res;
 }

@@ -23,7 +23,8 @@ int64_t headkv_budget_spread(headkv_cells & cells, int64_t n, int64_t limit);
 // other heads of its layer, and what these cannot take to those of all layers. Then each head gets at least n_protected.
 void headkv_budget_fit(headkv_cells & cells, int64_t n_prefix, int64_t n_protected, headkv_surplus surplus);
 
-// cells before the recent ones that every head keeps
+// The positions before the recent ones that every head keeps, [start, end) and ascending, and how many they are.
+std::vector<std::pair<int32_t, int32_t>> headkv_protected(const headkv_config & cfg, int64_t n_prefix);
 int64_t headkv_n_protected(const headkv_config & cfg, int64_t n_prefix);
 
 // Moves cells between the heads of a layer to where the scores are high. Each head is guaranteed the share floor of its

@@ -103,6 +103,12 @@ llama_memory_i * headkv_create_memory(const llama_model & model, const llama_mem
     }
 }
 
+void headkv_note_adapters(llama_memory_i * memory, const llama_adapter_loras & loras, const llama_adapter_cvec & cvec) {
+    if (auto * kv = dynamic_cast<llama_kv_cache_ragged *>(memory)) {
+        kv->note_adapters(loras, cvec);
+    }
+}
+
 //
 // graph input
 //
@@ -328,7 +334,7 @@ llm_graph_input_attn_kv * headkv_build_inp(const llm_graph_context & gctx) {
         inp->self_k_rot   = stage->build_input_k_rot(ctx);
         inp->self_v_rot   = stage->build_input_v_rot(ctx);
 
-        const int64_t n = std::min<int64_t>(ubatch.n_tokens, (int64_t) kv->config().window*ubatch.n_seqs_unq);
+        const int64_t n = std::min<int64_t>(ubatch.n_tokens, (int64_t) kv->n_window_max()*ubatch.n_seqs_unq);
         inp->tokens = new_input(ctx, GGML_TYPE_I32, n, "headkv_window_tokens");
         inp->slots  = new_input(ctx, GGML_TYPE_I64, n, "headkv_window_slots");
     }

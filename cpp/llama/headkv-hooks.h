@@ -1,6 +1,8 @@
 // The door for llama.cpp: every symbol that a patch mentions, nothing else.
 #pragma once
 
+#include "llama-adapter.h"
+
 struct ggml_tensor;
 
 struct llama_model;
@@ -15,6 +17,9 @@ class  llm_graph_result;
 // called first by llama_model::create_memory(); null = not ours. Throws when compression was asked for and the
 // model or the context cannot have it.
 llama_memory_i * headkv_create_memory(const llama_model & model, const llama_memory_params & params, const llama_cparams & cparams);
+
+// called by llama_context::set_adapters_lora() and set_adapter_cvec() when the adapters have changed
+void headkv_note_adapters(llama_memory_i * memory, const llama_adapter_loras & loras, const llama_adapter_cvec & cvec);
 
 // called first by llm_graph_context::build_attn_inp_kv(); null = not ours
 llm_graph_input_attn_kv * headkv_build_inp(const llm_graph_context & gctx);

@@ -3,13 +3,13 @@
 //   u32 magic, u32 version, u32 kind (1 = one sequence, 2 = the whole context)
 //   u64 fingerprint of the model; u32 type_k, u32 type_v, u32 layers; of each layer: i32 il, n_head, n_head_kv, n_embd_head
 //   u32 sequences; of each one:
-//     u32 seq_id, i32 n_pos, n_prompt, n_whole, u32 kv_size
+//     u32 seq_id, i32 n_pos, n_prompt, n_whole, u32 kv_size, u64 fingerprint of the adapters, u32 spans, i32 [start, end) of each
 //     of each layer and KV head: u32 n_kept, i32 pos[n_kept], rows of K and then of V, [n_kept + n_pos - n_prompt]
 //   u64 checksum of all that
 //
 // A sequence is saved when it is compressed; one that is being read cannot be. Everything is read, bounded by what the context
-// can hold and in steps, so that a length that lies allocates no more than the file has, and checked before the store changes.
-// A sequence that could not be restored is empty.
+// can hold and in steps, so that a length that lies allocates no more than the file has, and checked before anything changes.
+// Where memory is too short for what was checked, the sequence is empty.
 
 #include "llama-kv-cache-ragged.h"
 
@@ -19,11 +19,12 @@
 #include "llama-model.h"
 
 #include <algorithm>
+#include <limits>
 #include <map>
 #include <stdexcept>
 
 static constexpr uint32_t STATE_MAGIC   = 0x76736b68; // "hksv"
-static constexpr uint32_t STATE_VERSION = 1;
+static constexpr uint32_t STATE_VERSION = 3;
 
 enum state_kind_t : uint32_t { STATE_SEQUENCE = 1, STATE_CONTEXT = 2 };
 
@@ -143,6 +144,47 @@ static uint64_t make_fingerprint(const llama_model & model, const llama_cparams 
     return sum.value;
 }
 
+// Of the adapters, which change more often, the beginning of every tensor. Whatever the order in which they were set.
+static uint64_t make_fingerprint(const llama_adapter_loras & loras, const llama_adapter_cvec & cvec, int32_t n_layer) {
+    std::vector<uint8_t> raw;
+    const auto add_tensor = [&](checksum_t & sum, const ggml_tensor * t) {
+        raw.resize(std::min<size_t>(ggml_nbytes(t), 4096));
+        ggml_backend_tensor_get(t, raw.data(), 0, raw.size());
+        sum.add(t->type);
+        sum.add(t->ne);
+        sum.add(raw.data(), raw.size());
+    };
+    std::vector<uint64_t> parts;
+    for (const auto & [lora, scale] : loras) {
+        checksum_t sum;
+        const std::map<std::string, llama_adapter_lora_weight> weights(lora->ab_map.begin(), lora->ab_map.end());
+        for (const auto & [name, weight] : weights) {
+            sum.add(name.data(), name.size() + 1);
+            add_tensor(sum, weight.a);
+            add_tensor(sum, weight.b);
+        }
+        sum.add(lora->alpha);
+        sum.add(scale);
+        parts.push_back(sum.value);
+    }
+    std::sort(parts.begin(), parts.end());
+    for (int32_t il = 0; il < n_layer; ++il) {
+        if (const ggml_tensor * t = cvec.tensor_for(il)) {
+            checksum_t sum;
+            sum.add(il);
+            add_tensor(sum, t);
+            parts.push_back(sum.value);
+        }
+    }
+    checksum_t sum;
+    sum.add(parts.data(), parts.size()*sizeof(parts[0]));
+    return parts.empty() ? 0 : sum.value;
+}
+
+void llama_kv_cache_ragged::note_adapters(const llama_adapter_loras & loras, const llama_adapter_cvec & cvec) {
+    adapters = make_fingerprint(loras, cvec, n_layer());
+}
+
 uint64_t llama_kv_cache_ragged::get_fingerprint() const {
     if (!fingerprint) {
         fingerprint = make_fingerprint(model, cparams);
@@ -193,6 +235,12 @@ void llama_kv_cache_ragged::state_write(llama_io_write_i & io, llama_seq_id seq_
         to.number(seq.n_prompt);
         to.number(seq.n_whole);
         to.number(seq.kv_size);
+        to.number(seq.adapters);
+        to.number((uint32_t) seq.spans.size());
+        for (const auto & [start, end] : seq.spans) {
+            to.number(start);
+            to.number(end);
+        }
         for (const auto & layer : store.layers) {
             for (const auto & range : layer.ranges[s]) {
                 const uint32_t n_rows = range.n_kept + (seq.n_pos - seq.n_prompt);
@@ -207,8 +255,9 @@ void llama_kv_cache_ragged::state_write(llama_io_write_i & io, llama_seq_id seq_
     to.number(sum);
 }
 
-// one sequence; throws when it is not what a compression could have left
-static saved_seq read_seq(reader_t & from, const headkv_store & store, uint32_t n_ctx_seq) {
+// one sequence; throws when it is not what a compression could have left, or exceeds the limits
+static saved_seq read_seq(reader_t & from, const headkv_store & store, uint32_t n_ctx_seq, uint64_t adapters,
+        const llama_kv_cache_ragged::limits_t & limits) {
     saved_seq res;
     auto & seq = res.seq;
     res.seq_id   = (llama_seq_id) from.number<uint32_t>();
@@ -216,19 +265,50 @@ static saved_seq read_seq(reader_t & from, const headkv_store & store, uint32_t 
     seq.n_prompt = from.number<llama_pos>();
     seq.n_whole  = from.number<llama_pos>();
     seq.kv_size  = from.number<uint32_t>();
+    seq.adapters = from.number<uint64_t>();
     seq.state    = llama_kv_cache_ragged::STORED;
     if (seq.n_pos > (llama_pos) n_ctx_seq) {
         throw std::runtime_error(format("it holds %d tokens: use a context of at least as many, n_ctx is %u", seq.n_pos, n_ctx_seq));
+    }
+    if (limits.n_tokens > 0 && seq.n_pos > limits.n_tokens) {
+        throw std::runtime_error(format("it holds %d tokens, the limit is %d", seq.n_pos, limits.n_tokens));
+    }
+    if (limits.kv_size > 0 && seq.kv_size > (uint32_t) limits.kv_size) {
+        throw std::runtime_error(format("it was compressed with kv_size %u, the limit is %d", seq.kv_size, limits.kv_size));
+    }
+    if (seq.adapters != adapters) {
+        throw std::runtime_error("it was computed with other adapters (LoRA with its scale, control vector): set the same ones first");
     }
     const bool ok = 0 < seq.n_prompt && seq.n_prompt <= seq.n_pos && 0 <= seq.n_whole && seq.n_whole <= seq.n_prompt;
     if (!ok) {
         throw std::runtime_error("it is damaged (tokens)");
     }
+    if (seq.kv_size < 2 || seq.kv_size > (uint32_t) std::numeric_limits<int32_t>::max()) {
+        throw std::runtime_error("it is damaged (kv_size)");
+    }
+    int64_t n_protected = 0;
+    const uint32_t n_spans = from.number<uint32_t>();
+    const auto bounds = from.array<int32_t>(2*(size_t) n_spans);
+    for (size_t i = 0; i < bounds.size(); i += 2) {
+        if (bounds[i] < (i > 0 ? bounds[i - 1] : 0) || bounds[i + 1] <= bounds[i] || bounds[i + 1] > seq.n_prompt - seq.n_whole) {
+            throw std::runtime_error("it is damaged (protected cells)");
+        }
+        seq.spans.push_back({ bounds[i], bounds[i + 1] });
+        n_protected += bounds[i + 1] - bounds[i];
+    }
+    if (limits.n_protected > 0 && n_protected > limits.n_protected) {
+        throw std::runtime_error(format("every head keeps %lld protected cells, the limit is %d", (long long) n_protected, limits.n_protected));
+    }
+    int64_t n_left = 0; // cells that the heads may have: policies round by less than a cell per layer
+    for (const auto & layer : store.layers) {
+        n_left += layer.n_head_kv*(seq.kv_size + n_protected + (int64_t) store.layers.size());
+    }
     for (const auto & layer : store.layers) {
         auto & heads = res.heads.emplace_back(layer.n_head_kv);
         for (auto & head : heads) {
             const uint32_t n_kept = from.number<uint32_t>();
-            if (n_kept < (uint32_t) seq.n_whole || n_kept > (uint32_t) seq.n_prompt) {
+            n_left -= n_kept;
+            if (n_kept < (uint32_t) seq.n_whole || n_kept > (uint32_t) seq.n_prompt || n_left < 0) {
                 throw std::runtime_error("it is damaged (cells)");
             }
             const size_t n_rows = n_kept + (seq.n_pos - seq.n_prompt);
@@ -271,18 +351,11 @@ static void put_layer(headkv_store & store, headkv_store_layer & layer, llama_se
 void llama_kv_cache_ragged::state_read(llama_io_read_i & io, llama_seq_id seq_id, llama_state_seq_flags flags) {
     GGML_UNUSED(flags);
     const bool one = seq_id >= 0;
+    bool changed = false;
     try {
         if (seq_id >= (llama_seq_id) seqs.size()) {
             throw std::runtime_error(format("sequence %d: it must be in [0, %zu)", seq_id, seqs.size()));
         }
-        if (one) {
-            seq_rm(seq_id, -1, -1);
-        } else {
-            clear(true);
-            release_idle_stage();
-            release_idle_store();
-        }
-
         reader_t from = { io, {} };
         if (from.number<uint32_t>() != STATE_MAGIC) {
             throw std::runtime_error("it is not one of a compressed cache");
@@ -311,7 +384,7 @@ void llama_kv_cache_ragged::state_read(llama_io_read_i & io, llama_seq_id seq_id
         std::vector<saved_seq> saved;
         std::vector<bool> seen(seqs.size(), false);
         for (uint32_t i = 0; i < n_seqs; ++i) {
-            saved.push_back(read_seq(from, store, n_ctx_seq));
+            saved.push_back(read_seq(from, store, n_ctx_seq, adapters, limits));
             llama_seq_id & s = saved.back().seq_id;
             s = one ? seq_id : s;
             if (s < 0 || s >= (llama_seq_id) seqs.size() || seen[s]) {
@@ -327,6 +400,14 @@ void llama_kv_cache_ragged::state_read(llama_io_read_i & io, llama_seq_id seq_id
         if (lctx) {
             lctx->synchronize(); // buffers are about to be replaced
         }
+        changed = true;
+        if (one) {
+            seq_rm(seq_id, -1, -1);
+        } else {
+            clear(true);
+            release_idle_stage();
+            release_idle_store();
+        }
         for (const auto & it : saved) {
             const uint32_t n_tail = std::max<uint32_t>(cfg->n_tail, it.seq.n_pos - it.seq.n_prompt);
             for (size_t i = 0; i < store.layers.size(); ++i) {
@@ -336,10 +417,10 @@ void llama_kv_cache_ragged::state_read(llama_io_read_i & io, llama_seq_id seq_id
             seqs[it.seq_id].n_tail = n_tail;
         }
     } catch (const std::exception & e) {
-        if (one && seq_id < (llama_seq_id) seqs.size()) {
+        if (changed && one) {
             seqs[seq_id] = seq_t();
             drop_seq(seq_id);
-        } else if (!one) {
+        } else if (changed) {
             clear(true);
         }
         release_idle_store();

@@ -80,6 +80,11 @@ struct llama_kv_cache_ragged::reading_t {
     int64_t i_token  = 0; // tokens before the ubatch
 };
 
+// Rows that a head gets for generated tokens at a time: when they are full, all cells are copied.
+static uint32_t n_tail_of(const headkv_config & cfg, int64_t n_prompt) {
+    return std::max<uint32_t>(cfg.n_tail, (uint32_t) std::min<int64_t>(cfg.kv_size, n_prompt)/16);
+}
+
 llama_kv_cache_ragged::llama_kv_cache_ragged(
         const llama_model & model,
                 ggml_type   type_k,
@@ -88,7 +93,7 @@ llama_kv_cache_ragged::llama_kv_cache_ragged(
         headkv_config_ptr   cfg) :
     model(model), hparams(model.hparams), cfg(std::move(cfg)), hparams_plan(model.hparams),
     offload(cparams.offload_kqv), n_ctx(cparams.n_ctx), n_ctx_seq(cparams.n_ctx_seq), cparams(cparams), type_k(type_k), type_v(type_v),
-    with_sums(this->cfg->policy->needs_sums) {
+    with_sums(this->cfg->policy->needs_sums), n_ring((llama_pos) this->cfg->window) {
     const auto & c = *this->cfg;
 
     hparams_plan.no_alloc = true;
@@ -140,7 +145,7 @@ llama_kv_cache_ragged::llama_kv_cache_ragged(
             n_kept.push_back(layer.fused || c.policy->compensates ? n_ctx_seq : std::min(n_ctx_seq, std::max(n_most, n_sure)));
         }
         for (size_t s = 0; s < seqs.size(); ++s) {
-            store_plan.relayout(layer, (int32_t) s, n_kept, c.n_tail, c.n_buckets, {});
+            store_plan.relayout(layer, (int32_t) s, n_kept, n_tail_of(c, n_ctx_seq), c.n_buckets, {});
         }
     }
 
@@ -199,7 +204,7 @@ std::unique_ptr<llama_kv_cache> llama_kv_cache_ragged::make_stage(uint32_t n_cel
 }
 
 int64_t llama_kv_cache_ragged::n_slots() const {
-    return (int64_t) cfg->window*seqs.size() + 1;
+    return (int64_t) n_ring*seqs.size() + 1;
 }
 
 void llama_kv_cache_ragged::make_rings(std::vector<ring_t> & rings, std::vector<ggml_tensor *> & of_layer, bool plan, bool one_layer) const {
@@ -549,12 +554,38 @@ llama_pos llama_kv_cache_ragged::seq_pos_max(llama_seq_id seq_id) const {
 // batches
 //
 
+// the authors' test: a prompt that fits into the average budget is kept by every head
+static bool keeps_all(const headkv_config & cfg, int64_t n_prompt) {
+    return cfg.policy->keeps_all || (int64_t) cfg.kv_size - cfg.recent > std::max<int64_t>(0, n_prompt - cfg.recent);
+}
+
+std::string llama_kv_cache_ragged::why_not_continued(llama_seq_id seq_id) const {
+    const seq_t & seq = seqs[seq_id];
+    if (seq.state != STORED) {
+        return format("sequence %d is not compressed", seq_id);
+    }
+    if (seq.adapters != adapters) {
+        return "it was computed with other adapters (LoRA with its scale, control vector) than those that are set";
+    }
+    if (seq.kv_size != cfg->kv_size && !(seq.n_whole == seq.n_prompt && keeps_all(*cfg, seq.n_prompt))) {
+        return format("it was compressed with kv_size %u, that of now is %u", seq.kv_size, cfg->kv_size);
+    }
+    if (seq.spans != headkv_protected(*cfg, seq.n_prompt - seq.n_whole)) {
+        return "it was compressed with other protected cells than those of now";
+    }
+    return "";
+}
+
 void llama_kv_cache_ragged::configure(headkv_config_ptr other) {
     const auto & a = *cfg;
     const auto & b = *other;
-    if (b.window != a.window || b.n_tail != a.n_tail || b.attend != a.attend || b.n_buckets != a.n_buckets ||
+    if (b.window > (uint32_t) n_ring) {
+        throw std::invalid_argument(format("window is %u: the context has room for the queries of the last %d tokens, create another one",
+                    b.window, n_ring));
+    }
+    if (b.n_tail != a.n_tail || b.attend != a.attend || b.n_buckets != a.n_buckets ||
             b.prefill != a.prefill || b.hidden_f16 != a.hidden_f16 || b.keep_prompt != a.keep_prompt) {
-        throw std::invalid_argument("window, n_tail, attend, n_buckets, prefill, hidden_f16 and keep_prompt cannot change: create another context");
+        throw std::invalid_argument("n_tail, attend, n_buckets, prefill, hidden_f16 and keep_prompt cannot change: create another context");
     }
     headkv_config_check_ctx(b, n_ctx_seq);
     if (b.policy->needs_sums && !with_sums) {
@@ -728,11 +759,11 @@ llama_memory_context_ptr llama_kv_cache_ragged::init_batch(llama_batch_allocr & 
             return failed();
         }
         if (seq.state == STORED || seq.state == LAYERED) {
-            const uint32_t n_have = seq.state == STORED ? seq.n_tail : cfg->n_tail;
+            const uint32_t n_have = seq.state == STORED ? seq.n_tail : running->n_tail;
             const uint32_t n_tail = n + (seq.state == STORED ? seq.n_pos - seq.n_prompt : 0);
             if (n_tail > n_have) {
                 // grown in the update that follows a failed preparation
-                want_tail[s] = std::max(n_tail, n_have + std::max(n_have/4, cfg->n_tail));
+                want_tail[s] = std::max(n_tail, n_have + std::max(n_have/4, n_tail_of(*cfg, seq.state == STORED ? seq.n_prompt : seq.n_pos)));
                 is_ready     = false;
             }
         }
@@ -822,6 +853,9 @@ llama_memory_context_ptr llama_kv_cache_ragged::init_batch(llama_batch_allocr & 
 
 std::string llama_kv_cache_ragged::why_not_resumed(const std::vector<llama_ubatch> & ubatches) const {
     std::vector<llama_token> tokens;
+    if (seqs[reading->seq_id].adapters != adapters) {
+        return "other adapters were set";
+    }
     for (size_t i = 0; i < ubatches.size(); ++i) {
         const llama_ubatch & ubatch = ubatches[i];
         if (ubatch.seq_id_unq[0] != reading->seq_id) {
@@ -1104,15 +1138,14 @@ std::vector<int32_t> llama_kv_cache_ragged::stage_cells(llama_seq_id seq_id) con
     return res;
 }
 
-std::vector<int32_t> llama_kv_cache_ragged::window_slots(llama_seq_id seq_id) const {
+std::vector<int32_t> llama_kv_cache_ragged::window_slots(llama_seq_id seq_id, llama_pos n_window) const {
     const seq_t & seq = seqs[seq_id];
-    const llama_pos n_window = cfg->window;
     std::vector<int32_t> res;
     for (llama_pos pos = std::max(0, seq.n_pos - n_window); pos < seq.n_pos; ++pos) {
-        if (seq.window.empty() || seq.window[pos % n_window] != pos) {
+        if (seq.window.empty() || seq.window[pos % n_ring] != pos) {
             return {};
         }
-        res.push_back(seq_id*n_window + pos % n_window);
+        res.push_back(seq_id*n_ring + pos % n_ring);
     }
     return res;
 }
@@ -1225,6 +1258,7 @@ struct llama_kv_cache_ragged::compression {
     int64_t n_window; // the last ones, whose queries score
     int64_t n_recent; // the last ones, which every head keeps
     int64_t n_prefix; // the others
+    uint32_t n_tail;  // rows of each head that wait for generated tokens
     bool    keep_all;
 
     std::vector<int32_t> slots; // of the ring, in position order
@@ -1257,10 +1291,10 @@ void llama_kv_cache_ragged::begin_compression(llama_seq_id seq_id, headkv_config
     c.n_recent = std::min<int64_t>(cfg->recent, c.n);
     c.n_prefix = c.n - c.n_recent;
 
-    // the authors' test: a prompt that fits into the average budget is kept by every head
-    c.keep_all = cfg->policy->keeps_all || (int64_t) cfg->kv_size - cfg->recent > c.n_prefix;
+    c.keep_all = keeps_all(*cfg, c.n);
+    c.n_tail   = n_tail_of(*cfg, c.n);
 
-    c.slots = window_slots(seq_id);
+    c.slots = window_slots(seq_id, (llama_pos) cfg->window);
     c.cells = stage_cells(seq_id);
     if (cfg->policy->needs_sums && !c.keep_all && !seqs[seq_id].has_sums) {
         throw std::runtime_error(format("tokens were removed from the end of the prompt, whose attention policy '%s' has counted: "
@@ -1476,7 +1510,7 @@ void llama_kv_cache_ragged::compress_layer(headkv_store_layer & layer) {
     }
     GGML_ASSERT(n_before == n_total);
     set_data(t_select, plan_select);
-    store.relayout(layer, c.seq_id, n_kept, cfg.n_tail, cfg.n_buckets, {});
+    store.relayout(layer, c.seq_id, n_kept, c.n_tail, cfg.n_buckets, {});
     auto & ranges = layer.ranges[c.seq_id];
 
     std::vector<int32_t> plan;
@@ -1571,6 +1605,8 @@ void llama_kv_cache_ragged::end_compression() {
     seq_t & seq = seqs[seq_id];
     seq.n_whole = running->keep_all ? seq.n_pos : (llama_pos) running->n_recent;
     seq.kv_size = running->cfg->kv_size;
+    seq.n_tail  = running->n_tail;
+    seq.spans   = headkv_protected(*running->cfg, seq.n_pos - seq.n_whole);
 
     t_compress = running->t_us;
     n_compressions++;
@@ -1578,7 +1614,6 @@ void llama_kv_cache_ragged::end_compression() {
 
     seq.state    = STORED;
     seq.n_prompt = seq.n_pos;
-    seq.n_tail   = cfg->n_tail;
     seq.kept     = cfg->keep_prompt;
     seq.n_stage  = seq.n_pos;
     if (!seq.kept) {
@@ -1677,9 +1712,9 @@ bool llama_kv_cache_ragged::fill(llama_context * lctx, llama_seq_id seq_id, uint
     }
     seq.state = STAGED;
     seq.n_pos = (llama_pos) n_tokens;
-    seq.window.assign(cfg->window, -1);
-    for (llama_pos pos = std::max(0, seq.n_pos - (llama_pos) cfg->window); pos < seq.n_pos; ++pos) {
-        seq.window[pos % cfg->window] = pos;
+    seq.window.assign(n_ring, -1);
+    for (llama_pos pos = std::max(0, seq.n_pos - n_ring); pos < seq.n_pos; ++pos) {
+        seq.window[pos % n_ring] = pos;
     }
     return true;
 }
@@ -1691,7 +1726,7 @@ bool llama_kv_cache_ragged::read_attention(llama_context * lctx, llama_seq_id se
         return fail(format("sequence %d is not staged: attention is that of a prompt before its compression", seq_id));
     }
     const int64_t n = seq.n_pos;
-    const int32_t n_window = std::min<int32_t>((int32_t) cfg->window, seq.n_pos);
+    const int32_t n_window = std::min<int32_t>(n_ring, seq.n_pos);
     if (n_queries < 1 || n_queries > n_window) {
         return fail(format("attention of the last %d tokens: it must be in [1, %d], those whose queries the window has", n_queries, n_window));
     }
@@ -1705,11 +1740,10 @@ bool llama_kv_cache_ragged::read_attention(llama_context * lctx, llama_seq_id se
         }
         std::fill(inside.begin() + start, inside.begin() + end, true);
     }
-    auto slots = window_slots(seq_id);
+    const auto slots = window_slots(seq_id, n_queries);
     if (slots.empty()) {
         return fail("the queries of the last tokens are missing: evaluate them again");
     }
-    slots.erase(slots.begin(), slots.end() - n_queries);
     const std::vector<int32_t> cells = stage_cells(seq_id);
 
     const size_t n_row = n_head_max();
@@ -1784,7 +1818,7 @@ static void read_rows(ggml_tensor * t, size_t offset, size_t nb_row, int64_t n_e
 }
 
 int32_t llama_kv_cache_ragged::read_window(llama_seq_id seq_id, int32_t il, float * dst, int64_t n) const {
-    const auto slots = window_slots(seq_id);
+    const auto slots = window_slots(seq_id, (llama_pos) cfg->window);
     ggml_tensor * ring = get_ring(il);
     if (slots.empty() || !ring) {
         fail("no window queries: the sequence is not being read");
@@ -1911,9 +1945,11 @@ bool llama_kv_cache_ragged_context::apply() {
     if (!is_store() && !(layered ? kv->reading->stage_ctxs : stage_ctxs)[i_stage()]->apply()) {
         return false;
     }
-    const llama_pos n_window = kv->config().window;
+    const llama_pos n_window = kv->n_ring;
     for (uint32_t i = 0; i < ubatch.n_tokens; ++i) {
         auto & seq = kv->seqs[ubatch.seq_id[i][0]];
+        const bool same = seq.n_pos == 0 || seq.adapters == kv->adapters;
+        seq.adapters = same ? kv->adapters : llama_kv_cache_ragged::SEVERAL_ADAPTERS;
         seq.n_pos = ubatch.pos[i] + 1;
         if (!is_store()) {
             seq.state = layered ? llama_kv_cache_ragged::LAYERED : llama_kv_cache_ragged::STAGED;
@@ -2027,7 +2063,7 @@ void llama_kv_cache_ragged_context::set_input_mask(ggml_tensor * dst, const head
 }
 
 void llama_kv_cache_ragged_context::set_input_window(ggml_tensor * tokens, ggml_tensor * slots, const llama_ubatch * ubatch) const {
-    const int64_t n_window = kv->config().window;
+    const int64_t n_window = kv->n_ring;
     const int64_t n        = tokens->ne[0];
 
     std::vector<int32_t> data_tokens;

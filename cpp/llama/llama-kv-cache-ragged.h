@@ -1,5 +1,6 @@
 #pragma once
 
+#include "llama-adapter.h"
 #include "llama-kv-cache.h"
 
 #include "headkv-config.h"
@@ -86,12 +87,28 @@ public:
         llama_pos n_whole  = 0; // last tokens of the prompt that every head kept
         uint32_t  n_tail   = 0; // rows reserved per head for generated tokens
         uint32_t  kv_size  = 0; // that it was compressed with
+        std::vector<std::pair<int32_t, int32_t>> spans; // of its prompt before the last n_whole tokens, that every head kept as protected
+        uint64_t  adapters = 0; // that its tokens were computed with, see note_adapters()
         bool      kept     = false; // STORED, and its prompt is still in the staging
         llama_pos n_stage  = 0; // tokens of that
 
-        std::vector<llama_pos> window; // [n_window] position whose query is in a slot of the ring, -1 = none
+        std::vector<llama_pos> window; // [n_ring] position whose query is in a slot of the ring, -1 = none
         bool      has_sums = true; // the sums of attention are those of its tokens
     };
+
+    // the adapters that the tokens to come are computed with; headkv-state.cpp
+    void note_adapters(const llama_adapter_loras & loras, const llama_adapter_cvec & cvec);
+
+    // why a STORED sequence is not what the parameters and the adapters that are set would have left, empty = it is
+    std::string why_not_continued(llama_seq_id seq_id) const;
+
+    // Limits of a sequence that is restored, 0 = only those of the context. See headkv_limit_restore().
+    struct limits_t {
+        int32_t kv_size     = 0;
+        int32_t n_protected = 0;
+        int32_t n_tokens    = 0;
+    };
+    void limit_restore(const limits_t & other) { limits = other; }
 
     // parameters for the compressions to come; throws std::invalid_argument
     void configure(headkv_config_ptr other);
@@ -128,6 +145,7 @@ public:
     const seq_t & get_seq(llama_seq_id seq_id) const { return seqs.at(seq_id); }
     uint32_t n_seq_max() const { return (uint32_t) seqs.size(); }
     uint32_t n_ctx_seq_max() const { return n_ctx_seq; }
+    llama_pos n_window_max() const { return n_ring; }
 
     int32_t n_head_kv_max() const;
     int32_t n_head_max() const;
@@ -220,6 +238,7 @@ private:
 
     // attention that each staged cell got from all queries, F32 [1, n_cells, n_head_kv]
     const bool                 with_sums;
+    const llama_pos            n_ring; // queries of a sequence that a ring has room for
     std::vector<ring_t>        sums, sums_plan;
     std::vector<ggml_tensor *> sums_of_layer, sums_of_layer_plan; // [il]
 
@@ -298,6 +317,11 @@ private:
     void truncate_prompt(llama_seq_id seq_id, llama_pos p0);
     void drop_seq(llama_seq_id seq_id); // frees the rows of a sequence in the store
 
+    static constexpr uint64_t SEVERAL_ADAPTERS = 1; // one after the other
+    uint64_t adapters = 0; // fingerprint of those that are set, 0 = none
+
+    limits_t limits;
+
     mutable uint64_t fingerprint = 0; // of what a saved cell depends on, 0 = not computed yet
     uint64_t get_fingerprint() const;
     std::vector<llama_ubatch> merge_store(const std::vector<llama_ubatch> & ubatches) const;
@@ -308,7 +332,7 @@ private:
     std::vector<int32_t> stage_cells(llama_seq_id seq_id) const;
 
     // slots of the ring in position order, empty when a query of the window is missing
-    std::vector<int32_t> window_slots(llama_seq_id seq_id) const;
+    std::vector<int32_t> window_slots(llama_seq_id seq_id, llama_pos n_window) const;
 };
 
 // the memory of one llama_decode call: ubatches that go to the store, then ubatches that go to the staging

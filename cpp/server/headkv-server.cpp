@@ -23,6 +23,7 @@ static struct {
     int32_t n_batch = 0; // that was asked for
     headkv_request request; // that the context is configured for
     std::string model;   // path
+    std::string policy;  // never "auto"
 } server;
 
 static const char * const STATES[] = { "empty", "reading", "compressed", "reading" };
@@ -66,16 +67,21 @@ static std::string refusal(const common_params & params) {
     if (params.n_ctx_checkpoints > 0 && params.n_ctx_checkpoints != def.n_ctx_checkpoints) {
         return "--ctx-checkpoints: they are taken within a prompt, before it is compressed, use --ctx-checkpoints 0";
     }
+    if (headkv_get_args().is_lossless() && headkv_get_args().params.kv_size > 0) {
+        return "--kv-policy lossless: it keeps all cells, leave --kv-size out";
+    }
     if (params.flash_attn_type == LLAMA_FLASH_ATTN_TYPE_DISABLED) {
         return "-fa off: compression needs flash attention";
     }
     return "";
 }
 
+static constexpr int32_t MAX_CELLS = 1 << 26; // of a head, beyond every context
+
 // largest kv_size of a request
 static int32_t kv_size_max() {
     const headkv_args & args = headkv_get_args();
-    return args.kv_size_max > 0 ? args.kv_size_max : args.params.kv_size;
+    return args.is_lossless() ? MAX_CELLS : args.kv_size_max > 0 ? args.kv_size_max : args.params.kv_size;
 }
 
 // spans: filled for the parameters, which point to it
@@ -97,13 +103,13 @@ bool headkv_server_open(common_params & params) {
     const headkv_args & args = headkv_get_args();
     if (!headkv_server_is_on()) {
         if (!args.given.empty()) {
-            SRV_ERR("%s has no effect without --kv-size: add --kv-size N\n", args.given[0].c_str());
+            SRV_ERR("%s has no effect without --kv-size: add --kv-size N, or --kv-policy lossless\n", args.given[0].c_str());
         }
         return args.given.empty();
     }
     const std::string why = refusal(params);
     if (!why.empty()) {
-        SRV_ERR("not possible with --kv-size %d: %s\n", args.params.kv_size, why.c_str());
+        SRV_ERR("not possible with %s: %s\n", args.amount().c_str(), why.c_str());
         return false;
     }
     if (kv_size_max() < args.params.kv_size) {
@@ -115,9 +121,10 @@ bool headkv_server_open(common_params & params) {
     std::vector<int32_t> spans;
     const headkv_params p = make_params(server.request, spans);
     if (headkv_set_params(&p) != 0) {
-        SRV_ERR("--kv-size %d: %s\n", args.params.kv_size, headkv_last_error());
+        SRV_ERR("%s: %s\n", args.amount().c_str(), headkv_last_error());
         return false;
     }
+    server.policy = headkv_get_policy(nullptr);
 
     if (params.n_ctx_checkpoints != 0) {
         SRV_WRN("%s", "--kv-size: context checkpoints (--ctx-checkpoints) are switched off, they are taken within a prompt, before it is compressed\n");
@@ -137,7 +144,7 @@ bool headkv_server_open(common_params & params) {
         // a prompt that is read layer by layer comes in one batch; the context limits it to its own size
         params.n_batch = std::max(server.n_batch, params.n_ctx > 0 ? params.n_ctx : 1 << 20);
     }
-    SRV_INF("compression: policy %s, %d cells per KV head, %s\n", p.policy, args.params.kv_size,
+    SRV_INF("compression: policy %s, %s, %s\n", server.policy.c_str(), args.amount().c_str(),
             args.reuse ? "prompts continue on the compressed past (--kv-reuse)" : "every prompt is read from its beginning");
 
     std::lock_guard<std::mutex> lock(server.mutex);
@@ -147,7 +154,7 @@ bool headkv_server_open(common_params & params) {
 }
 
 bool headkv_server_is_on() {
-    return headkv_get_args().params.kv_size > 0;
+    return headkv_get_args().params.kv_size > 0 || headkv_get_args().is_lossless();
 }
 
 bool headkv_server_reuses() {
@@ -175,16 +182,20 @@ static const size_t MAX_SPANS = 64;
 static int32_t get_kv_size(const common_json & value, int32_t n_tokens) {
     const headkv_params & p = headkv_get_args().params;
     const int64_t n = value.is_number_integer() ? value.get<int64_t>() : -1;
+    if (headkv_get_args().is_lossless() && n != 0) {
+        throw std::invalid_argument(string_format("kv_size is %.32s: the server keeps all cells (--kv-policy lossless), leave it out",
+                    safe_json_to_str(value).c_str()));
+    }
     if (n == 0) {
         if (n_tokens > kv_size_max()) {
             throw std::invalid_argument(string_format("kv_size is 0: this keeps the whole prompt, which is possible for prompts of up to %d tokens "
                         "(--kv-size-max), this one has %d", kv_size_max(), n_tokens));
         }
-        return std::max(p.window, n_tokens) + 1; // such a prompt is kept by every head
+        return std::max(p.recent, n_tokens) + 1; // such a prompt is kept by every head
     }
-    if (n < p.window + 1 || n > kv_size_max()) {
-        throw std::invalid_argument(string_format("kv_size is %.32s: it must be an integer in [%d, %d], from the window + 1 to the server's limit, or 0 = "
-                    "keep the whole prompt", safe_json_to_str(value).c_str(), p.window + 1, kv_size_max()));
+    if (n < p.recent + 1 || n > kv_size_max()) {
+        throw std::invalid_argument(string_format("kv_size is %.32s: it must be an integer in [%d, %d], from the recent cells + 1 to the server's limit, or 0 = "
+                    "keep the whole prompt", safe_json_to_str(value).c_str(), p.recent + 1, kv_size_max()));
     }
     return (int32_t) n;
 }
@@ -196,7 +207,7 @@ static std::vector<std::pair<int32_t, int32_t>> get_spans(const common_json & va
     if (!value.is_array() || value.size() > MAX_SPANS) {
         refuse(string_format("it must be a list of at most %zu [start, end) ranges of tokens", MAX_SPANS));
     }
-    const int32_t n_max = kv_size_max() - headkv_get_args().params.window;
+    const int32_t n_max = kv_size_max() - headkv_get_args().params.recent;
     int64_t n_protected = 0;
     std::vector<std::pair<int32_t, int32_t>> res;
     for (const auto & span : value) {
@@ -212,7 +223,7 @@ static std::vector<std::pair<int32_t, int32_t>> get_spans(const common_json & va
         n_protected += end - start;
     }
     if (n_protected > n_max) {
-        refuse(string_format("%lld tokens, it may be up to %d, the server's limit without the window", (long long) n_protected, n_max));
+        refuse(string_format("%lld tokens, it may be up to %d, the server's limit without the recent cells", (long long) n_protected, n_max));
     }
     return res;
 }
@@ -245,7 +256,7 @@ static void check(int32_t code) {
 }
 
 static void configure(llama_context * ctx, headkv_request request) {
-    request.kv_size = request.kv_size > 0 ? request.kv_size : headkv_get_args().params.kv_size;
+    request.kv_size = request.kv_size > 0 ? request.kv_size : headkv_get_args().is_lossless() ? MAX_CELLS : headkv_get_args().params.kv_size;
     if (!(request == server.request)) {
         std::vector<int32_t> spans;
         const headkv_params p = make_params(request, spans);
@@ -259,12 +270,17 @@ void headkv_server_announce(llama_context * ctx, llama_seq_id seq_id, int32_t n_
     check(headkv_begin_prompt(ctx, seq_id, n_tokens, whole));
 }
 
-bool headkv_server_read_ahead(llama_context * ctx, llama_seq_id seq_id, const std::vector<llama_token> & tokens, const headkv_request & request) {
+bool headkv_server_read_ahead(llama_context * ctx, llama_seq_id seq_id, const std::vector<llama_token> & tokens, const headkv_request & request,
+        int32_t & n_read) {
     static constexpr int32_t MAX_MS = 250; // a step, one ubatch through one layer, may take longer
 
     configure(ctx, request);
     const int32_t n_left = headkv_read_ahead(ctx, seq_id, tokens.data(), (int32_t) tokens.size(), MAX_MS);
     check(n_left);
+    const int64_t n_tokens = (int64_t) tokens.size();
+    const int64_t n_ubatch = llama_n_ubatch(ctx);
+    const int64_t n_steps  = llama_model_n_layer(llama_get_model(ctx))*((n_tokens + n_ubatch - 1)/n_ubatch);
+    n_read = (int32_t) (n_tokens*(n_steps - n_left)/n_steps);
     headkv_server_note(ctx, seq_id);
     return n_left == 1;
 }
@@ -335,8 +351,25 @@ headkv_slot_info headkv_server_note(llama_context * ctx, llama_seq_id seq_id) {
     return info;
 }
 
-void headkv_server_before_restore() {
+std::string headkv_server_why_not_continued(llama_context * ctx, llama_seq_id seq_id, int32_t n_past, int32_t n_tokens, const headkv_request & request) {
+    configure(ctx, request);
+    if (headkv_can_continue(ctx, seq_id) != 0) {
+        return headkv_last_error();
+    }
+    const llama_pos n_least = llama_memory_seq_pos_min(llama_get_memory(ctx), seq_id) + 1;
+    if (n_past < n_least) {
+        return string_format("its first %d tokens are those of the compressed past, which cannot be cut to fewer than %d", n_past, n_least);
+    }
+    const int32_t n_new = n_tokens - n_past;
+    if (n_new > n_past && n_new > server.request.kv_size) {
+        return string_format("every head would keep %d new tokens behind %d of the compressed past, kv_size is %d", n_new, n_past, server.request.kv_size);
+    }
+    return "";
+}
+
+void headkv_server_limit_restore(llama_context * ctx, int32_t n_ctx) {
     headkv_clear_error();
+    check(headkv_limit_restore(ctx, kv_size_max(), kv_size_max() - headkv_get_args().params.recent, n_ctx));
 }
 
 void headkv_server_check_restore(size_t n_read) {
@@ -345,14 +378,8 @@ void headkv_server_check_restore(size_t n_read) {
     }
 }
 
-void headkv_server_after_restore(llama_context * ctx, llama_seq_id seq_id, size_t n_tokens) {
-    if (!headkv_server_is_on()) {
-        return;
-    }
+void headkv_server_check_restored(llama_context * ctx, llama_seq_id seq_id, size_t n_tokens) {
     const headkv_stats stats = get_stats(ctx, seq_id);
-    if (stats.kv_size > kv_size_max()) {
-        throw std::runtime_error(string_format("it was compressed with kv_size %d, the limit of this server is %d", stats.kv_size, kv_size_max()));
-    }
     if ((size_t) stats.n_past != n_tokens) {
         throw std::runtime_error(string_format("it names %zu tokens, its cache has %d", n_tokens, stats.n_past));
     }
@@ -406,9 +433,11 @@ void headkv_server_add_props(common_json & props) {
         slots.push_back(slot_to_json(info));
     }
     props["kv"] = {
-        { "size",          args.params.kv_size },
-        { "policy",        args.policy },
+        { "size",          args.params.kv_size }, // 0 with the policy lossless
+        { "policy",        server.policy },
         { "window",        args.params.window },
+        { "recent",        args.params.recent },
+        { "power",         args.params.power },
         { "reuse",         args.reuse },
         { "bytes_held",    server.bytes_store },
         { "bytes_staging", server.bytes_staging },

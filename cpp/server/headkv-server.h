@@ -24,7 +24,8 @@ struct headkv_slot_info {
     int64_t n_bytes_full = 0; // of as many cells in every head
     int64_t n_evicted    = 0; // cells that they have more
     double  compress_ms  = 0; // of its last compression
-    int64_t t_begin_us   = 0; // when the prompt was begun that is read ahead, see headkv_server_read_ahead()
+    bool    by_layer     = false; // its prompt is read ahead, layer by layer
+    int32_t n_read       = 0;     // tokens of that prompt: the share of the steps that are done
 };
 
 // What a request may choose.
@@ -54,18 +55,22 @@ headkv_request headkv_server_check_request(const common_json & body, int32_t n_c
 void headkv_server_announce(llama_context * ctx, llama_seq_id seq_id, int32_t n_tokens, bool whole, const headkv_request & request);
 
 // Reads on in a whole prompt, for as long as other slots may have to wait. false: more is to be read; true: the batch with
-// the whole prompt has one step left to do.
-bool headkv_server_read_ahead(llama_context * ctx, llama_seq_id seq_id, const std::vector<llama_token> & tokens, const headkv_request & request);
+// the whole prompt has one step left to do. n_read: set to the share of the steps that are done, in tokens.
+bool headkv_server_read_ahead(llama_context * ctx, llama_seq_id seq_id, const std::vector<llama_token> & tokens, const headkv_request & request,
+        int32_t & n_read);
 
 headkv_slot_info headkv_server_compress(llama_context * ctx, llama_seq_id seq_id, const headkv_request & request);
 
 headkv_slot_info headkv_server_note(llama_context * ctx, llama_seq_id seq_id);
 
-// Around the restoring of a slot from a file. The second one throws when it failed, the third one when what was restored is
-// not a sequence of n_tokens that a request could have left.
-void headkv_server_before_restore();
+// Why a prompt of n_tokens with this request, whose first n_past the sequence holds, does not continue on it, empty = it does.
+std::string headkv_server_why_not_continued(llama_context * ctx, llama_seq_id seq_id, int32_t n_past, int32_t n_tokens, const headkv_request & request);
+
+// Around the restoring of a slot of n_ctx tokens. The second one throws when it failed, the third one when what was restored
+// is not a sequence of n_tokens.
+void headkv_server_limit_restore(llama_context * ctx, int32_t n_ctx);
 void headkv_server_check_restore(size_t n_read);
-void headkv_server_after_restore(llama_context * ctx, llama_seq_id seq_id, size_t n_tokens);
+void headkv_server_check_restored(llama_context * ctx, llama_seq_id seq_id, size_t n_tokens);
 
 // Whether a released slot gives its cells back: nothing can be done with them, unless prompts may continue on them.
 bool headkv_server_forgets(llama_context * ctx, llama_seq_id seq_id);

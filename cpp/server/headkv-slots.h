@@ -1,12 +1,12 @@
 // The slots of llama-server when it was started with --kv-size. Included once, by server-context.cpp, behind its definition
 // of server_slot and server_batch.
 //
-// Prompts are read one after the other, in the order of their requests, so that the staging holds one of them. Where they
-// are read layer by layer, a slot stays STARTED while its prompt is read ahead, a while before each batch, until the batch
-// has one step left to do; the slots that generate wait no longer than that, and the request can be cancelled. Where they
-// are not, short prompts may share the end of a batch. Slots that generate are part of every batch. A prompt is compressed
-// when its last token was decoded. What throws here ends the request of the slot with an error; the slot is cleared,
-// others go on.
+// Prompts are read one after the other, in the order of their requests, so that the staging holds one of them. A slot whose
+// prompt is read layer by layer is PROCESSING_PROMPT with no token in its batch while it is read ahead, a while before each
+// batch, until the batch has one step left to do; the slots that generate wait no longer than that, the client hears how far
+// it is, and the request can be cancelled. Where prompts are not read layer by layer, short ones may share the end of a batch.
+// Slots that generate are part of every batch. A prompt is compressed when its last token was decoded. What throws here ends
+// the request of the slot with an error; the slot is cleared, others go on.
 #pragma once
 
 #include "headkv-server.h"
@@ -18,70 +18,130 @@ static int32_t headkv_server_fill(const std::vector<server_slot> & slots, int32_
         return n_batch;
     }
     const bool whole = std::any_of(slots.begin(), slots.end(), [](const server_slot & slot) {
-        return slot.state == SLOT_STATE_STARTED && slot.stats.headkv_info.t_begin_us > 0;
+        return slot.state == SLOT_STATE_PROCESSING_PROMPT && slot.stats.headkv_info.by_layer;
     });
     return whole ? n_batch : std::min(n_batch, headkv_server_n_batch());
 }
 
-// Before tokens of a slot's prompt go into the batch: begins the prompt if it is its turn. false = it has to wait.
+// Before a slot is restored: what was not computed with these adapters is refused then, and what exceeds the slot.
+static void headkv_server_before_restore(const server_slot & slot, std::vector<common_adapter_lora_info> lora) {
+    if (headkv_server_reuses()) {
+        headkv_server_limit_restore(slot.ctx_tgt, slot.n_ctx);
+        common_set_adapter_lora(slot.ctx_tgt, lora);
+    }
+}
+
+// After it. Upstream forgets what a slot holds when its adapters are not those of the next request.
+static void headkv_server_after_restore(server_slot & slot, const std::vector<common_adapter_lora_info> & lora) {
+    if (headkv_server_reuses()) {
+        headkv_server_check_restored(slot.ctx_tgt, slot.id, slot.prompt.tokens.size());
+        slot.lora = lora;
+    }
+}
+
+// Whether a slot still holds what it held before its restoring failed, n_read bytes of the file were put in.
+static bool headkv_server_keeps(const server_slot & slot, size_t n_read) {
+    return headkv_server_reuses() && n_read == 0 &&
+        llama_memory_seq_pos_max(llama_get_memory(slot.ctx_tgt), slot.id) + 1 == slot.prompt.tokens.pos_next();
+}
+
+// Before a slot is filled from the prompt cache, for a request with these adapters.
+static void headkv_server_before_load(server_slot & slot, const std::vector<common_adapter_lora_info> & lora) {
+    if (headkv_server_reuses()) {
+        headkv_server_before_restore(slot, lora);
+        slot.lora = lora;
+    }
+}
+
+// Whether the tokens before the invocation of an aLoRA are computed without it, in batches of their own.
+static bool headkv_server_is_split(const server_slot & slot) {
+    return lora_all_alora(slot.lora) && slot.alora_invocation_start > 1;
+}
+
+// Before a slot's prompt is begun. false = it has to wait for its turn.
 static bool headkv_server_begin(const std::vector<server_slot> & slots, server_slot & slot, const server_batch & batch, int32_t n_batch) {
     if (!headkv_server_is_on() || slot.state != SLOT_STATE_STARTED) {
         return true;
     }
-    const int32_t n_tokens = slot.task->n_tokens();
-    const bool    by_layer = headkv_server_by_layer(slot.ctx_tgt) && n_tokens > 1;
-
     int32_t n_staged = 0; // prompts that end in this batch
     for (const auto & other : slots) {
-        // the one that was begun goes first, whatever its number: requests that had to wait for a slot may have lower ones
-        const bool is_begun = other.stats.headkv_info.t_begin_us > 0;
-        const bool is_first = is_begun || (slot.stats.headkv_info.t_begin_us == 0 && other.task && other.task->id < slot.task->id);
-        if (other.state == SLOT_STATE_PROCESSING_PROMPT || (other.state == SLOT_STATE_STARTED && other.id != slot.id && is_first)) {
+        const bool is_first = other.state == SLOT_STATE_STARTED && other.task->id < slot.task->id;
+        if (other.state == SLOT_STATE_PROCESSING_PROMPT || is_first) {
             return false;
         }
         n_staged += other.state == SLOT_STATE_DONE_PROMPT ? other.task->n_tokens() : 0;
     }
-    const bool fits = batch.size() + n_tokens <= (by_layer ? (int32_t) llama_n_batch(slot.ctx_tgt) : n_batch);
-    if (n_staged > 0 && (by_layer || !fits || n_staged + n_tokens > (int32_t) llama_n_ctx(slot.ctx_tgt))) {
+    const int32_t n_tokens = slot.task->n_tokens();
+    const bool    layers   = headkv_server_by_layer(slot.ctx_tgt);
+    const bool    fits     = batch.size() + n_tokens <= (int32_t) llama_n_batch(slot.ctx_tgt);
+    const bool    shares   = !layers && batch.size() + n_tokens <= n_batch && n_staged + n_tokens <= (int32_t) llama_n_ctx(slot.ctx_tgt);
+    if (n_staged > 0 && !shares) {
         return false;
     }
-    int64_t & t_begin_us = slot.stats.headkv_info.t_begin_us;
-    if (!fits && batch.size() > 0 && (t_begin_us > 0 || headkv_server_only_layer())) {
+    if (layers && !fits && batch.size() > 0 && headkv_server_only_layer()) {
         return false; // the last slots of a nearly full context have to finish
     }
 
-    if (t_begin_us == 0) {
-        if (headkv_server_reuses() && slot.task->params.cache_prompt && slot.prompt.n_tokens() > 0) {
-            const headkv_slot_info info = headkv_server_note(slot.ctx_tgt, slot.id);
-            const int32_t n_past = std::min((int32_t) slot.prompt.tokens.get_common_prefix(slot.task->tokens), n_tokens - 1);
-            if (info.state == 2 && n_past >= info.n_prompt) {
-                SLT_INF(slot, "--kv-reuse: %d of %d tokens are continued on the compressed past\n", n_past, n_tokens);
-                return true;
-            }
+    if (headkv_server_reuses() && slot.task->params.cache_prompt && slot.prompt.n_tokens() > 0) {
+        const int32_t n_past = std::min((int32_t) slot.prompt.tokens.get_common_prefix(slot.task->tokens), n_tokens - 1);
+        common_set_adapter_lora(slot.ctx_tgt, slot.lora);
+        const std::string why_not = slot.alora_invocation_start > 0 ? "an aLoRA is invoked in it"
+            : headkv_server_why_not_continued(slot.ctx_tgt, slot.id, n_past, n_tokens, slot.task->params.headkv);
+        if (why_not.empty()) {
+            SLT_INF(slot, "--kv-reuse: %d of %d tokens are continued on the compressed past\n", n_past, n_tokens);
+            return true;
         }
-        slot.prompt_clear();
+        SLT_INF(slot, "--kv-reuse: the prompt is read from its beginning: %s\n", why_not.c_str());
+    }
+    slot.prompt_clear();
+    if (headkv_server_is_split(slot) && headkv_server_only_layer()) {
+        throw std::runtime_error("--kv-prefill layer: one part of the prompt is computed without the aLoRA and the other one with it, "
+                "which no order by layers can do: use --kv-prefill auto");
     }
     if (n_tokens > 0 && n_tokens < slot.n_ctx) { // others are refused by upstream
-        if (by_layer && fits) {
-            t_begin_us = t_begin_us > 0 ? t_begin_us : ggml_time_us();
-            if (!headkv_server_read_ahead(slot.ctx_tgt, slot.id, slot.task->tokens.get_text_tokens(), slot.task->params.headkv) ||
-                    batch.size() + n_tokens > n_batch) {
-                return false;
-            }
-        }
-        headkv_server_announce(slot.ctx_tgt, slot.id, n_tokens, by_layer && fits, slot.task->params.headkv);
+        slot.stats.headkv_info.by_layer = layers && fits && n_tokens > 1 && !headkv_server_is_split(slot);
+        headkv_server_announce(slot.ctx_tgt, slot.id, n_tokens, slot.stats.headkv_info.by_layer, slot.task->params.headkv);
     }
     return true;
+}
+
+// Before the tokens of a slot's prompt go into the batch: reads ahead in it. false = there is more to read, or no room yet.
+// report: tells the client how many tokens are read; after a batch upstream does it.
+template <typename F>
+static bool headkv_server_read(server_slot & slot, const server_batch & batch, int32_t n_batch, server_metrics & metrics, F && report) {
+    headkv_slot_info & info = slot.stats.headkv_info;
+    if (!info.by_layer) {
+        return true;
+    }
+    const int32_t n_tokens = slot.task->n_tokens();
+    const int64_t t_start  = ggml_time_us();
+    common_set_adapter_lora(slot.ctx_tgt, slot.lora); // upstream sets those of the batch, when it is complete
+    const bool    is_ahead = headkv_server_read_ahead(slot.ctx_tgt, slot.id, slot.task->tokens.get_text_tokens(), slot.task->params.headkv, info.n_read);
+    slot.stats.update_prompt_last();
+    metrics.add_prompt(0, slot.stats.t_prompt_last - t_start); // its tokens are counted with the batch
+    if (!is_ahead || batch.size() + n_tokens > n_batch) {
+        if (slot.stats.t_prompt_last - std::max(slot.t_print_last, slot.stats.t_start) > 3*1000*1000) {
+            slot.t_print_last = slot.stats.t_prompt_last;
+            SLT_INF(slot, "prompt processing, layer by layer, progress = %.2f, t = %6.2f s\n", (double) info.n_read/n_tokens, slot.stats.t_prompt_ms()/1e3);
+        }
+        if (slot.task->params.stream && slot.task->params.return_progress && batch.size() == 0) {
+            report();
+        }
+        return false;
+    }
+    headkv_server_announce(slot.ctx_tgt, slot.id, n_tokens, true, slot.task->params.headkv);
+    return true;
+}
+
+// Tokens of a slot's prompt that were processed, n of them in batches.
+static int32_t headkv_server_n_read(const server_slot & slot, int32_t n) {
+    return std::max(n, slot.stats.headkv_info.n_read);
 }
 
 // After the last token of the slot's prompt was decoded, before its first token is sampled.
 static void headkv_server_end(server_slot & slot) {
     if (headkv_server_is_on() && slot.state == SLOT_STATE_DONE_PROMPT) {
-        const int64_t t_begin_us = slot.stats.headkv_info.t_begin_us;
         slot.stats.headkv_info = headkv_server_compress(slot.ctx_tgt, slot.id, slot.task->params.headkv);
-        if (t_begin_us > 0) {
-            slot.stats.t_start = t_begin_us; // upstream's begins with the batch
-        }
     }
 }
 
