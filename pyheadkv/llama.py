@@ -286,6 +286,8 @@ class Llama(llama_cpp.Llama):
                 super().eval(tokens)
         except RuntimeError as e:
             self._requires_eval = True  # the next prompt is read from its beginning, even if it is the same
+            if self._prompt_pending and STATES[self._stats().state] == "staged":
+                self.reset()  # what was read of it is of no use
             if self._progress_error is not None:
                 raise self._progress_error from None
             raise RuntimeError(f"{e}: {_lib.last_error()}" if _lib.last_error() else str(e)) from None

@@ -104,8 +104,7 @@ def test_abort_in_every_step_leaves_a_clean_state(prefill: str, make_model: Make
             llm.read_prompt(prompt)
         llm.set_progress(None)
         stats = llm.kv_stats()
-        if prefill == "layer":
-            assert (stats.state, stats.n_past, stats.bytes_staging) == ("empty", 0, 0)
+        assert (stats.state, stats.n_past, stats.bytes_staging) == ("empty", 0, 0)
         assert outcome(llm, prompt, SHAPES[1]) == fresh
 
 
