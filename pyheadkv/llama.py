@@ -358,6 +358,8 @@ class Llama(llama_cpp.Llama):
                     self.end_prompt()
         except BaseException:
             self._requires_eval = True  # the next prompt is read from its beginning, even if it is the same
+            if is_prompt and STATES[self._stats().state] == "staged":
+                self.reset()  # what was read of it is of no use
             raise
 
     @contextmanager

@@ -593,8 +593,15 @@ def test_beta_comes_with_the_importance_unless_it_is_given(make_model: MakeModel
     assert llm.kv_budget.tolist() == expected
 
 
-@pytest.mark.parametrize(("value", "message"), [(1.0, "beta is 1:"), (math.nan, "beta is -?nan:"), (None, "must be a float64")])
-def test_a_damaged_beta_in_the_model_is_refused_by_the_library(value: float | None, message: str, make_model: MakeModel, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("value", "message", "said"), [
+    (1.0, "beta is 1:", "beta=1.0: it must be"), (math.nan, "beta is -?nan:", "beta=nan: it must be"), (None, "must be a float64", "is u64"),
+])
+def test_a_damaged_beta_in_the_model_is_refused_by_python_and_library(
+    value: float | None, message: str, said: str, make_model: MakeModel, tmp_path: Path
+) -> None:
+    from pyheadkv import _lib
+    from pyheadkv.options import Options
+
     path = tmp_path / "m.gguf"
     values = random_importance(n_layer=SHAPES[1].n_layer, n_head=SHAPES[1].n_head, seed=3)
     gguf_keys.write_importance(make_model(SHAPES[1], importance=None), path, values, beta=2.5)
@@ -603,5 +610,7 @@ def test_a_damaged_beta_in_the_model_is_refused_by_the_library(value: float | No
     new = struct.pack("<I", 10) + old[4:] if value is None else old[:4] + struct.pack("<d", value)  # 10 = u64
     assert raw.count(old) == 1
     path.write_bytes(raw.replace(old, new))
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=said):
         load(path, kv_size=48)
+    with pytest.raises(ValueError, match=message), _lib.creating(Options(kv_size=48).to_params(None, str(path))):
+        pass

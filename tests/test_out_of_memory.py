@@ -26,7 +26,7 @@ hook.fail_alloc_arm.argtypes = [ctypes.c_long]
 hook.fail_alloc_disarm.restype = ctypes.c_long
 options = json.loads(sys.argv[2])
 llm = load(sys.argv[1], kv_size=400, window=32, policy="snapkv", n_ctx=4096, n_tail=8, n_ubatch=512, **options)
-prompt, answer = tokens(2000), list(range(20, 40))
+prompt, answer = tokens(2000), list(range(20, 100))
 
 def run():
     llm.read_prompt(prompt)
@@ -58,6 +58,85 @@ print(json.dumps(outcomes))
 """
 
 
+SHORTAGE_SCRIPT = """
+import ctypes, sys
+from contextlib import contextmanager
+from test_sequences import sequences
+from conftest import tokens
+
+hook = ctypes.CDLL(None)
+
+@contextmanager
+def shortage():
+    hook.fail_alloc_all(1)
+    try:
+        yield
+    except RuntimeError as error:
+        assert "llama_decode returned 1: " in str(error) and "not enough memory" in str(error), error
+    else:
+        assert False, "nothing failed"
+    finally:
+        hook.fail_alloc_all(0)
+
+prompt, other = tokens(2000), tokens(300, seed=1)
+with sequences(sys.argv[1], n_seq_max=2, n_tail=8) as many:
+    memory = many.c.llama_get_memory(many.ctx)
+    expected = many.read(0, other)[0].tobytes()
+    many.remove(0)
+
+    def next_prompt_works():
+        many.remove(0)
+        assert many.state(0) == 0 and many.stats(0).bytes_staging == many.stats(0).bytes_store == 0
+        many.decode({0: prompt[:20]})
+        assert many.state(0) == 1 and many.stats(0).bytes_store == 0
+        many.remove(0)
+        assert many.read(0, other)[0].tobytes() == expected and many.state(0) == 2
+        many.remove(0)
+
+    # the last layer of a prompt waits for its compression
+    many.announce(0, len(prompt))
+    many.decode({0: prompt})
+    assert many.state(0) == 3
+    with shortage():
+        many.decode({0: [5]})
+    next_prompt_works()
+
+    # the tails of a compressed prompt have to grow
+    many.read(0, other)
+    with shortage():
+        many.decode({0: prompt[:400]})
+    next_prompt_works()
+
+    # a prompt that is not staged yet
+    many.announce(0, len(prompt), whole=False)
+    with shortage():
+        many.decode({0: prompt[:400]})
+    next_prompt_works()
+
+    # removing one of two compressed prompts needs no memory
+    many.read(0, other)
+    many.read(1, prompt)
+    both = many.stats(0).bytes_store
+    hook.fail_alloc_all(1)
+    assert many.c.llama_memory_seq_rm(memory, 1, -1, -1)
+    hook.fail_alloc_all(0)
+    many.n_past[1] = 0
+    logits = many.decode({0: [5, 6]})[0].tobytes()
+    many.remove(0)
+    assert many.stats(0).bytes_store == 0
+    many.read(0, other)
+    assert many.decode({0: [5, 6]})[0].tobytes() == logits
+    alone = many.stats(0).bytes_store
+    many.read(1, prompt)
+    assert many.stats(0).bytes_store == both > alone
+    many.remove(1)
+    assert many.stats(0).bytes_store == alone
+    many.read(1, prompt)
+    many.c.llama_memory_clear(memory, True)
+    assert many.stats(0).bytes_store == many.stats(0).bytes_staging == 0
+"""
+
+
 @pytest.fixture(scope="module")
 def fail_alloc(tmp_path_factory: pytest.TempPathFactory) -> Path:
     compiler = shutil.which("cc")
@@ -79,3 +158,13 @@ def test_each_failed_allocation_is_an_error_and_the_next_prompt_works(options: d
     failed = [text for text in outcomes if text]
     assert len(failed) >= 10
     assert all("memory" in text.lower() for text in failed), failed
+
+
+@pytest.mark.parametrize("options", ["", "attend='composed', n_buckets=2"], ids=["fused", "composed"])
+def test_a_shortage_that_lasts_leaves_nothing_pending(options: str, fail_alloc: Path, make_model: MakeModel) -> None:
+    """What a failed batch wanted is not done for the next one, sequences can be removed, and memory is given back."""
+    path = make_model(Shape("shortage", "llama", 8, 8, n_layer=3, head_dim=128, n_ff=128))
+    env = dict(os.environ, PYTHONPATH=os.pathsep.join([*sys.path, str(TESTS)]), LD_PRELOAD=str(fail_alloc), MALLOC_ARENA_MAX="1")
+    script = SHORTAGE_SCRIPT.replace("n_tail=8", f"n_tail=8, {options}")
+    res = subprocess.run([sys.executable, "-c", script, str(path)], env=env, cwd=TESTS, capture_output=True, text=True)
+    assert res.returncode == 0, res.stderr[-3000:]

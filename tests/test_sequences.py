@@ -209,7 +209,7 @@ def test_a_paused_prompt_is_given_up_or_finished_as_it_was_begun(make_model: Mak
         assert left[0] == left[1] + 1  # 0 ms: one step
         with pytest.raises(RuntimeError, match="in -1 ms"):
             many.read_ahead(1, prompts[1], -1)
-        many.remove(2)  # whose rows wait for the one that is read
+        many.remove(2)
         many.remove(1)
         assert many.stats(1).bytes_staging == many.stats(1).bytes_store == 0
         logits = many.read(0, prompts[0])[0]
@@ -221,6 +221,28 @@ def test_a_paused_prompt_is_given_up_or_finished_as_it_was_begun(make_model: Mak
             many.read_ahead(0, prompts[1])
     with sequences(path, n_seq_max=1, prefill="token") as one, pytest.raises(RuntimeError, match="prefill is 'token'"):
         one.read_ahead(0, prompts[1])
+
+
+def test_what_is_removed_gives_its_memory_back_at_once(make_model: MakeModel) -> None:
+    prompts = [tokens(300, seed=s) for s in range(2)]
+    with sequences(make_model(SHAPES[1]), n_seq_max=2) as many:
+        memory, held = many.c.llama_get_memory(many.ctx), []
+        for s, prompt in enumerate(prompts):
+            many.read(s, prompt)
+            held.append(many.stats(0).bytes_store)
+        logits = many.decode({1: [5]})[1]
+        many.remove(0)
+        assert many.stats(1).bytes_store == held[0] < held[1]
+        assert many.c.llama_memory_seq_rm(memory, 1, 300, -1)
+        many.n_past[1] = 300
+        assert (many.decode({1: [5]})[1] == logits).all()
+        for staged in (False, True):
+            if staged:
+                many.decode({0: prompts[0]})
+                assert many.stats(0).bytes_staging > 0
+            many.c.llama_memory_clear(memory, True)
+            assert many.stats(0).bytes_store == many.stats(0).bytes_staging == 0
+            many.n_past = [0, 0]
 
 
 def test_prompts_staged_together_keep_what_they_keep_alone(make_model: MakeModel) -> None:

@@ -405,8 +405,6 @@ void llama_kv_cache_ragged::state_read(llama_io_read_i & io, llama_seq_id seq_id
             seq_rm(seq_id, -1, -1);
         } else {
             clear(true);
-            release_idle_stage();
-            release_idle_store();
         }
         for (const auto & it : saved) {
             const uint32_t n_tail = std::max<uint32_t>(cfg->n_tail, it.seq.n_pos - it.seq.n_prompt);

@@ -196,6 +196,15 @@ void headkv_store::relayout(headkv_store_layer & layer, int32_t s, const std::ve
     generation++;
 }
 
+void headkv_store::remove(headkv_store_layer & layer, int32_t s, uint32_t n_buckets) {
+    try {
+        relayout(layer, s, {}, 0, n_buckets, {});
+    } catch (const std::bad_alloc &) {
+        layer.ranges[s].clear();
+        layer.buckets[s].clear();
+    }
+}
+
 void headkv_store::clear() {
     for (auto & layer : layers) {
         layer.ranges.clear();

@@ -70,9 +70,12 @@ public:
     // Replaces the pools of a layer by ones in which the heads of sequence s own n_kept + n_tail rows each and
     // all other sequences what they have now. Rows that survive are copied. An empty n_kept removes s.
     // Throws std::bad_alloc and leaves the layer as it was when memory is short.
-    // n_copy: rows of each head of s that hold data now (0 for a new sequence)
+    // n_used: rows of each head of s that hold data now (0 for a new sequence)
     void relayout(headkv_store_layer & layer, int32_t s, const std::vector<uint32_t> & n_kept, uint32_t n_tail,
             uint32_t n_buckets, const std::vector<uint32_t> & n_used);
+
+    // Frees the rows of sequence s. Never fails: where memory is too short for smaller pools, the rows go with the next relayout.
+    void remove(headkv_store_layer & layer, int32_t s, uint32_t n_buckets);
 
     void clear(); // frees all pools
 

@@ -410,7 +410,7 @@ uint32_t llama_kv_cache_ragged::n_staged() const {
 }
 
 void llama_kv_cache_ragged::clear(bool data) {
-    GGML_UNUSED(data); // memory is cleared when it is allocated and released with the next update
+    GGML_UNUSED(data); // memory is cleared when it is allocated
     abort_compression();
     reading.reset();
     for (auto & seq : seqs) {
@@ -420,6 +420,8 @@ void llama_kv_cache_ragged::clear(bool data) {
         stage->clear(false);
     }
     broken.clear();
+    release_idle_stage();
+    release_idle_store();
 }
 
 bool llama_kv_cache_ragged::seq_rm(llama_seq_id seq_id, llama_pos p0, llama_pos p1) {
@@ -475,6 +477,7 @@ bool llama_kv_cache_ragged::seq_rm(llama_seq_id seq_id, llama_pos p0, llama_pos 
         seq = seq_t();
         release_idle_stage();
         release_idle_store();
+        drop_seq(seq_id);
         return true;
     }
     // the queries that these overwrote in the ring are gone: headkv_end_prompt() will say so if it needs them
@@ -741,16 +744,17 @@ llama_memory_context_ptr llama_kv_cache_ragged::init_batch(llama_batch_allocr & 
         }
     }
 
-    bool is_ready = true;
+    bool is_ready   = true;
+    bool compresses = false; // what is staged leaves the staging before the batch
 
     for (llama_seq_id s = 0; s < (llama_seq_id) seqs.size(); ++s) {
         if (seqs[s].state == LAYERED && !is_reading(s) && (n_new.count(s) || !to_stage.empty())) {
-            want_compress = s; // its last layer, before anything else
-            is_ready      = false;
+            seqs[s].compress_next = compresses = true; // its last layer, before anything else
+            is_ready = false;
         }
     }
     for (const auto & [s, n] : n_new) {
-        const seq_t & seq = seqs[s];
+        seq_t & seq = seqs[s];
         if (resumed && is_reading(s)) {
             continue;
         }
@@ -759,12 +763,12 @@ llama_memory_context_ptr llama_kv_cache_ragged::init_batch(llama_batch_allocr & 
             return failed();
         }
         if (seq.state == STORED || seq.state == LAYERED) {
-            const uint32_t n_have = seq.state == STORED ? seq.n_tail : running->n_tail;
+            const uint32_t n_have = seq.state == STORED ? seq.n_tail : n_tail_running();
             const uint32_t n_tail = n + (seq.state == STORED ? seq.n_pos - seq.n_prompt : 0);
             if (n_tail > n_have) {
                 // grown in the update that follows a failed preparation
-                want_tail[s] = std::max(n_tail, n_have + std::max(n_have/4, n_tail_of(*cfg, seq.state == STORED ? seq.n_prompt : seq.n_pos)));
-                is_ready     = false;
+                seq.n_tail_next = std::max(n_tail, n_have + std::max(n_have/4, n_tail_of(*cfg, seq.state == STORED ? seq.n_prompt : seq.n_pos)));
+                is_ready        = false;
             }
         }
     }
@@ -787,19 +791,19 @@ llama_memory_context_ptr llama_kv_cache_ragged::init_batch(llama_batch_allocr & 
 
         // logits of all tokens would need all outputs at once; other sequences in the staging need all of its layers
         layered = want_whole && s0 == reserved_seq && seqs[s0].state == EMPTY && n_stage == n_new[s0] && n_stage == want_reserve && n_stage > 1 &&
-            n_out < n_stage && (n_staged() == 0 || want_compress >= 0) && cfg->prefill != HEADKV_PREFILL_TOKEN && token_major.empty();
+            n_out < n_stage && (n_staged() == 0 || compresses) && cfg->prefill != HEADKV_PREFILL_TOKEN && token_major.empty();
         if (t_pause > 0 && !layered) {
             fail(format("sequence %d cannot be read layer by layer now: it must be empty, and no other one in the staging", s0));
             return failed();
         }
 
-        const uint32_t n_cells = (want_compress >= 0 ? 0 : n_staged()) + n_stage;
-        if (!stage || stage->get_size() < n_cells || want_compress >= 0 || is_layered != layered || (layered && (!hidden || hidden->ne[1] < n_stage))) {
-            if (n_staged() > 0 && want_compress < 0 && is_layered != layered) {
+        const uint32_t n_cells = (compresses ? 0 : n_staged()) + n_stage;
+        if (!stage || stage->get_size() < n_cells || compresses || is_layered != layered || (layered && (!hidden || hidden->ne[1] < n_stage))) {
+            if (n_staged() > 0 && !compresses && is_layered != layered) {
                 fail("the staging holds a prompt that is read in another order");
                 return failed();
             }
-            want_stage   = std::max(n_cells + n_to_come, stage && !layered && want_compress < 0 ? 2*stage->get_size() : 0);
+            want_stage   = std::max(n_cells + n_to_come, stage && !layered && !compresses ? 2*stage->get_size() : 0);
             want_layered = layered;
             is_ready     = false;
         }
@@ -909,13 +913,23 @@ private:
 };
 
 llama_memory_context_ptr llama_kv_cache_ragged::init_update(llama_context * lctx, bool optimize) {
-    GGML_UNUSED(optimize);
+    if (!optimize) {
+        forget_updates(); // the beginning of a batch: what the one before has left failed with it
+    }
     this->lctx = lctx;
     return std::make_unique<llama_kv_cache_ragged_update>(this, lctx);
 }
 
 bool llama_kv_cache_ragged::has_update() const {
-    return want_stage > 0 || !want_tail.empty() || want_compress >= 0;
+    return want_stage > 0 || std::any_of(seqs.begin(), seqs.end(), [](const seq_t & seq) { return seq.compress_next || seq.n_tail_next > 0; });
+}
+
+void llama_kv_cache_ragged::forget_updates() {
+    for (auto & seq : seqs) {
+        seq.compress_next = false;
+        seq.n_tail_next   = 0;
+    }
+    want_stage = 0;
 }
 
 bool llama_kv_cache_ragged::apply_update(llama_context * lctx) {
@@ -923,12 +937,14 @@ bool llama_kv_cache_ragged::apply_update(llama_context * lctx) {
 
     bool res = true;
     try {
-        if (want_compress >= 0) {
-            did_compress = res = compress_impl(want_compress);
+        for (llama_seq_id s = 0; s < (llama_seq_id) seqs.size() && res; ++s) {
+            if (seqs[s].compress_next) {
+                did_compress = res = compress_impl(s);
+            }
         }
-        for (const auto & [s, n_tail] : want_tail) {
-            if (res) {
-                grow_tail(s, n_tail);
+        for (llama_seq_id s = 0; s < (llama_seq_id) seqs.size() && res; ++s) {
+            if (seqs[s].n_tail_next > 0) {
+                grow_tail(s, seqs[s].n_tail_next);
             }
         }
         if (want_stage > 0 && res) {
@@ -939,16 +955,17 @@ bool llama_kv_cache_ragged::apply_update(llama_context * lctx) {
         res = fail(what == NO_MEMORY ? what : format("%s (%s)", NO_MEMORY, what.c_str()));
         release_idle_stage(); // what was allocated before the failure
     }
-    want_compress = -1;
-    want_tail.clear();
-    want_stage    = 0;
+    forget_updates();
     return res;
 }
 
 void llama_kv_cache_ragged::drop_seq(llama_seq_id seq_id) {
     for (auto & layer : store.layers) {
         if ((size_t) seq_id < layer.ranges.size() && !layer.ranges[seq_id].empty()) {
-            store.relayout(layer, seq_id, {}, 0, cfg->n_buckets, {});
+            if (lctx) {
+                lctx->synchronize();
+            }
+            store.remove(layer, seq_id, cfg->n_buckets);
         }
     }
 }
@@ -1121,8 +1138,9 @@ bool llama_kv_cache_ragged::compress(llama_context * lctx, llama_seq_id seq_id) 
     if (!broken.empty()) {
         return fail(broken);
     }
-    did_compress  = false;
-    want_compress = seq_id;
+    forget_updates();
+    did_compress = false;
+    seqs[seq_id].compress_next = true;
     lctx->memory_update(true);
     return did_compress;
 }
@@ -1281,6 +1299,10 @@ struct llama_kv_cache_ragged::compression {
         }
     }
 };
+
+uint32_t llama_kv_cache_ragged::n_tail_running() const {
+    return running->n_tail;
+}
 
 void llama_kv_cache_ragged::begin_compression(llama_seq_id seq_id, headkv_config_ptr cfg) {
     running = std::make_unique<compression>(lctx, seq_id, cfg);
@@ -1680,6 +1702,7 @@ bool llama_kv_cache_ragged::fill(llama_context * lctx, llama_seq_id seq_id, uint
     if (seq.state != EMPTY) {
         return fail("only an empty sequence can be filled");
     }
+    forget_updates();
     want_stage   = n_tokens;
     want_layered = false;
     lctx->memory_update(true);

@@ -92,6 +92,10 @@ public:
         bool      kept     = false; // STORED, and its prompt is still in the staging
         llama_pos n_stage  = 0; // tokens of that
 
+        // what the next update has to do
+        bool     compress_next = false;
+        uint32_t n_tail_next   = 0; // rows reserved per head, 0 = enough
+
         std::vector<llama_pos> window; // [n_ring] position whose query is in a slot of the ring, -1 = none
         bool      has_sums = true; // the sums of attention are those of its tokens
     };
@@ -251,11 +255,9 @@ private:
     bool         want_whole   = false; // the next batch is a whole prompt
     uint32_t     n_announced  = 0;     // tokens, for progress
 
-    // what the next update has to do, in this order
-    llama_seq_id                     want_compress = -1;
-    std::map<llama_seq_id, uint32_t> want_tail;          // rows per head
-    uint32_t                         want_stage    = 0;  // cells
-    bool                             did_compress  = false;
+    // what the next update has to do after compressions and longer tails, see seq_t
+    uint32_t     want_stage   = 0; // cells
+    bool         did_compress = false;
 
     bool        graph_complete = false;
     mutable std::string error_msg;
@@ -281,6 +283,7 @@ private:
 
     struct compression; // of one sequence, in progress
     std::unique_ptr<compression> running;
+    uint32_t n_tail_running() const;
 
     void alloc_hidden(uint32_t n_tokens);
     void note_peak(size_t n_scratch);
@@ -307,6 +310,7 @@ private:
     void release_stage();
     void release_idle_stage();
     void release_idle_store(); // the pools go with the last sequence
+    void forget_updates(); // what the next update has to do
     bool is_staged(llama_seq_id seq_id) const; // it has cells in the staging
     bool is_staging() const;                   // any sequence has
     uint32_t n_staged() const;                 // cells in use
@@ -315,7 +319,7 @@ private:
     bool apply_update(llama_context * lctx);
     bool compress_impl(llama_seq_id seq_id);
     void truncate_prompt(llama_seq_id seq_id, llama_pos p0);
-    void drop_seq(llama_seq_id seq_id); // frees the rows of a sequence in the store
+    void drop_seq(llama_seq_id seq_id); // frees the rows of a sequence in the store; where memory is short, with those of the next one
 
     static constexpr uint64_t SEVERAL_ADAPTERS = 1; // one after the other
     uint64_t adapters = 0; // fingerprint of those that are set, 0 = none

@@ -29,6 +29,13 @@ long fail_alloc_disarm(void) {
     return n_seen;
 }
 
+static atomic_int all_fail;
+
+// every large allocation fails until it is called with 0
+void fail_alloc_all(int on) {
+    all_fail = on;
+}
+
 // for another process: each SIGUSR1 arms for the allocation after the one before, SIGUSR2 disarms and writes the number of
 // allocations, a long, to the file that FAIL_ALLOC_COUNT names
 static long n_signal;
@@ -56,6 +63,9 @@ __attribute__((constructor)) static void listen_to_signals(void) {
 }
 
 static int fails(size_t size) {
+    if (all_fail && size >= N_BYTES_MIN) {
+        return 1;
+    }
     return armed && size >= N_BYTES_MIN && ++n_seen == n_fail;
 }
 
