@@ -67,7 +67,7 @@ struct headkv_params {
     int32_t      recent;      // last cells of a prompt that every head keeps, >= 1
     int32_t      power;       // 1, 2, 4 or 8: a cell's score is mean(p^power)^(1/power) over the queries, 1 = their mean
     int32_t      pool;        // enum headkv_pool
-    int32_t      pool_kernel; // odd, 1..31; 1 = no pooling
+    int32_t      pool_kernel; // odd, 1..31; 1 = no pooling; 0 = a quarter of the cells of each head, 3..31
     double       beta;        // > 1; larger = more uniform; 0 = the one stored with the importance, else 1.2
     int32_t      n_tail;      // rows per head for generated tokens that the store grows by at a time, at least (or 1/16 of its
                               // cells), >= 1

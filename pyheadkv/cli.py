@@ -80,7 +80,7 @@ def _add_cache_arguments(group: argparse._ArgumentGroup) -> None:
         "--pool", choices=tuple(POOLS), help=f"pooling of the scores (default: {PRESETS['default']['pool']})"
     )
     group.add_argument(
-        "--pool-kernel", type=int, metavar="N", help=f"tokens, odd, 1 = none (default: {PRESETS['default']['pool_kernel']})"
+        "--pool-kernel", type=int, metavar="N", help=f"scores, odd, 1 = none, 0 = by each head's cells (default: {PRESETS['default']['pool_kernel']})"
     )
     group.add_argument(
         "--prefill",

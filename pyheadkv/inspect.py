@@ -271,7 +271,7 @@ def make_plan(
     if found is None and options.policy in BY_IMPORTANCE:
         raise ValueError(f"{path}: nothing is known of the importance of its heads: {REMEDY_IMPORTANCE}")
     values = found and found.importance
-    policy = policy_of(options, known=found is not None)
+    policy = policy_of(options, values)
     options = replace(options, beta=options.beta or (values and values.beta) or DEFAULT_BETA)
     return Plan(
         shape=shape,
@@ -291,12 +291,10 @@ def _importance(path: str | os.PathLike[str], *, source: str | os.PathLike[str] 
     return None if given is None else Found(given, str(source))
 
 
-def policy_of(options: Options, *, known: bool) -> str:
-    """Name of the policy; what "auto" means when the importance of the heads is known or not."""
-    if options.policy != AUTO:
-        return options.policy
-    by = BY_IMPORTANCE[0] if known else "snapkv"
-    return by
+def policy_of(options: Options, importance: gguf_keys.Importance | None) -> str:
+    """Name of the policy that contexts would use, never "auto"."""
+    with _lib.creating(options.to_params(importance, None)):
+        return str(_lib.lib.headkv_get_policy(None).decode())
 
 
 def _budget(shape: ModelShape, *, options: Options, importance: gguf_keys.Importance | None) -> NDArray[np.int32]:
@@ -368,7 +366,7 @@ def _head_lines(plan: Plan) -> list[str]:
         f"options     policy {plan.policy}, kv_size {options.kv_size}, beta {options.beta}, window {options.window}",
     ]
     if plan.importance is None:
-        return [*lines, f"importance  none, policy {options.policy} does not need it"]
+        return [*lines, f"importance  none, policy {plan.policy} does not need it"]
     values = np.concatenate([row[:n] for row, (n, _) in zip(plan.importance, shape.heads, strict=True)])
     shares = top_shares(values)
     counts = " / ".join(map(str, shares))

@@ -120,7 +120,8 @@ class Llama(llama_cpp.Llama):
     recent : last cells of the prompt that every head keeps (8)
     power : 1, 2, 4 or 8: the score of a cell is the power mean of the attention that the queries
         pay to it; 1 = their mean, more = rather the largest (4)
-    pool, pool_kernel : pooling of the scores along the prompt, "max" or "avg", odd size ("max", 31)
+    pool, pool_kernel : pooling of the scores along the prompt, "max" or "avg", over an odd number of
+        neighbours, 1 = none, 0 = a quarter of the cells of each head, 3 to 31 ("max", 0)
     importance : a path (score file, GGUF), or a (n_layer, n_head) array; None = the model's
         metadata, ``MODEL.importance.json`` beside it, the user's cache, or the registry of known
         models, in this order

@@ -31,7 +31,7 @@ SURPLUSES = {"lost": 0, "redistribute": 1}
 PREFILLS = {"auto": 0, "token": 1, "layer": 2}
 
 PRESETS: dict[str, dict[str, Any]] = {
-    "default": {"window": 64, "recent": 8, "power": 4, "pool": "max", "pool_kernel": 31},
+    "default": {"window": 64, "recent": 8, "power": 4, "pool": "max", "pool_kernel": 0},
     "paper": {"window": 8, "recent": 8, "power": 1, "pool": "max", "pool_kernel": 7},  # HeadKV's, and SnapKV's but for the window
 }
 POWERS = (1, 2, 4, 8)
@@ -261,8 +261,8 @@ class Options:
         if self.power not in POWERS:
             raise ValueError(f"power={self.power}: it must be one of {', '.join(map(str, POWERS))}")
         check_int("kv_size", self.kv_size, recent + 1, MAX_CELLS, f" (it counts the {recent} recent cells that every head keeps)")
-        check_int("pool_kernel", self.pool_kernel, 1, 31)
-        if self.pool_kernel % 2 == 0:
+        check_int("pool_kernel", self.pool_kernel, 0, 31)
+        if self.pool_kernel and self.pool_kernel % 2 == 0:
             raise ValueError(f"pool_kernel={self.pool_kernel}: it must be odd, so that the pooling is centred")
         if self.beta is not None:
             gguf_keys.check_beta(self.beta, name="beta")

@@ -258,7 +258,7 @@ def score(
     n_prefix: int | None = None,
     power: int = 1,
     pool: Pool = "max",
-    pool_kernel: int = 7,
+    pool_kernel: int | NDArray[np.integer] = 7,
     softcap: float = 0.0,
     q_round: DTypeLike | None = None,
 ) -> NDArray[np.float64]:
@@ -275,7 +275,7 @@ def score(
     scale : factor on q . k, usually head_dim ** -0.5
     n_prefix : leading cells that compete; None means all but the window
     power : exponent
-    pool, pool_kernel : see :func:`pool_scores`
+    pool, pool_kernel : see :func:`pool_scores`; the kernel may be one for each KV head, see :func:`pool_kernels`
     softcap : logits become softcap * tanh(logits / softcap); 0 turns it off
     q_round : dtype the queries are stored in before use, e.g. np.float16; None leaves them alone
 
@@ -299,7 +299,9 @@ def score(
     for h in range(n_head):
         logits = _logits(q_window[:, h], k[:, h // group], scale=scale, softcap=softcap)
         mean[h // group] += (softmax(np.where(visible, logits, -np.inf)) ** power).mean(axis=0) / group
-    return pool_scores(mean[:, :n_prefix] ** (1 / power), pool=pool, kernel=pool_kernel)
+    kernels = np.broadcast_to(pool_kernel, n_head_kv)
+    rows = mean[:, :n_prefix] ** (1 / power)
+    return np.stack([pool_scores(row, pool=pool, kernel=int(kernel)) for row, kernel in zip(rows, kernels, strict=True)])
 
 
 def attention_sums(q: ArrayLike, k: ArrayLike, *, scale: float, q_round: DTypeLike | None = None) -> NDArray[np.float64]:
@@ -365,6 +367,12 @@ def pool_scores(scores: ArrayLike, *, pool: Pool, kernel: int) -> NDArray[np.flo
     neighbours = np.lib.stride_tricks.sliding_window_view(padded, kernel, axis=-1)
     pooled: NDArray[np.float64] = neighbours.max(axis=-1) if pool == "max" else neighbours.sum(axis=-1) / kernel
     return pooled
+
+
+def pool_kernels(cells: ArrayLike) -> NDArray[np.int64]:
+    """Kernels of heads that keep so many cells before the recent ones: a quarter of them, odd, 3 to 31."""
+    kernels: NDArray[np.int64] = np.clip(np.asarray(cells, dtype=np.int64) // 4 // 2 * 2 + 1, 3, 31)
+    return kernels
 
 
 def adapt_budget(

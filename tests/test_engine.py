@@ -141,8 +141,10 @@ def oracle_positions(llm: Any, shape: Shape) -> list[list[npt.NDArray[np.int32]]
     kept = []
     for il in range(shape.n_layer):
         k = np.stack([head_cells(llm, il, ih) for ih in range(shape.n_head_kv)], axis=1)
-        scores = reference.score(window(llm, il, shape.n_head, shape.head_dim), k, scale=shape.head_dim**-0.5,
-                                 n_prefix=max(0, n - options.recent), power=options.power, pool=options.pool, pool_kernel=options.pool_kernel)
+        n_prefix = max(0, n - options.recent)
+        kernel = options.pool_kernel or reference.pool_kernels(np.minimum(llm.kv_budget[il] - options.recent, n_prefix))
+        scores = reference.score(window(llm, il, shape.n_head, shape.head_dim), k, scale=shape.head_dim**-0.5, n_prefix=n_prefix,
+                                 power=options.power, pool=options.pool, pool_kernel=kernel)
         kept.append(reference.keep(scores, llm.kv_budget[il], kv_size=options.kv_size, recent=options.recent, n_tokens=n))
     return kept
 
@@ -153,6 +155,7 @@ def oracle_positions(llm: Any, shape: Shape) -> list[list[npt.NDArray[np.int32]]
     (5, {"kv_size": 32}), (8, {"kv_size": 32}), (30, {"kv_size": 32}), (31, {"kv_size": 16}), (300, {"kv_size": 9}),
     (300, {"kv_size": 32}), (701, {"kv_size": 96, "pool": "avg"}), (300, {"kv_size": 32, "preset": "default"}),
     (40, {"kv_size": 16, "preset": "default"}), (300, {"kv_size": 48, "window": 5, "recent": 20, "power": 2}),
+    (700, {"kv_size": 160, "preset": "default", "pool": "avg"}),
     (300, {"kv_size": 40, "window": 70, "recent": 1, "power": 8, "pool_kernel": 1}),
 ], ids=str)
 def test_kept_positions_equal_the_oracle(

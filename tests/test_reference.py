@@ -139,6 +139,14 @@ def test_group_mean_is_taken_before_pooling() -> None:
     )
 
 
+def test_each_head_may_have_a_kernel_of_its_own() -> None:
+    rng = np.random.default_rng(0)
+    q, k = rng.standard_normal((3, 4, 8)), rng.standard_normal((30, 2, 8))
+    one, other, both = (score(q, k, scale=1.0, pool_kernel=kernel) for kernel in (3, 7, np.array([3, 7])))
+    np.testing.assert_array_equal(both, [one[0], other[1]])
+    assert reference.pool_kernels([0, 11, 12, 20, 28, 123, 124, 5000]).tolist() == [3, 3, 3, 5, 7, 31, 31, 31]
+
+
 def test_pooling_does_not_see_the_window_columns() -> None:
     k = np.array([0.0, 0, 9, 9]).reshape(4, 1, 1)
     got = score(np.ones((2, 1, 1)), k, scale=1.0, pool_kernel=3)

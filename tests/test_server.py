@@ -51,7 +51,7 @@ N_CTX, N_UBATCH, KV_SIZE, WINDOW = 2048, 512, 128, 8
 SECONDS = 60  # for the server to start, and for one answer
 FLAGS = {
     "--kv-size": "0", "--kv-policy": "auto", "--kv-beta": "1.2", "--kv-window": "64", "--kv-recent": "8", "--kv-power": "4",
-    "--kv-pool": "max", "--kv-pool-kernel": "31",
+    "--kv-pool": "max", "--kv-pool-kernel": "0",
     "--kv-importance": "the model", "--kv-prefill": "auto", "--kv-reuse": "disabled", "--kv-size-max": "--kv-size",
     "--kv-sinks": "4 with the policy streaming, else 0",
 }  # and their defaults

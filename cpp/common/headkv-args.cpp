@@ -112,7 +112,7 @@ void headkv_add_args(const std::function<void(common_arg)> & add_opt) {
         with_default("pooling of the scores along the prompt", POOLS[def.params.pool]),
         [](common_params &, const std::string & value) { set("--kv-pool").params.pool = to_choice(value, POOLS); }), "LLAMA_ARG_KV_POOL");
     add(common_arg({ "--kv-pool-kernel" }, "N",
-        with_default("tokens that are pooled, odd, 1 = none", std::to_string(def.params.pool_kernel)),
+        with_default("scores that are pooled, odd, 1 = none, 0 = a quarter of the cells of each head, 3 to 31", std::to_string(def.params.pool_kernel)),
         [](common_params &, const std::string & value) { set("--kv-pool-kernel").params.pool_kernel = to_int(value); }), "LLAMA_ARG_KV_POOL_KERNEL");
     add(common_arg({ "--kv-importance" }, "FILE",
         "GGUF with the importance of each head (default: the model)",

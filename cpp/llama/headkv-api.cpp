@@ -59,7 +59,7 @@ struct headkv_params headkv_default_params(void) {
         /*.recent          =*/ 8,
         /*.power           =*/ 4,
         /*.pool            =*/ HEADKV_POOL_MAX,
-        /*.pool_kernel     =*/ 31,
+        /*.pool_kernel     =*/ 0,
         /*.beta            =*/ 0.0,
         /*.n_tail          =*/ 16,
         /*.attend          =*/ HEADKV_ATTEND_AUTO,

@@ -96,8 +96,8 @@ headkv_config headkv_config_from_params(const headkv_params & params) {
         throw std::invalid_argument(format("power is %d: it must be 1, 2, 4 or 8", params.power));
     }
     cfg.pool        = (headkv_pool) check_range("pool", params.pool, HEADKV_POOL_MAX, HEADKV_POOL_AVG);
-    cfg.pool_kernel = check_range("pool_kernel", params.pool_kernel, 1, 31);
-    if (cfg.pool_kernel % 2 == 0) {
+    cfg.pool_kernel = check_range("pool_kernel", params.pool_kernel, 0, 31);
+    if (cfg.pool_kernel > 0 && cfg.pool_kernel % 2 == 0) {
         throw std::invalid_argument(format("pool_kernel is %d: it must be odd, so that the pooling is centred", params.pool_kernel));
     }
     if (!cfg.policy->keeps_all && (params.kv_size < params.recent + 1 || params.kv_size > HEADKV_MAX_CELLS)) {

@@ -67,6 +67,30 @@ ggml_tensor * headkv_build_score(ggml_context * ctx, ggml_cgraph * gf, ggml_tens
     return s;
 }
 
+int headkv_pool_kernel(int64_t n_keep) {
+    return (int) std::min<int64_t>(31, std::max<int64_t>(3, n_keep/4/2*2 + 1));
+}
+
+// max leaves out the neighbours that do not exist, avg counts them as zero
+static float pooled(const float * begin, const float * end, bool max, int kernel) {
+    if (max) {
+        return *std::max_element(begin, end);
+    }
+    float res = 0.0f;
+    for (const float * p = begin; p < end; ++p) {
+        res += *p;
+    }
+    return res/kernel;
+}
+
+void headkv_pool_scores(float * scores, int64_t n, headkv_pool pool, int kernel) {
+    const std::vector<float> plain(scores, scores + n);
+    const int64_t half = kernel/2;
+    for (int64_t i = 0; i < n; ++i) {
+        scores[i] = pooled(plain.data() + std::max<int64_t>(i - half, 0), plain.data() + std::min(i + half + 1, n), pool == HEADKV_POOL_MAX, kernel);
+    }
+}
+
 void headkv_build_sums(ggml_context * ctx, ggml_cgraph * gf, ggml_tensor * q, ggml_tensor * k, ggml_tensor * mask,
         ggml_tensor * sums, ggml_tensor * cells, float scale, float softcap) {
     const int64_t n_head   = q->ne[1];
@@ -292,16 +316,7 @@ void score_op(ggml_tensor * dst, int ith, int nth, void *) {
         for (int64_t i = first; i < last; ++i) {
             const float * begin = mean.data() + std::max(i - half, lo) - lo;
             const float * end   = mean.data() + std::min(i + half + 1, hi) - lo;
-            float & res = ((float *) dst->data)[head*a.n_prefix + i];
-            if (a.op.pool_max) {
-                res = *std::max_element(begin, end);
-            } else {
-                res = 0.0f; // neighbours that do not exist count as zero
-                for (const float * p = begin; p < end; ++p) {
-                    res += *p;
-                }
-                res /= a.op.pool_kernel;
-            }
+            ((float *) dst->data)[head*a.n_prefix + i] = pooled(begin, end, a.op.pool_max, a.op.pool_kernel);
         }
     }
 }

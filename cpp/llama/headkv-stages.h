@@ -30,6 +30,12 @@ ggml_tensor * headkv_build_soft_max(ggml_context * ctx, ggml_tensor * kq, ggml_t
 ggml_tensor * headkv_build_score(ggml_context * ctx, ggml_cgraph * gf, ggml_tensor * q, ggml_tensor * k, ggml_tensor * mask,
         int64_t n_prefix, float scale, float softcap, int n_square, headkv_pool pool, int pool_kernel);
 
+// Pooling of one head's scores in place, by a kernel of its own, which both of them leave out with pool_kernel 1.
+void headkv_pool_scores(float * scores, int64_t n, headkv_pool pool, int kernel);
+
+// the kernel of a head that keeps n_keep cells before the recent ones: odd, so that a few spans find room
+int headkv_pool_kernel(int64_t n_keep);
+
 // The same for all heads of a layer, without the probabilities [n_kv, n_window, n_head]: the first of two ops leaves the
 // largest logit and the sum of exponentials of each chunk of keys, F32 [2, n_query, n_chunk, n_head_kv], the second takes
 // the scores from them. Accumulation is in F32 and independent of the number of threads.

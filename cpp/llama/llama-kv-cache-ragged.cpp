@@ -1469,7 +1469,7 @@ void llama_kv_cache_ragged::compress_layer(headkv_store_layer & layer) {
             ggml_context * ctx = c.runner.ctx.get();
             ggml_tensor * q = ggml_get_rows(ctx, ring_of_layer[layer.il], t_slots);
             ggml_tensor * s = headkv_build_score_fused(ctx, ggml_reshape_3d(ctx, q, D, G*H, n_window), k_all, t_cells,
-                    n_prefix, layer.attend->scale, layer.attend->softcap, cfg.n_square, cfg.pool, cfg.pool_kernel);
+                    n_prefix, layer.attend->scale, layer.attend->softcap, cfg.n_square, cfg.pool, std::max(1, (int) cfg.pool_kernel));
             scored = on_cpu || (device_supports(layer.buft, s->src[3]) && device_supports(layer.buft, s));
             if (scored) {
                 ggml_build_forward_expand(c.runner.gf, ggml_cpy(ctx, s, t_scores));
@@ -1491,13 +1491,22 @@ void llama_kv_cache_ragged::compress_layer(headkv_store_layer & layer) {
 
             ggml_tensor * q = queries_of_head(ctx, ring_of_layer[layer.il], t_slots, layer, ih);
             ggml_tensor * s = headkv_build_score(ctx, c.runner.gf, q, head_cells(ctx, k_all, ih), t_mask,
-                    n_prefix, layer.attend->scale, layer.attend->softcap, cfg.n_square, cfg.pool, cfg.pool_kernel);
+                    n_prefix, layer.attend->scale, layer.attend->softcap, cfg.n_square, cfg.pool, std::max(1, (int) cfg.pool_kernel));
             ggml_build_forward_expand(c.runner.gf, ggml_cpy(ctx, s, ggml_view_1d(ctx, t_scores, n_prefix, ih*t_scores->nb[1])));
             c.run();
         }
         if (t_mask) {
             note_peak(ggml_backend_buffer_get_size(scratch.buf.get()) + ggml_backend_buffer_get_size(scratch_mask.buf.get()) + c.runner.n_bytes());
         }
+    }
+
+    if (cfg.pool_kernel == 0 && !cfg.policy->score && !cfg.policy->needs_sums && !c.keep_all) {
+        std::vector<float> scores(n_prefix*H);
+        ggml_backend_tensor_get(t_scores, scores.data(), 0, scores.size()*sizeof(float));
+        for (int64_t ih = 0; ih < H; ++ih) {
+            headkv_pool_scores(scores.data() + ih*n_prefix, n_prefix, cfg.pool, headkv_pool_kernel(n_keep[ih]));
+        }
+        ggml_backend_tensor_set(t_scores, scores.data(), 0, scores.size()*sizeof(float));
     }
 
     const std::vector<float> protect(c.n_protected, HEADKV_PROTECTED);
