@@ -596,6 +596,19 @@ def test_beta_comes_with_the_importance_unless_it_is_given(make_model: MakeModel
     assert llm.kv_budget.tolist() == expected
 
 
+def test_another_version_of_the_importance_is_refused_by_the_library(make_model: MakeModel, tmp_path: Path) -> None:
+    from pyheadkv import _lib
+    from pyheadkv.options import Options
+
+    path, key = tmp_path / "m.gguf", b".attention.head_importance.version"
+    raw = make_model(SHAPES[1]).read_bytes()
+    old = key + struct.pack("<II", gguf_keys.UINT32, 1)
+    assert raw.count(old) == 1
+    path.write_bytes(raw.replace(old, key + struct.pack("<II", gguf_keys.UINT32, 2)))
+    with pytest.raises(ValueError, match="version is not 1"), _lib.creating(Options(kv_size=48).to_params(None, str(path))):
+        pass
+
+
 @pytest.mark.parametrize(("value", "message", "said"), [
     (1.0, "beta is 1:", "beta=1.0: it must be"), (math.nan, "beta is -?nan:", "beta=nan: it must be"), (None, "must be a float64", "is u64"),
 ])

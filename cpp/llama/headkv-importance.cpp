@@ -41,6 +41,10 @@ headkv_importance headkv_importance_from_gguf(const char * path) {
     if (id < 0) {
         return res;
     }
+    const int64_t id_version = gguf_find_key(gguf.get(), (key + ".version").c_str());
+    if (id_version < 0 || gguf_get_kv_type(gguf.get(), id_version) != GGUF_TYPE_UINT32 || gguf_get_val_u32(gguf.get(), id_version) != 1) {
+        throw std::invalid_argument(key + ".version is not 1, the only one that is readable: update pyheadkv, or measure the importance again");
+    }
     const int64_t id_shape = gguf_find_key(gguf.get(), (key + ".shape").c_str());
     if (id_shape < 0 || gguf_get_kv_type(gguf.get(), id_shape) != GGUF_TYPE_ARRAY ||
             gguf_get_arr_type(gguf.get(), id_shape) != GGUF_TYPE_UINT32 || gguf_get_arr_n(gguf.get(), id_shape) != 2) {
