@@ -391,6 +391,10 @@ def data_of(lines: Iterator[tuple[float, str]]) -> list[tuple[float, dict[str, A
     return [(seconds, json.loads(line[6:])) for seconds, line in lines if line.startswith("data: ")]
 
 
+def tokens_of(lines: Iterator[tuple[float, str]]) -> list[int]:
+    return [token for _, event in data_of(lines) if not event.get("stop", True) for token in event["tokens"]]
+
+
 def test_others_decode_on_while_a_prompt_is_read_layer_by_layer(slow_model: Path, log: Path) -> None:
     """No stream waits for the whole prompt of another slot."""
     with closing(load(slow_model, preset="default", kv_size=KV_SIZE, n_ctx=N_CTX, n_batch=N_UBATCH, n_ubatch=N_UBATCH)) as slow:
@@ -840,6 +844,17 @@ def test_several_completions_of_one_prompt_are_a_400(small_server: Server) -> No
     assert status == 400 and "n is 2: it must be 1 with --kv-size" in answer["error"]["message"]
 
 
+def test_a_prompt_alone_gives_what_upstream_gives(llm: Any, log: Path) -> None:
+    """n_predict 0, with which documents are read: upstream samples a token after the prompt and does not evaluate it."""
+    answers = []
+    for flags in ([], [*WHOLE, "--kv-reuse"]):
+        with running(log, *flags) as server:
+            result = server.complete(prompt_ids(llm, 1), 0)
+            answers.append([result[key] for key in ("tokens", "content", "tokens_predicted", "tokens_cached", "stop_type", "truncated")])
+            assert result["tokens_cached"] == len(prompt_ids(llm, 1))
+    assert answers[0] == answers[1]
+
+
 @pytest.fixture(scope="module")
 def small_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     with running(tmp_path_factory.mktemp("small") / "log", "--kv-size", KV_SIZE, n_slots=2) as server:
@@ -927,6 +942,81 @@ def test_a_failed_allocation_is_an_error_and_the_server_goes_on(prefill: str, ll
             pytest.fail("the allocations of a request do not end")
         assert errors > ended_both and k > 10
         assert server.tokens(prompt, n) == answer
+
+
+def short_of_memory(server: Server, n_bytes: int | None) -> None:
+    """Leave a server no more than so many bytes of address space; None = as many as there are."""
+    import resource
+
+    limit = resource.RLIM_INFINITY if n_bytes is None else server.status_bytes("VmSize") + n_bytes
+    resource.prlimit(server.process.pid, resource.RLIMIT_AS, (limit, resource.RLIM_INFINITY))
+
+
+@pytest.fixture(scope="module")
+def wide_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model whose cells are large: 8 KiB in each of 4 layers. Skips where the memory of a server cannot be limited."""
+    if sys.platform != "linux":
+        pytest.skip("the limit of another process needs Linux")
+    path = tmp_path_factory.mktemp("wide") / "wide.gguf"
+    write_random_model(path, n_layer=4, n_embd=2048, n_head=16, n_head_kv=16, n_ff=256, n_ctx_train=4 * N_CTX, seed=3, importance="random",
+                       repeat_layers=True)
+    return path
+
+
+ONE_ARENA = {"MALLOC_ARENA_MAX": "1"}
+
+
+@pytest.mark.parametrize("prefill", ["token", "layer"])
+def test_a_prompt_without_memory_ends_alone(prefill: str, wide_model: Path, log: Path) -> None:
+    """Beside a slot that generates, for as long as memory is short; the error names it."""
+    n, long = 300, (LONG * 5)[:8000]
+    flags = ["--kv-size", KV_SIZE, "--kv-prefill", prefill, "-c", 8 * N_CTX, "-t", 1, "-tb", 1]
+    with running(log, *flags, model=wide_model, n_slots=2, environ=ONE_ARENA) as server:
+        with stream_of(server, SHORT, n) as stream:
+            answer = tokens_of(stream)
+        with stream_of(server, SHORT, n) as stream:
+            next(line for _, line in stream if line)
+            short_of_memory(server, 48 << 20)
+            for _ in range(2):
+                status, error = server.request("/completion", {"prompt": long, "n_predict": 1})
+                assert status == 500 and "not enough memory for a prompt of 8000 tokens" in error["error"]["message"]
+            short_of_memory(server, None)
+            assert tokens_of(stream) == answer[1:]
+        assert server.tokens(LONG, 4) == server.tokens(LONG, 4) != []
+        assert_nothing_left(server)
+
+
+def test_a_token_without_memory_ends_its_request_alone(wide_model: Path, log: Path) -> None:
+    """The rows of one slot have to grow and cannot; the other one goes on."""
+    n, whole, short = 300, (LONG * 4)[:6000], SHORT[:20]
+    flags = ["--kv-size", KV_SIZE, "--kv-size-max", len(whole) + 1, "-c", 8 * N_CTX, "-t", 1, "-tb", 1]
+    with running(log, *flags, model=wide_model, n_slots=2, environ=ONE_ARENA) as server, ExitStack() as stack:
+        # when one reaches the end of its free rows, every pool has to be made anew, with all rows of the large one
+        large, small = (stack.enter_context(stream_of(server, prompt, n, kv_size=size)) for prompt, size in [(whole, 0), (short, None)])
+        for stream in (large, small):
+            next(line for _, line in stream if line)
+        short_of_memory(server, 32 << 20)
+        with ThreadPoolExecutor(2) as pool:
+            ends = [events[-1][1] for events in pool.map(data_of, (large, small))]
+        errors, answers = [end["error"] for end in ends if "error" in end], [end for end in ends if "error" not in end]
+        assert len(errors) == 1 and re.search(r"not enough memory for \d+ generated tokens", errors[0]["message"])
+        assert len(answers) == 1 and answers[0]["tokens_predicted"] == n
+        assert_nothing_left(server)
+
+
+def test_a_question_without_memory_leaves_no_half_of_it(wide_model: Path, log: Path) -> None:
+    """--kv-reuse: what the slot holds after the error is what its tokens say."""
+    document, question = LONG * 3, [40 + i % 300 for i in range(600)]
+    flags = ["--kv-size", len(document) + 1, "--kv-policy", "snapkv", "--kv-reuse", "-c", 4 * N_CTX, "-t", 1, "-tb", 1]
+    with running(log, *flags, model=wide_model, environ=ONE_ARENA) as server:
+        server.complete(document, 1)
+        short_of_memory(server, 8 << 20)
+        status, error = server.request("/completion", {"prompt": [*document, *question], "n_predict": 1})
+        assert status == 500 and re.search(r"not enough memory for \d+ generated tokens", error["error"]["message"])
+        assert_nothing_left(server)
+        short_of_memory(server, None)
+        result = server.complete([*document, *question], 8, ignore_eos=True)
+        assert len(result["tokens"]) == 8 and result["timings"]["cache_n"] == 0
 
 
 # reports

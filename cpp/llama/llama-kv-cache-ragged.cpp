@@ -936,6 +936,7 @@ bool llama_kv_cache_ragged::apply_update(llama_context * lctx) {
     lctx->synchronize(); // buffers are about to be replaced
 
     bool res = true;
+    std::string what_for;
     try {
         for (llama_seq_id s = 0; s < (llama_seq_id) seqs.size() && res; ++s) {
             if (seqs[s].compress_next) {
@@ -944,15 +945,19 @@ bool llama_kv_cache_ragged::apply_update(llama_context * lctx) {
         }
         for (llama_seq_id s = 0; s < (llama_seq_id) seqs.size() && res; ++s) {
             if (seqs[s].n_tail_next > 0) {
+                what_for = format(" for %u generated tokens of sequence %d", seqs[s].n_tail_next, s);
                 grow_tail(s, seqs[s].n_tail_next);
             }
         }
         if (want_stage > 0 && res) {
+            const double n_bytes = (double) bytes_cell()*want_stage/(want_layered ? ils.size() : 1);
+            what_for = format(" for a prompt of %u tokens, whose K and V take %.1f MiB while it is read%s", want_stage, n_bytes/1024/1024,
+                    want_layered ? "" : ", less with prefill 'layer'");
             alloc_stage(want_stage);
         }
     } catch (const std::exception & e) {
         const std::string what = reason(e);
-        res = fail(what == NO_MEMORY ? what : format("%s (%s)", NO_MEMORY, what.c_str()));
+        res = fail(NO_MEMORY + what_for + (what == NO_MEMORY ? "" : " (" + what + ")"));
         release_idle_stage(); // what was allocated before the failure
     }
     forget_updates();

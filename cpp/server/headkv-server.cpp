@@ -386,8 +386,12 @@ void headkv_server_check_restored(llama_context * ctx, llama_seq_id seq_id, size
     headkv_server_note(ctx, seq_id);
 }
 
-bool headkv_server_forgets(llama_context * ctx, llama_seq_id seq_id) {
-    return headkv_server_is_on() && !(headkv_server_reuses() && get_stats(ctx, seq_id).state == 2);
+bool headkv_server_forgets(llama_context * ctx, llama_seq_id seq_id, int32_t n_tokens) {
+    if (!headkv_server_reuses()) {
+        return headkv_server_is_on();
+    }
+    const headkv_stats stats = get_stats(ctx, seq_id);
+    return stats.state != 2 || stats.n_past != n_tokens;
 }
 
 //

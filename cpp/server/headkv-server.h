@@ -72,8 +72,9 @@ void headkv_server_limit_restore(llama_context * ctx, int32_t n_ctx);
 void headkv_server_check_restore(size_t n_read);
 void headkv_server_check_restored(llama_context * ctx, llama_seq_id seq_id, size_t n_tokens);
 
-// Whether a released slot gives its cells back: nothing can be done with them, unless prompts may continue on them.
-bool headkv_server_forgets(llama_context * ctx, llama_seq_id seq_id);
+// Whether a released slot of n_tokens gives its cells back: nothing can be done with them, unless prompts may continue on them
+// and they are those of its tokens.
+bool headkv_server_forgets(llama_context * ctx, llama_seq_id seq_id, int32_t n_tokens);
 
 // What was noted; from any thread.
 void headkv_server_add_slot (common_json & slot, llama_seq_id seq_id);

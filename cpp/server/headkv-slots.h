@@ -17,6 +17,7 @@ static int32_t headkv_server_fill(const std::vector<server_slot> & slots, int32_
     if (!headkv_server_is_on()) {
         return n_batch;
     }
+    headkv_clear_error(); // what is found there after the batch belongs to it
     const bool whole = std::any_of(slots.begin(), slots.end(), [](const server_slot & slot) {
         return slot.state == SLOT_STATE_PROCESSING_PROMPT && slot.stats.headkv_info.by_layer;
     });
@@ -145,25 +146,53 @@ static void headkv_server_end(server_slot & slot) {
     }
 }
 
-// After a batch whose computation failed, as it does when a layer of a prompt cannot be compressed: ends the requests whose
-// prompts are in it and takes back what the others have computed. true = the rest of the batch can be decoded again.
+// Ends the request of a slot and takes its tokens out of the rest of a batch.
 template <typename F>
-static bool headkv_server_drop_prompts(std::vector<server_slot> & slots, server_batch & batch, int32_t off, int32_t ret, F && fail) {
+static void headkv_server_drop_slot(std::vector<server_slot> & slots, server_batch & batch, int32_t off, server_slot & slot, F && fail) {
     auto & tokens = batch.tokens;
-    if (!headkv_server_is_on() || ret >= -1 || batch.has_embd || !*headkv_last_error() ||
-            std::none_of(tokens.begin() + off, tokens.end(), [](const server_batch::token & t) { return t.is_prompt; })) {
+    const auto is_own = [&](const server_batch::token & t) { return t.id_slot == slot.id; };
+    const auto begin  = std::find_if(tokens.begin() + off, tokens.end(), is_own);
+    const auto end    = std::find_if_not(begin, tokens.end(), is_own);
+    for (auto & other : slots) {
+        other.i_batch -= other.i_batch >= end - tokens.begin() ? (int32_t) (end - begin) : 0;
+    }
+    tokens.erase(begin, end);
+    fail(slot);
+}
+
+// After a batch that failed: ends the requests that made it fail and takes back what the others have computed.
+// true = the rest of the batch can be decoded again, n_batch tokens of it first.
+template <typename F>
+static bool headkv_server_drop(std::vector<server_slot> & slots, server_batch & batch, int32_t off, int32_t ret, int32_t & n_batch, F && fail) {
+    auto & tokens = batch.tokens;
+    if (!headkv_server_is_on() || (ret != 1 && ret >= -1) || batch.has_embd || !*headkv_last_error()) {
         return false;
     }
-    for (auto & slot : slots) {
-        const auto is_prompt = [&](const server_batch::token & t) { return t.id_slot == slot.id && t.is_prompt; };
-        if (std::any_of(tokens.begin() + off, tokens.end(), is_prompt)) {
-            tokens.erase(std::remove_if(tokens.begin() + off, tokens.end(), is_prompt), tokens.end()); // those of others come first
-            fail(slot);
+    const auto is_prompt = [](const server_batch::token & t) { return t.is_prompt; };
+    const auto end = tokens.begin() + off + batch.view.size();
+    const int32_t n_others = std::find_if(tokens.begin() + off, end, is_prompt) - tokens.begin() - off; // they come first
+    if (ret == 1) {
+        // no memory, and nothing was computed: upstream tries again with fewer tokens, down to one
+        if (n_others > 0 && n_others < batch.view.size()) {
+            n_batch = n_others; // a prompt that is read layer by layer cannot be divided
+        } else if (n_batch > 1) {
+            return false;
+        } else {
+            headkv_server_drop_slot(slots, batch, off, slots[tokens[off].id_slot], fail);
+        }
+    } else {
+        // a layer of a prompt could not be compressed
+        if (n_others == batch.view.size()) {
+            return false;
+        }
+        while ((int32_t) tokens.size() > off && tokens.back().is_prompt) {
+            headkv_server_drop_slot(slots, batch, off, slots[tokens.back().id_slot], fail);
+        }
+        for (size_t i = off; i < tokens.size(); ++i) {
+            slots[tokens[i].id_slot].mem.seq_rm(tokens[i].id_slot, tokens[i].pos, -1);
         }
     }
-    for (size_t i = off; i < tokens.size(); ++i) {
-        slots[tokens[i].id_slot].mem.seq_rm(tokens[i].id_slot, tokens[i].pos, -1);
-    }
+    headkv_clear_error();
     return true;
 }
 
