@@ -8,6 +8,7 @@ bytes shown are those that a cache holds when it is not.
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import statistics
 import sys
@@ -22,14 +23,14 @@ from typing import TYPE_CHECKING, Any
 from . import demo_model
 from .arguments import add_amount_arguments, add_keep_arguments, keep_kwargs, split
 from .inspect import format_bytes, model_path, printable
-from .options import AUTO, FULL, Options, check_int, parse_bytes
+from .options import AUTO, FULL, PRESETS, Options, check_int, parse_bytes
 
 if TYPE_CHECKING:
     from .llama import Llama
     from .quiz import Ask, Task
     from .trial import Held, Setting, Trial
 
-POLICIES = (AUTO, "snapkv", "streaming")  # beside the full cache
+METHODS = ((AUTO, ""), ("snapkv", ""), ("snapkv", "paper"), ("streaming", ""))  # policies and presets, beside the full cache
 KV_SIZE = "96"
 N_TOKENS = 1000
 ENGLISH, NEEDLE = "passkey", "needle"  # tasks
@@ -40,6 +41,7 @@ N_BATCH = 128  # tokens, between two steps of the progress
 N_LABEL = 20  # characters
 N_CTX_STEP = 256  # tokens, llama.cpp rounds contexts up to it
 MAX_THREADS = 4  # small models are not faster with more
+PAPER = f"scored by the last {PRESETS['paper']['window']} queries, as the papers have it, not {PRESETS['default']['window']}"
 NOT_FETCHED = "the embedded model in its synthetic language; --fetch or a MODEL.gguf asks in English"
 
 
@@ -50,14 +52,14 @@ class Answer:
     Attributes
     ----------
     policy : the one that was used, which "auto" chooses
-    seconds : of a token that is decoded, mean of ``N_SPEED``
+    seconds : of a token that is decoded; nan = not measured
     """
 
     text: str
     is_right: bool
     policy: str
     held: Held
-    seconds: float
+    seconds: float = math.nan
 
 
 # command
@@ -108,7 +110,7 @@ def run(args: argparse.Namespace) -> int:
     finally:
         trial.llm.close()
     _print_table(answers)
-    print(f"{time.perf_counter() - begin:.0f} s, every prompt read once")
+    print(f"\npaper: {PAPER}\n{time.perf_counter() - begin:.0f} s, every prompt read once")
     n_right = sum(answer.is_right for answer in answers[settings[0]])
     if 2 * n_right < len(asks):
         print(
@@ -169,8 +171,8 @@ def make_settings(args: argparse.Namespace, path: Path) -> list[Setting]:
         n = cells_in(parse_bytes("--kv-bytes", text), path, recent=recent, n_ctx=args.tokens)
         amounts.append(Setting(kv_size=n, kv_bytes=text))
     source = args.importance or ""
-    named = [(policy, source if policy == AUTO else "") for policy in POLICIES]
-    return [Setting(), *(replace(a, policy=policy, importance=file) for a in amounts for policy, file in named)]
+    methods = [Setting(policy, preset=preset, importance=source if policy == AUTO else "") for policy, preset in METHODS]
+    return [Setting(), *(replace(m, kv_size=a.kv_size, kv_ratio=a.kv_ratio, kv_bytes=a.kv_bytes) for a in amounts for m in methods)]
 
 
 # asking
@@ -225,16 +227,20 @@ def make_asks(task: Task, n: int) -> list[Ask]:
 
 
 def answer(trial: Trial, ask: Ask, setting: Setting, *, stop: frozenset[int]) -> Answer:
-    """Greedy answer; decoding goes on after it for the sake of the timing."""
+    """Greedy answer to a question under a setting."""
     held = trial.compress(setting, ask.prompt)
     rest = (ask.prompt[-1], *ask.more)
     trial.go_on(len(ask.prompt) - 1, rest)
     said = trial.generate(rest[-1], ask.n_steps, stop=stop)
     text = trial.llm.detokenize(said).decode("utf-8", "replace").strip()
+    return Answer(text, ask.grade(text) == 1, FULL if setting.policy == FULL else trial.llm.policy, held)
+
+
+def token_seconds(trial: Trial, token: int) -> float:
+    """Time of decoding a token after what the cache holds, mean of ``N_SPEED``."""
     begin = time.perf_counter()
-    trial.generate(said[-1] if said else rest[-1], N_SPEED)
-    seconds = (time.perf_counter() - begin) / N_SPEED
-    return Answer(text, ask.grade(text) == 1, FULL if setting.policy == FULL else trial.llm.policy, held, seconds)
+    trial.generate(token, N_SPEED)
+    return (time.perf_counter() - begin) / N_SPEED
 
 
 def _ask_all(trial: Trial, task: Task, asks: Sequence[Ask], settings: Sequence[Setting]) -> dict[Setting, list[Answer]]:
@@ -247,7 +253,7 @@ def _ask_all(trial: Trial, task: Task, asks: Sequence[Ask], settings: Sequence[S
         print(f"{i}  {ask.question} -> {ask.answer}")
         for setting in settings:
             given = answer(trial, ask, setting, stop=task.stop_tokens)
-            answers[setting].append(given)
+            answers[setting].append(replace(given, seconds=token_seconds(trial, ask.prompt[-1])))
             print(f"   {right if given.is_right else wrong} {_label(setting, given):<{N_LABEL}}  {' '.join(given.text.split())}", flush=True)
     return answers
 
@@ -280,7 +286,8 @@ def _n_cpus() -> int:
 def _label(setting: Setting, given: Answer) -> str:
     if setting.policy == FULL:
         return "full cache"
-    return f"{setting.policy}{f' ({given.policy})' if given.policy != setting.policy else ''} {setting.budget}"
+    used = f"({given.policy})" if given.policy != setting.policy else ""
+    return " ".join(filter(None, [setting.policy, used, setting.preset, setting.budget]))
 
 
 def _print_table(answers: dict[Setting, list[Answer]]) -> None:

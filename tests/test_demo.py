@@ -23,6 +23,7 @@ from pyheadkv.trial import Setting
 
 MakeModel = Callable[..., Path]
 SHAPE = SHAPES[1]
+METHODS = ("auto (headkv)", "snapkv", "snapkv paper", "streaming")
 FEW = ["--questions", "1", "--threads", "1"]
 CONTENT = b"GGUF and what follows"
 
@@ -43,7 +44,7 @@ def test_the_embedded_model_is_asked_in_its_language(capsys: pytest.CaptureFixtu
     assert cli.main(["demo", "--kv-size", "64,128", "--tokens", "600", "--questions", "3", "--threads", "1"]) == 0
     out = capsys.readouterr().out
     assert out.startswith(demo.NOT_FETCHED + "\nneedle.gguf")
-    assert labels(out) == ["full cache", *(f"{p} {n}" for n in (64, 128) for p in ("auto (headkv)", "snapkv", "streaming"))]
+    assert labels(out) == ["full cache", *(f"{p} {n}" for n in (64, 128) for p in METHODS)]
     answers = re.findall(r"-> (.*)\n   (.) full cache +(.*)\n", out)
     assert len(answers) == 3 and all((mark in "✓+") == (wanted == text) for wanted, mark, text in answers)
     assert re.search(r"^full cache .* 100.0% .* 3/3$", out, flags=re.MULTILINE)
@@ -54,7 +55,7 @@ def test_other_models_are_asked_in_english(make_model: MakeModel, library: None,
     assert cli.main(["demo", str(path), "--tokens", "400", "--kv-size", "32", *FEW]) == 1  # it knows nothing
     out, err = capsys.readouterr()
     assert out.startswith(path.name) and re.search(r"1  What is the pass key\? -> \d{5}\n", out)
-    assert labels(out) == ["full cache", "auto (headkv) 32", "snapkv 32", "streaming 32"]
+    assert labels(out) == ["full cache", *(f"{method} 32" for method in METHODS)]
     assert "the full cache answered 0 of 1 questions" in err
 
 
@@ -73,7 +74,7 @@ def test_all_policies_hold_as_many_bytes_and_the_full_cache_answers_like_the_sto
     trial = demo.open_trial(path, n_tokens=400, n_threads=1)
     task = demo.open_task(trial.llm, n_tokens=400, n_questions=2, seed=3)
     asks = demo.make_asks(task, 2)
-    settings = [Setting(), *(Setting(policy, 40) for policy in demo.POLICIES)]
+    settings = [Setting(), *(Setting(policy, 40, preset=preset) for policy, preset in demo.METHODS)]
     given = [[demo.answer(trial, ask, setting, stop=task.stop_tokens) for setting in settings] for ask in asks]
     assert asks[0].prompt != asks[1].prompt and asks[0].answer != asks[1].answer
     cell = 2 * 2 * SHAPE.head_dim
