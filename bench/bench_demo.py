@@ -1,9 +1,9 @@
-"""What ``pyheadkv demo`` is to ask, how long its prompts are and how much is kept: shares of right answers over many seeds.
+"""What ``pyheadkv demo`` is to ask, how long its prompts are and how much is kept: right answers over many seeds.
 
     python bench/bench_demo.py MODEL.gguf --ask passkey:1000,passkey:500 --seeds 20 --out bench/results/demo_seeds.csv
 
-The first question of ``pyheadkv demo --seed 0``, ``--seed 1``, ... under every setting. "paper" is the preset of the papers: a
-window of 8 queries in place of 64. FILE.md beside FILE.csv has the shares.
+The first question of ``pyheadkv demo --seed 0``, ``--seed 1``, ... under every setting. "paper" is the preset of the
+papers: a window of 8 queries in place of 64. FILE.md beside FILE.csv has the shares.
 """
 
 from __future__ import annotations
@@ -34,14 +34,15 @@ def ask_all(args: argparse.Namespace, task: str, n_tokens: int) -> Iterator[dict
     trial = open_trial(args.model, n_tokens=n_tokens, n_threads=args.threads)
     sizes = [int(n) for n in args.kv_size.split(",")]
     settings = [Setting(), *(Setting(policy, n, preset=preset) for n in sizes for policy, preset in METHODS)]
-    for seed in range(args.seeds):
+    for seed in range(args.first, args.first + args.seeds):
         source = make_task(trial.llm, TaskOptions(task, n_tokens, n_each=1, seed=seed))
         (ask,) = make_asks(source, 1)
         for setting in settings:
             given = answer(trial, ask, setting, stop=source.stop_tokens)
             yield {
-                "task": ask.kind, "tokens": n_tokens, "seed": seed, "method": setting.method, "used": given.policy, "kv_size": setting.kv_size,
-                "right": int(given.is_right), "bytes": given.held.cells, "answer": ask.answer, "text": " ".join(given.text.split()),
+                "task": ask.kind, "tokens": n_tokens, "seed": seed, "method": setting.method, "used": given.policy,
+                "kv_size": setting.kv_size, "right": int(given.is_right), "bytes": given.held.cells, "answer": ask.answer,
+                "text": " ".join(given.text.split()),
             }  # fmt: skip
         print(f"{task} {n_tokens}: seed {seed}", file=sys.stderr, flush=True)
     trial.llm.close()
@@ -67,6 +68,7 @@ def main() -> None:
     parser.add_argument("--ask", default="passkey:1000", metavar="LIST", help="tasks and lengths in tokens (default: %(default)s)")
     parser.add_argument("--kv-size", default="64,80,88,96,128,160", metavar="LIST", help="cells per KV head (default: %(default)s)")
     parser.add_argument("--seeds", type=int, default=20, metavar="N", help="(default: %(default)s)")
+    parser.add_argument("--first", type=int, default=0, metavar="N", help="the first seed (default: %(default)s)")
     parser.add_argument("--threads", type=int, default=1, metavar="N", help="(default: %(default)s)")
     parser.add_argument("--out", type=Path, required=True, metavar="FILE.csv")
     args = parser.parse_args()
@@ -84,7 +86,7 @@ def main() -> None:
                 writer.writerow({**row, **where})
                 file.flush()
     minutes = (time.perf_counter() - begin) / 60
-    head = [f"    {command}", "", f"{args.seeds} seeds; commit {where['commit']}; {where['machine']}, {minutes:.0f} minutes", ""]
+    head = [f"    {command}", "", f"seeds {args.first} to {args.first + args.seeds - 1}; commit {where['commit']}; {where['machine']}, {minutes:.0f} minutes", ""]
     args.out.with_suffix(".md").write_text("\n".join([*head, *table(rows)]) + "\n", encoding="utf-8")
 
 

