@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from .trial import Held, Setting, Trial
 
 METHODS = ((AUTO, ""), ("snapkv", ""), ("snapkv", "paper"), ("streaming", ""))  # policies and presets
-KV_SIZE = "96"
+KV_SIZE = "88"
 N_TOKENS = 1000
 ENGLISH, NEEDLE = "passkey", "needle"  # tasks
 N_SPEED = 32  # tokens decoded after each answer, so that the speed can be measured
@@ -87,7 +87,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--tokens", type=int, default=N_TOKENS, metavar="N", help="length of a prompt in tokens (default: %(default)s)"
     )
-    parser.add_argument("--questions", type=int, default=4, metavar="N", help="(default: %(default)s)")
+    parser.add_argument("--questions", type=int, default=8, metavar="N", help="(default: %(default)s)")
     parser.add_argument(
         "--seed", type=int, default=0, metavar="N", help="of the texts and the questions (default: %(default)s)"
     )
