@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 METHODS = ((AUTO, ""), ("snapkv", ""), ("snapkv", "paper"), ("streaming", ""))  # policies and presets
 KV_SIZE = "88"
-N_TOKENS = 1000
+N_TOKENS = 500
 ENGLISH, NEEDLE = "passkey", "needle"  # tasks
 N_SPEED = 32  # tokens decoded after each answer, so that the speed can be measured
 N_TAIL = 16  # cells per head that the store grows by; answers are short
