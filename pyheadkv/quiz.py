@@ -48,6 +48,7 @@ class Ask:
     grade : 0 to 1 for generated text
     depth : of the needle in the context, 0 to 1
     turns : asked after the answer, one after the other, each on what the cache holds then; no ``more`` beside them
+    question, answer : for people; empty where the task has no single ones
     """
 
     kind: str
@@ -58,6 +59,8 @@ class Ask:
     depth: float
     more: tuple[int, ...] = ()
     turns: tuple[Turn, ...] = ()
+    question: str = ""
+    answer: str = ""
 
 
 class Task(ABC):

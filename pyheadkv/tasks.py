@@ -91,6 +91,8 @@ def _corpus_ask(document: needle.Document) -> Ask:
         grade=_corpus_grade(document),
         depth=document.depths[0],
         more=whole[len(first) :],
+        question=document.question,
+        answer=document.answer,
     )
 
 
@@ -107,10 +109,11 @@ class Fact:
 
 @dataclass(frozen=True)
 class Asked:
-    """A question in English."""
+    """A question in English; ``answer`` is shown, ``grade`` decides."""
 
     kind: str
     question: str
+    answer: str
     grade: Grade
     n_steps: int
     depth: float
@@ -130,7 +133,7 @@ class ProseTask(Task):
         frames = [self._prose.frame(a.question, how=a.how) for a in asked]
         context = self._context(rng, frames[0][0], facts, n_asked=max(len(suffix) for _, suffix in frames))
         return [
-            Ask(a.kind, (*context, *suffix), len(context), a.n_steps, a.grade, a.depth)
+            Ask(a.kind, (*context, *suffix), len(context), a.n_steps, a.grade, a.depth, question=a.question, answer=a.answer)
             for a, (_, suffix) in zip(asked, frames, strict=True)
         ]
 
@@ -151,7 +154,10 @@ class ProseChat(ProseTask):
         replies = [self._prose.reply(a.question, how=a.how) for a in later]
         context = self._context(rng, prefix, facts, n_asked=len(suffix) + sum(map(len, replies)))
         turns = tuple(Turn(a.kind, tuple(r), a.n_steps, a.grade, a.depth) for a, r in zip(later, replies, strict=True))
-        return [Ask(first.kind, (*context, *suffix), len(context), first.n_steps, first.grade, first.depth, turns=turns)]
+        return [Ask(
+            first.kind, (*context, *suffix), len(context), first.n_steps, first.grade, first.depth, turns=turns,
+            question=first.question, answer=first.answer,
+        )]  # fmt: skip
 
 
 class WordsTask(Task):
@@ -250,7 +256,7 @@ def niah(rng: random.Random, i: int, options: TaskOptions) -> _Said:
     chosen = rng.choice(RETRIEVAL)
     depth = (i % options.n_depths + 0.5) / options.n_depths
     said = " ".join((*chosen.before, chosen.answer))
-    return [Fact(said, depth)], [Asked("niah", chosen.question, _is_sentence(chosen.answer), _steps(chosen.answer), depth)]
+    return [Fact(said, depth)], [Asked("niah", chosen.question, chosen.answer, _is_sentence(chosen.answer), _steps(chosen.answer), depth)]
 
 
 def second_question(rng: random.Random, i: int, options: TaskOptions) -> _Said:
@@ -259,7 +265,7 @@ def second_question(rng: random.Random, i: int, options: TaskOptions) -> _Said:
     for chosen in rng.sample(RETRIEVAL, min(2 * options.n_each, len(RETRIEVAL))):
         depth = _depth(rng)
         facts.append(Fact(" ".join((*chosen.before, chosen.answer)), depth))
-        asked.append(Asked("second-question", chosen.question, _is_sentence(chosen.answer), _steps(chosen.answer), depth))
+        asked.append(Asked("second-question", chosen.question, chosen.answer, _is_sentence(chosen.answer), _steps(chosen.answer), depth))
     return facts, asked
 
 
@@ -278,7 +284,7 @@ def reasoning(rng: random.Random, i: int, options: TaskOptions) -> _Said:
         facts += [Fact(text, depth) for text, depth in zip(pair.answers, depths, strict=True)]
         for which in (0, 1):
             answer = pair.answers[which]
-            asked.append(Asked("reasoning", pair.questions[which], _is_sentence(answer), _steps(answer), depths[which]))
+            asked.append(Asked("reasoning", pair.questions[which], answer, _is_sentence(answer), _steps(answer), depths[which]))
     return facts, asked
 
 
@@ -289,7 +295,7 @@ def instruction(rng: random.Random, i: int, options: TaskOptions) -> _Said:
     rule = f"Whatever is asked about this text, the first word of the answer must be {word}."
     facts = [Fact(rule, 0.0), Fact(" ".join((*chosen.before, chosen.answer)), depth)]
     grade = lambda text: float(re.findall(r"[a-z]+", text.lower())[:1] == [word])
-    return facts, [Asked("instruction", chosen.question, grade, N_SPARE, 0.0, "Follow the rules of the text.")]
+    return facts, [Asked("instruction", chosen.question, word, grade, N_SPARE, 0.0, "Follow the rules of the text.")]
 
 
 SHORT = "Answer with the number and nothing else."
@@ -304,7 +310,7 @@ def passkey(rng: random.Random, i: int, options: TaskOptions) -> _Said:
     """A five-digit key."""
     value, depth = str(rng.randrange(10000, 100000)), _depth(rng)
     fact = Fact(f"The pass key is {value}. Remember it: {value} is the pass key.", depth)
-    return [fact], [Asked("passkey", "What is the pass key?", _has_all([value]), N_SPARE, depth, SHORT)]
+    return [fact], [Asked("passkey", "What is the pass key?", value, _has_all([value]), N_SPARE, depth, SHORT)]
 
 
 def ruler_keys(rng: random.Random, i: int, options: TaskOptions) -> _Said:
@@ -316,14 +322,16 @@ def ruler_keys(rng: random.Random, i: int, options: TaskOptions) -> _Said:
     asked = []
     for name in rng.sample(names[1:], min(options.n_each, len(names) - 1)):
         depth = next(f.depth for f in facts if numbers[name][0] in f.text)
-        asked.append(Asked("multikey", f"What is the secret number of {name}?", _has_all(numbers[name]), N_SPARE, depth, SHORT))
+        question, (value,) = f"What is the secret number of {name}?", numbers[name]
+        asked.append(Asked("multikey", question, value, _has_all([value]), N_SPARE, depth, SHORT))
     several = numbers[names[0]]
     how = "Answer with the numbers and nothing else."
-    asked.append(Asked("multivalue", f"What are all the secret numbers of {names[0]}?", _has_all(several), 60, 0.5, how))
+    question = f"What are all the secret numbers of {names[0]}?"
+    asked.append(Asked("multivalue", question, ", ".join(several), _has_all(several), 60, 0.5, how))
     pair = rng.sample(names[1:], 2)
     both = [numbers[n][0] for n in pair]
     question = f"What are the secret numbers of {pair[0]} and of {pair[1]}?"
-    asked.append(Asked("multiquery", question, _has_all(both), 40, 0.5, how))
+    asked.append(Asked("multiquery", question, ", ".join(both), _has_all(both), 40, 0.5, how))
     return facts, asked
 
 
@@ -338,7 +346,7 @@ def ruler_variables(rng: random.Random, i: int, options: TaskOptions) -> _Said:
         facts += [Fact(f"The variable {x} is set to {y}.", d) for x, y, d in zip(chain, sources, depths, strict=True)]
         if c < options.n_each:
             question = f"Which variables have, directly or through other variables, the value {value}?"
-            asked.append(Asked("variables", question, _has_all(chain), 48, depths[0], "Answer with their names."))
+            asked.append(Asked("variables", question, ", ".join(chain), _has_all(chain), 48, depths[0], "Answer with their names."))
     return facts, asked
 
 

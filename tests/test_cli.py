@@ -17,7 +17,7 @@ try:
 except ImportError as error:
     pytest.skip(f"the library is not built: {error}", allow_module_level=True)
 
-from pyheadkv import cli, demo, inspect, needle
+from pyheadkv import cli, inspect
 from pyheadkv.options import Options
 from pyheadkv.testing import random_importance, write_random_model
 
@@ -36,8 +36,6 @@ STATS = re.compile(
     r"prompt (\d+) tokens, [\d.]+ tokens/s \| generated (\d+) tokens, [\d.]+ tokens/s \| KV cache ([\d.]+ \w+)"
 )
 PNG_MAGIC = b"\x89PNG\r\n\x1a\n"
-
-embedded = pytest.mark.skipif(not pyheadkv.embedded_model().is_file(), reason="the embedded model is not there yet")
 
 
 @pytest.fixture(scope="module")
@@ -327,50 +325,6 @@ def test_printable_falls_back_on_ascii(model: Path, monkeypatch: pytest.MonkeyPa
     out = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
     monkeypatch.setattr(sys, "stdout", out)
     assert cli.main(["inspect", str(model)]) == 0
-
-
-# demo
-
-
-@embedded
-def test_demo_answers_with_the_embedded_model(capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["demo", "--kv-size", "64", "--tokens", "600", "--questions", "2", "--threads", "1"]) == 0
-    out = capsys.readouterr().out
-    for label in ("full cache", "headkv 64", "snapkv 64"):
-        assert re.search(rf"^{label} .* \d/2$", out, flags=re.MULTILINE), out
-
-
-@embedded
-def test_demo_takes_shares_bytes_and_what_is_kept(capsys: pytest.CaptureFixture[str]) -> None:
-    options = ["--kv-ratio", "0.1", "--kv-bytes", "500KiB", "--sinks", "2", "--protect", "0:8"]
-    assert cli.main(["demo", "--tokens", "600", "--questions", "1", "--threads", "1", *options]) == 0
-    out = capsys.readouterr().out
-    for label in ("full cache", "headkv 10%", "headkv 500KiB", "snapkv 10%"):
-        assert re.search(rf"^{label} .* \d/1$", out, flags=re.MULTILINE), out
-
-
-@embedded
-@pytest.mark.parametrize(
-    "options",
-    [["--kv-ratio", "x"], ["--kv-ratio", "2"], ["--kv-bytes", "1"], ["--protect", "a:b"], ["--kv-size", "abc"], ["--kv-size", "16,"],
-     ["--kv-size", "4"], ["--questions", "0"], ["--tokens", "10"]],
-)
-def test_demo_refuses_wrong_options(capsys: pytest.CaptureFixture[str], options: list[str]) -> None:
-    assert cli.main(["demo", "--threads", "1", *options]) == 1
-    assert "pyheadkv: error: " in capsys.readouterr().err
-
-
-def test_demo_fails_when_the_full_cache_cannot_answer(
-    model: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    # a random model knows nothing; its tokens are letters, so the short text needs room
-    document = needle.Document("a", (needle.Turn("direct", "question : a", "b .", (), ()),), "direct")
-    monkeypatch.setattr(demo, "_documents", lambda **_: [document])
-    monkeypatch.setattr(demo, "model_path", lambda _: model)
-    assert cli.main(["demo", "--kv-size", "16", "--tokens", "64", "--threads", "1"]) == 1
-    out, err = capsys.readouterr()
-    assert "0/1" in out and "expected 'b .'" in out
-    assert "the full cache answered 0 of 1" in err
 
 
 # the script itself
