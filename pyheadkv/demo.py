@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from .trial import Held, Setting, Trial
 
 METHODS = ((AUTO, ""), ("snapkv", ""), ("snapkv", "paper"), ("streaming", ""))  # policies and presets
-KV_SIZE = "88"
+KV_SIZE = "80"
 N_TOKENS = 500
 ENGLISH, NEEDLE = "passkey", "needle"  # tasks
 N_SPEED = 32  # tokens decoded after each answer, so that the speed can be measured
