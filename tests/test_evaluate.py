@@ -399,16 +399,16 @@ def test_evaluation_writes_resumes_and_reports(tmp_path: Path, capsys: pytest.Ca
     assert evaluate(*options) == 0
     whole = out.read_bytes()
     header, *entries = (json.loads(line) for line in whole.splitlines())
-    assert [s["name"] for s in header["settings"]] == ["full", "headkv max 32", "headkv max 200", "snapkv max 32", "snapkv max 200"]
+    assert [s["name"] for s in header["settings"]] == ["full", "headkv 32", "headkv 200", "snapkv 32", "snapkv 200"]
     assert [(e["task"], e["quiz"]) for e in entries] == [("needle", 0), ("needle", 1), ("niah", 0), ("niah", 1)]
     answers = [a for e in entries for a in e["answers"]]
     assert len(answers) == (2 * 5 + 2) * 2 * 5  # questions, protocols, settings
     full = [a["score"] for a in answers if a["setting"] == "full"]
     assert np.mean(full) > 0.9
-    by_size = {s: {a["bytes"] for a in answers if a["setting"] == f"snapkv max {s}"} for s in (32, 200)}
+    by_size = {s: {a["bytes"] for a in answers if a["setting"] == f"snapkv {s}"} for s in (32, 200)}
     assert by_size[200] == {b * 200 // 32 for b in by_size[32]}
     table = (tmp_path / "e.md").read_text()
-    assert "query-agnostic" in table and "| headkv max 32 |" in table and (tmp_path / "e_niah.png").stat().st_size > 1000
+    assert "query-agnostic" in table and "| headkv 32 |" in table and (tmp_path / "e_niah.png").stat().st_size > 1000
 
     assert evaluate(*options) == 1
     assert "--resume" in capsys.readouterr().err
@@ -457,16 +457,16 @@ def test_amounts_and_kept_cells_of_the_evaluation(tmp_path: Path) -> None:
     assert evaluate("second-question", "-o", out, "--protocol", "query-aware", *options) == 0
     header, entry = map(json.loads, out.read_bytes().splitlines())
     assert header["keep"] == {"sinks": 2, "protect": [[20, 24]], "surplus": "redistribute"}
-    assert [s["name"] for s in header["settings"]][:4] == ["full", "snapkv max 30", "snapkv max 10%", "snapkv max 500KiB"]
+    assert [s["name"] for s in header["settings"]][:4] == ["full", "snapkv 30", "snapkv 10%", "snapkv 500KiB"]
     n_prompt = entry["answers"][0]["n_prompt"]
     cells = {a["setting"]: a["cells"] for a in entry["answers"]}
     assert cells == {
-        "full": n_prompt, "snapkv max 30": 30, "snapkv max 10%": round(0.1 * n_prompt), "snapkv max 500KiB": 100,
+        "full": n_prompt, "snapkv 30": 30, "snapkv 10%": round(0.1 * n_prompt), "snapkv 500KiB": 100,
         "streaming 30": 30, "streaming 10%": round(0.1 * n_prompt), "streaming 500KiB": 100,
     }  # fmt: skip
     table = out.with_suffix(".md").read_text()
     assert "Under all settings: sinks 2, protected 20:24, surplus redistribute." in table
-    assert f"| snapkv max 30 | 30 | {3000 / n_prompt:.1f} % | 150 | " in table
+    assert f"| snapkv 30 | 30 | {3000 / n_prompt:.1f} % | 150 | " in table
 
 
 def test_interval_covers_the_mean_and_shrinks() -> None:
@@ -498,7 +498,7 @@ def test_beta_is_chosen_stored_and_used(tmp_path: Path, capsys: pytest.CaptureFi
     monkeypatch.setattr(calibrate, "N_EXAMPLES", 4)
     monkeypatch.setattr(calibrate, "BETAS", (1.01, 2.0, 10.0))
     first, second, model = tmp_path / "1.json", tmp_path / "2.json", tmp_path / "m.gguf"
-    options = ["score", "--threads", "1", "--examples", "3", "--max-tokens", "700", "--calibrate", "--kv-size", "24", "64"]
+    options = ["score", "--threads", "1", "--examples", "8", "--max-tokens", "700", "--calibrate", "--kv-size", "24", "64"]
     assert cli.main([*options, "-o", str(first), "--write", str(model), "--force"]) == 0
     printed = capsys.readouterr().out
     content = json.loads(first.read_bytes())
