@@ -118,8 +118,8 @@ void headkv_add_args(const std::function<void(common_arg)> & add_opt) {
         "GGUF with the importance of each head (default: the model)",
         [](common_params &, const std::string & value) { set("--kv-importance").importance = value; }), "LLAMA_ARG_KV_IMPORTANCE");
     add(common_arg({ "--kv-prefill" }, "auto|layer|token",
-        with_default("order in which prompts are read: layer = one layer's full cache is alive at a time, other slots wait meanwhile; "
-            "token = in batches through all layers; auto = layer where no other slot has to wait", PREFILLS[def.params.prefill]),
+        with_default("order in which prompts are read: layer = one layer's full cache is alive at a time; "
+            "token = in batches through all layers; auto = layer where the model and the request allow it, else token", PREFILLS[def.params.prefill]),
         [](common_params &, const std::string & value) { set("--kv-prefill").params.prefill = to_choice(value, PREFILLS); }), "LLAMA_ARG_KV_PREFILL");
     add(common_arg({ "--kv-reuse" }, { "--no-kv-reuse" },
         with_default("continue on the compressed past when a prompt begins with it, instead of reading it again", def.reuse ? "enabled" : "disabled"),
