@@ -134,7 +134,7 @@ def test_what_cannot_be_restored_or_configured_is_an_error(make_model: MakeModel
     llm.read_prompt(tokens(300))
     with pytest.raises(RuntimeError, match="keep_prompt"):
         llm.restore_prompt(100)
-    for options, message in [({"window": 16}, "cannot change"), ({"kv_size": 5000}, "kv_size is 5000"), ({"policy": "x"}, "policy='x'")]:
+    for options, message in [({"window": 16}, "window is 16: the context has room for the queries of the last 8"), ({"n_tail": 4}, "cannot change"), ({"kv_size": 5000}, "kv_size is 5000"), ({"policy": "x"}, "policy='x'")]:
         with pytest.raises(ValueError, match=message):
             llm.configure(**options)
     assert llm.kv_options.kv_size == 48

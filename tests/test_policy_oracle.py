@@ -476,7 +476,7 @@ def test_protected_cells_are_part_of_the_budget_until_they_exceed_it(policy: str
     assert (stats["many"].n_cells >= 150 + WINDOW).all()
     row = shape.head_dim * 2 * 2  # K and V in f16
     for s in stats.values():
-        assert s.bytes_store == (s.n_cells.sum() + 64 * s.n_cells.size) * row
+        assert s.bytes_store == (s.n_cells.sum() + Options.n_tail * s.n_cells.size) * row
 
 
 @ALL_SHAPES

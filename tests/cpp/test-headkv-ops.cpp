@@ -763,7 +763,7 @@ int main(int argc, char ** argv) {
             add_score({ kernel, type, 64, 1, 32, 1000, 63 }); // a query sees none of a chunk but its beginning
             add_score({ kernel, type, 64, 4, 64, 300, 31, HEADKV_POOL_MAX, 0.0f, 8, 2 });
             add_score({ kernel, type, 64, 3, 5, 300, 7, HEADKV_POOL_AVG, 0.0f, 20, 1 });
-            add_score({ kernel, type, 64, 2, 600, 700, 1, HEADKV_POOL_MAX, 30.0f, 1, 3 });
+            add_score({ kernel, type, 64, 2, 40, 90, 1, HEADKV_POOL_MAX, 30.0f, 1, 3 });
         }
     }
     for (int n_prefix : { 1, 2, 31, 257, 5000 }) {
