@@ -131,7 +131,8 @@ class Llama(llama_cpp.Llama):
     prefill_hidden : type of the hidden states between layers, "f32" (exact, the default) or "f16" (half
         the memory of what is left; logits of the random models of the tests change by a
         normalised error below 1e-5)
-    kv_reuse : continue on the compressed past when a prompt starts with it. Off by
+    kv_reuse : continue on the compressed past when a prompt starts with it, and what is new is
+        not longer than it or than ``kv_size``, since every head keeps what is new. Off by
         default: such a prompt is read again, so that the answer is that of a fresh one
     keep_prompt : keep the full cache of the prompt beside the compressed one, so that
         ``restore_prompt`` can go back to it. For evaluations: it costs the memory that
@@ -505,7 +506,7 @@ class Llama(llama_cpp.Llama):
         check_tokens(tokens, n_vocab=self._n_vocab)
         if self.kv_options is not None:
             is_new = signature(llama_cpp.Llama.generate).bind(self, tokens, *args, **kwargs).arguments.get("reset", True)
-            if head or is_new and not self._kv_reuse and not self._is_cached(tokens):
+            if head or is_new and not self._is_cached(tokens) and not (self._kv_reuse and self._is_worth_reusing(tokens)):
                 self.reset()
             if list(tokens[: len(head)]) != head:
                 raise ValueError("protect_system=True: the chat format in use asks more than once, use protect=[(0, n)]")
@@ -516,6 +517,12 @@ class Llama(llama_cpp.Llama):
         finally:
             self._prompt_pending = False
             self._n_protect = 0
+
+    def _is_worth_reusing(self, tokens: Sequence[int]) -> bool:
+        """Whether what comes behind the compressed past is short: every head keeps all of it."""
+        stats, n_past = self._stats(), n_common(self._input_ids, tokens)
+        n_new = len(tokens) - n_past
+        return STATES[stats.state] != "compressed" or n_new <= max(n_past, stats.kv_size)
 
     def _init_sampler(self, *args: Any, grammar: llama_cpp.LlamaGrammar | None = None, **kwargs: Any) -> Any:
         if grammar is None:

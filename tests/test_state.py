@@ -425,3 +425,15 @@ def test_a_state_is_as_small_as_the_cache() -> None:
                 assert sizes["compressed"] < 1.1 * stats.bytes_full / len(prompt) * stats.n_cells.mean()
     print(f"{len(prompt)} tokens: {sizes['full'] / 2**20:.2f} MiB, compressed {sizes['compressed'] / 2**20:.2f} MiB")
     assert sizes["compressed"] * 20 < sizes["full"]
+
+
+def test_a_long_prompt_is_not_kept_whole_behind_a_short_past(make_model: MakeModel) -> None:
+    path, short = make_model(SHAPES[1]), [1, 7, 8]
+    long = [1, *tokens(600, seed=4)[1:]]
+    llm = load(path, kv_size=48, kv_reuse=True)
+    next(llm.generate(short, temp=0.0))
+    next(llm.generate(long, temp=0.0))
+    assert llm.kv_stats().n_prompt == len(long) and llm.kv_stats().n_cells.mean() < 60
+    more = [*long, *tokens(30, seed=5)]
+    next(llm.generate(more, temp=0.0))
+    assert llm.kv_stats().n_prompt == len(long)  # continued
