@@ -630,3 +630,13 @@ def test_a_damaged_beta_in_the_model_is_refused_by_python_and_library(
         load(path, kv_size=48)
     with pytest.raises(ValueError, match=message), _lib.creating(Options(kv_size=48).to_params(None, str(path))):
         pass
+
+
+def test_a_sequence_that_the_context_does_not_have_is_empty(make_model: MakeModel) -> None:
+    import llama_cpp
+
+    llm = load(make_model(SHAPES[1]), kv_size=48)
+    llm.read_prompt(tokens(100))
+    memory = llama_cpp.llama_get_memory(llm.ctx)
+    for look in (llama_cpp.llama_memory_seq_pos_min, llama_cpp.llama_memory_seq_pos_max):
+        assert look(memory, 1) == look(memory, -1) == -1 != look(memory, 0)

@@ -541,7 +541,10 @@ void llama_kv_cache_ragged::seq_div(llama_seq_id seq_id, llama_pos p0, llama_pos
 }
 
 llama_pos llama_kv_cache_ragged::seq_pos_min(llama_seq_id seq_id) const {
-    const seq_t & seq = seqs.at(seq_id);
+    if (seq_id < 0 || (size_t) seq_id >= seqs.size()) {
+        return -1; // nothing of upstream's catches an exception here
+    }
+    const seq_t & seq = seqs[seq_id];
     if (seq.n_pos == 0 || is_reading(seq_id)) {
         return -1;
     }
@@ -550,7 +553,8 @@ llama_pos llama_kv_cache_ragged::seq_pos_min(llama_seq_id seq_id) const {
 }
 
 llama_pos llama_kv_cache_ragged::seq_pos_max(llama_seq_id seq_id) const {
-    return is_reading(seq_id) ? -1 : seqs.at(seq_id).n_pos - 1; // logical, whatever number of cells is left
+    const bool is_known = seq_id >= 0 && (size_t) seq_id < seqs.size();
+    return !is_known || is_reading(seq_id) ? -1 : seqs[seq_id].n_pos - 1; // logical, whatever number of cells is left
 }
 
 //
