@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from . import _lib, embedded_model, gguf_keys
 from .arguments import check_drawing, given
 from .importance import Found, find_importance
-from .options import AUTO, BY_IMPORTANCE, DEFAULT_BETA, POLICIES, PRESETS, MissingFileError, Options, check_int, load_importance
+from .options import AUTO, BY_IMPORTANCE, DEFAULT_BETA, LOSSLESS, POLICIES, PRESETS, MissingFileError, Options, check_int, load_importance
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -265,7 +265,7 @@ def make_plan(
     if n_ctx is None and shape.n_ctx_train < 1:
         raise ValueError(f"{path}: {shape.arch}.context_length is missing: give --n-ctx")
     n_ctx = shape.n_ctx_train if n_ctx is None else check_int("n_ctx", n_ctx, 1, 1 << 30)
-    if options.kv_size > n_ctx and options.policy != "lossless":
+    if options.kv_size > n_ctx and options.policy != LOSSLESS:
         raise ValueError(f"kv_size={options.kv_size} is above n_ctx={n_ctx}: use a smaller kv_size or a larger n_ctx")
     found = _importance(path, source=importance)
     if found is None and options.policy in BY_IMPORTANCE:

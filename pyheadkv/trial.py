@@ -170,9 +170,11 @@ class Trial:
         source = setting.importance or self.llm.model_path
         if setting.policy not in (AUTO, *BY_IMPORTANCE):
             return None
-        if source not in self._loaded:
-            found = None if setting.importance else find_importance(source)
-            self._loaded[source] = load_importance(source, self.llm.model_path) if setting.importance else found and found.importance
+        if source not in self._loaded and setting.importance:
+            self._loaded[source] = load_importance(source, self.llm.model_path)
+        elif source not in self._loaded:
+            found = find_importance(source)
+            self._loaded[source] = found and found.importance
         return self._loaded[source]
 
     def restore(self) -> None:

@@ -7,7 +7,6 @@
 
 #include <algorithm>
 #include <cmath>
-#include <cstring>
 #include <stdexcept>
 
 static int32_t check_range(const char * name, int32_t value, int32_t lo, int32_t hi) {
@@ -70,9 +69,10 @@ headkv_config headkv_config_from_params(const headkv_params & params) {
         cfg.importance.values.assign(params.importance, params.importance + (size_t) params.n_layer*params.n_head);
         headkv_importance_check(cfg.importance);
     }
-    const bool is_auto = strcmp(params.policy ? params.policy : "", "auto") == 0;
+    const std::string name = params.policy ? params.policy : "";
+    const bool is_auto = name == "auto";
     if (!is_auto) {
-        cfg.policy = &headkv_policy_find(params.policy ? params.policy : "");
+        cfg.policy = &headkv_policy_find(name);
     }
     if (cfg.importance.values.empty() && params.importance_gguf && (is_auto || cfg.policy->needs_importance)) {
         cfg.importance = headkv_importance_from_gguf(params.importance_gguf);

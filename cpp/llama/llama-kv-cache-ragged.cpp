@@ -1507,22 +1507,20 @@ void llama_kv_cache_ragged::compress_layer(headkv_store_layer & layer) {
         if (t_mask) {
             note_peak(ggml_backend_buffer_get_size(scratch.buf.get()) + ggml_backend_buffer_get_size(scratch_mask.buf.get()) + c.runner.n_bytes());
         }
-    }
-
-    if (cfg.pool_kernel == 0 && !cfg.policy->score && !cfg.policy->needs_sums && !c.keep_all) {
-        std::vector<float> scores(n_prefix*H);
-        ggml_backend_tensor_get(t_scores, scores.data(), 0, scores.size()*sizeof(float));
-        for (int64_t ih = 0; ih < H; ++ih) {
-            headkv_pool_scores(scores.data() + ih*n_prefix, n_prefix, cfg.pool, headkv_pool_kernel(n_keep[ih]));
+        if (cfg.pool_kernel == 0) {
+            std::vector<float> scores(n_prefix*H);
+            ggml_backend_tensor_get(t_scores, scores.data(), 0, scores.size()*sizeof(float));
+            for (int64_t ih = 0; ih < H; ++ih) {
+                headkv_pool_scores(scores.data() + ih*n_prefix, n_prefix, cfg.pool, headkv_pool_kernel(n_keep[ih]));
+            }
+            ggml_backend_tensor_set(t_scores, scores.data(), 0, scores.size()*sizeof(float));
         }
-        ggml_backend_tensor_set(t_scores, scores.data(), 0, scores.size()*sizeof(float));
     }
 
     const std::vector<float> protect(c.n_protected, HEADKV_PROTECTED);
-    for (const auto & [start, end] : cfg.spans) {
-        const int64_t n_span = std::min<int64_t>(end, n_prefix) - start;
-        for (int64_t ih = 0; ih < H && n_span > 0; ++ih) {
-            ggml_backend_tensor_set(t_scores, protect.data(), ih*t_scores->nb[1] + start*sizeof(float), n_span*sizeof(float));
+    for (const auto & [start, end] : headkv_protected(cfg, n_prefix)) {
+        for (int64_t ih = 0; ih < H; ++ih) {
+            ggml_backend_tensor_set(t_scores, protect.data(), ih*t_scores->nb[1] + start*sizeof(float), (end - start)*sizeof(float));
         }
     }
     if (cfg.policy->refine && !c.keep_all) {
