@@ -5,7 +5,8 @@
     python scripts/compare_kvpress.py --report OUT.md FILE.jsonl ..
 
 Both read one GGUF whose weights were dequantised to float32, llama.cpp with float32 cells, transformers in float32, so
-that nothing but rounding is left between them; with --as-shipped llama.cpp reads MODEL.gguf itself and has f16 cells.
+that only rounding is left between them: float32, and f16 in the flash attention of llama.cpp's prompts, which casts K and V
+whatever their type. With --as-shipped llama.cpp reads MODEL.gguf itself and has f16 cells.
 Both have the same window, average pooling of the same kernel (kvpress has no other), the plain mean over window and GQA
 group, and keep the window.
 
@@ -51,6 +52,7 @@ from pyheadkv.tasks import PROSE, make_task
 KVPRESS_WINDOW, KVPRESS_KERNEL = 64, 5  # of its SnapKVPress when nothing is said
 FLOOR = 0.2  # share of its cells that a head is sure of, the default of both
 N_ROOM = 128  # tokens of the context for answers
+F32_CELLS = {"type_k": 0, "type_v": 0}
 
 Kept = list[NDArray[np.bool_]]  # of each layer: whether a cell of the prefix is kept, (n_head_kv, n_prefix)
 Scores = list[NDArray[np.float64]]  # of each layer: (n_head_kv, n_prefix)
@@ -135,10 +137,10 @@ class Ours:
     """
 
     def __init__(self, path: Path, *, window: int, kernel: int, n_ctx: int, as_shipped: bool = False) -> None:
-        cells = {} if as_shipped else {"type_k": 0, "type_v": 0}  # float32
         self.llm = Llama(
             path, kv_size=n_ctx, policy="snapkv", window=max(window, PRESETS["default"]["window"]), keep_prompt=True,
-            n_ctx=n_ctx, n_threads=1, n_threads_batch=1, verbose=False, **cells,
+            n_ctx=n_ctx, n_threads=1, n_threads_batch=1, verbose=False,
+            **({} if as_shipped else F32_CELLS),
         )  # fmt: skip
         self.how = {"preset": "paper", "window": window, "recent": window, "pool": "avg", "pool_kernel": kernel}
         self.n_layer, self.n_head_kv = self.llm.kv_budget.shape
@@ -396,9 +398,8 @@ def compare_question(ours: Ours, theirs: Theirs, ask: Ask, settings: Sequence[Se
                 cells["n_moved"] = [n_moved(a, b) for a, b in zip(kept[setting], without, strict=True)]
         logits, said = zip(ours.answer(last, ask.n_steps, stop), theirs.answer(setting, last, ask.n_steps, stop), strict=True)
         texts = [ours.llm.detokenize(tokens).decode("utf-8", "replace").strip() for tokens in said]
-        error = float(np.mean((logits[0] - logits[1]) ** 2) / np.mean(logits[1].astype(np.float64) ** 2))
         results.append({
-            "setting": asdict(setting), "cells": cells, "logits_nmse": error, "same_tokens": said[0] == said[1],
+            "setting": asdict(setting), "cells": cells, "logits_nmse": logits_nmse(*logits), "same_tokens": said[0] == said[1],
             "texts": texts, "scores": [ask.grade(text) for text in texts],
         })  # fmt: skip
     return {"kind": ask.kind, "n_prompt": len(prompt), "score_errors": compare_scores(*scores), "results": results}
@@ -443,6 +444,25 @@ def trace_scores(path: Path, ours: Ours, theirs: Theirs, prompt: Sequence[int]) 
         theirs.read(prompt, ())
     found["kvpress, K and V of the attention in f16"] = theirs.scores()
     return {name: compare_scores(scores, exact) for name, scores in found.items()}
+
+
+def logits_nmse(found: NDArray[np.float32], expected: NDArray[np.float32]) -> float:
+    """Mean squared error relative to what is expected."""
+    return float(np.mean((found - expected) ** 2) / np.mean(expected.astype(np.float64) ** 2))
+
+
+@torch.inference_mode()
+def trace_logits(path: Path, model: transformers.PreTrainedModel, prompt: Sequence[int]) -> dict[str, float]:
+    """``logits_nmse`` after a prompt, of the stock cache with float32 cells against transformers."""
+    expected = model(torch.tensor([list(prompt)]), logits_to_keep=1).logits[0, -1].float().numpy()
+    found = {}
+    for name, flash_attn in (("flash attention", True), ("no flash attention", False)):
+        how = {"n_threads": 1, "n_threads_batch": 1, "flash_attn": flash_attn, **F32_CELLS}
+        llm = Llama(path, n_ctx=len(prompt), verbose=False, **how)
+        llm.eval(prompt)
+        found[name] = logits_nmse(llm.last_logits, expected)
+        llm.close()
+    return found
 
 
 # a run
@@ -493,7 +513,9 @@ def run(args: argparse.Namespace) -> None:
             found = [compare_question(ours, theirs, ask, settings, task.stop_tokens) for ask in task.quiz(i)]
             entry = {"task": name, "length": n_tokens, "context": i, "questions": found}
             if args.exact and (i, name, n_tokens) == places[0]:
-                entry["exact"] = trace_scores(path, ours, theirs, task.quiz(i)[0].prompt[:-1])
+                prompt = task.quiz(i)[0].prompt[:-1]
+                entry["exact"] = trace_scores(path, ours, theirs, prompt)
+                entry["logits"] = trace_logits(path, theirs.model, prompt)
             log.append(entry)
 
 
@@ -540,7 +562,7 @@ def write_report(path: Path, files: Sequence[Path], *, command: str, note: str) 
             f"{' --as-shipped' if header['as_shipped'] else ''} -o FILE.jsonl`: sha256 {header['model_sha256'][:16]}, {versions}"
         ]
     lines += ["", ABOUT, "## Kept cells", "", CELLS]
-    cells, moved, errors, traces, answers = [], [], [], [], []
+    cells, moved, errors, traces, logits, answers = [], [], [], [], [], []
     for header, entries in runs:
         name, questions = name_of(header), [question for e in entries for question in e["questions"]]
         cells += rows_of_cells(name, questions)
@@ -548,6 +570,7 @@ def write_report(path: Path, files: Sequence[Path], *, command: str, note: str) 
         pairs = np.array([question["score_errors"] for question in questions])
         errors.append([name, str(len(pairs)), f"{np.median(pairs[:, 0]):.1e}", f"{pairs[:, 1].max():.1e}"])
         traces += [[name, side, f"{a:.1e}", f"{b:.1e}"] for e in entries for side, (a, b) in e.get("exact", {}).items()]
+        logits += [[name, *(f"{x:.1e}" for x in e["logits"].values())] for e in entries if "logits" in e]
         answers += rows_of_answers(name, entries)
     lines += table(("model", "setting", "cells", "heads with the same cells", "cells in common", "largest gap",
                     "cells of a head, largest difference", "not by our own scores"), cells)  # fmt: skip
@@ -558,6 +581,9 @@ def write_report(path: Path, files: Sequence[Path], *, command: str, note: str) 
     if traces:
         lines += ["The same against a forward pass in float64 (`pyheadkv.reference`), the first prompt alone:", ""]
         lines += table(("model", "scores", "median", "largest"), traces)
+    if logits:
+        lines += ["Logits after such a prompt, the stock cache with float32 cells against transformers, NMSE:", ""]
+        lines += table(("model", "flash attention", "no flash attention"), logits)
     lines += ["## Answers", "", ANSWERS]
     lines += table(("model", "task", "setting", "cells", "pyheadkv", "kvpress", "same tokens", "logit NMSE, median", "largest"), answers)
     lines += [note, ""] if note else []
@@ -636,7 +662,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--kernel", type=int, default=5, metavar="N", help="of the average pooling (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="(default: %(default)s)")
     parser.add_argument("--as-shipped", action="store_true", help="llama.cpp reads MODEL.gguf itself, and has f16 cells")
-    parser.add_argument("--exact", action="store_true", help="compare the scores of the first prompt with a float64 pass too")
+    parser.add_argument("--exact", action="store_true", help="trace what is left of the first prompt: float64, flash attention")
     parser.add_argument("--resume", action="store_true", help="go on with FILE.jsonl")
     parser.add_argument("--report", type=Path, nargs="+", metavar=("OUT.md", "FILE.jsonl"), help="only write the tables")
     parser.add_argument("--note", default="", metavar="TEXT", help="what stands below them")

@@ -155,6 +155,8 @@ def test_scores_differ_by_the_rounding_of_the_attention(script: ModuleType, make
     mine, exact, rounded = (median for median, _ in found.values())
     assert exact < 1e-5 < rounded and 0.2 < mine / rounded < 5
     assert theirs.model.config._attn_implementation == "sdpa"
+    logits = script.trace_logits(path, theirs.model, PROMPT)
+    assert logits["no flash attention"] < 1e-9 < logits["flash attention"]
 
 
 def test_report_has_what_was_measured(script: ModuleType, make_model: Callable[..., Path], tmp_path: Path) -> None:
@@ -164,11 +166,12 @@ def test_report_has_what_was_measured(script: ModuleType, make_model: Callable[.
     found = script.compare_question(ours, theirs, ask(), script.make_settings([40]), frozenset())
     header = {"model": path.name, "model_sha256": "a" * 64, "as_shipped": False, "ask": "random:200", "kv_size": "40", "window": WINDOW}
     header |= {"kernel": KERNEL, "seed": 0, "versions": {"kvpress": "1"}}
-    entry = {"task": "random", "length": 200, "context": 0, "questions": [found], "exact": {"pyheadkv": [1e-4, 1e-2]}}
+    entry = {"task": "random", "length": 200, "context": 0, "questions": [found], "exact": {"pyheadkv": [1e-4, 1e-2]}, "logits": {"a": 3e-5, "b": 4e-5}}
     file.write_text(f"{json.dumps(header)}\n{json.dumps(entry)}\n")
     assert script.main(["--report", str(out), str(file), "--note", "End."]) == 0
     text = out.read_text()
     assert str(tmp_path) not in text and text.rstrip().endswith("End.") and "| pyheadkv | 1.0e-04 | 1.0e-02 |" in text
+    assert f"| {path.stem} | 3.0e-05 | 4.0e-05 |" in text
     cells = found["results"][1]["cells"]
     assert f"| snapkv | 40 | {100 * cells['n_heads_same'] / cells['n_heads']:.2f} % |" in text
     assert f"{100 * cells['n_cells_same'] / cells['n_cells']:.3f} %" in text
