@@ -2,7 +2,7 @@
 """Compare the cells that pyheadkv keeps, and the answers they give, with those of NVIDIA's kvpress on the same weights.
 
     python scripts/compare_kvpress.py MODEL.gguf -o FILE.jsonl --ask passkey:1024,ruler-keys:1024 --contexts 16
-    python scripts/compare_kvpress.py --report OUT.md FILE.jsonl ..
+    python scripts/compare_kvpress.py --report OUT.md FILE.jsonl .. --traces FILE.jsonl ..
 
 Both read one GGUF whose weights were dequantised to float32, llama.cpp with float32 cells, transformers in float32, so
 that only rounding is left between them: float32, and f16 in the flash attention of llama.cpp's prompts, which casts K and V
@@ -549,45 +549,57 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     return [row(list(header)), row(["---"] * len(header)), *(row(list(cells)) for cells in rows), ""]
 
 
-def write_report(path: Path, files: Sequence[Path], *, command: str, note: str) -> None:
-    """Tables of kept cells and of answers as Markdown."""
-    runs = [journal.read_lines(file)[:2] for file in files]
+def write_report(path: Path, files: Sequence[Path], traces: Sequence[Path], *, command: str, note: str) -> None:
+    """Tables of kept cells and of answers as Markdown, and what ``--exact`` found in the runs ``traces``."""
+    runs, traced = ([journal.read_lines(file)[:2] for file in some] for some in (files, traces))
     lines = ["# The same cells as kvpress?", "", f"`{command}`, each file by:", ""]
-    for header, entries in runs:
-        n = 1 + max(e["context"] for e in entries)
-        versions = ", ".join(f"{name} {value}" for name, value in header["versions"].items() if value)
-        lines += [
-            f"- `python scripts/compare_kvpress.py {header['model']} --ask {header['ask']} --contexts {n} --kv-size "
-            f"{header['kv_size']} --window {header['window']} --kernel {header['kernel']} --seed {header['seed']}"
-            f"{' --as-shipped' if header['as_shipped'] else ''} -o FILE.jsonl`: sha256 {header['model_sha256'][:16]}, {versions}"
-        ]
+    lines += [f"- {made_by(header, entries)}" for header, entries in [*runs, *traced]]
     lines += ["", ABOUT, "## Kept cells", "", CELLS]
-    cells, moved, errors, traces, logits, answers = [], [], [], [], [], []
+    cells, moved, errors, answers = [], [], [], []
     for header, entries in runs:
-        name, questions = name_of(header), [question for e in entries for question in e["questions"]]
-        cells += rows_of_cells(name, questions)
-        moved += rows_of_moves(name, questions)
+        about, questions = [name_of(header), header["ask"]], [question for e in entries for question in e["questions"]]
+        cells += [[*about, *rest] for rest in rows_of_cells(questions)]
+        moved += [[*about, *rest] for rest in rows_of_moves(questions)]
         pairs = np.array([question["score_errors"] for question in questions])
-        errors.append([name, str(len(pairs)), f"{np.median(pairs[:, 0]):.1e}", f"{pairs[:, 1].max():.1e}"])
-        traces += [[name, side, f"{a:.1e}", f"{b:.1e}"] for e in entries for side, (a, b) in e.get("exact", {}).items()]
-        logits += [[name, *(f"{x:.1e}" for x in e["logits"].values())] for e in entries if "logits" in e]
-        answers += rows_of_answers(name, entries)
-    lines += table(("model", "setting", "cells", "heads with the same cells", "cells in common", "largest gap",
+        errors.append([*about, str(len(pairs)), f"{np.median(pairs[:, 0]):.1e}", f"{pairs[:, 1].max():.1e}"])
+        answers += rows_of_answers(name_of(header), entries)
+    lines += table(("model", "asked", "setting", "cells", "heads with the same cells", "cells in common", "largest gap",
                     "cells of a head, largest difference", "not by our own scores"), cells)  # fmt: skip
-    lines += ["What the floor of 0.2 changes on each side, in cells against its own floor 0:", ""]
-    lines += table(("model", "cells", "pyheadkv", "kvpress"), moved)
+    lines += [f"What the floor of {FLOOR} changes on each side, in cells against its own floor 0:", ""]
+    lines += table(("model", "asked", "cells", "pyheadkv", "kvpress"), moved)
     lines += ["Scores of all cells before the window, difference as a share of kvpress':", ""]
-    lines += table(("model", "prompts", "median", "largest"), errors)
-    if traces:
-        lines += ["The same against a forward pass in float64 (`pyheadkv.reference`), the first prompt alone:", ""]
-        lines += table(("model", "scores", "median", "largest"), traces)
-    if logits:
-        lines += ["Logits after such a prompt, the stock cache with float32 cells against transformers, NMSE:", ""]
-        lines += table(("model", "flash attention", "no flash attention"), logits)
+    lines += table(("model", "asked", "prompts", "median", "largest"), errors)
+    if traced:
+        lines += rows_of_traces(traced)
     lines += ["## Answers", "", ANSWERS]
     lines += table(("model", "task", "setting", "cells", "pyheadkv", "kvpress", "same tokens", "logit NMSE, median", "largest"), answers)
     lines += [note, ""] if note else []
     gguf_keys.replace_file(path, lambda file: file.write("\n".join(lines).encode()))
+
+
+def made_by(header: dict[str, Any], entries: Sequence[dict[str, Any]]) -> str:
+    """Command, model and versions of a run."""
+    n = 1 + max(e["context"] for e in entries)
+    versions = ", ".join(f"{name} {value}" for name, value in header["versions"].items() if value)
+    flags = " --as-shipped" * header["as_shipped"] + " --exact" * any("exact" in e for e in entries)
+    return (
+        f"`python scripts/compare_kvpress.py {header['model']} --ask {header['ask']} --contexts {n} --kv-size {header['kv_size']} "
+        f"--window {header['window']} --kernel {header['kernel']} --seed {header['seed']}{flags} -o FILE.jsonl`: sha256 "
+        f"{header['model_sha256'][:16]}, {versions}"
+    )
+
+
+def rows_of_traces(runs: Sequence[tuple[dict[str, Any], Sequence[dict[str, Any]]]]) -> list[str]:
+    """What ``trace_scores`` and ``trace_logits`` found, two tables."""
+    found = [(name_of(header), e) for header, entries in runs for e in entries if "exact" in e]
+    scores = [[name, side, f"{a:.1e}", f"{b:.1e}"] for name, e in found for side, (a, b) in e["exact"].items()]
+    logits = [[name, *(f"{x:.1e}" for x in e["logits"].values())] for name, e in found]
+    return [
+        "The same against a forward pass in float64 (`pyheadkv.reference`), the first prompt alone:", "",
+        *table(("model", "scores", "median", "largest"), scores),
+        "Logits after this prompt, the stock cache with float32 cells against transformers, NMSE:", "",
+        *table(("model", "flash attention", "no flash attention"), logits),
+    ]  # fmt: skip
 
 
 def name_of(header: dict[str, Any]) -> str:
@@ -603,7 +615,7 @@ def results_of(questions: Sequence[dict[str, Any]]) -> dict[Setting, list[dict[s
     return out
 
 
-def rows_of_cells(name: str, questions: Sequence[dict[str, Any]]) -> list[list[str]]:
+def rows_of_cells(questions: Sequence[dict[str, Any]]) -> list[list[str]]:
     rows = []
     for setting, results in results_of(questions).items():
         found = [result["cells"] for result in results if result["cells"]]
@@ -612,20 +624,20 @@ def rows_of_cells(name: str, questions: Sequence[dict[str, Any]]) -> list[list[s
             total = {key: sum(one[key] for one in found) for key in names}
             same = setting.floor == 0
             rows.append([
-                name, setting.name, str(setting.kv_size), percent(total["n_heads_same"], total["n_heads"]),
+                setting.name, str(setting.kv_size), percent(total["n_heads_same"], total["n_heads"]),
                 percent(total["n_cells_same"], total["n_cells"], digits=3), f"{max(o['gap'] for o in found):.1e}" if same else "",
                 str(max(o["counts_apart"] for o in found)), f"{total['n_unlike']} of {total['n_cells']}" if same else "",
             ])  # fmt: skip
     return rows
 
 
-def rows_of_moves(name: str, questions: Sequence[dict[str, Any]]) -> list[list[str]]:
+def rows_of_moves(questions: Sequence[dict[str, Any]]) -> list[list[str]]:
     rows = []
     for setting, results in results_of(questions).items():
         if setting.floor:
             n_all = sum(result["cells"]["n_cells"] for result in results)
             sums = np.sum([result["cells"]["n_moved"] for result in results], axis=0).tolist()
-            rows.append([name, str(setting.kv_size), *(f"{n} of {n_all}" for n in sums)])
+            rows.append([str(setting.kv_size), *(f"{n} of {n_all}" for n in sums)])
     return rows
 
 
@@ -665,6 +677,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--exact", action="store_true", help="trace what is left of the first prompt: float64, flash attention")
     parser.add_argument("--resume", action="store_true", help="go on with FILE.jsonl")
     parser.add_argument("--report", type=Path, nargs="+", metavar=("OUT.md", "FILE.jsonl"), help="only write the tables")
+    parser.add_argument("--traces", type=Path, nargs="+", default=[], metavar="FILE.jsonl", help="runs with --exact, of which only that")
     parser.add_argument("--note", default="", metavar="TEXT", help="what stands below them")
     args = parser.parse_args(argv)
     if args.report is not None and len(args.report) < 2:
@@ -687,7 +700,9 @@ def main(argv: list[str] | None = None) -> int:
         else:
             out, *files = args.report
             names = " ".join(file.name for file in (out, *files))
-            write_report(out, files, command=f"python scripts/compare_kvpress.py --report {names}", note=args.note)
+            names += " --traces " * bool(args.traces) + " ".join(file.name for file in args.traces)
+            command = f"python scripts/compare_kvpress.py --report {names}"
+            write_report(out, files, args.traces, command=command, note=args.note)
     except (ValueError, OSError, RuntimeError) as error:
         print(f"error: {error}".replace("\n", " "), file=sys.stderr)
         return 1

@@ -168,15 +168,15 @@ def test_report_has_what_was_measured(script: ModuleType, make_model: Callable[.
     header |= {"kernel": KERNEL, "seed": 0, "versions": {"kvpress": "1"}}
     entry = {"task": "random", "length": 200, "context": 0, "questions": [found], "exact": {"pyheadkv": [1e-4, 1e-2]}, "logits": {"a": 3e-5, "b": 4e-5}}
     file.write_text(f"{json.dumps(header)}\n{json.dumps(entry)}\n")
-    assert script.main(["--report", str(out), str(file), "--note", "End."]) == 0
+    assert script.main(["--report", str(out), str(file), "--traces", str(file), "--note", "End."]) == 0
     text = out.read_text()
     assert str(tmp_path) not in text and text.rstrip().endswith("End.") and "| pyheadkv | 1.0e-04 | 1.0e-02 |" in text
     assert f"| {path.stem} | 3.0e-05 | 4.0e-05 |" in text
     cells = found["results"][1]["cells"]
-    assert f"| snapkv | 40 | {100 * cells['n_heads_same'] / cells['n_heads']:.2f} % |" in text
+    assert f"| random:200 | snapkv | 40 | {100 * cells['n_heads_same'] / cells['n_heads']:.2f} % |" in text
     assert f"{100 * cells['n_cells_same'] / cells['n_cells']:.3f} %" in text
     moved = found["results"][3]["cells"]["n_moved"]
-    assert f"| 40 | {moved[0]} of {cells['n_cells']} | {moved[1]} of {cells['n_cells']} |" in text
+    assert f"| random:200 | 40 | {moved[0]} of {cells['n_cells']} | {moved[1]} of {cells['n_cells']} |" in text
 
 
 def test_kvpress_guarantees_nothing_within_the_window(script: ModuleType, make_model: Callable[..., Path]) -> None:
