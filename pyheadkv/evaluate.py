@@ -35,11 +35,12 @@ from .llama import Llama, cells_in
 from .options import AUTO, BY_ALL_TOKENS, BY_IMPORTANCE, FULL, POLICIES, POOLS, PRESETS, UNPOOLED, Options, check_choice, check_int, parse_bytes
 from .quiz import Ask, TaskOptions, Turn
 from .tasks import TASKS, make_task
-from .trial import Held, Setting, Trial
+from .trial import Copy, Held, Setting, Trial
 
 PROTOCOLS = ("query-aware", "query-agnostic")
 KV_SIZES = "32,64,128"
 RECENT = Options(kv_size=64).recent
+MAX_COPIES = 32  # of a prompt at a time; each has window queries in the memory of the context
 N_ROOM = 512  # tokens of the context for follow-up questions and answers
 
 
@@ -79,14 +80,15 @@ class Worker:
 
     def trial(self, setting: Setting) -> Trial:
         """Where prompts are read for a setting."""
-        policy = setting.policy if setting.policy in BY_ALL_TOKENS else ""
+        policy = self._reads(setting)
         if policy not in self.trials:
             job = self.job
             self.trials[policy] = Trial(Llama(
                 job.model,
                 kv_size=64,
                 policy=policy or "snapkv",
-                keep_prompt=True,
+                prefill="token",
+                n_seq_max=1 + min(MAX_COPIES, len(job.settings)),
                 n_ctx=round_n_ctx(max(task.n_tokens + max(N_ROOM, n_answer(task)) for task in job.tasks)),
                 n_threads=job.n_threads,
                 n_threads_batch=job.n_threads,
@@ -95,6 +97,11 @@ class Worker:
                 **job.keep,
             ))  # fmt: skip
         return self.trials[policy]
+
+    @staticmethod
+    def _reads(setting: Setting) -> str:
+        """The policy that a prompt has to be read with, "" = any."""
+        return setting.policy if setting.policy in BY_ALL_TOKENS else ""
 
     def run(self, i_task: int, i_quiz: int) -> dict[str, Any]:
         """All answers about one context: one line of the output."""
@@ -115,32 +122,46 @@ class Worker:
 
     def _aware(self, asks: Sequence[Ask], stop: frozenset[int]) -> Iterator[Answer]:
         for i_ask, ask in enumerate(asks):
-            rest = (ask.prompt[-1], *ask.more)
-            for setting in self.job.settings:
-                trial = self.trial(setting)
-                held = trial.compress(setting, ask.prompt)
-                trial.go_on(len(ask.prompt) - 1, rest)
-                yield from self._answers(i_ask, ask, rest[-1], setting, held, stop)
-
-    def _answers(self, i_ask: int, ask: Ask, last: int, setting: Setting, held: Held, stop: frozenset[int]) -> Iterator[Answer]:
-        """To a question and to those that follow it in the same chat."""
-        number = i_ask * (1 + len(ask.turns))
-        trial = self.trial(setting)
-        said = trial.generate(last, ask.n_steps, stop=stop)
-        yield Answer(number, ask, trial.llm.n_tokens, setting, held, said)
-        for k, turn in enumerate(ask.turns, start=1):
-            trial.say(turn.prompt)
-            said = trial.generate(turn.prompt[-1], turn.n_steps, stop=stop)
-            yield Answer(number + k, turn, trial.llm.n_tokens, setting, held, said)
+            for trial, copies in self._copies(ask.prompt):
+                yield from self._answers(trial, copies, i_ask, ask, len(ask.prompt) - 1, (ask.prompt[-1], *ask.more), stop)
 
     def _agnostic(self, asks: Sequence[Ask], stop: frozenset[int]) -> Iterator[Answer]:
+        by_context: dict[tuple[int, ...], list[tuple[int, Ask]]] = {}
+        for i_ask, ask in enumerate(asks):
+            by_context.setdefault(ask.prompt[: ask.n_context], []).append((i_ask, ask))
+        for context, some in by_context.items():
+            for trial, copies in self._copies(context):
+                for i_ask, ask in some:
+                    rest = (*ask.prompt[ask.n_context :], *ask.more)
+                    yield from self._answers(trial, copies, i_ask, ask, ask.n_context, rest, stop)
+
+    def _copies(self, prompt: Sequence[int]) -> Iterator[tuple[Trial, list[Copy]]]:
+        """The prompt under all settings, as many at a time as a context takes."""
+        groups: dict[str, list[Setting]] = {}
         for setting in self.job.settings:
-            for i_ask, ask in enumerate(asks):
-                if i_ask == 0 or ask.prompt[: ask.n_context] != asks[i_ask - 1].prompt[: ask.n_context]:
-                    held = self.trial(setting).compress(setting, ask.prompt[: ask.n_context])
-                rest = (*ask.prompt[ask.n_context :], *ask.more)
-                self.trial(setting).go_on(ask.n_context, rest)
-                yield from self._answers(i_ask, ask, rest[-1], setting, held, stop)
+            groups.setdefault(self._reads(setting), []).append(setting)
+        for settings in groups.values():
+            trial = self.trial(settings[0])
+            for i in range(0, len(settings), trial.n_copies):
+                copies = [trial.compress(setting, prompt) for setting in settings[i : i + trial.n_copies]]
+                yield trial, copies
+                trial.drop(copies)
+
+    def _answers(
+        self, trial: Trial, copies: Sequence[Copy], i_ask: int, ask: Ask, n: int, rest: Sequence[int], stop: frozenset[int]
+    ) -> Iterator[Answer]:
+        """To a question and to those that follow it in the same chat: ``rest`` comes after the first n tokens of the prompt."""
+        number = i_ask * (1 + len(ask.turns))
+        trial.go_on(copies, n, rest)
+        said = trial.generate(copies, rest[-1], ask.n_steps, stop=stop)
+        yield from (Answer(number, ask, copy.n_tokens, copy.setting, copy.held, tokens) for copy, tokens in zip(copies, said, strict=True))
+        n_steps = ask.n_steps
+        for k, turn in enumerate(ask.turns, start=1):
+            # of an answer that was not stopped, the last token is not read yet
+            trial.say(copies, [[*tokens[n_steps - 1 :], *turn.prompt[:-1]] for tokens in said])
+            said = trial.generate(copies, turn.prompt[-1], turn.n_steps, stop=stop)
+            n_steps = turn.n_steps
+            yield from (Answer(number + k, turn, c.n_tokens, c.setting, c.held, tokens) for c, tokens in zip(copies, said, strict=True))
 
 
 _worker: Worker | None = None  # of this process

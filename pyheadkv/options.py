@@ -237,7 +237,6 @@ class Options:
     n_buckets: int = 1
     prefill: str = "auto"
     prefill_hidden: str = "f32"
-    keep_prompt: bool = False
     sinks: int | None = None
     protect: Sequence[tuple[int, int]] = ()
     surplus: str = "lost"
@@ -276,9 +275,6 @@ class Options:
         check_bool("adakv_normalize", self.adakv_normalize)
         if self.adakv_floor is not None:
             check_share("adakv_floor", self.adakv_floor)
-        if self.keep_prompt and self.prefill == "layer":
-            raise ValueError("keep_prompt=True, prefill='layer': a prompt that is read layer by layer is never held as a whole, "
-                             "use prefill='auto'")
 
     def to_params(self, importance: Importance | None, model_path: str | None) -> _lib.Params:
         """The C struct. It refers to the values of ``importance``, which must outlive it."""
@@ -296,7 +292,6 @@ class Options:
         params.n_buckets = self.n_buckets
         params.prefill = PREFILLS[self.prefill]
         params.hidden_f16 = self.prefill_hidden == "f16"
-        params.keep_prompt = self.keep_prompt
         params.sinks = -1 if self.sinks is None else self.sinks
         bounds = [position for span in self.protect for position in span]
         params.protect = (ctypes.c_int32 * len(bounds))(*bounds)  # kept alive by params

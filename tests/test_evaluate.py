@@ -26,7 +26,7 @@ from pyheadkv import evaluate as evaluation
 from pyheadkv.journal import Journal
 from pyheadkv.quiz import TaskOptions
 from pyheadkv.tasks import make_task
-from pyheadkv.trial import Setting, Trial
+from pyheadkv.trial import Copy, Held, Setting, Trial
 
 MakeModel = Callable[..., Path]
 SHAPE = SHAPES[1]
@@ -38,17 +38,21 @@ embedded = pytest.mark.skipif(not pyheadkv.embedded_model().is_file(), reason="t
 # trials
 
 
-def positions(llm: Any) -> set[tuple[int, int, int]]:
+def positions(llm: Any, seq_id: int = 0) -> set[tuple[int, int, int]]:
     """(layer, KV head, position) of every kept cell."""
     heads = ((il, ih) for il in range(SHAPE.n_layer) for ih in range(SHAPE.n_head_kv))
-    return {(il, ih, pos) for il, ih in heads for pos in llm.kv_positions(il, ih).tolist()}
+    return {(il, ih, pos) for il, ih in heads for pos in llm.kv_positions(il, ih, seq_id).tolist()}
+
+
+def open_trial(path: Path, *, n_copies: int, policy: str = "snapkv", **options: Any) -> Trial:
+    return Trial(load(path, kv_size=64, preset="default", policy=policy, prefill="token", n_seq_max=1 + n_copies, **options))
 
 
 def fresh(path: Path, setting: Setting, prompt: list[int], rest: list[int]) -> tuple[npt.NDArray[np.float32], set[tuple[int, int, int]]]:
     """Logits and kept cells after ``rest``, in a context of its own; the last token of the prompt is read again if it is in ``rest``."""
     policy = "snapkv" if setting.policy == "full" else setting.policy
     options: dict[str, Any] = {"beta": setting.beta or None, "preset": setting.preset or "default"} | ({"pool": setting.pool} if setting.pool else {})
-    llm = load(path, kv_size=setting.kv_size or 1024, policy=policy, keep_prompt=True, **options)
+    llm = load(path, kv_size=setting.kv_size or 1024, policy=policy, **options)
     llm.read_prompt(prompt)
     if rest[0] == prompt[-1]:
         llm._ctx.kv_cache_seq_rm(0, len(prompt) - 1, -1)
@@ -67,37 +71,47 @@ def test_a_trial_gives_what_fresh_contexts_give(policy: str, settings: list[Sett
     """
     path, shared = make_model(SHAPE), tokens(256, seed=3)
     prompts = [[*shared, *tokens(n, seed=n)] for n in (30, 3, 64)] + [shared[:200], tokens(90, seed=8)]
-    trial = Trial(load(path, kv_size=64, preset="default", policy=policy, keep_prompt=True, n_ubatch=512))
+    trial = open_trial(path, n_copies=len(settings), policy=policy, n_ubatch=512)
     for prompt in prompts:
-        for setting in settings:
-            trial.compress(setting, prompt)
-            for rest in ([prompt[-1], 5, 6], [prompt[-1], 9]):
-                trial.go_on(len(prompt) - 1, rest)
-                trial.generate(rest[-1], 1)
-                expected, cells = fresh(path, setting, prompt, rest)
-                found = positions(trial.llm)
+        copies = [trial.compress(setting, prompt) for setting in settings]
+        for rest in ([prompt[-1], 5, 6], [prompt[-1], 9]):
+            trial.go_on(copies, len(prompt) - 1, rest)
+            (last,) = trial.follow(copies, rest[-1:])
+            for copy, row in zip(copies, last, strict=True):
+                expected, cells = fresh(path, copy.setting, prompt, rest)
+                found = positions(trial.llm, copy.seq_id)
                 assert len(found) == len(cells) and len(found & cells) >= 0.99 * len(cells)
-                assert nmse(logits(trial.llm), expected) < (1e-5 if found == cells else 1e-2)
+                assert nmse(row[0], expected) < (1e-5 if found == cells else 1e-2)
+        trial.drop(copies)
+        assert trial.llm.kv_stats().bytes_store == 0
 
 
 def test_bytes_of_a_trial_are_those_of_the_kept_cells(make_model: MakeModel) -> None:
-    trial = Trial(load(make_model(SHAPE), kv_size=64, preset="default", policy="snapkv", keep_prompt=True))
+    trial = open_trial(make_model(SHAPE), n_copies=2)
     cell = 2 * 2 * SHAPE.head_dim  # K and V, f16
     n_heads = SHAPE.n_layer * SHAPE.n_head_kv
-    held = trial.compress(Setting("snapkv", 24), tokens(100))
-    assert (held.n_prompt, held.per_head, held.cells) == (100, 24, 24 * n_heads * cell)
-    assert held.store == trial.llm.kv_stats().bytes_store > held.cells
-    assert trial.compress(Setting("snapkv", kv_ratio=0.3), tokens(100)).per_head == 30
-    assert trial.compress(Setting("snapkv", kv_ratio=0.01), tokens(100)).per_head == 9  # the window and one more
-    assert trial.compress(Setting(), tokens(100)).cells == 100 * n_heads * cell
+
+    def held(setting: Setting) -> Held:
+        copy = trial.compress(setting, tokens(100))
+        trial.drop([copy])
+        return copy.held
+
+    alone = held(Setting("snapkv", 24))
+    assert (alone.n_prompt, alone.per_head, alone.cells) == (100, 24, 24 * n_heads * cell)
+    beside = trial.compress(Setting("snapkv", 48), tokens(100))
+    assert trial.llm.kv_stats().bytes_store == beside.held.store > alone.store > alone.cells
+    assert held(Setting("snapkv", 24)) == alone
+    assert held(Setting("snapkv", kv_ratio=0.3)).per_head == 30
+    assert held(Setting("snapkv", kv_ratio=0.01)).per_head == 9  # the window and one more
+    assert held(Setting()).cells == 100 * n_heads * cell
 
 
 def test_surprise_is_the_mean_negative_log_likelihood(make_model: MakeModel) -> None:
-    trial = Trial(load(make_model(SHAPE), kv_size=64, preset="default", policy="snapkv", keep_prompt=True))
+    trial = open_trial(make_model(SHAPE), n_copies=2)
     prompt, answer = tokens(50), [3, 4, 5]
-    trial.compress(Setting(), prompt)
-    trial.go_on(49, prompt[49:])
-    found = trial.surprise(prompt[-1], answer)
+    copies = [trial.compress(Setting(), prompt), trial.compress(Setting("snapkv", 9), prompt)]
+    trial.go_on(copies, 49, prompt[49:])
+    found = trial.surprise(copies, prompt[-1], answer)
     llm = load(make_model(SHAPE), kv_size=None)
     expected, seen = [], list(prompt)
     for token in answer:
@@ -106,12 +120,51 @@ def test_surprise_is_the_mean_negative_log_likelihood(make_model: MakeModel) -> 
         row = logits(llm).astype(np.float64)
         expected.append(np.log(np.exp(row - row.max()).sum()) - (row[token] - row.max()))
         seen.append(token)
-    assert found == pytest.approx(np.mean(expected), rel=1e-3)
+    assert found[0] == pytest.approx(np.mean(expected), rel=1e-3)
+    assert found[1] != pytest.approx(found[0], rel=1e-3)
 
 
-def test_a_trial_needs_a_kept_prompt(make_model: MakeModel) -> None:
-    with pytest.raises(ValueError, match="keep_prompt"):
-        Trial(load(make_model(SHAPE), kv_size=64))
+@pytest.mark.parametrize("n_vocab", [1 << 24, 1])
+def test_follow_gives_the_same_in_pieces(n_vocab: int, make_model: MakeModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many logits are asked for at a time: one token, or all."""
+    trial = open_trial(make_model(SHAPE), n_copies=2)
+    copies = [trial.compress(Setting(), tokens(50)), trial.compress(Setting("snapkv", 9), tokens(50))]
+    trial.go_on(copies, 49, [1])
+    (whole,) = trial.follow(copies, range(20, 40))
+    trial.go_on(copies, 49, [1])
+    monkeypatch.setattr(Trial, "N_LOGITS", n_vocab)
+    pieces = list(trial.follow(copies, range(20, 40)))
+    assert len(pieces) == (20 if n_vocab == 1 else 1)
+    assert nmse(np.concatenate(pieces, axis=1), whole) < 1e-5
+
+
+def test_a_batch_answers_as_one_copy_after_the_other(make_model: MakeModel) -> None:
+    trial = open_trial(make_model(SHAPE), n_copies=3)
+    settings, prompt = [Setting(), Setting("snapkv", 12), Setting("streaming", 20)], tokens(200)
+    copies = [trial.compress(setting, prompt) for setting in settings]
+    trial.go_on(copies, 199, prompt[-1:])
+    said = trial.generate(copies, prompt[-1], 12)
+    stop = frozenset({said[1][4]})
+    trial.go_on(copies, 199, prompt[-1:])
+    stopped = trial.generate(copies, prompt[-1], 12, stop=stop)
+    assert stopped == [list(takewhile(lambda t: t not in stop, row)) for row in said]
+    trial.drop(copies)
+    assert len({tuple(row) for row in said}) == 3
+    for setting, row in zip(settings, said, strict=True):
+        copy = trial.compress(setting, prompt)
+        trial.go_on([copy], 199, prompt[-1:])
+        assert trial.generate([copy], prompt[-1], 12) == [row]
+        trial.drop([copy])
+
+
+def test_a_trial_needs_room_for_copies(make_model: MakeModel) -> None:
+    for options in ({}, {"n_seq_max": 2}, {"prefill": "token"}):
+        with pytest.raises(ValueError, match="prefill='token', n_seq_max=2 or more"):
+            Trial(load(make_model(SHAPE), kv_size=64, **options))
+    trial = open_trial(make_model(SHAPE), n_copies=1)
+    trial.compress(Setting(), tokens(30))
+    with pytest.raises(RuntimeError, match="1 copies are held"):
+        trial.compress(Setting(), tokens(30))
 
 
 # tasks
@@ -336,10 +389,10 @@ def test_turns_are_asked_on_what_is_left(monkeypatch: pytest.MonkeyPatch) -> Non
     seen: list[tuple[int, int, int]] = []
     generate = Trial.generate
 
-    def spy(trial: Trial, *args: Any, **kwargs: Any) -> list[int]:
-        out = generate(trial, *args, **kwargs)
-        stats = trial.llm.kv_stats()
-        seen.append((stats.n_prompt, stats.n_past, int(stats.n_cells.max())))
+    def spy(trial: Trial, copies: list[Copy], *args: Any, **kwargs: Any) -> list[list[int]]:
+        out = generate(trial, copies, *args, **kwargs)
+        for stats in (trial.llm.kv_stats(copy.seq_id) for copy in copies):
+            seen.append((stats.n_prompt, stats.n_past, int(stats.n_cells.max())))
         return out
 
     monkeypatch.setattr(Trial, "generate", spy)
@@ -347,7 +400,7 @@ def test_turns_are_asked_on_what_is_left(monkeypatch: pytest.MonkeyPatch) -> Non
     assert len(answers) == len(seen) == 2 * 2 * tasks.N_TURNS
     (ask,) = worker.tasks[0].quiz(3)
     for i, (answer, (n_prompt, n_past, n_cells)) in enumerate(zip(answers, seen, strict=True)):
-        turn = i % tasks.N_TURNS
+        turn = i // 2 % tasks.N_TURNS  # both settings, then the next one
         assert answer["ask"] == turn and answer["kind"] == f"turn {turn + 1}" and answer["n_tokens"] == n_past
         aware = answer["protocol"] == "query-aware"
         assert answer["n_prompt"] == (len(ask.prompt) if aware else ask.n_context)
@@ -355,7 +408,7 @@ def test_turns_are_asked_on_what_is_left(monkeypatch: pytest.MonkeyPatch) -> Non
         kept = answer["n_prompt"] if answer["setting"] == "full" else 40
         assert n_cells == kept + n_past - answer["n_prompt"]  # everything since the compression
         # answers of the embedded model take a token per word; the last one is not read yet unless the answer was stopped
-        words = [len(a["text"].split()) for a in answers[i - turn : i + 1]]
+        words = [len(a["text"].split()) for a in answers[i - 2 * turn : i + 1 : 2]]
         stopped = words[-1] < (ask, *ask.turns)[turn].n_steps
         assert n_past == len(ask.prompt) + sum(len(t.prompt) for t in ask.turns[:turn]) + sum(words) - (not stopped)
         assert answer["setting"] != "full" or answer["score"] == 1

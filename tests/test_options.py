@@ -39,7 +39,7 @@ def test_an_unknown_option_of_configure_names_the_nearest_one(make_model: MakeMo
     "options",
     [
         {"policy": "headkv"}, {"policy": "snapkv", "sinks": 4}, {"window": -5}, {"beta": 1.2}, {"importance": "scores.json"}, {"kv_reuse": False},
-        {"protect": [(0, 4)]}, {"prefill": "layer"}, {"policy": "full", "pool": "avg"}, {"keep_prompt": True}, {"n_tail": 64},
+        {"protect": [(0, 4)]}, {"prefill": "layer"}, {"policy": "full", "pool": "avg"}, {"n_seq_max": 2}, {"n_tail": 64},
     ],
     ids=str,
 )  # fmt: skip

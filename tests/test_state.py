@@ -47,7 +47,7 @@ def ask(llm: Any, question: list[int], n: int) -> list[int]:
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"attend": "composed", "n_buckets": 2}, {"type_k": 8, "type_v": 8}, {"keep_prompt": True}, {"kv_size": 400}, {"prefill": "token"}],
+    [{}, {"attend": "composed", "n_buckets": 2}, {"type_k": 8, "type_v": 8}, {"kv_size": 400}, {"prefill": "token"}],
     ids=lambda o: " ".join(map(str, o)) or "default",
 )
 @pytest.mark.parametrize("shape", [SHAPES[1], SHAPES[3]], ids=lambda s: s.name)

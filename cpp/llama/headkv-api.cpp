@@ -66,7 +66,6 @@ struct headkv_params headkv_default_params(void) {
         /*.n_buckets       =*/ 1,
         /*.prefill         =*/ HEADKV_PREFILL_AUTO,
         /*.hidden_f16      =*/ 0,
-        /*.keep_prompt     =*/ 0,
         /*.sinks           =*/ -1,
         /*.protect         =*/ nullptr,
         /*.n_protect       =*/ 0,
@@ -219,12 +218,16 @@ int32_t headkv_set_progress(struct llama_context * ctx, headkv_progress progress
 }
 
 int32_t headkv_end_prompt(struct llama_context * ctx, llama_seq_id seq_id) {
+    return headkv_compress_as(ctx, seq_id, seq_id);
+}
+
+int32_t headkv_compress_as(struct llama_context * ctx, llama_seq_id seq_id, llama_seq_id seq_id_dst) {
     llama_kv_cache_ragged * kv = get_kv_seq(ctx, seq_id);
-    if (!kv) {
+    if (!kv || !get_kv_seq(ctx, seq_id_dst)) {
         return -1;
     }
     try {
-        if (!kv->compress(ctx, seq_id)) {
+        if (!kv->compress(ctx, seq_id, seq_id_dst)) {
             return fail(kv->error());
         }
     } catch (const std::exception & e) {
@@ -252,14 +255,6 @@ int32_t headkv_limit_restore(struct llama_context * ctx, int32_t kv_size, int32_
     }
     kv->limit_restore({ kv_size, n_protected, n_tokens });
     return 0;
-}
-
-int32_t headkv_restore_prompt(struct llama_context * ctx, llama_seq_id seq_id, int32_t n_tokens) {
-    llama_kv_cache_ragged * kv = get_kv_seq(ctx, seq_id);
-    if (!kv) {
-        return -1;
-    }
-    return kv->restore(seq_id, (uint32_t) std::max(n_tokens, 0)) ? 0 : fail(kv->error());
 }
 
 int32_t headkv_get_stats(const struct llama_context * ctx, llama_seq_id seq_id, struct headkv_stats * stats) {
