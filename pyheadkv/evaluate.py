@@ -17,11 +17,14 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from itertools import product
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from . import __version__
 from .arguments import AMOUNTS, add_amount_arguments, add_keep_arguments, check_drawing, keep_kwargs, split
@@ -32,10 +35,10 @@ from .gguf_keys import check_beta
 from .inspect import model_path
 from .journal import Journal, commit, machine, sha256
 from .llama import Llama, cells_in
-from .options import AUTO, BY_ALL_TOKENS, BY_IMPORTANCE, FULL, POLICIES, POOLS, PRESETS, UNPOOLED, Options, check_choice, check_int, parse_bytes
+from .options import AUTO, BY_ALL_TOKENS, BY_IMPORTANCE, FULL, NONE, POLICIES, POOLS, PRESETS, UNPOOLED, Options, check_choice, check_int, parse_bytes
 from .quiz import Ask, TaskOptions, Turn
 from .tasks import TASKS, make_task
-from .trial import Copy, Held, Setting, Trial
+from .trial import Copy, Held, Setting, Trial, log_softmax
 
 PROTOCOLS = ("query-aware", "query-agnostic")
 KV_SIZES = "32,64,128"
@@ -55,6 +58,39 @@ class Job:
     keep: dict[str, Any]
     n_threads: int
     n_gpu_layers: int
+    kl: bool = False  # measure distances from the full cache beside the answers
+
+
+@dataclass
+class Expected:
+    """What the full cache says, and what it expects at each token of it.
+
+    Attributes
+    ----------
+    tokens : its answer, or those that follow the prompt where nothing is asked
+    log_p : of each token float32 (n_vocab,), natural logarithms of its probabilities
+    """
+
+    tokens: Sequence[int]
+    log_p: list[NDArray[np.float32]] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Distance:
+    """From the full cache, over the tokens of ``Expected``.
+
+    Attributes
+    ----------
+    n : tokens
+    nll : mean negative log likelihood, nats per token
+    kl : mean Kullback-Leibler divergence from the full cache's distribution of the next token, nats
+    agree : share of the tokens for which both find the same one the most likely
+    """
+
+    n: int
+    nll: float
+    kl: float
+    agree: float
 
 
 @dataclass(frozen=True)
@@ -67,6 +103,7 @@ class Answer:
     setting: Setting
     held: Held
     tokens: list[int]
+    distance: Distance | None = None
 
 
 class Worker:
@@ -113,33 +150,50 @@ class Worker:
             for answer in run(asks, stop):
                 asked, held = answer.question, answer.held
                 text = self.llm.detokenize(answer.tokens).decode("utf-8", "replace").strip()
+                score = answer.distance.agree if isinstance(asked, Ask) and asked.follows and answer.distance else asked.grade(text)
                 answers.append(
                     {"ask": answer.number, "kind": asked.kind, "depth": round(asked.depth, 4), "n_tokens": answer.n_tokens,
-                     "protocol": protocol, "setting": answer.setting.name, "score": asked.grade(text), "n_prompt": held.n_prompt,
+                     "protocol": protocol, "setting": answer.setting.name, "score": score, "n_prompt": held.n_prompt,
                      "cells": round(held.per_head, 2), "bytes": held.cells, "bytes_store": held.store, "text": text}
+                    | ({"distance": asdict(answer.distance)} if answer.distance else {})
                 )  # fmt: skip
         return {"task": task.options.name, "length": task.options.n_tokens, "quiz": i_quiz, "answers": answers}
 
     def _aware(self, asks: Sequence[Ask], stop: frozenset[int]) -> Iterator[Answer]:
         for i_ask, ask in enumerate(asks):
+            expected = Expected(ask.follows)
             for trial, copies in self._copies(ask.prompt):
-                yield from self._answers(trial, copies, i_ask, ask, len(ask.prompt) - 1, (ask.prompt[-1], *ask.more), stop)
+                rest = (ask.prompt[-1], *ask.more)
+                yield from self._answers(trial, copies, i_ask, ask, len(ask.prompt) - 1, rest, stop, expected)
+            yield from self._alone(i_ask, ask, stop, expected)
 
     def _agnostic(self, asks: Sequence[Ask], stop: frozenset[int]) -> Iterator[Answer]:
-        by_context: dict[tuple[int, ...], list[tuple[int, Ask]]] = {}
+        by_context: dict[tuple[int, ...], list[tuple[int, Ask, Expected]]] = {}
         for i_ask, ask in enumerate(asks):
-            by_context.setdefault(ask.prompt[: ask.n_context], []).append((i_ask, ask))
+            by_context.setdefault(ask.prompt[: ask.n_context], []).append((i_ask, ask, Expected(ask.follows)))
         for context, some in by_context.items():
             for trial, copies in self._copies(context):
-                for i_ask, ask in some:
+                for i_ask, ask, expected in some:
                     rest = (*ask.prompt[ask.n_context :], *ask.more)
-                    yield from self._answers(trial, copies, i_ask, ask, ask.n_context, rest, stop)
+                    yield from self._answers(trial, copies, i_ask, ask, ask.n_context, rest, stop, expected)
+            for i_ask, ask, expected in some:
+                yield from self._alone(i_ask, ask, stop, expected)
+
+    def _alone(self, i_ask: int, ask: Ask, stop: frozenset[int], expected: Expected) -> Iterator[Answer]:
+        """What the model says without the context, if that is one of the settings."""
+        if not any(setting.policy == NONE for setting in self.job.settings):
+            return
+        trial = self.trial(Setting())
+        copy = trial.read_alone(ask.alone)
+        yield from self._answers(trial, [copy], i_ask, ask, len(ask.alone) - 1, ask.alone[-1:], stop, expected)
+        trial.drop([copy])
 
     def _copies(self, prompt: Sequence[int]) -> Iterator[tuple[Trial, list[Copy]]]:
-        """The prompt under all settings, as many at a time as a context takes."""
+        """The prompt under all settings, as many at a time as a context takes; the full cache comes first."""
         groups: dict[str, list[Setting]] = {}
         for setting in self.job.settings:
-            groups.setdefault(self._reads(setting), []).append(setting)
+            if setting.policy != NONE:
+                groups.setdefault(self._reads(setting), []).append(setting)
         for settings in groups.values():
             trial = self.trial(settings[0])
             for i in range(0, len(settings), trial.n_copies):
@@ -148,20 +202,47 @@ class Worker:
                 trial.drop(copies)
 
     def _answers(
-        self, trial: Trial, copies: Sequence[Copy], i_ask: int, ask: Ask, n: int, rest: Sequence[int], stop: frozenset[int]
+        self, trial: Trial, copies: Sequence[Copy], i_ask: int, ask: Ask, n: int, rest: Sequence[int], stop: frozenset[int],
+        expected: Expected,
     ) -> Iterator[Answer]:
         """To a question and to those that follow it in the same chat: ``rest`` comes after the first n tokens of the prompt."""
-        number = i_ask * (1 + len(ask.turns))
+        number, n_steps = i_ask * (1 + len(ask.turns)), ask.n_steps
         trial.go_on(copies, n, rest)
-        said = trial.generate(copies, rest[-1], ask.n_steps, stop=stop)
-        yield from (Answer(number, ask, copy.n_tokens, copy.setting, copy.held, tokens) for copy, tokens in zip(copies, said, strict=True))
-        n_steps = ask.n_steps
+        first = said = trial.generate(copies, rest[-1], n_steps, stop=stop)
+        answers = [Answer(number, ask, c.n_tokens, c.setting, c.held, tokens) for c, tokens in zip(copies, said, strict=True)]
         for k, turn in enumerate(ask.turns, start=1):
             # of an answer that was not stopped, the last token is not read yet
             trial.say(copies, [[*tokens[n_steps - 1 :], *turn.prompt[:-1]] for tokens in said])
-            said = trial.generate(copies, turn.prompt[-1], turn.n_steps, stop=stop)
-            n_steps = turn.n_steps
-            yield from (Answer(number + k, turn, c.n_tokens, c.setting, c.held, tokens) for c, tokens in zip(copies, said, strict=True))
+            said, n_steps = trial.generate(copies, turn.prompt[-1], turn.n_steps, stop=stop), turn.n_steps
+            answers += [Answer(number + k, turn, c.n_tokens, c.setting, c.held, tokens) for c, tokens in zip(copies, said, strict=True)]
+        if copies[0].policy == FULL and not expected.tokens:
+            expected.tokens = first[0]
+        if expected.tokens and (self.job.kl or ask.follows):
+            trial.go_on(copies, n, rest)
+            distances = measure(trial, copies, rest[-1], expected)
+            answers[: len(copies)] = [replace(a, distance=d) for a, d in zip(answers, distances)]
+        yield from answers
+
+
+def measure(trial: Trial, copies: Sequence[Copy], last: int, expected: Expected) -> list[Distance]:
+    """Distances of copies from the full cache after ``last``, which is read first; the first call is that with the full cache.
+
+    It is the first copy then, and fills ``expected.log_p``.
+    """
+    wanted, n = expected.tokens, len(expected.tokens)
+    sums, i = np.zeros((3, len(copies))), 0
+    is_full = not expected.log_p
+    for logits in trial.follow(copies, [last, *wanted[:-1]]):
+        log_p = log_softmax(logits)
+        if is_full:
+            expected.log_p += list(log_p[0].astype(np.float32))
+        full = np.stack(expected.log_p[i : i + log_p.shape[1]])
+        here = wanted[i : i + log_p.shape[1]]
+        sums[0] -= log_p[:, range(len(here)), here].sum(axis=1)
+        sums[1] += (np.exp(full) * (full - log_p)).sum(axis=(1, 2))
+        sums[2] += (log_p.argmax(axis=2) == full.argmax(axis=1)).sum(axis=1)
+        i += len(here)
+    return [Distance(n, *(round(float(x) / n, 6) for x in column)) for column in sums.T]
 
 
 _worker: Worker | None = None  # of this process
@@ -197,7 +278,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "-o", "--output", type=Path, required=True, metavar="FILE.jsonl", help="answers; tables and plots stand beside it"
     )
     group = parser.add_argument_group("settings to compare, comma-separated; the full cache is always one of them")
-    group.add_argument("--policy", default="auto,snapkv,streaming", metavar="LIST", help="(default: %(default)s)")
+    group.add_argument("--policy", default="auto,snapkv,streaming", metavar="LIST", help="(default: %(default)s); none = the question without its context")
     group.add_argument(
         "--kv-size", metavar="LIST", help=f"mean cells per KV head, recent ones included (default: {KV_SIZES} if no amount is given)"
     )
@@ -223,6 +304,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--prompts", type=Path, metavar="FILE.json", help="of these tasks (default: those of the package)")
     group.add_argument("--raw", action="store_true", help="no chat template, and one stop token, as the HeadKV authors ask (English tasks)")
     group.add_argument("--seed", type=int, default=0, metavar="N", help="(default: %(default)s)")
+    group.add_argument("--kl", action="store_true", help="also what each cache makes of the full cache's answer: perplexity, divergence of the next token")
     group = parser.add_argument_group("run")
     group.add_argument("--jobs", type=int, default=1, metavar="N", help="contexts at the same time (default: %(default)s)")
     group.add_argument("--threads", type=int, default=1, metavar="N", help="CPU threads of each (default: %(default)s)")
@@ -239,13 +321,13 @@ def _beta(text: str) -> float:
 
 
 def make_settings(args: argparse.Namespace, model: Path, *, n_ctx: int) -> tuple[Setting, ...]:
-    """The full cache, then every combination that differs; pooling, beta and importance only where they count.
+    """The full cache, no context if wanted, then every combination that differs; pooling, beta and importance only where they count.
 
     Parameters
     ----------
     n_ctx : tokens that no budget exceeds
     """
-    policies = [check_choice("--policy", p, (AUTO, FULL, *POLICIES)) for p in split(args.policy)]
+    policies = [check_choice("--policy", p, (AUTO, FULL, NONE, *POLICIES)) for p in split(args.policy)]
     presets = [check_choice("--preset", p, tuple(PRESETS)) for p in split(args.preset)] or [""]
     pools = [check_choice("--pool", p, tuple(POOLS)) for p in split(args.pool)] or [""]
     betas = [_beta(b) for b in split(args.beta)] or [0.0]
@@ -254,7 +336,8 @@ def make_settings(args: argparse.Namespace, model: Path, *, n_ctx: int) -> tuple
     out = [Setting()]
     amounts = _amounts(args, model, n_ctx=n_ctx)
     for policy, amount, preset, pool, beta, file in product(policies, amounts, presets, pools, betas, files):
-        if policy == FULL:
+        if policy in (FULL, NONE):
+            out += [Setting(policy)]
             continue
         by_importance, by_score = policy in (AUTO, *BY_IMPORTANCE), policy not in UNPOOLED
         setting = replace(amount, policy=policy, preset=preset if by_score else "", pool=pool if by_score else "")
@@ -263,7 +346,7 @@ def make_settings(args: argparse.Namespace, model: Path, *, n_ctx: int) -> tuple
 
 
 def _check_used(args: argparse.Namespace, policies: Sequence[str]) -> None:
-    compressed = [p for p in policies if p != FULL]
+    compressed = [p for p in policies if p not in (FULL, NONE)]
     by_importance, by_score = any(p in (AUTO, *BY_IMPORTANCE) for p in compressed), any(p not in UNPOOLED for p in compressed)
     used = {"preset": by_score, "pool": by_score, "beta": by_importance, "importance": by_importance}
     used |= dict.fromkeys((*AMOUNTS, "sinks", "protect", "surplus"), bool(compressed))
@@ -316,7 +399,7 @@ def run(args: argparse.Namespace) -> int:
         n_answer(task)  # files that are needed are there
     protocols = tuple(check_choice("--protocol", p, PROTOCOLS) for p in split(args.protocol))
     settings = make_settings(args, path, n_ctx=max(lengths))
-    job = Job(path, tasks, settings, protocols, keep_kwargs(args), check_int("--threads", args.threads, 1, 1024), args.n_gpu_layers)
+    job = Job(path, tasks, settings, protocols, keep_kwargs(args), check_int("--threads", args.threads, 1, 1024), args.n_gpu_layers, args.kl)
     check_int("--contexts", args.contexts, 1, 1 << 20)
     check_int("--jobs", args.jobs, 1, 1024)
     journal = Journal(args.output, describe(job), resume=args.resume)
@@ -364,6 +447,7 @@ def describe(job: Job) -> dict[str, Any]:
             for s in job.settings
         ],
         "keep": job.keep,
+        "kl": job.kl,
         "protocols": job.protocols,
         "tasks": [{**asdict(t), "file": t.file and t.file.name, "prompts": t.prompts and t.prompts.name} for t in job.tasks],
         "engine": {"n_threads": job.n_threads, "n_gpu_layers": job.n_gpu_layers},

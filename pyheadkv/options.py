@@ -21,6 +21,7 @@ from .gguf_keys import Importance
 POLICIES = ("headkv", "snapkv", "streaming", "pyramidkv", "adakv", "headkv+adakv", "criticalkv", "h2o", "razor", "lossless")
 AUTO = "auto"  # the best one for what is known of the model
 FULL = "full"  # not one of them: the stock cache
+NONE = "none"  # nor this: the question without its context, for comparison
 LOSSLESS = "lossless"  # needs no amount
 BY_IMPORTANCE = ("headkv", "headkv+adakv", "razor")  # policies that need the importance of the heads
 BY_ALL_TOKENS = ("h2o",)  # policies that look at a prompt while it is read: their context is made for them

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from . import _lib
 from .importance import find_importance
 from .llama import n_common
-from .options import AUTO, BY_ALL_TOKENS, BY_IMPORTANCE, FULL, load_importance, share_of_prompt
+from .options import AUTO, BY_ALL_TOKENS, BY_IMPORTANCE, FULL, NONE, load_importance, share_of_prompt
 
 if TYPE_CHECKING:
     from .gguf_keys import Importance
@@ -31,7 +31,7 @@ class Setting:
 
     Attributes
     ----------
-    policy : of ``pyheadkv.Llama``, or "full"
+    policy : of ``pyheadkv.Llama``, "full", or "none" (the question without its context, see ``Trial.read_alone``)
     kv_size : mean cells per KV head, recent ones included; 0 for "full" and with ``kv_ratio``
     pool, beta : None = the default
     importance : path of a score file or GGUF, or a name given to ``Trial.use``; "" = the model's own
@@ -111,7 +111,7 @@ class Trial:
         the policy of the settings if it is one of ``BY_ALL_TOKENS``
     """
 
-    N_LOGITS = 1 << 24  # that ``follow`` asks for at a time
+    N_LOGITS = 1 << 23  # that ``follow`` asks for at a time
 
     def __init__(self, llm: Llama) -> None:
         self.n_copies = llama_cpp.llama_n_seq_max(llm.ctx) - 1
@@ -146,9 +146,7 @@ class Trial:
         """
         self.read(prompt)
         llm = self.llm
-        seq_id = next((i for i in range(1, 1 + self.n_copies) if i not in self._used), None)
-        if seq_id is None:
-            raise RuntimeError(f"{self.n_copies} copies are held: drop some, or use a larger n_seq_max")
+        seq_id = self._free()
         if setting.policy == FULL:
             llm.configure(policy="snapkv", kv_size=llm.n_ctx())
         else:
@@ -163,6 +161,21 @@ class Trial:
         per_head = float(stats.n_cells[stats.n_cells > 0].mean())
         held = Held(stats.n_past, per_head, round(stats.bytes_full * per_head / stats.n_past), stats.bytes_store - before)
         return Copy(seq_id, setting, FULL if setting.policy == FULL else llm.policy, held, stats.n_past)
+
+    def read_alone(self, tokens: Sequence[int]) -> Copy:
+        """Read other tokens beside the prompt, and keep them all: a question without its context."""
+        copy = Copy(self._free(), Setting(NONE), NONE, Held(len(tokens), 0.0, 0, 0), 0)
+        self.llm.configure(policy="snapkv", kv_size=self.llm.n_ctx())
+        self._used.add(copy.seq_id)
+        self.say([copy], [tokens])
+        _lib.check(_lib.lib.headkv_end_prompt(self.llm.ctx, copy.seq_id))
+        return copy
+
+    def _free(self) -> int:
+        seq_id = next((i for i in range(1, 1 + self.n_copies) if i not in self._used), None)
+        if seq_id is None:
+            raise RuntimeError(f"{self.n_copies} copies are held: drop some, or use a larger n_seq_max")
+        return seq_id
 
     def go_on(self, copies: Sequence[Copy], n: int, tokens: Sequence[int]) -> None:
         """Take copies back to their first ``n`` tokens and read ``tokens``, but for the last one.
@@ -186,7 +199,7 @@ class Trial:
         The last of n tokens is not read, nor is the one that stops.
         """
         out: list[list[int]] = [[] for _ in copies]
-        going = [(copy, said, token) for copy, said in zip(copies, out, strict=True)]
+        going = [(copy, said, token) for copy, said in zip(copies, out, strict=True) if n > 0]
         while going:
             logits = self._decode([copy for copy, _, _ in going], [[last] for _, _, last in going])
             after = []

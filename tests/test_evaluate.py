@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pytest
-from conftest import SHAPES, load, logits, nmse, tokens
+from conftest import SHAPES, greedy, load, logits, nmse, tokens
 
 try:
     import pyheadkv
@@ -25,6 +25,7 @@ from pyheadkv import calibrate, cli, evaluate_report, gguf_keys, metrics, tasks
 from pyheadkv import evaluate as evaluation
 from pyheadkv.journal import Journal
 from pyheadkv.quiz import TaskOptions
+from pyheadkv.score_examples import haystack_sentences
 from pyheadkv.tasks import make_task
 from pyheadkv.trial import Copy, Held, Setting, Trial
 
@@ -491,7 +492,7 @@ def test_evaluation_writes_resumes_and_reports(tmp_path: Path, capsys: pytest.Ca
     (["needle", "--policy", "snapkv", "--beta", "2"], "--beta=2: no policy of 'snapkv' looks at it"),
     (["needle", "--policy", "razor,streaming", "--pool", "avg"], "--pool=avg: no policy"),
     (["needle", "--policy", "full", "--kv-size", "64"], "--kv-size=64: no policy of 'full'"),
-    (["needle", "--policy", "full", "--sinks", "0"], "--sinks=0: no policy of 'full'"),
+    (["needle", "--policy", "full,none", "--sinks", "0"], "--sinks=0: no policy of 'full,none'"),
     (["loogle"], "task loogle reads a file: name it with --file"),
 ])  # fmt: skip
 @embedded
@@ -522,6 +523,95 @@ def test_amounts_and_kept_cells_of_the_evaluation(tmp_path: Path) -> None:
     assert f"| snapkv 30 | 30 | {3000 / n_prompt:.1f} % | 150 | " in table
 
 
+def make_worker(path: Path, task: TaskOptions, *settings: Setting, kl: bool = False) -> evaluation.Worker:
+    return evaluation.Worker(evaluation.Job(path, (task,), (Setting(), *settings), evaluation.PROTOCOLS, {}, 1, 0, kl))
+
+
+@pytest.mark.parametrize("name", ["passkey", "ruler-words", "text"])
+def test_no_context_is_the_question_alone(name: str, make_model: MakeModel) -> None:
+    path = make_model(SHAPE)
+    worker = make_worker(path, TaskOptions(name, 1024, n_each=1), Setting("none"), Setting("snapkv", 64))
+    answers = worker.run(0, 1)["answers"]
+    llm = load(path, kv_size=None)
+    for i, ask in enumerate(worker.tasks[0].quiz(1)):
+        assert len(ask.alone) < 200 and list(ask.alone[-5:]) == list(ask.prompt[-5:])
+        if name == "passkey":
+            text = llm.detokenize(list(ask.alone)).decode()
+            assert "What is the pass key?" in text and ask.answer not in text
+        said = greedy(llm, list(ask.alone), ask.n_steps) if ask.n_steps else []
+        said = list(takewhile(lambda token: token not in worker.tasks[0].stop_tokens, said))
+        text = llm.detokenize(said).decode("utf-8", "replace").strip()
+        mine = [a for a in answers if a["ask"] == i and a["setting"] == "none"]
+        assert [a["text"] for a in mine] == [text, text] and all(a["cells"] == a["bytes"] == 0 for a in mine)
+
+
+def test_distances_are_those_of_the_logits(make_model: MakeModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = make_model(SHAPE)
+    trial = open_trial(path, n_copies=2)
+    prompt, follows = tokens(200), tokens(30, seed=4)[1:]
+    copies = [trial.compress(setting, prompt) for setting in (Setting(), Setting("snapkv", 20))]
+    trial.go_on(copies, 199, prompt[-1:])
+    (rows,) = trial.follow(copies, [prompt[-1], *follows[:-1]])
+    log_p = [row.astype(np.float64) - np.log(np.exp(row.astype(np.float64)).sum(axis=1, keepdims=True)) for row in rows]
+    monkeypatch.setattr(Trial, "N_LOGITS", 5 * 2 * trial.llm.n_vocab())  # in pieces
+    trial.go_on(copies, 199, prompt[-1:])
+    found = evaluation.measure(trial, copies, prompt[-1], evaluation.Expected(follows))
+    for distance, mine in zip(found, log_p, strict=True):
+        assert distance.n == len(follows)
+        assert distance.nll == pytest.approx(-np.mean([row[t] for row, t in zip(mine, follows, strict=True)]), rel=1e-3)
+        assert distance.kl == pytest.approx((np.exp(log_p[0]) * (log_p[0] - mine)).sum(axis=1).mean(), rel=1e-2, abs=1e-5)
+        assert distance.agree == pytest.approx((log_p[0].argmax(axis=1) == mine.argmax(axis=1)).mean(), abs=1 / 29)
+    assert found[0].kl == pytest.approx(0, abs=1e-5) and found[0].agree == 1 and found[1].kl > 1e-4
+
+
+@pytest.mark.parametrize("name", ["text", "multi-turn"])
+def test_distances_do_not_change_answers(name: str, make_model: MakeModel) -> None:
+    """Chats go on from what was said."""
+    task = TaskOptions(name, 600)
+    with_kl, without = (make_worker(make_model(SHAPE), task, Setting("snapkv", 24), kl=kl).run(0, 2)["answers"] for kl in (True, False))
+    assert any("distance" in a for a in with_kl)
+    assert [a["text"] for a in with_kl] == [a["text"] for a in without]
+    assert [a["n_tokens"] for a in with_kl] == [a["n_tokens"] for a in without]
+    if name == "text":
+        assert all(a["score"] == a["distance"]["agree"] and a["text"] == "" for a in with_kl)
+        assert [a["score"] for a in with_kl if a["setting"] == "full"] == [1, 1]
+
+
+def test_text_goes_on_as_it_does(make_model: MakeModel) -> None:
+    llm = load(make_model(SHAPE), kv_size=None)
+    (ask,) = make_task(llm, TaskOptions("text", 300)).quiz(3)
+    said = llm.detokenize(list(ask.prompt[1:] + ask.follows)).decode().strip()
+    assert len(ask.prompt) == 300 and len(ask.follows) == 64
+    whole = " ".join(haystack_sentences())
+    assert said[:200] in whole + " " + whole
+    with pytest.raises(ValueError, match="the text of this task has"):
+        make_task(llm, TaskOptions("text", 1 << 20)).quiz(0)
+
+
+def test_the_report_ranks_what_the_full_cache_can_do_and_names_the_least_cells(tmp_path: Path) -> None:
+    names = {"full": 0, "none": 0, "snapkv 32": 32, "snapkv 64": 64, "snapkv 128": 128}
+    settings = [{"name": name, "method": name.split()[0], "policy": name.split()[0], "budget": str(n or ""), "pool": ""} for name, n in names.items()]
+    header = {
+        "settings": settings, "versions": {}, "model": "m", "model_sha256": "0" * 64, "tasks": [{"name": "t"}],
+        "keep": {"sinks": None, "protect": [], "surplus": "lost"},
+    }  # fmt: skip
+    right = {"easy": {"full": 1, "none": 0, "snapkv 32": 0.5, "snapkv 64": 0.92, "snapkv 128": 1}, "guessed": dict.fromkeys(names, 1)}
+    out = tmp_path / "r.jsonl"
+    lines = [header]
+    for quiz in range(6):
+        answers = [
+            {"ask": 0, "kind": kind, "depth": 0.5, "protocol": "query-aware", "setting": name, "score": score, "n_prompt": 1000,
+             "cells": names[name], "bytes": names[name], "bytes_store": names[name], "distance": {"n": 10, "nll": 2.0, "kl": 0.25, "agree": 1}}
+            for kind, scores in right.items() for name, score in scores.items()
+        ]  # fmt: skip
+        lines.append({"task": "t", "length": 1000, "quiz": quiz, "answers": answers})
+    out.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    table = evaluate_report.write_report(out, command="c", where="w").read_text()
+    assert "Not to be ranked, the full cache is not above no context by more than chance: guessed." in table
+    assert "| setting | easy |" in table and "| snapkv | 64 / 128 |" in table
+    assert table.count("| 7.39 | 0.250 |") == len(names)
+
+
 def test_interval_covers_the_mean_and_shrinks() -> None:
     rng = np.random.default_rng(2)
     widths = []
@@ -535,7 +625,7 @@ def test_interval_covers_the_mean_and_shrinks() -> None:
 def test_gain_pairs_the_questions() -> None:
     def answers(setting: str, scores: list[int]) -> list[evaluate_report.Answer]:
         return [
-            evaluate_report.Answer("t", 1, f"{i // 2}", i % 2, "k", 0.0, "p", setting, score, 9, 1.0, 1, 1)
+            evaluate_report.Answer("t", 1, f"{i // 2}", i % 2, "k", 0.0, "p", setting, score, 9, 1.0, 1, 1, None)
             for i, score in enumerate(scores)
         ]
 
