@@ -35,7 +35,7 @@ from .gguf_keys import check_beta
 from .inspect import model_path
 from .journal import Journal, commit, machine, sha256
 from .llama import Llama, cells_in
-from .options import AUTO, BY_ALL_TOKENS, BY_IMPORTANCE, FULL, NONE, POLICIES, POOLS, PRESETS, UNPOOLED, Options, check_choice, check_int, parse_bytes
+from .options import AUTO, BY_ALL_TOKENS, BY_IMPORTANCE, FULL, MAX_CELLS, NONE, POLICIES, POOLS, PRESETS, UNPOOLED, Options, check_choice, check_int, parse_bytes
 from .quiz import Ask, TaskOptions, Turn
 from .tasks import TASKS, make_task
 from .trial import Copy, Held, Setting, Trial, log_softmax
@@ -44,6 +44,12 @@ PROTOCOLS = ("query-aware", "query-agnostic")
 KV_SIZES = "32,64,128"
 RECENT = Options(kv_size=64).recent
 MAX_COPIES = 32  # of a prompt at a time; each has window queries in the memory of the context
+SCORING = {
+    "window": "last queries that score the prompt",
+    "recent": "last cells that every head keeps",
+    "power": "of the mean over the queries",
+    "pool_kernel": "neighbours that are pooled, 0 = a quarter of the cells of a head",
+}  # numbers of ``Setting``
 N_ROOM = 512  # tokens of the context for follow-up questions and answers
 
 
@@ -126,6 +132,7 @@ class Worker:
                 policy=policy or "snapkv",
                 prefill="token",
                 n_seq_max=1 + min(MAX_COPIES, len(job.settings)),
+                window=max(s.window or PRESETS[s.preset or "default"]["window"] for s in job.settings),
                 n_ctx=round_n_ctx(max(task.n_tokens + max(N_ROOM, n_answer(task)) for task in job.tasks)),
                 n_threads=job.n_threads,
                 n_threads_batch=job.n_threads,
@@ -285,6 +292,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_amount_arguments(group, several=True)
     group.add_argument("--preset", default="", metavar="LIST", help="of window, recent, power and pooling: default, paper (default: default)")
     group.add_argument("--pool", default="", metavar="LIST", help="max, avg (default: that of the preset)")
+    for name, what in SCORING.items():
+        group.add_argument(f"--{name.replace('_', '-')}", default="", metavar="LIST", help=f"{what} (default: that of the preset)")
     group.add_argument("--beta", default="", metavar="LIST", help="(default: the one stored with the importance, else 1.2)")
     group.add_argument(
         "--importance", default="", metavar="LIST", help="score files or GGUFs (default: the importance of the model)"
@@ -302,6 +311,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--depths", type=int, default=10, metavar="N", help="of the needle, task niah (default: %(default)s)")
     group.add_argument("--file", type=Path, metavar="FILE.jsonl", help=f"of the tasks {', '.join(FILES)}")
     group.add_argument("--prompts", type=Path, metavar="FILE.json", help="of these tasks (default: those of the package)")
+    group.add_argument("--after", default="", metavar="TEXT", help="instructions behind each question (English tasks in a chat template)")
     group.add_argument("--raw", action="store_true", help="no chat template, and one stop token, as the HeadKV authors ask (English tasks)")
     group.add_argument("--seed", type=int, default=0, metavar="N", help="(default: %(default)s)")
     group.add_argument("--kl", action="store_true", help="also what each cache makes of the full cache's answer: perplexity, divergence of the next token")
@@ -311,6 +321,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--n-gpu-layers", type=int, default=0, metavar="N", help="layers on the GPU, -1 = all (default: %(default)s)")
     group.add_argument("--resume", action="store_true", help="go on with a run that was interrupted")
     group.add_argument("--force", action="store_true", help="replace the output")
+
+
+def _numbers(args: argparse.Namespace, name: str) -> list[int | None]:
+    texts = split(getattr(args, name))
+    for text in texts:
+        if not text.isdigit():
+            raise ValueError(f"--{name.replace('_', '-')}={text!r}: it must be a whole number")
+    return [*map(int, texts)] or [None]
 
 
 def _beta(text: str) -> float:
@@ -330,17 +348,21 @@ def make_settings(args: argparse.Namespace, model: Path, *, n_ctx: int) -> tuple
     policies = [check_choice("--policy", p, (AUTO, FULL, NONE, *POLICIES)) for p in split(args.policy)]
     presets = [check_choice("--preset", p, tuple(PRESETS)) for p in split(args.preset)] or [""]
     pools = [check_choice("--pool", p, tuple(POOLS)) for p in split(args.pool)] or [""]
+    scorings = [dict(zip(SCORING, values, strict=True)) for values in product(*(_numbers(args, name) for name in SCORING))]
     betas = [_beta(b) for b in split(args.beta)] or [0.0]
     files = split(args.importance) or [""]
     _check_used(args, policies)
     out = [Setting()]
     amounts = _amounts(args, model, n_ctx=n_ctx)
-    for policy, amount, preset, pool, beta, file in product(policies, amounts, presets, pools, betas, files):
+    for policy, amount, preset, pool, scoring, beta, file in product(policies, amounts, presets, pools, scorings, betas, files):
         if policy in (FULL, NONE):
             out += [Setting(policy)]
             continue
         by_importance, by_score = policy in (AUTO, *BY_IMPORTANCE), policy not in UNPOOLED
-        setting = replace(amount, policy=policy, preset=preset if by_score else "", pool=pool if by_score else "")
+        setting = replace(amount, policy=policy)
+        if by_score:
+            setting = replace(setting, preset=preset, pool=pool, **scoring)
+            Options(kv_size=setting.kv_size or MAX_CELLS, preset=preset or "default", **setting.scoring)  # or an error that names what is wrong
         out.append(replace(setting, beta=beta, importance=file) if by_importance else setting)
     return tuple(dict.fromkeys(out))
 
@@ -348,7 +370,7 @@ def make_settings(args: argparse.Namespace, model: Path, *, n_ctx: int) -> tuple
 def _check_used(args: argparse.Namespace, policies: Sequence[str]) -> None:
     compressed = [p for p in policies if p not in (FULL, NONE)]
     by_importance, by_score = any(p in (AUTO, *BY_IMPORTANCE) for p in compressed), any(p not in UNPOOLED for p in compressed)
-    used = {"preset": by_score, "pool": by_score, "beta": by_importance, "importance": by_importance}
+    used = {"preset": by_score, "pool": by_score, **dict.fromkeys(SCORING, by_score), "beta": by_importance, "importance": by_importance}
     used |= dict.fromkeys((*AMOUNTS, "sinks", "protect", "surplus"), bool(compressed))
     for name, is_used in used.items():
         value = getattr(args, name)
@@ -391,7 +413,7 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"output {args.output} exists: pass --resume to go on with it, or --force to replace it")
     lengths = [check_int("--tokens", int(n) if n.isdigit() else n, 64, 1 << 24) for n in split(args.tokens)]
     tasks = tuple(
-        TaskOptions(check_choice("task", name, TASKS), n, args.questions, args.seed, args.depths, args.file, args.prompts, args.raw)
+        TaskOptions(check_choice("task", name, TASKS), n, args.questions, args.seed, args.depths, args.file, args.prompts, args.raw, args.after)
         for name in split(args.task)
         for n in lengths
     )

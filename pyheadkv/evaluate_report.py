@@ -235,12 +235,12 @@ def _cell(value: tuple[float, float, float]) -> str:
 
 
 def _gains(answers: Answers, protocol: str) -> list[str]:
-    """Every setting against snapkv with the same budget and pool."""
+    """Every setting against snapkv with the same budget and scoring."""
     kinds, lines = answers.kinds, []
     for setting in answers.settings:
-        pool = setting["pool"] or "max"
-        uniform = ("snapkv", setting["budget"], pool)
-        name = next((s["name"] for s in answers.settings if (s["policy"], s["budget"], s["pool"]) == uniform), None)
+        uniform = [s for s in answers.settings if s["policy"] == "snapkv" and s["budget"] == setting["budget"]]
+        # policies that do not look at scores are set against the first of those that score in several ways
+        name = next((s["name"] for s in uniform if _scoring(s) == _scoring(setting)), uniform[0]["name"] if uniform and not _scoring(setting) else None)
         if name is None or name == setting["name"]:
             continue
         cells = []
@@ -251,8 +251,14 @@ def _gains(answers: Answers, protocol: str) -> list[str]:
     if not lines:
         return []
     head = [row(["setting", *kinds, "all"]), row(["---"] * (2 + len(kinds)))]
-    text = "Points above uniform budgets (snapkv) of the same budget and pooling, same questions, 95 % interval:"
+    text = "Points above uniform budgets (snapkv) of the same budget and scoring, same questions, 95 % interval:"
     return [text, "", *head, *lines, ""]
+
+
+def _scoring(setting: dict[str, Any]) -> dict[str, Any]:
+    """What of a setting says how a prompt is scored."""
+    names = ("preset", "pool", "window", "recent", "power", "pool_kernel")
+    return {name: setting[name] for name in names if setting.get(name) not in (None, "")}
 
 
 def plot(answers: Answers, path: Path) -> Path:

@@ -104,6 +104,7 @@ class TaskOptions:
     n_depths : contexts i, i + n_depths, .. have their needle at the same depth (task niah)
     file : of a task that reads one
     prompts : JSON file in place of ``data/prompts.json``, for such a task
+    after : text behind the question, in the same message
     raw : as the HeadKV authors ask: no chat template, and only one token ends an answer
     """
 
@@ -115,3 +116,4 @@ class TaskOptions:
     file: Path | None = None
     prompts: Path | None = None
     raw: bool = False
+    after: str = ""

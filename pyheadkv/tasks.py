@@ -127,7 +127,7 @@ class ProseTask(Task):
 
     def __init__(self, llm: Llama, options: TaskOptions, make: Callable[[random.Random, int, TaskOptions], _Said]) -> None:
         super().__init__(llm, options)
-        self.make, self._prose = make, Prose(llm, raw=options.raw)
+        self.make, self._prose = make, Prose(llm, raw=options.raw, after=options.after)
 
     def quiz(self, i: int) -> list[Ask]:
         rng = self.rng(i)
@@ -170,7 +170,7 @@ class WordsTask(Task):
 
     def __init__(self, llm: Llama, options: TaskOptions) -> None:
         super().__init__(llm, options)
-        self._prose = Prose(llm, raw=options.raw)
+        self._prose = Prose(llm, raw=options.raw, after=options.after)
         found = re.findall(r"\b[a-z]{4,9}\b", " ".join(haystack_sentences()))
         self._words = sorted(set(found))
 
@@ -402,6 +402,8 @@ def make_task(llm: Llama, options: TaskOptions) -> Task:
     ValueError : there is no such task for this model
     """
     name = options.name
+    if options.after and (name not in (*PROSE, WORDS) or speaks_needle_language(llm)):
+        raise ValueError(f"--after {options.after!r}: it goes behind English questions of {', '.join((*PROSE, WORDS))}, not those of {name}")
     if speaks_needle_language(llm):
         if options.raw:
             raise ValueError("--raw: the embedded model is asked in its own language, which has no chat template to leave out")

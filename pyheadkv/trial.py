@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from . import _lib
 from .importance import find_importance
 from .llama import n_common
-from .options import AUTO, BY_ALL_TOKENS, BY_IMPORTANCE, FULL, NONE, load_importance, share_of_prompt
+from .options import AUTO, BY_ALL_TOKENS, BY_IMPORTANCE, FULL, NONE, PRESETS, load_importance, share_of_prompt
 
 if TYPE_CHECKING:
     from .gguf_keys import Importance
@@ -38,6 +38,7 @@ class Setting:
     kv_ratio : share of the prompt in place of ``kv_size``; 0 = none
     kv_bytes : how ``kv_size`` was given, if as bytes; "" = it was not
     preset : of window, recent, power and pooling; "" = the default
+    window, recent, power, pool_kernel : None = that of the preset
     """
 
     policy: str = FULL
@@ -48,11 +49,22 @@ class Setting:
     kv_ratio: float = 0.0
     kv_bytes: str = ""
     preset: str = ""
+    window: int | None = None
+    recent: int | None = None
+    power: int | None = None
+    pool_kernel: int | None = None
+
+    @property
+    def scoring(self) -> dict[str, Any]:
+        """Options of ``pyheadkv.Llama`` that decide how a prompt is scored, those that differ from the preset."""
+        given = {"window": self.window, "recent": self.recent, "power": self.power, "pool_kernel": self.pool_kernel}
+        return {name: value for name, value in {**given, "pool": self.pool or None}.items() if value is not None}
 
     @property
     def method(self) -> str:
         """What is compared at equal budgets."""
-        parts = [self.policy, PurePath(self.importance).stem if self.importance else "", self.preset, self.pool]
+        scoring = " ".join(str(v) if name == "pool" else f"{name.removeprefix('pool_')} {v}" for name, v in self.scoring.items())
+        parts = [self.policy, PurePath(self.importance).stem if self.importance else "", self.preset, scoring]
         return " ".join(filter(None, [*parts, f"beta {self.beta:g}" if self.beta else ""]))
 
     @property
@@ -150,9 +162,10 @@ class Trial:
         if setting.policy == FULL:
             llm.configure(policy="snapkv", kv_size=llm.n_ctx())
         else:
-            kv_size = share_of_prompt(setting.kv_ratio, len(prompt), recent=llm.kv_options.recent) if setting.kv_ratio else setting.kv_size
+            preset = {"preset": setting.preset or "default", **setting.scoring}
+            recent = setting.recent or PRESETS[preset["preset"]]["recent"]
+            kv_size = share_of_prompt(setting.kv_ratio, len(prompt), recent=recent) if setting.kv_ratio else setting.kv_size
             options: dict[str, Any] = {"policy": setting.policy, "kv_size": kv_size, "beta": setting.beta or None}
-            preset = {"preset": setting.preset or "default"} | ({"pool": setting.pool} if setting.pool else {})
             llm.configure(importance=self._importance(setting), **preset, **options)
         before = llm.kv_stats().bytes_store
         llm.compress_as(seq_id)

@@ -492,6 +492,10 @@ def test_evaluation_writes_resumes_and_reports(tmp_path: Path, capsys: pytest.Ca
     (["needle", "--policy", "snapkv", "--beta", "2"], "--beta=2: no policy of 'snapkv' looks at it"),
     (["needle", "--policy", "razor,streaming", "--pool", "avg"], "--pool=avg: no policy"),
     (["needle", "--policy", "full", "--kv-size", "64"], "--kv-size=64: no policy of 'full'"),
+    (["needle", "--window", "x"], "--window='x': it must be a whole number"),
+    (["needle", "--power", "3"], "power=3: it must be one of 1, 2, 4, 8"),
+    (["needle", "--pool-kernel", "4"], "pool_kernel=4: it must be odd"),
+    (["needle", "--policy", "streaming", "--window", "16"], "--window=16: no policy of 'streaming' looks at it"),
     (["needle", "--policy", "full,none", "--sinks", "0"], "--sinks=0: no policy of 'full,none'"),
     (["loogle"], "task loogle reads a file: name it with --file"),
 ])  # fmt: skip
@@ -543,6 +547,40 @@ def test_no_context_is_the_question_alone(name: str, make_model: MakeModel) -> N
         text = llm.detokenize(said).decode("utf-8", "replace").strip()
         mine = [a for a in answers if a["ask"] == i and a["setting"] == "none"]
         assert [a["text"] for a in mine] == [text, text] and all(a["cells"] == a["bytes"] == 0 for a in mine)
+
+
+def test_numbers_of_the_scoring_are_settings(make_model: MakeModel, tmp_path: Path) -> None:
+    out = tmp_path / "e.jsonl"
+    options = ["--policy", "snapkv,streaming", "--kv-size", "40", "--window", "8,96", "--power", "1,4", "--pool-kernel", "7"]
+    path = str(make_model(SHAPE))
+    assert evaluate("passkey", path, "-o", out, *options, "--tokens", "400", "--contexts", "1", "--protocol", "query-aware") == 0
+    header, entry = map(json.loads, out.read_bytes().splitlines())
+    names = ["snapkv window 8 power 1 kernel 7 40", "snapkv window 8 power 4 kernel 7 40", "snapkv window 96 power 1 kernel 7 40",
+             "snapkv window 96 power 4 kernel 7 40", "streaming 40"]  # fmt: skip
+    assert [s["name"] for s in header["settings"]] == ["full", *names] and [a["setting"] for a in entry["answers"]] == ["full", *names]
+    table = out.with_suffix(".md").read_text()
+    assert table.count("| streaming 40 |") == 2  # scores, and points above the first uniform one
+    trial = open_trial(Path(path), n_copies=4, window=96)
+    prompt = tokens(400)
+    for window, power in ((8, 1), (96, 4), (96, 1), (8, 4)):
+        copy = trial.compress(Setting("snapkv", 40, window=window, power=power, pool_kernel=7), prompt)
+        fresh = load(Path(path), kv_size=40, policy="snapkv", preset="default", window=window, power=power, pool_kernel=7)
+        fresh.read_prompt(prompt)
+        found, expected = positions(trial.llm, copy.seq_id), positions(fresh)
+        assert len(found) == len(expected) and len(found & expected) >= 0.99 * len(expected)
+
+
+def test_text_behind_the_question(make_model: MakeModel) -> None:
+    llm = english(make_model)
+    with pytest.raises(ValueError, match="it needs a model with a chat template"):
+        make_task(llm, TaskOptions("passkey", 500, after="Be brief."))
+    llm.metadata["tokenizer.chat_template"] = "{% for m in messages %}<{{m.role}}>{{m.content}}</{{m.role}}>{% endfor %}<assistant>"
+    for name in ("passkey", "multi-turn"):
+        (ask,) = make_task(llm, TaskOptions(name, 500, after="Be brief.")).quiz(0)
+        for turn in (ask, *ask.turns):
+            assert llm.detokenize(list(turn.prompt)).decode().endswith(". Be brief.</user><assistant>")
+    with pytest.raises(ValueError, match="not those of text"):
+        make_task(llm, TaskOptions("text", 500, after="Be brief."))
 
 
 def test_distances_are_those_of_the_logits(make_model: MakeModel, monkeypatch: pytest.MonkeyPatch) -> None:
