@@ -23,7 +23,7 @@ from .gguf_keys import Importance
 from .grammar import GrammarSampler, check_grammar
 from .importance import Found, find_importance
 from .options import (
-    AUTO, BY_IMPORTANCE, FULL, LOSSLESS, MAX_CELLS, POLICIES, ImportanceLike, MissingFileError, Options, check_choice, check_int, check_names,
+    AUTO, BY_BETA, BY_IMPORTANCE, FULL, LOSSLESS, MAX_CELLS, POLICIES, ImportanceLike, MissingFileError, Options, check_choice, check_int, check_names,
     check_share, check_text, check_tokens, load_importance, parse_bytes, preset_changes, row_bytes, share_of_prompt,
 )  # fmt: skip
 
@@ -224,6 +224,8 @@ class Llama(llama_cpp.Llama):
             raise ValueError(f"{_assigned(amount)}: give one of them, they are three ways to say how much is kept")
         if amount and policy in (FULL, LOSSLESS):
             raise ValueError(f"policy={policy!r}, {_assigned(amount)}: it keeps all cells, leave the amount out or choose another policy")
+        if beta is not None and policy not in (None, AUTO, *BY_BETA):
+            raise ValueError(f"policy={policy!r}, beta={beta!r}: it does not look at beta, which {', '.join(BY_BETA)} do: leave one of them out")
         self._kv_ratio = kv_ratio
         self._found: Found | None = None  # the importance in use
         if not amount and policy != LOSSLESS:
@@ -512,7 +514,7 @@ class Llama(llama_cpp.Llama):
         check_tokens(tokens, n_vocab=self._n_vocab)
         if self.kv_options is not None:
             is_new = signature(llama_cpp.Llama.generate).bind(self, tokens, *args, **kwargs).arguments.get("reset", True)
-            if head or is_new and not self._is_cached(tokens) and not (self._kv_reuse and self._is_worth_reusing(tokens)):
+            if head or is_new and not self._is_cached(tokens) and not (self._kv_reuse and self._can_reuse(tokens)):
                 self.reset()
             if list(tokens[: len(head)]) != head:
                 raise ValueError("protect_system=True: the chat format in use asks more than once, use protect=[(0, n)]")
@@ -524,11 +526,12 @@ class Llama(llama_cpp.Llama):
             self._prompt_pending = False
             self._n_protect = 0
 
-    def _is_worth_reusing(self, tokens: Sequence[int]) -> bool:
-        """Whether what comes behind the compressed past is short: every head keeps all of it."""
+    def _can_reuse(self, tokens: Sequence[int]) -> bool:
+        """Whether the compressed past is what would be kept of it now, and what comes behind it is short: every head keeps all of that."""
         stats, n_past = self._stats(), n_common(self._input_ids, tokens)
-        n_new = len(tokens) - n_past
-        return STATES[stats.state] != "compressed" or n_new <= max(n_past, stats.kv_size)
+        if STATES[stats.state] != "compressed":
+            return True
+        return _lib.lib.headkv_can_continue(self.ctx, 0) == 0 and len(tokens) - n_past <= max(n_past, stats.kv_size)
 
     def _init_sampler(self, *args: Any, grammar: llama_cpp.LlamaGrammar | None = None, **kwargs: Any) -> Any:
         if grammar is None:

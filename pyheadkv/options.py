@@ -24,6 +24,7 @@ FULL = "full"  # not one of them: the stock cache
 NONE = "none"  # nor this: the question without its context, for comparison
 LOSSLESS = "lossless"  # needs no amount
 BY_IMPORTANCE = ("headkv", "headkv+adakv", "razor")  # policies that need the importance of the heads
+BY_BETA = ("headkv", "headkv+adakv")  # of them, those that give out a share of the budget by it
 BY_ALL_TOKENS = ("h2o",)  # policies that look at a prompt while it is read: their context is made for them
 UNPOOLED = ("streaming", "h2o", "razor", "lossless")  # policies that do not score by the queries of the window
 POOLS = {"max": 0, "avg": 1}

@@ -35,6 +35,12 @@ def test_an_unknown_option_of_configure_names_the_nearest_one(make_model: MakeMo
     assert llm.kv_options == before
 
 
+@pytest.mark.parametrize("policy", ["snapkv", "adakv", "razor", "lossless"])
+def test_beta_without_a_policy_that_looks_at_it_is_an_error(policy: str, make_model: MakeModel) -> None:
+    with pytest.raises(ValueError, match=f"policy='{policy}', beta=2: it does not look at beta"):
+        load(make_model(SHAPES[1]), kv_size=None if policy == "lossless" else 64, policy=policy, beta=2)
+
+
 @pytest.mark.parametrize(
     "options",
     [
