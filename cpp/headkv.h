@@ -175,7 +175,8 @@ LLAMA_API const char * headkv_get_policy(const struct llama_context * ctx);
 // Returns the number of values; dst may be NULL to ask for it.
 LLAMA_API int32_t headkv_get_budget(const struct llama_context * ctx, int32_t * dst, int32_t n);
 
-// Cells each head holds now, generated tokens included; same shape.
+// Cells each head holds now, generated tokens included; same shape. Of a prompt that was read layer by layer, whose last layer
+// waits for headkv_end_prompt(), the other layers hold what they kept.
 LLAMA_API int32_t headkv_get_n_cells(const struct llama_context * ctx, llama_seq_id seq_id, int32_t * dst, int32_t n);
 
 // Prompt positions that a head kept, ascending; a first -1 is the cell that stands for all that were dropped. Returns their number; dst may be NULL to ask for it.

@@ -16,7 +16,7 @@ import argparse
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from dataclasses import asdict, dataclass, field, replace
 from itertools import product
 from multiprocessing import get_context
@@ -266,10 +266,15 @@ def _run(place: tuple[int, int]) -> dict[str, Any]:
 
 
 def run_job(job: Job, places: Sequence[tuple[int, int]], *, n_jobs: int) -> Iterator[dict[str, Any]]:
-    """Answers of each (task, context), in order, computed by ``n_jobs`` processes."""
+    """Answers of each (task, context), as they are done, computed by ``n_jobs`` processes."""
     with ProcessPoolExecutor(n_jobs, mp_context=get_context("spawn"), initializer=_begin, initargs=(job,)) as pool:
         try:
-            yield from pool.map(_run, places)
+            waiting = {pool.submit(_run, place): i for i, place in enumerate(places)}
+            while waiting:
+                done = wait(waiting, return_when=FIRST_COMPLETED).done
+                for future in sorted(done, key=waiting.__getitem__):
+                    del waiting[future]
+                    yield future.result()
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
 

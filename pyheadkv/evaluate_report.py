@@ -43,6 +43,8 @@ class Answers:
 
     def __init__(self, path: Path) -> None:
         self.header, entries, _ = read_lines(path)
+        order = {t["name"]: i for i, t in enumerate(self.header["tasks"])}
+        entries = sorted(entries, key=lambda e: (order[e["task"]], e["length"], e["quiz"]))  # they are written as they are done
         self.all = [
             Answer(
                 e["task"], e["length"], f"{e['task']}/{e['length']}/{e['quiz']}", a["ask"], a["kind"], a["depth"], a["protocol"],

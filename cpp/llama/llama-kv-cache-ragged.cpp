@@ -681,13 +681,26 @@ std::vector<llama_ubatch> llama_kv_cache_ragged::merge_store(const std::vector<l
 
 llama_memory_context_ptr llama_kv_cache_ragged::init_batch(llama_batch_allocr & balloc, uint32_t n_ubatch, bool embd_all) {
     GGML_UNUSED(embd_all);
+    try {
+        return prepare(balloc, n_ubatch);
+    } catch (const std::exception & e) { // nothing of upstream's catches it
+        fail(reason(e));
+        return std::make_unique<llama_kv_cache_ragged_context>(LLAMA_MEMORY_STATUS_FAILED_PREPARE);
+    }
+}
 
+llama_memory_context_ptr llama_kv_cache_ragged::prepare(llama_batch_allocr & balloc, uint32_t n_ubatch) {
     const auto failed = []() {
         return std::make_unique<llama_kv_cache_ragged_context>(LLAMA_MEMORY_STATUS_FAILED_PREPARE);
     };
 
     if (!broken.empty()) {
         fail(broken);
+        return failed();
+    }
+    if (!cparams.causal_attn || cparams.embeddings) {
+        fail(cparams.embeddings ? "embeddings were asked for, which a compressed context does not give: create another one, without compression"
+                                : "causal attention was switched off: prompts are read with it, switch it on or create another context, without compression");
         return failed();
     }
 
@@ -1665,6 +1678,7 @@ void llama_kv_cache_ragged::abort_compression() {
 }
 
 bool llama_kv_cache_ragged::end_layer(int32_t il) {
+    lctx->synchronize(); // buffers are about to be read and replaced
     try {
         if (!running) {
             begin_compression(reading->seq_id, reading->seq_id, reading->cfg);
@@ -1869,6 +1883,10 @@ int32_t llama_kv_cache_ragged::read_cells(llama_seq_id seq_id, int32_t il, int32
     const headkv_store_layer * layer = const_cast<headkv_store &>(store).find(il);
     const int64_t D = layer->n_embd_head;
 
+    if (seq.state == LAYERED) {
+        fail(format("sequence %d was read layer by layer and is not compressed yet: call headkv_end_prompt() first", seq_id));
+        return -1;
+    }
     const int64_t n_rows = seq.state == STORED ? layer->ranges[seq_id][ih].n_kept + (seq.n_pos - seq.n_prompt) : seq.n_pos;
     if (n_rows*D > n) {
         fail(format("room for %lld values, %lld are needed", (long long) n, (long long) n_rows*D));

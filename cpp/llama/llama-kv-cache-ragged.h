@@ -280,6 +280,7 @@ private:
     std::unique_ptr<compression> running;
     uint32_t n_tail_running() const;
 
+    llama_memory_context_ptr prepare(llama_batch_allocr & balloc, uint32_t n_ubatch); // throws
     void alloc_hidden(uint32_t n_tokens);
     void note_peak(size_t n_scratch);
     void begin_compression(llama_seq_id seq_id, llama_seq_id seq_id_dst, headkv_config_ptr cfg); // throws
