@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from bench_decode import commit, machine
+
+from pyheadkv.journal import commit, machine
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
 

@@ -189,7 +189,7 @@ lib = _Functions()
 
 def last_error() -> str:
     """Reason of the last failure of a C function on this thread."""
-    return lib.headkv_last_error().decode("utf-8", "replace")
+    return str(lib.headkv_last_error().decode("utf-8", "replace"))
 
 
 def check(result: int, error: type[Exception] = RuntimeError) -> int:
@@ -226,7 +226,7 @@ def gpu_description(i_gpu: int) -> str:
 
     ggml = llama_cpp._lib
     ggml.ggml_backend_dev_description.argtypes, ggml.ggml_backend_dev_description.restype = [ctypes.c_void_p], ctypes.c_char_p
-    return ggml.ggml_backend_dev_description(_gpus()[i_gpu]).decode()
+    return str(ggml.ggml_backend_dev_description(_gpus()[i_gpu]).decode())
 
 
 def gpu_bytes_used(i_gpu: int) -> int:

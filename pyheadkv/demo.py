@@ -174,7 +174,7 @@ def make_settings(args: argparse.Namespace, path: Path) -> list[Setting]:
         n = cells_in(parse_bytes("--kv-bytes", text), path, recent=recent, n_ctx=args.tokens)
         amounts.append(Setting(kv_size=n, kv_bytes=text))
     source = args.importance or ""
-    methods = [{"policy": policy, "preset": preset, "importance": source * (policy == AUTO)} for policy, preset in METHODS]
+    methods: list[dict[str, Any]] = [{"policy": policy, "preset": preset, "importance": source * (policy == AUTO)} for policy, preset in METHODS]
     return [Setting(), *(replace(amount, **method) for amount in amounts for method in methods)]
 
 

@@ -353,7 +353,7 @@ def make_settings(args: argparse.Namespace, model: Path, *, n_ctx: int) -> tuple
     policies = [check_choice("--policy", p, (AUTO, FULL, NONE, *POLICIES)) for p in split(args.policy)]
     presets = [check_choice("--preset", p, tuple(PRESETS)) for p in split(args.preset)] or [""]
     pools = [check_choice("--pool", p, tuple(POOLS)) for p in split(args.pool)] or [""]
-    scorings = [dict(zip(SCORING, values, strict=True)) for values in product(*(_numbers(args, name) for name in SCORING))]
+    scorings: list[dict[str, Any]] = [dict(zip(SCORING, values, strict=True)) for values in product(*(_numbers(args, name) for name in SCORING))]
     betas = [_beta(b) for b in split(args.beta)] or [0.0]
     files = split(args.importance) or [""]
     _check_used(args, policies)

@@ -302,7 +302,7 @@ def plot_depths(answers: Answers, path: Path) -> Path:
     from matplotlib.figure import Figure
 
     mine = [a for a in answers.all if a.task == "niah"]
-    lengths, depths = (sorted({key(a) for a in mine}) for key in (lambda a: a.length, lambda a: a.depth))
+    lengths, depths = sorted({a.length for a in mine}), sorted({a.depth for a in mine})
     names = [s["name"] for s in answers.settings]
     figure = Figure(figsize=(1 + 2.2 * len(names), 0.8 + 2.6 * len(answers.protocols)), layout="constrained")
     panels = figure.subplots(len(answers.protocols), len(names), squeeze=False, sharey=True)

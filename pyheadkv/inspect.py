@@ -270,7 +270,7 @@ def make_plan(
     found = _importance(path, source=importance)
     if found is None and options.policy in BY_IMPORTANCE:
         raise ValueError(f"{path}: nothing is known of the importance of its heads: {REMEDY_IMPORTANCE}")
-    values = found and found.importance
+    values = None if found is None else found.importance
     policy = policy_of(options, values)
     options = replace(options, beta=options.beta or (values and values.beta) or DEFAULT_BETA)
     return Plan(

@@ -61,6 +61,9 @@ class KVStats:
     compress_ms: float
 
 
+N_BATCH: Any = llama_cpp.llama_context_params.n_batch  # the field of the structure
+
+
 class _WholePromptParams(llama_cpp.llama_context_params):
     """Context parameters whose n_batch takes a whole prompt.
 
@@ -70,11 +73,12 @@ class _WholePromptParams(llama_cpp.llama_context_params):
 
     @property
     def n_batch(self) -> int:
-        return llama_cpp.llama_context_params.n_batch.__get__(self)
+        n: int = N_BATCH.__get__(self)
+        return n
 
     @n_batch.setter
     def n_batch(self, value: int) -> None:
-        llama_cpp.llama_context_params.n_batch.__set__(self, max(value, self.n_ctx))
+        N_BATCH.__set__(self, max(value, self.n_ctx))
         self.n_outputs_max = value
 
 
@@ -201,13 +205,13 @@ class Llama(llama_cpp.Llama):
         n_buckets: int | None = None,
         **kwargs: Any,
     ) -> None:
-        given = {name: value for name, value in dict(
+        given: dict[str, Any] = {name: value for name, value in dict(
             policy=policy, beta=beta, preset=preset, window=window, recent=recent, power=power, pool=pool, pool_kernel=pool_kernel, n_tail=n_tail, attend=attend, n_buckets=n_buckets,
             prefill=prefill, prefill_hidden=prefill_hidden, sinks=sinks, protect=protect, surplus=surplus,
             pyramid_exact=pyramid_exact, adakv_floor=adakv_floor, adakv_normalize=adakv_normalize).items() if value is not None}  # fmt: skip
         amount = {name: value for name, value in dict(kv_size=kv_size, kv_ratio=kv_ratio, kv_bytes=kv_bytes).items() if value is not None}
         more = {name: value for name, value in dict(importance=importance, kv_reuse=kv_reuse, n_seq_max=n_seq_max).items() if value is not None}
-        self._kv_args = {**given, **amount, **more}
+        self._kv_args: dict[str, Any] = {**given, **amount, **more}
         self._kv_reuse = bool(kv_reuse)
         self._n_seq_max = 1 if n_seq_max is None else check_int("n_seq_max", n_seq_max, 1, 256)
         self._prompt_pending = False
@@ -287,7 +291,7 @@ class Llama(llama_cpp.Llama):
     @property
     def policy(self) -> str:
         """The policy in use, never "auto"; "full" for the stock cache."""
-        return _lib.lib.headkv_get_policy(self.ctx).decode()
+        return str(_lib.lib.headkv_get_policy(self.ctx).decode())
 
     @property
     def importance_origin(self) -> str:
@@ -317,7 +321,7 @@ class Llama(llama_cpp.Llama):
             super().__del__()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), **self._kv_args}
+        return {**super().__getstate__(), **self._kv_args}  # type: ignore[no-untyped-call]
 
     # ------------------------------------------------------------------ generation
 
@@ -460,7 +464,8 @@ class Llama(llama_cpp.Llama):
         if importance is not None:
             self._kv_args["importance"] = importance
         if "kv_size" in options:  # in place of what said how much is kept
-            self._kv_ratio = self._kv_args["kv_ratio"] = self._kv_args["kv_bytes"] = None
+            self._kv_ratio = None
+            self._kv_args |= {"kv_ratio": None, "kv_bytes": None}
 
     def _configure(self, importance: ImportanceLike = None, **options: Any) -> None:
         before = self._need_options(), self._found
@@ -531,13 +536,14 @@ class Llama(llama_cpp.Llama):
         stats, n_past = self._stats(), n_common(self._input_ids, tokens)
         if STATES[stats.state] != "compressed":
             return True
-        return _lib.lib.headkv_can_continue(self.ctx, 0) == 0 and len(tokens) - n_past <= max(n_past, stats.kv_size)
+        return bool(_lib.lib.headkv_can_continue(self.ctx, 0) == 0 and len(tokens) - n_past <= max(n_past, stats.kv_size))
 
-    def _init_sampler(self, *args: Any, grammar: llama_cpp.LlamaGrammar | None = None, **kwargs: Any) -> Any:
+    def _init_sampler(self, *args: Any, grammar: Any = None, **kwargs: Any) -> Any:
         if grammar is None:
             return super()._init_sampler(*args, **kwargs)
         check_grammar(grammar, self._model)
-        return GrammarSampler(super()._init_sampler(*args, grammar=grammar, **kwargs), n_vocab=self.n_vocab())
+        kwargs["grammar"] = grammar
+        return GrammarSampler(super()._init_sampler(*args, **kwargs), n_vocab=self.n_vocab())
 
     def create_completion(self, prompt: str | list[int], *args: Any, **kwargs: Any) -> Any:
         """As ``llama_cpp.Llama.create_completion``."""
@@ -613,7 +619,7 @@ class Llama(llama_cpp.Llama):
 
     def reset(self) -> None:
         """Forget all tokens; the cache is empty afterwards."""
-        super().reset()
+        super().reset()  # type: ignore[no-untyped-call]
         if self.kv_options is not None:
             self._ctx.kv_cache_clear()
 
@@ -794,7 +800,7 @@ def _assigned(values: dict[str, Any]) -> str:
     return ", ".join(f"{name}={short_repr(value)}" for name, value in values.items())
 
 
-def n_common(a: Sequence[int], b: Sequence[int]) -> int:
+def n_common(a: Sequence[int] | npt.NDArray[np.int32], b: Sequence[int]) -> int:
     """Length of the beginning that two lists share."""
     n = min(len(a), len(b))
     same = np.asarray(a[:n]) == np.asarray(b[:n])

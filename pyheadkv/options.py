@@ -41,7 +41,7 @@ POWERS = (1, 2, 4, 8)
 MAX_CELLS = 1 << 26  # of a head
 DEFAULT_BETA = 1.2  # where none was chosen for the scores
 
-ImportanceLike = Union[str, PathLike, npt.ArrayLike, Importance, None]
+ImportanceLike = Union[str, PathLike[str], npt.ArrayLike, Importance, None]
 
 
 class MissingFileError(FileNotFoundError, ValueError):
@@ -229,11 +229,11 @@ class Options:
     policy: str = AUTO
     beta: float | None = None
     preset: str = "default"
-    window: int | None = None  # from here to pool_kernel None = that of the preset
-    recent: int | None = None
-    power: int | None = None
-    pool: str | None = None
-    pool_kernel: int | None = None
+    window: int = None  # type: ignore[assignment]  # from here to pool_kernel None = that of the preset, which replaces it
+    recent: int = None  # type: ignore[assignment]
+    power: int = None  # type: ignore[assignment]
+    pool: str = None  # type: ignore[assignment]
+    pool_kernel: int = None  # type: ignore[assignment]
     n_tail: int = 16
     attend: str = "auto"
     n_buckets: int = 1
@@ -280,7 +280,7 @@ class Options:
 
     def to_params(self, importance: Importance | None, model_path: str | None) -> _lib.Params:
         """The C struct. It refers to the values of ``importance``, which must outlive it."""
-        params = _lib.lib.headkv_default_params()
+        params: _lib.Params = _lib.lib.headkv_default_params()
         params.policy = self.policy.encode()
         params.kv_size = self.kv_size
         params.window = self.window

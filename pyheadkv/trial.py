@@ -240,7 +240,7 @@ class Trial:
             wanted = list(answer[n : n + logits.shape[1]])
             total -= log_softmax(logits)[:, range(len(wanted)), wanted].sum(axis=1)
             n += len(wanted)
-        return (total / n).tolist()
+        return [float(x) / n for x in total]
 
     def drop(self, copies: Sequence[Copy]) -> None:
         """Free what copies hold."""
@@ -260,7 +260,7 @@ class Trial:
             self._loaded[source] = load_importance(source, self.llm.model_path)
         elif source not in self._loaded:
             found = find_importance(source)
-            self._loaded[source] = found and found.importance
+            self._loaded[source] = None if found is None else found.importance
         return self._loaded[source]
 
     def _remove(self, seq_id: int, n: int) -> None:
@@ -296,5 +296,6 @@ class Trial:
 
 def log_softmax(logits: NDArray[np.float32]) -> NDArray[np.float64]:
     """Natural logarithm of the probabilities, over the last axis."""
-    shifted = logits.astype(np.float64) - logits.max(axis=-1, keepdims=True)
-    return shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
+    shifted: NDArray[np.float64] = logits.astype(np.float64) - logits.max(axis=-1, keepdims=True)
+    shifted -= np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
+    return shifted
