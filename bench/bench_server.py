@@ -24,7 +24,7 @@ from pyheadkv.journal import commit, machine
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
 
-from llama_server import Server, running  # noqa: E402
+from llama_server import Server, running
 
 KINDS = ("stock", "kv")
 MIB = 2**20

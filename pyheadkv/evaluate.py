@@ -35,7 +35,22 @@ from .gguf_keys import check_beta
 from .inspect import model_path
 from .journal import Journal, commit, machine, sha256
 from .llama import Llama, cells_in
-from .options import AUTO, BY_ALL_TOKENS, BY_IMPORTANCE, FULL, MAX_CELLS, NONE, POLICIES, POOLS, PRESETS, UNPOOLED, Options, check_choice, check_int, parse_bytes
+from .options import (
+    AUTO,
+    BY_ALL_TOKENS,
+    BY_IMPORTANCE,
+    FULL,
+    MAX_CELLS,
+    NONE,
+    POLICIES,
+    POOLS,
+    PRESETS,
+    UNPOOLED,
+    Options,
+    check_choice,
+    check_int,
+    parse_bytes,
+)
 from .quiz import Ask, TaskOptions, Turn
 from .tasks import TASKS, make_task
 from .trial import Copy, Held, Setting, Trial, log_softmax

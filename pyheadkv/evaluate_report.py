@@ -156,12 +156,12 @@ def _keep(header: dict[str, Any]) -> list[str]:
 
 def _scores(answers: Answers, protocol: str) -> list[str]:
     kinds = answers.kinds
-    head = ["setting", "cells", "of prompt", "KiB", "held", *kinds, "all", "of full"]
+    head = ["setting", "cells", "of prompt", "KiB", "held", *_labels(answers), "of full"]
     head += ["perplexity", "KL"] if _has_distances(answers) else []
     lines = [f"## {protocol}", "", row(head), row(["---"] * len(head))]
     for setting in answers.settings:
         name = setting["name"]
-        cells = [_cell(interval(by_context(answers.of(protocol, name, kind)))) for kind in (*kinds, None)]
+        cells = [_cell(interval(by_context(answers.of(protocol, name, kind)))) for kind in _columns(answers)]
         mine = answers.of(protocol, name)
         n_cells, n_bytes, n_held, n_prompt = (float(np.mean(x)) for x in zip(*[(a.cells, a.bytes, a.bytes_store, a.n_prompt) for a in mine]))
         share = np.mean([a.score for a in mine]) / max(answers.full(protocol), 1e-9)
@@ -172,6 +172,15 @@ def _scores(answers: Answers, protocol: str) -> list[str]:
         why = "not above no context by more than chance" if _has_none(answers) else f"below {100 * RANKED_ABOVE:.0f} %"
         lines += ["", f"Not to be ranked, the full cache is {why}: {', '.join(weak)}."]
     return [*lines, ""]
+
+
+def _columns(answers: Answers) -> list[str | None]:
+    """Kinds of questions, and None for all of them if there are several."""
+    return [*answers.kinds, None] if len(answers.kinds) > 1 else [*answers.kinds]
+
+
+def _labels(answers: Answers) -> list[str]:
+    return [kind or "all" for kind in _columns(answers)]
 
 
 def _has_none(answers: Answers) -> bool:
@@ -238,7 +247,7 @@ def _cell(value: tuple[float, float, float]) -> str:
 
 def _gains(answers: Answers, protocol: str) -> list[str]:
     """Every setting against snapkv with the same budget and scoring."""
-    kinds, lines = answers.kinds, []
+    lines = []
     for setting in answers.settings:
         uniform = [s for s in answers.settings if s["policy"] == "snapkv" and s["budget"] == setting["budget"]]
         # policies that do not look at scores are set against the first of those that score in several ways
@@ -246,13 +255,13 @@ def _gains(answers: Answers, protocol: str) -> list[str]:
         if name is None or name == setting["name"]:
             continue
         cells = []
-        for kind in (*kinds, None):
+        for kind in _columns(answers):
             mean, low, high = gain(answers.of(protocol, setting["name"], kind), answers.of(protocol, name, kind))
             cells.append(f"{100 * mean:+.0f} ({100 * low:+.0f} to {100 * high:+.0f})")
         lines.append(row([setting["name"], *cells]))
     if not lines:
         return []
-    head = [row(["setting", *kinds, "all"]), row(["---"] * (2 + len(kinds)))]
+    head = [row(["setting", *_labels(answers)]), row(["---"] * (1 + len(_labels(answers))))]
     text = "Points above uniform budgets (snapkv) of the same budget and scoring, same questions, 95 % interval:"
     return [text, "", *head, *lines, ""]
 
@@ -267,7 +276,7 @@ def plot(answers: Answers, path: Path) -> Path:
     """Score over bytes, a row of panels per protocol, a panel per kind and one for all."""
     from matplotlib.figure import Figure
 
-    kinds = [*answers.kinds, None] if len(answers.kinds) > 1 else list(answers.kinds)
+    kinds = _columns(answers)
     n_rows = len(answers.protocols)
     figure = Figure(figsize=(1.5 + 3.4 * len(kinds), 0.8 + 3.2 * n_rows), layout="constrained")
     panels = figure.subplots(n_rows, len(kinds), squeeze=False, sharey=True)

@@ -16,7 +16,18 @@ from numpy.typing import NDArray
 from . import _lib, embedded_model, gguf_keys
 from .arguments import check_drawing, given
 from .importance import Found, find_importance
-from .options import AUTO, BY_IMPORTANCE, DEFAULT_BETA, LOSSLESS, POLICIES, PRESETS, MissingFileError, Options, check_int, load_importance
+from .options import (
+    AUTO,
+    BY_IMPORTANCE,
+    DEFAULT_BETA,
+    LOSSLESS,
+    POLICIES,
+    PRESETS,
+    MissingFileError,
+    Options,
+    check_int,
+    load_importance,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

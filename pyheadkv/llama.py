@@ -5,13 +5,13 @@ from __future__ import annotations
 import ctypes
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from inspect import signature
 from os import PathLike, fspath
 from reprlib import repr as short_repr
-from typing import Any, Callable, Generator, Sequence
+from typing import Any
 
 import llama_cpp
 import numpy as np
@@ -23,9 +23,28 @@ from .gguf_keys import Importance
 from .grammar import GrammarSampler, check_grammar
 from .importance import Found, find_importance
 from .options import (
-    AUTO, BY_BETA, BY_IMPORTANCE, FULL, LOSSLESS, MAX_CELLS, POLICIES, ImportanceLike, MissingFileError, Options, check_choice, check_int, check_names,
-    check_share, check_text, check_tokens, load_importance, parse_bytes, preset_changes, row_bytes, share_of_prompt,
-)  # fmt: skip
+    AUTO,
+    BY_BETA,
+    BY_IMPORTANCE,
+    FULL,
+    LOSSLESS,
+    MAX_CELLS,
+    POLICIES,
+    ImportanceLike,
+    MissingFileError,
+    Options,
+    check_choice,
+    check_int,
+    check_names,
+    check_share,
+    check_text,
+    check_tokens,
+    load_importance,
+    parse_bytes,
+    preset_changes,
+    row_bytes,
+    share_of_prompt,
+)
 
 PIECE_MS = 250  # of reading a prompt layer by layer, before Python has its turn
 

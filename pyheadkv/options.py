@@ -10,7 +10,7 @@ from difflib import get_close_matches
 from fractions import Fraction
 from os import PathLike
 from pathlib import Path
-from typing import Any, Union
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -41,7 +41,7 @@ POWERS = (1, 2, 4, 8)
 MAX_CELLS = 1 << 26  # of a head
 DEFAULT_BETA = 1.2  # where none was chosen for the scores
 
-ImportanceLike = Union[str, PathLike[str], npt.ArrayLike, Importance, None]
+ImportanceLike = str | PathLike[str] | npt.ArrayLike | Importance | None
 
 
 class MissingFileError(FileNotFoundError, ValueError):
