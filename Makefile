@@ -1,5 +1,6 @@
 # make        install into .venv        make demo    ask a small model in English
 # make test   everything CI runs        make clean   remove what it made
+# make check  lint and types, no build
 #
 # Python >= 3.10 and a C++17 compiler are needed, ccache is used when present.
 
@@ -16,14 +17,14 @@ JOBS   ?= $(shell $(PYTHON) -c 'import os; print(len(os.sched_getaffinity(0)) if
 CMAKE  := PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/cmake
 SOURCES := $(shell find cpp patches -type f -not -name '*.pyc') CMakeLists.txt
 
-.PHONY: all demo test clean stock sanitize
+.PHONY: all demo check test clean stock sanitize
 all: $(VENV)/.installed
 
 $(VENV)/.tools: pyproject.toml
 	test -d $(VENV) || $(PYTHON) -m venv $(VENV)
 	$(PIP) install --upgrade pip
 	$(PIP) install "scikit-build-core>=0.10" "patch-ng>=1.18" "cmake>=3.21,<4" ninja "numpy>=1.24" "gguf>=0.17" \
-		"tqdm>=4.60" "platformdirs>=4" "matplotlib>=3.7" "pytest>=8" jinja2 "openai>=1"
+		"tqdm>=4.60" "platformdirs>=4" "matplotlib>=3.7" "pytest>=8" jinja2 "openai>=1" "ruff>=0.17,<0.18" "mypy>=2.4,<3" types-tqdm
 	! command -v nvcc > /dev/null || $(PIP) install --no-deps nvidia-cublas # its headers, for a compile check
 	touch $@
 
@@ -64,7 +65,11 @@ sanitize: $(VENV)/.llama-cpp-python
 		-DCMAKE_BUILD_TYPE=Debug -DCMAKE_CXX_FLAGS_DEBUG=-O1 -DCMAKE_C_FLAGS_DEBUG=-O1 $(CMAKE_DEFINES) > $(ASAN).log
 	$(CMAKE) --build $(ASAN) --parallel $(JOBS) --target pyheadkv-libs pyheadkv-tests >> $(ASAN).log
 
-test: all stock sanitize
+check: $(VENV)/.llama-cpp-python
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+test: check all stock sanitize
 	PYHEADKV_STOCK_LIB=$(CURDIR)/$(STOCK)/bin PYHEADKV_ASAN_DIR=$(CURDIR)/$(ASAN)/bin $(BIN)/pytest tests
 
 clean:

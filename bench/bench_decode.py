@@ -55,7 +55,7 @@ class Shape:
 SHAPES = {"llama-3.2-1b": Shape(), "llama-3.1-8b": Shape(n_layer=32, n_embd=4096, head_dim=128, n_ff=14336)}
 
 
-def make_model(path: Path, ftype: str, name: str = "llama-3.2-1b") -> None:
+def make_model(path: Path, ftype: Any, name: str = "llama-3.2-1b") -> None:
     """Write the random model, once."""
     from pyheadkv.testing import write_random_model
 

@@ -87,7 +87,8 @@ def main() -> None:
     def run(kind: str, n: int) -> dict[str, float]:
         cmd = [sys.executable, __file__, "--one", f"{kind}:{n}", "--model", str(args.model), "--ubatch", str(args.ubatch),
                "--threads", str(args.threads), "--read", str(args.read), "--layers", str(args.layers)]
-        return json.loads(subprocess.run(cmd, stdout=subprocess.PIPE, text=True, check=True).stdout.splitlines()[-1])
+        found: dict[str, float] = json.loads(subprocess.run(cmd, stdout=subprocess.PIPE, text=True, check=True).stdout.splitlines()[-1])
+        return found
 
     floor = run(FLOOR, args.ubatch)["rss_peak"]
     rows = []

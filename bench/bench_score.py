@@ -35,7 +35,7 @@ def example(reader: LlamaReader, prompt: list[int], n_steps: int, *, look: bool)
     for _ in range(n_steps):
         token = reader.greedy()
         if look:
-            reader.attention([span], N_SPAN)
+            reader.attention([span], N_SPAN, 1)
         reader.append(token)
     return middle - start, time.perf_counter() - middle
 

@@ -19,11 +19,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from bench_decode import commit, machine
+
+from pyheadkv.journal import commit, machine
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
 
-from llama_server import Server, running  # noqa: E402
+from llama_server import Server, running
 
 KINDS = ("stock", "kv")
 MIB = 2**20

@@ -75,7 +75,6 @@ struct headkv_params {
     int32_t      n_buckets;   // attention calls per layer of the composed path, 1..8
     int32_t      prefill;     // enum headkv_prefill
     int32_t      hidden_f16;  // 1 = hidden states between layers in f16: half the memory, rounded results
-    int32_t      keep_prompt; // 1 = the full cache of a prompt stays after compression, for headkv_restore_prompt()
     int32_t      sinks;       // first cells of a prompt that every head keeps; -1 = the policy's own (4 of "streaming", as far
                               // as kv_size reaches, else 0)
     const int32_t * protect;  // n_protect spans [start, end) of positions whose cells every head keeps, sinks too: they count
@@ -116,7 +115,7 @@ LLAMA_API const char * headkv_last_error(void);
 // Empties it, before a function of llama.h that may leave its reason there.
 LLAMA_API void headkv_clear_error(void);
 
-// Other parameters for the compressions to come. A window may not be larger than the context was created with; n_tail, attend, n_buckets, prefill, hidden_f16 and keep_prompt size
+// Other parameters for the compressions to come. A window may not be larger than the context was created with; n_tail, attend, n_buckets, prefill and hidden_f16 size
 // what the context owns and must be those it was created with.
 LLAMA_API int32_t headkv_configure(struct llama_context * ctx, const struct headkv_params * params);
 
@@ -153,6 +152,10 @@ LLAMA_API int32_t headkv_set_progress(struct llama_context * ctx, headkv_progres
 // keeps, but no more than these.
 LLAMA_API int32_t headkv_end_prompt(struct llama_context * ctx, llama_seq_id seq_id);
 
+// Compresses the sequence as another one, which must be empty; the prompt stays as it is and can be compressed again in another
+// way, or truncated and read on. It must be held as a whole: read with prefill 'token', and not compressed.
+LLAMA_API int32_t headkv_compress_as(struct llama_context * ctx, llama_seq_id seq_id, llama_seq_id seq_id_dst);
+
 // Whether a compressed sequence is what a prompt read now would have left: 0, or negative with the reason in
 // headkv_last_error(), which can be another kv_size, other protected cells or other adapters (LoRA, control vector).
 // llama_decode() continues on it in either case.
@@ -161,11 +164,6 @@ LLAMA_API int32_t headkv_can_continue(const struct llama_context * ctx, llama_se
 // Limits of the sequences that llama_state_*() restores from now on, which are refused beyond them; 0 = that of the context.
 // n_protected: cells that every head keeps as protected, sinks included.
 LLAMA_API int32_t headkv_limit_restore(struct llama_context * ctx, int32_t kv_size, int32_t n_protected, int32_t n_tokens);
-
-// Takes a compressed sequence back to the first n_tokens of its prompt, uncompressed: another end can be read, or the same
-// prompt compressed in another way, without reading it again. As many tokens as were taken back, at most `window`, must be
-// read before the next compression. Needs keep_prompt, which costs the memory of the full cache.
-LLAMA_API int32_t headkv_restore_prompt(struct llama_context * ctx, llama_seq_id seq_id, int32_t n_tokens);
 
 LLAMA_API int32_t headkv_get_stats(const struct llama_context * ctx, llama_seq_id seq_id, struct headkv_stats * stats);
 
@@ -177,7 +175,8 @@ LLAMA_API const char * headkv_get_policy(const struct llama_context * ctx);
 // Returns the number of values; dst may be NULL to ask for it.
 LLAMA_API int32_t headkv_get_budget(const struct llama_context * ctx, int32_t * dst, int32_t n);
 
-// Cells each head holds now, generated tokens included; same shape.
+// Cells each head holds now, generated tokens included; same shape. Of a prompt that was read layer by layer, whose last layer
+// waits for headkv_end_prompt(), the other layers hold what they kept.
 LLAMA_API int32_t headkv_get_n_cells(const struct llama_context * ctx, llama_seq_id seq_id, int32_t * dst, int32_t n);
 
 // Prompt positions that a head kept, ascending; a first -1 is the cell that stands for all that were dropped. Returns their number; dst may be NULL to ask for it.

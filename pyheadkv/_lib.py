@@ -75,7 +75,6 @@ class Params(ctypes.Structure):
         ("n_buckets", ctypes.c_int32),
         ("prefill", ctypes.c_int32),
         ("hidden_f16", ctypes.c_int32),
-        ("keep_prompt", ctypes.c_int32),
         ("sinks", ctypes.c_int32),
         ("protect", ctypes.POINTER(ctypes.c_int32)),
         ("n_protect", ctypes.c_int32),
@@ -128,8 +127,6 @@ _PROTOTYPES: dict[str, tuple[list[Any], Any]] = {
     "headkv_read_ahead": ([_CTX, ctypes.c_int32, _I32, ctypes.c_int32, ctypes.c_int32], ctypes.c_int32),
     # int32_t headkv_configure(struct llama_context * ctx, const struct headkv_params * params);
     "headkv_configure": ([_CTX, ctypes.POINTER(Params)], ctypes.c_int32),
-    # int32_t headkv_restore_prompt(struct llama_context * ctx, llama_seq_id seq_id, int32_t n_tokens);
-    "headkv_restore_prompt": ([_CTX, ctypes.c_int32, ctypes.c_int32], ctypes.c_int32),
     # const char * headkv_last_error(void);
     "headkv_last_error": ([], ctypes.c_char_p),
     # void headkv_clear_error(void);
@@ -144,6 +141,8 @@ _PROTOTYPES: dict[str, tuple[list[Any], Any]] = {
     "headkv_set_progress": ([_CTX, Progress, ctypes.c_void_p], ctypes.c_int32),
     # int32_t headkv_end_prompt(struct llama_context * ctx, llama_seq_id seq_id);
     "headkv_end_prompt": ([_CTX, ctypes.c_int32], ctypes.c_int32),
+    # int32_t headkv_compress_as(struct llama_context * ctx, llama_seq_id seq_id, llama_seq_id seq_id_dst);
+    "headkv_compress_as": ([_CTX, ctypes.c_int32, ctypes.c_int32], ctypes.c_int32),
     # int32_t headkv_can_continue(const struct llama_context * ctx, llama_seq_id seq_id);
     "headkv_can_continue": ([_CTX, ctypes.c_int32], ctypes.c_int32),
     # int32_t headkv_limit_restore(struct llama_context * ctx, int32_t kv_size, int32_t n_protected, int32_t n_tokens);
@@ -190,7 +189,7 @@ lib = _Functions()
 
 def last_error() -> str:
     """Reason of the last failure of a C function on this thread."""
-    return lib.headkv_last_error().decode("utf-8", "replace")
+    return str(lib.headkv_last_error().decode("utf-8", "replace"))
 
 
 def check(result: int, error: type[Exception] = RuntimeError) -> int:
@@ -227,7 +226,7 @@ def gpu_description(i_gpu: int) -> str:
 
     ggml = llama_cpp._lib
     ggml.ggml_backend_dev_description.argtypes, ggml.ggml_backend_dev_description.restype = [ctypes.c_void_p], ctypes.c_char_p
-    return ggml.ggml_backend_dev_description(_gpus()[i_gpu]).decode()
+    return str(ggml.ggml_backend_dev_description(_gpus()[i_gpu]).decode())
 
 
 def gpu_bytes_used(i_gpu: int) -> int:

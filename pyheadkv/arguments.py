@@ -14,9 +14,9 @@ AMOUNTS = ("kv_size", "kv_ratio", "kv_bytes")
 
 def add_amount_arguments(group: argparse._ActionsContainer, *, several: bool = False) -> None:
     """``--kv-ratio`` and ``--kv-bytes``; ``several``: lists, read by ``split``."""
-    where, ratio = ("beside --kv-size or in its place, ", {}) if several else ("in place of --kv-size, ", {"type": float})
+    where = "beside --kv-size or in its place, " if several else "in place of --kv-size, "
     share, size = "shares of each prompt, up to 1" if several else "share of each prompt, up to 1", "the cells of all heads, such as 64MiB"
-    group.add_argument("--kv-ratio", **ratio, metavar="LIST" if several else "X", help=where + share)
+    group.add_argument("--kv-ratio", type=str if several else float, metavar="LIST" if several else "X", help=where + share)
     group.add_argument("--kv-bytes", metavar="LIST" if several else "SIZE", help=f"{where}bytes for {size}")
 
 

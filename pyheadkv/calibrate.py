@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from .llama import Llama
 
 BETAS = (1.01, 1.1, 1.2, 1.5, 2.0, 3.0, 5.0, 10.0)
+N_COPIES = len(BETAS) + 1  # of a prompt: one for each of them, one with uniform budgets
 KV_SIZES = (32, 64, 128)
 N_EXAMPLES = 40
 UNIFORM = "snapkv"
@@ -102,7 +103,7 @@ def calibrate(
 
     Parameters
     ----------
-    llm : made with ``keep_prompt=True``
+    llm : as a ``Trial`` needs it, for ``N_COPIES`` copies
     accept_above : examples that the full cache answers no better do not count
 
     Raises
@@ -129,19 +130,18 @@ def _surprise(
     trial: Trial, source: Examples, example: Example, stop: frozenset[int], kv_sizes: Sequence[int], accept_above: float
 ) -> list[list[float]] | None:
     """(n_kv_sizes, n_betas + 1); None when the full cache does not know the answer."""
-    last = example.tokens[-1]
-    trial.compress(Setting(), example.tokens)
-    trial.go_on(len(example.tokens) - 1, [last])
-    answer = trial.generate(last, example.n_steps, stop=stop)
+    last, n = example.tokens[-1], len(example.tokens) - 1
+    full = trial.compress(Setting(), example.tokens)
+    trial.go_on([full], n, [last])
+    (answer,) = trial.generate([full], last, example.n_steps, stop=stop)
+    trial.drop([full])
     if not answer or source.quality(source.text(answer), example.answer) <= accept_above:
         return None
     out = []
     for kv_size in kv_sizes:
         settings = [Setting("headkv", kv_size, beta=beta, importance="measured") for beta in BETAS]
-        row = []
-        for setting in (*settings, Setting(UNIFORM, kv_size)):
-            trial.compress(setting, example.tokens)
-            trial.go_on(len(example.tokens) - 1, [last])
-            row.append(trial.surprise(last, answer))
-        out.append(row)
+        copies = [trial.compress(setting, example.tokens) for setting in (*settings, Setting(UNIFORM, kv_size))]
+        trial.go_on(copies, n, [last])
+        out.append(trial.surprise(copies, last, answer))
+        trial.drop(copies)
     return out

@@ -173,7 +173,7 @@ def _fit_n_ctx(path: Path, prompt: str, args: argparse.Namespace) -> int:
     params.vocab_only = True
     vocab = LlamaModel(path_model=str(path), params=params, verbose=False)
     n_tokens = len(vocab.tokenize(prompt.encode(), True, True)) + args.n_predict + N_CHAT_TEMPLATE * args.chat
-    vocab.close()  # type: ignore[no-untyped-call]
+    vocab.close()
     n_ctx = round_n_ctx(max(n_tokens, args.kv_size or 0))
     n_ctx_train = _n_ctx_train(path)
     return min(n_ctx, n_ctx_train) if n_ctx_train else n_ctx

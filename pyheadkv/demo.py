@@ -28,7 +28,7 @@ from .options import AUTO, FULL, PRESETS, Options, check_int, parse_bytes
 if TYPE_CHECKING:
     from .llama import Llama
     from .quiz import Ask, Task
-    from .trial import Held, Setting, Trial
+    from .trial import Copy, Held, Setting, Trial
 
 METHODS = ((AUTO, ""), ("snapkv", ""), ("snapkv", "paper"), ("streaming", ""))  # policies and presets
 KV_SIZE = "80"
@@ -174,7 +174,7 @@ def make_settings(args: argparse.Namespace, path: Path) -> list[Setting]:
         n = cells_in(parse_bytes("--kv-bytes", text), path, recent=recent, n_ctx=args.tokens)
         amounts.append(Setting(kv_size=n, kv_bytes=text))
     source = args.importance or ""
-    methods = [{"policy": policy, "preset": preset, "importance": source * (policy == AUTO)} for policy, preset in METHODS]
+    methods: list[dict[str, Any]] = [{"policy": policy, "preset": preset, "importance": source * (policy == AUTO)} for policy, preset in METHODS]
     return [Setting(), *(replace(amount, **method) for amount in amounts for method in methods)]
 
 
@@ -196,7 +196,8 @@ def open_trial(path: Path, *, n_tokens: int, n_threads: int | None = None, **opt
         path,
         kv_size=64,  # until there is a setting
         policy="snapkv",
-        keep_prompt=True,
+        prefill="token",
+        n_seq_max=2,
         n_tail=N_TAIL,
         n_ctx=round_n_ctx(n_tokens + N_ANSWER + N_SPEED),
         n_batch=N_BATCH,
@@ -229,20 +230,22 @@ def make_asks(task: Task, n: int) -> list[Ask]:
     return asks[:n]
 
 
-def answer(trial: Trial, ask: Ask, setting: Setting, *, stop: frozenset[int]) -> Answer:
-    """Greedy answer to a question under a setting."""
-    held = trial.compress(setting, ask.prompt)
+def answer(trial: Trial, ask: Ask, setting: Setting, *, stop: frozenset[int], timed: bool = False) -> Answer:
+    """Greedy answer to a question under a setting; timed: and how long a token takes after it."""
+    copy = trial.compress(setting, ask.prompt)
     rest = (ask.prompt[-1], *ask.more)
-    trial.go_on(len(ask.prompt) - 1, rest)
-    said = trial.generate(rest[-1], ask.n_steps, stop=stop)
+    trial.go_on([copy], len(ask.prompt) - 1, rest)
+    (said,) = trial.generate([copy], rest[-1], ask.n_steps, stop=stop)
+    seconds = token_seconds(trial, copy, rest[-1]) if timed else math.nan
+    trial.drop([copy])
     text = trial.llm.detokenize(said).decode("utf-8", "replace").strip()
-    return Answer(text, ask.grade(text) == 1, FULL if setting.policy == FULL else trial.llm.policy, held)
+    return Answer(text, ask.grade(text) == 1, copy.policy, copy.held, seconds)
 
 
-def token_seconds(trial: Trial, token: int) -> float:
-    """Time of decoding a token after what the cache holds, mean of ``N_SPEED``."""
+def token_seconds(trial: Trial, copy: Copy, token: int) -> float:
+    """Time of decoding a token after what a copy holds, mean of ``N_SPEED``."""
     begin = time.perf_counter()
-    trial.generate(token, N_SPEED)
+    trial.generate([copy], token, N_SPEED)
     return (time.perf_counter() - begin) / N_SPEED
 
 
@@ -255,8 +258,8 @@ def _ask_all(trial: Trial, task: Task, asks: Sequence[Ask], settings: Sequence[S
             trial.read(ask.prompt)
         print(f"{i}  {ask.question} -> {ask.answer}")
         for setting in settings:
-            given = answer(trial, ask, setting, stop=task.stop_tokens)
-            answers[setting].append(replace(given, seconds=token_seconds(trial, ask.prompt[-1])))
+            given = answer(trial, ask, setting, stop=task.stop_tokens, timed=True)
+            answers[setting].append(given)
             mark, text = right if given.is_right else wrong, " ".join(given.text.split())
             print(f"   {mark} {_label(setting, given):<{N_LABEL}}  {printable(text, ascii(text))}", flush=True)
     return answers

@@ -16,12 +16,15 @@ import argparse
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass, replace
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from dataclasses import asdict, dataclass, field, replace
 from itertools import product
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from . import __version__
 from .arguments import AMOUNTS, add_amount_arguments, add_keep_arguments, check_drawing, keep_kwargs, split
@@ -32,14 +35,36 @@ from .gguf_keys import check_beta
 from .inspect import model_path
 from .journal import Journal, commit, machine, sha256
 from .llama import Llama, cells_in
-from .options import AUTO, BY_ALL_TOKENS, BY_IMPORTANCE, FULL, POLICIES, POOLS, PRESETS, UNPOOLED, Options, check_choice, check_int, parse_bytes
+from .options import (
+    AUTO,
+    BY_ALL_TOKENS,
+    BY_IMPORTANCE,
+    FULL,
+    MAX_CELLS,
+    NONE,
+    POLICIES,
+    POOLS,
+    PRESETS,
+    UNPOOLED,
+    Options,
+    check_choice,
+    check_int,
+    parse_bytes,
+)
 from .quiz import Ask, TaskOptions, Turn
 from .tasks import TASKS, make_task
-from .trial import Held, Setting, Trial
+from .trial import Copy, Held, Setting, Trial, log_softmax
 
 PROTOCOLS = ("query-aware", "query-agnostic")
 KV_SIZES = "32,64,128"
 RECENT = Options(kv_size=64).recent
+MAX_COPIES = 32  # of a prompt at a time; each has window queries in the memory of the context
+SCORING = {
+    "window": "last queries that score the prompt",
+    "recent": "last cells that every head keeps",
+    "power": "of the mean over the queries",
+    "pool_kernel": "neighbours that are pooled, 0 = a quarter of the cells of a head",
+}  # numbers of ``Setting``
 N_ROOM = 512  # tokens of the context for follow-up questions and answers
 
 
@@ -54,6 +79,39 @@ class Job:
     keep: dict[str, Any]
     n_threads: int
     n_gpu_layers: int
+    kl: bool = False  # measure distances from the full cache beside the answers
+
+
+@dataclass
+class Expected:
+    """What the full cache says, and what it expects at each token of it.
+
+    Attributes
+    ----------
+    tokens : its answer, or those that follow the prompt where nothing is asked
+    log_p : of each token float32 (n_vocab,), natural logarithms of its probabilities
+    """
+
+    tokens: Sequence[int]
+    log_p: list[NDArray[np.float32]] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Distance:
+    """From the full cache, over the tokens of ``Expected``.
+
+    Attributes
+    ----------
+    n : tokens
+    nll : mean negative log likelihood, nats per token
+    kl : mean Kullback-Leibler divergence from the full cache's distribution of the next token, nats
+    agree : share of the tokens for which both find the same one the most likely
+    """
+
+    n: int
+    nll: float
+    kl: float
+    agree: float
 
 
 @dataclass(frozen=True)
@@ -66,6 +124,7 @@ class Answer:
     setting: Setting
     held: Held
     tokens: list[int]
+    distance: Distance | None = None
 
 
 class Worker:
@@ -79,14 +138,16 @@ class Worker:
 
     def trial(self, setting: Setting) -> Trial:
         """Where prompts are read for a setting."""
-        policy = setting.policy if setting.policy in BY_ALL_TOKENS else ""
+        policy = self._reads(setting)
         if policy not in self.trials:
             job = self.job
             self.trials[policy] = Trial(Llama(
                 job.model,
                 kv_size=64,
                 policy=policy or "snapkv",
-                keep_prompt=True,
+                prefill="token",
+                n_seq_max=1 + min(MAX_COPIES, len(job.settings)),
+                window=max(s.window or PRESETS[s.preset or "default"]["window"] for s in job.settings),
                 n_ctx=round_n_ctx(max(task.n_tokens + max(N_ROOM, n_answer(task)) for task in job.tasks)),
                 n_threads=job.n_threads,
                 n_threads_batch=job.n_threads,
@@ -95,6 +156,11 @@ class Worker:
                 **job.keep,
             ))  # fmt: skip
         return self.trials[policy]
+
+    @staticmethod
+    def _reads(setting: Setting) -> str:
+        """The policy that a prompt has to be read with, "" = any."""
+        return setting.policy if setting.policy in BY_ALL_TOKENS else ""
 
     def run(self, i_task: int, i_quiz: int) -> dict[str, Any]:
         """All answers about one context: one line of the output."""
@@ -106,41 +172,99 @@ class Worker:
             for answer in run(asks, stop):
                 asked, held = answer.question, answer.held
                 text = self.llm.detokenize(answer.tokens).decode("utf-8", "replace").strip()
+                score = answer.distance.agree if isinstance(asked, Ask) and asked.follows and answer.distance else asked.grade(text)
                 answers.append(
                     {"ask": answer.number, "kind": asked.kind, "depth": round(asked.depth, 4), "n_tokens": answer.n_tokens,
-                     "protocol": protocol, "setting": answer.setting.name, "score": asked.grade(text), "n_prompt": held.n_prompt,
+                     "protocol": protocol, "setting": answer.setting.name, "score": score, "n_prompt": held.n_prompt,
                      "cells": round(held.per_head, 2), "bytes": held.cells, "bytes_store": held.store, "text": text}
+                    | ({"distance": asdict(answer.distance)} if answer.distance else {})
                 )  # fmt: skip
         return {"task": task.options.name, "length": task.options.n_tokens, "quiz": i_quiz, "answers": answers}
 
     def _aware(self, asks: Sequence[Ask], stop: frozenset[int]) -> Iterator[Answer]:
         for i_ask, ask in enumerate(asks):
-            rest = (ask.prompt[-1], *ask.more)
-            for setting in self.job.settings:
-                trial = self.trial(setting)
-                held = trial.compress(setting, ask.prompt)
-                trial.go_on(len(ask.prompt) - 1, rest)
-                yield from self._answers(i_ask, ask, rest[-1], setting, held, stop)
-
-    def _answers(self, i_ask: int, ask: Ask, last: int, setting: Setting, held: Held, stop: frozenset[int]) -> Iterator[Answer]:
-        """To a question and to those that follow it in the same chat."""
-        number = i_ask * (1 + len(ask.turns))
-        trial = self.trial(setting)
-        said = trial.generate(last, ask.n_steps, stop=stop)
-        yield Answer(number, ask, trial.llm.n_tokens, setting, held, said)
-        for k, turn in enumerate(ask.turns, start=1):
-            trial.say(turn.prompt)
-            said = trial.generate(turn.prompt[-1], turn.n_steps, stop=stop)
-            yield Answer(number + k, turn, trial.llm.n_tokens, setting, held, said)
+            expected = Expected(ask.follows)
+            for trial, copies in self._copies(ask.prompt):
+                rest = (ask.prompt[-1], *ask.more)
+                yield from self._answers(trial, copies, i_ask, ask, len(ask.prompt) - 1, rest, stop, expected)
+            yield from self._alone(i_ask, ask, stop, expected)
 
     def _agnostic(self, asks: Sequence[Ask], stop: frozenset[int]) -> Iterator[Answer]:
+        by_context: dict[tuple[int, ...], list[tuple[int, Ask, Expected]]] = {}
+        for i_ask, ask in enumerate(asks):
+            by_context.setdefault(ask.prompt[: ask.n_context], []).append((i_ask, ask, Expected(ask.follows)))
+        for context, some in by_context.items():
+            for trial, copies in self._copies(context):
+                for i_ask, ask, expected in some:
+                    rest = (*ask.prompt[ask.n_context :], *ask.more)
+                    yield from self._answers(trial, copies, i_ask, ask, ask.n_context, rest, stop, expected)
+            for i_ask, ask, expected in some:
+                yield from self._alone(i_ask, ask, stop, expected)
+
+    def _alone(self, i_ask: int, ask: Ask, stop: frozenset[int], expected: Expected) -> Iterator[Answer]:
+        """What the model says without the context, if that is one of the settings."""
+        if not any(setting.policy == NONE for setting in self.job.settings):
+            return
+        trial = self.trial(Setting())
+        copy = trial.read_alone(ask.alone)
+        yield from self._answers(trial, [copy], i_ask, ask, len(ask.alone) - 1, ask.alone[-1:], stop, expected)
+        trial.drop([copy])
+
+    def _copies(self, prompt: Sequence[int]) -> Iterator[tuple[Trial, list[Copy]]]:
+        """The prompt under all settings, as many at a time as a context takes; the full cache comes first."""
+        groups: dict[str, list[Setting]] = {}
         for setting in self.job.settings:
-            for i_ask, ask in enumerate(asks):
-                if i_ask == 0 or ask.prompt[: ask.n_context] != asks[i_ask - 1].prompt[: ask.n_context]:
-                    held = self.trial(setting).compress(setting, ask.prompt[: ask.n_context])
-                rest = (*ask.prompt[ask.n_context :], *ask.more)
-                self.trial(setting).go_on(ask.n_context, rest)
-                yield from self._answers(i_ask, ask, rest[-1], setting, held, stop)
+            if setting.policy != NONE:
+                groups.setdefault(self._reads(setting), []).append(setting)
+        for settings in groups.values():
+            trial = self.trial(settings[0])
+            for i in range(0, len(settings), trial.n_copies):
+                copies = [trial.compress(setting, prompt) for setting in settings[i : i + trial.n_copies]]
+                yield trial, copies
+                trial.drop(copies)
+
+    def _answers(
+        self, trial: Trial, copies: Sequence[Copy], i_ask: int, ask: Ask, n: int, rest: Sequence[int], stop: frozenset[int],
+        expected: Expected,
+    ) -> Iterator[Answer]:
+        """To a question and to those that follow it in the same chat: ``rest`` comes after the first n tokens of the prompt."""
+        number, n_steps = i_ask * (1 + len(ask.turns)), ask.n_steps
+        trial.go_on(copies, n, rest)
+        first = said = trial.generate(copies, rest[-1], n_steps, stop=stop)
+        answers = [Answer(number, ask, c.n_tokens, c.setting, c.held, tokens) for c, tokens in zip(copies, said, strict=True)]
+        for k, turn in enumerate(ask.turns, start=1):
+            # of an answer that was not stopped, the last token is not read yet
+            trial.say(copies, [[*tokens[n_steps - 1 :], *turn.prompt[:-1]] for tokens in said])
+            said, n_steps = trial.generate(copies, turn.prompt[-1], turn.n_steps, stop=stop), turn.n_steps
+            answers += [Answer(number + k, turn, c.n_tokens, c.setting, c.held, tokens) for c, tokens in zip(copies, said, strict=True)]
+        if copies[0].policy == FULL and not expected.tokens:
+            expected.tokens = first[0]
+        if expected.tokens and (self.job.kl or ask.follows):
+            trial.go_on(copies, n, rest)
+            distances = measure(trial, copies, rest[-1], expected)
+            answers[: len(copies)] = [replace(a, distance=d) for a, d in zip(answers, distances)]
+        yield from answers
+
+
+def measure(trial: Trial, copies: Sequence[Copy], last: int, expected: Expected) -> list[Distance]:
+    """Distances of copies from the full cache after ``last``, which is read first; the first call is that with the full cache.
+
+    It is the first copy then, and fills ``expected.log_p``.
+    """
+    wanted, n = expected.tokens, len(expected.tokens)
+    sums, i = np.zeros((3, len(copies))), 0
+    is_full = not expected.log_p
+    for logits in trial.follow(copies, [last, *wanted[:-1]]):
+        log_p = log_softmax(logits)
+        if is_full:
+            expected.log_p += list(log_p[0].astype(np.float32))
+        full = np.stack(expected.log_p[i : i + log_p.shape[1]])
+        here = wanted[i : i + log_p.shape[1]]
+        sums[0] -= log_p[:, range(len(here)), here].sum(axis=1)
+        sums[1] += (np.exp(full) * (full - log_p)).sum(axis=(1, 2))
+        sums[2] += (log_p.argmax(axis=2) == full.argmax(axis=1)).sum(axis=1)
+        i += len(here)
+    return [Distance(n, *(round(float(x) / n, 6) for x in column)) for column in sums.T]
 
 
 _worker: Worker | None = None  # of this process
@@ -157,10 +281,15 @@ def _run(place: tuple[int, int]) -> dict[str, Any]:
 
 
 def run_job(job: Job, places: Sequence[tuple[int, int]], *, n_jobs: int) -> Iterator[dict[str, Any]]:
-    """Answers of each (task, context), in order, computed by ``n_jobs`` processes."""
+    """Answers of each (task, context), as they are done, computed by ``n_jobs`` processes."""
     with ProcessPoolExecutor(n_jobs, mp_context=get_context("spawn"), initializer=_begin, initargs=(job,)) as pool:
         try:
-            yield from pool.map(_run, places)
+            waiting = {pool.submit(_run, place): i for i, place in enumerate(places)}
+            while waiting:
+                done = wait(waiting, return_when=FIRST_COMPLETED).done
+                for future in sorted(done, key=waiting.__getitem__):
+                    del waiting[future]
+                    yield future.result()
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
 
@@ -176,13 +305,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "-o", "--output", type=Path, required=True, metavar="FILE.jsonl", help="answers; tables and plots stand beside it"
     )
     group = parser.add_argument_group("settings to compare, comma-separated; the full cache is always one of them")
-    group.add_argument("--policy", default="auto,snapkv,streaming", metavar="LIST", help="(default: %(default)s)")
+    group.add_argument("--policy", default="auto,snapkv,streaming", metavar="LIST", help="(default: %(default)s); none = the question without its context")
     group.add_argument(
         "--kv-size", metavar="LIST", help=f"mean cells per KV head, recent ones included (default: {KV_SIZES} if no amount is given)"
     )
     add_amount_arguments(group, several=True)
     group.add_argument("--preset", default="", metavar="LIST", help="of window, recent, power and pooling: default, paper (default: default)")
     group.add_argument("--pool", default="", metavar="LIST", help="max, avg (default: that of the preset)")
+    for name, what in SCORING.items():
+        group.add_argument(f"--{name.replace('_', '-')}", default="", metavar="LIST", help=f"{what} (default: that of the preset)")
     group.add_argument("--beta", default="", metavar="LIST", help="(default: the one stored with the importance, else 1.2)")
     group.add_argument(
         "--importance", default="", metavar="LIST", help="score files or GGUFs (default: the importance of the model)"
@@ -200,14 +331,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--depths", type=int, default=10, metavar="N", help="of the needle, task niah (default: %(default)s)")
     group.add_argument("--file", type=Path, metavar="FILE.jsonl", help=f"of the tasks {', '.join(FILES)}")
     group.add_argument("--prompts", type=Path, metavar="FILE.json", help="of these tasks (default: those of the package)")
+    group.add_argument("--after", default="", metavar="TEXT", help="instructions behind each question (English tasks in a chat template)")
     group.add_argument("--raw", action="store_true", help="no chat template, and one stop token, as the HeadKV authors ask (English tasks)")
     group.add_argument("--seed", type=int, default=0, metavar="N", help="(default: %(default)s)")
+    group.add_argument("--kl", action="store_true", help="also what each cache makes of the full cache's answer: perplexity, divergence of the next token")
     group = parser.add_argument_group("run")
     group.add_argument("--jobs", type=int, default=1, metavar="N", help="contexts at the same time (default: %(default)s)")
     group.add_argument("--threads", type=int, default=1, metavar="N", help="CPU threads of each (default: %(default)s)")
     group.add_argument("--n-gpu-layers", type=int, default=0, metavar="N", help="layers on the GPU, -1 = all (default: %(default)s)")
     group.add_argument("--resume", action="store_true", help="go on with a run that was interrupted")
     group.add_argument("--force", action="store_true", help="replace the output")
+
+
+def _numbers(args: argparse.Namespace, name: str) -> list[int | None]:
+    texts = split(getattr(args, name))
+    for text in texts:
+        if not text.isdigit():
+            raise ValueError(f"--{name.replace('_', '-')}={text!r}: it must be a whole number")
+    return [*map(int, texts)] or [None]
 
 
 def _beta(text: str) -> float:
@@ -218,33 +359,38 @@ def _beta(text: str) -> float:
 
 
 def make_settings(args: argparse.Namespace, model: Path, *, n_ctx: int) -> tuple[Setting, ...]:
-    """The full cache, then every combination that differs; pooling, beta and importance only where they count.
+    """The full cache, no context if wanted, then every combination that differs; pooling, beta and importance only where they count.
 
     Parameters
     ----------
     n_ctx : tokens that no budget exceeds
     """
-    policies = [check_choice("--policy", p, (AUTO, FULL, *POLICIES)) for p in split(args.policy)]
+    policies = [check_choice("--policy", p, (AUTO, FULL, NONE, *POLICIES)) for p in split(args.policy)]
     presets = [check_choice("--preset", p, tuple(PRESETS)) for p in split(args.preset)] or [""]
     pools = [check_choice("--pool", p, tuple(POOLS)) for p in split(args.pool)] or [""]
+    scorings: list[dict[str, Any]] = [dict(zip(SCORING, values, strict=True)) for values in product(*(_numbers(args, name) for name in SCORING))]
     betas = [_beta(b) for b in split(args.beta)] or [0.0]
     files = split(args.importance) or [""]
     _check_used(args, policies)
     out = [Setting()]
     amounts = _amounts(args, model, n_ctx=n_ctx)
-    for policy, amount, preset, pool, beta, file in product(policies, amounts, presets, pools, betas, files):
-        if policy == FULL:
+    for policy, amount, preset, pool, scoring, beta, file in product(policies, amounts, presets, pools, scorings, betas, files):
+        if policy in (FULL, NONE):
+            out += [Setting(policy)]
             continue
         by_importance, by_score = policy in (AUTO, *BY_IMPORTANCE), policy not in UNPOOLED
-        setting = replace(amount, policy=policy, preset=preset if by_score else "", pool=pool if by_score else "")
+        setting = replace(amount, policy=policy)
+        if by_score:
+            setting = replace(setting, preset=preset, pool=pool, **scoring)
+            Options(kv_size=setting.kv_size or MAX_CELLS, preset=preset or "default", **setting.scoring)  # or an error that names what is wrong
         out.append(replace(setting, beta=beta, importance=file) if by_importance else setting)
     return tuple(dict.fromkeys(out))
 
 
 def _check_used(args: argparse.Namespace, policies: Sequence[str]) -> None:
-    compressed = [p for p in policies if p != FULL]
+    compressed = [p for p in policies if p not in (FULL, NONE)]
     by_importance, by_score = any(p in (AUTO, *BY_IMPORTANCE) for p in compressed), any(p not in UNPOOLED for p in compressed)
-    used = {"preset": by_score, "pool": by_score, "beta": by_importance, "importance": by_importance}
+    used = {"preset": by_score, "pool": by_score, **dict.fromkeys(SCORING, by_score), "beta": by_importance, "importance": by_importance}
     used |= dict.fromkeys((*AMOUNTS, "sinks", "protect", "surplus"), bool(compressed))
     for name, is_used in used.items():
         value = getattr(args, name)
@@ -287,7 +433,7 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"output {args.output} exists: pass --resume to go on with it, or --force to replace it")
     lengths = [check_int("--tokens", int(n) if n.isdigit() else n, 64, 1 << 24) for n in split(args.tokens)]
     tasks = tuple(
-        TaskOptions(check_choice("task", name, TASKS), n, args.questions, args.seed, args.depths, args.file, args.prompts, args.raw)
+        TaskOptions(check_choice("task", name, TASKS), n, args.questions, args.seed, args.depths, args.file, args.prompts, args.raw, args.after)
         for name in split(args.task)
         for n in lengths
     )
@@ -295,7 +441,7 @@ def run(args: argparse.Namespace) -> int:
         n_answer(task)  # files that are needed are there
     protocols = tuple(check_choice("--protocol", p, PROTOCOLS) for p in split(args.protocol))
     settings = make_settings(args, path, n_ctx=max(lengths))
-    job = Job(path, tasks, settings, protocols, keep_kwargs(args), check_int("--threads", args.threads, 1, 1024), args.n_gpu_layers)
+    job = Job(path, tasks, settings, protocols, keep_kwargs(args), check_int("--threads", args.threads, 1, 1024), args.n_gpu_layers, args.kl)
     check_int("--contexts", args.contexts, 1, 1 << 20)
     check_int("--jobs", args.jobs, 1, 1024)
     journal = Journal(args.output, describe(job), resume=args.resume)
@@ -343,6 +489,7 @@ def describe(job: Job) -> dict[str, Any]:
             for s in job.settings
         ],
         "keep": job.keep,
+        "kl": job.kl,
         "protocols": job.protocols,
         "tasks": [{**asdict(t), "file": t.file and t.file.name, "prompts": t.prompts and t.prompts.name} for t in job.tasks],
         "engine": {"n_threads": job.n_threads, "n_gpu_layers": job.n_gpu_layers},

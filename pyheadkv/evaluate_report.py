@@ -11,10 +11,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .journal import read_lines
-from .options import FULL
+from .options import FULL, NONE
 
 N_BOOTSTRAP = 4000
 RANKED_ABOVE = 0.8  # of the full cache; a task that it cannot do says nothing about policies
+SHARES = (0.9, 0.97)  # of the full cache's score, for which the least cells are named
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,7 @@ class Answer:
     cells: float
     bytes: int
     bytes_store: int
+    distance: dict[str, float] | None
 
 
 class Answers:
@@ -41,10 +43,12 @@ class Answers:
 
     def __init__(self, path: Path) -> None:
         self.header, entries, _ = read_lines(path)
+        order = {t["name"]: i for i, t in enumerate(self.header["tasks"])}
+        entries = sorted(entries, key=lambda e: (order[e["task"]], e["length"], e["quiz"]))  # they are written as they are done
         self.all = [
             Answer(
                 e["task"], e["length"], f"{e['task']}/{e['length']}/{e['quiz']}", a["ask"], a["kind"], a["depth"], a["protocol"],
-                a["setting"], a["score"], a["n_prompt"], a["cells"], a["bytes"], a["bytes_store"],
+                a["setting"], a["score"], a["n_prompt"], a["cells"], a["bytes"], a["bytes_store"], a.get("distance"),
             )
             for e in entries
             for a in e["answers"]
@@ -113,7 +117,7 @@ def write_report(path: Path, *, command: str, where: str) -> Path:
         pictures.append(plot_depths(answers, path.with_name(path.stem + "_niah.png")))
     lines = _head(answers, command, where, pictures)
     for protocol in answers.protocols:
-        lines += _scores(answers, protocol) + _gains(answers, protocol)
+        lines += _scores(answers, protocol) + _least(answers, protocol) + _gains(answers, protocol)
     out.write_text("\n".join([*lines, ""]), encoding="utf-8")
     return out
 
@@ -135,7 +139,8 @@ def _head(answers: Answers, command: str, where: str, pictures: list[Path]) -> l
         f"Model sha256 {header['model_sha256'][:16]}, {versions}. Questions per cell: {asked}. Greedy; strict: the last prompt "
         "token runs against the compressed cache. Scores in % with 95 % intervals (bootstrap over contexts). Cells: "
         "kept per KV head, and their share of the compressed prompt; KiB: K and V in them; means over the prompts. Held: allocated "
-        "for them, rows for generated tokens included. Settings of one budget are compared at these bytes.", *_keep(header), "",
+        "for them, rows for generated tokens included. Settings of one budget are compared at these bytes.", *_distances(answers),
+        *_keep(header), "",
         *(f"![{picture.stem}]({picture.name})" for picture in pictures), "",
     ]  # fmt: skip
 
@@ -151,20 +156,88 @@ def _keep(header: dict[str, Any]) -> list[str]:
 
 def _scores(answers: Answers, protocol: str) -> list[str]:
     kinds = answers.kinds
-    lines = [f"## {protocol}", "", row(["setting", "cells", "of prompt", "KiB", "held", *kinds, "all", "of full"])]
-    lines.append(row(["---"] * (7 + len(kinds))))
+    head = ["setting", "cells", "of prompt", "KiB", "held", *_labels(answers), "of full"]
+    head += ["perplexity", "KL"] if _has_distances(answers) else []
+    lines = [f"## {protocol}", "", row(head), row(["---"] * len(head))]
     for setting in answers.settings:
         name = setting["name"]
-        cells = [_cell(interval(by_context(answers.of(protocol, name, kind)))) for kind in (*kinds, None)]
+        cells = [_cell(interval(by_context(answers.of(protocol, name, kind)))) for kind in _columns(answers)]
         mine = answers.of(protocol, name)
         n_cells, n_bytes, n_held, n_prompt = (float(np.mean(x)) for x in zip(*[(a.cells, a.bytes, a.bytes_store, a.n_prompt) for a in mine]))
         share = np.mean([a.score for a in mine]) / max(answers.full(protocol), 1e-9)
         held = [f"{n_cells:.0f}", f"{100 * n_cells / n_prompt:.1f} %", f"{n_bytes / 1024:.0f}", f"{n_held / 1024:.0f}"]
-        lines.append(row([name, *held, *cells, f"{100 * share:.0f} %"]))
-    weak = [kind for kind in kinds if answers.full(protocol, kind) < RANKED_ABOVE]
+        lines.append(row([name, *held, *cells, f"{100 * share:.0f} %", *_distance(mine, is_wanted=_has_distances(answers))]))
+    weak = [kind for kind in kinds if not _is_ranked(answers, protocol, kind)]
     if weak:
-        lines += ["", f"Not to be ranked, the full cache is below {100 * RANKED_ABOVE:.0f} %: {', '.join(weak)}."]
+        why = "not above no context by more than chance" if _has_none(answers) else f"below {100 * RANKED_ABOVE:.0f} %"
+        lines += ["", f"Not to be ranked, the full cache is {why}: {', '.join(weak)}."]
     return [*lines, ""]
+
+
+def _columns(answers: Answers) -> list[str | None]:
+    """Kinds of questions, and None for all of them if there are several."""
+    return [*answers.kinds, None] if len(answers.kinds) > 1 else [*answers.kinds]
+
+
+def _labels(answers: Answers) -> list[str]:
+    return [kind or "all" for kind in _columns(answers)]
+
+
+def _has_none(answers: Answers) -> bool:
+    return any(s["policy"] == NONE for s in answers.settings)
+
+
+def _is_ranked(answers: Answers, protocol: str, kind: str) -> bool:
+    """Whether the full cache can do it: its interval above no context, or where that was not asked, most of it."""
+    if _has_none(answers):
+        return gain(answers.of(protocol, FULL, kind), answers.of(protocol, NONE, kind))[1] > 0
+    return answers.full(protocol, kind) >= RANKED_ABOVE
+
+
+def _has_distances(answers: Answers) -> bool:
+    return any(a.distance for a in answers.all)
+
+
+def _distances(answers: Answers) -> list[str]:
+    """What the columns of distances are."""
+    if not _has_distances(answers):
+        return []
+    return ["", "Perplexity: of the full cache's answer under the setting (task text: of how the text goes on). KL: nats per token of it, from the "
+            "full cache's distribution of the next token. Score of task text: how often both find the same token the most likely."]  # fmt: skip
+
+
+def _distance(mine: list[Answer], *, is_wanted: bool) -> list[str]:
+    """Perplexity and divergence, means over tokens."""
+    if not is_wanted:
+        return []
+    found = [a.distance for a in mine if a.distance]
+    n = sum(d["n"] for d in found)
+    if n == 0:
+        return ["", ""]
+    nll, kl = (sum(d["n"] * d[name] for d in found) / n for name in ("nll", "kl"))
+    return [f"{np.exp(nll):.3g}", f"{kl:.3f}"]
+
+
+def _least(answers: Answers, protocol: str) -> list[str]:
+    """The smallest budget of each method that reaches a share of the full cache's score."""
+    kinds = [kind for kind in answers.kinds if _is_ranked(answers, protocol, kind)]
+    curves = _curves(answers)
+    if not kinds or max(map(len, curves.values()), default=0) < 2:
+        return []
+    lines = []
+    for label, names in curves.items():
+        cells = []
+        for kind in kinds:
+            points = [answers.of(protocol, name, kind) for name in names]
+            reached = {
+                share: [np.mean([a.cells for a in p]) for p in points if np.mean([a.score for a in p]) >= share * answers.full(protocol, kind)]
+                for share in SHARES
+            }
+            cells.append(" / ".join(f"{min(r):.0f}" if r else "-" for r in reached.values()))
+        lines.append(row([label, *cells]))
+    shares = " / ".join(f"{100 * share:.0f} %" for share in SHARES)
+    text = f"Least cells per head of those above with {shares} of the full cache's score (point values, the intervals above are wide):"
+    return [text, "", row(["setting", *kinds]), row(["---"] * (1 + len(kinds))), *lines, ""]
 
 
 def _cell(value: tuple[float, float, float]) -> str:
@@ -173,31 +246,37 @@ def _cell(value: tuple[float, float, float]) -> str:
 
 
 def _gains(answers: Answers, protocol: str) -> list[str]:
-    """Every setting against snapkv with the same budget and pool."""
-    kinds, lines = answers.kinds, []
+    """Every setting against snapkv with the same budget and scoring."""
+    lines = []
     for setting in answers.settings:
-        pool = setting["pool"] or "max"
-        uniform = ("snapkv", setting["budget"], pool)
-        name = next((s["name"] for s in answers.settings if (s["policy"], s["budget"], s["pool"]) == uniform), None)
+        uniform = [s for s in answers.settings if s["policy"] == "snapkv" and s["budget"] == setting["budget"]]
+        # policies that do not look at scores are set against the first of those that score in several ways
+        name = next((s["name"] for s in uniform if _scoring(s) == _scoring(setting)), uniform[0]["name"] if uniform and not _scoring(setting) else None)
         if name is None or name == setting["name"]:
             continue
         cells = []
-        for kind in (*kinds, None):
+        for kind in _columns(answers):
             mean, low, high = gain(answers.of(protocol, setting["name"], kind), answers.of(protocol, name, kind))
             cells.append(f"{100 * mean:+.0f} ({100 * low:+.0f} to {100 * high:+.0f})")
         lines.append(row([setting["name"], *cells]))
     if not lines:
         return []
-    head = [row(["setting", *kinds, "all"]), row(["---"] * (2 + len(kinds)))]
-    text = "Points above uniform budgets (snapkv) of the same budget and pooling, same questions, 95 % interval:"
+    head = [row(["setting", *_labels(answers)]), row(["---"] * (1 + len(_labels(answers))))]
+    text = "Points above uniform budgets (snapkv) of the same budget and scoring, same questions, 95 % interval:"
     return [text, "", *head, *lines, ""]
+
+
+def _scoring(setting: dict[str, Any]) -> dict[str, Any]:
+    """What of a setting says how a prompt is scored."""
+    names = ("preset", "pool", "window", "recent", "power", "pool_kernel")
+    return {name: setting[name] for name in names if setting.get(name) not in (None, "")}
 
 
 def plot(answers: Answers, path: Path) -> Path:
     """Score over bytes, a row of panels per protocol, a panel per kind and one for all."""
     from matplotlib.figure import Figure
 
-    kinds = [*answers.kinds, None] if len(answers.kinds) > 1 else list(answers.kinds)
+    kinds = _columns(answers)
     n_rows = len(answers.protocols)
     figure = Figure(figsize=(1.5 + 3.4 * len(kinds), 0.8 + 3.2 * n_rows), layout="constrained")
     panels = figure.subplots(n_rows, len(kinds), squeeze=False, sharey=True)
@@ -208,6 +287,8 @@ def plot(answers: Answers, path: Path) -> Path:
                 points = sorted((float(np.mean([a.bytes for a in c])) / 1024, 100 * float(np.mean([a.score for a in c]))) for c in cells)
                 axes.plot(*zip(*points), marker="o", ms=4, label=label, color=f"C{i % 10}", ls="-" if i < 10 else "--")
             axes.axhline(100 * answers.full(protocol, kind), color="grey", ls=":", label="full cache")
+            if _has_none(answers):
+                axes.axhline(100 * float(np.mean([a.score for a in answers.of(protocol, NONE, kind)])), color="grey", ls="-.", label="no context")
             axes.set(xscale="log", title=f"{kind or 'all'}, {protocol}", xlabel="KiB of K and V kept", ylim=(-3, 103))
             axes.grid(alpha=0.3)
         axes_row[0].set_ylabel("score (%)")
@@ -220,7 +301,7 @@ def _curves(answers: Answers) -> dict[str, list[str]]:
     """Names of the settings that differ in their budget only, by what they have in common."""
     lines: dict[str, list[str]] = defaultdict(list)
     for s in answers.settings:
-        if s["policy"] != FULL:
+        if s["policy"] not in (FULL, NONE):
             lines[s["method"]].append(s["name"])
     return dict(lines)
 
@@ -230,7 +311,7 @@ def plot_depths(answers: Answers, path: Path) -> Path:
     from matplotlib.figure import Figure
 
     mine = [a for a in answers.all if a.task == "niah"]
-    lengths, depths = (sorted({key(a) for a in mine}) for key in (lambda a: a.length, lambda a: a.depth))
+    lengths, depths = sorted({a.length for a in mine}), sorted({a.depth for a in mine})
     names = [s["name"] for s in answers.settings]
     figure = Figure(figsize=(1 + 2.2 * len(names), 0.8 + 2.6 * len(answers.protocols)), layout="constrained")
     panels = figure.subplots(len(answers.protocols), len(names), squeeze=False, sharey=True)

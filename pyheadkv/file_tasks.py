@@ -86,7 +86,8 @@ class FileTask(Task):
             body = body[: n_room // 2] + body[len(body) - (n_room - n_room // 2) :]
         tokens = (*prefix, *body, *suffix)
         n_context = len(tokens) - len(suffix) - min(len(rest), n_room - 1)
-        return Ask(kind, tokens, n_context, self.prompts[kind]["max_tokens"], grade, 0.5)
+        alone = (*prefix, *self.llm.tokenize((before + after).encode(), add_bos=False), *suffix)
+        return Ask(kind, tokens, n_context, alone, self.prompts[kind]["max_tokens"], grade, 0.5)
 
 
 class LongBench(FileTask):

@@ -20,11 +20,12 @@ TEXT = re.compile(r'"(?:\\.|[^"\\])*"|\[(?:\\.|[^\]\\])*\]|<[^>]*>|#[^\n]*', fla
 TOKEN_DATA = np.dtype([("id", np.int32), ("logit", np.float32), ("p", np.float32)])  # llama_token_data
 
 
-def check_grammar(grammar: llama_cpp.LlamaGrammar, model: Any) -> None:
+def check_grammar(grammar: Any, model: Any) -> None:
     """Let a grammar pass that llama.cpp can parse.
 
     Parameters
     ----------
+    grammar : ``llama_cpp.LlamaGrammar``
     model : ``llama_cpp._internals.LlamaModel``
 
     Raises

@@ -16,7 +16,18 @@ from numpy.typing import NDArray
 from . import _lib, embedded_model, gguf_keys
 from .arguments import check_drawing, given
 from .importance import Found, find_importance
-from .options import AUTO, BY_IMPORTANCE, DEFAULT_BETA, LOSSLESS, POLICIES, PRESETS, MissingFileError, Options, check_int, load_importance
+from .options import (
+    AUTO,
+    BY_IMPORTANCE,
+    DEFAULT_BETA,
+    LOSSLESS,
+    POLICIES,
+    PRESETS,
+    MissingFileError,
+    Options,
+    check_int,
+    load_importance,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -270,7 +281,7 @@ def make_plan(
     found = _importance(path, source=importance)
     if found is None and options.policy in BY_IMPORTANCE:
         raise ValueError(f"{path}: nothing is known of the importance of its heads: {REMEDY_IMPORTANCE}")
-    values = found and found.importance
+    values = None if found is None else found.importance
     policy = policy_of(options, values)
     options = replace(options, beta=options.beta or (values and values.beta) or DEFAULT_BETA)
     return Plan(

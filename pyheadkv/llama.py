@@ -5,13 +5,13 @@ from __future__ import annotations
 import ctypes
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from inspect import signature
 from os import PathLike, fspath
 from reprlib import repr as short_repr
-from typing import Any, Callable, Generator, Sequence
+from typing import Any
 
 import llama_cpp
 import numpy as np
@@ -23,9 +23,28 @@ from .gguf_keys import Importance
 from .grammar import GrammarSampler, check_grammar
 from .importance import Found, find_importance
 from .options import (
-    AUTO, BY_IMPORTANCE, FULL, LOSSLESS, MAX_CELLS, POLICIES, ImportanceLike, MissingFileError, Options, check_choice, check_names,
-    check_share, check_text, check_tokens, load_importance, parse_bytes, preset_changes, row_bytes, share_of_prompt,
-)  # fmt: skip
+    AUTO,
+    BY_BETA,
+    BY_IMPORTANCE,
+    FULL,
+    LOSSLESS,
+    MAX_CELLS,
+    POLICIES,
+    ImportanceLike,
+    MissingFileError,
+    Options,
+    check_choice,
+    check_int,
+    check_names,
+    check_share,
+    check_text,
+    check_tokens,
+    load_importance,
+    parse_bytes,
+    preset_changes,
+    row_bytes,
+    share_of_prompt,
+)
 
 PIECE_MS = 250  # of reading a prompt layer by layer, before Python has its turn
 
@@ -61,6 +80,9 @@ class KVStats:
     compress_ms: float
 
 
+N_BATCH: Any = llama_cpp.llama_context_params.n_batch  # the field of the structure
+
+
 class _WholePromptParams(llama_cpp.llama_context_params):
     """Context parameters whose n_batch takes a whole prompt.
 
@@ -70,11 +92,12 @@ class _WholePromptParams(llama_cpp.llama_context_params):
 
     @property
     def n_batch(self) -> int:
-        return llama_cpp.llama_context_params.n_batch.__get__(self)
+        n: int = N_BATCH.__get__(self)
+        return n
 
     @n_batch.setter
     def n_batch(self, value: int) -> None:
-        llama_cpp.llama_context_params.n_batch.__set__(self, max(value, self.n_ctx))
+        N_BATCH.__set__(self, max(value, self.n_ctx))
         self.n_outputs_max = value
 
 
@@ -134,9 +157,8 @@ class Llama(llama_cpp.Llama):
     kv_reuse : continue on the compressed past when a prompt starts with it, and what is new is
         not longer than it or than ``kv_size``, since every head keeps what is new. Off by
         default: such a prompt is read again, so that the answer is that of a fresh one
-    keep_prompt : keep the full cache of the prompt beside the compressed one, so that
-        ``restore_prompt`` can go back to it. For evaluations: it costs the memory that
-        compression saves (False)
+    n_seq_max : sequences of the context; this object reads and generates in the first one, the others take copies of its
+        prompt, see ``compress_as`` (1)
     sinks : first cells of a prompt that every head keeps; None = 4 under "streaming", as far as
         ``kv_size`` reaches, else 0
     protect : (start, end) spans of prompt positions whose cells every head keeps; what lies
@@ -190,7 +212,7 @@ class Llama(llama_cpp.Llama):
         prefill: str | None = None,
         prefill_hidden: str | None = None,
         kv_reuse: bool | None = None,
-        keep_prompt: bool | None = None,
+        n_seq_max: int | None = None,
         sinks: int | None = None,
         protect: Sequence[tuple[int, int]] | None = None,
         surplus: str | None = None,
@@ -202,14 +224,15 @@ class Llama(llama_cpp.Llama):
         n_buckets: int | None = None,
         **kwargs: Any,
     ) -> None:
-        given = {name: value for name, value in dict(
+        given: dict[str, Any] = {name: value for name, value in dict(
             policy=policy, beta=beta, preset=preset, window=window, recent=recent, power=power, pool=pool, pool_kernel=pool_kernel, n_tail=n_tail, attend=attend, n_buckets=n_buckets,
-            prefill=prefill, prefill_hidden=prefill_hidden, keep_prompt=keep_prompt, sinks=sinks, protect=protect, surplus=surplus,
+            prefill=prefill, prefill_hidden=prefill_hidden, sinks=sinks, protect=protect, surplus=surplus,
             pyramid_exact=pyramid_exact, adakv_floor=adakv_floor, adakv_normalize=adakv_normalize).items() if value is not None}  # fmt: skip
         amount = {name: value for name, value in dict(kv_size=kv_size, kv_ratio=kv_ratio, kv_bytes=kv_bytes).items() if value is not None}
-        more = {name: value for name, value in dict(importance=importance, kv_reuse=kv_reuse).items() if value is not None}
-        self._kv_args = {**given, **amount, **more}
+        more = {name: value for name, value in dict(importance=importance, kv_reuse=kv_reuse, n_seq_max=n_seq_max).items() if value is not None}
+        self._kv_args: dict[str, Any] = {**given, **amount, **more}
         self._kv_reuse = bool(kv_reuse)
+        self._n_seq_max = 1 if n_seq_max is None else check_int("n_seq_max", n_seq_max, 1, 256)
         self._prompt_pending = False
         self._protect_head: list[int] = []  # the next prompt begins with these tokens, to be kept
         self._n_protect = 0  # first tokens of the pending prompt that every head keeps
@@ -224,6 +247,8 @@ class Llama(llama_cpp.Llama):
             raise ValueError(f"{_assigned(amount)}: give one of them, they are three ways to say how much is kept")
         if amount and policy in (FULL, LOSSLESS):
             raise ValueError(f"policy={policy!r}, {_assigned(amount)}: it keeps all cells, leave the amount out or choose another policy")
+        if beta is not None and policy not in (None, AUTO, *BY_BETA):
+            raise ValueError(f"policy={policy!r}, beta={beta!r}: it does not look at beta, which {', '.join(BY_BETA)} do: leave one of them out")
         self._kv_ratio = kv_ratio
         self._found: Found | None = None  # the importance in use
         if not amount and policy != LOSSLESS:
@@ -285,7 +310,7 @@ class Llama(llama_cpp.Llama):
     @property
     def policy(self) -> str:
         """The policy in use, never "auto"; "full" for the stock cache."""
-        return _lib.lib.headkv_get_policy(self.ctx).decode()
+        return str(_lib.lib.headkv_get_policy(self.ctx).decode())
 
     @property
     def importance_origin(self) -> str:
@@ -293,8 +318,10 @@ class Llama(llama_cpp.Llama):
         return self._found.origin if self._found is not None and self.policy in BY_IMPORTANCE else ""
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name == "context_params" and self.kv_options is not None and self.kv_options.prefill != "token":
-            value = _WholePromptParams.from_buffer_copy(value)
+        if name == "context_params" and self.kv_options is not None:
+            value.n_seq_max, value.kv_unified = self._n_seq_max, True
+            if self.kv_options.prefill != "token":
+                value = _WholePromptParams.from_buffer_copy(value)
         super().__setattr__(name, value)
 
     @property
@@ -313,7 +340,7 @@ class Llama(llama_cpp.Llama):
             super().__del__()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), **self._kv_args}
+        return {**super().__getstate__(), **self._kv_args}  # type: ignore[no-untyped-call]
 
     # ------------------------------------------------------------------ generation
 
@@ -443,7 +470,7 @@ class Llama(llama_cpp.Llama):
         ----------
         importance : as for the constructor; None = what was used until now
         **options : any of the constructor's, with a ``window`` up to its one, but ``n_tail, attend, n_buckets, prefill,
-            prefill_hidden, keep_prompt``; those that are not given stay
+            prefill_hidden, n_seq_max``; those that are not given stay
 
         Raises
         ------
@@ -456,7 +483,8 @@ class Llama(llama_cpp.Llama):
         if importance is not None:
             self._kv_args["importance"] = importance
         if "kv_size" in options:  # in place of what said how much is kept
-            self._kv_ratio = self._kv_args["kv_ratio"] = self._kv_args["kv_bytes"] = None
+            self._kv_ratio = None
+            self._kv_args |= {"kv_ratio": None, "kv_bytes": None}
 
     def _configure(self, importance: ImportanceLike = None, **options: Any) -> None:
         before = self._need_options(), self._found
@@ -471,20 +499,24 @@ class Llama(llama_cpp.Llama):
         if STATES[self._stats().state] == "compressed":
             self._requires_eval = True  # the same prompt would be compressed in another way now
 
-    def restore_prompt(self, n_tokens: int) -> None:
-        """Go back to the first ``n_tokens`` of the compressed prompt, uncompressed, without reading them again.
+    def compress_as(self, seq_id: int) -> None:
+        """Compress what has been evaluated so far as another sequence; here it stays uncompressed.
 
-        As many tokens as were taken back, at most ``window``, must be evaluated before
-        ``end_prompt``, which needs their queries.
+        So the same prompt can be compressed in several ways (``configure``), or read on. The copy is decoded with
+        ``llama_cpp.llama_decode`` and removed with ``llama_cpp.llama_memory_seq_rm``; ``kv_stats(seq_id)`` tells what it holds.
+
+        Parameters
+        ----------
+        seq_id : an empty sequence, 1 or more and below ``n_seq_max``
 
         Raises
         ------
         RuntimeError
-            the prompt was not kept (``keep_prompt``) or is shorter
+            the prompt is compressed already, or was read layer by layer (use ``prefill="token"``), the sequence is not
+            empty, or there is not enough memory; nothing has changed then
         """
-        self._need_options()
-        _lib.check(_lib.lib.headkv_restore_prompt(self.ctx, 0, n_tokens))
-        self.n_tokens = n_tokens
+        self._fit_ratio(self.n_tokens)
+        _lib.check(_lib.lib.headkv_compress_as(self.ctx, 0, check_int("seq_id", seq_id, 1, self._n_seq_max - 1)))
 
     def set_progress(self, progress: Callable[[int, int, int, int], bool | None] | None) -> None:
         """Call ``progress(il, n_layer, i_token, n_tokens)`` before each step of a prompt.
@@ -506,7 +538,7 @@ class Llama(llama_cpp.Llama):
         check_tokens(tokens, n_vocab=self._n_vocab)
         if self.kv_options is not None:
             is_new = signature(llama_cpp.Llama.generate).bind(self, tokens, *args, **kwargs).arguments.get("reset", True)
-            if head or is_new and not self._is_cached(tokens) and not (self._kv_reuse and self._is_worth_reusing(tokens)):
+            if head or is_new and not self._is_cached(tokens) and not (self._kv_reuse and self._can_reuse(tokens)):
                 self.reset()
             if list(tokens[: len(head)]) != head:
                 raise ValueError("protect_system=True: the chat format in use asks more than once, use protect=[(0, n)]")
@@ -518,17 +550,19 @@ class Llama(llama_cpp.Llama):
             self._prompt_pending = False
             self._n_protect = 0
 
-    def _is_worth_reusing(self, tokens: Sequence[int]) -> bool:
-        """Whether what comes behind the compressed past is short: every head keeps all of it."""
+    def _can_reuse(self, tokens: Sequence[int]) -> bool:
+        """Whether the compressed past is what would be kept of it now, and what comes behind it is short: every head keeps all of that."""
         stats, n_past = self._stats(), n_common(self._input_ids, tokens)
-        n_new = len(tokens) - n_past
-        return STATES[stats.state] != "compressed" or n_new <= max(n_past, stats.kv_size)
+        if STATES[stats.state] != "compressed":
+            return True
+        return bool(_lib.lib.headkv_can_continue(self.ctx, 0) == 0 and len(tokens) - n_past <= max(n_past, stats.kv_size))
 
-    def _init_sampler(self, *args: Any, grammar: llama_cpp.LlamaGrammar | None = None, **kwargs: Any) -> Any:
+    def _init_sampler(self, *args: Any, grammar: Any = None, **kwargs: Any) -> Any:
         if grammar is None:
             return super()._init_sampler(*args, **kwargs)
         check_grammar(grammar, self._model)
-        return GrammarSampler(super()._init_sampler(*args, grammar=grammar, **kwargs), n_vocab=self.n_vocab())
+        kwargs["grammar"] = grammar
+        return GrammarSampler(super()._init_sampler(*args, **kwargs), n_vocab=self.n_vocab())
 
     def create_completion(self, prompt: str | list[int], *args: Any, **kwargs: Any) -> Any:
         """As ``llama_cpp.Llama.create_completion``."""
@@ -604,7 +638,7 @@ class Llama(llama_cpp.Llama):
 
     def reset(self) -> None:
         """Forget all tokens; the cache is empty afterwards."""
-        super().reset()
+        super().reset()  # type: ignore[no-untyped-call]
         if self.kv_options is not None:
             self._ctx.kv_cache_clear()
 
@@ -674,9 +708,9 @@ class Llama(llama_cpp.Llama):
 
     # ------------------------------------------------------------------ introspection
 
-    def _stats(self) -> _lib.Stats:
+    def _stats(self, seq_id: int = 0) -> _lib.Stats:
         stats = _lib.Stats(size=ctypes.sizeof(_lib.Stats))
-        _lib.check(_lib.lib.headkv_get_stats(self.ctx, 0, ctypes.byref(stats)))
+        _lib.check(_lib.lib.headkv_get_stats(self.ctx, seq_id, ctypes.byref(stats)))
         return stats
 
     def _need_options(self) -> Options:
@@ -700,24 +734,24 @@ class Llama(llama_cpp.Llama):
         self._need_options()
         return self._int_table(_lib.lib.headkv_get_budget, self.ctx)
 
-    def kv_positions(self, il: int, ih: int) -> npt.NDArray[np.int32]:
+    def kv_positions(self, il: int, ih: int, seq_id: int = 0) -> npt.NDArray[np.int32]:
         """Prompt positions that KV head ``ih`` of layer ``il`` kept, ascending int32; a first -1 is a cell that stands for
         all that were dropped (policy "razor")."""
         self._need_options()
-        n = _lib.check(_lib.lib.headkv_get_positions(self.ctx, 0, il, ih, None, 0), ValueError)
+        n = _lib.check(_lib.lib.headkv_get_positions(self.ctx, seq_id, il, ih, None, 0), ValueError)
         positions = np.zeros(n, dtype=np.int32)
-        _lib.check(_lib.lib.headkv_get_positions(self.ctx, 0, il, ih, positions.ctypes.data_as(ctypes.POINTER(ctypes.c_int32)), n))
+        _lib.check(_lib.lib.headkv_get_positions(self.ctx, seq_id, il, ih, positions.ctypes.data_as(ctypes.POINTER(ctypes.c_int32)), n))
         return positions
 
-    def kv_stats(self) -> KVStats:
-        """What the cache holds now, in cells and bytes."""
+    def kv_stats(self, seq_id: int = 0) -> KVStats:
+        """What the cache holds now of a sequence, in cells and bytes; ``bytes_store`` are those of all sequences."""
         self._need_options()
-        s = self._stats()
+        s = self._stats(seq_id)
         return KVStats(
             state=STATES[s.state],
             n_prompt=s.n_prompt,
             n_past=s.n_past,
-            n_cells=self._int_table(_lib.lib.headkv_get_n_cells, self.ctx, 0),
+            n_cells=self._int_table(_lib.lib.headkv_get_n_cells, self.ctx, seq_id),
             bytes_store=s.bytes_store,
             bytes_staging=s.bytes_staging,
             bytes_peak=s.bytes_peak,
@@ -785,7 +819,7 @@ def _assigned(values: dict[str, Any]) -> str:
     return ", ".join(f"{name}={short_repr(value)}" for name, value in values.items())
 
 
-def n_common(a: Sequence[int], b: Sequence[int]) -> int:
+def n_common(a: Sequence[int] | npt.NDArray[np.int32], b: Sequence[int]) -> int:
     """Length of the beginning that two lists share."""
     n = min(len(a), len(b))
     same = np.asarray(a[:n]) == np.asarray(b[:n])

@@ -10,7 +10,7 @@ from difflib import get_close_matches
 from fractions import Fraction
 from os import PathLike
 from pathlib import Path
-from typing import Any, Union
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -21,8 +21,10 @@ from .gguf_keys import Importance
 POLICIES = ("headkv", "snapkv", "streaming", "pyramidkv", "adakv", "headkv+adakv", "criticalkv", "h2o", "razor", "lossless")
 AUTO = "auto"  # the best one for what is known of the model
 FULL = "full"  # not one of them: the stock cache
+NONE = "none"  # nor this: the question without its context, for comparison
 LOSSLESS = "lossless"  # needs no amount
 BY_IMPORTANCE = ("headkv", "headkv+adakv", "razor")  # policies that need the importance of the heads
+BY_BETA = ("headkv", "headkv+adakv")  # of them, those that give out a share of the budget by it
 BY_ALL_TOKENS = ("h2o",)  # policies that look at a prompt while it is read: their context is made for them
 UNPOOLED = ("streaming", "h2o", "razor", "lossless")  # policies that do not score by the queries of the window
 POOLS = {"max": 0, "avg": 1}
@@ -39,7 +41,7 @@ POWERS = (1, 2, 4, 8)
 MAX_CELLS = 1 << 26  # of a head
 DEFAULT_BETA = 1.2  # where none was chosen for the scores
 
-ImportanceLike = Union[str, PathLike, npt.ArrayLike, Importance, None]
+ImportanceLike = str | PathLike[str] | npt.ArrayLike | Importance | None
 
 
 class MissingFileError(FileNotFoundError, ValueError):
@@ -227,17 +229,16 @@ class Options:
     policy: str = AUTO
     beta: float | None = None
     preset: str = "default"
-    window: int | None = None  # from here to pool_kernel None = that of the preset
-    recent: int | None = None
-    power: int | None = None
-    pool: str | None = None
-    pool_kernel: int | None = None
+    window: int = None  # type: ignore[assignment]  # from here to pool_kernel None = that of the preset, which replaces it
+    recent: int = None  # type: ignore[assignment]
+    power: int = None  # type: ignore[assignment]
+    pool: str = None  # type: ignore[assignment]
+    pool_kernel: int = None  # type: ignore[assignment]
     n_tail: int = 16
     attend: str = "auto"
     n_buckets: int = 1
     prefill: str = "auto"
     prefill_hidden: str = "f32"
-    keep_prompt: bool = False
     sinks: int | None = None
     protect: Sequence[tuple[int, int]] = ()
     surplus: str = "lost"
@@ -276,13 +277,10 @@ class Options:
         check_bool("adakv_normalize", self.adakv_normalize)
         if self.adakv_floor is not None:
             check_share("adakv_floor", self.adakv_floor)
-        if self.keep_prompt and self.prefill == "layer":
-            raise ValueError("keep_prompt=True, prefill='layer': a prompt that is read layer by layer is never held as a whole, "
-                             "use prefill='auto'")
 
     def to_params(self, importance: Importance | None, model_path: str | None) -> _lib.Params:
         """The C struct. It refers to the values of ``importance``, which must outlive it."""
-        params = _lib.lib.headkv_default_params()
+        params: _lib.Params = _lib.lib.headkv_default_params()
         params.policy = self.policy.encode()
         params.kv_size = self.kv_size
         params.window = self.window
@@ -296,7 +294,6 @@ class Options:
         params.n_buckets = self.n_buckets
         params.prefill = PREFILLS[self.prefill]
         params.hidden_f16 = self.prefill_hidden == "f16"
-        params.keep_prompt = self.keep_prompt
         params.sinks = -1 if self.sinks is None else self.sinks
         bounds = [position for span in self.protect for position in span]
         params.protect = (ctypes.c_int32 * len(bounds))(*bounds)  # kept alive by params

@@ -43,22 +43,27 @@ class Ask:
     kind : of question
     prompt : tokens of the context and the question; query-aware compression sees all of them
     n_context : of them that are the context; query-agnostic compression sees only these
+    alone : tokens of the same question without the context
     more : tokens behind the prompt: its answer and another question, which is the one that is graded
     n_steps : tokens to generate at most
     grade : 0 to 1 for generated text
     depth : of the needle in the context, 0 to 1
     turns : asked after the answer, one after the other, each on what the cache holds then; no ``more`` beside them
+    follows : tokens that come after the prompt, where nothing is asked: the score is the share of them for which the cache
+        predicts what the full cache predicts
     question, answer : for people; empty where the task has no single ones
     """
 
     kind: str
     prompt: tuple[int, ...]
     n_context: int
+    alone: tuple[int, ...]
     n_steps: int
     grade: Grade
     depth: float
     more: tuple[int, ...] = ()
     turns: tuple[Turn, ...] = ()
+    follows: tuple[int, ...] = ()
     question: str = ""
     answer: str = ""
 
@@ -99,6 +104,7 @@ class TaskOptions:
     n_depths : contexts i, i + n_depths, .. have their needle at the same depth (task niah)
     file : of a task that reads one
     prompts : JSON file in place of ``data/prompts.json``, for such a task
+    after : text behind the question, in the same message
     raw : as the HeadKV authors ask: no chat template, and only one token ends an answer
     """
 
@@ -110,3 +116,4 @@ class TaskOptions:
     file: Path | None = None
     prompts: Path | None = None
     raw: bool = False
+    after: str = ""

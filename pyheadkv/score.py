@@ -36,7 +36,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from . import __version__, calibrate, gguf_keys
-from .calibrate import Calibration, HeldOut
+from .calibrate import N_COPIES, Calibration, HeldOut
 from .demo import round_n_ctx, threads_kwargs
 from .gguf_keys import Importance
 from .importance import cache_path, fingerprint, sidecar_path
@@ -611,7 +611,7 @@ def _open_model(path: Path, args: argparse.Namespace, *, n_ctx: int) -> Llama:
         window=MAX_ANSWER,
         policy="snapkv",
         prefill="token",
-        keep_prompt=args.calibrate,
+        n_seq_max=1 + N_COPIES * args.calibrate,
         n_ctx=n_ctx,
         n_batch=check_int("--n-batch", args.n_batch, 1, 1 << 20),
         n_gpu_layers=args.n_gpu_layers,

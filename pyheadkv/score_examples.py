@@ -379,11 +379,18 @@ class Prose:
     Parameters
     ----------
     raw : without the chat template, if the model has one
+    after : text behind each question; it needs a chat template
+
+    Raises
+    ------
+    ValueError : there is no template for ``after``
     """
 
-    def __init__(self, llm: Llama, *, raw: bool = False) -> None:
-        self.llm = llm
+    def __init__(self, llm: Llama, *, raw: bool = False, after: str = "") -> None:
+        self.llm, self._after = llm, after and " " + after
         self._template = None if raw else llm.metadata.get("tokenizer.chat_template")
+        if after and self._template is None:
+            raise ValueError(f"text behind the question, {after!r}: it needs a model with a chat template, and no raw prompts")
         self._adds_space = llm.detokenize(llm.tokenize(b"a", add_bos=False)).startswith(b" ")
         self._sentences = [self.continued(sentence) for sentence in haystack_sentences()]
 
@@ -406,14 +413,14 @@ class Prose:
         """Tokens before the haystack and after it, in the chat template of the model if it has one."""
         if self._template is None:
             return self._around(f"{MARK}\n\nQuestion: {question}\nAnswer:")
-        return self._around(render_chat(self.llm, self._template, f"{MARK}\n\n{question} {how}"))
+        return self._around(render_chat(self.llm, self._template, f"{MARK}\n\n{question} {how}{self._after}"))
 
     def reply(self, question: str, *, how: str = "Answer with the words of the text.") -> list[int]:
         """Tokens between an answer and the next one: the end of the turn and another question."""
         if self._template is None:
             text = f"\n\nQuestion: {question}\nAnswer:"
         else:
-            chat = [("user", "a"), ("assistant", MARK), ("user", f"{question} {how}")]
+            chat = [("user", "a"), ("assistant", MARK), ("user", f"{question} {how}{self._after}")]
             text = render_chat_messages(self.llm, self._template, [{"role": role, "content": said} for role, said in chat])
             text = _split_chat(text)[1]
         return self.llm.tokenize(text.encode(), add_bos=False, special=True)

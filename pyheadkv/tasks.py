@@ -83,10 +83,12 @@ def _corpus_grade(document: needle.Document) -> Grade:
 def _corpus_ask(document: needle.Document) -> Ask:
     first = (needle.BOS, *needle.encode(document.prompt(1)))
     whole = (needle.BOS, *needle.encode(document.prompt()))
+    n_context = 1 + len(needle.encode(document.context))
     return Ask(
         kind=document.kind,
         prompt=first,
-        n_context=1 + len(needle.encode(document.context)),
+        n_context=n_context,
+        alone=(needle.BOS, *whole[n_context:]),
         n_steps=document.n_answer_tokens,
         grade=_corpus_grade(document),
         depth=document.depths[0],
@@ -125,7 +127,7 @@ class ProseTask(Task):
 
     def __init__(self, llm: Llama, options: TaskOptions, make: Callable[[random.Random, int, TaskOptions], _Said]) -> None:
         super().__init__(llm, options)
-        self.make, self._prose = make, Prose(llm, raw=options.raw)
+        self.make, self._prose = make, Prose(llm, raw=options.raw, after=options.after)
 
     def quiz(self, i: int) -> list[Ask]:
         rng = self.rng(i)
@@ -133,8 +135,9 @@ class ProseTask(Task):
         frames = [self._prose.frame(a.question, how=a.how) for a in asked]
         context = self._context(rng, frames[0][0], facts, n_asked=max(len(suffix) for _, suffix in frames))
         return [
-            Ask(a.kind, (*context, *suffix), len(context), a.n_steps, a.grade, a.depth, question=a.question, answer=a.answer)
-            for a, (_, suffix) in zip(asked, frames, strict=True)
+            Ask(a.kind, (*context, *suffix), len(context), (*prefix, *suffix), a.n_steps, a.grade, a.depth,
+                question=a.question, answer=a.answer)
+            for a, (prefix, suffix) in zip(asked, frames, strict=True)
         ]
 
     def _context(self, rng: random.Random, prefix: list[int], facts: list[Fact], *, n_asked: int) -> list[int]:
@@ -155,7 +158,7 @@ class ProseChat(ProseTask):
         context = self._context(rng, prefix, facts, n_asked=len(suffix) + sum(map(len, replies)))
         turns = tuple(Turn(a.kind, tuple(r), a.n_steps, a.grade, a.depth) for a, r in zip(later, replies, strict=True))
         return [Ask(
-            first.kind, (*context, *suffix), len(context), first.n_steps, first.grade, first.depth, turns=turns,
+            first.kind, (*context, *suffix), len(context), (*prefix, *suffix), first.n_steps, first.grade, first.depth, turns=turns,
             question=first.question, answer=first.answer,
         )]  # fmt: skip
 
@@ -167,7 +170,7 @@ class WordsTask(Task):
 
     def __init__(self, llm: Llama, options: TaskOptions) -> None:
         super().__init__(llm, options)
-        self._prose = Prose(llm, raw=options.raw)
+        self._prose = Prose(llm, raw=options.raw, after=options.after)
         found = re.findall(r"\b[a-z]{4,9}\b", " ".join(haystack_sentences()))
         self._words = sorted(set(found))
 
@@ -210,7 +213,24 @@ class WordsTask(Task):
         context = [*prefix, *(t for word in chosen for t in self._prose.continued(word))]
         best = [word for word, _ in counts[:n]]
         n_steps = sum(len(self._prose.continued(word + ",")) for word in best) + N_SPARE
-        return Ask(kind, (*context, *suffix), len(context), n_steps, _has_words(best), 0.5)
+        return Ask(kind, (*context, *suffix), len(context), (*prefix, *suffix), n_steps, _has_words(best), 0.5)
+
+
+class TextTask(Task):
+    """Nothing is asked: how the text goes on, sentence after sentence of the original."""
+
+    N_FOLLOWS = 64
+    N_ALONE = 8  # tokens of the end that are no context
+
+    def quiz(self, i: int) -> list[Ask]:
+        sentences, n_all = haystack_sentences(), self.options.n_tokens + self.N_FOLLOWS
+        start = self.rng(i).randrange(len(sentences))
+        tokens = self.llm.tokenize(" ".join(sentences[start:] + sentences[:start]).encode(), add_bos=True)
+        if len(tokens) < n_all:
+            raise ValueError(f"--tokens {self.options.n_tokens}: the text of this task has {len(tokens)} and {self.N_FOLLOWS} follow, use fewer")
+        prompt, follows = tokens[: self.options.n_tokens], tokens[self.options.n_tokens : n_all]
+        alone = tuple(prompt[-self.N_ALONE :])
+        return [Ask("text", tuple(prompt), len(prompt) - 1, alone, 0, lambda text: 0.0, 1.0, follows=tuple(follows))]
 
 
 _Said = tuple[list[Fact], list[Asked]]
@@ -370,7 +390,8 @@ PROSE: dict[str, Callable[[random.Random, int, TaskOptions], _Said]] = {
 }
 CORPUS_TASKS: dict[str, type[Task]] = {"niah": CorpusDepths, "multi-turn": CorpusChat}
 WORDS = "ruler-words"
-TASKS = tuple(dict.fromkeys(("needle", "niah", *CORPUS, *PROSE, WORDS, *FILES)))
+TEXT = "text"
+TASKS = tuple(dict.fromkeys(("needle", "niah", *CORPUS, *PROSE, WORDS, TEXT, *FILES)))
 
 
 def make_task(llm: Llama, options: TaskOptions) -> Task:
@@ -381,6 +402,8 @@ def make_task(llm: Llama, options: TaskOptions) -> Task:
     ValueError : there is no such task for this model
     """
     name = options.name
+    if options.after and (name not in (*PROSE, WORDS) or speaks_needle_language(llm)):
+        raise ValueError(f"--after {options.after!r}: it goes behind English questions of {', '.join((*PROSE, WORDS))}, not those of {name}")
     if speaks_needle_language(llm):
         if options.raw:
             raise ValueError("--raw: the embedded model is asked in its own language, which has no chat template to leave out")
@@ -394,7 +417,9 @@ def make_task(llm: Llama, options: TaskOptions) -> Task:
             return (ProseChat if name == "multi-turn" else ProseTask)(llm, options, PROSE[name])
         if name == WORDS:
             return WordsTask(llm, options)
+        if name == TEXT:
+            return TextTask(llm, options)
         if name in FILES:
             return CLASSES[name](llm, options)
-        known = (*PROSE, WORDS, *FILES)
+        known = (*PROSE, WORDS, TEXT, *FILES)
     raise ValueError(f"task={name!r}: for this model it must be one of {', '.join(known)}")

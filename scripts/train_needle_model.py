@@ -24,9 +24,6 @@ from typing import TextIO
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
-from tqdm import tqdm
-
 from needle import REPOSITORY, language
 from needle.corpus import ANSWER_CLASS, LANGUAGE, NO_LOSS, Corpus, Mix, skipped_positions
 from needle.evaluate import accuracy_table
@@ -34,6 +31,8 @@ from needle.export import GGUF_TYPES, write_gguf
 from needle.importance import measure_importance
 from needle.model import InitOptions, ModelOptions, NeedleModel, freeze_local, initialise, level_embeddings
 from needle.optimizer import OptimizerOptions, make_optimizers
+from torch import Tensor
+from tqdm import tqdm
 
 
 @dataclass(frozen=True)

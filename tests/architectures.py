@@ -18,19 +18,20 @@ import signal
 import subprocess
 import sys
 import zlib
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Callable, Iterator
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from conftest import nmse
+from llama_cpp import llama_cpp
+
 from pyheadkv import _lib  # before llama_cpp, which then loads our library
 from pyheadkv.gguf_keys import Importance
 from pyheadkv.llama import STATES
 from pyheadkv.options import Options
-
-from llama_cpp import llama_cpp
 
 TABLE = Path(__file__).resolve().parents[1] / "bench" / "results" / "architectures.md"
 
@@ -467,7 +468,7 @@ def sweep() -> Iterator[Result]:
     env = dict(os.environ, PYTHONPATH=os.pathsep.join(filter(None, sys.path)), GGML_NO_BACKTRACE="1")
     while names:
         cmd = [sys.executable, __file__, "--work", *names]
-        run = subprocess.run(cmd, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        run = subprocess.run(cmd, env=env, capture_output=True, text=True)
         for line in run.stdout.splitlines():
             result = json.loads(line)
             assert result["name"] == names.pop(0)

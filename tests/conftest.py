@@ -9,10 +9,10 @@ from __future__ import annotations
 import os
 import re
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Callable
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -129,6 +129,18 @@ def load(path: Path, **options: Any) -> Any:
 def logits(llm: Any) -> npt.NDArray[np.float32]:
     """Logits of the last evaluated token, (n_vocab,)."""
     return np.array(np.ctypeslib.as_array(llm._ctx.get_logits_ith(-1), shape=(llm.n_vocab(),)))
+
+
+def decode(llm: Any, seq_id: int, pos: int, token: int) -> npt.NDArray[np.float32]:
+    """Logits (n_vocab,) after one more token of a sequence."""
+    import llama_cpp
+
+    batch = llama_cpp.llama_batch_init(1, 0, 1)
+    batch.n_tokens = 1
+    batch.token[0], batch.pos[0], batch.n_seq_id[0], batch.seq_id[0][0], batch.logits[0] = token, pos, 1, seq_id, True
+    assert llama_cpp.llama_decode(llm.ctx, batch) == 0
+    llama_cpp.llama_batch_free(batch)
+    return logits(llm)
 
 
 def read_prompt(llm: Any, prompt: list[int]) -> npt.NDArray[np.float32]:

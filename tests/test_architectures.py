@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from architectures import Context, Result
 from llama_cpp import llama_cpp
+
 from pyheadkv import gguf_keys, inspect, reference
 from pyheadkv.gguf_keys import Importance, write_importance
 from pyheadkv.options import Options

@@ -11,8 +11,9 @@ import os
 import struct
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Callable
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -640,3 +641,41 @@ def test_a_sequence_that_the_context_does_not_have_is_empty(make_model: MakeMode
     memory = llama_cpp.llama_get_memory(llm.ctx)
     for look in (llama_cpp.llama_memory_seq_pos_min, llama_cpp.llama_memory_seq_pos_max):
         assert look(memory, 1) == look(memory, -1) == -1 != look(memory, 0)
+
+
+@pytest.mark.parametrize("prefill", ["token", "layer"])
+@pytest.mark.parametrize(("setter", "on", "off", "said"), [
+    ("llama_set_causal_attn", True, False, "causal attention was switched off"),
+    ("llama_set_embeddings", False, True, "embeddings were asked for"),
+])  # fmt: skip
+def test_what_is_switched_after_the_creation_is_refused(setter: str, on: bool, off: bool, said: str, prefill: str, make_model: MakeModel) -> None:
+    """A prompt that is read layer by layer has a causal mask of its own, whatever the context says."""
+    import llama_cpp
+
+    llm = load(make_model(SHAPES[1]), kv_size=48, prefill=prefill)
+    llm.read_prompt(tokens(100))
+    expected = logits(llm)
+    getattr(llama_cpp, setter)(llm.ctx, off)
+    with pytest.raises(RuntimeError, match=said):
+        llm.read_prompt(tokens(100))
+    getattr(llama_cpp, setter)(llm.ctx, on)
+    llm.read_prompt(tokens(100))
+    assert np.array_equal(logits(llm), expected)
+
+
+def test_a_prompt_whose_end_is_pending_tells_what_its_layers_hold(make_model: MakeModel) -> None:
+    from pyheadkv import _lib
+
+    shape = SHAPES[1]
+    llm = load(make_model(shape), kv_size=24, policy="snapkv", prefill="layer")
+    ids = np.array(tokens(200), dtype=np.int32)
+    pointer = ids.ctypes.data_as(ctypes.POINTER(ctypes.c_int32))
+    _lib.check(_lib.lib.headkv_read_prompt(llm.ctx, 0, pointer, len(ids)))
+    stats = llm.kv_stats()
+    assert stats.state == "layered"
+    assert stats.n_cells.tolist() == [[24] * shape.n_head_kv] * (shape.n_layer - 1) + [[200] * shape.n_head_kv]
+    row = np.zeros((200, shape.head_dim), dtype=np.float32)
+    code = _lib.lib.headkv_read_cells(llm.ctx, 0, 0, 0, False, row.ctypes.data_as(ctypes.POINTER(ctypes.c_float)), row.size)
+    assert code < 0 and "is not compressed yet: call headkv_end_prompt() first" in _lib.last_error()
+    _lib.check(_lib.lib.headkv_end_prompt(llm.ctx, 0))
+    assert (llm.kv_stats().n_cells == 24).all()

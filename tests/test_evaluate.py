@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pytest
-from conftest import SHAPES, load, logits, nmse, tokens
+from conftest import SHAPES, greedy, load, logits, nmse, tokens
 
 try:
     import pyheadkv
@@ -25,8 +25,9 @@ from pyheadkv import calibrate, cli, evaluate_report, gguf_keys, metrics, tasks
 from pyheadkv import evaluate as evaluation
 from pyheadkv.journal import Journal
 from pyheadkv.quiz import TaskOptions
+from pyheadkv.score_examples import haystack_sentences
 from pyheadkv.tasks import make_task
-from pyheadkv.trial import Setting, Trial
+from pyheadkv.trial import Copy, Held, Setting, Trial
 
 MakeModel = Callable[..., Path]
 SHAPE = SHAPES[1]
@@ -38,17 +39,21 @@ embedded = pytest.mark.skipif(not pyheadkv.embedded_model().is_file(), reason="t
 # trials
 
 
-def positions(llm: Any) -> set[tuple[int, int, int]]:
+def positions(llm: Any, seq_id: int = 0) -> set[tuple[int, int, int]]:
     """(layer, KV head, position) of every kept cell."""
     heads = ((il, ih) for il in range(SHAPE.n_layer) for ih in range(SHAPE.n_head_kv))
-    return {(il, ih, pos) for il, ih in heads for pos in llm.kv_positions(il, ih).tolist()}
+    return {(il, ih, pos) for il, ih in heads for pos in llm.kv_positions(il, ih, seq_id).tolist()}
+
+
+def open_trial(path: Path, *, n_copies: int, policy: str = "snapkv", **options: Any) -> Trial:
+    return Trial(load(path, kv_size=64, preset="default", policy=policy, prefill="token", n_seq_max=1 + n_copies, **options))
 
 
 def fresh(path: Path, setting: Setting, prompt: list[int], rest: list[int]) -> tuple[npt.NDArray[np.float32], set[tuple[int, int, int]]]:
     """Logits and kept cells after ``rest``, in a context of its own; the last token of the prompt is read again if it is in ``rest``."""
     policy = "snapkv" if setting.policy == "full" else setting.policy
     options: dict[str, Any] = {"beta": setting.beta or None, "preset": setting.preset or "default"} | ({"pool": setting.pool} if setting.pool else {})
-    llm = load(path, kv_size=setting.kv_size or 1024, policy=policy, keep_prompt=True, **options)
+    llm = load(path, kv_size=setting.kv_size or 1024, policy=policy, **options)
     llm.read_prompt(prompt)
     if rest[0] == prompt[-1]:
         llm._ctx.kv_cache_seq_rm(0, len(prompt) - 1, -1)
@@ -67,37 +72,47 @@ def test_a_trial_gives_what_fresh_contexts_give(policy: str, settings: list[Sett
     """
     path, shared = make_model(SHAPE), tokens(256, seed=3)
     prompts = [[*shared, *tokens(n, seed=n)] for n in (30, 3, 64)] + [shared[:200], tokens(90, seed=8)]
-    trial = Trial(load(path, kv_size=64, preset="default", policy=policy, keep_prompt=True, n_ubatch=512))
+    trial = open_trial(path, n_copies=len(settings), policy=policy, n_ubatch=512)
     for prompt in prompts:
-        for setting in settings:
-            trial.compress(setting, prompt)
-            for rest in ([prompt[-1], 5, 6], [prompt[-1], 9]):
-                trial.go_on(len(prompt) - 1, rest)
-                trial.generate(rest[-1], 1)
-                expected, cells = fresh(path, setting, prompt, rest)
-                found = positions(trial.llm)
+        copies = [trial.compress(setting, prompt) for setting in settings]
+        for rest in ([prompt[-1], 5, 6], [prompt[-1], 9]):
+            trial.go_on(copies, len(prompt) - 1, rest)
+            (last,) = trial.follow(copies, rest[-1:])
+            for copy, row in zip(copies, last, strict=True):
+                expected, cells = fresh(path, copy.setting, prompt, rest)
+                found = positions(trial.llm, copy.seq_id)
                 assert len(found) == len(cells) and len(found & cells) >= 0.99 * len(cells)
-                assert nmse(logits(trial.llm), expected) < (1e-5 if found == cells else 1e-2)
+                assert nmse(row[0], expected) < (1e-5 if found == cells else 1e-2)
+        trial.drop(copies)
+        assert trial.llm.kv_stats().bytes_store == 0
 
 
 def test_bytes_of_a_trial_are_those_of_the_kept_cells(make_model: MakeModel) -> None:
-    trial = Trial(load(make_model(SHAPE), kv_size=64, preset="default", policy="snapkv", keep_prompt=True))
+    trial = open_trial(make_model(SHAPE), n_copies=2)
     cell = 2 * 2 * SHAPE.head_dim  # K and V, f16
     n_heads = SHAPE.n_layer * SHAPE.n_head_kv
-    held = trial.compress(Setting("snapkv", 24), tokens(100))
-    assert (held.n_prompt, held.per_head, held.cells) == (100, 24, 24 * n_heads * cell)
-    assert held.store == trial.llm.kv_stats().bytes_store > held.cells
-    assert trial.compress(Setting("snapkv", kv_ratio=0.3), tokens(100)).per_head == 30
-    assert trial.compress(Setting("snapkv", kv_ratio=0.01), tokens(100)).per_head == 9  # the window and one more
-    assert trial.compress(Setting(), tokens(100)).cells == 100 * n_heads * cell
+
+    def held(setting: Setting) -> Held:
+        copy = trial.compress(setting, tokens(100))
+        trial.drop([copy])
+        return copy.held
+
+    alone = held(Setting("snapkv", 24))
+    assert (alone.n_prompt, alone.per_head, alone.cells) == (100, 24, 24 * n_heads * cell)
+    beside = trial.compress(Setting("snapkv", 48), tokens(100))
+    assert trial.llm.kv_stats().bytes_store == beside.held.store > alone.store > alone.cells
+    assert held(Setting("snapkv", 24)) == alone
+    assert held(Setting("snapkv", kv_ratio=0.3)).per_head == 30
+    assert held(Setting("snapkv", kv_ratio=0.01)).per_head == 9  # the window and one more
+    assert held(Setting()).cells == 100 * n_heads * cell
 
 
 def test_surprise_is_the_mean_negative_log_likelihood(make_model: MakeModel) -> None:
-    trial = Trial(load(make_model(SHAPE), kv_size=64, preset="default", policy="snapkv", keep_prompt=True))
+    trial = open_trial(make_model(SHAPE), n_copies=2)
     prompt, answer = tokens(50), [3, 4, 5]
-    trial.compress(Setting(), prompt)
-    trial.go_on(49, prompt[49:])
-    found = trial.surprise(prompt[-1], answer)
+    copies = [trial.compress(Setting(), prompt), trial.compress(Setting("snapkv", 9), prompt)]
+    trial.go_on(copies, 49, prompt[49:])
+    found = trial.surprise(copies, prompt[-1], answer)
     llm = load(make_model(SHAPE), kv_size=None)
     expected, seen = [], list(prompt)
     for token in answer:
@@ -106,12 +121,51 @@ def test_surprise_is_the_mean_negative_log_likelihood(make_model: MakeModel) -> 
         row = logits(llm).astype(np.float64)
         expected.append(np.log(np.exp(row - row.max()).sum()) - (row[token] - row.max()))
         seen.append(token)
-    assert found == pytest.approx(np.mean(expected), rel=1e-3)
+    assert found[0] == pytest.approx(np.mean(expected), rel=1e-3)
+    assert found[1] != pytest.approx(found[0], rel=1e-3)
 
 
-def test_a_trial_needs_a_kept_prompt(make_model: MakeModel) -> None:
-    with pytest.raises(ValueError, match="keep_prompt"):
-        Trial(load(make_model(SHAPE), kv_size=64))
+@pytest.mark.parametrize("n_vocab", [1 << 24, 1])
+def test_follow_gives_the_same_in_pieces(n_vocab: int, make_model: MakeModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many logits are asked for at a time: one token, or all."""
+    trial = open_trial(make_model(SHAPE), n_copies=2)
+    copies = [trial.compress(Setting(), tokens(50)), trial.compress(Setting("snapkv", 9), tokens(50))]
+    trial.go_on(copies, 49, [1])
+    (whole,) = trial.follow(copies, range(20, 40))
+    trial.go_on(copies, 49, [1])
+    monkeypatch.setattr(Trial, "N_LOGITS", n_vocab)
+    pieces = list(trial.follow(copies, range(20, 40)))
+    assert len(pieces) == (20 if n_vocab == 1 else 1)
+    assert nmse(np.concatenate(pieces, axis=1), whole) < 1e-5
+
+
+def test_a_batch_answers_as_one_copy_after_the_other(make_model: MakeModel) -> None:
+    trial = open_trial(make_model(SHAPE), n_copies=3)
+    settings, prompt = [Setting(), Setting("snapkv", 12), Setting("streaming", 20)], tokens(200)
+    copies = [trial.compress(setting, prompt) for setting in settings]
+    trial.go_on(copies, 199, prompt[-1:])
+    said = trial.generate(copies, prompt[-1], 12)
+    stop = frozenset({said[1][4]})
+    trial.go_on(copies, 199, prompt[-1:])
+    stopped = trial.generate(copies, prompt[-1], 12, stop=stop)
+    assert stopped == [list(takewhile(lambda t: t not in stop, row)) for row in said]
+    trial.drop(copies)
+    assert len({tuple(row) for row in said}) == 3
+    for setting, row in zip(settings, said, strict=True):
+        copy = trial.compress(setting, prompt)
+        trial.go_on([copy], 199, prompt[-1:])
+        assert trial.generate([copy], prompt[-1], 12) == [row]
+        trial.drop([copy])
+
+
+def test_a_trial_needs_room_for_copies(make_model: MakeModel) -> None:
+    for options in ({}, {"n_seq_max": 2}, {"prefill": "token"}):
+        with pytest.raises(ValueError, match="prefill='token', n_seq_max=2 or more"):
+            Trial(load(make_model(SHAPE), kv_size=64, **options))
+    trial = open_trial(make_model(SHAPE), n_copies=1)
+    trial.compress(Setting(), tokens(30))
+    with pytest.raises(RuntimeError, match="1 copies are held"):
+        trial.compress(Setting(), tokens(30))
 
 
 # tasks
@@ -336,10 +390,10 @@ def test_turns_are_asked_on_what_is_left(monkeypatch: pytest.MonkeyPatch) -> Non
     seen: list[tuple[int, int, int]] = []
     generate = Trial.generate
 
-    def spy(trial: Trial, *args: Any, **kwargs: Any) -> list[int]:
-        out = generate(trial, *args, **kwargs)
-        stats = trial.llm.kv_stats()
-        seen.append((stats.n_prompt, stats.n_past, int(stats.n_cells.max())))
+    def spy(trial: Trial, copies: list[Copy], *args: Any, **kwargs: Any) -> list[list[int]]:
+        out = generate(trial, copies, *args, **kwargs)
+        for stats in (trial.llm.kv_stats(copy.seq_id) for copy in copies):
+            seen.append((stats.n_prompt, stats.n_past, int(stats.n_cells.max())))
         return out
 
     monkeypatch.setattr(Trial, "generate", spy)
@@ -347,7 +401,7 @@ def test_turns_are_asked_on_what_is_left(monkeypatch: pytest.MonkeyPatch) -> Non
     assert len(answers) == len(seen) == 2 * 2 * tasks.N_TURNS
     (ask,) = worker.tasks[0].quiz(3)
     for i, (answer, (n_prompt, n_past, n_cells)) in enumerate(zip(answers, seen, strict=True)):
-        turn = i % tasks.N_TURNS
+        turn = i // 2 % tasks.N_TURNS  # both settings, then the next one
         assert answer["ask"] == turn and answer["kind"] == f"turn {turn + 1}" and answer["n_tokens"] == n_past
         aware = answer["protocol"] == "query-aware"
         assert answer["n_prompt"] == (len(ask.prompt) if aware else ask.n_context)
@@ -355,7 +409,7 @@ def test_turns_are_asked_on_what_is_left(monkeypatch: pytest.MonkeyPatch) -> Non
         kept = answer["n_prompt"] if answer["setting"] == "full" else 40
         assert n_cells == kept + n_past - answer["n_prompt"]  # everything since the compression
         # answers of the embedded model take a token per word; the last one is not read yet unless the answer was stopped
-        words = [len(a["text"].split()) for a in answers[i - turn : i + 1]]
+        words = [len(a["text"].split()) for a in answers[i - 2 * turn : i + 1 : 2]]
         stopped = words[-1] < (ask, *ask.turns)[turn].n_steps
         assert n_past == len(ask.prompt) + sum(len(t.prompt) for t in ask.turns[:turn]) + sum(words) - (not stopped)
         assert answer["setting"] != "full" or answer["score"] == 1
@@ -438,7 +492,11 @@ def test_evaluation_writes_resumes_and_reports(tmp_path: Path, capsys: pytest.Ca
     (["needle", "--policy", "snapkv", "--beta", "2"], "--beta=2: no policy of 'snapkv' looks at it"),
     (["needle", "--policy", "razor,streaming", "--pool", "avg"], "--pool=avg: no policy"),
     (["needle", "--policy", "full", "--kv-size", "64"], "--kv-size=64: no policy of 'full'"),
-    (["needle", "--policy", "full", "--sinks", "0"], "--sinks=0: no policy of 'full'"),
+    (["needle", "--window", "x"], "--window='x': it must be a whole number"),
+    (["needle", "--power", "3"], "power=3: it must be one of 1, 2, 4, 8"),
+    (["needle", "--pool-kernel", "4"], "pool_kernel=4: it must be odd"),
+    (["needle", "--policy", "streaming", "--window", "16"], "--window=16: no policy of 'streaming' looks at it"),
+    (["needle", "--policy", "full,none", "--sinks", "0"], "--sinks=0: no policy of 'full,none'"),
     (["loogle"], "task loogle reads a file: name it with --file"),
 ])  # fmt: skip
 @embedded
@@ -469,6 +527,129 @@ def test_amounts_and_kept_cells_of_the_evaluation(tmp_path: Path) -> None:
     assert f"| snapkv 30 | 30 | {3000 / n_prompt:.1f} % | 150 | " in table
 
 
+def make_worker(path: Path, task: TaskOptions, *settings: Setting, kl: bool = False) -> evaluation.Worker:
+    return evaluation.Worker(evaluation.Job(path, (task,), (Setting(), *settings), evaluation.PROTOCOLS, {}, 1, 0, kl))
+
+
+@pytest.mark.parametrize("name", ["passkey", "ruler-words", "text"])
+def test_no_context_is_the_question_alone(name: str, make_model: MakeModel) -> None:
+    path = make_model(SHAPE)
+    worker = make_worker(path, TaskOptions(name, 1024, n_each=1), Setting("none"), Setting("snapkv", 64))
+    answers = worker.run(0, 1)["answers"]
+    llm = load(path, kv_size=None)
+    for i, ask in enumerate(worker.tasks[0].quiz(1)):
+        assert len(ask.alone) < 200 and list(ask.alone[-5:]) == list(ask.prompt[-5:])
+        if name == "passkey":
+            text = llm.detokenize(list(ask.alone)).decode()
+            assert "What is the pass key?" in text and ask.answer not in text
+        said = greedy(llm, list(ask.alone), ask.n_steps) if ask.n_steps else []
+        said = list(takewhile(lambda token: token not in worker.tasks[0].stop_tokens, said))
+        text = llm.detokenize(said).decode("utf-8", "replace").strip()
+        mine = [a for a in answers if a["ask"] == i and a["setting"] == "none"]
+        assert [a["text"] for a in mine] == [text, text] and all(a["cells"] == a["bytes"] == 0 for a in mine)
+
+
+def test_numbers_of_the_scoring_are_settings(make_model: MakeModel, tmp_path: Path) -> None:
+    out = tmp_path / "e.jsonl"
+    options = ["--policy", "snapkv,streaming", "--kv-size", "40", "--window", "8,96", "--power", "1,4", "--pool-kernel", "7"]
+    path = str(make_model(SHAPE))
+    assert evaluate("passkey", path, "-o", out, *options, "--tokens", "400", "--contexts", "1", "--protocol", "query-aware") == 0
+    header, entry = map(json.loads, out.read_bytes().splitlines())
+    names = ["snapkv window 8 power 1 kernel 7 40", "snapkv window 8 power 4 kernel 7 40", "snapkv window 96 power 1 kernel 7 40",
+             "snapkv window 96 power 4 kernel 7 40", "streaming 40"]  # fmt: skip
+    assert [s["name"] for s in header["settings"]] == ["full", *names] and [a["setting"] for a in entry["answers"]] == ["full", *names]
+    table = out.with_suffix(".md").read_text()
+    assert table.count("| streaming 40 |") == 2  # scores, and points above the first uniform one
+    trial = open_trial(Path(path), n_copies=4, window=96)
+    prompt = tokens(400)
+    for window, power in ((8, 1), (96, 4), (96, 1), (8, 4)):
+        copy = trial.compress(Setting("snapkv", 40, window=window, power=power, pool_kernel=7), prompt)
+        fresh = load(Path(path), kv_size=40, policy="snapkv", preset="default", window=window, power=power, pool_kernel=7)
+        fresh.read_prompt(prompt)
+        found, expected = positions(trial.llm, copy.seq_id), positions(fresh)
+        assert len(found) == len(expected) and len(found & expected) >= 0.99 * len(expected)
+
+
+def test_text_behind_the_question(make_model: MakeModel) -> None:
+    llm = english(make_model)
+    with pytest.raises(ValueError, match="it needs a model with a chat template"):
+        make_task(llm, TaskOptions("passkey", 500, after="Be brief."))
+    llm.metadata["tokenizer.chat_template"] = "{% for m in messages %}<{{m.role}}>{{m.content}}</{{m.role}}>{% endfor %}<assistant>"
+    for name in ("passkey", "multi-turn"):
+        (ask,) = make_task(llm, TaskOptions(name, 500, after="Be brief.")).quiz(0)
+        for turn in (ask, *ask.turns):
+            assert llm.detokenize(list(turn.prompt)).decode().endswith(". Be brief.</user><assistant>")
+    with pytest.raises(ValueError, match="not those of text"):
+        make_task(llm, TaskOptions("text", 500, after="Be brief."))
+
+
+def test_distances_are_those_of_the_logits(make_model: MakeModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = make_model(SHAPE)
+    trial = open_trial(path, n_copies=2)
+    prompt, follows = tokens(200), tokens(30, seed=4)[1:]
+    copies = [trial.compress(setting, prompt) for setting in (Setting(), Setting("snapkv", 20))]
+    trial.go_on(copies, 199, prompt[-1:])
+    (rows,) = trial.follow(copies, [prompt[-1], *follows[:-1]])
+    log_p = [row.astype(np.float64) - np.log(np.exp(row.astype(np.float64)).sum(axis=1, keepdims=True)) for row in rows]
+    monkeypatch.setattr(Trial, "N_LOGITS", 5 * 2 * trial.llm.n_vocab())  # in pieces
+    trial.go_on(copies, 199, prompt[-1:])
+    found = evaluation.measure(trial, copies, prompt[-1], evaluation.Expected(follows))
+    for distance, mine in zip(found, log_p, strict=True):
+        assert distance.n == len(follows)
+        assert distance.nll == pytest.approx(-np.mean([row[t] for row, t in zip(mine, follows, strict=True)]), rel=1e-3)
+        assert distance.kl == pytest.approx((np.exp(log_p[0]) * (log_p[0] - mine)).sum(axis=1).mean(), rel=1e-2, abs=1e-5)
+        assert distance.agree == pytest.approx((log_p[0].argmax(axis=1) == mine.argmax(axis=1)).mean(), abs=1 / 29)
+    assert found[0].kl == pytest.approx(0, abs=1e-5) and found[0].agree == 1 and found[1].kl > 1e-4
+
+
+@pytest.mark.parametrize("name", ["text", "multi-turn"])
+def test_distances_do_not_change_answers(name: str, make_model: MakeModel) -> None:
+    """Chats go on from what was said."""
+    task = TaskOptions(name, 600)
+    with_kl, without = (make_worker(make_model(SHAPE), task, Setting("snapkv", 24), kl=kl).run(0, 2)["answers"] for kl in (True, False))
+    assert any("distance" in a for a in with_kl)
+    assert [a["text"] for a in with_kl] == [a["text"] for a in without]
+    assert [a["n_tokens"] for a in with_kl] == [a["n_tokens"] for a in without]
+    if name == "text":
+        assert all(a["score"] == a["distance"]["agree"] and a["text"] == "" for a in with_kl)
+        assert [a["score"] for a in with_kl if a["setting"] == "full"] == [1, 1]
+
+
+def test_text_goes_on_as_it_does(make_model: MakeModel) -> None:
+    llm = load(make_model(SHAPE), kv_size=None)
+    (ask,) = make_task(llm, TaskOptions("text", 300)).quiz(3)
+    said = llm.detokenize(list(ask.prompt[1:] + ask.follows)).decode().strip()
+    assert len(ask.prompt) == 300 and len(ask.follows) == 64
+    whole = " ".join(haystack_sentences())
+    assert said[:200] in whole + " " + whole
+    with pytest.raises(ValueError, match="the text of this task has"):
+        make_task(llm, TaskOptions("text", 1 << 20)).quiz(0)
+
+
+def test_the_report_ranks_what_the_full_cache_can_do_and_names_the_least_cells(tmp_path: Path) -> None:
+    names = {"full": 0, "none": 0, "snapkv 32": 32, "snapkv 64": 64, "snapkv 128": 128}
+    settings = [{"name": name, "method": name.split()[0], "policy": name.split()[0], "budget": str(n or ""), "pool": ""} for name, n in names.items()]
+    header = {
+        "settings": settings, "versions": {}, "model": "m", "model_sha256": "0" * 64, "tasks": [{"name": "t"}],
+        "keep": {"sinks": None, "protect": [], "surplus": "lost"},
+    }  # fmt: skip
+    right = {"easy": {"full": 1, "none": 0, "snapkv 32": 0.5, "snapkv 64": 0.92, "snapkv 128": 1}, "guessed": dict.fromkeys(names, 1)}
+    out = tmp_path / "r.jsonl"
+    lines = [header]
+    for quiz in range(6):
+        answers = [
+            {"ask": 0, "kind": kind, "depth": 0.5, "protocol": "query-aware", "setting": name, "score": score, "n_prompt": 1000,
+             "cells": names[name], "bytes": names[name], "bytes_store": names[name], "distance": {"n": 10, "nll": 2.0, "kl": 0.25, "agree": 1}}
+            for kind, scores in right.items() for name, score in scores.items()
+        ]  # fmt: skip
+        lines.append({"task": "t", "length": 1000, "quiz": quiz, "answers": answers})
+    out.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    table = evaluate_report.write_report(out, command="c", where="w").read_text()
+    assert "Not to be ranked, the full cache is not above no context by more than chance: guessed." in table
+    assert "| setting | easy |" in table and "| snapkv | 64 / 128 |" in table
+    assert table.count("| 7.39 | 0.250 |") == len(names)
+
+
 def test_interval_covers_the_mean_and_shrinks() -> None:
     rng = np.random.default_rng(2)
     widths = []
@@ -482,7 +663,7 @@ def test_interval_covers_the_mean_and_shrinks() -> None:
 def test_gain_pairs_the_questions() -> None:
     def answers(setting: str, scores: list[int]) -> list[evaluate_report.Answer]:
         return [
-            evaluate_report.Answer("t", 1, f"{i // 2}", i % 2, "k", 0.0, "p", setting, score, 9, 1.0, 1, 1)
+            evaluate_report.Answer("t", 1, f"{i // 2}", i % 2, "k", 0.0, "p", setting, score, 9, 1.0, 1, 1, None)
             for i, score in enumerate(scores)
         ]
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Callable
+from typing import Any
 
 import pytest
 from conftest import SHAPES, greedy, load, tokens
@@ -35,11 +36,17 @@ def test_an_unknown_option_of_configure_names_the_nearest_one(make_model: MakeMo
     assert llm.kv_options == before
 
 
+@pytest.mark.parametrize("policy", ["snapkv", "adakv", "razor", "lossless"])
+def test_beta_without_a_policy_that_looks_at_it_is_an_error(policy: str, make_model: MakeModel) -> None:
+    with pytest.raises(ValueError, match=f"policy='{policy}', beta=2: it does not look at beta"):
+        load(make_model(SHAPES[1]), kv_size=None if policy == "lossless" else 64, policy=policy, beta=2)
+
+
 @pytest.mark.parametrize(
     "options",
     [
         {"policy": "headkv"}, {"policy": "snapkv", "sinks": 4}, {"window": -5}, {"beta": 1.2}, {"importance": "scores.json"}, {"kv_reuse": False},
-        {"protect": [(0, 4)]}, {"prefill": "layer"}, {"policy": "full", "pool": "avg"}, {"keep_prompt": True}, {"n_tail": 64},
+        {"protect": [(0, 4)]}, {"prefill": "layer"}, {"policy": "full", "pool": "avg"}, {"n_seq_max": 2}, {"n_tail": 64},
     ],
     ids=str,
 )  # fmt: skip

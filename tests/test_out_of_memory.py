@@ -7,8 +7,9 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Callable
+from typing import Any
 
 import pytest
 from conftest import Shape
@@ -65,6 +66,8 @@ from test_sequences import sequences
 from conftest import tokens
 
 hook = ctypes.CDLL(None)
+hook.fail_alloc_arm.argtypes = [ctypes.c_long]
+hook.fail_alloc_disarm.restype = ctypes.c_long
 
 @contextmanager
 def shortage():
@@ -134,6 +137,18 @@ with sequences(sys.argv[1], n_seq_max=2, n_tail=8) as many:
     many.read(1, prompt)
     many.c.llama_memory_clear(memory, True)
     assert many.stats(0).bytes_store == many.stats(0).bytes_staging == 0
+
+    # functions of our own: nothing that is thrown crosses the border to C
+    hook.fail_alloc_arm(0)
+    assert many.headkv.lib.headkv_fill_prompt(many.ctx, 1, 2000, 1) == 0
+    n = hook.fail_alloc_disarm()
+    assert n > 10
+    for k in range(1, n + 1):
+        many.remove(1)
+        hook.fail_alloc_arm(k)
+        code = many.headkv.lib.headkv_fill_prompt(many.ctx, 1, 2000, 1)
+        hook.fail_alloc_disarm()
+        assert code < 0 and "memory" in many.headkv.last_error(), (k, n, code, many.headkv.last_error())
 """
 
 

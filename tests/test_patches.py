@@ -116,3 +116,30 @@ def test_an_edited_patch_touches_only_the_files_that_change(tmp_path: Path) -> N
     apply_module().sync(source, tree)
     assert {str(p.relative_to(tree)): p.read_text() for p in tree.rglob("*") if p.is_file()} == {"same": "1", "a/changed": "2", "b/new": "3"}
     assert (tree / "same").stat().st_mtime == 1 and (tree / "a/changed").stat().st_mtime > 1
+
+
+def test_the_canary_tells_what_moved_and_what_is_gone(pristine: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(PATCHES))
+    import canary
+
+    for hunk in (h for patch in SERIES for h in canary.hunks(patch)):
+        (tmp_path / hunk.file).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(pristine / hunk.file, tmp_path / hunk.file)
+    found = canary.look(tmp_path)
+    n_headers = sum(len(re.findall(r"^@@ ", patch.read_text(), re.M)) for patch in SERIES)
+    assert len(found) == n_headers and {f.state for f in found} == {"fits"}
+
+    model = tmp_path / "src" / "llama-model.cpp"
+    model.write_text("// one\n// two\n" + model.read_text())
+    last = [f for f in found if f.hunk.file == "common/arg.cpp"][-1]
+    arg = (tmp_path / last.hunk.file).read_text().splitlines()
+    arg[last.line] = arg[last.line] + " // changed"
+    (tmp_path / last.hunk.file).write_text("\n".join(arg))
+    changed = [f for f in canary.look(tmp_path) if f.state != "fits"]
+    moved = [f for f in changed if f.hunk.file == "src/llama-model.cpp"]
+    assert moved and all(f.state == "moved" and f.line == f.hunk.line + 2 for f in moved)
+    (gone,) = (f for f in changed if f not in moved)
+    assert gone.state == "gone" and gone.hunk == last.hunk and gone.line == last.line
+    assert "// changed" in gone.text()
+    with pytest.raises(SystemExit, match="no llama.cpp is there"):
+        canary.look(tmp_path / "src")

@@ -7,12 +7,13 @@ import pickle
 import random
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Callable
+from typing import Any
 
 import numpy as np
 import pytest
-from conftest import SHAPES, Shape, load, logits, tokens
+from conftest import SHAPES, Shape, decode, load, logits, tokens
 
 from pyheadkv import embedded_model, needle
 from pyheadkv.options import ggml_type, row_bytes
@@ -23,18 +24,15 @@ SHAPE = SHAPES[1]
 embedded = pytest.mark.skipif(not embedded_model().is_file(), reason="the embedded model is not there yet")
 
 
-def kept(llm: Any, shape: Shape = SHAPE) -> list[list[int]]:
+def kept(llm: Any, shape: Shape = SHAPE, seq_id: int = 0) -> list[list[int]]:
     """Kept positions of every head, layer by layer."""
-    return [llm.kv_positions(il, ih).tolist() for il in range(shape.n_layer) for ih in range(shape.n_head_kv)]
+    return [llm.kv_positions(il, ih, seq_id).tolist() for il in range(shape.n_layer) for ih in range(shape.n_head_kv)]
 
 
-def outcome(llm: Any) -> tuple[list[list[int]], list[bytes]]:
+def outcome(llm: Any, seq_id: int = 0) -> tuple[list[list[int]], list[bytes]]:
     """Kept positions, and logits of three tokens after the prompt."""
-    positions, out = kept(llm), []
-    for token in (9, 10, 11):
-        llm.eval([token])
-        out.append(logits(llm).tobytes())
-    return positions, out
+    positions, n_past = kept(llm, seq_id=seq_id), llm.kv_stats(seq_id).n_past
+    return positions, [decode(llm, seq_id, n_past + i, token).tobytes() for i, token in enumerate((9, 10, 11))]
 
 
 @pytest.mark.parametrize("prefill", ["token", "layer"])
@@ -64,20 +62,30 @@ def test_streaming_needs_no_window_queries(make_model: MakeModel) -> None:
     {"policy": "headkv+adakv"}, {"policy": "criticalkv"},
     {"sinks": 9}, {"protect": [(3, 90)]}, {"kv_size": 300, "surplus": "redistribute"},
 ], ids=str)
-def test_a_restored_prompt_compressed_otherwise_equals_a_fresh_one(options: dict[str, Any], make_model: MakeModel) -> None:
+def test_a_copy_compressed_otherwise_equals_a_fresh_one(options: dict[str, Any], make_model: MakeModel) -> None:
     path, prompt, first = make_model(SHAPE), tokens(400), {"kv_size": 48, "n_ubatch": 64}
     fresh = load(path, **{**first, **options})
     fresh.read_prompt(prompt)
-    llm = load(path, keep_prompt=True, **first)
-    llm.read_prompt([*prompt[:320], *tokens(90, seed=5)])  # another end, which is taken back
-    llm.eval([7])
-    llm.restore_prompt(320)
-    assert llm.kv_stats().state == "staged"
+    expected = outcome(fresh)
+    llm = load(path, n_seq_max=3, prefill="token", **first)
+    llm.eval([*prompt[:320], *tokens(90, seed=5)])  # another end, which is taken back
+    llm.compress_as(1)
+    other = outcome(llm, 1)
+    assert llm._ctx.kv_cache_seq_rm(0, 320, -1)
+    llm.n_tokens = 320
     llm.configure(**options)
     llm.eval(prompt[320:])  # in the ubatches of the fresh one
-    llm.end_prompt()
+    llm.compress_as(2)
+    assert (llm.kv_stats(0).state, llm.kv_stats(1).state, llm.kv_stats(2).state) == ("staged", "compressed", "compressed")
     assert llm.kv_stats().bytes_staging > 0
-    assert outcome(llm) == outcome(fresh)
+    assert outcome(llm, 2) == expected
+    assert llm._ctx.kv_cache_seq_rm(1, 410, -1) and outcome(llm, 1) == other  # beside the others
+    assert llm._ctx.kv_cache_seq_rm(2, -1, -1)
+    llm.compress_as(2)  # a second time
+    assert outcome(llm, 2) == expected
+    llm.end_prompt()
+    assert llm.kv_stats().bytes_staging == 0
+    assert outcome(llm) == expected
 
 
 def test_configure_keeps_the_importance_that_was_given(make_model: MakeModel) -> None:
@@ -90,61 +98,55 @@ def test_configure_keeps_the_importance_that_was_given(make_model: MakeModel) ->
     assert not np.array_equal(llm.kv_budget, load(make_model(SHAPE), kv_size=24).kv_budget)
 
 
-def test_a_prompt_can_be_restored_again_and_again(make_model: MakeModel) -> None:
-    path, prompt = make_model(SHAPE), tokens(300)
-    llm = load(path, kv_size=48, keep_prompt=True, n_ubatch=64)
-    llm.read_prompt(prompt)
-    first = outcome(llm)
-    for _ in range(3):
-        llm.restore_prompt(256)
-        llm.eval(prompt[256:])
-        llm.end_prompt()
-        assert outcome(llm) == first
-    llm.reset()
-    llm.read_prompt(prompt)
-    assert outcome(llm) == first
-
-
 @pytest.mark.parametrize("policy", ["snapkv", "h2o"])
-def test_a_whole_prompt_is_restored_whatever_was_taken_back_of_what_was_kept(policy: str, make_model: MakeModel) -> None:
-    llm = load(make_model(SHAPE), kv_size=48, keep_prompt=True, policy=policy)
-    llm.read_prompt(tokens(300))
-    first = outcome(llm)
-    for _ in range(2):
-        assert llm._ctx.kv_cache_seq_rm(0, 295, -1)
-        llm.n_tokens = 295
-        llm.eval([5, 6, 7, 8])
-        llm.restore_prompt(300)
-        llm.end_prompt()
-        assert outcome(llm) == first
+def test_a_copy_is_that_of_its_prompt_whatever_the_prompt_became(policy: str, make_model: MakeModel) -> None:
+    llm = load(make_model(SHAPE), kv_size=48, prefill="token", policy=policy, n_seq_max=3)
+    llm.eval(tokens(300))
+    for seq_id in (1, 2):
+        llm.compress_as(seq_id)
+    first = outcome(llm, 1)
+    llm.reset()
+    llm.eval(tokens(300))
+    llm.compress_as(1)
+    llm.eval(tokens(50, seed=9))
+    assert outcome(llm, 1) == first
+    llm.end_prompt()
+    assert kept(llm) != first[0]
 
 
-def test_the_window_must_be_read_again_after_restoring(make_model: MakeModel) -> None:
-    llm = load(make_model(SHAPE), kv_size=48, keep_prompt=True)
-    llm.read_prompt(tokens(300))
-    llm.restore_prompt(290)
+def test_the_window_must_be_read_again_after_a_truncation(make_model: MakeModel) -> None:
+    llm = load(make_model(SHAPE), kv_size=48, prefill="token", n_seq_max=2)
+    llm.eval(tokens(300))
+    llm._ctx.kv_cache_seq_rm(0, 290, -1)
+    llm.n_tokens = 290
     llm.eval([5, 6, 7])
     with pytest.raises(RuntimeError, match="queries of the last 8 tokens are missing"):
-        llm.end_prompt()
+        llm.compress_as(1)
+    assert (llm.kv_stats(0).state, llm.kv_stats(1).state, llm.kv_stats().bytes_store) == ("staged", "empty", 0)
 
 
-def test_what_cannot_be_restored_or_configured_is_an_error(make_model: MakeModel) -> None:
+def test_what_cannot_be_copied_or_configured_is_an_error(make_model: MakeModel) -> None:
     path = make_model(SHAPE)
-    llm = load(path, kv_size=48)
+    llm = load(path, kv_size=48, n_seq_max=2)
+    with pytest.raises(RuntimeError, match="sequence 0 is not a prompt that is held as a whole"):
+        llm.compress_as(1)  # nothing was read
     llm.read_prompt(tokens(300))
-    with pytest.raises(RuntimeError, match="keep_prompt"):
-        llm.restore_prompt(100)
+    with pytest.raises(RuntimeError, match="sequence 0 is not a prompt that is held as a whole"):
+        llm.compress_as(1)
     for options, message in [({"window": 16}, "window is 16: the context has room for the queries of the last 8"), ({"n_tail": 4}, "cannot change"), ({"kv_size": 5000}, "kv_size is 5000"), ({"policy": "x"}, "policy='x'")]:
         with pytest.raises(ValueError, match=message):
             llm.configure(**options)
     assert llm.kv_options.kv_size == 48
-    with pytest.raises(ValueError, match="keep_prompt=True, prefill='layer'"):
-        load(path, kv_size=48, keep_prompt=True, prefill="layer")
-    kept_llm = load(path, kv_size=48, keep_prompt=True)
-    assert kept_llm.prefill_mode == "token"
-    kept_llm.read_prompt(tokens(300))
-    with pytest.raises(RuntimeError, match=r"301 tokens of a prompt of 300"):
-        kept_llm.restore_prompt(301)
+    llm.reset()
+    llm.eval(tokens(300))
+    for seq_id in (0, 2):
+        with pytest.raises(ValueError, match=f"seq_id={seq_id}"):
+            llm.compress_as(seq_id)
+    llm.compress_as(1)
+    with pytest.raises(RuntimeError, match="sequence 1 is not empty: remove it first"):
+        llm.compress_as(1)
+    with pytest.raises(ValueError, match="seq_id=1"):
+        load(path, kv_size=48).compress_as(1)
 
 
 # how much is kept

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import ctypes
 import functools
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Callable
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -203,16 +204,15 @@ def test_wrong_options_are_value_errors(options: dict[str, Any], message: str) -
 
 def test_every_policy_holds_the_same_bytes(make_model: MakeModel) -> None:
     shape, prompt = Shape("equal", "llama", 16, 4, n_layer=6, n_ff=64), tokens(2000)
-    llm = load(make_model(shape), kv_size=32, n_tail=1, keep_prompt=True)
-    llm.read_prompt(prompt)
+    llm = load(make_model(shape), kv_size=32, n_tail=1, prefill="token", n_seq_max=2)
+    llm.eval(prompt)
     for kv_size in (32, 128, 500):
         held = {}
         for policy in sorted({*POLICIES} - {"h2o", "lossless"}):  # which looks at all tokens while they are read
-            llm.restore_prompt(2000 - WINDOW)
             llm.configure(kv_size=kv_size, policy=policy)
-            llm.eval(prompt[-WINDOW:])
-            llm.end_prompt()
-            held[policy] = (int(llm.kv_stats().n_cells.sum()), llm.kv_stats().bytes_store)
+            llm.compress_as(1)
+            held[policy] = (int(llm.kv_stats(1).n_cells.sum()), llm.kv_stats(1).bytes_store)
+            llm._ctx.kv_cache_seq_rm(1, -1, -1)
         for n, n_bytes in held.values():
             assert abs(n / (kv_size * shape.n_layer * shape.n_head_kv) - 1) < 0.01, held
             assert abs(n_bytes / held["snapkv"][1] - 1) < 0.01, held
@@ -358,17 +358,10 @@ def test_h2o_in_batches_of_any_size_keeps_nearly_the_same(make_model: MakeModel)
 
 def test_h2o_refuses_what_its_sums_do_not_tell(make_model: MakeModel) -> None:
     path, prompt = make_model(SHAPES[1]), tokens(200)
-    llm = load(path, kv_size=40, policy="h2o", keep_prompt=True)
-    llm.read_prompt(prompt)
-    first = kept_by(llm, SHAPES[1])
-    llm.restore_prompt(200)
-    llm.configure(kv_size=80)
-    llm.end_prompt()
-    llm.restore_prompt(200)
-    llm.configure(kv_size=40)
-    llm.end_prompt()
-    assert as_lists(kept_by(llm, SHAPES[1])) == as_lists(first)
-    llm.restore_prompt(190)
+    llm = load(path, kv_size=40, policy="h2o", prefill="token")
+    llm.eval(prompt)
+    llm._ctx.kv_cache_seq_rm(0, 190, -1)
+    llm.n_tokens = 190
     llm.eval(prompt[190:])
     with pytest.raises(RuntimeError, match="tokens were removed from the end of the prompt, whose attention policy 'h2o' has counted"):
         llm.end_prompt()

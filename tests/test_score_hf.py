@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import sys
 import warnings
-from dataclasses import replace
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -26,8 +26,8 @@ try:
 except ImportError as error:
     pytest.skip(f"the library is not built: {error}", allow_module_level=True)
 
-from pyheadkv import cli, gguf_keys, score
-from pyheadkv.score_examples import HAYSTACK, METHODS, Example, Examples, make_examples
+from pyheadkv import cli, gguf_keys, score  # noqa: E402
+from pyheadkv.score_examples import HAYSTACK, METHODS, Example, Examples, make_examples  # noqa: E402
 
 SCRIPTS = Path(__file__).parent.parent / "scripts"
 

@@ -47,7 +47,7 @@ def ask(llm: Any, question: list[int], n: int) -> list[int]:
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"attend": "composed", "n_buckets": 2}, {"type_k": 8, "type_v": 8}, {"keep_prompt": True}, {"kv_size": 400}, {"prefill": "token"}],
+    [{}, {"attend": "composed", "n_buckets": 2}, {"type_k": 8, "type_v": 8}, {"kv_size": 400}, {"prefill": "token"}],
     ids=lambda o: " ".join(map(str, o)) or "default",
 )
 @pytest.mark.parametrize("shape", [SHAPES[1], SHAPES[3]], ids=lambda s: s.name)
@@ -437,3 +437,18 @@ def test_a_long_prompt_is_not_kept_whole_behind_a_short_past(make_model: MakeMod
     more = [*long, *tokens(30, seed=5)]
     next(llm.generate(more, temp=0.0))
     assert llm.kv_stats().n_prompt == len(long)  # continued
+
+
+@pytest.mark.parametrize("changes", [{"kv_size": 24}, {"protect": [(40, 90)]}], ids=str)
+def test_a_past_that_was_kept_otherwise_is_read_again(changes: dict[str, Any], make_model: MakeModel) -> None:
+    path, prompt = make_model(SHAPES[1]), tokens(200)
+    more = [*prompt, *tokens(30, seed=5)]
+    llm, fresh = load(path, kv_size=48, kv_reuse=True), load(path, **{"kv_size": 48, **changes})
+    next(llm.generate(prompt, temp=0.0))
+    llm.configure(**changes)
+    assert greedy(llm, more, 8) == greedy(fresh, more, 8)
+    assert llm.kv_stats().n_prompt == len(more)
+    llm.configure(kv_size=48, protect=[])
+    next(llm.generate(prompt, temp=0.0))
+    next(llm.generate(more, temp=0.0))
+    assert llm.kv_stats().n_prompt == len(prompt)  # the same again: continued

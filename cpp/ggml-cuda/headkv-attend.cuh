@@ -268,7 +268,7 @@ inline bool attend_supports(const ggml_tensor * op) {
     if (k->type != v->type || (k->type != GGML_TYPE_F16 && k->type != GGML_TYPE_BF16 && k->type != GGML_TYPE_Q8_0)) {
         return false;
     }
-    if (D != 64 && D != 80 && D != 96 && D != 128 && D != 256) {
+    if ((D != 64 && D != 80 && D != 96 && D != 128 && D != 256) || (k->type == GGML_TYPE_Q8_0 && D % 32 != 0)) {
         return false;
     }
     // rows of 16-bit elements are read 16 bytes at a time

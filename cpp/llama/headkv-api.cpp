@@ -30,24 +30,33 @@ static llama_kv_cache_ragged * get_kv(const llama_context * ctx) {
     return ctx ? dynamic_cast<llama_kv_cache_ragged *>(llama_get_memory(ctx)) : nullptr;
 }
 
-// the ragged cache of a context and a check of the sequence id; null = failed
-static llama_kv_cache_ragged * get_kv_seq(const llama_context * ctx, llama_seq_id seq_id) {
-    llama_kv_cache_ragged * kv = get_kv(ctx);
-    if (!kv) {
-        fail("the context was created without headkv_set_params()");
-    } else if (seq_id < 0 || (uint32_t) seq_id >= kv->n_seq_max()) {
-        fail(format("sequence %d: it must be in [0, %u)", seq_id, kv->n_seq_max()));
-        kv = nullptr;
+// nothing that is thrown crosses the C border
+template <typename F> static int32_t guarded(const F & run) {
+    try {
+        return run();
+    } catch (const std::bad_alloc &) {
+        return fail("not enough memory");
+    } catch (const std::exception & e) {
+        return fail(e.what());
     }
-    return kv;
 }
 
-static bool is_head(const llama_kv_cache_ragged & kv, int32_t il, int32_t ih) {
-    if (il < 0 || il >= kv.n_layer() || ih < 0 || (size_t) ih >= kv.budget(il).size()) {
-        fail(format("layer %d, KV head %d: the model has %d layers with up to %d KV heads", il, ih, kv.n_layer(), kv.n_head_kv_max()));
-        return false;
+// the ragged cache of a context; throws where there is none, or no such sequence
+static llama_kv_cache_ragged & cache_of(const llama_context * ctx, llama_seq_id seq_id) {
+    llama_kv_cache_ragged * kv = get_kv(ctx);
+    if (!kv) {
+        throw std::invalid_argument("the context was created without headkv_set_params()");
     }
-    return true;
+    if (seq_id < 0 || (uint32_t) seq_id >= kv->n_seq_max()) {
+        throw std::invalid_argument(format("sequence %d: it must be in [0, %u)", seq_id, kv->n_seq_max()));
+    }
+    return *kv;
+}
+
+static void check_head(const llama_kv_cache_ragged & kv, int32_t il, int32_t ih) {
+    if (il < 0 || il >= kv.n_layer() || ih < 0 || (size_t) ih >= kv.budget(il).size()) {
+        throw std::invalid_argument(format("layer %d, KV head %d: the model has %d layers with up to %d KV heads", il, ih, kv.n_layer(), kv.n_head_kv_max()));
+    }
 }
 
 struct headkv_params headkv_default_params(void) {
@@ -66,7 +75,6 @@ struct headkv_params headkv_default_params(void) {
         /*.n_buckets       =*/ 1,
         /*.prefill         =*/ HEADKV_PREFILL_AUTO,
         /*.hidden_f16      =*/ 0,
-        /*.keep_prompt     =*/ 0,
         /*.sinks           =*/ -1,
         /*.protect         =*/ nullptr,
         /*.n_protect       =*/ 0,
@@ -83,33 +91,26 @@ struct headkv_params headkv_default_params(void) {
 }
 
 int32_t headkv_set_params(const struct headkv_params * params) {
-    headkv_thread_config().reset();
-    if (!params) {
-        return 0; // the reason of a failed llama_init_from_model() stays
-    }
-    headkv_set_error("");
-    try {
+    return guarded([&]() -> int32_t {
+        headkv_thread_config().reset();
+        if (!params) {
+            return 0; // the reason of a failed llama_init_from_model() stays
+        }
+        headkv_set_error("");
         headkv_thread_config() = std::make_shared<const headkv_config>(headkv_config_from_params(*params));
-    } catch (const std::exception & e) {
-        return fail(e.what());
-    }
-    return 0;
+        return 0;
+    });
 }
 
 int32_t headkv_configure(struct llama_context * ctx, const struct headkv_params * params) {
-    llama_kv_cache_ragged * kv = get_kv_seq(ctx, 0);
-    if (!kv) {
-        return -1;
-    }
-    try {
+    return guarded([&]() -> int32_t {
+        llama_kv_cache_ragged & kv = cache_of(ctx, 0);
         if (!params) {
             throw std::invalid_argument("no parameters");
         }
-        kv->configure(std::make_shared<const headkv_config>(headkv_config_from_params(*params)));
-    } catch (const std::exception & e) {
-        return fail(e.what());
-    }
-    return 0;
+        kv.configure(std::make_shared<const headkv_config>(headkv_config_from_params(*params)));
+        return 0;
+    });
 }
 
 const char * headkv_last_error(void) {
@@ -124,17 +125,20 @@ bool headkv_enabled(const struct llama_context * ctx) {
     return get_kv(ctx) != nullptr;
 }
 
-int32_t headkv_begin_prompt(struct llama_context * ctx, llama_seq_id seq_id, int32_t n_tokens, bool whole) {
-    llama_kv_cache_ragged * kv = get_kv_seq(ctx, seq_id);
-    if (!kv) {
-        return -1;
-    }
+static void announce(llama_context * ctx, llama_seq_id seq_id, int32_t n_tokens, bool whole) {
+    llama_kv_cache_ragged & kv = cache_of(ctx, seq_id);
     if (n_tokens < 1 || (uint32_t) n_tokens > llama_n_ctx(ctx)) {
-        return fail(format("prompt of %d tokens: it must be in [1, n_ctx = %u]", n_tokens, llama_n_ctx(ctx)));
+        throw std::invalid_argument(format("prompt of %d tokens: it must be in [1, n_ctx = %u]", n_tokens, llama_n_ctx(ctx)));
     }
     headkv_set_error(""); // what is found there after llama_decode() belongs to it
-    kv->reserve(seq_id, n_tokens, whole);
-    return 0;
+    kv.reserve(seq_id, n_tokens, whole);
+}
+
+int32_t headkv_begin_prompt(struct llama_context * ctx, llama_seq_id seq_id, int32_t n_tokens, bool whole) {
+    return guarded([&]() -> int32_t {
+        announce(ctx, seq_id, n_tokens, whole);
+        return 0;
+    });
 }
 
 // the whole prompt of a sequence in one batch, the last token with an output or none
@@ -151,54 +155,54 @@ static int32_t decode_prompt(llama_context * ctx, llama_seq_id seq_id, const lla
     } catch (const std::bad_alloc &) {
         fail(format("not enough memory for a batch of %d tokens", n_tokens));
         return -4;
+    } catch (const std::exception & e) {
+        return fail(e.what());
     }
 }
 
-// the cache, for a prompt from its beginning or one that was paused; null = failed
-static llama_kv_cache_ragged * begin_whole(llama_context * ctx, llama_seq_id seq_id, int32_t n_tokens) {
-    llama_kv_cache_ragged * kv = get_kv_seq(ctx, seq_id);
-    if (kv && kv->get_seq(seq_id).n_pos > 0 && !kv->is_reading(seq_id)) {
-        fail(format("sequence %d holds %d tokens: remove them first", seq_id, kv->get_seq(seq_id).n_pos));
-        return nullptr;
+// the cache, for a prompt from its beginning or one that was paused
+static llama_kv_cache_ragged & begin_whole(llama_context * ctx, llama_seq_id seq_id, int32_t n_tokens) {
+    llama_kv_cache_ragged & kv = cache_of(ctx, seq_id);
+    if (kv.get_seq(seq_id).n_pos > 0 && !kv.is_reading(seq_id)) {
+        throw std::invalid_argument(format("sequence %d holds %d tokens: remove them first", seq_id, kv.get_seq(seq_id).n_pos));
     }
-    return kv && headkv_begin_prompt(ctx, seq_id, n_tokens, true) == 0 ? kv : nullptr;
+    announce(ctx, seq_id, n_tokens, true);
+    return kv;
 }
 
 int32_t headkv_read_prompt(struct llama_context * ctx, llama_seq_id seq_id, const llama_token * tokens, int32_t n_tokens) {
-    llama_kv_cache_ragged * kv = begin_whole(ctx, seq_id, n_tokens);
-    if (!kv) {
-        return -1;
-    }
-    const int32_t res = decode_prompt(ctx, seq_id, tokens, n_tokens, true);
-    if (res != 0) {
-        kv->seq_rm(seq_id, -1, -1);
-    }
-    return res;
+    return guarded([&]() -> int32_t {
+        llama_kv_cache_ragged & kv = begin_whole(ctx, seq_id, n_tokens);
+        const int32_t res = decode_prompt(ctx, seq_id, tokens, n_tokens, true);
+        if (res != 0) {
+            kv.seq_rm(seq_id, -1, -1);
+        }
+        return res;
+    });
 }
 
 int32_t headkv_read_ahead(struct llama_context * ctx, llama_seq_id seq_id, const llama_token * tokens, int32_t n_tokens, int32_t max_ms) {
-    llama_kv_cache_ragged * kv = begin_whole(ctx, seq_id, n_tokens);
-    if (!kv) {
-        return -1;
-    }
-    const char * why_not = headkv_why_token_prefill(ctx);
-    if (*why_not) {
-        return fail(format("the prompt cannot be read layer by layer: %s", why_not));
-    }
-    if (n_tokens < 2 || max_ms < 0) {
-        return fail(format("%d tokens in %d ms: it must be 2 tokens and 0 ms at least", n_tokens, max_ms));
-    }
-    const auto n_left = [&]() { return (int32_t) kv->n_steps_left(seq_id, n_tokens, llama_n_ubatch(ctx)); };
-    if (n_left() > 1) {
-        kv->set_pause(ggml_time_us() + 1000*(int64_t) max_ms);
-        const int32_t res = decode_prompt(ctx, seq_id, tokens, n_tokens, false);
-        kv->set_pause(0);
-        if (res != 0) {
-            kv->seq_rm(seq_id, -1, -1);
-            return *headkv_last_error() ? -1 : fail(format("llama_decode returned %d", res));
+    return guarded([&]() -> int32_t {
+        llama_kv_cache_ragged & kv = begin_whole(ctx, seq_id, n_tokens);
+        const char * why_not = headkv_why_token_prefill(ctx);
+        if (*why_not) {
+            return fail(format("the prompt cannot be read layer by layer: %s", why_not));
         }
-    }
-    return n_left();
+        if (n_tokens < 2 || max_ms < 0) {
+            return fail(format("%d tokens in %d ms: it must be 2 tokens and 0 ms at least", n_tokens, max_ms));
+        }
+        const auto n_left = [&]() { return (int32_t) kv.n_steps_left(seq_id, n_tokens, llama_n_ubatch(ctx)); };
+        if (n_left() > 1) {
+            kv.set_pause(ggml_time_us() + 1000*(int64_t) max_ms);
+            const int32_t res = decode_prompt(ctx, seq_id, tokens, n_tokens, false);
+            kv.set_pause(0);
+            if (res != 0) {
+                kv.seq_rm(seq_id, -1, -1);
+                return *headkv_last_error() ? -1 : fail(format("llama_decode returned %d", res));
+            }
+        }
+        return n_left();
+    });
 }
 
 const char * headkv_why_token_prefill(const struct llama_context * ctx) {
@@ -210,78 +214,62 @@ const char * headkv_why_token_prefill(const struct llama_context * ctx) {
 }
 
 int32_t headkv_set_progress(struct llama_context * ctx, headkv_progress progress, void * user_data) {
-    llama_kv_cache_ragged * kv = get_kv_seq(ctx, 0);
-    if (!kv) {
-        return -1;
-    }
-    kv->set_progress(progress, user_data);
-    return 0;
+    return guarded([&]() -> int32_t {
+        cache_of(ctx, 0).set_progress(progress, user_data);
+        return 0;
+    });
 }
 
 int32_t headkv_end_prompt(struct llama_context * ctx, llama_seq_id seq_id) {
-    llama_kv_cache_ragged * kv = get_kv_seq(ctx, seq_id);
-    if (!kv) {
-        return -1;
-    }
-    try {
-        if (!kv->compress(ctx, seq_id)) {
-            return fail(kv->error());
-        }
-    } catch (const std::exception & e) {
-        return fail(e.what());
-    }
-    return 0;
+    return headkv_compress_as(ctx, seq_id, seq_id);
+}
+
+int32_t headkv_compress_as(struct llama_context * ctx, llama_seq_id seq_id, llama_seq_id seq_id_dst) {
+    return guarded([&]() -> int32_t {
+        llama_kv_cache_ragged & kv = cache_of(ctx, seq_id);
+        cache_of(ctx, seq_id_dst);
+        return kv.compress(ctx, seq_id, seq_id_dst) ? 0 : fail(kv.error());
+    });
 }
 
 int32_t headkv_can_continue(const struct llama_context * ctx, llama_seq_id seq_id) {
-    const llama_kv_cache_ragged * kv = get_kv_seq(ctx, seq_id);
-    if (!kv) {
-        return -1;
-    }
-    const std::string why_not = kv->why_not_continued(seq_id);
-    return why_not.empty() ? 0 : fail(why_not);
+    return guarded([&]() -> int32_t {
+        const llama_kv_cache_ragged & kv = cache_of(ctx, seq_id);
+        const std::string why_not = kv.why_not_continued(seq_id);
+        return why_not.empty() ? 0 : fail(why_not);
+    });
 }
 
 int32_t headkv_limit_restore(struct llama_context * ctx, int32_t kv_size, int32_t n_protected, int32_t n_tokens) {
-    llama_kv_cache_ragged * kv = get_kv_seq(ctx, 0);
-    if (!kv) {
-        return -1;
-    }
-    if (kv_size < 0 || n_protected < 0 || n_tokens < 0) {
-        return fail(format("limits %d, %d and %d: they must not be negative", kv_size, n_protected, n_tokens));
-    }
-    kv->limit_restore({ kv_size, n_protected, n_tokens });
-    return 0;
-}
-
-int32_t headkv_restore_prompt(struct llama_context * ctx, llama_seq_id seq_id, int32_t n_tokens) {
-    llama_kv_cache_ragged * kv = get_kv_seq(ctx, seq_id);
-    if (!kv) {
-        return -1;
-    }
-    return kv->restore(seq_id, (uint32_t) std::max(n_tokens, 0)) ? 0 : fail(kv->error());
+    return guarded([&]() -> int32_t {
+        llama_kv_cache_ragged & kv = cache_of(ctx, 0);
+        if (kv_size < 0 || n_protected < 0 || n_tokens < 0) {
+            return fail(format("limits %d, %d and %d: they must not be negative", kv_size, n_protected, n_tokens));
+        }
+        kv.limit_restore({ kv_size, n_protected, n_tokens });
+        return 0;
+    });
 }
 
 int32_t headkv_get_stats(const struct llama_context * ctx, llama_seq_id seq_id, struct headkv_stats * stats) {
-    const llama_kv_cache_ragged * kv = get_kv_seq(ctx, seq_id);
-    if (!kv) {
-        return -1;
-    }
-    if (!stats || stats->size != sizeof(struct headkv_stats)) {
-        return fail("headkv_stats.size does not match this library");
-    }
-    const auto & seq = kv->get_seq(seq_id);
-    stats->state         = seq.state;
-    stats->n_prompt      = seq.n_prompt;
-    stats->n_past        = seq.n_pos;
-    stats->bytes_store   = kv->get_store().n_bytes();
-    stats->bytes_staging = kv->bytes_staging();
-    stats->bytes_peak    = kv->bytes_peak();
-    stats->bytes_full    = (int64_t) kv->bytes_cell()*seq.n_pos;
-    stats->t_compress_us = kv->t_compress_us();
-    stats->n_compress    = kv->n_compress();
-    stats->kv_size       = seq.kv_size;
-    return 0;
+    return guarded([&]() -> int32_t {
+        const llama_kv_cache_ragged & kv = cache_of(ctx, seq_id);
+        if (!stats || stats->size != sizeof(struct headkv_stats)) {
+            return fail("headkv_stats.size does not match this library");
+        }
+        const auto & seq = kv.get_seq(seq_id);
+        stats->state         = seq.state;
+        stats->n_prompt      = seq.n_prompt;
+        stats->n_past        = seq.n_pos;
+        stats->bytes_store   = kv.get_store().n_bytes();
+        stats->bytes_staging = kv.bytes_staging();
+        stats->bytes_peak    = kv.bytes_peak();
+        stats->bytes_full    = (int64_t) kv.bytes_cell()*seq.n_pos;
+        stats->t_compress_us = kv.t_compress_us();
+        stats->n_compress    = kv.n_compress();
+        stats->kv_size       = seq.kv_size;
+        return 0;
+    });
 }
 
 const char * headkv_get_policy(const struct llama_context * ctx) {
@@ -293,71 +281,70 @@ const char * headkv_get_policy(const struct llama_context * ctx) {
 }
 
 int32_t headkv_get_budget(const struct llama_context * ctx, int32_t * dst, int32_t n) {
-    const llama_kv_cache_ragged * kv = get_kv_seq(ctx, 0);
-    if (!kv) {
-        return -1;
-    }
-    const int32_t n_head_kv = kv->n_head_kv_max();
-    const int32_t n_values  = kv->n_layer()*n_head_kv;
-    if (dst) {
+    return guarded([&]() -> int32_t {
+        const llama_kv_cache_ragged & kv = cache_of(ctx, 0);
+        const int32_t n_head_kv = kv.n_head_kv_max();
+        const int32_t n_values  = kv.n_layer()*n_head_kv;
+        if (dst) {
+            if (n < n_values) {
+                return fail(format("room for %d values, %d are needed", n, n_values));
+            }
+            std::fill(dst, dst + n_values, 0);
+            for (int32_t il = 0; il < kv.n_layer(); ++il) {
+                std::transform(kv.budget(il).begin(), kv.budget(il).end(), dst + il*n_head_kv, [&](uint32_t x) {
+                    return kv.config().policy->keeps_all ? (int32_t) kv.n_ctx_seq_max() : (int32_t) x;
+                });
+            }
+        }
+        return n_values;
+    });
+}
+
+int32_t headkv_get_n_cells(const struct llama_context * ctx, llama_seq_id seq_id, int32_t * dst, int32_t n) {
+    return guarded([&]() -> int32_t {
+        const llama_kv_cache_ragged & kv = cache_of(ctx, seq_id);
+        const int32_t n_head_kv = kv.n_head_kv_max();
+        const int32_t n_values  = kv.n_layer()*n_head_kv;
+        if (!dst) {
+            return n_values;
+        }
         if (n < n_values) {
             return fail(format("room for %d values, %d are needed", n, n_values));
         }
         std::fill(dst, dst + n_values, 0);
-        for (int32_t il = 0; il < kv->n_layer(); ++il) {
-            std::transform(kv->budget(il).begin(), kv->budget(il).end(), dst + il*n_head_kv, [&](uint32_t x) {
-                return kv->config().policy->keeps_all ? (int32_t) kv->n_ctx_seq_max() : (int32_t) x;
-            });
+        const auto & seq = kv.get_seq(seq_id);
+        for (const auto & layer : kv.get_store().layers) {
+            for (int32_t ih = 0; ih < layer.n_head_kv; ++ih) {
+                // of a prompt that is read layer by layer, the first layers are compressed
+                const bool is_stored = (size_t) seq_id < layer.ranges.size() && !layer.ranges[seq_id].empty();
+                const int32_t n_more = seq.state == llama_kv_cache_ragged::STORED ? seq.n_pos - seq.n_prompt : 0;
+                dst[layer.il*n_head_kv + ih] = is_stored ? layer.ranges[seq_id][ih].n_kept + n_more : seq.n_pos;
+            }
         }
-    }
-    return n_values;
-}
-
-int32_t headkv_get_n_cells(const struct llama_context * ctx, llama_seq_id seq_id, int32_t * dst, int32_t n) {
-    const llama_kv_cache_ragged * kv = get_kv_seq(ctx, seq_id);
-    if (!kv) {
-        return -1;
-    }
-    const int32_t n_head_kv = kv->n_head_kv_max();
-    const int32_t n_values  = kv->n_layer()*n_head_kv;
-    if (!dst) {
         return n_values;
-    }
-    if (n < n_values) {
-        return fail(format("room for %d values, %d are needed", n, n_values));
-    }
-    std::fill(dst, dst + n_values, 0);
-    const auto & seq = kv->get_seq(seq_id);
-    for (const auto & layer : kv->get_store().layers) {
-        for (int32_t ih = 0; ih < layer.n_head_kv; ++ih) {
-            dst[layer.il*n_head_kv + ih] = seq.state == llama_kv_cache_ragged::STORED
-                ? layer.ranges[seq_id][ih].n_kept + (seq.n_pos - seq.n_prompt)
-                : seq.n_pos;
-        }
-    }
-    return n_values;
+    });
 }
 
 int32_t headkv_get_positions(const struct llama_context * ctx, llama_seq_id seq_id, int32_t il, int32_t ih, int32_t * dst, int32_t n) {
-    llama_kv_cache_ragged * kv = get_kv_seq(ctx, seq_id);
-    if (!kv || !is_head(*kv, il, ih)) {
-        return -1;
-    }
-    if (kv->get_seq(seq_id).state != llama_kv_cache_ragged::STORED) {
-        return fail(format("sequence %d is not compressed: call headkv_end_prompt() first", seq_id));
-    }
-    const auto & pos = kv->layer(il)->ranges[seq_id][ih].pos;
-    if (dst) {
-        if ((size_t) std::max(n, 0) < pos.size()) {
-            return fail(format("room for %d values, %zu are needed", n, pos.size()));
+    return guarded([&]() -> int32_t {
+        llama_kv_cache_ragged & kv = cache_of(ctx, seq_id);
+        check_head(kv, il, ih);
+        if (kv.get_seq(seq_id).state != llama_kv_cache_ragged::STORED) {
+            return fail(format("sequence %d is not compressed: call headkv_end_prompt() first", seq_id));
         }
-        std::copy(pos.begin(), pos.end(), dst);
-    }
-    return (int32_t) pos.size();
+        const auto & pos = kv.layer(il)->ranges[seq_id][ih].pos;
+        if (dst) {
+            if ((size_t) std::max(n, 0) < pos.size()) {
+                return fail(format("room for %d values, %zu are needed", n, pos.size()));
+            }
+            std::copy(pos.begin(), pos.end(), dst);
+        }
+        return (int32_t) pos.size();
+    });
 }
 
 int32_t headkv_plan(const struct headkv_params * params, int32_t n_layer, const int32_t * n_head, const int32_t * n_head_kv, int32_t * dst) {
-    try {
+    return guarded([&]() -> int32_t {
         if (!params || !n_head || !n_head_kv || !dst || n_layer < 1 || n_layer > 65536) {
             throw std::invalid_argument(format("%d layers: it must be in [1, 65536], and no pointer NULL", n_layer));
         }
@@ -375,64 +362,56 @@ int32_t headkv_plan(const struct headkv_params * params, int32_t n_layer, const 
             std::copy(layer.begin(), layer.end(), dst);
             dst += n_row;
         }
-    } catch (const std::exception & e) {
-        return fail(e.what());
-    }
-    return 0;
+        return 0;
+    });
 }
 
 int32_t headkv_fill_prompt(struct llama_context * ctx, llama_seq_id seq_id, int32_t n_tokens, uint32_t seed) {
-    llama_kv_cache_ragged * kv = get_kv_seq(ctx, seq_id);
-    if (!kv) {
-        return -1;
-    }
-    if (n_tokens < 1 || (uint32_t) n_tokens > llama_n_ctx(ctx)) {
-        return fail(format("prompt of %d tokens: it must be in [1, n_ctx = %u]", n_tokens, llama_n_ctx(ctx)));
-    }
-    return kv->fill(ctx, seq_id, n_tokens, seed) ? 0 : fail(kv->error());
+    return guarded([&]() -> int32_t {
+        llama_kv_cache_ragged & kv = cache_of(ctx, seq_id);
+        if (n_tokens < 1 || (uint32_t) n_tokens > llama_n_ctx(ctx)) {
+            return fail(format("prompt of %d tokens: it must be in [1, n_ctx = %u]", n_tokens, llama_n_ctx(ctx)));
+        }
+        return kv.fill(ctx, seq_id, n_tokens, seed) ? 0 : fail(kv.error());
+    });
 }
 
 int32_t headkv_read_window(const struct llama_context * ctx, llama_seq_id seq_id, int32_t il, float * dst, int64_t n) {
-    llama_kv_cache_ragged * kv = get_kv_seq(ctx, seq_id);
-    if (!kv || !is_head(*kv, il, 0)) {
-        return -1;
-    }
-    const int32_t res = kv->read_window(seq_id, il, dst, n);
-    return res < 0 ? fail(kv->error()) : res;
+    return guarded([&]() -> int32_t {
+        llama_kv_cache_ragged & kv = cache_of(ctx, seq_id);
+        check_head(kv, il, 0);
+        const int32_t res = kv.read_window(seq_id, il, dst, n);
+        return res < 0 ? fail(kv.error()) : res;
+    });
 }
 
 int32_t headkv_read_attention(struct llama_context * ctx, llama_seq_id seq_id, int32_t n_queries, const int32_t * spans, int32_t n_spans,
         int32_t n_top, float * mass, int32_t * top, int32_t n) {
-    llama_kv_cache_ragged * kv = get_kv_seq(ctx, seq_id);
-    if (!kv) {
-        return -1;
-    }
-    if (n_queries < 1 || n_queries > kv->n_window_max()) {
-        return fail(format("attention of the last %d tokens: it must be in [1, %d], the window of the context", n_queries, kv->n_window_max()));
-    }
-    const int32_t n_values = n_queries*kv->n_layer()*kv->n_head_max();
-    if (!mass) {
-        return n_values;
-    }
-    if (n < n_values) {
-        return fail(format("room for %d values, %d are needed", n, n_values));
-    }
-    std::vector<std::pair<int32_t, int32_t>> ranges;
-    for (int32_t i = 0; i < n_spans; ++i) {
-        ranges.push_back({ spans[2*i], spans[2*i + 1] });
-    }
-    try {
-        return kv->read_attention(ctx, seq_id, n_queries, ranges, n_top, mass, top) ? n_values : fail(kv->error());
-    } catch (const std::exception & e) {
-        return fail(e.what());
-    }
+    return guarded([&]() -> int32_t {
+        llama_kv_cache_ragged & kv = cache_of(ctx, seq_id);
+        if (n_queries < 1 || n_queries > kv.n_window_max()) {
+            return fail(format("attention of the last %d tokens: it must be in [1, %d], the window of the context", n_queries, kv.n_window_max()));
+        }
+        const int32_t n_values = n_queries*kv.n_layer()*kv.n_head_max();
+        if (!mass) {
+            return n_values;
+        }
+        if (n < n_values) {
+            return fail(format("room for %d values, %d are needed", n, n_values));
+        }
+        std::vector<std::pair<int32_t, int32_t>> ranges;
+        for (int32_t i = 0; i < n_spans; ++i) {
+            ranges.push_back({ spans[2*i], spans[2*i + 1] });
+        }
+        return kv.read_attention(ctx, seq_id, n_queries, ranges, n_top, mass, top) ? n_values : fail(kv.error());
+    });
 }
 
 int32_t headkv_read_cells(const struct llama_context * ctx, llama_seq_id seq_id, int32_t il, int32_t ih, bool v, float * dst, int64_t n) {
-    llama_kv_cache_ragged * kv = get_kv_seq(ctx, seq_id);
-    if (!kv || !is_head(*kv, il, ih)) {
-        return -1;
-    }
-    const int32_t res = kv->read_cells(seq_id, il, ih, v, dst, n);
-    return res < 0 ? fail(kv->error()) : res;
+    return guarded([&]() -> int32_t {
+        llama_kv_cache_ragged & kv = cache_of(ctx, seq_id);
+        check_head(kv, il, ih);
+        const int32_t res = kv.read_cells(seq_id, il, ih, v, dst, n);
+        return res < 0 ? fail(kv.error()) : res;
+    });
 }

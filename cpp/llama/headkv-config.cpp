@@ -110,8 +110,7 @@ headkv_config headkv_config_from_params(const headkv_params & params) {
     cfg.n_buckets = check_range("n_buckets", params.n_buckets, 1, 8);
     cfg.prefill   = (headkv_prefill) check_range("prefill", params.prefill, HEADKV_PREFILL_AUTO, HEADKV_PREFILL_LAYER);
 
-    cfg.hidden_f16  = check_range("hidden_f16",  params.hidden_f16,  0, 1) == 1;
-    cfg.keep_prompt = check_range("keep_prompt", params.keep_prompt, 0, 1) == 1;
+    cfg.hidden_f16 = check_range("hidden_f16", params.hidden_f16, 0, 1) == 1;
     cfg.surplus = (headkv_surplus) check_range("surplus", params.surplus, HEADKV_SURPLUS_LOST, HEADKV_SURPLUS_REDISTRIBUTE);
     const int32_t n_sinks = check_range("sinks", params.sinks, -1, 1 << 26);
     cfg.spans = spans_of(params, n_sinks >= 0 ? n_sinks :
@@ -122,13 +121,6 @@ headkv_config headkv_config_from_params(const headkv_params & params) {
     cfg.adakv_floor     = params.adakv_floor == -1.0 ? cfg.policy->adakv_floor : params.adakv_floor;
     if (!(cfg.adakv_floor >= 0.0 && cfg.adakv_floor <= 1.0)) {
         throw std::invalid_argument(format("adakv_floor is %g: it must be in [0, 1], or -1 for the default of the policy", params.adakv_floor));
-    }
-    if (cfg.keep_prompt && cfg.prefill == HEADKV_PREFILL_LAYER) {
-        throw std::invalid_argument("keep_prompt is 1 and prefill is 'layer': a prompt that is read layer by layer is never held as a whole, "
-                "use prefill 'token'");
-    }
-    if (cfg.keep_prompt) {
-        cfg.prefill = HEADKV_PREFILL_TOKEN;
     }
 
     const double known = cfg.importance.beta != 0.0 ? cfg.importance.beta : 1.2;

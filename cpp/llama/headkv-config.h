@@ -33,7 +33,6 @@ struct headkv_config {
     uint32_t      n_buckets;
     headkv_prefill prefill;
     bool           hidden_f16;
-    bool           keep_prompt;
     headkv_surplus surplus;
     bool           pyramid_exact;
     double         adakv_floor; // in [0, 1]

@@ -36,7 +36,7 @@ inline vf   vf_fma(vf a, vf b, vf c) { return a*b + c; }
 inline vf   vf_mul(vf a, vf b) { return a*b; }
 inline vf   vf_add(vf a, vf b) { return a + b; }
 inline vf   vf_sub(vf a, vf b) { return a - b; }
-inline vf   vf_max(vf a, vf b) { return std::max(a, b); }
+inline vf   vf_max(vf a, vf b) { return a > b ? a : b; } // b if one is NaN, as x86 does
 inline vf   vf_round(vf a) { return std::nearbyint(a); }
 inline vf   vf_exp2i(vf n) { return std::ldexp(1.0f, (int) n); }
 inline float vf_sum(vf a) { return a; }
@@ -148,7 +148,7 @@ inline void vf_sum4(vf a, vf b, vf c, vf d, float * dst) { vst1q_f32(dst, vpaddq
 // exp(x) for x <= 0, relative error ~2e-7; anything below -87 counts as -87.
 // x = n ln 2 + r with |r| <= ln(2)/2, then the Taylor series of exp(r) to r^7.
 inline vf vf_exp(vf x) {
-    x = vf_max(x, vf_set(-87.0f));
+    x = vf_max(vf_set(-87.0f), x); // in this order x86 gives NaN for NaN, as the other kernels do
     const vf n = vf_round(vf_mul(x, vf_set(1.44269504088896f)));
     // ln 2 in two parts, the first with few enough bits for n*part to be exact
     vf r = vf_fma(n, vf_set(-0.693145751953125f), x);

@@ -394,7 +394,7 @@ bool llama_kv_cache_ragged::get_can_shift() const {
 
 bool llama_kv_cache_ragged::is_staged(llama_seq_id seq_id) const {
     const seq_t & seq = seqs[seq_id];
-    return seq.state == STAGED || seq.state == LAYERED || seq.kept;
+    return seq.state == STAGED || seq.state == LAYERED;
 }
 
 bool llama_kv_cache_ragged::is_staging() const {
@@ -404,7 +404,7 @@ bool llama_kv_cache_ragged::is_staging() const {
 uint32_t llama_kv_cache_ragged::n_staged() const {
     uint32_t res = 0;
     for (llama_seq_id s = 0; s < (llama_seq_id) seqs.size(); ++s) {
-        res += !is_staged(s) ? 0 : seqs[s].kept ? seqs[s].n_stage : seqs[s].n_pos;
+        res += is_staged(s) ? seqs[s].n_pos : 0;
     }
     return res;
 }
@@ -591,8 +591,8 @@ void llama_kv_cache_ragged::configure(headkv_config_ptr other) {
                     b.window, n_ring));
     }
     if (b.n_tail != a.n_tail || b.attend != a.attend || b.n_buckets != a.n_buckets ||
-            b.prefill != a.prefill || b.hidden_f16 != a.hidden_f16 || b.keep_prompt != a.keep_prompt) {
-        throw std::invalid_argument("n_tail, attend, n_buckets, prefill, hidden_f16 and keep_prompt cannot change: create another context");
+            b.prefill != a.prefill || b.hidden_f16 != a.hidden_f16) {
+        throw std::invalid_argument("n_tail, attend, n_buckets, prefill and hidden_f16 cannot change: create another context");
     }
     headkv_config_check_ctx(b, n_ctx_seq);
     if (b.policy->needs_sums && !with_sums) {
@@ -604,29 +604,6 @@ void llama_kv_cache_ragged::configure(headkv_config_ptr other) {
     }
     budgets = headkv_budget(b, heads());
     cfg     = std::move(other);
-}
-
-bool llama_kv_cache_ragged::restore(llama_seq_id seq_id, uint32_t n_tokens) {
-    seq_t & seq = seqs[seq_id];
-    if (!seq.kept) {
-        return fail(format("sequence %d has no kept prompt: compress it in a context with keep_prompt = 1", seq_id));
-    }
-    if (n_tokens < 1 || (llama_pos) n_tokens > seq.n_stage) {
-        return fail(format("%u tokens of a prompt of %d: it must be in [1, %d]", n_tokens, seq.n_stage, seq.n_stage));
-    }
-    drop_seq(seq_id);
-    stage->seq_rm(seq_id, (llama_pos) n_tokens, -1);
-    seq.has_sums = seq.has_sums && (llama_pos) n_tokens == seq.n_stage;
-    seq.state    = STAGED;
-    seq.kept     = false;
-    seq.n_pos    = (llama_pos) n_tokens;
-    seq.n_prompt = 0;
-    seq.n_whole  = 0;
-    seq.n_tail   = 0;
-    for (llama_pos & pos : seq.window) {
-        pos = pos >= seq.n_pos ? -1 : pos;
-    }
-    return true;
 }
 
 void llama_kv_cache_ragged::reserve(llama_seq_id seq_id, uint32_t n_tokens, bool whole) {
@@ -704,13 +681,26 @@ std::vector<llama_ubatch> llama_kv_cache_ragged::merge_store(const std::vector<l
 
 llama_memory_context_ptr llama_kv_cache_ragged::init_batch(llama_batch_allocr & balloc, uint32_t n_ubatch, bool embd_all) {
     GGML_UNUSED(embd_all);
+    try {
+        return prepare(balloc, n_ubatch);
+    } catch (const std::exception & e) { // nothing of upstream's catches it
+        fail(reason(e));
+        return std::make_unique<llama_kv_cache_ragged_context>(LLAMA_MEMORY_STATUS_FAILED_PREPARE);
+    }
+}
 
+llama_memory_context_ptr llama_kv_cache_ragged::prepare(llama_batch_allocr & balloc, uint32_t n_ubatch) {
     const auto failed = []() {
         return std::make_unique<llama_kv_cache_ragged_context>(LLAMA_MEMORY_STATUS_FAILED_PREPARE);
     };
 
     if (!broken.empty()) {
         fail(broken);
+        return failed();
+    }
+    if (!cparams.causal_attn || cparams.embeddings) {
+        fail(cparams.embeddings ? "embeddings were asked for, which a compressed context does not give: create another one, without compression"
+                                : "causal attention was switched off: prompts are read with it, switch it on or create another context, without compression");
         return failed();
     }
 
@@ -753,8 +743,9 @@ llama_memory_context_ptr llama_kv_cache_ragged::init_batch(llama_batch_allocr & 
 
     for (llama_seq_id s = 0; s < (llama_seq_id) seqs.size(); ++s) {
         if (seqs[s].state == LAYERED && !is_reading(s) && (n_new.count(s) || !to_stage.empty())) {
-            seqs[s].compress_next = compresses = true; // its last layer, before anything else
-            is_ready = false;
+            seqs[s].compress_to = s; // its last layer, before anything else
+            compresses = true;
+            is_ready   = false;
         }
     }
     for (const auto & [s, n] : n_new) {
@@ -925,13 +916,13 @@ llama_memory_context_ptr llama_kv_cache_ragged::init_update(llama_context * lctx
 }
 
 bool llama_kv_cache_ragged::has_update() const {
-    return want_stage > 0 || std::any_of(seqs.begin(), seqs.end(), [](const seq_t & seq) { return seq.compress_next || seq.n_tail_next > 0; });
+    return want_stage > 0 || std::any_of(seqs.begin(), seqs.end(), [](const seq_t & seq) { return seq.compress_to >= 0 || seq.n_tail_next > 0; });
 }
 
 void llama_kv_cache_ragged::forget_updates() {
     for (auto & seq : seqs) {
-        seq.compress_next = false;
-        seq.n_tail_next   = 0;
+        seq.compress_to = -1;
+        seq.n_tail_next = 0;
     }
     want_stage = 0;
 }
@@ -943,7 +934,7 @@ bool llama_kv_cache_ragged::apply_update(llama_context * lctx) {
     std::string what_for;
     try {
         for (llama_seq_id s = 0; s < (llama_seq_id) seqs.size() && res; ++s) {
-            if (seqs[s].compress_next) {
+            if (seqs[s].compress_to >= 0) {
                 did_compress = res = compress_impl(s);
             }
         }
@@ -1136,8 +1127,16 @@ void llama_kv_cache_ragged::release_stage() {
 // compression
 //
 
-bool llama_kv_cache_ragged::compress(llama_context * lctx, llama_seq_id seq_id) {
+bool llama_kv_cache_ragged::compress(llama_context * lctx, llama_seq_id seq_id, llama_seq_id seq_id_dst) {
     const seq_t & seq = seqs[seq_id];
+    if (seq_id_dst != seq_id) {
+        if (seq.state != STAGED) {
+            return fail(format("sequence %d is not a prompt that is held as a whole: read it in upstream's order, do not compress it", seq_id));
+        }
+        if (seqs[seq_id_dst].state != EMPTY || is_reading(seq_id_dst)) {
+            return fail(format("sequence %d is not empty: remove it first", seq_id_dst));
+        }
+    }
     if (seq.state == STORED) {
         return true;
     }
@@ -1149,7 +1148,7 @@ bool llama_kv_cache_ragged::compress(llama_context * lctx, llama_seq_id seq_id) 
     }
     forget_updates();
     did_compress = false;
-    seqs[seq_id].compress_next = true;
+    seqs[seq_id].compress_to = seq_id_dst;
     lctx->memory_update(true);
     return did_compress;
 }
@@ -1277,7 +1276,8 @@ ggml_tensor * queries_of_head(ggml_context * ctx, ggml_tensor * ring, ggml_tenso
 } // namespace
 
 struct llama_kv_cache_ragged::compression {
-    llama_seq_id      seq_id;
+    llama_seq_id      seq_id; // the prompt
+    llama_seq_id      dst;    // what it is compressed as
     headkv_config_ptr cfg; // of all layers, whatever configure() does in between
     int64_t           t_us = 0; // spent so far
 
@@ -1300,7 +1300,7 @@ struct llama_kv_cache_ragged::compression {
 
     runner_t runner;
 
-    compression(llama_context * lctx, llama_seq_id seq_id, headkv_config_ptr cfg) : seq_id(seq_id), cfg(std::move(cfg)), runner(lctx) {}
+    compression(llama_context * lctx, llama_seq_id seq_id, llama_seq_id dst, headkv_config_ptr cfg) : seq_id(seq_id), dst(dst), cfg(std::move(cfg)), runner(lctx) {}
 
     void run() {
         if (!runner.run()) {
@@ -1313,8 +1313,8 @@ uint32_t llama_kv_cache_ragged::n_tail_running() const {
     return running->n_tail;
 }
 
-void llama_kv_cache_ragged::begin_compression(llama_seq_id seq_id, headkv_config_ptr cfg) {
-    running = std::make_unique<compression>(lctx, seq_id, cfg);
+void llama_kv_cache_ragged::begin_compression(llama_seq_id seq_id, llama_seq_id seq_id_dst, headkv_config_ptr cfg) {
+    running = std::make_unique<compression>(lctx, seq_id, seq_id_dst, cfg);
     compression & c = *running;
 
     c.n        = seqs[seq_id].n_pos;
@@ -1548,8 +1548,8 @@ void llama_kv_cache_ragged::compress_layer(headkv_store_layer & layer) {
     }
     GGML_ASSERT(n_before == n_total);
     set_data(t_select, plan_select);
-    store.relayout(layer, c.seq_id, n_kept, c.n_tail, cfg.n_buckets, {});
-    auto & ranges = layer.ranges[c.seq_id];
+    store.relayout(layer, c.dst, n_kept, c.n_tail, cfg.n_buckets, {});
+    auto & ranges = layer.ranges[c.dst];
 
     std::vector<int32_t> plan;
     for (int64_t ih = 0; ih < H; ++ih) {
@@ -1611,7 +1611,7 @@ void llama_kv_cache_ragged::compensate(headkv_store_layer & layer, ggml_tensor *
     const int64_t n = c.n_prefix;
     const int64_t D = layer.n_embd_head;
     for (int64_t ih = 0; ih < layer.n_head_kv; ++ih) {
-        const auto & range = layer.ranges[c.seq_id][ih];
+        const auto & range = layer.ranges[c.dst][ih];
         if (!range.compensates()) {
             continue;
         }
@@ -1640,43 +1640,48 @@ void llama_kv_cache_ragged::compensate(headkv_store_layer & layer, ggml_tensor *
 
 void llama_kv_cache_ragged::end_compression() {
     const llama_seq_id seq_id = running->seq_id;
-    seq_t & seq = seqs[seq_id];
-    seq.n_whole = running->keep_all ? seq.n_pos : (llama_pos) running->n_recent;
-    seq.kv_size = running->cfg->kv_size;
-    seq.n_tail  = running->n_tail;
-    seq.spans   = headkv_protected(*running->cfg, seq.n_pos - seq.n_whole);
+    const llama_seq_id dst    = running->dst;
+    const llama_pos    n_pos  = seqs[seq_id].n_pos;
+
+    seq_t res;
+    res.state    = STORED;
+    res.n_pos    = n_pos;
+    res.n_prompt = n_pos;
+    res.n_whole  = running->keep_all ? n_pos : (llama_pos) running->n_recent;
+    res.n_tail   = running->n_tail;
+    res.kv_size  = running->cfg->kv_size;
+    res.spans    = headkv_protected(*running->cfg, n_pos - res.n_whole);
+    res.adapters = seqs[seq_id].adapters;
+    res.n_tail_next = seqs[dst].n_tail_next; // of the batch that waits for the compression
 
     t_compress = running->t_us;
     n_compressions++;
     running.reset();
 
-    seq.state    = STORED;
-    seq.n_prompt = seq.n_pos;
-    seq.kept     = cfg->keep_prompt;
-    seq.n_stage  = seq.n_pos;
-    if (!seq.kept) {
+    if (dst == seq_id) {
         stage->seq_rm(seq_id, -1, -1);
-        seq.window.clear();
     }
+    seqs[dst] = std::move(res);
     if (!is_staging()) {
         release_stage();
     }
 
-    LLAMA_LOG_INFO("headkv: sequence %d: %d tokens, %.2f MiB of K/V -> %.2f MiB in %.1f ms, peak %.2f MiB\n", seq_id, seq.n_prompt,
-            bytes_cell()*(double) seq.n_prompt/1024/1024, store.n_bytes()/1024.0/1024.0, t_compress/1000.0, n_bytes_peak/1024.0/1024.0);
+    LLAMA_LOG_INFO("headkv: sequence %d: %d tokens, %.2f MiB of K/V -> %.2f MiB in %.1f ms, peak %.2f MiB\n", dst, n_pos,
+            bytes_cell()*(double) n_pos/1024/1024, store.n_bytes()/1024.0/1024.0, t_compress/1000.0, n_bytes_peak/1024.0/1024.0);
 }
 
 void llama_kv_cache_ragged::abort_compression() {
     if (running) {
-        drop_seq(running->seq_id);
+        drop_seq(running->dst);
         running.reset();
     }
 }
 
 bool llama_kv_cache_ragged::end_layer(int32_t il) {
+    lctx->synchronize(); // buffers are about to be read and replaced
     try {
         if (!running) {
-            begin_compression(reading->seq_id, reading->cfg);
+            begin_compression(reading->seq_id, reading->seq_id, reading->cfg);
         }
         if (headkv_store_layer * layer = store.find(il)) {
             compress_layer(*layer);
@@ -1691,7 +1696,7 @@ bool llama_kv_cache_ragged::compress_impl(llama_seq_id seq_id) {
     const bool layered = seqs[seq_id].state == LAYERED;
     try {
         if (!running) {
-            begin_compression(seq_id, cfg);
+            begin_compression(seq_id, seqs[seq_id].compress_to, cfg);
         }
         for (auto & layer : store.layers) {
             // of a prompt that was read layer by layer, the last layer is left
@@ -1878,6 +1883,10 @@ int32_t llama_kv_cache_ragged::read_cells(llama_seq_id seq_id, int32_t il, int32
     const headkv_store_layer * layer = const_cast<headkv_store &>(store).find(il);
     const int64_t D = layer->n_embd_head;
 
+    if (seq.state == LAYERED) {
+        fail(format("sequence %d was read layer by layer and is not compressed yet: call headkv_end_prompt() first", seq_id));
+        return -1;
+    }
     const int64_t n_rows = seq.state == STORED ? layer->ranges[seq_id][ih].n_kept + (seq.n_pos - seq.n_prompt) : seq.n_pos;
     if (n_rows*D > n) {
         fail(format("room for %lld values, %lld are needed", (long long) n, (long long) n_rows*D));

@@ -89,12 +89,10 @@ public:
         uint32_t  kv_size  = 0; // that it was compressed with
         std::vector<std::pair<int32_t, int32_t>> spans; // of its prompt before the last n_whole tokens, that every head kept as protected
         uint64_t  adapters = 0; // that its tokens were computed with, see note_adapters()
-        bool      kept     = false; // STORED, and its prompt is still in the staging
-        llama_pos n_stage  = 0; // tokens of that
 
         // what the next update has to do
-        bool     compress_next = false;
-        uint32_t n_tail_next   = 0; // rows reserved per head, 0 = enough
+        llama_seq_id compress_to = -1; // compress it as this sequence, itself or an empty one
+        uint32_t     n_tail_next = 0;  // rows reserved per head, 0 = enough
 
         std::vector<llama_pos> window; // [n_ring] position whose query is in a slot of the ring, -1 = none
         bool      has_sums = true; // the sums of attention are those of its tokens
@@ -117,9 +115,6 @@ public:
     // parameters for the compressions to come; throws std::invalid_argument
     void configure(headkv_config_ptr other);
 
-    // from STORED back to STAGED with the first n_tokens of the prompt
-    bool restore(llama_seq_id seq_id, uint32_t n_tokens);
-
     // announce the size of a sequence; whole: the next batch is a prompt from its first to its last token
     void reserve(llama_seq_id seq_id, uint32_t n_tokens, bool whole);
 
@@ -137,8 +132,8 @@ public:
     // why prompts are not read layer by layer, empty = they are
     const std::string & why_token_major() const { return token_major; }
 
-    // compress a sequence now; false: error() says why and nothing has changed
-    bool compress(llama_context * lctx, llama_seq_id seq_id);
+    // compress a sequence now, as itself or as an empty one, and then it stays as it is; false: error() says why and nothing has changed
+    bool compress(llama_context * lctx, llama_seq_id seq_id, llama_seq_id seq_id_dst);
 
     // put random data in place of a prompt
     bool fill(llama_context * lctx, llama_seq_id seq_id, uint32_t n_tokens, uint32_t seed);
@@ -285,9 +280,10 @@ private:
     std::unique_ptr<compression> running;
     uint32_t n_tail_running() const;
 
+    llama_memory_context_ptr prepare(llama_batch_allocr & balloc, uint32_t n_ubatch); // throws
     void alloc_hidden(uint32_t n_tokens);
     void note_peak(size_t n_scratch);
-    void begin_compression(llama_seq_id seq_id, headkv_config_ptr cfg); // throws
+    void begin_compression(llama_seq_id seq_id, llama_seq_id seq_id_dst, headkv_config_ptr cfg); // throws
     std::string why_not_resumed(const std::vector<llama_ubatch> & ubatches) const; // empty = it is the batch in progress
     void compress_layer(headkv_store_layer & layer); // throws
     // writes the means of the cells that heads drop; cells: I32 [n], as for value_norms()

@@ -257,6 +257,42 @@ static bool test_attend(const attend_case & c) {
     return true;
 }
 
+// a NaN among the keys of a head is seen in all that it gives, and in nothing else
+static bool test_attend_nan(const std::string & kernel, ggml_type type, int i_nan) {
+    setenv("HEADKV_KERNEL", kernel.c_str(), 1);
+    const int D = 64, G = 3, H = 2, n = 300;
+    if (!headkv_attend_kernel_find(type, type, D, getenv("HEADKV_KERNEL"))) {
+        return true;
+    }
+    headkv_attend_state state(D, G*H, H, 1, type, type);
+    state.scale = 0.125f;
+    op_graph g(false);
+    ggml_context * ctx = g.ctx.get();
+    ggml_tensor * q = ggml_new_tensor_3d(ctx, GGML_TYPE_F32, D, G*H, 1);
+    ggml_tensor * k = ggml_new_tensor_2d(ctx, type, D, H*n);
+    ggml_tensor * v = ggml_new_tensor_2d(ctx, type, D, H*n);
+    ggml_tensor * r = ggml_new_tensor_3d(ctx, GGML_TYPE_I32, 2, H, 1);
+    ggml_tensor * out = headkv_build_attend_fused(ctx, &state, q, k, v, r, nullptr);
+    g.alloc(out);
+    std::vector<float> kf = random_floats((size_t) D*H*n);
+    kf[(size_t) i_nan*D + 5] = NAN;
+    set_quantized(k, kf);
+    set_quantized(v, random_floats((size_t) D*H*n));
+    const std::vector<float> qf = random_floats(D*G*H);
+    const std::vector<int32_t> ranges = { 0, n, n, n };
+    ggml_backend_tensor_set(q, qf.data(), 0, ggml_nbytes(q));
+    ggml_backend_tensor_set(r, ranges.data(), 0, ggml_nbytes(r));
+    g.run(2);
+    const std::vector<float> got = get_floats(out);
+    for (int i = 0; i < D*G*H; ++i) {
+        if (std::isnan(got[i]) != (i < D*G)) {
+            printf("  value %d of %d is %g\n", i, D*G*H, got[i]);
+            return false;
+        }
+    }
+    return true;
+}
+
 //
 // score
 //
@@ -786,6 +822,14 @@ int main(int argc, char ** argv) {
     }
     for (int n_kv : { 40, 300, 1000, 3000 }) {
         cases.push_back({ "kept,n=" + std::to_string(n_kv), [=]() { return test_kept(n_kv, 8); } });
+    }
+    for (const char * kernel : { "portable", "avx2", "avx512", "neon" }) {
+        for (ggml_type type : { GGML_TYPE_F16, GGML_TYPE_F32, GGML_TYPE_BF16 }) {
+            for (int i_nan : { 0, 200, 299 }) {
+                cases.push_back({ std::string("nan,") + kernel + "," + ggml_type_name(type) + ",row=" + std::to_string(i_nan),
+                        [=]() { return test_attend_nan(kernel, type, i_nan); } });
+            }
+        }
     }
     cases.push_back({ "buckets", test_buckets });
 
