@@ -43,7 +43,7 @@ except ImportError as error:
 
 from score_hf import load_gguf
 
-from pyheadkv import Llama, _lib, gguf_keys, journal, reference, score
+from pyheadkv import Llama, _lib, gguf_keys, journal, reference, score, trial
 from pyheadkv.evaluate_report import interval, row
 from pyheadkv.options import PRESETS, check_int
 from pyheadkv.quiz import Ask, TaskOptions
@@ -138,11 +138,13 @@ class Ours:
 
     def __init__(self, path: Path, *, window: int, kernel: int, n_ctx: int, as_shipped: bool = False) -> None:
         self.llm = Llama(
-            path, kv_size=n_ctx, policy="snapkv", window=max(window, PRESETS["default"]["window"]), keep_prompt=True,
-            n_ctx=n_ctx, n_threads=1, n_threads_batch=1, verbose=False,
+            path, kv_size=n_ctx, policy="snapkv", window=max(window, PRESETS["default"]["window"]), prefill="token",
+            n_seq_max=2, n_ctx=n_ctx, n_threads=1, n_threads_batch=1, verbose=False,
             **({} if as_shipped else F32_CELLS),
         )  # fmt: skip
-        self.how = {"preset": "paper", "window": window, "recent": window, "pool": "avg", "pool_kernel": kernel}
+        self.trial = trial.Trial(self.llm)
+        self.how = {"window": window, "recent": window, "power": 1, "pool": "avg", "pool_kernel": kernel}
+        self._copies: list[trial.Copy] = []
         self.n_layer, self.n_head_kv = self.llm.kv_budget.shape
         arch, about = self.llm.metadata["general.architecture"], self.llm.metadata
         self._n_head = int(about[f"{arch}.attention.head_count"])
@@ -152,21 +154,17 @@ class Ours:
         self._n = 0
 
     def read(self, tokens: Sequence[int]) -> None:
-        self.llm.reset()
-        self.llm.eval(list(tokens))
+        self.trial.read(tokens)
         self._n = len(tokens)
 
     def compress(self, setting: Setting) -> None:
-        """The prompt that was read."""
-        llm = self.llm
-        if llm.kv_stats().state == "compressed":
-            llm.restore_prompt(self._n)
-        if setting.is_default:
-            llm.configure(policy="snapkv", kv_size=setting.kv_size, preset="default")
-        else:
-            policy = "adakv" if setting.is_moved else "snapkv"
-            llm.configure(policy=policy, kv_size=setting.kv_size or llm.n_ctx(), adakv_floor=setting.floor, **self.how)
-        llm.end_prompt()
+        """A copy of the prompt that was read, in place of the one before."""
+        self.trial.drop(self._copies)
+        policy = "full" if not setting.kv_size else "adakv" if setting.is_moved else "snapkv"
+        how = {} if setting.is_default or not setting.kv_size else self.how
+        self.llm.configure(adakv_floor=setting.floor)
+        prompt = self.llm.input_ids[: self._n].tolist()
+        self._copies = [self.trial.compress(trial.Setting(policy, setting.kv_size, **how), prompt)]
 
     def kept(self) -> Kept:
         """Cells before the window that are kept of the compressed prompt."""
@@ -175,12 +173,12 @@ class Ours:
         for il in range(self.n_layer):
             mask = np.zeros((self.n_head_kv, self._n), dtype=np.bool_)
             for ih in range(self.n_head_kv):
-                mask[ih, self.llm.kv_positions(il, ih)] = True
+                mask[ih, self.llm.kv_positions(il, ih, self._copies[0].seq_id)] = True
             masks.append(prefix_of(mask, n_prefix))
         return masks
 
     def scores(self) -> Scores:
-        """By the oracle, in float64, of the engine's own queries and K; the prompt is not compressed yet."""
+        """By the oracle, in float64, of the engine's own queries and K."""
         n_embd_head, window, scores = self._n_embd_head, self.how["window"], []
         how = {"scale": n_embd_head**-0.5, "n_prefix": self._n - window, "pool": "avg", "pool_kernel": self.how["pool_kernel"]}
         for il in range(self.n_layer):
@@ -195,14 +193,11 @@ class Ours:
 
     def answer(self, token: int, n: int, stop: frozenset[int]) -> tuple[NDArray[np.float32], list[int]]:
         """Logits after ``token``, and at most n greedy tokens."""
-        self.llm.eval([token])
-        first, out = self.llm.last_logits, []
-        token = int(first.argmax())
-        while token not in stop and len(out) < n:
-            out.append(token)
-            self.llm.eval([token])
-            token = int(self.llm.last_logits.argmax())
-        return first, out
+        first = next(self.trial.follow(self._copies, [token]))[0, 0]
+        best = int(first.argmax())
+        if best in stop or n == 0:
+            return first, []
+        return first, [best, *self.trial.generate(self._copies, best, n - 1, stop=stop)[0]]
 
 
 # kvpress

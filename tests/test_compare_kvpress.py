@@ -25,7 +25,7 @@ try:
 except ImportError as error:
     pytest.skip(f"the library is not built: {error}", allow_module_level=True)
 
-from pyheadkv.quiz import Ask
+from pyheadkv.quiz import Ask  # noqa: E402
 
 SCRIPTS = Path(__file__).parent.parent / "scripts"
 WINDOW, KERNEL, N_CTX = 16, 5, 512
@@ -54,7 +54,8 @@ def sides(script: ModuleType, path: Path, *, kernel: int = KERNEL) -> tuple[Any,
 
 
 def ask(n_steps: int = 4) -> Ask:
-    return Ask("random", tuple(PROMPT), len(PROMPT), n_steps, lambda text: float(bool(text)), 0.5)
+    prompt, grade = tuple(PROMPT), lambda text: float(bool(text))
+    return Ask(kind="random", prompt=prompt, n_context=len(prompt), alone=prompt, n_steps=n_steps, grade=grade, depth=0.5)
 
 
 @pytest.mark.parametrize("shape", [s for s in SHAPES if s.arch != "qwen3"], ids=lambda s: s.name)
