@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pytest
-from conftest import SHAPES, Shape, load, nmse, tokens
+from conftest import N_THREADS, SHAPES, Shape, load, nmse, tokens
 
 pytestmark = pytest.mark.usefixtures("library")
 MakeModel = Callable[..., Path]
@@ -37,7 +37,7 @@ class Sequences:
         self.n_vocab = llm.n_vocab()
         params = llama_cpp.llama_context_default_params()
         params.n_ctx, params.n_batch, params.n_ubatch, params.n_seq_max = n_ctx, n_ctx, n_ubatch, n_seq_max
-        params.n_threads = params.n_threads_batch = 2
+        params.n_threads = params.n_threads_batch = N_THREADS
         params.kv_unified = unified
         params.flash_attn_type = llama_cpp.LLAMA_FLASH_ATTN_TYPE_ENABLED
         headkv = Options(kv_size=KV_SIZE, policy="snapkv", **options).to_params(None, None)

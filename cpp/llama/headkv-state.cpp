@@ -337,7 +337,7 @@ static void put_layer(headkv_store & store, headkv_store_layer & layer, llama_se
     for (const auto & head : heads) {
         n_kept.push_back((uint32_t) head.pos.size());
     }
-    store.relayout(layer, seq_id, n_kept, n_tail, n_buckets, {});
+    store.relayout(layer, { { seq_id, { n_kept, n_tail, {} } } }, n_buckets);
     for (size_t ih = 0; ih < heads.size(); ++ih) {
         auto & range = layer.ranges[seq_id][ih];
         range.pos = heads[ih].pos;

@@ -117,18 +117,18 @@ void headkv_copy_rows(ggml_tensor * src, uint32_t off_src, ggml_tensor * dst, ui
     ggml_backend_tensor_copy(a, b);
 }
 
-void headkv_store::relayout(headkv_store_layer & layer, int32_t s, const std::vector<uint32_t> & n_kept, uint32_t n_tail,
-        uint32_t n_buckets, const std::vector<uint32_t> & n_used) {
+void headkv_store::relayout(headkv_store_layer & layer, const std::map<int32_t, headkv_rows> & changes, uint32_t n_buckets) {
     auto ranges  = layer.ranges;
     auto buckets = layer.buckets;
-    if (ranges.size() <= (size_t) s) {
-        ranges.resize(s + 1);
-        buckets.resize(s + 1);
-    }
-
-    ranges[s].resize(n_kept.size());
-    for (size_t h = 0; h < n_kept.size(); ++h) {
-        ranges[s][h].n_kept = n_kept[h];
+    for (const auto & [s, rows] : changes) {
+        if (ranges.size() <= (size_t) s) {
+            ranges.resize(s + 1);
+            buckets.resize(s + 1);
+        }
+        ranges[s].resize(rows.n_kept.size());
+        for (size_t h = 0; h < rows.n_kept.size(); ++h) {
+            ranges[s][h].n_kept = rows.n_kept[h];
+        }
     }
 
     uint32_t n_rows = 0;
@@ -138,7 +138,8 @@ void headkv_store::relayout(headkv_store_layer & layer, int32_t s, const std::ve
             buckets[i].clear();
             continue;
         }
-        const uint32_t tail = (int32_t) i == s ? n_tail : ranges[i][0].n_cap - ranges[i][0].n_kept;
+        const auto change = changes.find((int32_t) i);
+        const uint32_t tail = change != changes.end() ? change->second.n_tail : ranges[i][0].n_cap - ranges[i][0].n_kept;
         if (layer.fused) {
             n_rows = layout_exact(ranges[i], n_rows, tail);
         } else {
@@ -177,10 +178,11 @@ void headkv_store::relayout(headkv_store_layer & layer, int32_t s, const std::ve
         if (i >= layer.ranges.size()) {
             break;
         }
+        const auto change = changes.find((int32_t) i);
         for (size_t h = 0; h < layer.ranges[i].size() && h < ranges[i].size(); ++h) {
             const auto & src = layer.ranges[i][h];
             const auto & dst = ranges[i][h];
-            const uint32_t n = (int32_t) i == s ? (n_used.empty() ? 0 : n_used[h]) : std::min(src.n_cap, dst.n_cap);
+            const uint32_t n = change == changes.end() ? std::min(src.n_cap, dst.n_cap) : change->second.n_used.empty() ? 0 : change->second.n_used[h];
             headkv_copy_rows(layer.k, src.off, k, dst.off, n);
             headkv_copy_rows(layer.v, src.off, v, dst.off, n);
         }
@@ -198,7 +200,7 @@ void headkv_store::relayout(headkv_store_layer & layer, int32_t s, const std::ve
 
 void headkv_store::remove(headkv_store_layer & layer, int32_t s, uint32_t n_buckets) {
     try {
-        relayout(layer, s, {}, 0, n_buckets, {});
+        relayout(layer, { { s, {} } }, n_buckets);
     } catch (const std::bad_alloc &) {
         layer.ranges[s].clear();
         layer.buckets[s].clear();

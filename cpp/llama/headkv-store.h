@@ -9,6 +9,7 @@
 #include "headkv-attend.h"
 
 #include <cstdint>
+#include <map>
 #include <memory>
 #include <vector>
 
@@ -20,6 +21,13 @@ struct headkv_range {
     std::vector<int32_t> pos; // [n_kept] prompt positions, ascending; the first one is -1 if its cell stands for all that are missing
 
     bool compensates() const { return !pos.empty() && pos[0] < 0; }
+};
+
+// what the heads of a sequence shall own: n_kept + n_tail rows each; no heads: it is removed
+struct headkv_rows {
+    std::vector<uint32_t> n_kept;
+    uint32_t              n_tail = 0;
+    std::vector<uint32_t> n_used; // rows of each head that hold data now, empty = none
 };
 
 // consecutive heads (in storage order) that the composed path attends with one call
@@ -67,12 +75,9 @@ public:
 
     headkv_store_layer * find(int32_t il);
 
-    // Replaces the pools of a layer by ones in which the heads of sequence s own n_kept + n_tail rows each and
-    // all other sequences what they have now. Rows that survive are copied. An empty n_kept removes s.
-    // Throws std::bad_alloc and leaves the layer as it was when memory is short.
-    // n_used: rows of each head of s that hold data now (0 for a new sequence)
-    void relayout(headkv_store_layer & layer, int32_t s, const std::vector<uint32_t> & n_kept, uint32_t n_tail,
-            uint32_t n_buckets, const std::vector<uint32_t> & n_used);
+    // Replaces the pools of a layer by ones in which the heads of some sequences own other rows, and those of all others what
+    // they have now. Rows that survive are copied. Throws std::bad_alloc and leaves the layer as it was when memory is short.
+    void relayout(headkv_store_layer & layer, const std::map<int32_t, headkv_rows> & changes, uint32_t n_buckets);
 
     // Frees the rows of sequence s. Never fails: where memory is too short for smaller pools, the rows go with the next relayout.
     void remove(headkv_store_layer & layer, int32_t s, uint32_t n_buckets);

@@ -145,7 +145,7 @@ llama_kv_cache_ragged::llama_kv_cache_ragged(
             n_kept.push_back(layer.fused || c.policy->compensates ? n_ctx_seq : std::min(n_ctx_seq, std::max(n_most, n_sure)));
         }
         for (size_t s = 0; s < seqs.size(); ++s) {
-            store_plan.relayout(layer, (int32_t) s, n_kept, n_tail_of(c, n_ctx_seq), c.n_buckets, {});
+            store_plan.relayout(layer, { { (int32_t) s, { n_kept, n_tail_of(c, n_ctx_seq), {} } } }, c.n_buckets);
         }
     }
 
@@ -938,11 +938,9 @@ bool llama_kv_cache_ragged::apply_update(llama_context * lctx) {
                 did_compress = res = compress_impl(s);
             }
         }
-        for (llama_seq_id s = 0; s < (llama_seq_id) seqs.size() && res; ++s) {
-            if (seqs[s].n_tail_next > 0) {
-                what_for = format(" for %u generated tokens of sequence %d", seqs[s].n_tail_next, s);
-                grow_tail(s, seqs[s].n_tail_next);
-            }
+        if (res) {
+            what_for = " for generated tokens";
+            grow_tails();
         }
         if (want_stage > 0 && res) {
             const double n_bytes = (double) bytes_cell()*want_stage/(want_layered ? ils.size() : 1);
@@ -970,21 +968,33 @@ void llama_kv_cache_ragged::drop_seq(llama_seq_id seq_id) {
     }
 }
 
-void llama_kv_cache_ragged::grow_tail(llama_seq_id seq_id, uint32_t n_tail) {
-    seq_t & seq = seqs[seq_id];
-    n_tail = std::min<uint32_t>(n_tail, n_ctx_seq - seq.n_prompt);
-
+void llama_kv_cache_ragged::grow_tails() {
+    for (auto & seq : seqs) {
+        seq.n_tail_next = std::min<uint32_t>(seq.n_tail_next, n_ctx_seq - seq.n_prompt);
+    }
     for (auto & layer : store.layers) {
-        std::vector<uint32_t> n_kept;
-        std::vector<uint32_t> n_used;
-        for (const auto & r : layer.ranges[seq_id]) {
-            n_kept.push_back(r.n_kept);
-            n_used.push_back(r.n_kept + (seq.n_pos - seq.n_prompt));
+        std::map<int32_t, headkv_rows> changes;
+        for (llama_seq_id s = 0; s < (llama_seq_id) seqs.size(); ++s) {
+            const seq_t & seq = seqs[s];
+            if (seq.n_tail_next == 0) {
+                continue;
+            }
+            headkv_rows & rows = changes[s];
+            rows.n_tail = seq.n_tail_next;
+            for (const auto & r : layer.ranges[s]) {
+                rows.n_kept.push_back(r.n_kept);
+                rows.n_used.push_back(r.n_kept + (seq.n_pos - seq.n_prompt));
+            }
+        }
+        if (changes.empty()) {
+            return;
         }
         // layers that were grown before a failure keep their longer tails, which does no harm
-        store.relayout(layer, seq_id, n_kept, n_tail, cfg->n_buckets, n_used);
+        store.relayout(layer, changes, cfg->n_buckets);
     }
-    seq.n_tail = n_tail;
+    for (auto & seq : seqs) {
+        seq.n_tail = seq.n_tail_next > 0 ? seq.n_tail_next : seq.n_tail;
+    }
 }
 
 // upstream hands out K as it is stored and V as a view
@@ -1548,7 +1558,7 @@ void llama_kv_cache_ragged::compress_layer(headkv_store_layer & layer) {
     }
     GGML_ASSERT(n_before == n_total);
     set_data(t_select, plan_select);
-    store.relayout(layer, c.dst, n_kept, c.n_tail, cfg.n_buckets, {});
+    store.relayout(layer, { { c.dst, { n_kept, c.n_tail, {} } } }, cfg.n_buckets);
     auto & ranges = layer.ranges[c.dst];
 
     std::vector<int32_t> plan;

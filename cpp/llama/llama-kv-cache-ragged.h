@@ -310,7 +310,7 @@ private:
     bool is_staged(llama_seq_id seq_id) const; // it has cells in the staging
     bool is_staging() const;                   // any sequence has
     uint32_t n_staged() const;                 // cells in use
-    void grow_tail(llama_seq_id seq_id, uint32_t n_tail);
+    void grow_tails(); // of the sequences whose n_tail_next says so, all at once; throws
     bool has_update() const;
     bool apply_update(llama_context * lctx);
     bool compress_impl(llama_seq_id seq_id);
