@@ -10,6 +10,7 @@ r      for each token of the answer: 1/N if the most attended position is in the
 er     for each token of the answer: mass of those of the N most attended positions in the needle,   retrieval
        by N
 r2     the same                                                                                      reasoning
+mix    the mean of it over the tokens of the answer; of the evidence where the answer is in other words  five kinds
 ====== ============================================================================================= ==================
 
 The answer is the right one, whatever the model would say (teacher forcing: one pass over prompt and answer, and every
@@ -181,7 +182,7 @@ def score_forced(reader: Reader, example: Example, *, method: str) -> NDArray[np
     """Scores of all heads in one example whose answer is given, (n_layer, n_head)."""
     answer = example.answer_tokens[:MAX_ANSWER]
     reader.begin([*example.tokens, *answer[:-1]])
-    n_top = 1 if method == "r" else example.n_span
+    n_top = 1 if method == "r" else example.n_top
     mass, top = reader.attention(example.spans, n_top, len(answer))
     if method == "r":
         copied = [_copy(t, example, token) for t, token in zip(top, answer, strict=True)]
@@ -205,7 +206,7 @@ def score_example(
         token = reader.greedy()
         stopped = examples.is_stop(token)
         if example.spans and (not stopped or examples.scores_stop):
-            mass, top = reader.attention(example.spans, 1 if method == "r" else example.n_span, 1)
+            mass, top = reader.attention(example.spans, 1 if method == "r" else example.n_top, 1)
             total += _copy(top[0], example, token) if method == "r" else mass_scores(mass[0], n_span=example.n_span)
         if stopped:
             break

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import json
+import random
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -18,7 +21,7 @@ try:
 except ImportError as error:
     pytest.skip(f"the library is not built: {error}", allow_module_level=True)
 
-from pyheadkv import cli, gguf_keys, importance, needle, score, score_examples
+from pyheadkv import cli, gguf_keys, importance, needle, score, score_examples, score_texts
 from pyheadkv.reference import ReferenceModel, softmax
 from pyheadkv.metrics import token_f1, word_recall
 from pyheadkv.score_examples import Example, Examples, Slot, make_examples
@@ -320,6 +323,77 @@ def test_question_and_reversed_question_have_different_answers_in_one_needle() -
         assert all(sentences == said[0] for sentences in said)
         assert token_f1(*pair.answers) < 0.5
         assert needles[0].answer != needles[-1].answer and needles[0].question != needles[-1].question
+
+
+@pytest.mark.parametrize("template", [None, CHAT])
+def test_mixed_examples_have_their_answer_in_their_spans(llm: Any, monkeypatch: pytest.MonkeyPatch, template: str | None) -> None:
+    if template is not None:
+        monkeypatch.setitem(llm.metadata, "tokenizer.chat_template", template)
+    examples = make_examples(llm, method="mix", protocol="clean", max_tokens=3000)
+    asked = set()
+    for slot in examples.slots:
+        example = examples.make(slot)
+        assert example == examples.make(slot) and len(example.tokens) <= max(slot.n_tokens, 1200)
+        said = [text_of(llm, example.tokens[start:end]) for start, end in example.spans]
+        n_spans = sum(end - start for start, end in example.spans)
+        assert text_of(llm, example.answer_tokens) == example.answer
+        if slot.kind in ("reasoning", "span"):
+            assert said == [" " + example.answer]
+        elif slot.kind == "facts":
+            assert len(said) == score_examples.N_FACTS
+            assert [s.strip(" .") for s in said] == re.split(", | and ", example.answer.strip("."))
+        else:
+            assert len(said) == 1 and example.answer.lower() in said[0].lower()
+            assert example.n_evidence == n_spans == example.n_top and example.n_span == len(example.answer_tokens)
+            # what is asked is known from these spans alone
+            rest = text_of(llm, [*example.tokens[: example.spans[0][0]], *example.tokens[example.spans[0][1] :]])
+            assert slot.kind == "passage" or f"={example.answer})" not in rest and f"or {example.answer}\n" not in rest
+        if slot.kind in ("reasoning", "span", "facts"):
+            assert example.n_top == example.n_span == n_spans
+        asked.add(text_of(llm, example.tokens[-250:]))
+    assert len(asked) > 50  # questions differ
+    kinds = [slot.kind for slot in examples.slots]
+    assert {kind: kinds.count(kind) for kind in kinds} == {kind: 10 * score_examples.MIX.count(kind) for kind in score_examples.MIX}
+    for kind in set(kinds):  # no kind has a length of its own
+        assert len({slot.n_tokens for slot in examples.slots if slot.kind == kind}) == 5
+
+
+def test_passages_answer_their_questions_in_one_sentence_and_evaluation_has_others() -> None:
+    sentences = [s for passage in score_texts.PASSAGES for s in passage.sentences]
+    for passage in score_texts.PASSAGES:
+        assert len({q.question for q in passage.questions}) == len(passage.questions) == 3
+        for asked in passage.questions:
+            assert asked.answer in passage.sentences[asked.at]
+            assert sum(asked.answer in s for s in sentences) == 1 or len(asked.answer) < 6, asked
+    evaluated = {n.question for n in score_examples.RETRIEVAL} | {n.answer for n in score_examples.RETRIEVAL}
+    assert not evaluated & {text for span in score_texts.SPANS for text in span}
+
+
+@pytest.mark.parametrize("which", range(4))
+def test_functions_of_the_examples_do_what_is_said_of_them(which: int) -> None:
+    rng = random.Random(which)
+    for _ in range(8):
+        lines, question, answer, at = score_texts.function(rng, "trim_seeds", "rank_tiles", which)
+        assert answer in lines[at] and "trim_seeds" in question
+        failures = {name: type(name, (Exception,), {}) for name in re.findall(r"raise (\w+)", "".join(lines))}
+        called: list[int] = []
+        scope: dict[str, Any] = {**failures, "rank_tiles": lambda x: called.append(x) or 0}
+        exec("".join(lines), scope)
+        default = inspect.signature(scope["trim_seeds"]).parameters
+        (limit,) = [p for p in default.values() if p.default is not p.empty]
+        assert scope["trim_seeds"]([1, 2]) == int(re.findall(r"or (\d+)", lines[4])[0]) and called == [1, 2]
+        with pytest.raises(tuple(failures.values())) as caught:
+            scope["trim_seeds"]([0] * 1000)
+        known = (str(scope["trim_seeds"]([])), str(limit.default), caught.type.__name__, "rank_tiles")
+        assert answer == known[which]
+
+
+def test_short_answer_counts_as_much_as_a_long_one() -> None:
+    """Of evidence of three tokens an answer of two: the mean of the mass over the answer, among the three largest."""
+    reader = RowsReader(ROWS, [99, 99])
+    example = replace(example_of(4, n_steps=2, spans=((0, 3),)), n_span=2, n_evidence=3, answer_tokens=(11, 12))
+    scores = score.score_forced(reader, example, method="mix")
+    assert scores == pytest.approx(np.array([[(0.5 + 0.3 + 0.2 + 0.1 + 0.2 + 0.6) / 2, (0.2 + 0.3 + 0.9 + 0.05) / 2]]))
 
 
 def test_seed_decides_the_examples(llm: Any) -> None:
