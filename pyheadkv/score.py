@@ -423,7 +423,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--method",
         choices=METHODS,
         default="r2",
-        help="r2 retrieval and reasoning, er retrieval, r retrieval heads by copying (default: %(default)s)",
+        help="r2 retrieval and reasoning, er retrieval, r retrieval heads by copying, mix five kinds of questions (default: %(default)s)",
     )
     parser.add_argument(
         "--protocol",
@@ -464,6 +464,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--resume", action="store_true", help="go on with a run that was interrupted")
     parser.add_argument("--force", action="store_true", help="replace files that exist and importance in the model")
+    parser.add_argument("--keep", action="store_true", help="leave FILE.json.part, which has the scores of every example")
     group = parser.add_argument_group("engine")
     group.add_argument("--n-batch", type=int, default=512, metavar="N", help="tokens per step (default: %(default)s)")
     group.add_argument(
@@ -537,7 +538,8 @@ def run(args: argparse.Namespace) -> int:
         llm.close()
     scores = result(settings, outcomes, agreement, calibration)
     write_json(args.output, scores)
-    journal_path.unlink()
+    if not args.keep:
+        journal_path.unlink()
     if args.write is not None:
         _write_model(path, args, scores)
     print(report(scores, n_read=n_read, seconds=seconds))

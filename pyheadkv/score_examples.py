@@ -1,8 +1,9 @@
 """Examples that head importance is measured on: a haystack, a needle, a question and where the answer stands.
 
-Three sources of examples. ``CorpusExamples`` asks the embedded model in its own language. ``ProseExamples`` (protocol
+Four sources of examples. ``CorpusExamples`` asks the embedded model in its own language. ``ProseExamples`` (protocol
 clean) puts a needle between whole sentences, tokenised piece by piece, so that the span of the answer is exact, and
-wraps it in the chat template of the model. ``AuthorsExamples`` (protocol authors) does what the HeadKV authors'
+wraps it in the chat template of the model; ``MixedExamples`` (method mix) also asks about several facts, passages and
+functions. ``AuthorsExamples`` (protocol authors) does what the HeadKV authors'
 detection scripts do, side effects included: text is tokenised, cut, decoded and tokenised again several times, which
 leaves a beginning-of-sequence token before the needle; the answer is searched by overlap of token sets.
 """
@@ -138,7 +139,7 @@ def make_examples(
 
     Parameters
     ----------
-    method : "r2", "er" or "r"
+    method : "r2", "er", "r" or "mix"
     protocol : "clean" or "authors"
     max_tokens : length of the longest prompt
     n_examples : None = as many as the protocol has; protocol authors has a fixed grid
@@ -153,6 +154,8 @@ def make_examples(
             raise ValueError(f"n_examples={n_examples}: protocol authors has a fixed grid, use protocol clean")
         if speaks_needle_language(llm):
             raise ValueError("the model has the closed vocabulary of the needle language: use protocol clean")
+        if method == "mix":
+            raise ValueError("method='mix': the HeadKV authors have no such examples, use protocol clean, or method r2")
         return AuthorsExamples(llm, method=method, max_tokens=max_tokens)
     prose = MixedExamples if method == "mix" else ProseExamples
     source = CorpusExamples if speaks_needle_language(llm) else prose

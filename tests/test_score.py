@@ -6,6 +6,8 @@ import inspect
 import json
 import random
 import re
+import subprocess
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -433,6 +435,8 @@ def test_authors_protocol_takes_the_last_of_equal_spans_behind_bos() -> None:
 def test_protocols_refuse_what_they_cannot_do(llm: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match="fixed grid"):
         make_examples(llm, method="r2", protocol="authors", max_tokens=1000, n_examples=5)
+    with pytest.raises(ValueError, match="method='mix'.*use protocol clean"):
+        make_examples(llm, method="mix", protocol="authors", max_tokens=1000)
     with pytest.raises(ValueError, match="raise it"):
         make_examples(llm, method="r2", protocol="clean", max_tokens=100)
     cases = (("{{ raise_exception('no') }}", "cannot be rendered"), ("nothing", "0 times"), ("{{", "cannot"))
@@ -506,7 +510,7 @@ def ranks(values: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 @embedded
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", [*METHODS, "mix"])
 def test_embedded_model_ranks_its_heads_as_its_metadata_does(method: str, tmp_path: Path) -> None:
     out = tmp_path / "scores.json"
     assert run("-o", out, "--method", method, "--examples", "12", "--max-tokens", "1024") == 0
@@ -532,6 +536,63 @@ def test_embedded_model_is_asked_in_its_language(tmp_path: Path) -> None:
         assert set(example.answer.split()) & set(needle.NUMBERS) <= set(said.split())
     with pytest.raises(ValueError, match="closed vocabulary"):
         make_examples(llm, method="r2", protocol="authors", max_tokens=1000)
+
+
+SCRIPTS = Path(__file__).parent.parent / "scripts"
+
+
+def script(name: str, *args: str | Path) -> str:
+    """What a script prints."""
+    found = subprocess.run([sys.executable, SCRIPTS / name, *map(str, args)], capture_output=True, text=True, check=True)
+    return found.stdout
+
+
+@embedded
+def test_kept_journal_says_how_many_examples_are_enough(tmp_path: Path) -> None:
+    options = ["--examples", "9", "--max-tokens", "600", "--keep"]
+    for method in ("r2", "mix"):
+        assert run("-o", tmp_path / f"{method}.json", "--method", method, *options) == 0
+    parts = [tmp_path / "r2.json.part", tmp_path / "mix.json.part"]
+    entries = [json.loads(line) for line in parts[0].read_text().splitlines()[1:]]
+    np.testing.assert_allclose(np.mean([e["scores"] for e in entries], axis=0), gguf_keys.load_scores(tmp_path / "r2.json").values)
+    out = tmp_path / "a.md"
+    assert script("score_stability.py", pyheadkv.embedded_model(), *parts, "-o", out) == out.read_text()
+    table = dict(re.findall(r"^\| (\w+, forced[^|:]+) \|[ |]*(-?[01]\.\d+)", out.read_text(), re.MULTILINE))
+    assert set(table) == {"r2, forced, 9 of 9 count", "mix, forced, 9 of 9 count", "r2, forced, 9 of 9 count / mix, forced, 9 of 9 count"}
+    assert all(-1 <= float(value) <= 1 for value in table.values()) and float(table["r2, forced, 9 of 9 count"]) > 0.5
+
+
+@embedded
+def test_settings_are_compared_with_one_of_them(tmp_path: Path) -> None:
+    out = tmp_path / "a.jsonl"
+    options = ["--kv-size", "32,64", "--beta", "1.2,9", "--contexts", "3", "--tokens", "600", "--protocol", "query-aware"]
+    assert cli.main(["eval", "niah", "--policy", "headkv,snapkv", *options, "-o", str(out)]) == 0
+    rows = [line.split(" | ") for line in script("compare_settings.py", out, "--base", "headkv beta 1.2").splitlines()]
+    methods = ("headkv beta 1.2", "headkv beta 9", "snapkv")
+    assert {(row[5], row[4]) for row in rows[2:]} == {(method, n) for method in methods for n in ("32", "64")}
+    scores = {(row[5], row[4]): float(row[6].split()[0]) for row in rows[2:]}
+    for row in rows[2:]:
+        of, base = scores[row[5], row[4]], scores["headkv beta 1.2", row[4]]
+        assert (row[7] == " |") if row[5] == "headkv beta 1.2" else float(row[7].split()[0]) == pytest.approx(of - base, abs=1.01)
+
+
+def test_shortened_contexts_keep_what_answers(tmp_path: Path) -> None:
+    passages = [f"Passage {i}:\nword{i} " + "filler " * 40 for i in range(12)]
+    rows = [
+        {"dataset": "hotpotqa", "context": "\n\n".join(passages), "input": "?", "answers": [answer], "_id": answer}
+        for answer in ("WORD7 ", "word10 ", "nowhere")
+    ]
+    rows.append({**rows[0], "context": "word7 " * 500})
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    said = script("shorten_longbench.py", tmp_path / "a.jsonl", tmp_path / "b.jsonl", "--words", "180")
+    assert "2 of 4 questions about 1 of 2 contexts" in said
+    kept = [json.loads(line) for line in (tmp_path / "b.jsonl").read_text().splitlines()]
+    assert [row["_id"] for row in kept] == ["WORD7 ", "word10 "]
+    for row in kept:
+        assert row["context"].split("\n\n") == [passages[i] for i in (0, 1, 7, 10)]
+        assert row["length"] == len(row["context"].split()) <= 180
+    script("shorten_longbench.py", tmp_path / "a.jsonl", tmp_path / "c.jsonl", "--contexts", "1:")
+    assert [json.loads(line)["_id"] for line in (tmp_path / "c.jsonl").read_text().splitlines()] == ["WORD7 "]
 
 
 @embedded
