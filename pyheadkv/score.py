@@ -10,7 +10,8 @@ r      for each token of the answer: 1/N if the most attended position is in the
 er     for each token of the answer: mass of those of the N most attended positions in the needle,   retrieval
        by N
 r2     the same                                                                                      reasoning
-mix    the mean of it over the tokens of the answer; of the evidence where the answer is in other words  five kinds
+mix    the same; of passages and functions the mass in the sentence or line that has the answer,       five kinds
+       by the tokens of the answer
 ====== ============================================================================================= ==================
 
 The answer is the right one, whatever the model would say (teacher forcing: one pass over prompt and answer, and every

@@ -4,8 +4,8 @@
     pyheadkv score MODEL.gguf --method r2 --examples 60 --keep -o r2.json
     python scripts/score_stability.py MODEL.gguf mix.json.part r2.json.part -o stability.md
 
-Rank correlations (Spearman) of the KV heads. Of each run, its first N examples and its examples of one kind against all of it; then the
-runs against each other. Examples that do not count are left out.
+Rank correlations (Spearman) of the KV heads: of each run, its first N examples and its examples of one kind against the others of it;
+then the runs against each other. Examples that do not count are left out.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from pyheadkv import gguf_keys
 from pyheadkv.journal import read_lines
 from pyheadkv.score import kv_scores, rank_correlation
 
-SIZES = (4, 8, 12, 24, 36)
+SIZES = (4, 8, 12, 24)
 
 
 def scores_of(path: Path, heads: list[tuple[int, int]]) -> tuple[str, list[str], NDArray[np.float64]]:
@@ -41,18 +41,18 @@ def main() -> None:
     with gguf_keys.open_header(args.model) as header:
         heads = gguf_keys.heads_by_layer(header)
     runs = [scores_of(path, heads) for path in args.runs]
-    lines = ["| first examples of a run, against all of it | " + " | ".join(map(str, SIZES)) + " |", "|---" * (1 + len(SIZES)) + "|"]
+    lines = ["| first examples of a run, against the others | " + " | ".join(map(str, SIZES)) + " |", "|---" * (1 + len(SIZES)) + "|"]
     for name, _, scores in runs:
-        cells = [f"{rank_correlation(scores[:n].mean(0), scores.mean(0)):.3f}" if n < len(scores) else "" for n in SIZES]
+        cells = [f"{rank_correlation(scores[:n].mean(0), scores[n:].mean(0)):.3f}" if n < len(scores) else "" for n in SIZES]
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     lines += ["", "| runs against each other | |", "|---|---|"]
     for (a, _, x), (b, _, y) in combinations(runs, 2):
         lines.append(f"| {a} / {b} | {rank_correlation(x.mean(0), y.mean(0)):.3f} |")
-    lines += ["", "| kind of example | examples | against the whole run |", "|---|---|---|"]
+    lines += ["", "| kind of example | examples | against the other kinds |", "|---|---|---|"]
     for name, kinds, scores in runs:
         for kind in dict.fromkeys(kinds):
-            mine = scores[[k == kind for k in kinds]]
-            lines.append(f"| {name}: {kind} | {len(mine)} | {rank_correlation(mine.mean(0), scores.mean(0)):.3f} |")
+            mine = np.array([k == kind for k in kinds])
+            lines.append(f"| {name}: {kind} | {mine.sum()} | {rank_correlation(scores[mine].mean(0), scores[~mine].mean(0)):.3f} |")
     text = "\n".join(lines) + "\n"
     print(text, end="")
     if args.output is not None:
