@@ -569,8 +569,10 @@ def test_settings_are_compared_with_one_of_them(tmp_path: Path) -> None:
     assert cli.main(["eval", "niah", "--policy", "headkv,snapkv", *options, "-o", str(out)]) == 0
     rows = [line.split(" | ") for line in script("compare_settings.py", out, "--base", "headkv beta 1.2").splitlines()]
     methods = ("headkv beta 1.2", "headkv beta 9", "snapkv")
-    assert {(row[5], row[4]) for row in rows[2:]} == {(method, n) for method in methods for n in ("32", "64")}
+    assert {(row[5], row[4]) for row in rows[2:]} == {(method, n) for method in methods for n in ("32", "64", "32, 64")}
     scores = {(row[5], row[4]): float(row[6].split()[0]) for row in rows[2:]}
+    for method in methods:
+        assert scores[method, "32, 64"] == pytest.approx((scores[method, "32"] + scores[method, "64"]) / 2, abs=1.01)
     for row in rows[2:]:
         of, base = scores[row[5], row[4]], scores["headkv beta 1.2", row[4]]
         assert (row[7] == " |") if row[5] == "headkv beta 1.2" else float(row[7].split()[0]) == pytest.approx(of - base, abs=1.01)
