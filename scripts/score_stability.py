@@ -50,7 +50,7 @@ def main() -> None:
         lines.append(f"| {a} / {b} | {rank_correlation(x.mean(0), y.mean(0)):.3f} |")
     lines += ["", "| kind of example | examples | against the other kinds |", "|---|---|---|"]
     for name, kinds, scores in runs:
-        for kind in dict.fromkeys(kinds):
+        for kind in dict.fromkeys(kinds) if len(set(kinds)) > 1 else ():
             mine = np.array([k == kind for k in kinds])
             lines.append(f"| {name}: {kind} | {mine.sum()} | {rank_correlation(scores[mine].mean(0), scores[~mine].mean(0)):.3f} |")
     text = "\n".join(lines) + "\n"

@@ -578,6 +578,31 @@ def test_settings_are_compared_with_one_of_them(tmp_path: Path) -> None:
         assert (row[7] == " |") if row[5] == "headkv beta 1.2" else float(row[7].split()[0]) == pytest.approx(of - base, abs=1.01)
 
 
+def written_run(path: Path, scores: Sequence[tuple[float, float]], *, file: str | None) -> Path:
+    """Answers of "headkv a 64" and "headkv b 64", one question per context."""
+    settings = [{"name": f"{m} 64", "method": m, "budget": "64", "policy": "headkv"} for m in ("headkv a", "headkv b")]
+    lines: list[dict[str, Any]] = [{"settings": [{"name": "full", "method": "full", "budget": "", "policy": "full"}, *settings], "tasks": [{"name": "t", "file": file}]}]
+    for quiz, pair in enumerate(scores):
+        how = {"ask": 0, "kind": "k", "depth": 0.5, "protocol": "query-aware", "n_prompt": 9, "cells": 9, "bytes": 1, "bytes_store": 1}
+        said = [{**how, "setting": name, "score": x} for name, x in zip(("full", "headkv a 64", "headkv b 64"), (1.0, *pair), strict=True)]
+        lines.append({"task": "t", "length": 9, "quiz": quiz, "answers": said})
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+def test_runs_are_joined_and_questions_about_one_context_drawn_together(tmp_path: Path) -> None:
+    first = written_run(tmp_path / "1.jsonl", [(0.0, 1.0), (0.0, 0.0)] * 4, file="rows.jsonl")
+    second = written_run(tmp_path / "2.jsonl", [(0.5, 0.0)] * 8, file=None)
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"context": str(i // 2)}) + "\n" for i in range(8)))
+    base = ["--base", "headkv a"]
+    alone = script("compare_settings.py", first, second, *base).splitlines()
+    gains = [line.split(" | ")[-1] for line in alone if "headkv b" in line]
+    assert gains[:2] == ["+50.0 (+12.5 to +87.5) |", "-50.0 (-50.0 to -50.0) |"]
+    assert re.match(r"\+0\.0 \(-\d", gains[2]) and len(gains) == 3
+    together = script("compare_settings.py", first, *base, "--rows", tmp_path / "rows.jsonl").splitlines()
+    assert together[-1].endswith("| headkv b | 50 (50-50) | +50.0 (+50.0 to +50.0) |")  # every context has one of each
+
+
 def test_shortened_contexts_keep_what_answers(tmp_path: Path) -> None:
     passages = [f"Passage {i}:\nword{i} " + "filler " * 40 for i in range(12)]
     rows = [
