@@ -573,9 +573,8 @@ class MixedExamples(ProseExamples):
     def make(self, slot: Slot) -> Example:
         rng = random.Random(f"{self._seed} {slot.name}")
         i = sum(kind == slot.kind for kind in self.kinds()[: slot.index])  # of its kind
-        return {"reasoning": self._reasoning, "span": self._span, "facts": self._facts, "passage": self._passage, "code": self._code}[
-            slot.kind
-        ](slot, rng, i)
+        makers = {"reasoning": self._reasoning, "span": self._span, "facts": self._facts, "passage": self._passage, "code": self._code}
+        return makers[slot.kind](slot, rng, i)
 
     def _reasoning(self, slot: Slot, rng: random.Random, i: int) -> Example:
         pair = REASONING[i // 2 % len(REASONING)]
@@ -634,7 +633,8 @@ class MixedExamples(ProseExamples):
         def fill(rng: random.Random, n_tokens: int) -> list[list[int]]:
             units = []
             while n_tokens > 0:
-                text = "".join(function(rng, *rng.sample(others, 2), 0)[0])
+                filler, its_call = rng.sample(others, 2)
+                text = "".join(function(rng, filler, its_call, 0)[0])
                 units.append(self.llm.tokenize(text.encode(), add_bos=False))
                 n_tokens -= len(units[-1])
             return units[:-1]

@@ -581,7 +581,8 @@ def test_settings_are_compared_with_one_of_them(tmp_path: Path) -> None:
 def written_run(path: Path, scores: Sequence[tuple[float, float]], *, file: str | None) -> Path:
     """Answers of "headkv a 64" and "headkv b 64", one question per context."""
     settings = [{"name": f"{m} 64", "method": m, "budget": "64", "policy": "headkv"} for m in ("headkv a", "headkv b")]
-    lines: list[dict[str, Any]] = [{"settings": [{"name": "full", "method": "full", "budget": "", "policy": "full"}, *settings], "tasks": [{"name": "t", "file": file}]}]
+    full = {"name": "full", "method": "full", "budget": "", "policy": "full"}
+    lines: list[dict[str, Any]] = [{"settings": [full, *settings], "tasks": [{"name": "t", "file": file}]}]
     for quiz, pair in enumerate(scores):
         how = {"ask": 0, "kind": "k", "depth": 0.5, "protocol": "query-aware", "n_prompt": 9, "cells": 9, "bytes": 1, "bytes_store": 1}
         said = [{**how, "setting": name, "score": x} for name, x in zip(("full", "headkv a 64", "headkv b 64"), (1.0, *pair), strict=True)]
