@@ -10,6 +10,8 @@ r      for each token of the answer: 1/N if the most attended position is in the
 er     for each token of the answer: mass of those of the N most attended positions in the needle,   retrieval
        by N
 r2     the same                                                                                      reasoning
+mix    the same; of passages and functions the mass in the sentence or line that has the answer,       five kinds
+       by the tokens of the answer
 ====== ============================================================================================= ==================
 
 The answer is the right one, whatever the model would say (teacher forcing: one pass over prompt and answer, and every
@@ -181,7 +183,7 @@ def score_forced(reader: Reader, example: Example, *, method: str) -> NDArray[np
     """Scores of all heads in one example whose answer is given, (n_layer, n_head)."""
     answer = example.answer_tokens[:MAX_ANSWER]
     reader.begin([*example.tokens, *answer[:-1]])
-    n_top = 1 if method == "r" else example.n_span
+    n_top = 1 if method == "r" else example.n_top
     mass, top = reader.attention(example.spans, n_top, len(answer))
     if method == "r":
         copied = [_copy(t, example, token) for t, token in zip(top, answer, strict=True)]
@@ -205,7 +207,7 @@ def score_example(
         token = reader.greedy()
         stopped = examples.is_stop(token)
         if example.spans and (not stopped or examples.scores_stop):
-            mass, top = reader.attention(example.spans, 1 if method == "r" else example.n_span, 1)
+            mass, top = reader.attention(example.spans, 1 if method == "r" else example.n_top, 1)
             total += _copy(top[0], example, token) if method == "r" else mass_scores(mass[0], n_span=example.n_span)
         if stopped:
             break
@@ -422,7 +424,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--method",
         choices=METHODS,
         default="r2",
-        help="r2 retrieval and reasoning, er retrieval, r retrieval heads by copying (default: %(default)s)",
+        help="r2 retrieval and reasoning, er retrieval, r retrieval heads by copying, mix five kinds of questions (default: %(default)s)",
     )
     parser.add_argument(
         "--protocol",
@@ -463,6 +465,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--resume", action="store_true", help="go on with a run that was interrupted")
     parser.add_argument("--force", action="store_true", help="replace files that exist and importance in the model")
+    parser.add_argument("--keep", action="store_true", help="leave FILE.json.part, which has the scores of every example")
     group = parser.add_argument_group("engine")
     group.add_argument("--n-batch", type=int, default=512, metavar="N", help="tokens per step (default: %(default)s)")
     group.add_argument(
@@ -536,7 +539,8 @@ def run(args: argparse.Namespace) -> int:
         llm.close()
     scores = result(settings, outcomes, agreement, calibration)
     write_json(args.output, scores)
-    journal_path.unlink()
+    if not args.keep:
+        journal_path.unlink()
     if args.write is not None:
         _write_model(path, args, scores)
     print(report(scores, n_read=n_read, seconds=seconds))

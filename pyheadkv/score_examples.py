@@ -1,8 +1,9 @@
 """Examples that head importance is measured on: a haystack, a needle, a question and where the answer stands.
 
-Three sources of examples. ``CorpusExamples`` asks the embedded model in its own language. ``ProseExamples`` (protocol
+Four sources of examples. ``CorpusExamples`` asks the embedded model in its own language. ``ProseExamples`` (protocol
 clean) puts a needle between whole sentences, tokenised piece by piece, so that the span of the answer is exact, and
-wraps it in the chat template of the model. ``AuthorsExamples`` (protocol authors) does what the HeadKV authors'
+wraps it in the chat template of the model; ``MixedExamples`` (method mix) also asks about several facts, passages and
+functions. ``AuthorsExamples`` (protocol authors) does what the HeadKV authors'
 detection scripts do, side effects included: text is tokenised, cut, decoded and tokenised again several times, which
 leaves a beginning-of-sequence token before the needle; the answer is searched by overlap of token sets.
 """
@@ -12,7 +13,7 @@ from __future__ import annotations
 import random
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -20,14 +21,16 @@ from typing import TYPE_CHECKING, Any
 
 from . import needle
 from .metrics import token_f1, word_recall
+from .score_texts import NOUNS, OWNERS, PASSAGES, PLACES, SPANS, THINGS, VERBS, function
 
 if TYPE_CHECKING:
     from .llama import Llama
 
-METHODS = ("r2", "er", "r")
+METHODS = ("r2", "er", "r", "mix")
 PROTOCOLS = ("clean", "authors")
 
 N_LENGTHS, N_DEPTHS = 5, 10  # the authors' grid; the lengths of protocol clean too
+N_FACTS = 4  # of one example of kind "facts"
 N_SPARE = 16  # tokens that an answer may begin with before it copies, method r
 N_QUESTION = 128  # tokens for a question, an instruction and a chat template, at most
 MIN_HAYSTACK = 64  # tokens
@@ -36,7 +39,10 @@ CORPUS_KINDS: dict[str, tuple[needle.Kind, ...]] = {
     "r": ("direct", "list"),
     "er": ("direct", "list"),
     "r2": ("direct", "two-hop", "comparison"),
+    "mix": ("direct", "two-hop", "comparison", "list"),
 }
+# kinds of examples of method mix, in turn; as many as have no common divisor with the lengths
+MIX = ("reasoning", "passage", "span", "facts", "passage", "code")
 
 
 @dataclass(frozen=True)
@@ -68,6 +74,7 @@ class Example:
     tokens : the whole prompt
     spans : (start, end) token positions of the answer in the prompt, end excluded; none if it was not found
     n_span : length of the answer in tokens, what scores are divided by
+    n_evidence : tokens of the spans together where they are more than the answer, else 0
     answer : text that the response is compared with
     n_steps : tokens to generate at most
     answer_tokens : the answer as the model would begin to say it; empty where answers cannot be forced
@@ -79,6 +86,12 @@ class Example:
     answer: str
     n_steps: int
     answer_tokens: tuple[int, ...] = ()
+    n_evidence: int = 0
+
+    @property
+    def n_top(self) -> int:
+        """Most attended positions that methods er, r2 and mix look at."""
+        return self.n_evidence or self.n_span
 
 
 class Examples(ABC):
@@ -126,7 +139,7 @@ def make_examples(
 
     Parameters
     ----------
-    method : "r2", "er" or "r"
+    method : "r2", "er", "r" or "mix"
     protocol : "clean" or "authors"
     max_tokens : length of the longest prompt
     n_examples : None = as many as the protocol has; protocol authors has a fixed grid
@@ -141,8 +154,11 @@ def make_examples(
             raise ValueError(f"n_examples={n_examples}: protocol authors has a fixed grid, use protocol clean")
         if speaks_needle_language(llm):
             raise ValueError("the model has the closed vocabulary of the needle language: use protocol clean")
+        if method == "mix":
+            raise ValueError("method='mix': the HeadKV authors have no such examples, use protocol clean, or method r2")
         return AuthorsExamples(llm, method=method, max_tokens=max_tokens)
-    source = CorpusExamples if speaks_needle_language(llm) else ProseExamples
+    prose = MixedExamples if method == "mix" else ProseExamples
+    source = CorpusExamples if speaks_needle_language(llm) else prose
     return source(llm, method=method, max_tokens=max_tokens, n_examples=n_examples, seed=seed)
 
 
@@ -364,6 +380,7 @@ REASONING = (
 )
 
 HAYSTACK = Path(__file__).resolve().parent / "data" / "haystack.txt"
+COPY = "Answer with the words of the text."
 MARK = "<<context>>"  # stands for haystack and needle while a chat template is rendered
 
 
@@ -409,13 +426,13 @@ class Prose:
                     n_left -= len(sentence)
         return chosen
 
-    def frame(self, question: str, *, how: str = "Answer with the words of the text.") -> tuple[list[int], list[int]]:
+    def frame(self, question: str, *, how: str = COPY) -> tuple[list[int], list[int]]:
         """Tokens before the haystack and after it, in the chat template of the model if it has one."""
         if self._template is None:
             return self._around(f"{MARK}\n\nQuestion: {question}\nAnswer:")
         return self._around(render_chat(self.llm, self._template, f"{MARK}\n\n{question} {how}{self._after}"))
 
-    def reply(self, question: str, *, how: str = "Answer with the words of the text.") -> list[int]:
+    def reply(self, question: str, *, how: str = COPY) -> list[int]:
         """Tokens between an answer and the next one: the end of the turn and another question."""
         if self._template is None:
             text = f"\n\nQuestion: {question}\nAnswer:"
@@ -450,6 +467,41 @@ def split_at(sentences: list[list[int]], depth: float) -> tuple[list[list[int]],
     return sentences[:i], sentences[i:]
 
 
+@dataclass(frozen=True)
+class Hidden:
+    """A text that goes into a context, tokenised.
+
+    Attributes
+    ----------
+    depth : where it goes, 0 to 1
+    before, span, after : ``span`` is what the attention of the answer is looked for in
+    """
+
+    depth: float
+    before: list[int]
+    span: list[int]
+    after: list[int]
+
+    @property
+    def n_tokens(self) -> int:
+        return len(self.before) + len(self.span) + len(self.after)
+
+
+def hide(units: list[list[int]], hidden: Sequence[Hidden]) -> tuple[list[int], list[tuple[int, int]]]:
+    """A context with hidden texts between its units (sentences, passages, functions), and where their spans are."""
+    places = [len(split_at(units, h.depth)[0]) for h in hidden]
+    order = sorted(range(len(hidden)), key=lambda i: (hidden[i].depth, i))
+    out: list[int] = []
+    spans = []
+    for k, unit in enumerate([*units, []]):
+        for h in (hidden[i] for i in order if places[i] == k):
+            start = len(out) + len(h.before)
+            spans.append((start, start + len(h.span)))
+            out += [*h.before, *h.span, *h.after]
+        out += unit
+    return out, spans
+
+
 class ProseExamples(Examples):
     """Needles between the sentences of a shuffled public-domain text."""
 
@@ -460,26 +512,55 @@ class ProseExamples(Examples):
         self._seed, self._copies = seed, method == "r"
         self._retrieval = method != "r2"
         self._prose = Prose(llm)
-        kinds = [n.kind for n in RETRIEVAL] if self._retrieval else [kind for pair in REASONING for kind in pair.kinds]
         n = self.N_EXAMPLES if n_examples is None else n_examples
-        self.slots = _spread(kinds, n_examples=n, n_min=MIN_HAYSTACK + 2 * N_QUESTION, n_max=max_tokens)
+        self.slots = _spread(self.kinds(), n_examples=n, n_min=MIN_HAYSTACK + 2 * N_QUESTION, n_max=max_tokens)
+
+    def kinds(self) -> list[str]:
+        """Of the needles, in turn."""
+        return [n.kind for n in RETRIEVAL] if self._retrieval else [kind for pair in REASONING for kind in pair.kinds]
 
     def make(self, slot: Slot) -> Example:
         rng = random.Random(f"{self._seed} {slot.name}")
-        needle_ = self._needle(slot, rng)
-        prefix, suffix = self._prose.frame(needle_.question)
-        before, answer, after = (
-            [t for text in texts for t in self._prose.continued(text)]
-            for texts in (needle_.before, (needle_.answer,), needle_.after)
-        )
-        n_rest = len(prefix) + len(before) + len(answer) + len(after) + len(suffix)
-        sentences = self._prose.haystack(rng, slot.n_tokens - n_rest)
-        head, tail = ([t for sentence in part for t in sentence] for part in split_at(sentences, slot.depth))
-        start = len(prefix) + len(head) + len(before)
-        tokens = (*prefix, *head, *before, *answer, *after, *tail, *suffix)
-        n_steps = len(answer) + N_SPARE * self._copies
-        forced = tuple(self.llm.tokenize(needle_.answer.encode(), add_bos=False))
-        return Example(tokens, ((start, start + len(answer)),), len(answer), needle_.answer, n_steps, forced)
+        return self.ask(slot, rng, self._needle(slot, rng))
+
+    def ask(self, slot: Slot, rng: random.Random, needle_: Needle) -> Example:
+        """About a needle in prose."""
+        return self.lay_out(slot, rng, needle_.question, [self.hidden(slot.depth, needle_)], needle_.answer)
+
+    def hidden(self, depth: float, needle_: Needle) -> Hidden:
+        """A needle, tokenised."""
+        texts = (needle_.before, (needle_.answer,), needle_.after)
+        return Hidden(depth, *([t for text in part for t in self._prose.continued(text)] for part in texts))
+
+    def lay_out(
+        self,
+        slot: Slot,
+        rng: random.Random,
+        question: str,
+        hidden: Sequence[Hidden],
+        answer: str,
+        *,
+        how: str = COPY,
+        fill: Callable[[random.Random, int], list[list[int]]] | None = None,
+        is_evidence: bool = False,
+    ) -> Example:
+        """A prompt with hidden texts and a question.
+
+        Parameters
+        ----------
+        fill : units of at most a number of tokens, for the rest of the context; None = sentences of prose
+        is_evidence : the spans are what the answer is known from, not the answer itself
+        """
+        prefix, suffix = self._prose.frame(question, how=how)
+        n_rest = len(prefix) + sum(h.n_tokens for h in hidden) + len(suffix)
+        units = (fill or self._prose.haystack)(rng, slot.n_tokens - n_rest)
+        context, places = hide(units, hidden)
+        spans = tuple((len(prefix) + start, len(prefix) + end) for start, end in places)
+        n_found = sum(end - start for start, end in spans)
+        forced = tuple(self.llm.tokenize(answer.encode(), add_bos=False))
+        n_span, n_evidence = (len(forced), n_found) if is_evidence else (n_found, 0)
+        n_steps = n_span + N_SPARE * (self._copies or is_evidence)
+        return Example((*prefix, *context, *suffix), spans, n_span, answer, n_steps, forced, n_evidence)
 
     def is_stop(self, token: int) -> bool:
         return self.is_end(token)
@@ -488,6 +569,85 @@ class ProseExamples(Examples):
         if self._retrieval:
             return RETRIEVAL[slot.index]
         return REASONING[slot.index // 2].needle(slot.index % 2, order=rng.sample(range(3), 3))
+
+
+class MixedExamples(ProseExamples):
+    """Of five kinds, in turn: those of method r2, sentences and numbers, several facts, passages, functions of a program."""
+
+    def kinds(self) -> list[str]:
+        return list(MIX) * (self.N_EXAMPLES // len(MIX))
+
+    def make(self, slot: Slot) -> Example:
+        rng = random.Random(f"{self._seed} {slot.name}")
+        i = sum(kind == slot.kind for kind in self.kinds()[: slot.index])  # of its kind
+        makers = {"reasoning": self._reasoning, "span": self._span, "facts": self._facts, "passage": self._passage, "code": self._code}
+        return makers[slot.kind](slot, rng, i)
+
+    def _reasoning(self, slot: Slot, rng: random.Random, i: int) -> Example:
+        pair = REASONING[i // 2 % len(REASONING)]
+        return self.ask(slot, rng, pair.needle(i % 2, order=rng.sample(range(3), 3)))
+
+    def _span(self, slot: Slot, rng: random.Random, i: int) -> Example:
+        question, before, answer = SPANS[i % len(SPANS)]
+        return self.ask(slot, rng, Needle(slot.kind, question, (before,), answer))
+
+    def _facts(self, slot: Slot, rng: random.Random, i: int) -> Example:
+        """Things that somebody keeps somewhere, all asked for, among those of others."""
+        (owner, *others), (place, *_) = rng.sample(OWNERS, 3), rng.sample(PLACES, 1)
+        things = rng.sample(THINGS, N_FACTS + len(others))
+        needles = [Needle(slot.kind, "", (f"In the {place} {who} keeps",), f"{thing}.") for who, thing in zip([owner] * N_FACTS + others, things)]
+        depths = sorted((slot.depth + k / N_FACTS) % 1 for k in range(N_FACTS))
+        units = [h.before + h.span for h in (self.hidden(0, n) for n in needles[N_FACTS:])]
+
+        def fill(rng: random.Random, n_tokens: int) -> list[list[int]]:
+            sentences = self._prose.haystack(rng, n_tokens - sum(map(len, units))) + units
+            return rng.sample(sentences, len(sentences))
+
+        answer = ", ".join(things[: N_FACTS - 1]) + f" and {things[N_FACTS - 1]}."
+        hidden = [self.hidden(depth, n) for depth, n in zip(depths, needles)]
+        return self.lay_out(slot, rng, f"What does {owner} keep in the {place}?", hidden, answer, how="Name all of it.", fill=fill)
+
+    def _passage(self, slot: Slot, rng: random.Random, i: int) -> Example:
+        """A question about one of several passages; prose where they are too few."""
+        passage = PASSAGES[i % len(PASSAGES)]
+        asked = passage.questions[i // len(PASSAGES) % len(passage.questions)]
+        said = [self.llm.tokenize(f"\n\n{passage.title}:".encode(), add_bos=False), *map(self._prose.continued, passage.sentences)]
+        before, span, after = said[: asked.at + 1], said[asked.at + 1], said[asked.at + 2 :]
+        hidden = Hidden(slot.depth, [t for part in before for t in part], span, [t for part in after for t in part])
+
+        def fill(rng: random.Random, n_tokens: int) -> list[list[int]]:
+            units = []
+            for other in rng.sample(PASSAGES, len(PASSAGES)):
+                text = f"\n\n{other.title}: " + " ".join(other.sentences)
+                unit = self.llm.tokenize(text.encode(), add_bos=False)
+                if other is not passage and len(unit) <= n_tokens:
+                    units.append(unit)
+                    n_tokens -= len(unit)
+            prose = [t for sentence in self._prose.haystack(rng, n_tokens) for t in sentence]
+            units.insert(rng.randrange(len(units) + 1), prose)
+            return units
+
+        answer = asked.answer[0].upper() + asked.answer[1:]
+        return self.lay_out(slot, rng, asked.question, [hidden], answer, how="Only give the answer and no other words.", fill=fill, is_evidence=True)
+
+    def _code(self, slot: Slot, rng: random.Random, i: int) -> Example:
+        """A value or a name in one of many functions that are alike."""
+        names = [f"{verb}_{noun}" for verb in VERBS for noun in NOUNS]
+        name, called, *others = rng.sample(names, len(names))
+        lines, question, answer, at = function(rng, name, called, i)
+        parts = [self.llm.tokenize(text.encode(), add_bos=False) for text in ("".join(lines[:at]), lines[at], "".join(lines[at + 1 :]))]
+
+        def fill(rng: random.Random, n_tokens: int) -> list[list[int]]:
+            units = []
+            while n_tokens > 0:
+                filler, its_call = rng.sample(others, 2)
+                text = "".join(function(rng, filler, its_call, 0)[0])
+                units.append(self.llm.tokenize(text.encode(), add_bos=False))
+                n_tokens -= len(units[-1])
+            return units[:-1]
+
+        hidden = [Hidden(slot.depth, *parts)]
+        return self.lay_out(slot, rng, question, hidden, answer, how="Answer with the value or the name alone.", fill=fill, is_evidence=True)
 
 
 def render_chat(llm: Llama, template: str, content: str) -> str:

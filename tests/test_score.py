@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 import json
+import random
+import re
+import subprocess
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -18,7 +23,7 @@ try:
 except ImportError as error:
     pytest.skip(f"the library is not built: {error}", allow_module_level=True)
 
-from pyheadkv import cli, gguf_keys, importance, needle, score, score_examples
+from pyheadkv import cli, gguf_keys, importance, needle, score, score_examples, score_texts
 from pyheadkv.reference import ReferenceModel, softmax
 from pyheadkv.metrics import token_f1, word_recall
 from pyheadkv.score_examples import Example, Examples, Slot, make_examples
@@ -322,6 +327,77 @@ def test_question_and_reversed_question_have_different_answers_in_one_needle() -
         assert needles[0].answer != needles[-1].answer and needles[0].question != needles[-1].question
 
 
+@pytest.mark.parametrize("template", [None, CHAT])
+def test_mixed_examples_have_their_answer_in_their_spans(llm: Any, monkeypatch: pytest.MonkeyPatch, template: str | None) -> None:
+    if template is not None:
+        monkeypatch.setitem(llm.metadata, "tokenizer.chat_template", template)
+    examples = make_examples(llm, method="mix", protocol="clean", max_tokens=3000)
+    asked = set()
+    for slot in examples.slots:
+        example = examples.make(slot)
+        assert example == examples.make(slot) and len(example.tokens) <= max(slot.n_tokens, 1200)
+        said = [text_of(llm, example.tokens[start:end]) for start, end in example.spans]
+        n_spans = sum(end - start for start, end in example.spans)
+        assert text_of(llm, example.answer_tokens) == example.answer
+        if slot.kind in ("reasoning", "span"):
+            assert said == [" " + example.answer]
+        elif slot.kind == "facts":
+            assert len(said) == score_examples.N_FACTS
+            assert [s.strip(" .") for s in said] == re.split(", | and ", example.answer.strip("."))
+        else:
+            assert len(said) == 1 and example.answer.lower() in said[0].lower()
+            assert example.n_evidence == n_spans == example.n_top and example.n_span == len(example.answer_tokens)
+            # what is asked is known from these spans alone
+            rest = text_of(llm, [*example.tokens[: example.spans[0][0]], *example.tokens[example.spans[0][1] :]])
+            assert slot.kind == "passage" or f"={example.answer})" not in rest and f"or {example.answer}\n" not in rest
+        if slot.kind in ("reasoning", "span", "facts"):
+            assert example.n_top == example.n_span == n_spans
+        asked.add(text_of(llm, example.tokens[-250:]))
+    assert len(asked) > 50  # questions differ
+    kinds = [slot.kind for slot in examples.slots]
+    assert {kind: kinds.count(kind) for kind in kinds} == {kind: 10 * score_examples.MIX.count(kind) for kind in score_examples.MIX}
+    for kind in set(kinds):  # no kind has a length of its own
+        assert len({slot.n_tokens for slot in examples.slots if slot.kind == kind}) == 5
+
+
+def test_passages_answer_their_questions_in_one_sentence_and_evaluation_has_others() -> None:
+    sentences = [s for passage in score_texts.PASSAGES for s in passage.sentences]
+    for passage in score_texts.PASSAGES:
+        assert len({q.question for q in passage.questions}) == len(passage.questions) == 3
+        for asked in passage.questions:
+            assert asked.answer in passage.sentences[asked.at]
+            assert sum(asked.answer in s for s in sentences) == 1 or len(asked.answer) < 6, asked
+    evaluated = {n.question for n in score_examples.RETRIEVAL} | {n.answer for n in score_examples.RETRIEVAL}
+    assert not evaluated & {text for span in score_texts.SPANS for text in span}
+
+
+@pytest.mark.parametrize("which", range(4))
+def test_functions_of_the_examples_do_what_is_said_of_them(which: int) -> None:
+    rng = random.Random(which)
+    for _ in range(8):
+        lines, question, answer, at = score_texts.function(rng, "trim_seeds", "rank_tiles", which)
+        assert answer in lines[at] and "trim_seeds" in question
+        failures = {name: type(name, (Exception,), {}) for name in re.findall(r"raise (\w+)", "".join(lines))}
+        called: list[int] = []
+        scope: dict[str, Any] = {**failures, "rank_tiles": lambda x: called.append(x) or 0}
+        exec("".join(lines), scope)
+        default = inspect.signature(scope["trim_seeds"]).parameters
+        (limit,) = [p for p in default.values() if p.default is not p.empty]
+        assert scope["trim_seeds"]([1, 2]) == int(re.findall(r"or (\d+)", lines[4])[0]) and called == [1, 2]
+        with pytest.raises(tuple(failures.values())) as caught:
+            scope["trim_seeds"]([0] * 1000)
+        known = (str(scope["trim_seeds"]([])), str(limit.default), caught.type.__name__, "rank_tiles")
+        assert answer == known[which]
+
+
+def test_short_answer_counts_as_much_as_a_long_one() -> None:
+    """Of evidence of three tokens an answer of two: the mean of the mass over the answer, among the three largest."""
+    reader = RowsReader(ROWS, [99, 99])
+    example = replace(example_of(4, n_steps=2, spans=((0, 3),)), n_span=2, n_evidence=3, answer_tokens=(11, 12))
+    scores = score.score_forced(reader, example, method="mix")
+    assert scores == pytest.approx(np.array([[(0.5 + 0.3 + 0.2 + 0.1 + 0.2 + 0.6) / 2, (0.2 + 0.3 + 0.9 + 0.05) / 2]]))
+
+
 def test_seed_decides_the_examples(llm: Any) -> None:
     options: dict[str, Any] = {"method": "r2", "protocol": "clean", "max_tokens": 900}
     first, second, other = (make_examples(llm, **options, seed=seed) for seed in (1, 1, 2))
@@ -359,6 +435,8 @@ def test_authors_protocol_takes_the_last_of_equal_spans_behind_bos() -> None:
 def test_protocols_refuse_what_they_cannot_do(llm: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match="fixed grid"):
         make_examples(llm, method="r2", protocol="authors", max_tokens=1000, n_examples=5)
+    with pytest.raises(ValueError, match="method='mix'.*use protocol clean"):
+        make_examples(llm, method="mix", protocol="authors", max_tokens=1000)
     with pytest.raises(ValueError, match="raise it"):
         make_examples(llm, method="r2", protocol="clean", max_tokens=100)
     cases = (("{{ raise_exception('no') }}", "cannot be rendered"), ("nothing", "0 times"), ("{{", "cannot"))
@@ -432,7 +510,7 @@ def ranks(values: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 @embedded
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", [*METHODS, "mix"])
 def test_embedded_model_ranks_its_heads_as_its_metadata_does(method: str, tmp_path: Path) -> None:
     out = tmp_path / "scores.json"
     assert run("-o", out, "--method", method, "--examples", "12", "--max-tokens", "1024") == 0
@@ -458,6 +536,91 @@ def test_embedded_model_is_asked_in_its_language(tmp_path: Path) -> None:
         assert set(example.answer.split()) & set(needle.NUMBERS) <= set(said.split())
     with pytest.raises(ValueError, match="closed vocabulary"):
         make_examples(llm, method="r2", protocol="authors", max_tokens=1000)
+
+
+SCRIPTS = Path(__file__).parent.parent / "scripts"
+
+
+def script(name: str, *args: str | Path) -> str:
+    """What a script prints."""
+    found = subprocess.run([sys.executable, SCRIPTS / name, *map(str, args)], capture_output=True, text=True, check=True)
+    return found.stdout
+
+
+@embedded
+def test_kept_journal_says_how_many_examples_are_enough(tmp_path: Path) -> None:
+    options = ["--examples", "9", "--max-tokens", "600", "--keep"]
+    for method in ("r2", "mix"):
+        assert run("-o", tmp_path / f"{method}.json", "--method", method, *options) == 0
+    parts = [tmp_path / "r2.json.part", tmp_path / "mix.json.part"]
+    entries = [json.loads(line) for line in parts[0].read_text().splitlines()[1:]]
+    np.testing.assert_allclose(np.mean([e["scores"] for e in entries], axis=0), gguf_keys.load_scores(tmp_path / "r2.json").values)
+    out = tmp_path / "a.md"
+    assert script("score_stability.py", pyheadkv.embedded_model(), *parts, "-o", out) == out.read_text()
+    table = dict(re.findall(r"^\| (\w+, forced[^|:]+) \|[ |]*(-?[01]\.\d+)", out.read_text(), re.MULTILINE))
+    assert set(table) == {"r2, forced, 9 of 9 count", "mix, forced, 9 of 9 count", "r2, forced, 9 of 9 count / mix, forced, 9 of 9 count"}
+    assert all(-1 <= float(value) <= 1 for value in table.values()) and float(table["r2, forced, 9 of 9 count"]) > 0.5
+
+
+@embedded
+def test_settings_are_compared_with_one_of_them(tmp_path: Path) -> None:
+    out = tmp_path / "a.jsonl"
+    options = ["--kv-size", "32,64", "--beta", "1.2,9", "--contexts", "3", "--tokens", "600", "--protocol", "query-aware"]
+    assert cli.main(["eval", "niah", "--policy", "headkv,snapkv", *options, "-o", str(out)]) == 0
+    rows = [line.split(" | ") for line in script("compare_settings.py", out, "--base", "headkv beta 1.2").splitlines()]
+    methods = ("headkv beta 1.2", "headkv beta 9", "snapkv")
+    assert {(row[5], row[4]) for row in rows[2:]} == {(method, n) for method in methods for n in ("32", "64", "32, 64")}
+    scores = {(row[5], row[4]): float(row[6].split()[0]) for row in rows[2:]}
+    for method in methods:
+        assert scores[method, "32, 64"] == pytest.approx((scores[method, "32"] + scores[method, "64"]) / 2, abs=1.01)
+    for row in rows[2:]:
+        of, base = scores[row[5], row[4]], scores["headkv beta 1.2", row[4]]
+        assert (row[7] == " |") if row[5] == "headkv beta 1.2" else float(row[7].split()[0]) == pytest.approx(of - base, abs=1.01)
+
+
+def written_run(path: Path, scores: Sequence[tuple[float, float]], *, file: str | None) -> Path:
+    """Answers of "headkv a 64" and "headkv b 64", one question per context."""
+    settings = [{"name": f"{m} 64", "method": m, "budget": "64", "policy": "headkv"} for m in ("headkv a", "headkv b")]
+    full = {"name": "full", "method": "full", "budget": "", "policy": "full"}
+    lines: list[dict[str, Any]] = [{"settings": [full, *settings], "tasks": [{"name": "t", "file": file}]}]
+    for quiz, pair in enumerate(scores):
+        how = {"ask": 0, "kind": "k", "depth": 0.5, "protocol": "query-aware", "n_prompt": 9, "cells": 9, "bytes": 1, "bytes_store": 1}
+        said = [{**how, "setting": name, "score": x} for name, x in zip(("full", "headkv a 64", "headkv b 64"), (1.0, *pair), strict=True)]
+        lines.append({"task": "t", "length": 9, "quiz": quiz, "answers": said})
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+def test_runs_are_joined_and_questions_about_one_context_drawn_together(tmp_path: Path) -> None:
+    first = written_run(tmp_path / "1.jsonl", [(0.0, 1.0), (0.0, 0.0)] * 4, file="rows.jsonl")
+    second = written_run(tmp_path / "2.jsonl", [(0.5, 0.0)] * 8, file=None)
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"context": str(i // 2)}) + "\n" for i in range(8)))
+    base = ["--base", "headkv a"]
+    alone = script("compare_settings.py", first, second, *base).splitlines()
+    gains = [line.split(" | ")[-1] for line in alone if "headkv b" in line]
+    assert gains[:2] == ["+50.0 (+12.5 to +87.5) |", "-50.0 (-50.0 to -50.0) |"]
+    assert re.match(r"\+0\.0 \(-\d", gains[2]) and len(gains) == 3
+    together = script("compare_settings.py", first, *base, "--rows", tmp_path / "rows.jsonl").splitlines()
+    assert together[-1].endswith("| headkv b | 50 (50-50) | +50.0 (+50.0 to +50.0) |")  # every context has one of each
+
+
+def test_shortened_contexts_keep_what_answers(tmp_path: Path) -> None:
+    passages = [f"Passage {i}:\nword{i} " + "filler " * 40 for i in range(12)]
+    rows = [
+        {"dataset": "hotpotqa", "context": "\n\n".join(passages), "input": "?", "answers": [answer], "_id": answer}
+        for answer in ("WORD7 ", "word10 ", "nowhere")
+    ]
+    rows.append({**rows[0], "context": "word7 " * 500})
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    said = script("shorten_longbench.py", tmp_path / "a.jsonl", tmp_path / "b.jsonl", "--words", "180")
+    assert "2 of 4 questions about 1 of 2 contexts" in said
+    kept = [json.loads(line) for line in (tmp_path / "b.jsonl").read_text().splitlines()]
+    assert [row["_id"] for row in kept] == ["WORD7 ", "word10 "]
+    for row in kept:
+        assert row["context"].split("\n\n") == [passages[i] for i in (0, 1, 7, 10)]
+        assert row["length"] == len(row["context"].split()) <= 180
+    script("shorten_longbench.py", tmp_path / "a.jsonl", tmp_path / "c.jsonl", "--contexts", "1:")
+    assert [json.loads(line)["_id"] for line in (tmp_path / "c.jsonl").read_text().splitlines()] == ["WORD7 "]
 
 
 @embedded

@@ -1,0 +1,89 @@
+"""Settings of one or more runs of `pyheadkv eval` against one of them, question by question.
+
+    pyheadkv eval niah MODEL.gguf --importance r2.json,mix.json --beta 1.2,2 --kv-size 64,128 -o niah.jsonl ...
+    python scripts/compare_settings.py niah.jsonl keys.jsonl --base "headkv r2 beta 1.2" --rows FILE.jsonl
+
+Per run, protocol, budget and setting, and for all budgets and all runs together: the score, and its difference to the base in points, with
+95 % intervals, by bootstrap over contexts. Rows of a file about one context are drawn together where --rows names the file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections import defaultdict
+from pathlib import Path
+
+from pyheadkv.evaluate_report import Answers, interval
+from pyheadkv.options import FULL
+
+Pairs = dict[str, list[tuple[float, float]]]  # by context: scores of a setting and of the base
+
+
+def contexts_of(answers: Answers, files: list[Path]) -> list[str]:
+    """Context of each row of the file that a run read; empty if it read none of ``files``."""
+    known = {path.name: path for path in files}
+    names = {task["file"] for task in answers.header["tasks"]} & set(known)
+    lines = known[names.pop()].read_text(encoding="utf-8").splitlines() if names else []
+    return [json.loads(line)["context"] for line in lines if line.strip()]
+
+
+def pairs_of(answers: Answers, base: str, contexts: list[str]) -> dict[tuple[str, str, str], Pairs]:
+    """By protocol, budget and method, what was scored beside the base."""
+    names = {(s["method"], s["budget"]): s["name"] for s in answers.settings}
+    out: dict[tuple[str, str, str], Pairs] = {}
+    for protocol in answers.protocols:
+        for (method, budget), name in names.items():
+            if (base, budget) in names:
+                pairs: Pairs = defaultdict(list)
+                for a, b in zip(answers.of(protocol, name), answers.of(protocol, names[base, budget]), strict=True):
+                    place = contexts[int(a.place.split("/")[-1])] if contexts else a.place
+                    pairs[place].append((a.score, b.score))
+                out[protocol, budget, method] = pairs
+    return out
+
+
+def row(cells: list[str], several: list[Pairs], *, is_base: bool) -> str:
+    """One line: what it is, the score, and the difference to the base."""
+    scores, gains = defaultdict(list), defaultdict(list)
+    for pairs in several:
+        for place, found in pairs.items():
+            scores[place] += [a for a, _ in found]
+            gains[place] += [a - b for a, b in found]
+    mean, low, high = (100 * x for x in interval(scores))
+    gain = "" if is_base else "{:+.1f} ({:+.1f} to {:+.1f})".format(*(100 * x for x in interval(gains)))
+    return "| " + " | ".join([*cells, f"{mean:.0f} ({low:.0f}-{high:.0f})", gain]) + " |"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN.jsonl")
+    parser.add_argument("--base", required=True, metavar="METHOD", help='as the tables name it without the budget, such as "headkv r2 beta 1.2"')
+    parser.add_argument("--rows", type=Path, nargs="+", default=[], metavar="FILE.jsonl", help="that runs of tasks with a file read")
+    args = parser.parse_args()
+    print(f"| task | protocol | questions | full | budget | setting | score | points above {args.base} |\n" + "|---" * 8 + "|")
+    everything: dict[tuple[str, str], list[Pairs]] = defaultdict(list)
+    for path in args.runs:
+        answers = Answers(path)
+        pairs = pairs_of(answers, args.base, contexts_of(answers, args.rows))
+        if not pairs:
+            raise SystemExit(f"error: --base {args.base!r}: {path} has {', '.join(sorted({s['method'] for s in answers.settings}))}")
+        task = answers.header["tasks"][0]
+        what = Path(task["file"] or task["name"]).stem
+        for protocol in answers.protocols:
+            n = str(len(answers.of(protocol, FULL)))
+            budgets = [budget for p, budget, method in pairs if (p, method) == (protocol, args.base)]
+            for some in [[budget] for budget in budgets] + [budgets] * (len(budgets) > 1):
+                for method in dict.fromkeys(m for p, budget, m in pairs if p == protocol and budget in some):
+                    cells = [what, protocol, n, f"{100 * answers.full(protocol):.0f}", ", ".join(some), method]
+                    print(row(cells, [pairs[protocol, budget, method] for budget in some], is_base=method == args.base))
+        for (protocol, _, method), found in pairs.items():
+            everything[protocol, method].append({f"{path} {place}": scores for place, scores in found.items()})
+    n_runs = {key: len(found) for key, found in everything.items()}
+    for (protocol, method), several in everything.items():
+        if len(args.runs) > 1 and n_runs[protocol, method] == n_runs[protocol, args.base]:
+            print(row(["all", protocol, "", "", "all", method], several, is_base=method == args.base))
+
+
+if __name__ == "__main__":
+    main()
