@@ -83,7 +83,10 @@ class Reader(Protocol):
     """
 
     shape: tuple[int, int]
-    heads: Sequence[tuple[int, int]]
+
+    @property
+    def heads(self) -> Sequence[tuple[int, int]]:
+        """Of each layer."""
 
     def begin(self, tokens: Sequence[int]) -> None:
         """Forget everything and read a prompt."""
@@ -186,9 +189,11 @@ def score_forced(reader: Reader, example: Example, *, method: str) -> NDArray[np
     n_top = 1 if method == "r" else example.n_top
     mass, top = reader.attention(example.spans, n_top, len(answer))
     if method == "r":
-        copied = [_copy(t, example, token) for t, token in zip(top, answer, strict=True)]
-        return np.sum(copied, axis=0)
-    return mass_scores(mass, n_span=example.n_span).sum(axis=0)
+        scores = np.array([_copy(t, example, token) for t, token in zip(top, answer, strict=True)])
+    else:
+        scores = mass_scores(mass, n_span=example.n_span)
+    total: NDArray[np.float64] = scores.sum(axis=0)
+    return total
 
 
 def score_example(
@@ -331,7 +336,7 @@ def measure(reader: Reader, examples: Examples, journal: Journal, *, method: str
     n_done, n_read = len(outcomes), 0
     lengths = [max(slot.n_tokens, N_QUESTION) for slot in examples.slots]
     total, initial = sum(lengths), sum(lengths[:n_done])
-    look = {"desc": "scoring", "unit": " tokens", "unit_scale": True, "leave": False, "disable": None}
+    look: dict[str, Any] = {"desc": "scoring", "unit": " tokens", "unit_scale": True, "leave": False, "disable": None}
     with tqdm(total=total, initial=initial, **look) as bar:
         for slot, n_planned in zip(examples.slots[n_done:], lengths[n_done:], strict=True):
             n_accepted = sum(o.accepted for o in outcomes)

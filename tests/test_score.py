@@ -24,8 +24,8 @@ except ImportError as error:
     pytest.skip(f"the library is not built: {error}", allow_module_level=True)
 
 from pyheadkv import cli, gguf_keys, importance, needle, score, score_examples, score_texts
-from pyheadkv.reference import ReferenceModel, softmax
 from pyheadkv.metrics import token_f1, word_recall
+from pyheadkv.reference import ReferenceModel, softmax
 from pyheadkv.score_examples import Example, Examples, Slot, make_examples
 from pyheadkv.testing import write_random_model
 
@@ -379,7 +379,7 @@ def test_functions_of_the_examples_do_what_is_said_of_them(which: int) -> None:
         assert answer in lines[at] and "trim_seeds" in question
         failures = {name: type(name, (Exception,), {}) for name in re.findall(r"raise (\w+)", "".join(lines))}
         called: list[int] = []
-        scope: dict[str, Any] = {**failures, "rank_tiles": lambda x: called.append(x) or 0}
+        scope: dict[str, Any] = {**failures, "rank_tiles": lambda x, called=called: called.append(x) or 0}
         exec("".join(lines), scope)
         default = inspect.signature(scope["trim_seeds"]).parameters
         (limit,) = [p for p in default.values() if p.default is not p.empty]
