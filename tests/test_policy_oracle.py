@@ -14,7 +14,7 @@ import pytest
 from conftest import SHAPES, Shape, load, nmse, tokens
 
 from pyheadkv import _lib, gguf_keys, reference
-from pyheadkv.options import BY_IMPORTANCE, POLICIES, Options
+from pyheadkv.options import BY_BETA, BY_IMPORTANCE, POLICIES, Options
 
 pytestmark = pytest.mark.usefixtures("library")
 MakeModel = Callable[..., Path]
@@ -461,7 +461,7 @@ def test_protected_cells_are_part_of_the_budget_until_they_exceed_it(policy: str
     shape, prompt = SHAPES[4], tokens(300)
     stats = {}
     for name, options in {"none": {}, "few": {"sinks": 4, "protect": [(50, 54)]}, "many": {"protect": [(100, 250)]}}.items():
-        llm = load(make_model(shape), kv_size=64, policy=policy, beta=2.0, **options)
+        llm = load(make_model(shape), kv_size=64, policy=policy, beta=2.0 if policy in BY_BETA else None, **options)
         llm.read_prompt(prompt)
         stats[name] = llm.kv_stats()
     n_more = int(stats["few"].n_cells.sum() - stats["none"].n_cells.sum())
@@ -476,7 +476,7 @@ def test_protected_cells_are_part_of_the_budget_until_they_exceed_it(policy: str
 @pytest.mark.parametrize("policy", ["headkv", "headkv+adakv", "pyramidkv"])
 @pytest.mark.parametrize(("n_prompt", "kv_size"), [(60, 40), (60, 60), (300, 200), (100, 99)])
 def test_redistributed_surplus_fills_the_budget(shape: Shape, policy: str, n_prompt: int, kv_size: int, make_model: MakeModel) -> None:
-    options = {"kv_size": kv_size, "policy": policy, "beta": 1.01}
+    options = {"kv_size": kv_size, "policy": policy, "beta": 1.01 if policy in BY_BETA else None}
     kept = {surplus: check_kept(shape, make_model, n_prompt, surplus=surplus, **options) for surplus in ("lost", "redistribute")}
     budget = load(make_model(shape), **options).kv_budget
     if kv_size - WINDOW <= n_prompt - WINDOW:

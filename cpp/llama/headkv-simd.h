@@ -38,7 +38,7 @@ inline vf   vf_add(vf a, vf b) { return a + b; }
 inline vf   vf_sub(vf a, vf b) { return a - b; }
 inline vf   vf_max(vf a, vf b) { return a > b ? a : b; } // b if one is NaN, as x86 does
 inline vf   vf_round(vf a) { return std::nearbyint(a); }
-inline vf   vf_exp2i(vf n) { return std::ldexp(1.0f, (int) n); }
+inline vf   vf_exp2i(vf n) { return n == n ? std::ldexp(1.0f, (int) n) : n; }
 inline float vf_sum(vf a) { return a; }
 inline float vf_hmax(vf a) { return a; }
 
