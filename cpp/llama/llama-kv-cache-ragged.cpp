@@ -938,8 +938,12 @@ bool llama_kv_cache_ragged::apply_update(llama_context * lctx) {
                 did_compress = res = compress_impl(s);
             }
         }
+        for (llama_seq_id s = 0; s < (llama_seq_id) seqs.size() && res; ++s) {
+            if (seqs[s].n_tail_next > 0) {
+                what_for += format("%s%u generated tokens of sequence %d", what_for.empty() ? " for " : ", ", seqs[s].n_tail_next, s);
+            }
+        }
         if (res) {
-            what_for = " for generated tokens";
             grow_tails();
         }
         if (want_stage > 0 && res) {
