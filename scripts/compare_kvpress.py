@@ -41,7 +41,7 @@ try:
 except ImportError as error:
     raise SystemExit(f"error: {error}: install torch, transformers and kvpress with pip install '.[compare]'") from None
 
-from score_hf import load_gguf
+from score_hf import exit_code, load_gguf
 
 from pyheadkv import Llama, _lib, gguf_keys, journal, reference, score, trial
 from pyheadkv.evaluate_report import interval, row
@@ -492,6 +492,8 @@ def parse_asks(text: str) -> list[tuple[str, int]]:
 
 def run(args: argparse.Namespace) -> None:
     """Ask what is not asked yet."""
+    if args.output.exists() and not args.resume:
+        raise ValueError(f"output {args.output} exists: pass --resume to go on with it, or choose another name")
     asks = parse_asks(args.ask)
     kv_sizes = [check_int("--kv-size", int(n), args.window + 1, 1 << 16) for n in args.kv_size.split(",")]
     settings = make_settings(kv_sizes)
@@ -682,28 +684,21 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     return args
 
 
+def report(args: argparse.Namespace) -> None:
+    """Write the tables of some runs."""
+    out, *files = args.report
+    names = " ".join(file.name for file in (out, *files))
+    names += " --traces " * bool(args.traces) + " ".join(file.name for file in args.traces)
+    command = f"python scripts/compare_kvpress.py --report {names}"
+    write_report(out, files, args.traces, command=command, note=args.note)
+
+
 def main(argv: list[str] | None = None) -> int:
-    """Exit code: 0 done, 1 refused with one line on stderr, 130 interrupted."""
+    """As ``score_hf.exit_code`` says."""
     args = parse_args(argv)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    try:
-        if args.report is None:
-            if args.output.exists() and not args.resume:
-                raise ValueError(f"output {args.output} exists: pass --resume to go on with it, or choose another name")
-            run(args)
-        else:
-            out, *files = args.report
-            names = " ".join(file.name for file in (out, *files))
-            names += " --traces " * bool(args.traces) + " ".join(file.name for file in args.traces)
-            command = f"python scripts/compare_kvpress.py --report {names}"
-            write_report(out, files, args.traces, command=command, note=args.note)
-    except (ValueError, OSError, RuntimeError) as error:
-        print(f"error: {error}".replace("\n", " "), file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        return 130
-    return 0
+    return exit_code(lambda: run(args) if args.report is None else report(args))
 
 
 if __name__ == "__main__":

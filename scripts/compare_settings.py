@@ -14,7 +14,7 @@ import json
 from collections import defaultdict
 from pathlib import Path
 
-from pyheadkv.evaluate_report import Answers, interval
+from pyheadkv.evaluate_report import Answers, interval, row
 from pyheadkv.options import FULL
 
 Pairs = dict[str, list[tuple[float, float]]]  # by context: scores of a setting and of the base
@@ -43,7 +43,7 @@ def pairs_of(answers: Answers, base: str, contexts: list[str]) -> dict[tuple[str
     return out
 
 
-def row(cells: list[str], several: list[Pairs], *, is_base: bool) -> str:
+def compare(cells: list[str], several: list[Pairs], *, is_base: bool) -> str:
     """One line: what it is, the score, and the difference to the base."""
     scores, gains = defaultdict(list), defaultdict(list)
     for pairs in several:
@@ -52,7 +52,7 @@ def row(cells: list[str], several: list[Pairs], *, is_base: bool) -> str:
             gains[place] += [a - b for a, b in found]
     mean, low, high = (100 * x for x in interval(scores))
     gain = "" if is_base else "{:+.1f} ({:+.1f} to {:+.1f})".format(*(100 * x for x in interval(gains)))
-    return "| " + " | ".join([*cells, f"{mean:.0f} ({low:.0f}-{high:.0f})", gain]) + " |"
+    return row([*cells, f"{mean:.0f} ({low:.0f}-{high:.0f})", gain])
 
 
 def main() -> None:
@@ -61,7 +61,8 @@ def main() -> None:
     parser.add_argument("--base", required=True, metavar="METHOD", help='as the tables name it without the budget, such as "headkv r2 beta 1.2"')
     parser.add_argument("--rows", type=Path, nargs="+", default=[], metavar="FILE.jsonl", help="that runs of tasks with a file read")
     args = parser.parse_args()
-    print(f"| task | protocol | questions | full | budget | setting | score | points above {args.base} |\n" + "|---" * 8 + "|")
+    head = ["task", "protocol", "questions", "full", "budget", "setting", "score", f"points above {args.base}"]
+    print(row(head), row(["---"] * len(head)), sep="\n")
     everything: dict[tuple[str, str], list[Pairs]] = defaultdict(list)
     for path in args.runs:
         answers = Answers(path)
@@ -76,13 +77,13 @@ def main() -> None:
             for some in [[budget] for budget in budgets] + [budgets] * (len(budgets) > 1):
                 for method in dict.fromkeys(m for p, budget, m in pairs if p == protocol and budget in some):
                     cells = [what, protocol, n, f"{100 * answers.full(protocol):.0f}", ", ".join(some), method]
-                    print(row(cells, [pairs[protocol, budget, method] for budget in some], is_base=method == args.base))
+                    print(compare(cells, [pairs[protocol, budget, method] for budget in some], is_base=method == args.base))
         for (protocol, _, method), found in pairs.items():
             everything[protocol, method].append({f"{path} {place}": scores for place, scores in found.items()})
     n_runs = {key: len(found) for key, found in everything.items()}
     for (protocol, method), several in everything.items():
         if len(args.runs) > 1 and n_runs[protocol, method] == n_runs[protocol, args.base]:
-            print(row(["all", protocol, "", "", "all", method], several, is_base=method == args.base))
+            print(compare(["all", protocol, "", "", "all", method], several, is_base=method == args.base))
 
 
 if __name__ == "__main__":

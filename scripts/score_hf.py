@@ -20,7 +20,7 @@ import json
 import sys
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -387,23 +387,25 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     return args
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Exit code: 0 done, 1 refused with one line on stderr, 130 interrupted."""
-    args = parse_args(argv)
-    logging: Any = transformers.logging
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+def exit_code(command: Callable[[], None]) -> int:
+    """0 done, 1 refused with one line on stderr, 130 interrupted."""
     try:
-        if args.report is not None:
-            write_report(args.report, args.pair, note=args.note)
-        else:
-            run(args)
+        command()
     except (ValueError, OSError, RuntimeError) as error:
         print(f"error: {error}".replace("\n", " "), file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 130
     return 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    """As ``exit_code`` says."""
+    args = parse_args(argv)
+    logging: Any = transformers.logging
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    return exit_code(lambda: run(args) if args.report is None else write_report(args.report, args.pair, note=args.note))
 
 
 if __name__ == "__main__":

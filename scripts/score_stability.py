@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pyheadkv import gguf_keys
+from pyheadkv.evaluate_report import row
 from pyheadkv.journal import read_lines
 from pyheadkv.score import kv_scores, rank_correlation
 
@@ -41,10 +42,10 @@ def main() -> None:
     with gguf_keys.open_header(args.model) as header:
         heads = gguf_keys.heads_by_layer(header)
     runs = [scores_of(path, heads) for path in args.runs]
-    lines = ["| first examples of a run, against the others | " + " | ".join(map(str, SIZES)) + " |", "|---" * (1 + len(SIZES)) + "|"]
+    lines = [row(["first examples of a run, against the others", *map(str, SIZES)]), row(["---"] * (1 + len(SIZES)))]
     for name, _, scores in runs:
         cells = [f"{rank_correlation(scores[:n].mean(0), scores[n:].mean(0)):.3f}" if n < len(scores) else "" for n in SIZES]
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+        lines.append(row([name, *cells]))
     lines += ["", "| runs against each other | |", "|---|---|"]
     for (a, _, x), (b, _, y) in combinations(runs, 2):
         lines.append(f"| {a} / {b} | {rank_correlation(x.mean(0), y.mean(0)):.3f} |")
