@@ -67,6 +67,7 @@ sanitize: $(VENV)/.llama-cpp-python
 
 check: $(VENV)/.llama-cpp-python
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check --quiet .
 	$(BIN)/mypy
 
 test: check all stock sanitize

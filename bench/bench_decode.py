@@ -271,9 +271,14 @@ def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
             pair = {who: who("decode", 16) for who in order}
             pairs.append((pair[ours], pair[whole]))
         whole.stop()
-        rows.append({"what": f"uncompressed store, {args.prompt} tokens; speed against upstream's flash attention over as many cells",
-                     "value": round(1000 * statistics.median(w for _, w in pairs), 3), "unit": "ms/token",
-                     "speed_ratio": round(statistics.median(s / w for s, w in pairs), 4)})
+        rows.append(
+            {
+                "what": f"uncompressed store, {args.prompt} tokens; speed against upstream's flash attention over as many cells",
+                "value": round(1000 * statistics.median(w for _, w in pairs), 3),
+                "unit": "ms/token",
+                "speed_ratio": round(statistics.median(s / w for s, w in pairs), 4),
+            }
+        )
     for what, values in times.items():
         if what.startswith("stock beside"):
             continue
@@ -314,7 +319,11 @@ def main() -> None:
     args = parser.parse_args()
 
     rows = measure(args)
-    head = {"command": "python bench/bench_decode.py " + " ".join(a for a in sys.argv[1:]), "commit": commit(), "machine": hardware(args.device)}
+    head = {
+        "command": "python bench/bench_decode.py " + " ".join(a for a in sys.argv[1:]),
+        "commit": commit(),
+        "machine": hardware(args.device),
+    }
     out = open(args.out, "w", newline="") if args.out else sys.stdout
     writer = csv.DictWriter(out, fieldnames=[*rows[0], *head])
     writer.writeheader()

@@ -86,7 +86,12 @@ def main() -> None:
                 writer.writerow({**row, **where})
                 file.flush()
     minutes = (time.perf_counter() - begin) / 60
-    head = [f"    {command}", "", f"seeds {args.first} to {args.first + args.seeds - 1}; commit {where['commit']}; {where['machine']}, {minutes:.0f} minutes", ""]
+    head = [
+        f"    {command}",
+        "",
+        f"seeds {args.first} to {args.first + args.seeds - 1}; commit {where['commit']}; {where['machine']}, {minutes:.0f} minutes",
+        "",
+    ]
     args.out.with_suffix(".md").write_text("\n".join([*head, *table(rows)]) + "\n", encoding="utf-8")
 
 

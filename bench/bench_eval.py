@@ -56,7 +56,20 @@ def main() -> None:
 
     clock = Clock()
     workers = {n: make_worker(args.model, args.tokens, args.task, n) for n in (1, 32)}
-    fields = ["model", "task", "tokens", "context", "copies", "seconds", "seconds_reading", "answers", "same_as_one_by_one", "right", "commit", "machine"]
+    fields = [
+        "model",
+        "task",
+        "tokens",
+        "context",
+        "copies",
+        "seconds",
+        "seconds_reading",
+        "answers",
+        "same_as_one_by_one",
+        "right",
+        "commit",
+        "machine",
+    ]
     with open(args.out, "w", newline="") as file:
         writer = csv.DictWriter(file, fields)
         writer.writeheader()

@@ -37,8 +37,15 @@ def measure(model: Path, n: int, *, kv_size: int, policy: str, is_read: bool, th
     stats = llm.kv_stats()
     llm.close()
     assert (stats.state, stats.n_prompt, stats.bytes_staging) == ("compressed", n, 0)
-    return {"model": model.name, "policy": policy, "kv_size": kv_size, "tokens": n, "prompt": "read" if is_read else "filled",
-            "bytes_stock": stats.bytes_full, "bytes_compressed": stats.bytes_store}
+    return {
+        "model": model.name,
+        "policy": policy,
+        "kv_size": kv_size,
+        "tokens": n,
+        "prompt": "read" if is_read else "filled",
+        "bytes_stock": stats.bytes_full,
+        "bytes_compressed": stats.bytes_store,
+    }
 
 
 def draw(rows: list[dict[str, Any]], path: Path) -> None:
@@ -51,7 +58,9 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
     for name, label, color in (("bytes_stock", "stock cache", "#888888"), ("bytes_compressed", f"kv_size={rows[0]['kv_size']}", "#c1440e")):
         mib = [row[name] / 2**20 for row in rows]
         axes.plot(tokens, mib, marker="o", ms=4, color=color)
-        axes.annotate(f"{label}: {mib[-1]:.3g} MiB", (tokens[-1], mib[-1]), xytext=(-8, 6), textcoords="offset points", ha="right", color=color)
+        axes.annotate(
+            f"{label}: {mib[-1]:.3g} MiB", (tokens[-1], mib[-1]), xytext=(-8, 6), textcoords="offset points", ha="right", color=color
+        )
     axes.set(xlabel="tokens of the prompt", ylabel="MiB of K and V", ylim=(0, 1.1 * max(row["bytes_stock"] for row in rows) / 2**20))
     axes.set_title(f"{Path(rows[0]['model']).stem}, f16 K and V", loc="left", fontsize=10)
     axes.set_xticks(tokens[-4:], [f"{n // 1024}k" for n in tokens[-4:]])

@@ -38,8 +38,16 @@ def read(kind: str, model: str, n: int, n_read: int, n_layer: int, n_ubatch: int
 
     if kind == FLOOR:
         n = n_ubatch
-    llm = Llama(model, n_ctx=n + 256, n_batch=n_ubatch, n_ubatch=n_ubatch, n_threads=threads, n_threads_batch=threads,
-                verbose=False, **KINDS.get(kind, KINDS["stock"]))
+    llm = Llama(
+        model,
+        n_ctx=n + 256,
+        n_batch=n_ubatch,
+        n_ubatch=n_ubatch,
+        n_threads=threads,
+        n_threads_batch=threads,
+        verbose=False,
+        **KINDS.get(kind, KINDS["stock"]),
+    )
     prompt = [1, *np.random.default_rng(0).integers(300, 383, size=min(n, n_read) - 1).tolist()]
     llm.read_prompt(prompt[:n_ubatch])
     llm.reset()
@@ -53,8 +61,14 @@ def read(kind: str, model: str, n: int, n_read: int, n_layer: int, n_ubatch: int
             raise
     seconds = time.perf_counter() - start
     stats = llm.kv_stats() if llm.kv_options else None
-    return {"seconds": seconds, "compress_ms": stats.compress_ms if stats else 0.0, "rss_peak": status_bytes("VmHWM"),
-            "rss_after": status_bytes("RssAnon"), "bytes_peak": stats.bytes_peak if stats else 0, "bytes_store": stats.bytes_store if stats else 0}
+    return {
+        "seconds": seconds,
+        "compress_ms": stats.compress_ms if stats else 0.0,
+        "rss_peak": status_bytes("VmHWM"),
+        "rss_after": status_bytes("RssAnon"),
+        "bytes_peak": stats.bytes_peak if stats else 0,
+        "bytes_store": stats.bytes_store if stats else 0,
+    }
 
 
 def status_bytes(field: str) -> int:
@@ -70,10 +84,19 @@ def main() -> None:
     parser.add_argument("--ubatch", type=int, default=512, help="tokens of a ubatch (default: %(default)s)")
     parser.add_argument("--threads", type=int, default=2, help="threads (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=1, help="rounds (default: %(default)s)")
-    parser.add_argument("--read", type=int, default=1 << 30, help="tokens to read of a context for more: the stock cache is written "
-                        "when it is made, so that its peak is nearly there from the beginning (default: all)")
-    parser.add_argument("--layers", type=int, default=1 << 30, help="layers to read layer by layer: the first two take the memory of all but "
-                        "for the store (default: all)")
+    parser.add_argument(
+        "--read",
+        type=int,
+        default=1 << 30,
+        help="tokens to read of a context for more: the stock cache is written "
+        "when it is made, so that its peak is nearly there from the beginning (default: all)",
+    )
+    parser.add_argument(
+        "--layers",
+        type=int,
+        default=1 << 30,
+        help="layers to read layer by layer: the first two take the memory of all but for the store (default: all)",
+    )
     parser.add_argument("--kinds", default=",".join(KINDS), help="of %(default)s")
     parser.add_argument("--out", type=Path, help="CSV to write")
     parser.add_argument("--one", help=argparse.SUPPRESS)
@@ -84,9 +107,24 @@ def main() -> None:
         return
 
     make_model(args.model, "q8_0")
+
     def run(kind: str, n: int) -> dict[str, float]:
-        cmd = [sys.executable, __file__, "--one", f"{kind}:{n}", "--model", str(args.model), "--ubatch", str(args.ubatch),
-               "--threads", str(args.threads), "--read", str(args.read), "--layers", str(args.layers)]
+        cmd = [
+            sys.executable,
+            __file__,
+            "--one",
+            f"{kind}:{n}",
+            "--model",
+            str(args.model),
+            "--ubatch",
+            str(args.ubatch),
+            "--threads",
+            str(args.threads),
+            "--read",
+            str(args.read),
+            "--layers",
+            str(args.layers),
+        ]
         found: dict[str, float] = json.loads(subprocess.run(cmd, stdout=subprocess.PIPE, text=True, check=True).stdout.splitlines()[-1])
         return found
 
@@ -98,6 +136,7 @@ def main() -> None:
             for kind in list(runs)[:: 1 if i % 2 == 0 else -1]:
                 runs[kind].append(run(kind, n))
         for kind, found in runs.items():
+
             def median(key: str, found: list[dict[str, float]] = found) -> float:
                 return statistics.median(run[key] for run in found)
 

@@ -32,8 +32,23 @@ MIB = 2**20
 
 def flags(kind: str, args: argparse.Namespace, n_slots: int, n_ctx: int) -> list[Any]:
     """Of a server with n_slots slots of n_ctx tokens."""
-    return ["-m", args.model, "-c", n_slots * n_ctx, "-np", n_slots, "-t", args.threads, "-tb", args.threads, "-fa", "on", "--cache-ram", 0,
-            *(["--kv-size", args.kv_size] if kind == "kv" else [])]
+    return [
+        "-m",
+        args.model,
+        "-c",
+        n_slots * n_ctx,
+        "-np",
+        n_slots,
+        "-t",
+        args.threads,
+        "-tb",
+        args.threads,
+        "-fa",
+        "on",
+        "--cache-ram",
+        0,
+        *(["--kv-size", args.kv_size] if kind == "kv" else []),
+    ]
 
 
 def make_prompt(n: int, seed: int) -> list[int]:
@@ -44,12 +59,19 @@ def load(server: Server, n_slots: int, args: argparse.Namespace) -> dict[str, fl
     """As many requests at once as there are slots: seconds until the last answer, and what the server says of each."""
     start = time.perf_counter()
     with ThreadPoolExecutor(n_slots) as pool:
-        answers = list(pool.map(lambda i: server.complete(make_prompt(args.n_prompt, i), args.n_predict, ignore_eos=True, cache_prompt=False),
-                                range(n_slots)))
+        answers = list(
+            pool.map(
+                lambda i: server.complete(make_prompt(args.n_prompt, i), args.n_predict, ignore_eos=True, cache_prompt=False),
+                range(n_slots),
+            )
+        )
     seconds = time.perf_counter() - start
     timings = [answer["timings"] for answer in answers]
-    return {"seconds": seconds, "tokens_per_s": n_slots * (args.n_prompt + args.n_predict) / seconds,
-            "decode_ms": statistics.median(t["predicted_per_token_ms"] for t in timings)}
+    return {
+        "seconds": seconds,
+        "tokens_per_s": n_slots * (args.n_prompt + args.n_predict) / seconds,
+        "decode_ms": statistics.median(t["predicted_per_token_ms"] for t in timings),
+    }
 
 
 def throughput(args: argparse.Namespace) -> None:
@@ -84,8 +106,13 @@ def memory(args: argparse.Namespace) -> None:
             reuse = ["--kv-reuse"] if kind == "kv" else []  # slots keep their cells when a request is over
             with running(*flags(kind, args, n_slots, args.n_ctx), *reuse, log=log, seconds=600) as server:
                 at_start = server.status_bytes("RssAnon") - floor
-                row: dict[str, Any] = {"kind": kind, "slots": n_slots, "n_ctx": args.n_ctx, "rss_at_start_mib": round(at_start / MIB, 1),
-                                       "prompts_read": "1 x 64"}
+                row: dict[str, Any] = {
+                    "kind": kind,
+                    "slots": n_slots,
+                    "n_ctx": args.n_ctx,
+                    "rss_at_start_mib": round(at_start / MIB, 1),
+                    "prompts_read": "1 x 64",
+                }
                 if kind == "kv":
                     for i in range(n_slots):
                         server.complete(make_prompt(args.n_prompt, i), 2, id_slot=i, ignore_eos=True)
@@ -101,8 +128,15 @@ def memory(args: argparse.Namespace) -> None:
 
 def write(row: dict[str, Any], args: argparse.Namespace) -> None:
     """Append a row to the file of results."""
-    row = {"model": Path(args.model).name, **row, "kv_size": args.kv_size if row["kind"] == "kv" else "", "threads": args.threads,
-           "machine": machine(), "commit": commit(), "command": f"python bench/bench_server.py {' '.join(sys.argv[1:])}"}
+    row = {
+        "model": Path(args.model).name,
+        **row,
+        "kv_size": args.kv_size if row["kind"] == "kv" else "",
+        "threads": args.threads,
+        "machine": machine(),
+        "commit": commit(),
+        "command": f"python bench/bench_server.py {' '.join(sys.argv[1:])}",
+    }
     is_new = not args.out.is_file()
     with args.out.open("a", newline="") as f:
         writer = csv.DictWriter(f, list(row))

@@ -55,11 +55,25 @@ def find_sdist(out: Path, given: str) -> Path:
     else:
         path = out / f"{pin['package'].replace('-', '_')}-{pin['version']}.tar.gz"
         if not path.is_file():
-            cmd = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-build-isolation",
-                   "--no-binary", pin["package"], "--dest", str(out), f"{pin['package']}=={pin['version']}"]
+            cmd = [
+                sys.executable,
+                "-m",
+                "pip",
+                "download",
+                "--quiet",
+                "--no-deps",
+                "--no-build-isolation",
+                "--no-binary",
+                pin["package"],
+                "--dest",
+                str(out),
+                f"{pin['package']}=={pin['version']}",
+            ]
             if subprocess.run(cmd, stdout=sys.stderr).returncode != 0 or not path.is_file():
-                raise SystemExit(f"cannot download {pin['package']}=={pin['version']}; without a network pass "
-                                 "-DPYHEADKV_LLAMA_CPP_SDIST=/path/to/sdist.tar.gz")
+                raise SystemExit(
+                    f"cannot download {pin['package']}=={pin['version']}; without a network pass "
+                    "-DPYHEADKV_LLAMA_CPP_SDIST=/path/to/sdist.tar.gz"
+                )
     sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
     if sha256 != pin["sha256"]:
         raise SystemExit(f"{path.name}: sha256 is {sha256}, patches/UPSTREAM pins {pin['sha256']}")

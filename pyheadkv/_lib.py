@@ -120,7 +120,10 @@ _PROTOTYPES: dict[str, tuple[list[Any], Any]] = {
     "headkv_set_params": ([ctypes.POINTER(Params)], ctypes.c_int32),
     # int32_t headkv_read_attention(struct llama_context * ctx, llama_seq_id seq_id, int32_t n_queries, const int32_t * spans,
     #                               int32_t n_spans, int32_t n_top, float * mass, int32_t * top, int32_t n);
-    "headkv_read_attention": ([_CTX, ctypes.c_int32, ctypes.c_int32, _I32, ctypes.c_int32, ctypes.c_int32, _F32, _I32, ctypes.c_int32], ctypes.c_int32),
+    "headkv_read_attention": (
+        [_CTX, ctypes.c_int32, ctypes.c_int32, _I32, ctypes.c_int32, ctypes.c_int32, _F32, _I32, ctypes.c_int32],
+        ctypes.c_int32,
+    ),
     # int32_t headkv_read_prompt(struct llama_context * ctx, llama_seq_id seq_id, const llama_token * tokens, int32_t n_tokens);
     "headkv_read_prompt": ([_CTX, ctypes.c_int32, _I32, ctypes.c_int32], ctypes.c_int32),
     # int32_t headkv_read_ahead(struct llama_context * ctx, llama_seq_id seq_id, const llama_token * tokens, int32_t n_tokens, int32_t max_ms);

@@ -70,7 +70,7 @@ def check_drawing(what: str) -> None:
     ValueError : matplotlib is missing, which inference does without
     """
     if find_spec("matplotlib") is None:
-        raise ValueError(f"{what} is drawn with matplotlib, which is not installed: pip install \"pyheadkv[eval]\"")
+        raise ValueError(f'{what} is drawn with matplotlib, which is not installed: pip install "pyheadkv[eval]"')
 
 
 def split(text: str | None) -> list[str]:

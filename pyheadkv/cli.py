@@ -53,9 +53,7 @@ def add_generate_arguments(parser: argparse.ArgumentParser) -> None:
     source = parser.add_mutually_exclusive_group()
     source.add_argument("-p", "--prompt", help="prompt (default: standard input)")
     source.add_argument("-f", "--file", metavar="FILE", help="file that holds the prompt, UTF-8")
-    parser.add_argument(
-        "--chat", action="store_true", help="send the prompt as a user message of the model's chat template"
-    )
+    parser.add_argument("--chat", action="store_true", help="send the prompt as a user message of the model's chat template")
     parser.add_argument(
         "-n",
         "--n-predict",
@@ -64,9 +62,7 @@ def add_generate_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="tokens to generate at most (default: %(default)s)",
     )
-    parser.add_argument(
-        "--temp", type=float, default=0.0, metavar="X", help="temperature, 0 = greedy (default: %(default)s)"
-    )
+    parser.add_argument("--temp", type=float, default=0.0, metavar="X", help="temperature, 0 = greedy (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the sampling (default: %(default)s)")
     _add_cache_arguments(parser.add_argument_group("KV cache"))
     _add_engine_arguments(parser.add_argument_group("engine"))
@@ -76,11 +72,12 @@ def _add_cache_arguments(group: argparse._ArgumentGroup) -> None:
     inspect.add_budget_arguments(group, kv_size=None)
     add_amount_arguments(group)
     add_keep_arguments(group)
+    group.add_argument("--pool", choices=tuple(POOLS), help=f"pooling of the scores (default: {PRESETS['default']['pool']})")
     group.add_argument(
-        "--pool", choices=tuple(POOLS), help=f"pooling of the scores (default: {PRESETS['default']['pool']})"
-    )
-    group.add_argument(
-        "--pool-kernel", type=int, metavar="N", help=f"scores, odd, 1 = none, 0 = by each head's cells (default: {PRESETS['default']['pool_kernel']})"
+        "--pool-kernel",
+        type=int,
+        metavar="N",
+        help=f"scores, odd, 1 = none, 0 = by each head's cells (default: {PRESETS['default']['pool_kernel']})",
     )
     group.add_argument(
         "--prefill",
@@ -97,15 +94,9 @@ def _add_engine_arguments(group: argparse._ArgumentGroup) -> None:
         help="context in tokens, rounded up to a multiple of 256 "
         "(default: what the prompt and -n need, at most the context length of the model)",
     )
-    group.add_argument(
-        "--n-batch", type=int, default=512, metavar="N", help="prompt tokens per step (default: %(default)s)"
-    )
-    group.add_argument(
-        "--threads", type=int, metavar="N", help="CPU threads (default: half of the CPUs, all for the prompt)"
-    )
-    group.add_argument(
-        "--n-gpu-layers", type=int, default=0, metavar="N", help="layers on the GPU, -1 = all (default: %(default)s)"
-    )
+    group.add_argument("--n-batch", type=int, default=512, metavar="N", help="prompt tokens per step (default: %(default)s)")
+    group.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: half of the CPUs, all for the prompt)")
+    group.add_argument("--n-gpu-layers", type=int, default=0, metavar="N", help="layers on the GPU, -1 = all (default: %(default)s)")
 
 
 def run_generate(args: argparse.Namespace) -> int:

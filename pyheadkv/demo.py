@@ -68,9 +68,7 @@ class Answer:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of ``pyheadkv demo``."""
     which = parser.add_mutually_exclusive_group()
-    which.add_argument(
-        "model", nargs="?", metavar="MODEL.gguf", help="asked in English (default: the embedded model, in its own language)"
-    )
+    which.add_argument("model", nargs="?", metavar="MODEL.gguf", help="asked in English (default: the embedded model, in its own language)")
     which.add_argument(
         "--fetch",
         action="store_true",
@@ -84,16 +82,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_amount_arguments(parser, several=True)
     add_keep_arguments(parser)
-    parser.add_argument(
-        "--tokens", type=int, default=N_TOKENS, metavar="N", help="length of a prompt in tokens (default: %(default)s)"
-    )
+    parser.add_argument("--tokens", type=int, default=N_TOKENS, metavar="N", help="length of a prompt in tokens (default: %(default)s)")
     parser.add_argument("--questions", type=int, default=8, metavar="N", help="(default: %(default)s)")
-    parser.add_argument(
-        "--seed", type=int, default=0, metavar="N", help="of the texts and the questions (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--threads", type=int, metavar="N", help=f"CPU threads (default: all CPUs, at most {MAX_THREADS})"
-    )
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the texts and the questions (default: %(default)s)")
+    parser.add_argument("--threads", type=int, metavar="N", help=f"CPU threads (default: all CPUs, at most {MAX_THREADS})")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -174,7 +166,9 @@ def make_settings(args: argparse.Namespace, path: Path) -> list[Setting]:
         n = cells_in(parse_bytes("--kv-bytes", text), path, recent=recent, n_ctx=args.tokens)
         amounts.append(Setting(kv_size=n, kv_bytes=text))
     source = args.importance or ""
-    methods: list[dict[str, Any]] = [{"policy": policy, "preset": preset, "importance": source * (policy == AUTO)} for policy, preset in METHODS]
+    methods: list[dict[str, Any]] = [
+        {"policy": policy, "preset": preset, "importance": source * (policy == AUTO)} for policy, preset in METHODS
+    ]
     return [Setting(), *(replace(amount, **method) for amount in amounts for method in methods)]
 
 

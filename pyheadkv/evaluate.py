@@ -224,7 +224,14 @@ class Worker:
                 trial.drop(copies)
 
     def _answers(
-        self, trial: Trial, copies: Sequence[Copy], i_ask: int, ask: Ask, n: int, rest: Sequence[int], stop: frozenset[int],
+        self,
+        trial: Trial,
+        copies: Sequence[Copy],
+        i_ask: int,
+        ask: Ask,
+        n: int,
+        rest: Sequence[int],
+        stop: frozenset[int],
         expected: Expected,
     ) -> Iterator[Answer]:
         """To a question and to those that follow it in the same chat: ``rest`` comes after the first n tokens of the prompt."""
@@ -301,40 +308,38 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of ``pyheadkv eval``."""
     parser.add_argument("task", metavar="TASK[,TASK..]", help=f"one or more of {', '.join(TASKS)}")
     parser.add_argument("model", nargs="?", metavar="MODEL.gguf", help="model (default: the embedded one)")
-    parser.add_argument(
-        "-o", "--output", type=Path, required=True, metavar="FILE.jsonl", help="answers; tables and plots stand beside it"
-    )
+    parser.add_argument("-o", "--output", type=Path, required=True, metavar="FILE.jsonl", help="answers; tables and plots stand beside it")
     group = parser.add_argument_group("settings to compare, comma-separated; the full cache is always one of them")
-    group.add_argument("--policy", default="auto,snapkv,streaming", metavar="LIST", help="(default: %(default)s); none = the question without its context")
+    group.add_argument(
+        "--policy", default="auto,snapkv,streaming", metavar="LIST", help="(default: %(default)s); none = the question without its context"
+    )
     group.add_argument(
         "--kv-size", metavar="LIST", help=f"mean cells per KV head, recent ones included (default: {KV_SIZES} if no amount is given)"
     )
     add_amount_arguments(group, several=True)
-    group.add_argument("--preset", default="", metavar="LIST", help="of window, recent, power and pooling: default, paper (default: default)")
+    group.add_argument(
+        "--preset", default="", metavar="LIST", help="of window, recent, power and pooling: default, paper (default: default)"
+    )
     group.add_argument("--pool", default="", metavar="LIST", help="max, avg (default: that of the preset)")
     for name, what in SCORING.items():
         group.add_argument(f"--{name.replace('_', '-')}", default="", metavar="LIST", help=f"{what} (default: that of the preset)")
     group.add_argument("--beta", default="", metavar="LIST", help="(default: the one stored with the importance, else 1.2)")
-    group.add_argument(
-        "--importance", default="", metavar="LIST", help="score files or GGUFs (default: the importance of the model)"
-    )
+    group.add_argument("--importance", default="", metavar="LIST", help="score files or GGUFs (default: the importance of the model)")
     add_keep_arguments(parser.add_argument_group("cells that every head keeps, under all settings"))
     group = parser.add_argument_group("questions")
-    group.add_argument(
-        "--protocol", default=",".join(PROTOCOLS), metavar="LIST", help="query-aware, query-agnostic (default: both)"
-    )
+    group.add_argument("--protocol", default=",".join(PROTOCOLS), metavar="LIST", help="query-aware, query-agnostic (default: both)")
     group.add_argument("--tokens", default="4096", metavar="LIST", help="lengths of the prompts (default: %(default)s)")
     group.add_argument("--contexts", type=int, default=20, metavar="N", help="per task and length (default: %(default)s)")
-    group.add_argument(
-        "--questions", type=int, default=2, metavar="N", help="of each kind about one context (default: %(default)s)"
-    )
+    group.add_argument("--questions", type=int, default=2, metavar="N", help="of each kind about one context (default: %(default)s)")
     group.add_argument("--depths", type=int, default=10, metavar="N", help="of the needle, task niah (default: %(default)s)")
     group.add_argument("--file", type=Path, metavar="FILE.jsonl", help=f"of the tasks {', '.join(FILES)}")
     group.add_argument("--prompts", type=Path, metavar="FILE.json", help="of these tasks (default: those of the package)")
     group.add_argument("--after", default="", metavar="TEXT", help="instructions behind each question (English tasks in a chat template)")
     group.add_argument("--raw", action="store_true", help="no chat template, and one stop token, as the HeadKV authors ask (English tasks)")
     group.add_argument("--seed", type=int, default=0, metavar="N", help="(default: %(default)s)")
-    group.add_argument("--kl", action="store_true", help="also what each cache makes of the full cache's answer: perplexity, divergence of the next token")
+    group.add_argument(
+        "--kl", action="store_true", help="also what each cache makes of the full cache's answer: perplexity, divergence of the next token"
+    )
     group = parser.add_argument_group("run")
     group.add_argument("--jobs", type=int, default=1, metavar="N", help="contexts at the same time (default: %(default)s)")
     group.add_argument("--threads", type=int, default=1, metavar="N", help="CPU threads of each (default: %(default)s)")
@@ -368,7 +373,9 @@ def make_settings(args: argparse.Namespace, model: Path, *, n_ctx: int) -> tuple
     policies = [check_choice("--policy", p, (AUTO, FULL, NONE, *POLICIES)) for p in split(args.policy)]
     presets = [check_choice("--preset", p, tuple(PRESETS)) for p in split(args.preset)] or [""]
     pools = [check_choice("--pool", p, tuple(POOLS)) for p in split(args.pool)] or [""]
-    scorings: list[dict[str, Any]] = [dict(zip(SCORING, values, strict=True)) for values in product(*(_numbers(args, name) for name in SCORING))]
+    scorings: list[dict[str, Any]] = [
+        dict(zip(SCORING, values, strict=True)) for values in product(*(_numbers(args, name) for name in SCORING))
+    ]
     betas = [_beta(b) for b in split(args.beta)] or [0.0]
     files = split(args.importance) or [""]
     _check_used(args, policies)
@@ -382,7 +389,9 @@ def make_settings(args: argparse.Namespace, model: Path, *, n_ctx: int) -> tuple
         setting = replace(amount, policy=policy)
         if by_score:
             setting = replace(setting, preset=preset, pool=pool, **scoring)
-            Options(kv_size=setting.kv_size or MAX_CELLS, preset=preset or "default", **setting.scoring)  # or an error that names what is wrong
+            Options(
+                kv_size=setting.kv_size or MAX_CELLS, preset=preset or "default", **setting.scoring
+            )  # or an error that names what is wrong
         out.append(replace(setting, beta=beta, importance=file) if by_importance else setting)
     return tuple(dict.fromkeys(out))
 
@@ -395,7 +404,9 @@ def _check_used(args: argparse.Namespace, policies: Sequence[str]) -> None:
     for name, is_used in used.items():
         value = getattr(args, name)
         if not is_used and value not in (None, "", []):
-            raise ValueError(f"--{name.replace('_', '-')}={value}: no policy of {args.policy!r} looks at it: add one that does, or leave it out")
+            raise ValueError(
+                f"--{name.replace('_', '-')}={value}: no policy of {args.policy!r} looks at it: add one that does, or leave it out"
+            )
 
 
 def _amounts(args: argparse.Namespace, model: Path, *, n_ctx: int) -> list[Setting]:
@@ -433,7 +444,9 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"output {args.output} exists: pass --resume to go on with it, or --force to replace it")
     lengths = [check_int("--tokens", int(n) if n.isdigit() else n, 64, 1 << 24) for n in split(args.tokens)]
     tasks = tuple(
-        TaskOptions(check_choice("task", name, TASKS), n, args.questions, args.seed, args.depths, args.file, args.prompts, args.raw, args.after)
+        TaskOptions(
+            check_choice("task", name, TASKS), n, args.questions, args.seed, args.depths, args.file, args.prompts, args.raw, args.after
+        )
         for name in split(args.task)
         for n in lengths
     )
@@ -441,15 +454,15 @@ def run(args: argparse.Namespace) -> int:
         n_answer(task)  # files that are needed are there
     protocols = tuple(check_choice("--protocol", p, PROTOCOLS) for p in split(args.protocol))
     settings = make_settings(args, path, n_ctx=max(lengths))
-    job = Job(path, tasks, settings, protocols, keep_kwargs(args), check_int("--threads", args.threads, 1, 1024), args.n_gpu_layers, args.kl)
+    job = Job(
+        path, tasks, settings, protocols, keep_kwargs(args), check_int("--threads", args.threads, 1, 1024), args.n_gpu_layers, args.kl
+    )
     check_int("--contexts", args.contexts, 1, 1 << 20)
     check_int("--jobs", args.jobs, 1, 1024)
     journal = Journal(args.output, describe(job), resume=args.resume)
     done = {(e["task"], e["length"], e["quiz"]) for e in journal.entries}
     counts = count_quizzes(job, args.contexts)
-    places = [
-        (i, k) for i, task in enumerate(tasks) for k in range(counts[i]) if (task.name, task.n_tokens, k) not in done
-    ]
+    places = [(i, k) for i, task in enumerate(tasks) for k in range(counts[i]) if (task.name, task.n_tokens, k) not in done]
     begin, whole = time.perf_counter(), not journal.entries
     with tqdm(total=sum(counts), initial=sum(counts) - len(places), desc="contexts", leave=False, disable=None) as bar:
         for entry in run_job(job, places, n_jobs=min(args.jobs, max(1, len(places)))):

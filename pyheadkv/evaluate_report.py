@@ -163,7 +163,9 @@ def _scores(answers: Answers, protocol: str) -> list[str]:
         name = setting["name"]
         cells = [_cell(interval(by_context(answers.of(protocol, name, kind)))) for kind in _columns(answers)]
         mine = answers.of(protocol, name)
-        n_cells, n_bytes, n_held, n_prompt = (float(np.mean(x)) for x in zip(*[(a.cells, a.bytes, a.bytes_store, a.n_prompt) for a in mine]))
+        n_cells, n_bytes, n_held, n_prompt = (
+            float(np.mean(x)) for x in zip(*[(a.cells, a.bytes, a.bytes_store, a.n_prompt) for a in mine])
+        )
         share = np.mean([a.score for a in mine]) / max(answers.full(protocol), 1e-9)
         held = [f"{n_cells:.0f}", f"{100 * n_cells / n_prompt:.1f} %", f"{n_bytes / 1024:.0f}", f"{n_held / 1024:.0f}"]
         lines.append(row([name, *held, *cells, f"{100 * share:.0f} %", *_distance(mine, is_wanted=_has_distances(answers))]))
@@ -230,7 +232,9 @@ def _least(answers: Answers, protocol: str) -> list[str]:
         for kind in kinds:
             points = [answers.of(protocol, name, kind) for name in names]
             reached = {
-                share: [np.mean([a.cells for a in p]) for p in points if np.mean([a.score for a in p]) >= share * answers.full(protocol, kind)]
+                share: [
+                    np.mean([a.cells for a in p]) for p in points if np.mean([a.score for a in p]) >= share * answers.full(protocol, kind)
+                ]
                 for share in SHARES
             }
             cells.append(" / ".join(f"{min(r):.0f}" if r else "-" for r in reached.values()))
@@ -251,7 +255,10 @@ def _gains(answers: Answers, protocol: str) -> list[str]:
     for setting in answers.settings:
         uniform = [s for s in answers.settings if s["policy"] == "snapkv" and s["budget"] == setting["budget"]]
         # policies that do not look at scores are set against the first of those that score in several ways
-        name = next((s["name"] for s in uniform if _scoring(s) == _scoring(setting)), uniform[0]["name"] if uniform and not _scoring(setting) else None)
+        name = next(
+            (s["name"] for s in uniform if _scoring(s) == _scoring(setting)),
+            uniform[0]["name"] if uniform and not _scoring(setting) else None,
+        )
         if name is None or name == setting["name"]:
             continue
         cells = []
@@ -288,7 +295,9 @@ def plot(answers: Answers, path: Path) -> Path:
                 axes.plot(*zip(*points), marker="o", ms=4, label=label, color=f"C{i % 10}", ls="-" if i < 10 else "--")
             axes.axhline(100 * answers.full(protocol, kind), color="grey", ls=":", label="full cache")
             if _has_none(answers):
-                axes.axhline(100 * float(np.mean([a.score for a in answers.of(protocol, NONE, kind)])), color="grey", ls="-.", label="no context")
+                axes.axhline(
+                    100 * float(np.mean([a.score for a in answers.of(protocol, NONE, kind)])), color="grey", ls="-.", label="no context"
+                )
             axes.set(xscale="log", title=f"{kind or 'all'}, {protocol}", xlabel="KiB of K and V kept", ylim=(-3, 103))
             axes.grid(alpha=0.3)
         axes_row[0].set_ylabel("score (%)")

@@ -141,10 +141,7 @@ def write_importance(
     with open_header(src) as header:
         values = check_importance(importance, name="importance")
         if header.pairs.get("split.count", _NO_PAIR).value not in (None, 0, 1):
-            raise ValueError(
-                f"{src}: split.count = {header.pairs['split.count'].value}: "
-                "merge the parts with llama-gguf-split --merge"
-            )
+            raise ValueError(f"{src}: split.count = {header.pairs['split.count'].value}: merge the parts with llama-gguf-split --merge")
         old_keys = {name for name in header.pairs if name.startswith(KEY_IMPORTANCE.format(arch=header.arch))}
         if old_keys and not force:
             raise ValueError(f"{src}: {sorted(old_keys)[0]} is already there: pass force=True (--force) to replace it")
@@ -257,9 +254,7 @@ def check_importance(values: ArrayLike, *, name: str) -> NDArray[np.float64]:
     for bad, rule in ((~np.isfinite(array), "finite"), (array < 0, ">= 0")):
         if bad.any():
             il, ih = np.argwhere(bad)[0]
-            raise ValueError(
-                f"{name}: layer {il} head {ih} is {array[il, ih]}: every value must be {rule}, measure it again"
-            )
+            raise ValueError(f"{name}: layer {il} head {ih} is {array[il, ih]}: every value must be {rule}, measure it again")
     with np.errstate(over="ignore"):
         total = array.sum()
     if not 0 < total < math.inf:
@@ -278,9 +273,7 @@ def _load_json(raw: bytes, path: Path) -> Importance:
     except RecursionError:
         raise ValueError(f"{path}: not readable as JSON: nested too deeply; {REMEDY_DAMAGED}") from None
     if not isinstance(data, dict) or not data:
-        raise ValueError(
-            f'{path}: holds {_brief(data)}: use {{"layer-head": [floats]}} or {{"importance": [[floats]]}}'
-        )
+        raise ValueError(f'{path}: holds {_brief(data)}: use {{"layer-head": [floats]}} or {{"importance": [[floats]]}}')
     if "importance" in data:
         beta, method, fingerprint = data.get("beta"), data.get("method", ""), data.get("fingerprint", "")
         return Importance(
@@ -348,9 +341,7 @@ def _mean_per_head(data: dict[str, Any], path: Path) -> list[list[np.float64]]:
     if n_layer * n_head != len(means):
         heads = ((il, ih) for il in range(n_layer) for ih in range(n_head))
         il, ih = next(head for head in heads if head not in means)
-        raise ValueError(
-            f"{path}: key '{il}-{ih}' is missing, {len(means)} of {n_layer} x {n_head} heads found: {REMEDY_DAMAGED}"
-        )
+        raise ValueError(f"{path}: key '{il}-{ih}' is missing, {len(means)} of {n_layer} x {n_head} heads found: {REMEDY_DAMAGED}")
     return [[means[il, ih] for ih in range(n_head)] for il in range(n_layer)]
 
 
@@ -366,9 +357,7 @@ def _mean(scores: Any, key: str, path: Path) -> np.float64:
 def _parse_head(key: str, path: Path) -> tuple[int, int]:
     parts = key.split("-")
     if len(parts) != 2 or not all(p.isascii() and p.isdigit() and len(p) <= 6 for p in parts):
-        raise ValueError(
-            f"{path}: key {key[:40]!r} is not 'layer-head' with two small numbers: use keys such as '31-7'"
-        )
+        raise ValueError(f"{path}: key {key[:40]!r} is not 'layer-head' with two small numbers: use keys such as '31-7'")
     return int(parts[0]), int(parts[1])
 
 
@@ -487,9 +476,7 @@ def _parse_header(data: mmap.mmap, path: Path) -> _Header:
         raise cursor.error(f"magic is {magic!r}, not {MAGIC!r}, no GGUF file")
     version = cursor.scalar("I", "version")
     if version not in GGUF_VERSIONS:
-        raise ValueError(
-            f"{path}: GGUF version = {version}, readable are {GGUF_VERSIONS}, little endian: convert the model again"
-        )
+        raise ValueError(f"{path}: GGUF version = {version}, readable are {GGUF_VERSIONS}, little endian: convert the model again")
     n_tensors = cursor.count("tensor count", min_bytes=MIN_TENSOR_BYTES)
     n_pairs = cursor.count("key count", min_bytes=MIN_PAIR_BYTES)
     pairs: dict[str, _Pair] = {}
@@ -575,15 +562,11 @@ def _importance_of(header: _Header) -> Importance | None:
         return None
     version = _typed(header, KEY_VERSION, (UINT32,))
     if version != VERSION:
-        raise ValueError(
-            f"{header.path}: {prefix}.version = {version}, readable is {VERSION}: update pyheadkv or {REMEDY_WRITE}"
-        )
+        raise ValueError(f"{header.path}: {prefix}.version = {version}, readable is {VERSION}: update pyheadkv or {REMEDY_WRITE}")
     flat = _typed(header, KEY_IMPORTANCE, (FLOAT32, FLOAT64), array=True)
     shape = tuple(_typed(header, KEY_SHAPE, (UINT32,), array=True).tolist())
     if len(shape) != 2 or math.prod(shape) != len(flat):
-        raise ValueError(
-            f"{header.path}: {prefix}.shape = {list(shape)} does not fit {len(flat)} values: {REMEDY_WRITE}"
-        )
+        raise ValueError(f"{header.path}: {prefix}.shape = {list(shape)} does not fit {len(flat)} values: {REMEDY_WRITE}")
     values = check_importance(flat.reshape(shape), name=f"{header.path}: {prefix}")
     _check_model_heads(header, values)
     method, source = (_typed(header, key, (STRING,)) for key in (KEY_METHOD, KEY_SOURCE))
@@ -604,9 +587,7 @@ def _typed(header: _Header, key: str, types: tuple[int, ...], *, array: bool = F
     if found not in types or (pair.type == ARRAY) != array:
         kind = "array of " if pair.type == ARRAY else ""
         want_kind = "array of " if array else ""
-        raise ValueError(
-            f"{header.path}: key {name} is {kind}{TYPE_NAMES[found or 0]}, expected {want_kind}{wanted}: {REMEDY_WRITE}"
-        )
+        raise ValueError(f"{header.path}: key {name} is {kind}{TYPE_NAMES[found or 0]}, expected {want_kind}{wanted}: {REMEDY_WRITE}")
     return pair.value
 
 
@@ -619,16 +600,13 @@ def heads_by_layer(header: _Header) -> list[tuple[int, int]] | None:
     if n_layer is None or n_head is None:
         return None
     if type(n_layer) is not int or not 1 <= n_layer <= MAX_LAYERS:
-        raise ValueError(
-            f"{header.path}: {header.arch}.block_count = {n_layer!r} is no number in [1, {MAX_LAYERS}]: {REMEDY_DAMAGED}"
-        )
+        raise ValueError(f"{header.path}: {header.arch}.block_count = {n_layer!r} is no number in [1, {MAX_LAYERS}]: {REMEDY_DAMAGED}")
     columns = []
     for name, value in (("head_count", n_head), ("head_count_kv", n_head if n_head_kv is None else n_head_kv)):
         counts = np.atleast_1d(value)
         if counts.dtype.kind not in "iu" or counts.ndim != 1 or len(counts) not in (1, n_layer) or (counts < 0).any():
             raise ValueError(
-                f"{header.path}: {header.arch}.attention.{name} = {counts.tolist()!r} does not fit "
-                f"{n_layer} layers: {REMEDY_DAMAGED}"
+                f"{header.path}: {header.arch}.attention.{name} = {counts.tolist()!r} does not fit {n_layer} layers: {REMEDY_DAMAGED}"
             )
         columns.append(counts.tolist() * (n_layer if len(counts) == 1 else 1))
     return list(zip(*columns, strict=True))
@@ -681,9 +659,7 @@ def check_destination(src: Path, dst: Path, *, force: bool) -> None:
     if dst.exists() and not force:
         raise ValueError(f"output {dst} exists: pass force=True (--force) to replace it, or choose another name")
     if dst.is_dir() or not dst.parent.is_dir():
-        raise ValueError(
-            f"output {dst} is a folder or in a folder that does not exist: choose a file in an existing one"
-        )
+        raise ValueError(f"output {dst} is a folder or in a folder that does not exist: choose a file in an existing one")
 
 
 def replace_file(dst: Path, write: Callable[[BinaryIO], object]) -> None:
@@ -707,9 +683,7 @@ def _umask() -> int:
     return mask
 
 
-def _copy_with_fields(
-    header: _Header, out: BinaryIO, fields: list[tuple[str, int, int | None, Any]], *, without: set[str]
-) -> None:
+def _copy_with_fields(header: _Header, out: BinaryIO, fields: list[tuple[str, int, int | None, Any]], *, without: set[str]) -> None:
     """Same bytes in the same order, but for the keys in ``without``; new keys come last.
 
     Tensor offsets count from the data section, so the tensor table is copied as it is.

@@ -106,6 +106,8 @@ class GrammarSampler:
         llama_cpp.llama_sampler_apply(self._sampler.sampler, ctypes.byref(array))
         chosen = array.data[array.selected]
         if chosen.logit == -np.inf:
-            raise ValueError("the grammar allows no token of the vocabulary after what was generated: the model cannot write what it asks for")
+            raise ValueError(
+                "the grammar allows no token of the vocabulary after what was generated: the model cannot write what it asks for"
+            )
         self._sampler.accept(chosen.id)
         return int(chosen.id)

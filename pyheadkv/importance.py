@@ -226,7 +226,9 @@ def write_gguf(model: str | os.PathLike[str], importance: Importance) -> Path:
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
     writer = gguf.GGUFWriter(part, mine.arch)
     n_layer, n_head = importance.values.shape
-    gguf_keys.add_importance_keys(writer, importance.values, n_layer=n_layer, n_head=n_head, method=importance.method, source=importance.source)
+    gguf_keys.add_importance_keys(
+        writer, importance.values, n_layer=n_layer, n_head=n_head, method=importance.method, source=importance.source
+    )
     if importance.beta is not None:
         writer.add_float64(gguf_keys.KEY_BETA.format(arch=mine.arch), importance.beta)
     writer.write_header_to_file()

@@ -38,10 +38,7 @@ BUDGET_OPTIONS = ("policy", "beta", "preset", "window", "recent", "power")  # of
 TOP_SHARES = (0.01, 0.05, 0.10, 0.25)  # of all query heads
 BARS, BARS_ASCII = "▁▂▃▄▅▆▇█", "12345678"
 
-REMEDY_IMPORTANCE = (
-    "measure it with 'pyheadkv score', name a score file with --importance, "
-    "or use --policy snapkv (uniform budgets)"
-)
+REMEDY_IMPORTANCE = "measure it with 'pyheadkv score', name a score file with --importance, or use --policy snapkv (uniform budgets)"
 
 
 @dataclass(frozen=True)
@@ -171,9 +168,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="tokens of the full cache to compare with (default: the model's context length)",
     )
-    parser.add_argument(
-        "-o", "--output", metavar="FILE.png", help="also draw a heat map of importance and budgets (default: none)"
-    )
+    parser.add_argument("-o", "--output", metavar="FILE.png", help="also draw a heat map of importance and budgets (default: none)")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -414,9 +409,7 @@ def _bars(plan: Plan) -> list[list[str]]:
 
 def _total_lines(plan: Plan) -> list[str]:
     budget = plan.budget[plan.budget > 0]  # of the heads that exist
-    total = (
-        f"{budget.sum()} cells, mean {budget.mean():.2f}, smallest {budget.min()}, largest {budget.max()} per KV head"
-    )
+    total = f"{budget.sum()} cells, mean {budget.mean():.2f}, smallest {budget.min()}, largest {budget.max()} per KV head"
     held, full = format_bytes(plan.n_bytes), format_bytes(plan.n_bytes_full)
     share = plan.n_bytes / plan.n_bytes_full
     return [
@@ -438,14 +431,10 @@ def draw(plan: Plan) -> Figure:
     axes = figure.subplots(1, n_panels, squeeze=False)[0]
     if plan.importance is not None:
         share = 100 * plan.importance / plan.importance.sum()
-        _draw_panel(
-            figure, axes[0], share, title="importance", head="query head", unit="share of the total importance (%)"
-        )
+        _draw_panel(figure, axes[0], share, title="importance", head="query head", unit="share of the total importance (%)")
     title = f"budget: {plan.options.policy}, kv_size {plan.options.kv_size}, beta {plan.options.beta}"
     _draw_panel(figure, axes[-1], plan.budget, title=title, head="KV head", unit="budget (cells, recent ones included)")
-    figure.suptitle(
-        f"{plan.shape.name}: {format_bytes(plan.n_bytes)} of {format_bytes(plan.n_bytes_full)} at {plan.n_ctx} tokens"
-    )
+    figure.suptitle(f"{plan.shape.name}: {format_bytes(plan.n_bytes)} of {format_bytes(plan.n_bytes_full)} at {plan.n_ctx} tokens")
     return figure
 
 

@@ -46,9 +46,7 @@ class Journal:
         begun, self.entries, n_bytes = read_lines(self.path)
         for name, value in json.loads(json.dumps(settings)).items():
             if begun.get(name) != value:
-                raise ValueError(
-                    f"{self.path} was begun with {name} = {begun.get(name)!r}, not {value!r}: use the same, or {REMEDY}"
-                )
+                raise ValueError(f"{self.path} was begun with {name} = {begun.get(name)!r}, not {value!r}: use the same, or {REMEDY}")
         with open(self.path, "r+b") as file:
             file.truncate(n_bytes)
 

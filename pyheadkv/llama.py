@@ -229,7 +229,9 @@ class Llama(llama_cpp.Llama):
             prefill=prefill, prefill_hidden=prefill_hidden, sinks=sinks, protect=protect, surplus=surplus,
             pyramid_exact=pyramid_exact, adakv_floor=adakv_floor, adakv_normalize=adakv_normalize).items() if value is not None}  # fmt: skip
         amount = {name: value for name, value in dict(kv_size=kv_size, kv_ratio=kv_ratio, kv_bytes=kv_bytes).items() if value is not None}
-        more = {name: value for name, value in dict(importance=importance, kv_reuse=kv_reuse, n_seq_max=n_seq_max).items() if value is not None}
+        more = {
+            name: value for name, value in dict(importance=importance, kv_reuse=kv_reuse, n_seq_max=n_seq_max).items() if value is not None
+        }
         self._kv_args: dict[str, Any] = {**given, **amount, **more}
         self._kv_reuse = bool(kv_reuse)
         self._n_seq_max = 1 if n_seq_max is None else check_int("n_seq_max", n_seq_max, 1, 256)
@@ -248,14 +250,18 @@ class Llama(llama_cpp.Llama):
         if amount and policy in (FULL, LOSSLESS):
             raise ValueError(f"policy={policy!r}, {_assigned(amount)}: it keeps all cells, leave the amount out or choose another policy")
         if beta is not None and policy not in (None, AUTO, *BY_BETA):
-            raise ValueError(f"policy={policy!r}, beta={beta!r}: it does not look at beta, which {', '.join(BY_BETA)} do: leave one of them out")
+            raise ValueError(
+                f"policy={policy!r}, beta={beta!r}: it does not look at beta, which {', '.join(BY_BETA)} do: leave one of them out"
+            )
         self._kv_ratio = kv_ratio
         self._found: Found | None = None  # the importance in use
         if not amount and policy != LOSSLESS:
             idle = {name: value for name, value in {**given, **more}.items() if (name, value) != ("policy", FULL)}
             if idle:
-                raise ValueError(f"{_assigned(idle)}: nothing says how much is kept, give kv_size, kv_ratio or kv_bytes; the stock cache "
-                                 "has no such options")
+                raise ValueError(
+                    f"{_assigned(idle)}: nothing says how much is kept, give kv_size, kv_ratio or kv_bytes; the stock cache "
+                    "has no such options"
+                )
             self.kv_options: Options | None = None
             super().__init__(model_path, **kwargs)
             return
@@ -267,9 +273,16 @@ class Llama(llama_cpp.Llama):
                 raise ValueError(f"kv_ratio={kv_ratio!r}: nothing would be kept, use a share above 0")
             options = replace(options, kv_size=options.recent + 1)  # until there is a prompt
         elif kv_bytes is not None:
-            options = replace(options, kv_size=cells_in(
-                parse_bytes("kv_bytes", kv_bytes), model_path, recent=options.recent, n_ctx=n_ctx, **{
-                    name: kwargs.get(name) for name in ("type_k", "type_v")}))
+            options = replace(
+                options,
+                kv_size=cells_in(
+                    parse_bytes("kv_bytes", kv_bytes),
+                    model_path,
+                    recent=options.recent,
+                    n_ctx=n_ctx,
+                    **{name: kwargs.get(name) for name in ("type_k", "type_v")},
+                ),
+            )
         self.kv_options = options
         if n_ctx and options.kv_size > n_ctx and options.policy != LOSSLESS:
             raise ValueError(f"kv_size={options.kv_size}: it must not be larger than n_ctx = {n_ctx}")
@@ -294,7 +307,9 @@ class Llama(llama_cpp.Llama):
             self.close()
             raise ValueError(f"prefill='layer' is not possible for this model: {why}; use prefill='auto'")
         if self.verbose:
-            print(f"pyheadkv: policy {self.policy}{'' if self._found is None else ', importance from ' + self._found.origin}", file=sys.stderr)
+            print(
+                f"pyheadkv: policy {self.policy}{'' if self._found is None else ', importance from ' + self._found.origin}", file=sys.stderr
+            )
 
     def _find_importance(self, importance: ImportanceLike) -> None:
         if importance is not None:
@@ -372,8 +387,9 @@ class Llama(llama_cpp.Llama):
             return
         n_ctx = len(self.input_ids)
         if self.n_tokens + len(tokens) > n_ctx:
-            raise ValueError(f"{self.n_tokens} + {len(tokens)} tokens do not fit into n_ctx={n_ctx}: "
-                             "use a larger n_ctx or a shorter prompt")
+            raise ValueError(
+                f"{self.n_tokens} + {len(tokens)} tokens do not fit into n_ctx={n_ctx}: use a larger n_ctx or a shorter prompt"
+            )
         is_prompt, self._prompt_pending = self._prompt_pending, False
         n_protect, self._n_protect = self._n_protect, 0
         whole = is_prompt and self.n_tokens == 0 and self.prefill_mode == "layer" and not self._logits_all
@@ -614,8 +630,10 @@ class Llama(llama_cpp.Llama):
                    for first, user in ((system, "a"), (system, "b"), (other, "a")))  # fmt: skip
         head = a[: n_common(a, b)]
         if n_common(head, c) == len(head):
-            raise ValueError("protect_system=True: the chat format in use leaves the system message out, or puts it behind the first "
-                             "question, use protect=[(start, end)]")
+            raise ValueError(
+                "protect_system=True: the chat format in use leaves the system message out, or puts it behind the first "
+                "question, use protect=[(start, end)]"
+            )
         return head
 
     def _chat_tokens(self, messages: list[Any], *args: Any, **kwargs: Any) -> list[int]:
@@ -633,8 +651,7 @@ class Llama(llama_cpp.Llama):
 
     def _is_cached(self, tokens: Sequence[int]) -> bool:
         # the very prompt that was compressed, without a token generated after it
-        return (not self._requires_eval and self._stats().n_prompt == self.n_tokens == len(tokens)
-                and list(self._input_ids) == list(tokens))
+        return not self._requires_eval and self._stats().n_prompt == self.n_tokens == len(tokens) and list(self._input_ids) == list(tokens)
 
     def reset(self) -> None:
         """Forget all tokens; the cache is empty afterwards."""
@@ -656,8 +673,14 @@ class Llama(llama_cpp.Llama):
         data = (ctypes.c_uint8 * size)()
         if size == 0 or llama_cpp.llama_state_seq_get_data(self.ctx, data, size, 0) != size:
             raise RuntimeError(_lib.last_error())
-        return LlamaState(input_ids=self._input_ids.copy(), scores=np.empty((0, self.n_vocab()), dtype=np.single), n_tokens=self.n_tokens,
-                          llama_state=bytes(data), llama_state_size=size, seed=self._seed)
+        return LlamaState(
+            input_ids=self._input_ids.copy(),
+            scores=np.empty((0, self.n_vocab()), dtype=np.single),
+            n_tokens=self.n_tokens,
+            llama_state=bytes(data),
+            llama_state_size=size,
+            seed=self._seed,
+        )
 
     def load_state(self, state: LlamaState) -> None:
         """Go back to what ``save_state`` saw; ``generate`` continues on it with ``kv_reuse=True``.
@@ -684,8 +707,10 @@ class Llama(llama_cpp.Llama):
             if not len(state.input_ids) >= n == stats.n_past:
                 raise ValueError(f"the state cannot be restored: its cache has {stats.n_past} tokens, {n} were said to be in it")
             if self._kv_ratio is None and stats.kv_size > self.kv_options.kv_size:
-                raise ValueError(f"the state cannot be restored: it was compressed with kv_size={stats.kv_size}, which is more than "
-                                 f"kv_size={self.kv_options.kv_size} of this one")
+                raise ValueError(
+                    f"the state cannot be restored: it was compressed with kv_size={stats.kv_size}, which is more than "
+                    f"kv_size={self.kv_options.kv_size} of this one"
+                )
         except ValueError:
             self.reset()
             raise
@@ -844,10 +869,14 @@ def cells_in(
 
     shape = read_shape(model_path)
     f16 = llama_cpp.GGML_TYPE_F16
-    cell = row_bytes(f16 if type_k is None else type_k, shape.n_embd_head_k) + row_bytes(f16 if type_v is None else type_v, shape.n_embd_head_v)
+    cell = row_bytes(f16 if type_k is None else type_k, shape.n_embd_head_k) + row_bytes(
+        f16 if type_v is None else type_v, shape.n_embd_head_v
+    )
     kv_size = n_bytes // (cell * shape.n_heads_kv)
     if kv_size <= recent:
         least = (recent + 1) * cell * shape.n_heads_kv
-        raise ValueError(f"kv_bytes={n_bytes}: {kv_size} cells for each of {shape.n_heads_kv} KV heads, which must hold the {recent} recent "
-                         f"ones and one more: use at least {least} bytes")
+        raise ValueError(
+            f"kv_bytes={n_bytes}: {kv_size} cells for each of {shape.n_heads_kv} KV heads, which must hold the {recent} recent "
+            f"ones and one more: use at least {least} bytes"
+        )
     return min(kv_size, n_ctx or shape.n_ctx_train)

@@ -94,5 +94,7 @@ def choice(response: str, answer: str, options: Sequence[str]) -> float:
     if text := max((option for option in options if option and said.startswith(option)), key=len, default=""):
         return float(text == answer)
     letter = r"([A-D])(?![A-Za-z])"
-    found = re.match(letter, said) or re.search(rf"(?:answer|option)(?: is)?:?\s+{letter}", said) or re.search(rf"(?<![A-Za-z]){letter}", said)
+    found = (
+        re.match(letter, said) or re.search(rf"(?:answer|option)(?: is)?:?\s+{letter}", said) or re.search(rf"(?<![A-Za-z]){letter}", said)
+    )
     return float(found is not None and found[1] == "ABCD"[options.index(answer)])

@@ -60,10 +60,7 @@ FUNCTION_WORDS: tuple[str, ...] = tuple(
 )
 
 WORDS: tuple[str, ...] = tuple(
-    dict.fromkeys(
-        NUMBERS + NAMES + ATTRIBUTES + COUNTS + ADJECTIVES + ACTORS + THINGS + PLACES
-        + VERBS + MOVES + TIMES + FUNCTION_WORDS
-    )
+    dict.fromkeys(NUMBERS + NAMES + ATTRIBUTES + COUNTS + ADJECTIVES + ACTORS + THINGS + PLACES + VERBS + MOVES + TIMES + FUNCTION_WORDS)
 )
 
 SPECIAL_TOKENS: tuple[str, ...] = ("<unk>", "<s>", "</s>")
@@ -295,9 +292,7 @@ class World:
             for second in people[i + 1 :]:
                 self._add_comparison(first, second, attribute, ages, told)
 
-    def _add_comparison(
-        self, first: str, second: str, attribute: str, ages: dict[str, str], told: dict[str, Fact]
-    ) -> None:
+    def _add_comparison(self, first: str, second: str, attribute: str, ages: dict[str, str], told: dict[str, Fact]) -> None:
         pair = [first, second]
         self._rng.shuffle(pair)
         name = max(pair, key=lambda who: int(ages[who]))
@@ -355,9 +350,7 @@ def _filler(rng: random.Random, n_tokens: int) -> list[list[str]]:
     return sentences[::-1]
 
 
-def _pick_questions(
-    world: World, rng: random.Random, kinds: Sequence[Kind], *, but: Sequence[Question] = ()
-) -> list[Question]:
+def _pick_questions(world: World, rng: random.Random, kinds: Sequence[Kind], *, but: Sequence[Question] = ()) -> list[Question]:
     """One question per kind, each about another value than the ones before it and those in `but`."""
     picked: list[Question] = []
     for kind in kinds:
@@ -466,9 +459,7 @@ def _check_kinds(kinds: Sequence[Kind]) -> None:
         raise ValueError(f"kinds is {list(kinds)!r}: give one or more of {', '.join(KINDS)}")
 
 
-def _context(
-    world: World, rng: random.Random, n_tokens: int, fixed: dict[int, float]
-) -> tuple[list[str], dict[int, int]]:
+def _context(world: World, rng: random.Random, n_tokens: int, fixed: dict[int, float]) -> tuple[list[str], dict[int, int]]:
     """The haystack of n_tokens, BOS included, and the first word of each fact by id(fact)."""
     n_fixed = 1 + sum(len(fact.words) for fact in world.facts)
     if n_tokens < n_fixed:

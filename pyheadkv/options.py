@@ -60,8 +60,10 @@ def check_text(name: str, value: Any) -> None:
         try:
             value.encode("utf-8")
         except UnicodeEncodeError as error:
-            raise ValueError(f"{name}: character {error.start} is {value[error.start]!r}, a byte that was no UTF-8 or half of a character: "
-                             "read the text in the encoding that it has") from None
+            raise ValueError(
+                f"{name}: character {error.start} is {value[error.start]!r}, a byte that was no UTF-8 or half of a character: "
+                "read the text in the encoding that it has"
+            ) from None
     elif isinstance(value, (list, tuple, dict)):
         for item in value.values() if isinstance(value, dict) else value:
             check_text(name, item)

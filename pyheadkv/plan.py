@@ -133,12 +133,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             default="f16",
             help=f"type of {name.upper()} in the cache, planned beside f16 (default: %(default)s)",
         )
-    parser.add_argument(
-        "-n", "--n-predict", type=int, default=128, metavar="N", help="tokens to generate (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--n-ubatch", type=int, default=512, metavar="N", help="tokens per graph (default: %(default)s)"
-    )
+    parser.add_argument("-n", "--n-predict", type=int, default=128, metavar="N", help="tokens to generate (default: %(default)s)")
+    parser.add_argument("--n-ubatch", type=int, default=512, metavar="N", help="tokens per graph (default: %(default)s)")
     parser.add_argument(
         "--prefill-hidden",
         choices=("f32", "f16"),
@@ -458,9 +454,7 @@ def _reason(lines: Sequence[str]) -> str:
 def to_dict(plan: MemoryPlan) -> dict[str, Any]:
     """The plan for JSON: sizes in bytes, lengths in tokens."""
     entries = [
-        {**asdict(entry), "footprint": {**asdict(entry.footprint), "total": entry.footprint.total}}
-        if entry.footprint
-        else asdict(entry)
+        {**asdict(entry), "footprint": {**asdict(entry.footprint), "total": entry.footprint.total}} if entry.footprint else asdict(entry)
         for entry in plan.entries
     ]
     return {**asdict(plan), "entries": entries}

@@ -163,9 +163,7 @@ def pyramid_budget(
     return cells.astype(np.int64)
 
 
-def razor_budget(
-    importance: ArrayLike, *, n_head_kv: int, kv_size: int, recent: int, n_prefix: int, n_protected: int
-) -> NDArray[np.int64]:
+def razor_budget(importance: ArrayLike, *, n_head_kv: int, kv_size: int, recent: int, n_prefix: int, n_protected: int) -> NDArray[np.int64]:
     """Prefix cells of each KV head under policy "razor": the most important ones keep all, the last of them a part, the
     others their protected cells and one for what they drop.
 
@@ -442,9 +440,7 @@ def value_norms(v: ArrayLike, wo: ArrayLike, *, n_head: int) -> NDArray[np.float
     return mean
 
 
-def critical_scores(
-    scores: ArrayLike, norms: ArrayLike, cells: ArrayLike, *, protected: ArrayLike | None = None
-) -> NDArray[np.float64]:
+def critical_scores(scores: ArrayLike, norms: ArrayLike, cells: ArrayLike, *, protected: ArrayLike | None = None) -> NDArray[np.float64]:
     """Scores of policy "criticalkv": the first half of a head's cells by score are certain, the odd one included; the
     other cells score what they did times the norm of their value.
 
@@ -516,9 +512,7 @@ def keep(scores: ArrayLike, cells: ArrayLike, *, kv_size: int, recent: int, n_to
     scores, cells = np.asarray(scores, dtype=np.float64), np.asarray(cells)
     n_prefix = max(0, n_tokens - recent)
     if scores.ndim != 2 or cells.shape != scores.shape[:1] or scores.shape[1] != n_prefix:
-        raise ValueError(
-            f"scores {scores.shape} and cells {cells.shape} do not fit: pass (n_head_kv, {n_prefix}) and (n_head_kv,)"
-        )
+        raise ValueError(f"scores {scores.shape} and cells {cells.shape} do not fit: pass (n_head_kv, {n_prefix}) and (n_head_kv,)")
     if kv_size - recent > n_prefix:
         return [np.arange(n_tokens, dtype=np.int32) for _ in cells]
     tail = np.arange(n_prefix, n_tokens, dtype=np.int32)
@@ -566,9 +560,7 @@ def attend(
     """
     q = np.asarray(q, dtype=np.float64)
     if not k_list or len(k_list) != len(v_list) or len(q) % len(k_list):
-        raise ValueError(
-            f"{len(q)} queries, {len(k_list)} K and {len(v_list)} V do not fit: pass one K and V per KV head"
-        )
+        raise ValueError(f"{len(q)} queries, {len(k_list)} K and {len(v_list)} V do not fit: pass one K and V per KV head")
     group = len(q) // len(k_list)
     out = []
     for h, row in enumerate(q):
@@ -708,9 +700,7 @@ class ReferenceModel:
         """
         cells = np.asarray(cells)
         if cells.shape != (self.n_layer, self.n_head_kv):
-            raise ValueError(
-                f"cells has shape {cells.shape}, the model {(self.n_layer, self.n_head_kv)}: use budget_kv"
-            )
+            raise ValueError(f"cells has shape {cells.shape}, the model {(self.n_layer, self.n_head_kv)}: use budget_kv")
         recent = window if recent is None else recent
         _check_sizes(kv_size=kv_size, recent=recent)
         how: dict[str, Any] = {"power": power, "pool": pool, "pool_kernel": pool_kernel, "q_round": q_round}
@@ -724,15 +714,11 @@ class ReferenceModel:
     def retain(self, positions: Sequence[Sequence[ArrayLike]]) -> None:
         """Attend to exactly these cells from now on, [n_layer][n_head_kv] positions below ``n_past``."""
         if len(positions) != self.n_layer or any(len(heads) != self.n_head_kv for heads in positions):
-            raise ValueError(
-                f"positions is not [{self.n_layer}][{self.n_head_kv}] lists: pass one per layer and KV head"
-            )
+            raise ValueError(f"positions is not [{self.n_layer}][{self.n_head_kv}] lists: pass one per layer and KV head")
         kept = [[np.unique(np.asarray(rows, dtype=np.int32)) for rows in heads] for heads in positions]
         for rows in (rows for heads in kept for rows in heads if len(rows)):
             if rows[0] < 0 or rows[-1] >= self.n_past:
-                raise ValueError(
-                    f"positions {rows[0]}..{rows[-1]} leave 0..{self.n_past - 1}: only seen tokens can be kept"
-                )
+                raise ValueError(f"positions {rows[0]}..{rows[-1]} leave 0..{self.n_past - 1}: only seen tokens can be kept")
         self.positions = kept
 
     def _check_tokens(self, tokens: ArrayLike) -> NDArray[np.int64]:
@@ -740,9 +726,7 @@ class ReferenceModel:
         if ids.ndim != 1 or len(ids) == 0:
             raise ValueError(f"tokens has shape {ids.shape}: pass a list of at least one token id")
         if ids.min() < 0 or ids.max() >= self.n_vocab:
-            raise ValueError(
-                f"token ids {ids.min()}..{ids.max()} leave 0..{self.n_vocab - 1}: use the model's tokenizer"
-            )
+            raise ValueError(f"token ids {ids.min()}..{ids.max()} leave 0..{self.n_vocab - 1}: use the model's tokenizer")
         return ids
 
     def _forward(self, tokens: NDArray[np.int64], attention: Any) -> NDArray[np.float64]:
@@ -848,9 +832,7 @@ def _check_importance(importance: ArrayLike) -> NDArray[np.float64]:
     with np.errstate(over="ignore", invalid="ignore"):
         low, high, total = values.min(), values.max(), values.sum()
     if not (0 <= low <= high < np.inf and 0 < total < np.inf):  # NaN fails every comparison
-        raise ValueError(
-            f"importance from {low} to {high}, sum {total}: every value must be finite and >= 0, and one above 0"
-        )
+        raise ValueError(f"importance from {low} to {high}, sum {total}: every value must be finite and >= 0, and one above 0")
     return values
 
 
@@ -858,9 +840,7 @@ def _check_sizes(*, kv_size: int, recent: int) -> None:
     if recent < 1:
         raise ValueError(f"recent = {recent} is below 1: give a positive number of tokens")
     if kv_size <= recent:
-        raise ValueError(
-            f"kv_size = {kv_size} is not above recent = {recent}: it includes the recent cells, use at least {recent + 1}"
-        )
+        raise ValueError(f"kv_size = {kv_size} is not above recent = {recent}: it includes the recent cells, use at least {recent + 1}")
 
 
 def _check_heads(q: NDArray[np.float64], k: NDArray[np.float64]) -> None:

@@ -94,9 +94,7 @@ class Reader(Protocol):
     def append(self, token: int) -> None:
         """Read one generated token."""
 
-    def attention(
-        self, spans: Sequence[tuple[int, int]], n_top: int, n_queries: int
-    ) -> tuple[NDArray[np.float32], NDArray[np.int32]]:
+    def attention(self, spans: Sequence[tuple[int, int]], n_top: int, n_queries: int) -> tuple[NDArray[np.float32], NDArray[np.int32]]:
         """Attention of the last tokens, as ``Llama.read_attention`` gives it."""
 
     def greedy(self) -> int:
@@ -113,8 +111,7 @@ class LlamaReader:
         with gguf_keys.open_header(llm.model_path) as header:
             heads = gguf_keys.heads_by_layer(header)
         n_layer, n_head, n_head_kv = (
-            f(llm.model)
-            for f in (llama_cpp.llama_model_n_layer, llama_cpp.llama_model_n_head, llama_cpp.llama_model_n_head_kv)
+            f(llm.model) for f in (llama_cpp.llama_model_n_layer, llama_cpp.llama_model_n_head, llama_cpp.llama_model_n_head_kv)
         )
         self.heads = heads or [(n_head, n_head_kv)] * n_layer
         self.shape = n_layer, max(n for n, _ in self.heads)
@@ -126,9 +123,7 @@ class LlamaReader:
     def append(self, token: int) -> None:
         self.llm.eval([token])
 
-    def attention(
-        self, spans: Sequence[tuple[int, int]], n_top: int, n_queries: int
-    ) -> tuple[NDArray[np.float32], NDArray[np.int32]]:
+    def attention(self, spans: Sequence[tuple[int, int]], n_top: int, n_queries: int) -> tuple[NDArray[np.float32], NDArray[np.int32]]:
         return self.llm.read_attention(spans, n_top, n_queries=n_queries)
 
     def greedy(self) -> int:
@@ -196,9 +191,7 @@ def score_forced(reader: Reader, example: Example, *, method: str) -> NDArray[np
     return total
 
 
-def score_example(
-    reader: Reader, example: Example, *, method: str, examples: Examples
-) -> tuple[NDArray[np.float64], list[int]]:
+def score_example(reader: Reader, example: Example, *, method: str, examples: Examples) -> tuple[NDArray[np.float64], list[int]]:
     """Scores of all heads in one example that the model answers.
 
     Returns
@@ -390,9 +383,7 @@ def check_reliable(outcomes: Sequence[Outcome], heads: Sequence[tuple[int, int]]
     return agreement
 
 
-def result(
-    settings: Settings, outcomes: Sequence[Outcome], agreement: float, calibration: Calibration | None = None
-) -> dict[str, Any]:
+def result(settings: Settings, outcomes: Sequence[Outcome], agreement: float, calibration: Calibration | None = None) -> dict[str, Any]:
     """Content of the score file."""
     how = asdict(settings)
     del how["calibration"]
@@ -422,9 +413,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="score file to write (default: MODEL.importance.json beside the model, or in the user's cache where its folder "
         "cannot be written; there it is found)",
     )
-    parser.add_argument(
-        "--write", type=Path, metavar="OUT.gguf", help="also write a copy of the model with the importance"
-    )
+    parser.add_argument("--write", type=Path, metavar="OUT.gguf", help="also write a copy of the model with the importance")
     parser.add_argument(
         "--method",
         choices=METHODS,
@@ -457,28 +446,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         f"{MAX_TOKENS} with protocol authors)",
     )
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the haystacks (default: %(default)s)")
-    parser.add_argument(
-        "--calibrate", action="store_true", help="also choose beta on held-out examples and store it with the importance"
-    )
+    parser.add_argument("--calibrate", action="store_true", help="also choose beta on held-out examples and store it with the importance")
     parser.add_argument(
         "--kv-size",
         type=int,
         nargs="+",
         metavar="N",
-        help="cells per KV head that --calibrate compresses to "
-        f"(default: {' '.join(map(str, calibrate.KV_SIZES))})",
+        help=f"cells per KV head that --calibrate compresses to (default: {' '.join(map(str, calibrate.KV_SIZES))})",
     )
     parser.add_argument("--resume", action="store_true", help="go on with a run that was interrupted")
     parser.add_argument("--force", action="store_true", help="replace files that exist and importance in the model")
     parser.add_argument("--keep", action="store_true", help="leave FILE.json.part, which has the scores of every example")
     group = parser.add_argument_group("engine")
     group.add_argument("--n-batch", type=int, default=512, metavar="N", help="tokens per step (default: %(default)s)")
-    group.add_argument(
-        "--threads", type=int, metavar="N", help="CPU threads (default: half of the CPUs, all for the prompts)"
-    )
-    group.add_argument(
-        "--n-gpu-layers", type=int, default=0, metavar="N", help="layers on the GPU, -1 = all (default: %(default)s)"
-    )
+    group.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: half of the CPUs, all for the prompts)")
+    group.add_argument("--n-gpu-layers", type=int, default=0, metavar="N", help="layers on the GPU, -1 = all (default: %(default)s)")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -537,9 +519,7 @@ def run(args: argparse.Namespace) -> int:
         if args.calibrate:
             held_out = HeldOut(llm, max_tokens=max_tokens, n_examples=calibrate.N_EXAMPLES, seed=args.seed)
             importance = Importance(mean_importance(outcomes))
-            calibration = calibrate.calibrate(
-                llm, importance, held_out, journal, kv_sizes=kv_sizes, accept_above=ACCEPT_ABOVE
-            )
+            calibration = calibrate.calibrate(llm, importance, held_out, journal, kv_sizes=kv_sizes, accept_above=ACCEPT_ABOVE)
     finally:
         llm.close()
     scores = result(settings, outcomes, agreement, calibration)

@@ -166,9 +166,7 @@ def speaks_needle_language(llm: Llama) -> bool:
     """Whether the vocabulary is the one of ``pyheadkv.needle``."""
     words = needle.token_list()
     first = needle.FIRST_WORD_ID
-    return llm.n_vocab() == len(words) and all(
-        llm._model.token_get_text(i) == words[i] for i in range(first, first + len(needle.WORDS))
-    )
+    return llm.n_vocab() == len(words) and all(llm._model.token_get_text(i) == words[i] for i in range(first, first + len(needle.WORDS)))
 
 
 def _spread(kinds: Sequence[str], *, n_examples: int, n_min: int, n_max: int) -> list[Slot]:
@@ -595,7 +593,9 @@ class MixedExamples(ProseExamples):
         """Things that somebody keeps somewhere, all asked for, among those of others."""
         (owner, *others), (place, *_) = rng.sample(OWNERS, 3), rng.sample(PLACES, 1)
         things = rng.sample(THINGS, N_FACTS + len(others))
-        needles = [Needle(slot.kind, "", (f"In the {place} {who} keeps",), f"{thing}.") for who, thing in zip([owner] * N_FACTS + others, things)]
+        needles = [
+            Needle(slot.kind, "", (f"In the {place} {who} keeps",), f"{thing}.") for who, thing in zip([owner] * N_FACTS + others, things)
+        ]
         depths = sorted((slot.depth + k / N_FACTS) % 1 for k in range(N_FACTS))
         units = [h.before + h.span for h in (self.hidden(0, n) for n in needles[N_FACTS:])]
 
@@ -628,7 +628,9 @@ class MixedExamples(ProseExamples):
             return units
 
         answer = asked.answer[0].upper() + asked.answer[1:]
-        return self.lay_out(slot, rng, asked.question, [hidden], answer, how="Only give the answer and no other words.", fill=fill, is_evidence=True)
+        return self.lay_out(
+            slot, rng, asked.question, [hidden], answer, how="Only give the answer and no other words.", fill=fill, is_evidence=True
+        )
 
     def _code(self, slot: Slot, rng: random.Random, i: int) -> Example:
         """A value or a name in one of many functions that are alike."""
@@ -647,7 +649,9 @@ class MixedExamples(ProseExamples):
             return units[:-1]
 
         hidden = [Hidden(slot.depth, *parts)]
-        return self.lay_out(slot, rng, question, hidden, answer, how="Answer with the value or the name alone.", fill=fill, is_evidence=True)
+        return self.lay_out(
+            slot, rng, question, hidden, answer, how="Answer with the value or the name alone.", fill=fill, is_evidence=True
+        )
 
 
 def render_chat(llm: Llama, template: str, content: str) -> str:

@@ -15,9 +15,7 @@ from .inspect import model_path
 from .options import AUTO, BY_IMPORTANCE
 
 #: flags of llama-server that name a model
-MODEL_FLAGS = frozenset(
-    "-m --model -mu --model-url -hf -hfr --hf-repo -dr --docker-repo --models-dir --models-preset".split()
-)
+MODEL_FLAGS = frozenset("-m --model -mu --model-url -hf -hfr --hf-repo -dr --docker-repo --models-dir --models-preset".split())
 HELP_FLAGS = frozenset(("-h", "--help", "--usage"))
 
 

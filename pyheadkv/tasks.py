@@ -135,8 +135,17 @@ class ProseTask(Task):
         frames = [self._prose.frame(a.question, how=a.how) for a in asked]
         context = self._context(rng, frames[0][0], facts, n_asked=max(len(suffix) for _, suffix in frames))
         return [
-            Ask(a.kind, (*context, *suffix), len(context), (*prefix, *suffix), a.n_steps, a.grade, a.depth,
-                question=a.question, answer=a.answer)
+            Ask(
+                a.kind,
+                (*context, *suffix),
+                len(context),
+                (*prefix, *suffix),
+                a.n_steps,
+                a.grade,
+                a.depth,
+                question=a.question,
+                answer=a.answer,
+            )
             for a, (prefix, suffix) in zip(asked, frames, strict=True)
         ]
 
@@ -176,7 +185,10 @@ class WordsTask(Task):
 
     def quiz(self, i: int) -> list[Ask]:
         rng = self.rng(i)
-        return [self._ask(rng, "common", self._common(rng), self.N_COMMON), self._ask(rng, "frequent", self._frequent(rng), self.N_FREQUENT)]
+        return [
+            self._ask(rng, "common", self._common(rng), self.N_COMMON),
+            self._ask(rng, "frequent", self._frequent(rng), self.N_FREQUENT),
+        ]
 
     def _common(self, rng: random.Random) -> Iterator[str]:
         """Ten words ten times, then others once."""
@@ -227,7 +239,9 @@ class TextTask(Task):
         start = self.rng(i).randrange(len(sentences))
         tokens = self.llm.tokenize(" ".join(sentences[start:] + sentences[:start]).encode(), add_bos=True)
         if len(tokens) < n_all:
-            raise ValueError(f"--tokens {self.options.n_tokens}: the text of this task has {len(tokens)} and {self.N_FOLLOWS} follow, use fewer")
+            raise ValueError(
+                f"--tokens {self.options.n_tokens}: the text of this task has {len(tokens)} and {self.N_FOLLOWS} follow, use fewer"
+            )
         prompt, follows = tokens[: self.options.n_tokens], tokens[self.options.n_tokens : n_all]
         alone = tuple(prompt[-self.N_ALONE :])
         return [Ask("text", tuple(prompt), len(prompt) - 1, alone, 0, lambda text: 0.0, 1.0, follows=tuple(follows))]
@@ -403,7 +417,9 @@ def make_task(llm: Llama, options: TaskOptions) -> Task:
     """
     name = options.name
     if options.after and (name not in (*PROSE, WORDS) or speaks_needle_language(llm)):
-        raise ValueError(f"--after {options.after!r}: it goes behind English questions of {', '.join((*PROSE, WORDS))}, not those of {name}")
+        raise ValueError(
+            f"--after {options.after!r}: it goes behind English questions of {', '.join((*PROSE, WORDS))}, not those of {name}"
+        )
     if speaks_needle_language(llm):
         if options.raw:
             raise ValueError("--raw: the embedded model is asked in its own language, which has no chat template to leave out")

@@ -63,9 +63,7 @@ class _Shape:
         if self.n_vocab < N_VOCAB_MIN:
             raise ValueError(f"n_vocab = {self.n_vocab} is below {N_VOCAB_MIN}, the special and byte tokens: raise it")
         if self.n_head % self.n_head_kv:
-            raise ValueError(
-                f"n_head = {self.n_head} is no multiple of n_head_kv = {self.n_head_kv}: choose one that is"
-            )
+            raise ValueError(f"n_head = {self.n_head} is no multiple of n_head_kv = {self.n_head_kv}: choose one that is")
         if self.head_dim % 2:
             raise ValueError(f"head_dim = {self.head_dim} is odd: RoPE rotates pairs, choose an even one")
         if self.arch == "qwen2" and self.n_head * self.head_dim != self.n_embd:
@@ -84,9 +82,7 @@ class _Shape:
             ("n_head * head_dim", self.n_head * self.head_dim),
         ):
             if n % QUANT_BLOCK:
-                raise ValueError(
-                    f"{name} = {n} is no multiple of {QUANT_BLOCK}: {self.ftype} needs it, or use ftype='f16'"
-                )
+                raise ValueError(f"{name} = {n} is no multiple of {QUANT_BLOCK}: {self.ftype} needs it, or use ftype='f16'")
 
 
 def write_random_model(
@@ -233,9 +229,7 @@ def _add_tokenizer(writer: gguf.GGUFWriter, n_vocab: int) -> None:
     writer.add_add_space_prefix(False)
 
 
-def _add_importance(
-    writer: gguf.GGUFWriter, shape: _Shape, importance: ArrayLike | Literal["random"] | None, seed: int
-) -> None:
+def _add_importance(writer: gguf.GGUFWriter, shape: _Shape, importance: ArrayLike | Literal["random"] | None, seed: int) -> None:
     if importance is None:
         return
     from .gguf_keys import add_importance_keys
@@ -244,9 +238,7 @@ def _add_importance(
         if importance != "random":
             raise ValueError(f"importance = {importance!r} is unknown: use 'random', an array or None")
         importance = random_importance(n_layer=shape.n_layer, n_head=shape.n_head, seed=seed)
-    add_importance_keys(
-        writer, importance, n_layer=shape.n_layer, n_head=shape.n_head, method="random", source=f"seed {seed}"
-    )
+    add_importance_keys(writer, importance, n_layer=shape.n_layer, n_head=shape.n_head, method="random", source=f"seed {seed}")
 
 
 def _quantize(x: NDArray[np.float32], ftype: str) -> tuple[NDArray[Any], gguf.GGMLQuantizationType]:

@@ -1,7 +1,7 @@
 """Add the measured importance of a model to the registry of the package.
 
-    pyheadkv score MODEL.gguf -o scores.json
-    python scripts/add_to_registry.py MODEL.gguf scores.json NAME "who made the model, its licence"
+pyheadkv score MODEL.gguf -o scores.json
+python scripts/add_to_registry.py MODEL.gguf scores.json NAME "who made the model, its licence"
 """
 
 from __future__ import annotations

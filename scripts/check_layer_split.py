@@ -39,8 +39,9 @@ def free_port() -> int:
 def start_server(binary: Path) -> tuple[subprocess.Popen[bytes], str]:
     """A server and its endpoint."""
     port = free_port()
-    server = subprocess.Popen([str(binary), "--host", "127.0.0.1", "--port", str(port), "--threads", "1"],
-                              stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    server = subprocess.Popen(
+        [str(binary), "--host", "127.0.0.1", "--port", str(port), "--threads", "1"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
     for _ in range(100):
         try:
             socket.create_connection(("127.0.0.1", port), timeout=1).close()
@@ -61,7 +62,9 @@ def register(endpoint: str) -> None:
 
 def run(path: str, **options: Any) -> tuple[np.ndarray, list[list[int]]]:
     """Logits of the prompt's end and of six more tokens; kept positions of every head."""
-    llm = Llama(path, kv_size=48, policy="snapkv", n_ctx=2048, n_ubatch=128, n_batch=512, n_threads=1, n_threads_batch=1, verbose=False, **options)
+    llm = Llama(
+        path, kv_size=48, policy="snapkv", n_ctx=2048, n_ubatch=128, n_batch=512, n_threads=1, n_threads_batch=1, verbose=False, **options
+    )
     prompt = [1, *np.random.default_rng(3).integers(260, 380, size=N_PROMPT - 1).tolist()]
     llm.read_prompt(prompt)
     rows = []
@@ -92,7 +95,9 @@ def main() -> int:
             register(endpoint)
         with tempfile.TemporaryDirectory() as folder:
             path = f"{folder}/model.gguf"
-            write_random_model(path, arch="qwen3", n_layer=N_LAYER, n_embd=256, n_head=4, n_head_kv=N_HEAD_KV, head_dim=64, n_ff=512, seed=5)
+            write_random_model(
+                path, arch="qwen3", n_layer=N_LAYER, n_embd=256, n_head=4, n_head_kv=N_HEAD_KV, head_dim=64, n_ff=512, seed=5
+            )
             split = {"n_gpu_layers": -1, "tensor_split": [0.5, 0.5]}
             cpu, cpu_kept = run(path, n_gpu_layers=0, prefill="token", attend="composed")
             token, token_kept = run(path, prefill="token", **split)

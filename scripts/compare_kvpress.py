@@ -183,10 +183,7 @@ class Ours:
         how = {"scale": n_embd_head**-0.5, "n_prefix": self._n - window, "pool": "avg", "pool_kernel": self.how["pool_kernel"]}
         for il in range(self.n_layer):
             q = self.llm._read_floats(_lib.lib.headkv_read_window, self._n_head * n_embd_head, self._n_ring, il)
-            k = [
-                self.llm._read_floats(_lib.lib.headkv_read_cells, n_embd_head, self._n, il, ih, False)
-                for ih in range(self.n_head_kv)
-            ]
+            k = [self.llm._read_floats(_lib.lib.headkv_read_cells, n_embd_head, self._n, il, ih, False) for ih in range(self.n_head_kv)]
             q = q.reshape(len(q), self._n_head, n_embd_head)[-window:]
             scores.append(reference.score(q, np.stack(k, axis=1), **how))
         return scores

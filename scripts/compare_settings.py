@@ -58,7 +58,9 @@ def compare(cells: list[str], several: list[Pairs], *, is_base: bool) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUN.jsonl")
-    parser.add_argument("--base", required=True, metavar="METHOD", help='as the tables name it without the budget, such as "headkv r2 beta 1.2"')
+    parser.add_argument(
+        "--base", required=True, metavar="METHOD", help='as the tables name it without the budget, such as "headkv r2 beta 1.2"'
+    )
     parser.add_argument("--rows", type=Path, nargs="+", default=[], metavar="FILE.jsonl", help="that runs of tasks with a file read")
     args = parser.parse_args()
     head = ["task", "protocol", "questions", "full", "budget", "setting", "score", f"points above {args.base}"]

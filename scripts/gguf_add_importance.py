@@ -53,9 +53,7 @@ def main(argv: list[str] | None = None) -> int:
         source = args.source
         if source is None:
             source = f"{args.scores.name} sha256:{hashlib.sha256(args.scores.read_bytes()).hexdigest()}"
-        gguf_keys.write_importance(
-            args.model, args.out, values, method=args.method, source=source, beta=scores.beta, force=args.force
-        )
+        gguf_keys.write_importance(args.model, args.out, values, method=args.method, source=source, beta=scores.beta, force=args.force)
     except (ValueError, OSError) as error:
         print(f"error: {error}".replace("\n", " "), file=sys.stderr)
         return 1

@@ -67,10 +67,7 @@ class Tally:
 
     def rate(self, *, length: int | None = None, kind: str | None = None, decile: int | None = None) -> tuple[int, int]:
         """(right, asked) over everything that matches."""
-        keys = [
-            key for key in self.asked
-            if length in (None, key[0]) and kind in (None, key[1]) and decile in (None, key[2])
-        ]
+        keys = [key for key in self.asked if length in (None, key[0]) and kind in (None, key[1]) and decile in (None, key[2])]
         return sum(self.right[key] for key in keys), sum(self.asked[key] for key in keys)
 
 
@@ -86,17 +83,19 @@ def wilson(right: int, asked: int, *, z: float = 1.96) -> tuple[float, float]:
 
 def answer(llm: Llama, document: language.Document) -> str:
     """Greedy continuation of the last question; the context stays in the cache for the next question."""
-    completion: Any = llm.create_completion(
-        " " + document.prompt(), max_tokens=document.n_answer_tokens, temperature=0.0
-    )
+    completion: Any = llm.create_completion(" " + document.prompt(), max_tokens=document.n_answer_tokens, temperature=0.0)
     return str(completion["choices"][0]["text"])
 
 
 def ask_share(path: Path, options: ReportOptions, share: int) -> tuple[Tally, float]:
     """Tally of one of ``n_jobs`` shares of the contexts over all lengths, and the seconds it took."""
     llm = Llama(
-        str(path), n_ctx=max(options.lengths) + 256, n_batch=512, n_threads=options.n_threads,
-        n_threads_batch=options.n_threads, verbose=False,
+        str(path),
+        n_ctx=max(options.lengths) + 256,
+        n_batch=512,
+        n_threads=options.n_threads,
+        n_threads_batch=options.n_threads,
+        verbose=False,
     )
     tally, started = Tally(), time.monotonic()
     for length in options.lengths:
@@ -123,9 +122,22 @@ def plot_importance(importance: NDArray[np.float32], path: Path) -> None:
     figure, axes = plt.subplots(figsize=(1 + 0.7 * importance.shape[1], 1 + 0.6 * importance.shape[0]))
     image = axes.imshow(importance, cmap="viridis", aspect="auto")
     for (layer, head), value in np.ndenumerate(importance):
-        axes.text(head, layer, f"{100 * value:.1f}", ha="center", va="center", fontsize=8,
-                  color="black" if value > 0.6 * importance.max() else "white")
-    axes.set(xlabel="query head", ylabel="layer", title="head importance, % of all", xticks=range(importance.shape[1]), yticks=range(importance.shape[0]))
+        axes.text(
+            head,
+            layer,
+            f"{100 * value:.1f}",
+            ha="center",
+            va="center",
+            fontsize=8,
+            color="black" if value > 0.6 * importance.max() else "white",
+        )
+    axes.set(
+        xlabel="query head",
+        ylabel="layer",
+        title="head importance, % of all",
+        xticks=range(importance.shape[1]),
+        yticks=range(importance.shape[0]),
+    )
     figure.colorbar(image)
     figure.tight_layout()
     figure.savefig(path, dpi=110)
@@ -173,11 +185,17 @@ def _accuracy_lines(name: str, tally: Tally, options: ReportOptions) -> list[str
     lines.append(table_row(["---"] * (1 + N_DECILES)))
     for kind in language.KINDS:
         lines.append(table_row([kind, *(_cell(tally.rate(kind=kind, decile=i)) for i in range(N_DECILES))]))
-    lines += ["", "A list is entered at the depth of its first key. The lowest cell of one length and one tenth of the depth, of each kind:", ""]
+    lines += [
+        "",
+        "A list is entered at the depth of its first key. The lowest cell of one length and one tenth of the depth, of each kind:",
+        "",
+    ]
     for kind in language.KINDS:
         cells = [(tally.rate(length=n, kind=kind, decile=i), n, i) for n in options.lengths for i in range(N_DECILES)]
         (right, asked), length, decile = min((cell for cell in cells if cell[0][1]), key=lambda cell: cell[0][0] / cell[0][1])
-        lines.append(f"- {kind}: {_cell((right, asked), interval=True)}, {right} of {asked} at {length} tokens, {10 * decile}-{10 * decile + 10} %")
+        lines.append(
+            f"- {kind}: {_cell((right, asked), interval=True)}, {right} of {asked} at {length} tokens, {10 * decile}-{10 * decile + 10} %"
+        )
     return [*lines, ""]
 
 
@@ -193,8 +211,12 @@ def _importance_lines(importance: NDArray[np.float32], source: str, n_head_kv: i
     lines.append(table_row(["---"] * (2 + importance.shape[1])))
     for layer, row in enumerate(importance):
         lines.append(table_row([str(layer), *(f"{100 * x:.2f}" for x in row), f"{min(ratio[layer], 9999):.1f}"]))
-    lines += ["", f"The top quarter of the KV heads ({n_quarter} of {len(top)}) holds {100 * top[:n_quarter].sum() / top.sum():.1f} % "
-              f"of the mass. In layer {busiest}, which holds most, KV heads differ by a factor of {ratio[busiest]:.1f}.", ""]
+    lines += [
+        "",
+        f"The top quarter of the KV heads ({n_quarter} of {len(top)}) holds {100 * top[:n_quarter].sum() / top.sum():.1f} % "
+        f"of the mass. In layer {busiest}, which holds most, KV heads differ by a factor of {ratio[busiest]:.1f}.",
+        "",
+    ]
     return lines
 
 
@@ -206,10 +228,17 @@ def write_report(tallies: dict[str, Tally], seconds: dict[str, float], options: 
     name = options.out.stem.removesuffix("_report")
     plot_importance(importance, folder / f"{name}_importance.png")
     plot_accuracy(tallies, options, folder / f"{name}_accuracy.png")
-    lines = ["# Needle model", "", "Made by `scripts/report_needle_model.py` through llama.cpp, full cache, greedy; "
-             f"seed {options.seed}, {options.n_contexts} contexts per length, up to {options.n_each} questions of each kind in each.", ""]
+    lines = [
+        "# Needle model",
+        "",
+        "Made by `scripts/report_needle_model.py` through llama.cpp, full cache, greedy; "
+        f"seed {options.seed}, {options.n_contexts} contexts per length, up to {options.n_each} questions of each kind in each.",
+        "",
+    ]
     for model, file in options.models.items():
-        lines.append(f"- {model}: {file.stat().st_size / 1e6:.2f} MB, {seconds[model]:.0f} s for all questions on {options.n_threads} thread(s)")
+        lines.append(
+            f"- {model}: {file.stat().st_size / 1e6:.2f} MB, {seconds[model]:.0f} s for all questions on {options.n_threads} thread(s)"
+        )
     lines += ["", "## Accuracy", "", f"![accuracy]({name}_accuracy.png)", ""]
     for model, tally in tallies.items():
         lines += _accuracy_lines(model, tally, options)
@@ -238,8 +267,7 @@ def main() -> None:
     options = _parse()
     with ProcessPoolExecutor(options.n_jobs) as pool:
         running = {
-            name: [pool.submit(ask_share, path, options, share) for share in range(options.n_jobs)]
-            for name, path in options.models.items()
+            name: [pool.submit(ask_share, path, options, share) for share in range(options.n_jobs)] for name, path in options.models.items()
         }
         done = {name: [future.result() for future in futures] for name, futures in running.items()}
     tallies = {name: sum((tally for tally, _ in shares), Tally()) for name, shares in done.items()}

@@ -89,15 +89,33 @@ def run(name: str, args: argparse.Namespace, port: int) -> dict[str, tuple[str, 
     with tempfile.TemporaryDirectory() as folder:
         tests = make_root(args.tree.resolve(), Path(folder))
         env = {
-            **os.environ, **environ, "LLAMA_SERVER_BIN_PATH": str(getattr(args, build).resolve()), "HEADKV_TEST_MODEL": str(args.model.resolve()),
-            "PYTHONPATH": f"{Path(__file__).resolve().parent}:{tests}", "PORT": str(port), "LLAMA_CACHE": folder,
-            "NO_PROXY": "*", "OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "0",
+            **os.environ,
+            **environ,
+            "LLAMA_SERVER_BIN_PATH": str(getattr(args, build).resolve()),
+            "HEADKV_TEST_MODEL": str(args.model.resolve()),
+            "PYTHONPATH": f"{Path(__file__).resolve().parent}:{tests}",
+            "PORT": str(port),
+            "LLAMA_CACHE": folder,
+            "NO_PROXY": "*",
+            "OMP_WAIT_POLICY": "passive",
+            "GOMP_SPINCOUNT": "0",
         }
         res = {}
         for path in sorted(tests.glob("unit/test_*.py")):
             report = Path(folder) / f"{path.stem}.xml"
-            command = [sys.executable, "-m", "pytest", "-q", "-p", "run_upstream_server_tests", "-p", "no:cacheprovider", f"--junitxml={report}",
-                       *(["-k", args.k] if args.k else []), f"unit/{path.name}"]
+            command = [
+                sys.executable,
+                "-m",
+                "pytest",
+                "-q",
+                "-p",
+                "run_upstream_server_tests",
+                "-p",
+                "no:cacheprovider",
+                f"--junitxml={report}",
+                *(["-k", args.k] if args.k else []),
+                f"unit/{path.name}",
+            ]
             start = time.monotonic()
             try:
                 subprocess.run(command, cwd=tests, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, timeout=args.timeout)

@@ -97,9 +97,7 @@ class HFReader:
         self._rows.extend(rows[:, :, i, : n_kv - len(tokens) + i + 1] for i in range(len(tokens)))
         self._logits = out.logits[0, -1].float()
 
-    def attention(
-        self, spans: Sequence[tuple[int, int]], n_top: int, n_queries: int
-    ) -> tuple[NDArray[np.float32], NDArray[np.int32]]:
+    def attention(self, spans: Sequence[tuple[int, int]], n_top: int, n_queries: int) -> tuple[NDArray[np.float32], NDArray[np.int32]]:
         masses, tops = [], []
         for row in list(self._rows)[-n_queries:]:
             inside = torch.zeros(row.shape[-1], device=row.device)
@@ -181,9 +179,7 @@ def load_gguf(path: Path, *, dtype: torch.dtype) -> transformers.PreTrainedModel
     scaling = [name for name in reader.fields if ".rope.scaling." in name]
     scaling += [tensor.name for tensor in reader.tensors if tensor.name.startswith("rope_")]
     if scaling:
-        raise ValueError(
-            f"{path} has {scaling[0]}: transformers ignores how a GGUF scales its RoPE, give the checkpoint instead"
-        )
+        raise ValueError(f"{path} has {scaling[0]}: transformers ignores how a GGUF scales its RoPE, give the checkpoint instead")
     is_llama = reader.fields["general.architecture"].contents() == "llama"
     where: dict[str, Any] = {"gguf_file": path.name, "local_files_only": True}
     config = (LlamaConfig if is_llama else transformers.AutoConfig).from_pretrained(path.parent, **where)

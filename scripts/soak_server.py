@@ -33,11 +33,37 @@ from pyheadkv.score_examples import render_chat_messages
 
 N_CTX, KV_SIZE, SIZES, N_PREDICT = 2048, 128, (32, 64), 12
 TIE = 0.05  # difference of two logits that the order of additions can turn over
-KINDS = ("completion", "completion", "sized", "protected", "whole", "stream", "chat", "chat stream", "openai", "hang up", "hang up", "bad body")
+KINDS = (
+    "completion",
+    "completion",
+    "sized",
+    "protected",
+    "whole",
+    "stream",
+    "chat",
+    "chat stream",
+    "openai",
+    "hang up",
+    "hang up",
+    "bad body",
+)
 BAD: list[Any] = [
-    b"{", b"[]", b'{"prompt": "\xff"}', {"prompt": {}}, {"prompt": [1, "the", None]}, {"prompt": [-1]}, {"prompt": [1 << 30]}, {"n_predict": 4},
-    {"prompt": "the", "kv_size": 1}, {"prompt": "the", "kv_size": "all"}, {"prompt": "the", "kv_protect": [[5, 1]]},
-    {"prompt": "the", "kv_protect": 7}, {"prompt": "the", "n": 3}, {"prompt": [5] * 3000}, {"messages": 5}, {"prompt": "the", "n_predict": "x"},
+    b"{",
+    b"[]",
+    b'{"prompt": "\xff"}',
+    {"prompt": {}},
+    {"prompt": [1, "the", None]},
+    {"prompt": [-1]},
+    {"prompt": [1 << 30]},
+    {"n_predict": 4},
+    {"prompt": "the", "kv_size": 1},
+    {"prompt": "the", "kv_size": "all"},
+    {"prompt": "the", "kv_protect": [[5, 1]]},
+    {"prompt": "the", "kv_protect": 7},
+    {"prompt": "the", "n": 3},
+    {"prompt": [5] * 3000},
+    {"messages": 5},
+    {"prompt": "the", "n_predict": "x"},
 ]
 
 
@@ -49,19 +75,38 @@ class Expected:
     """Prompts and the answers of contexts of their own: tokens; of chats, the text after each of them."""
 
     def __init__(self, n_prompts: int, threads: int) -> None:
-        documents = [needle.make_document(random.Random(i), n_tokens=300 + 150 * i, kinds=[needle.KINDS[i % len(needle.KINDS)]])
-                     for i in range(n_prompts)]
+        documents = [
+            needle.make_document(random.Random(i), n_tokens=300 + 150 * i, kinds=[needle.KINDS[i % len(needle.KINDS)]])
+            for i in range(n_prompts)
+        ]
         self.messages = [document.messages() for document in documents]
         self.prompts: list[list[int]] = []
         self.answers: dict[tuple[str, int], list[Any]] = {}
         self.gaps: dict[tuple[str, int], list[float]] = {}  # largest minus second logit where each token of an answer was chosen
-        settings: dict[str, dict[str, Any]] = {"completion": {}, "chat": {}, "protected": {"protect": [(0, 60)]}, "whole": {"kv_size": N_CTX}}
+        settings: dict[str, dict[str, Any]] = {
+            "completion": {},
+            "chat": {},
+            "protected": {"protect": [(0, 60)]},
+            "whole": {"kv_size": N_CTX},
+        }
         settings.update({f"sized {n}": {"kv_size": n} for n in SIZES})
         for what, options in settings.items():
-            llm = Llama(pyheadkv.embedded_model(), n_ctx=N_CTX, n_batch=512, n_ubatch=512, n_threads=threads, n_threads_batch=threads, verbose=False,
-                        **{"kv_size": KV_SIZE, **options})
+            llm = Llama(
+                pyheadkv.embedded_model(),
+                n_ctx=N_CTX,
+                n_batch=512,
+                n_ubatch=512,
+                n_threads=threads,
+                n_threads_batch=threads,
+                verbose=False,
+                **{"kv_size": KV_SIZE, **options},
+            )
             is_chat, template = what == "chat", llm.metadata["tokenizer.chat_template"]
-            texts = [render_chat_messages(llm, template, m) for m in self.messages] if is_chat else [document.prompt() for document in documents]
+            texts = (
+                [render_chat_messages(llm, template, m) for m in self.messages]
+                if is_chat
+                else [document.prompt() for document in documents]
+            )
             prompts = [list(llm.tokenize(text.encode(), add_bos=not is_chat, special=True)) for text in texts]
             self.prompts = prompts if what == "completion" else self.prompts
             for i, prompt in enumerate(prompts):
@@ -88,6 +133,7 @@ class Soak:
         self.rss: list[tuple[int, int]] = []  # (requests, bytes)
         try:
             import openai
+
             self.openai: Any = openai.OpenAI(base_url=f"http://127.0.0.1:{server.port}/v1", api_key="none")
         except ImportError:
             self.openai = None
@@ -145,7 +191,9 @@ class Soak:
         if what == "hang up":
             body = json.dumps({"prompt": prompt, "n_predict": 500, "stream": rng.random() < 0.5}).encode()
             with socket.create_connection(("127.0.0.1", self.server.port), timeout=60) as s:
-                s.sendall(b"POST /completion HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n" % len(body))
+                s.sendall(
+                    b"POST /completion HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n" % len(body)
+                )
                 s.sendall(body if rng.random() < 0.9 else body[: len(body) // 2])
                 time.sleep(rng.choice([0, 0.01, 0.05, 0.2, 0.5, 1.0]))
             return ""
@@ -188,7 +236,11 @@ def ledger(server: Server) -> list[str]:
     deadline = time.monotonic() + 60
     while any(slot["is_processing"] for slot in server.request("/slots")[1]) and time.monotonic() < deadline:
         time.sleep(0.1)
-    left = [f"slot {slot['id']}: {slot['kv']}" for slot in server.request("/slots")[1] if slot["is_processing"] or slot["kv"]["state"] != "empty"]
+    left = [
+        f"slot {slot['id']}: {slot['kv']}"
+        for slot in server.request("/slots")[1]
+        if slot["is_processing"] or slot["kv"]["state"] != "empty"
+    ]
     return left + [f"{name}: {server.metric(name)}" for name in ("kv_bytes_held", "kv_bytes_staging") if server.metric(name) != 0]
 
 
@@ -206,8 +258,28 @@ def main() -> int:
 
     expected = Expected(args.prompts, args.threads)
     with tempfile.TemporaryDirectory() as folder:
-        flags = ["-m", pyheadkv.embedded_model(), "-c", N_CTX * args.slots, "-np", args.slots, "-b", 512, "-ub", 512, "-t", args.threads,
-                 "-tb", args.threads, "--kv-size", KV_SIZE, "--kv-size-max", N_CTX, "--kv-prefill", args.prefill]
+        flags = [
+            "-m",
+            pyheadkv.embedded_model(),
+            "-c",
+            N_CTX * args.slots,
+            "-np",
+            args.slots,
+            "-b",
+            512,
+            "-ub",
+            512,
+            "-t",
+            args.threads,
+            "-tb",
+            args.threads,
+            "--kv-size",
+            KV_SIZE,
+            "--kv-size-max",
+            N_CTX,
+            "--kv-prefill",
+            args.prefill,
+        ]
         with running(*flags, log=Path(folder) / "log") as server:
             start = time.monotonic()
             soak = Soak(server, expected, args.requests, start + args.seconds)
@@ -223,16 +295,24 @@ def main() -> int:
     later = [size for at, size in soak.rss if at >= n / 4]
     first, last = max(later[: len(later) // 3 + 1]), max(later[-(len(later) // 3 + 1) :])
     is_flat = last < 1.05 * first + 4 * 2**20
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent).stdout.strip()
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent
+    ).stdout.strip()
     lines = [
         f"{n} requests from {args.clients} clients to {args.slots} slots in {seconds:.0f} s, {compressions:.0f} prompts compressed "
-        f"({platform.machine()}, {args.threads} threads, commit {commit}, `python scripts/soak_server.py {' '.join(sys.argv[1:])}`)", "",
-        "| request | number |", "|---|---|", *(f"| {what} | {count} |" for what, count in sorted(soak.counts.items())), "",
+        f"({platform.machine()}, {args.threads} threads, commit {commit}, `python scripts/soak_server.py {' '.join(sys.argv[1:])}`)",
+        "",
+        "| request | number |",
+        "|---|---|",
+        *(f"| {what} | {count} |" for what, count in sorted(soak.counts.items())),
+        "",
         f"crashed: {crashed}; wrong answers: {len(soak.wrong)}; answers that took the other one of two tokens whose logits differ by less than "
         f"{TIE}: {len(soak.ties)} (largest difference {max(soak.ties, default=0.0):.4f}); left at the end: {left or 'nothing'}; "
         f"the openai client took part: {soak.openai is not None}",
-        "", f"resident memory of no file, largest: {first / 2**20:.1f} MiB after the first quarter, {last / 2**20:.1f} MiB at the end",
-        "", *soak.wrong[:20],
+        "",
+        f"resident memory of no file, largest: {first / 2**20:.1f} MiB after the first quarter, {last / 2**20:.1f} MiB at the end",
+        "",
+        *soak.wrong[:20],
     ]
     print("\n".join(lines))
     if args.out:

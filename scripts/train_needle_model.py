@@ -222,8 +222,11 @@ class Trainer:
                 self.seconds += now - logged
                 rate = (self.n_tokens - tokens_logged) / (now - logged)
                 logged, tokens_logged = now, self.n_tokens
-                _say(log, f"{stage.name:9} step {self.i_step:4} tokens {self.n_tokens / 1e6:6.2f}M "
-                          f"time {self.seconds:5.0f}s {rate:5.0f} tokens/s | {averages}")
+                _say(
+                    log,
+                    f"{stage.name:9} step {self.i_step:4} tokens {self.n_tokens / 1e6:6.2f}M "
+                    f"time {self.seconds:5.0f}s {rate:5.0f} tokens/s | {averages}",
+                )
             if self.i_step % self.options.n_save == 0:
                 self.save()
         bar.close()
@@ -284,12 +287,14 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     arguments.out.mkdir(parents=True, exist_ok=True)
     options = TrainOptions(
-        out=arguments.out, seed=arguments.seed, device=arguments.device, n_threads=arguments.threads,
-        minutes=arguments.minutes, resume=arguments.resume,
+        out=arguments.out,
+        seed=arguments.seed,
+        device=arguments.device,
+        n_threads=arguments.threads,
+        minutes=arguments.minutes,
+        resume=arguments.resume,
     )
-    shape = ModelOptions(
-        n_vocab=language.N_TRAINED_TOKENS, n_layer=arguments.layers, n_head=arguments.heads, n_head_kv=arguments.kv_heads
-    )
+    shape = ModelOptions(n_vocab=language.N_TRAINED_TOKENS, n_layer=arguments.layers, n_head=arguments.heads, n_head_kv=arguments.kv_heads)
     stages = curriculum()
     n_stages = 1 + [stage.name for stage in stages].index(arguments.until)
     trainer = Trainer(options, stages[:n_stages], shape)

@@ -93,8 +93,17 @@ def make_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
         key = f"{shape}-{sorted(changes.items())}"
         if key not in made:
             made[key] = folder / f"{len(made)}.gguf"
-            sizes = dict(arch=shape.arch, n_layer=shape.n_layer, n_embd=shape.n_head * shape.head_dim, n_head=shape.n_head,
-                         n_head_kv=shape.n_head_kv, head_dim=shape.head_dim, n_ff=shape.n_ff, seed=7, importance="random")
+            sizes = dict(
+                arch=shape.arch,
+                n_layer=shape.n_layer,
+                n_embd=shape.n_head * shape.head_dim,
+                n_head=shape.n_head,
+                n_head_kv=shape.n_head_kv,
+                head_dim=shape.head_dim,
+                n_ff=shape.n_ff,
+                seed=7,
+                importance="random",
+            )
             write_random_model(made[key], **{**sizes, **changes})
         return made[key]
 

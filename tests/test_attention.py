@@ -31,10 +31,20 @@ def probabilities(llm: Any, shape: Shape, n_queries: int) -> npt.NDArray[np.floa
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda s: s.name)
-@pytest.mark.parametrize(("n_queries", "spans", "n_top"), [
-    (1, [(3, 9)], 6), (1, [(0, 1), (40, 90), (80, 100)], 25), (1, [(119, 120)], 1), (1, [(0, 120)], 120), (1, [], 5),
-    (8, [(3, 9)], 6), (5, [(0, 1), (40, 90), (80, 120)], 25), (8, [(0, 120)], 113),
-], ids=str)
+@pytest.mark.parametrize(
+    ("n_queries", "spans", "n_top"),
+    [
+        (1, [(3, 9)], 6),
+        (1, [(0, 1), (40, 90), (80, 100)], 25),
+        (1, [(119, 120)], 1),
+        (1, [(0, 120)], 120),
+        (1, [], 5),
+        (8, [(3, 9)], 6),
+        (5, [(0, 1), (40, 90), (80, 120)], 25),
+        (8, [(0, 120)], 113),
+    ],
+    ids=str,
+)
 def test_mass_and_top_equal_numpy(n_queries: int, shape: Shape, spans: list[tuple[int, int]], n_top: int, make_model: MakeModel) -> None:
     llm = load(make_model(shape), kv_size=64, prefill="token")
     llm.eval(tokens(119))
@@ -70,8 +80,13 @@ def test_what_cannot_be_read_is_an_error(make_model: MakeModel) -> None:
     with pytest.raises(ValueError, match="not staged"):
         llm.read_attention([(0, 1)], 1)
     llm.eval(tokens(100))
-    for spans, n_top, message in [([(0, 101)], 1, r"span \[0, 101\) of 100"), ([(5, 5)], 1, "must not be empty"), ([(-1, 3)], 1, "span"),
-                                  ([(0, 1)], 0, r"in \[1, 100\]"), ([(0, 1)], 101, r"in \[1, 100\]")]:
+    for spans, n_top, message in [
+        ([(0, 101)], 1, r"span \[0, 101\) of 100"),
+        ([(5, 5)], 1, "must not be empty"),
+        ([(-1, 3)], 1, "span"),
+        ([(0, 1)], 0, r"in \[1, 100\]"),
+        ([(0, 1)], 101, r"in \[1, 100\]"),
+    ]:
         with pytest.raises(ValueError, match=message):
             llm.read_attention(spans, n_top)
     for n_queries, n_top, message in [(0, 1, r"in \[1, 8\]"), (9, 1, r"in \[1, 8\]"), (8, 94, r"in \[1, 93\]")]:

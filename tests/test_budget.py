@@ -72,9 +72,7 @@ def test_authors_score_file_gives_the_golden_means(name: str, tmp_path: Path) ->
         ("mistral_7b_r2", 1024, 1.2, (172, 396.5, 10647)),
     ],
 )
-def test_kv_budget_is_the_group_mean(
-    name: str, kv_size: int, beta: float, expected: tuple[float, float, float]
-) -> None:
+def test_kv_budget_is_the_group_mean(name: str, kv_size: int, beta: float, expected: tuple[float, float, float]) -> None:
     caps = budget(IMPORTANCE[name], kv_size=kv_size, recent=WINDOW, beta=beta)
     cells = budget_kv(caps, n_head_kv=8, recent=WINDOW)
     assert cells.dtype == np.int32 and cells.shape == (32, 8)
@@ -87,8 +85,7 @@ def test_rounding_importance_to_float32_changes_a_golden_budget() -> None:
     """Why gguf_keys stores importance as F64 when F32 is not exact."""
     importance = IMPORTANCE["mistral_7b_r2"]
     exact, rounded = (
-        budget(values, kv_size=512, recent=WINDOW, beta=2.0)
-        for values in (importance, importance.astype(np.float32).astype(np.float64))
+        budget(values, kv_size=512, recent=WINDOW, beta=2.0) for values in (importance, importance.astype(np.float32).astype(np.float64))
     )
     assert np.abs(exact - rounded).sum() == 1
 

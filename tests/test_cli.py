@@ -32,9 +32,7 @@ SHAPE: dict[str, Any] = {
     "seed": 3,
 }
 PROMPT = "the code of the and in " * 12  # 10 tokens and more per repetition
-STATS = re.compile(
-    r"prompt (\d+) tokens, [\d.]+ tokens/s \| generated (\d+) tokens, [\d.]+ tokens/s \| KV cache ([\d.]+ \w+)"
-)
+STATS = re.compile(r"prompt (\d+) tokens, [\d.]+ tokens/s \| generated (\d+) tokens, [\d.]+ tokens/s \| KV cache ([\d.]+ \w+)")
 PNG_MAGIC = b"\x89PNG\r\n\x1a\n"
 
 
@@ -130,7 +128,20 @@ def test_generate_keeps_what_it_is_told_to(model: Path, capsys: pytest.CaptureFi
         return summary(llm, path)
 
     monkeypatch.setattr(cli, "_kv_summary", look)
-    options = ["--policy", "snapkv", "--kv-size", "32", "--sinks", "3", "--protect", "20:24", "--protect", "40:41", "--surplus", "redistribute"]
+    options = [
+        "--policy",
+        "snapkv",
+        "--kv-size",
+        "32",
+        "--sinks",
+        "3",
+        "--protect",
+        "20:24",
+        "--protect",
+        "40:41",
+        "--surplus",
+        "redistribute",
+    ]
     assert generate(model, "-p", PROMPT, *options) == 0
     ((chosen, positions),) = kept
     assert (chosen.sinks, chosen.protect, chosen.surplus) == (3, ((20, 24), (40, 41)), "redistribute")
@@ -222,9 +233,7 @@ def test_generate_without_importance_names_the_remedies(plain_model: Path, capsy
 
 
 @pytest.mark.parametrize("kv_size", [16, 128])
-def test_inspect_prints_the_budgets_of_the_engine(
-    model: Path, capsys: pytest.CaptureFixture[str], kv_size: int
-) -> None:
+def test_inspect_prints_the_budgets_of_the_engine(model: Path, capsys: pytest.CaptureFixture[str], kv_size: int) -> None:
     assert cli.main(["inspect", str(model), "--kv-size", str(kv_size)]) == 0
     out = capsys.readouterr().out
     llm = pyheadkv.Llama(model, kv_size=kv_size, n_ctx=256, verbose=False)
@@ -244,9 +253,7 @@ def test_inspect_counts_no_more_cells_than_the_prompt_has(model: Path) -> None:
     assert plan.n_bytes <= plan.n_bytes_full
 
 
-def test_inspect_writes_a_png(
-    model: Path, plain_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_inspect_writes_a_png(model: Path, plain_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("matplotlib", reason="matplotlib is not installed")
     for name, args in (("a.png", [model]), ("b.png", [plain_model, "--policy", "snapkv"])):
         assert cli.main(["inspect", *map(str, args), "-o", str(tmp_path / name)]) == 0
@@ -291,16 +298,12 @@ def test_inspect_without_importance_offers_snapkv(plain_model: Path, capsys: pyt
         (["--recent", "0"], "recent=0"),
     ],
 )
-def test_inspect_refuses_wrong_options_in_one_line(
-    model: Path, capsys: pytest.CaptureFixture[str], options: list[str], word: str
-) -> None:
+def test_inspect_refuses_wrong_options_in_one_line(model: Path, capsys: pytest.CaptureFixture[str], options: list[str], word: str) -> None:
     assert cli.main(["inspect", str(model), *options]) == 1
     assert word in error_line(capsys)
 
 
-def test_inspect_refuses_files_that_are_no_model(
-    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_inspect_refuses_files_that_are_no_model(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     wrong_shape = tmp_path / "wrong-shape.json"
     wrong_shape.write_text('{"importance": [[1.0, 2.0]]}')
     assert cli.main(["inspect", str(model), "--importance", str(wrong_shape)]) == 1

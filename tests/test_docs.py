@@ -14,7 +14,14 @@ ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"
 if not README.is_file():
     pytest.skip("no documents beside the tests", allow_module_level=True)
-PAGES = [README, ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "bench" / "README.md", ROOT / "cpp" / "README.md", ROOT / "patches" / "README.md"]
+PAGES = [
+    README,
+    ROOT / "CONTRIBUTING.md",
+    *sorted((ROOT / "docs").glob("*.md")),
+    ROOT / "bench" / "README.md",
+    ROOT / "cpp" / "README.md",
+    ROOT / "patches" / "README.md",
+]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))

@@ -144,28 +144,48 @@ def oracle_positions(llm: Any, shape: Shape) -> list[list[npt.NDArray[np.int32]]
         k = np.stack([head_cells(llm, il, ih) for ih in range(shape.n_head_kv)], axis=1)
         n_prefix = max(0, n - options.recent)
         kernel = options.pool_kernel or reference.pool_kernels(np.minimum(llm.kv_budget[il] - options.recent, n_prefix))
-        scores = reference.score(window(llm, il, shape.n_head, shape.head_dim), k, scale=shape.head_dim**-0.5, n_prefix=n_prefix,
-                                 power=options.power, pool=options.pool, pool_kernel=kernel)
+        scores = reference.score(
+            window(llm, il, shape.n_head, shape.head_dim),
+            k,
+            scale=shape.head_dim**-0.5,
+            n_prefix=n_prefix,
+            power=options.power,
+            pool=options.pool,
+            pool_kernel=kernel,
+        )
         kept.append(reference.keep(scores, llm.kv_budget[il], kv_size=options.kv_size, recent=options.recent, n_tokens=n))
     return kept
 
 
 @ALL_SHAPES
 @pytest.mark.parametrize("n_ubatch", [1, 32, 512])
-@pytest.mark.parametrize(("n_prompt", "options"), [
-    (5, {"kv_size": 32}), (8, {"kv_size": 32}), (30, {"kv_size": 32}), (31, {"kv_size": 16}), (300, {"kv_size": 9}),
-    (300, {"kv_size": 32}), (701, {"kv_size": 96, "pool": "avg"}), (300, {"kv_size": 32, "preset": "default"}),
-    (40, {"kv_size": 16, "preset": "default"}), (300, {"kv_size": 48, "window": 5, "recent": 20, "power": 2}),
-    (700, {"kv_size": 160, "preset": "default", "pool": "avg"}),
-    (300, {"kv_size": 40, "window": 70, "recent": 1, "power": 8, "pool_kernel": 1}),
-], ids=str)
+@pytest.mark.parametrize(
+    ("n_prompt", "options"),
+    [
+        (5, {"kv_size": 32}),
+        (8, {"kv_size": 32}),
+        (30, {"kv_size": 32}),
+        (31, {"kv_size": 16}),
+        (300, {"kv_size": 9}),
+        (300, {"kv_size": 32}),
+        (701, {"kv_size": 96, "pool": "avg"}),
+        (300, {"kv_size": 32, "preset": "default"}),
+        (40, {"kv_size": 16, "preset": "default"}),
+        (300, {"kv_size": 48, "window": 5, "recent": 20, "power": 2}),
+        (700, {"kv_size": 160, "preset": "default", "pool": "avg"}),
+        (300, {"kv_size": 40, "window": 70, "recent": 1, "power": 8, "pool_kernel": 1}),
+    ],
+    ids=str,
+)
 def test_kept_positions_equal_the_oracle(
     shape: Shape, n_ubatch: int, n_prompt: int, options: dict[str, Any], make_model: MakeModel
 ) -> None:
     llm = load(make_model(shape), n_ubatch=n_ubatch, **options)
     llm.eval(tokens(n_prompt, seed=n_prompt))
     expected = oracle_positions(llm, shape)
-    rows = {(il, ih, v): head_cells(llm, il, ih, v=v) for il in range(shape.n_layer) for ih in range(shape.n_head_kv) for v in (False, True)}
+    rows = {
+        (il, ih, v): head_cells(llm, il, ih, v=v) for il in range(shape.n_layer) for ih in range(shape.n_head_kv) for v in (False, True)
+    }
     llm.end_prompt()
     for il in range(shape.n_layer):
         for ih in range(shape.n_head_kv):
@@ -550,7 +570,9 @@ def test_c_budgets_equal_the_oracle_on_the_golden_cases() -> None:
         for n_head_kv in (32, 8):  # 32: the authors' own granularity
             got = np.zeros((32, n_head_kv), dtype=np.int32)
             counts = [np.full(32, n, dtype=np.int32) for n in (32, n_head_kv)]
-            _lib.check(_lib.lib.headkv_plan(ctypes.byref(params), 32, *(x.ctypes.data_as(ctypes.POINTER(ctypes.c_int32)) for x in (*counts, got))))
+            _lib.check(
+                _lib.lib.headkv_plan(ctypes.byref(params), 32, *(x.ctypes.data_as(ctypes.POINTER(ctypes.c_int32)) for x in (*counts, got)))
+            )
             caps = reference.budget(scores, kv_size=case["kv_size"], recent=WINDOW, beta=case["beta"])
             np.testing.assert_array_equal(got, reference.budget_kv(caps, n_head_kv=n_head_kv, recent=WINDOW))
 
@@ -610,9 +632,14 @@ def test_another_version_of_the_importance_is_refused_by_the_library(make_model:
         pass
 
 
-@pytest.mark.parametrize(("value", "message", "said"), [
-    (1.0, "beta is 1:", "beta=1.0: it must be"), (math.nan, "beta is -?nan:", "beta=nan: it must be"), (None, "must be a float64", "is u64"),
-])
+@pytest.mark.parametrize(
+    ("value", "message", "said"),
+    [
+        (1.0, "beta is 1:", "beta=1.0: it must be"),
+        (math.nan, "beta is -?nan:", "beta=nan: it must be"),
+        (None, "must be a float64", "is u64"),
+    ],
+)
 def test_a_damaged_beta_in_the_model_is_refused_by_python_and_library(
     value: float | None, message: str, said: str, make_model: MakeModel, tmp_path: Path
 ) -> None:
@@ -648,7 +675,9 @@ def test_a_sequence_that_the_context_does_not_have_is_empty(make_model: MakeMode
     ("llama_set_causal_attn", True, False, "causal attention was switched off"),
     ("llama_set_embeddings", False, True, "embeddings were asked for"),
 ])  # fmt: skip
-def test_what_is_switched_after_the_creation_is_refused(setter: str, on: bool, off: bool, said: str, prefill: str, make_model: MakeModel) -> None:
+def test_what_is_switched_after_the_creation_is_refused(
+    setter: str, on: bool, off: bool, said: str, prefill: str, make_model: MakeModel
+) -> None:
     """A prompt that is read layer by layer has a causal mask of its own, whatever the context says."""
     import llama_cpp
 

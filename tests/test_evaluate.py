@@ -52,7 +52,9 @@ def open_trial(path: Path, *, n_copies: int, policy: str = "snapkv", **options: 
 def fresh(path: Path, setting: Setting, prompt: list[int], rest: list[int]) -> tuple[npt.NDArray[np.float32], set[tuple[int, int, int]]]:
     """Logits and kept cells after ``rest``, in a context of its own; the last token of the prompt is read again if it is in ``rest``."""
     policy = "snapkv" if setting.policy == "full" else setting.policy
-    options: dict[str, Any] = {"beta": setting.beta or None, "preset": setting.preset or "default"} | ({"pool": setting.pool} if setting.pool else {})
+    options: dict[str, Any] = {"beta": setting.beta or None, "preset": setting.preset or "default"} | (
+        {"pool": setting.pool} if setting.pool else {}
+    )
     llm = load(path, kv_size=setting.kv_size or 1024, policy=policy, **options)
     llm.read_prompt(prompt)
     if rest[0] == prompt[-1]:
@@ -63,8 +65,11 @@ def fresh(path: Path, setting: Setting, prompt: list[int], rest: list[int]) -> t
     return logits(llm), positions(llm)
 
 
-@pytest.mark.parametrize(("policy", "settings"), [("snapkv", SETTINGS), ("h2o", [Setting("h2o", 24), Setting(), Setting("h2o", 64), Setting("razor", 24)])],
-                         ids=["any", "all tokens"])
+@pytest.mark.parametrize(
+    ("policy", "settings"),
+    [("snapkv", SETTINGS), ("h2o", [Setting("h2o", 24), Setting(), Setting("h2o", 64), Setting("razor", 24)])],
+    ids=["any", "all tokens"],
+)
 def test_a_trial_gives_what_fresh_contexts_give(policy: str, settings: list[Setting], make_model: MakeModel) -> None:
     """Whatever was compressed before; prompts share beginnings of any length.
 
@@ -204,7 +209,10 @@ def test_the_needle_is_where_it_belongs(make_model: MakeModel) -> None:
 def test_grades() -> None:
     rng = random.Random(1)
     facts, asked = tasks.ruler_keys(rng, 0, TaskOptions("ruler-keys", 3000))
-    numbers = {a.question: [f.text.split()[-1].rstrip(".") for f in facts if f.text.split()[6] in a.question.replace("?", "").split()] for a in asked}
+    numbers = {
+        a.question: [f.text.split()[-1].rstrip(".") for f in facts if f.text.split()[6] in a.question.replace("?", "").split()]
+        for a in asked
+    }
     for a in asked:
         assert a.grade(" and ".join(numbers[a.question])) == 1
     several = next(a for a in asked if a.kind == "multivalue")
@@ -274,7 +282,9 @@ def test_tasks_from_files(make_model: MakeModel, tmp_path: Path) -> None:
         make_task(llm, TaskOptions("longbench", 500))
 
 
-def of_lines(make_model: MakeModel, file: Path, name: str, *rows: dict[str, Any], n_tokens: int = 2000, **options: Any) -> tuple[Any, list[Any]]:
+def of_lines(
+    make_model: MakeModel, file: Path, name: str, *rows: dict[str, Any], n_tokens: int = 2000, **options: Any
+) -> tuple[Any, list[Any]]:
     """The model and the questions of the first row of a file."""
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     llm = english(make_model)
@@ -282,7 +292,10 @@ def of_lines(make_model: MakeModel, file: Path, name: str, *rows: dict[str, Any]
 
 
 def test_loogle_rows_of_every_form(make_model: MakeModel, tmp_path: Path) -> None:
-    pairs = [{"Q": "Who came {first}?", "A": "the old man", "type": "Timeline reorder"}, {"Q": "How many?", "A": "7", "type": "Computation"}]
+    pairs = [
+        {"Q": "Who came {first}?", "A": "the old man", "type": "Timeline reorder"},
+        {"Q": "How many?", "A": "7", "type": "Computation"},
+    ]
     forms: list[dict[str, Any]] = [
         {"context": "a b c", "input": "Who came {first}?", "answers": ["him", "the old man"], "dataset": "timeline_reorder"},
         {"input": "a b c", "title": "t", "qa_pairs": repr(pairs)},
@@ -296,7 +309,9 @@ def test_loogle_rows_of_every_form(make_model: MakeModel, tmp_path: Path) -> Non
         assert text.strip() == "Please answer the question based on the long texts below. \na b c\nQuestion: Who came {first}?\nAnswer:"
         assert asks[0].grade("The old man.") == 1 and asks[0].grade("old woman") == 0.5
         assert len({a.prompt[: a.n_context] for a in asks}) == 1  # compressed once where the question is not known
-    _, (ask,) = of_lines(make_model, tmp_path / "l.jsonl", "loogle", {**forms[0], "context": "a b c " * 3000, "dataset": "shortdep_qa"}, n_tokens=300)
+    _, (ask,) = of_lines(
+        make_model, tmp_path / "l.jsonl", "loogle", {**forms[0], "context": "a b c " * 3000, "dataset": "shortdep_qa"}, n_tokens=300
+    )
     assert len(ask.prompt) == 300 and ask.n_steps == 64
     for wrong, word in (
         ({"input": "a", "qa_pairs": "none"}, "qa_pairs = 'none'"),
@@ -320,9 +335,7 @@ def test_loogle_rows_of_every_form(make_model: MakeModel, tmp_path: Path) -> Non
     ("longbook_qa_eng", {"input": "Where?", "answer": ["in the sea", "at sea"]}, 40, "At sea", "No"),
     ("longbook_sum_eng", {"input": "", "answer": ["a man goes to sea"]}, 1200, "a man goes to sea", "nothing"),
 ])  # fmt: skip
-def test_infinitebench(
-    name: str, row: dict[str, Any], n_steps: int, right: str, wrong: str, make_model: MakeModel, tmp_path: Path
-) -> None:
+def test_infinitebench(name: str, row: dict[str, Any], n_steps: int, right: str, wrong: str, make_model: MakeModel, tmp_path: Path) -> None:
     llm, (ask,) = of_lines(make_model, tmp_path / f"{name}.jsonl", "infinitebench", {"id": 0, "context": "p q r", **row})
     assert (ask.kind, ask.n_steps) == (name, n_steps)
     text = llm.detokenize(list(ask.prompt)).decode()
@@ -628,7 +641,10 @@ def test_text_goes_on_as_it_does(make_model: MakeModel) -> None:
 
 def test_the_report_ranks_what_the_full_cache_can_do_and_names_the_least_cells(tmp_path: Path) -> None:
     names = {"full": 0, "none": 0, "snapkv 32": 32, "snapkv 64": 64, "snapkv 128": 128}
-    settings = [{"name": name, "method": name.split()[0], "policy": name.split()[0], "budget": str(n or ""), "pool": ""} for name, n in names.items()]
+    settings = [
+        {"name": name, "method": name.split()[0], "policy": name.split()[0], "budget": str(n or ""), "pool": ""}
+        for name, n in names.items()
+    ]
     header = {
         "settings": settings, "versions": {}, "model": "m", "model_sha256": "0" * 64, "tasks": [{"name": "t"}],
         "keep": {"sinks": None, "protect": [], "surplus": "lost"},

@@ -48,9 +48,7 @@ def test_model_without_the_keys_has_no_importance(model: Path) -> None:
     assert read_importance(model) is None
 
 
-@pytest.mark.parametrize(
-    ("divisor", "element_type"), [(1, gguf.GGUFValueType.FLOAT32), (3, gguf.GGUFValueType.FLOAT64)]
-)
+@pytest.mark.parametrize(("divisor", "element_type"), [(1, gguf.GGUFValueType.FLOAT32), (3, gguf.GGUFValueType.FLOAT64)])
 def test_written_importance_is_read_without_any_rounding(
     divisor: int, element_type: gguf.GGUFValueType, model: Path, tmp_path: Path
 ) -> None:
@@ -179,9 +177,7 @@ def test_large_vocabulary_is_read_in_a_fraction_of_a_second(tmp_path: Path) -> N
         ([], "shape"),
     ],
 )
-def test_importance_that_does_not_fit_is_refused_and_no_file_appears(
-    importance: Any, message: str, model: Path, tmp_path: Path
-) -> None:
+def test_importance_that_does_not_fit_is_refused_and_no_file_appears(importance: Any, message: str, model: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=message):
         write_importance(model, tmp_path / "out.gguf", importance)
     assert not list(tmp_path.iterdir())
@@ -231,9 +227,7 @@ def gguf_bytes(
     return magic + counts + b"".join(pairs) + tail
 
 
-def tensor(
-    *, name: str = "t", shape: tuple[int, ...] = (4,), n_dims: int | None = None, dtype: int = 0, offset: int = 0
-) -> bytes:
+def tensor(*, name: str = "t", shape: tuple[int, ...] = (4,), n_dims: int | None = None, dtype: int = 0, offset: int = 0) -> bytes:
     dims = struct.pack("<I", len(shape) if n_dims is None else n_dims) + struct.pack(f"<{len(shape)}Q", *shape)
     return string(name) + dims + struct.pack("<IQ", dtype, offset)
 

@@ -64,7 +64,9 @@ def test_a_grammar_that_no_token_can_go_on_with_is_a_value_error(llm: Any) -> No
         llm.create_completion("the", max_tokens=3, grammar=grammar)
 
 
-@pytest.mark.parametrize("options", [{"temperature": 0}, {"temperature": 0.9, "seed": 3}, {"temperature": 0.9, "seed": 3, "mirostat_mode": 2}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{"temperature": 0}, {"temperature": 0.9, "seed": 3}, {"temperature": 0.9, "seed": 3, "mirostat_mode": 2}], ids=str
+)
 @pytest.mark.parametrize("rules", ['root ::= [a-z ]{4,40} "."', r'root ::= "\"" ("{9,1}" | "(((" | [\]x])* "\""'])
 def test_tokens_are_those_of_llama_cpp(rules: str, options: dict[str, Any], make_model: MakeModel) -> None:
     path, grammar = make_model(SHAPES[1]), LlamaGrammar.from_string(rules, verbose=False)

@@ -112,7 +112,9 @@ def test_a_fine_tune_is_a_relative_and_anything_else_is_nothing(tmp_path: Path) 
     assert found is not None and found.relative
     assert found.origin == "registry: base (a relative of this model: the weights differ)"
     assert importance.find_importance(altered(base, tmp_path / "far.gguf", 0.5)) is None
-    for i, changes in enumerate(({"n_ff": 192}, {"n_layer": 4}, {"n_head_kv": 4}, {"n_vocab": 400}, {"rope_theta": 5e5}, {"arch": "qwen2"})):
+    for i, changes in enumerate(
+        ({"n_ff": 192}, {"n_layer": 4}, {"n_head_kv": 4}, {"n_vocab": 400}, {"rope_theta": 5e5}, {"arch": "qwen2"})
+    ):
         assert importance.find_importance(model(tmp_path / f"{i}.gguf", **changes)) is None, changes
 
 

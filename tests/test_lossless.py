@@ -15,8 +15,11 @@ MakeModel = Callable[..., Path]
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda s: s.name)
-@pytest.mark.parametrize("options", [{"policy": "lossless"}, {"policy": "lossless", "prefill": "token"}, {"kv_ratio": 1.0},
-                                     {"kv_ratio": 1.0, "policy": "snapkv"}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [{"policy": "lossless"}, {"policy": "lossless", "prefill": "token"}, {"kv_ratio": 1.0}, {"kv_ratio": 1.0, "policy": "snapkv"}],
+    ids=str,
+)
 @pytest.mark.parametrize("n", [1, 9, 400])
 def test_every_head_keeps_every_cell(n: int, options: dict[str, Any], shape: Shape, make_model: MakeModel) -> None:
     llm = load(make_model(shape), **options)

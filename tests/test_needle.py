@@ -41,16 +41,11 @@ def llm() -> Any:
     return load(PATH, n_ctx=N_CTX, n_batch=N_UBATCH, n_ubatch=N_UBATCH, flash_attn=True)
 
 
-def documents(
-    *, n_tokens: Sequence[int], n_each: int, kinds: Sequence[needle.Kind] = needle.KINDS
-) -> list[needle.Document]:
+def documents(*, n_tokens: Sequence[int], n_each: int, kinds: Sequence[needle.Kind] = needle.KINDS) -> list[needle.Document]:
     """Documents of all kinds, their lengths in turn."""
     asked = [kind for kind in kinds for _ in range(n_each)]
     lengths = [n_tokens[i % len(n_tokens)] for i in range(len(asked))]
-    return [
-        needle.make_document(random.Random(i), n_tokens=n, kinds=[kind])
-        for i, (kind, n) in enumerate(zip(asked, lengths))
-    ]
+    return [needle.make_document(random.Random(i), n_tokens=n, kinds=[kind]) for i, (kind, n) in enumerate(zip(asked, lengths))]
 
 
 def words_of(ids: Sequence[int]) -> list[str]:
@@ -113,9 +108,7 @@ def test_every_token_of_the_file_is_the_one_of_the_language(llm: Any) -> None:
         assert llm.detokenize([i]).decode() == token
 
 
-@pytest.mark.parametrize(
-    "text", ["xyz", "naïve", "\u6f22\u5b57", "\U0001f642", "a\x00b\tc\r\n", "</s><s>", "{anna}48.17"]
-)
+@pytest.mark.parametrize("text", ["xyz", "naïve", "\u6f22\u5b57", "\U0001f642", "a\x00b\tc\r\n", "</s><s>", "{anna}48.17"])
 def test_bytes_outside_of_the_vocabulary_survive(llm: Any, text: str) -> None:
     assert llm.detokenize(llm.tokenize(text.encode(), add_bos=False)) == text.encode()
 

@@ -77,7 +77,12 @@ def test_a_missing_model_is_named_as_llama_cpp_does(amount: dict[str, int], tmp_
 def test_a_wrong_token_is_named_with_its_place(ids: list[Any], message: str, amount: dict[str, int], make_model: MakeModel) -> None:
     llm = load(make_model(SHAPES[1]), **amount)
     expected = greedy(llm, tokens(30), 4)
-    for call in (llm.eval, llm.read_prompt if amount else llm.eval, lambda ids: next(llm.generate(ids)), lambda ids: llm.create_completion(ids)):
+    for call in (
+        llm.eval,
+        llm.read_prompt if amount else llm.eval,
+        lambda ids: next(llm.generate(ids)),
+        lambda ids: llm.create_completion(ids),
+    ):
         with pytest.raises(ValueError, match=message):
             call(ids)
     assert greedy(llm, tokens(30), 4) == expected

@@ -162,9 +162,12 @@ def fail_alloc(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.mark.parametrize("options", [{"prefill": "token"}, {"prefill": "layer"}, {"prefill": "token", "attend": "composed"}],
-                         ids=["token", "layer", "composed"])
-def test_each_failed_allocation_is_an_error_and_the_next_prompt_works(options: dict[str, Any], fail_alloc: Path, make_model: MakeModel) -> None:
+@pytest.mark.parametrize(
+    "options", [{"prefill": "token"}, {"prefill": "layer"}, {"prefill": "token", "attend": "composed"}], ids=["token", "layer", "composed"]
+)
+def test_each_failed_allocation_is_an_error_and_the_next_prompt_works(
+    options: dict[str, Any], fail_alloc: Path, make_model: MakeModel
+) -> None:
     path = make_model(Shape("memory", "llama", 4, 2, n_layer=3, head_dim=128, n_ff=128))
     env = dict(os.environ, PYTHONPATH=os.pathsep.join([*sys.path, str(TESTS)]), LD_PRELOAD=str(fail_alloc), MALLOC_ARENA_MAX="1")
     res = subprocess.run([sys.executable, "-c", SCRIPT, str(path), json.dumps(options)], env=env, cwd=TESTS, capture_output=True, text=True)

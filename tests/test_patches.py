@@ -65,7 +65,7 @@ def test_patch_adds_only_an_include_and_guards_that_call_headkv(patch: Path) -> 
     body = [line.strip() for line in added(patch) if line.strip()]
     assert not re.search(r"^-(?!--)", patch.read_text().split("\n---\n", 1)[1], re.M), "a patch removes nothing"
     for line in body:
-        assert line.startswith("#include \"headkv-") or "headkv_" in line or line in GUARDED, line
+        assert line.startswith('#include "headkv-') or "headkv_" in line or line in GUARDED, line
 
 
 def test_core_patches_stay_under_80_added_lines() -> None:
@@ -114,7 +114,11 @@ def test_an_edited_patch_touches_only_the_files_that_change(tmp_path: Path) -> N
     (source / "b").mkdir()
     (source / "b/new").write_text("3")
     apply_module().sync(source, tree)
-    assert {str(p.relative_to(tree)): p.read_text() for p in tree.rglob("*") if p.is_file()} == {"same": "1", "a/changed": "2", "b/new": "3"}
+    assert {str(p.relative_to(tree)): p.read_text() for p in tree.rglob("*") if p.is_file()} == {
+        "same": "1",
+        "a/changed": "2",
+        "b/new": "3",
+    }
     assert (tree / "same").stat().st_mtime == 1 and (tree / "a/changed").stat().st_mtime > 1
 
 

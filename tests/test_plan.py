@@ -101,9 +101,7 @@ def test_parts_of_a_split_model_are_found(tmp_path: Path) -> None:
     ],
     ids=lambda value: getattr(value, "name", None),
 )
-def test_the_ledger_of_real_prompts_is_planned(
-    make_model: Callable[..., Path], shape: Shape, types: tuple[str, str], prefill: str
-) -> None:
+def test_the_ledger_of_real_prompts_is_planned(make_model: Callable[..., Path], shape: Shape, types: tuple[str, str], prefill: str) -> None:
     path = make_model(shape)
     type_k, type_v = (GGML_TYPES[name] for name in types)
     llm = load(path, kv_size=KV_SIZE, preset="default", policy="snapkv", prefill=prefill, n_tail=N_PREDICT, type_k=type_k, type_v=type_v)
@@ -216,9 +214,7 @@ def test_models_that_are_not_cut_at_their_layers_have_no_layer_major_prompt(
     assert model.longest("layer", memory=1 << 30, kv_size=KV_SIZE) == 0
     made = plan.make_plan(path, memory=1 << 30)
     entries = tuple(entry for entry in made.entries if entry.prefill != "layer")
-    assert "it is a circle" in plan.format_plan(
-        plan.MemoryPlan(**{**vars(made), "why_not_layer": "it is a circle", "entries": entries})
-    )
+    assert "it is a circle" in plan.format_plan(plan.MemoryPlan(**{**vars(made), "why_not_layer": "it is a circle", "entries": entries}))
 
 
 # command

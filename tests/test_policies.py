@@ -56,12 +56,25 @@ def test_streaming_needs_no_window_queries(make_model: MakeModel) -> None:
     assert kept(llm)[0] == [*range(4), *range(170, 198)]
 
 
-@pytest.mark.parametrize("options", [
-    {"kv_size": 24}, {"kv_size": 96, "policy": "snapkv"}, {"policy": "streaming"}, {"beta": 3.0}, {"pool": "avg", "pool_kernel": 5},
-    {"policy": "pyramidkv"}, {"policy": "pyramidkv", "kv_size": 250, "pyramid_exact": False}, {"policy": "adakv"},
-    {"policy": "headkv+adakv"}, {"policy": "criticalkv"},
-    {"sinks": 9}, {"protect": [(3, 90)]}, {"kv_size": 300, "surplus": "redistribute"},
-], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"kv_size": 24},
+        {"kv_size": 96, "policy": "snapkv"},
+        {"policy": "streaming"},
+        {"beta": 3.0},
+        {"pool": "avg", "pool_kernel": 5},
+        {"policy": "pyramidkv"},
+        {"policy": "pyramidkv", "kv_size": 250, "pyramid_exact": False},
+        {"policy": "adakv"},
+        {"policy": "headkv+adakv"},
+        {"policy": "criticalkv"},
+        {"sinks": 9},
+        {"protect": [(3, 90)]},
+        {"kv_size": 300, "surplus": "redistribute"},
+    ],
+    ids=str,
+)
 def test_a_copy_compressed_otherwise_equals_a_fresh_one(options: dict[str, Any], make_model: MakeModel) -> None:
     path, prompt, first = make_model(SHAPE), tokens(400), {"kv_size": 48, "n_ubatch": 64}
     fresh = load(path, **{**first, **options})
@@ -133,7 +146,12 @@ def test_what_cannot_be_copied_or_configured_is_an_error(make_model: MakeModel) 
     llm.read_prompt(tokens(300))
     with pytest.raises(RuntimeError, match="sequence 0 is not a prompt that is held as a whole"):
         llm.compress_as(1)
-    for options, message in [({"window": 16}, "window is 16: the context has room for the queries of the last 8"), ({"n_tail": 4}, "cannot change"), ({"kv_size": 5000}, "kv_size is 5000"), ({"policy": "x"}, "policy='x'")]:
+    for options, message in [
+        ({"window": 16}, "window is 16: the context has room for the queries of the last 8"),
+        ({"n_tail": 4}, "cannot change"),
+        ({"kv_size": 5000}, "kv_size is 5000"),
+        ({"policy": "x"}, "policy='x'"),
+    ]:
         with pytest.raises(ValueError, match=message):
             llm.configure(**options)
     assert llm.kv_options.kv_size == 48
@@ -293,7 +311,9 @@ def test_a_stream_that_nobody_iterates_protects_nothing(make_model: MakeModel) -
     assert llm.kv_options.protect == ()  # though the stream is open
     assert llm.create_completion(other, max_tokens=3, temperature=0)["choices"][0]["text"] == expected
     with pytest.raises(ValueError, match="Tool choice"):
-        llm.create_chat_completion([SYSTEM, USER], protect_system=True, tools=[], tool_choice={"type": "function", "function": {"name": "f"}})
+        llm.create_chat_completion(
+            [SYSTEM, USER], protect_system=True, tools=[], tool_choice={"type": "function", "function": {"name": "f"}}
+        )
     assert llm.create_completion(other, max_tokens=3, temperature=0)["choices"][0]["text"] == expected
 
 
@@ -304,7 +324,9 @@ def test_a_system_message_that_cannot_be_kept_is_an_error(tmp_path: Path) -> Non
         llm.create_chat_completion([USER], protect_system=True)
     with pytest.raises(ValueError, match="the stock one"):
         load(embedded_model()).create_chat_completion([SYSTEM, USER], protect_system=True)
-    for i, template in enumerate(("{{ messages[-1]['content'] }}", "{% for m in messages | reverse %}{{ ' ' + m['content'] }}{% endfor %}")):
+    for i, template in enumerate(
+        ("{{ messages[-1]['content'] }}", "{% for m in messages | reverse %}{{ ' ' + m['content'] }}{% endfor %}")
+    ):
         llm = load(with_template(tmp_path / f"{i}.gguf", template), kv_size=60)
         with pytest.raises(ValueError, match="leaves the system message out, or puts it behind"):
             llm.create_chat_completion([SYSTEM, USER], protect_system=True)

@@ -41,18 +41,33 @@ def scores_of(llm: Any, shape: Shape, il: int) -> npt.NDArray[np.float64]:
     if llm.kv_options.policy in ("streaming", "razor"):
         return np.tile(np.arange(llm.n_tokens - WINDOW, dtype=np.float64), (shape.n_head_kv, 1))
     if llm.kv_options.policy == "h2o":
-        sums = reference.attention_sums(all_queries(llm, shape)[il], head_rows(llm, shape, il, v=False), scale=shape.head_dim**-0.5, q_round=np.float16)
+        sums = reference.attention_sums(
+            all_queries(llm, shape)[il], head_rows(llm, shape, il, v=False), scale=shape.head_dim**-0.5, q_round=np.float16
+        )
         return sums[:, : llm.n_tokens - WINDOW]
     q = llm._read_floats(_lib.lib.headkv_read_window, shape.n_head * shape.head_dim, WINDOW, il)
-    return reference.score(q.reshape(-1, shape.n_head, shape.head_dim), head_rows(llm, shape, il, v=False), scale=shape.head_dim**-0.5,
-                           pool=llm.kv_options.pool, pool_kernel=llm.kv_options.pool_kernel)
+    return reference.score(
+        q.reshape(-1, shape.n_head, shape.head_dim),
+        head_rows(llm, shape, il, v=False),
+        scale=shape.head_dim**-0.5,
+        pool=llm.kv_options.pool,
+        pool_kernel=llm.kv_options.pool_kernel,
+    )
 
 
 def all_queries(llm: Any, shape: Shape) -> list[npt.NDArray[np.float32]]:
     """Queries of a staged prompt, (n_tokens, n_head, head_dim) by layer, seen through a window that moves with the ubatches."""
     n_ubatch = llm.context_params.n_ubatch
-    seen = load(llm.model_path, kv_size=n_ubatch + 1, window=n_ubatch, policy="snapkv", prefill="token", n_ubatch=n_ubatch,
-                type_k=llm.context_params.type_k, type_v=llm.context_params.type_v)
+    seen = load(
+        llm.model_path,
+        kv_size=n_ubatch + 1,
+        window=n_ubatch,
+        policy="snapkv",
+        prefill="token",
+        n_ubatch=n_ubatch,
+        type_k=llm.context_params.type_k,
+        type_v=llm.context_params.type_v,
+    )
     parts: list[list[npt.NDArray[np.float32]]] = [[] for _ in range(shape.n_layer)]
     prompt = llm.input_ids[: llm.n_tokens].tolist()
     for i in range(0, len(prompt), n_ubatch):
@@ -83,12 +98,24 @@ def budget_of(llm: Any, shape: Shape, n_prefix: int) -> npt.NDArray[np.int64]:
     """Prefix cells of each head under the policy, before the prompt limits them."""
     options = llm.kv_options
     if options.policy == "pyramidkv":
-        return reference.pyramid_budget(n_layer=shape.n_layer, n_head_kv=shape.n_head_kv, kv_size=options.kv_size, recent=WINDOW,
-                                        n_prefix=n_prefix, exact=options.pyramid_exact)
+        return reference.pyramid_budget(
+            n_layer=shape.n_layer,
+            n_head_kv=shape.n_head_kv,
+            kv_size=options.kv_size,
+            recent=WINDOW,
+            n_prefix=n_prefix,
+            exact=options.pyramid_exact,
+        )
     if options.policy == "razor":
         values = gguf_keys.read_importance(llm.model_path).values
-        return reference.razor_budget(values, n_head_kv=shape.n_head_kv, kv_size=options.kv_size, recent=WINDOW, n_prefix=n_prefix,
-                                      n_protected=int(protected_by(llm, n_prefix).sum()))
+        return reference.razor_budget(
+            values,
+            n_head_kv=shape.n_head_kv,
+            kv_size=options.kv_size,
+            recent=WINDOW,
+            n_prefix=n_prefix,
+            n_protected=int(protected_by(llm, n_prefix).sum()),
+        )
     return llm.kv_budget.astype(np.int64) - WINDOW  # checked in test_engine.py
 
 
@@ -108,8 +135,9 @@ def oracle(llm: Any, shape: Shape) -> Kept:
     if options.kv_size - WINDOW > n_prefix:
         return [[np.arange(n_tokens, dtype=np.int32)] * shape.n_head_kv] * shape.n_layer
     sure = protected_by(llm, n_prefix)
-    cells = reference.fit_budget(budget_of(llm, shape, n_prefix), n_prefix=n_prefix, n_protected=int(sure.sum()),
-                                 redistribute=options.surplus == "redistribute")
+    cells = reference.fit_budget(
+        budget_of(llm, shape, n_prefix), n_prefix=n_prefix, n_protected=int(sure.sum()), redistribute=options.surplus == "redistribute"
+    )
     kept = []
     for il in range(shape.n_layer):
         scores = scores_of(llm, shape, il)
@@ -182,21 +210,24 @@ def test_python_and_the_library_know_the_same_policies() -> None:
     assert _lib.last_error() == f"policy is '?': it must be one of {', '.join(POLICIES)}"
 
 
-@pytest.mark.parametrize(("options", "message"), [
-    ({"pyramid_exact": "no"}, "pyramid_exact='no': it must be True or False"),
-    ({"sinks": -1}, "sinks=-1: it must be in"),
-    ({"sinks": "4"}, "sinks='4': it must be an integer"),
-    ({"protect": [(5, 5)]}, "protect end=5: .*0 <= start < end"),
-    ({"protect": [(-1, 5)]}, "protect start=-1: .*0 <= start < end"),
-    ({"protect": [(1, 2.5)]}, "protect end=2.5"),
-    ({"protect": (1, 2)}, r"protect=\(1, 2\): give \(start, end\) positions"),
-    ({"protect": [(1, 2, 3)]}, "give .start, end. positions"),
-    ({"surplus": "kept"}, "surplus='kept': it must be one of 'lost', 'redistribute'"),
-    ({"adakv_normalize": 1}, "adakv_normalize=1: it must be True or False"),
-    ({"adakv_floor": 1.5}, r"adakv_floor=1.5: it must be a number in \[0, 1\]"),
-    ({"adakv_floor": -1}, "adakv_floor=-1"),
-    ({"adakv_floor": float("nan")}, "adakv_floor=nan"),
-])
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"pyramid_exact": "no"}, "pyramid_exact='no': it must be True or False"),
+        ({"sinks": -1}, "sinks=-1: it must be in"),
+        ({"sinks": "4"}, "sinks='4': it must be an integer"),
+        ({"protect": [(5, 5)]}, "protect end=5: .*0 <= start < end"),
+        ({"protect": [(-1, 5)]}, "protect start=-1: .*0 <= start < end"),
+        ({"protect": [(1, 2.5)]}, "protect end=2.5"),
+        ({"protect": (1, 2)}, r"protect=\(1, 2\): give \(start, end\) positions"),
+        ({"protect": [(1, 2, 3)]}, "give .start, end. positions"),
+        ({"surplus": "kept"}, "surplus='kept': it must be one of 'lost', 'redistribute'"),
+        ({"adakv_normalize": 1}, "adakv_normalize=1: it must be True or False"),
+        ({"adakv_floor": 1.5}, r"adakv_floor=1.5: it must be a number in \[0, 1\]"),
+        ({"adakv_floor": -1}, "adakv_floor=-1"),
+        ({"adakv_floor": float("nan")}, "adakv_floor=nan"),
+    ],
+)
 def test_wrong_options_are_value_errors(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Options(kv_size=64, **options)
@@ -251,9 +282,16 @@ def test_pyramidkv_keeps_what_the_oracle_keeps(shape: Shape, n_prompt: int, kv_s
     assert n_cells(kept) == uniform if exact else n_cells(kept) >= uniform
 
 
-@pytest.mark.parametrize(("kv_size", "first", "last", "total"), [
-    (64, 110, 17, 2032), (128, 234, 17, 4016), (256, 484, 19, 8048), (512, 983, 53, 16576), (1024, 1982, 60, 32672),
-])
+@pytest.mark.parametrize(
+    ("kv_size", "first", "last", "total"),
+    [
+        (64, 110, 17, 2032),
+        (128, 234, 17, 4016),
+        (256, 484, 19, 8048),
+        (512, 983, 53, 16576),
+        (1024, 1982, 60, 32672),
+    ],
+)
 def test_pyramidkv_of_the_authors_is_reproduced(kv_size: int, first: int, last: int, total: int) -> None:
     """Cells of 32 layers without the window, by hand from the authors' formula."""
     got = plan("pyramidkv", n_layer=32, n_head=4, n_head_kv=2, kv_size=kv_size, pyramid_exact=False) - WINDOW
@@ -278,7 +316,9 @@ def test_pyramidkv_plan_equals_the_oracle(n_layer: int, kv_size: int, exact: boo
 @ALL_SHAPES
 @SIZES
 @pytest.mark.parametrize("options", [{}, {"adakv_normalize": True}, {"adakv_floor": 0.0}, {"adakv_floor": 0.55, "pool": "avg"}], ids=str)
-def test_adakv_keeps_what_the_oracle_keeps(shape: Shape, n_prompt: int, kv_size: int, options: dict[str, Any], make_model: MakeModel) -> None:
+def test_adakv_keeps_what_the_oracle_keeps(
+    shape: Shape, n_prompt: int, kv_size: int, options: dict[str, Any], make_model: MakeModel
+) -> None:
     kept = check_kept(shape, make_model, n_prompt, kv_size=kv_size, policy="adakv", **options)
     for heads in kept:  # every layer has what it has under snapkv
         assert sum(map(len, heads)) == min(kv_size, n_prompt) * shape.n_head_kv
@@ -313,8 +353,9 @@ def test_adaptive_budget_by_hand() -> None:
 @ALL_SHAPES
 @SIZES
 @pytest.mark.parametrize("options", [{}, {"adakv_normalize": True, "adakv_floor": 0.25, "beta": 1.05}], ids=str)
-def test_headkv_with_adakv_keeps_what_the_oracle_keeps(shape: Shape, n_prompt: int, kv_size: int, options: dict[str, Any],
-                                                       make_model: MakeModel) -> None:
+def test_headkv_with_adakv_keeps_what_the_oracle_keeps(
+    shape: Shape, n_prompt: int, kv_size: int, options: dict[str, Any], make_model: MakeModel
+) -> None:
     """Every layer has the cells that it has under headkv, and every head at least the guaranteed share of its own."""
     kept = check_kept(shape, make_model, n_prompt, kv_size=kv_size, policy="headkv+adakv", **options)
     beta = {k: v for k, v in options.items() if k == "beta"}
@@ -352,7 +393,14 @@ def test_h2o_in_batches_of_any_size_keeps_nearly_the_same(make_model: MakeModel)
     for n_ubatch in (32, 64, 512):
         llm = load(make_model(SHAPES[1]), kv_size=40, policy="h2o", n_ubatch=n_ubatch)
         llm.read_prompt(tokens(701))
-        kept.append({(il, ih, pos) for il in range(SHAPES[1].n_layer) for ih in range(SHAPES[1].n_head_kv) for pos in llm.kv_positions(il, ih).tolist()})
+        kept.append(
+            {
+                (il, ih, pos)
+                for il in range(SHAPES[1].n_layer)
+                for ih in range(SHAPES[1].n_head_kv)
+                for pos in llm.kv_positions(il, ih).tolist()
+            }
+        )
     assert all(len(kept[0] ^ other) <= 0.02 * len(kept[0]) for other in kept[1:])
 
 
@@ -377,7 +425,9 @@ def test_h2o_refuses_what_its_sums_do_not_tell(make_model: MakeModel) -> None:
 @ALL_SHAPES
 @SIZES
 @pytest.mark.parametrize("options", [{}, {"sinks": 0}, {"protect": [(50, 60)]}], ids=str)
-def test_razor_keeps_what_the_oracle_keeps(shape: Shape, n_prompt: int, kv_size: int, options: dict[str, Any], make_model: MakeModel) -> None:
+def test_razor_keeps_what_the_oracle_keeps(
+    shape: Shape, n_prompt: int, kv_size: int, options: dict[str, Any], make_model: MakeModel
+) -> None:
     kept = check_kept(shape, make_model, n_prompt, kv_size=kv_size, policy="razor", **options)
     n_heads = shape.n_layer * shape.n_head_kv
     if not options and kv_size > WINDOW + 4:
@@ -388,7 +438,9 @@ def test_razor_keeps_what_the_oracle_keeps(shape: Shape, n_prompt: int, kv_size:
 
 @ALL_SHAPES
 @pytest.mark.parametrize(("n_prompt", "kv_size"), [(700, 40), (701, 160)])
-def test_the_cell_for_what_is_dropped_counts_as_often_as_it_stands_for(shape: Shape, n_prompt: int, kv_size: int, make_model: MakeModel) -> None:
+def test_the_cell_for_what_is_dropped_counts_as_often_as_it_stands_for(
+    shape: Shape, n_prompt: int, kv_size: int, make_model: MakeModel
+) -> None:
     """Both ways to attend agree on its weight, with one token and with several, and after the end of the prompt is taken back."""
     prompt, path = tokens(n_prompt), make_model(shape)
     logits = []
@@ -449,8 +501,9 @@ ALL_POLICIES = pytest.mark.parametrize("policy", [p for p in POLICIES if p != "l
 @pytest.mark.parametrize("shape", [SHAPES[1], SHAPES[4]], ids=lambda s: s.name)
 @pytest.mark.parametrize(("n_prompt", "kv_size"), [(300, 12), (300, 96), (60, 40), (20, 32)])
 @pytest.mark.parametrize("options", [{"sinks": 5}, {"protect": SPANS}, {"protect": SPANS, "sinks": 3, "surplus": "redistribute"}], ids=str)
-def test_protected_cells_are_kept_by_every_head(shape: Shape, policy: str, n_prompt: int, kv_size: int, options: dict[str, Any],
-                                                make_model: MakeModel) -> None:
+def test_protected_cells_are_kept_by_every_head(
+    shape: Shape, policy: str, n_prompt: int, kv_size: int, options: dict[str, Any], make_model: MakeModel
+) -> None:
     kept = check_kept(shape, make_model, n_prompt, kv_size=kv_size, policy=policy, **options)
     sure = [*range(options.get("sinks", 0)), *(i for start, end in options.get("protect", ()) for i in range(start, min(end, n_prompt)))]
     assert all(set(sure) <= set(rows.tolist()) for heads in kept for rows in heads)
@@ -524,7 +577,9 @@ def test_the_library_checks_spans_itself() -> None:
 @ALL_SHAPES
 @SIZES
 @pytest.mark.parametrize("options", [{}, {"pool": "avg"}], ids=str)
-def test_criticalkv_keeps_what_the_oracle_keeps(shape: Shape, n_prompt: int, kv_size: int, options: dict[str, Any], make_model: MakeModel) -> None:
+def test_criticalkv_keeps_what_the_oracle_keeps(
+    shape: Shape, n_prompt: int, kv_size: int, options: dict[str, Any], make_model: MakeModel
+) -> None:
     kept = check_kept(shape, make_model, n_prompt, kv_size=kv_size, policy="criticalkv", **options)
     assert {len(rows) for heads in kept for rows in heads} == {min(kv_size, n_prompt)}
 

@@ -134,9 +134,7 @@ def test_group_mean_is_taken_before_pooling() -> None:
     q = np.array([[[1.0], [-1.0]]])
     k = np.array([3.0, 0, 0, -3, 0]).reshape(5, 1, 1)
     plain = score(q, k, scale=1.0, pool_kernel=1)
-    np.testing.assert_allclose(
-        score(q, k, scale=1.0, pool_kernel=3), pool_scores(plain, pool="max", kernel=3), rtol=1e-14
-    )
+    np.testing.assert_allclose(score(q, k, scale=1.0, pool_kernel=3), pool_scores(plain, pool="max", kernel=3), rtol=1e-14)
 
 
 def test_each_head_may_have_a_kernel_of_its_own() -> None:
@@ -281,16 +279,12 @@ def test_rope_rotates_neighbours_in_llama_and_halves_in_qwen(model_path: Callabl
 def test_rope_makes_logits_depend_on_distance_only(name: str, model_path: Callable[[str], Path]) -> None:
     model, rng = ReferenceModel(model_path(name)), np.random.default_rng(2)
     q, k = rng.normal(size=(2, 1, 1, model.head_dim))
-    logits = [
-        float((model._rope(q, np.array([n + 5])) * model._rope(k, np.array([n]))).sum()) for n in (0, 1, 17, 1000)
-    ]
+    logits = [float((model._rope(q, np.array([n + 5])) * model._rope(k, np.array([n]))).sum()) for n in (0, 1, 17, 1000)]
     np.testing.assert_allclose(logits, logits[0], rtol=1e-10)
 
 
 @pytest.mark.parametrize("name", SHAPES)
-def test_decode_after_keep_all_equals_prefill_of_the_longer_prompt(
-    name: str, model_path: Callable[[str], Path]
-) -> None:
+def test_decode_after_keep_all_equals_prefill_of_the_longer_prompt(name: str, model_path: Callable[[str], Path]) -> None:
     model, ids = ReferenceModel(model_path(name)), tokens(33)
     longer = model.prefill(ids)
     model.prefill(ids[:20])
@@ -304,13 +298,9 @@ def test_decode_after_keep_all_equals_prefill_of_the_longer_prompt(
 
 @pytest.mark.parametrize("name", SHAPES)
 @pytest.mark.parametrize("n_tokens", [1, 3, 4, 5, 12, 31])
-def test_compression_keeps_the_window_and_at_most_the_budget(
-    name: str, n_tokens: int, model_path: Callable[[str], Path]
-) -> None:
+def test_compression_keeps_the_window_and_at_most_the_budget(name: str, n_tokens: int, model_path: Callable[[str], Path]) -> None:
     model, kv_size = ReferenceModel(model_path(name)), 10
-    caps = reference.budget(
-        random_importance(n_layer=model.n_layer, n_head=model.n_head, seed=3), kv_size=kv_size, recent=WINDOW, beta=1.2
-    )
+    caps = reference.budget(random_importance(n_layer=model.n_layer, n_head=model.n_head, seed=3), kv_size=kv_size, recent=WINDOW, beta=1.2)
     cells = reference.budget_kv(caps, n_head_kv=model.n_head_kv, recent=WINDOW)
     model.prefill(tokens(n_tokens))
     kept = model.compress(cells, kv_size=kv_size, window=WINDOW)
@@ -395,9 +385,7 @@ def test_random_model_has_attention_that_is_not_flat(name: str, model_path: Call
 
 @pytest.mark.parametrize("ftype", ["f32", "f16", "q8_0", "q4_0"])
 @pytest.mark.parametrize("tie_embeddings", [False, True])
-def test_random_model_of_any_type_is_read_and_reproduced_by_its_seed(
-    ftype: str, tie_embeddings: bool, tmp_path: Path
-) -> None:
+def test_random_model_of_any_type_is_read_and_reproduced_by_its_seed(ftype: str, tie_embeddings: bool, tmp_path: Path) -> None:
     paths = [tmp_path / f"{i}.gguf" for i in range(3)]
     for path, seed in zip(paths, (1, 1, 2)):
         write_model(path, ftype=ftype, tie_embeddings=tie_embeddings, seed=seed, importance="random")

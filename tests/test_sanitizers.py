@@ -12,10 +12,12 @@ import pytest
 
 TESTS = Path(__file__).parent
 # one of each kind of engine test; the names are checked to exist by pytest's exit code
-SELECTION = ("after_compression_equals_the_oracle or tail or prefix or quantised or shifting or removed_window or context_full or c_api or corrupt "
-             "or abort or again_and_again or streaming_keeps or come_and_go or others_decode_on or part_of_the_budget or "
-             "moves_to_another_one or ends_early or forged_file or something_else or that_lie or adapters_that_change or gives_its_memory or "
-             "(keeps_what_the_oracle and gqa7 and 300-40) or (kept_positions_equal_the_oracle and gqa7)")
+SELECTION = (
+    "after_compression_equals_the_oracle or tail or prefix or quantised or shifting or removed_window or context_full or c_api or corrupt "
+    "or abort or again_and_again or streaming_keeps or come_and_go or others_decode_on or part_of_the_budget or "
+    "moves_to_another_one or ends_early or forged_file or something_else or that_lie or adapters_that_change or gives_its_memory or "
+    "(keeps_what_the_oracle and gqa7 and 300-40) or (kept_positions_equal_the_oracle and gqa7)"
+)
 
 
 @pytest.fixture(scope="session")
@@ -41,12 +43,29 @@ def test_ops_are_clean(asan_dir: Path) -> None:
 
 def test_engine_is_clean(asan_dir: Path) -> None:
     # libstdc++ too, or the sanitizer does not find the functions of it that it wraps
-    found = [subprocess.run(["gcc", f"-print-file-name={name}"], capture_output=True, text=True).stdout.strip()
-             for name in ("libasan.so", "libstdc++.so.6")]
+    found = [
+        subprocess.run(["gcc", f"-print-file-name={name}"], capture_output=True, text=True).stdout.strip()
+        for name in ("libasan.so", "libstdc++.so.6")
+    ]
     if not all(Path(path).is_file() for path in found):
         pytest.skip("no shared libasan and libstdc++ to preload into Python")
     preload = " ".join(found)
-    cmd = [sys.executable, "-m", "pytest", "-q", "-s", "-p", "no:cacheprovider", "test_engine.py", "test_prefill_layer.py", "test_policies.py",
-           "test_policy_oracle.py", "test_sequences.py", "test_state.py", "-k", SELECTION]
+    cmd = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-s",
+        "-p",
+        "no:cacheprovider",
+        "test_engine.py",
+        "test_prefill_layer.py",
+        "test_policies.py",
+        "test_policy_oracle.py",
+        "test_sequences.py",
+        "test_state.py",
+        "-k",
+        SELECTION,
+    ]
     out = run(cmd, LD_PRELOAD=preload, PYHEADKV_LIB_PATH=str(asan_dir), PYHEADKV_STOCK_LIB="", PYTHONMALLOC="malloc")
     assert " passed" in out

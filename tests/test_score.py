@@ -35,9 +35,7 @@ METHODS = ("r2", "er", "r")
 embedded = pytest.mark.skipif(not pyheadkv.embedded_model().is_file(), reason="the embedded model is not there yet")
 
 
-def reduce_rows(
-    rows: NDArray[np.floating], spans: Sequence[tuple[int, int]], n_top: int
-) -> tuple[NDArray[np.float32], NDArray[np.int32]]:
+def reduce_rows(rows: NDArray[np.floating], spans: Sequence[tuple[int, int]], n_top: int) -> tuple[NDArray[np.float32], NDArray[np.int32]]:
     """What the engine gives for rows of attention (n_layer, n_head, n_tokens), by definition."""
     order = np.argsort(-rows, axis=-1, kind="stable")[..., :n_top]
     inside = np.zeros(rows.shape[-1], dtype=bool)
@@ -63,9 +61,7 @@ class RowsReader:
     def append(self, token: int) -> None:
         self.appended.append(token)
 
-    def attention(
-        self, spans: Sequence[tuple[int, int]], n_top: int, n_queries: int
-    ) -> tuple[NDArray[np.float32], NDArray[np.int32]]:
+    def attention(self, spans: Sequence[tuple[int, int]], n_top: int, n_queries: int) -> tuple[NDArray[np.float32], NDArray[np.int32]]:
         first = len(self.appended)
         found = [reduce_rows(rows, spans, n_top) for rows in self.rows[first : first + n_queries]]
         return np.stack([mass for mass, _ in found]), np.stack([top for _, top in found])
@@ -88,9 +84,7 @@ class OracleReader:
     def append(self, token: int) -> None:
         self.logits = self.model.decode(token)
 
-    def attention(
-        self, spans: Sequence[tuple[int, int]], n_top: int, n_queries: int
-    ) -> tuple[NDArray[np.float32], NDArray[np.int32]]:
+    def attention(self, spans: Sequence[tuple[int, int]], n_top: int, n_queries: int) -> tuple[NDArray[np.float32], NDArray[np.int32]]:
         m = self.model
         heads = [h * m.n_head_kv // m.n_head for h in range(m.n_head)]
         found = []
@@ -290,9 +284,7 @@ CHAT = "{{ bos_token }}[{{ messages[0]['content'] }}]{{ eos_token }}"
 
 @pytest.mark.parametrize("template", [None, CHAT])
 @pytest.mark.parametrize("method", METHODS)
-def test_clean_spans_are_exactly_the_answer(
-    llm: Any, monkeypatch: pytest.MonkeyPatch, method: str, template: str | None
-) -> None:
+def test_clean_spans_are_exactly_the_answer(llm: Any, monkeypatch: pytest.MonkeyPatch, method: str, template: str | None) -> None:
     if template is not None:
         monkeypatch.setitem(llm.metadata, "tokenizer.chat_template", template)
     examples = make_examples(llm, method=method, protocol="clean", max_tokens=1600)
@@ -662,9 +654,7 @@ def test_score_writes_file_and_model_and_resumes(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["1.json", "2.json", "out.gguf"]
 
 
-def test_score_of_a_model_that_answers_nothing_is_an_error(
-    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_score_of_a_model_that_answers_nothing_is_an_error(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "a.json"
     assert run(model, "-o", out, "--examples", "2", "--max-tokens", "1000", "--answers", "generated") == 1
     assert "0 of 2 examples count, at least 8 are needed: use --answers forced" in capsys.readouterr().err
@@ -706,9 +696,7 @@ def test_score_without_an_output_writes_where_it_is_found(tmp_path: Path, monkey
         (["--n-batch", "0"], "--n-batch=0"),
     ],
 )
-def test_score_refuses_wrong_options_in_one_line(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], options: list[str], word: str
-) -> None:
+def test_score_refuses_wrong_options_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str], options: list[str], word: str) -> None:
     options = [option.format(folder=tmp_path) for option in options]
     assert run("-o", tmp_path / "a.json", *options) == 1
     err = capsys.readouterr().err

@@ -202,9 +202,7 @@ def test_other_shapes_are_refused(shape: tuple[int, int], model: Path) -> None:
         fit_heads(np.ones(shape), model)
 
 
-@pytest.mark.parametrize(
-    ("n_head", "n_head_kv", "fits"), [(4, [2, 0, 2], True), ([4, 4, 4], [2, 0, 2], True), (4, [2, 4, 2], False)]
-)
+@pytest.mark.parametrize(("n_head", "n_head_kv", "fits"), [(4, [2, 0, 2], True), ([4, 4, 4], [2, 0, 2], True), (4, [2, 4, 2], False)])
 def test_layers_without_kv_heads_do_not_count(n_head: Any, n_head_kv: list[int], fits: bool, tmp_path: Path) -> None:
     writer = gguf.GGUFWriter(tmp_path / "m.gguf", "llama")
     writer.add_block_count(N_LAYER)

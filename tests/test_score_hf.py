@@ -98,9 +98,7 @@ def test_scores_are_those_of_the_engine(score_hf: ModuleType, method: str, make_
     path = make_model(SHAPES[1])
     example = Example(tuple(tokens(70, seed=2)), ((9, 21), (40, 44)), 16, "", 6)
     readers = score_hf.HFReader(score_hf.load_gguf(path, dtype=torch.float32)), score.LlamaReader(native(path))
-    (found, said), (expected, wanted) = (
-        score.score_example(reader, example, method=method, examples=Asked(example)) for reader in readers
-    )
+    (found, said), (expected, wanted) = (score.score_example(reader, example, method=method, examples=Asked(example)) for reader in readers)
     assert said == wanted
     np.testing.assert_allclose(found, expected, atol=5e-3)
     assert method == "r" or expected.any()
@@ -253,9 +251,7 @@ def test_embedded_model_scores_as_through_llama_cpp(
     assert str(tmp_path) not in text
 
 
-def test_report_compares_like_with_like(
-    score_hf: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_report_compares_like_with_like(score_hf: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     content = {"importance": [[1.0, 0.0]], "examples": [], "accepted": 1, "n_examples": 1, "model_sha256": "a"}
     content |= {"method": "r", "protocol": "clean", "max_tokens": 9, "seed": 0}
     paths = [tmp_path / "hf.json", tmp_path / "native.json", tmp_path / "report.md"]
@@ -298,12 +294,8 @@ def test_checkpoint_is_read_with_its_own_tokenizer(
     assert list(sums) == ["model.safetensors"] and len(sums["model.safetensors"]) == 64
 
 
-@pytest.mark.parametrize(
-    "args", [[], ["a", "--from-gguf", "b", "-o", "c"], ["a"], ["--report", "a"], ["a", "-o", "c", "--check-logits"]]
-)
-def test_incomplete_commands_are_refused(
-    score_hf: ModuleType, args: list[str], capsys: pytest.CaptureFixture[str]
-) -> None:
+@pytest.mark.parametrize("args", [[], ["a", "--from-gguf", "b", "-o", "c"], ["a"], ["--report", "a"], ["a", "-o", "c", "--check-logits"]])
+def test_incomplete_commands_are_refused(score_hf: ModuleType, args: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         score_hf.main(args)
     assert "error: " in capsys.readouterr().err

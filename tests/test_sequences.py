@@ -82,13 +82,18 @@ class Sequences:
             raise RuntimeError(f"llama_decode returned {code}: {self.headkv.last_error()}")
         for s, row in new.items():
             self.n_past[s] += len(row)
-        return {s: np.ctypeslib.as_array(self.c.llama_get_logits_ith(self.ctx, i), shape=(self.n_vocab,)).copy()
-                for i, (s, _, _, last) in enumerate(entries) if last}
+        return {
+            s: np.ctypeslib.as_array(self.c.llama_get_logits_ith(self.ctx, i), shape=(self.n_vocab,)).copy()
+            for i, (s, _, _, last) in enumerate(entries)
+            if last
+        }
 
     def read_ahead(self, s: int, prompt: Sequence[int], max_ms: int = 1) -> int:
         """Steps left after at least one more of a whole prompt."""
         ids = np.asarray(prompt, dtype=np.int32)
-        return self.headkv.check(self.headkv.lib.headkv_read_ahead(self.ctx, s, ids.ctypes.data_as(ctypes.POINTER(ctypes.c_int32)), len(ids), max_ms))
+        return self.headkv.check(
+            self.headkv.lib.headkv_read_ahead(self.ctx, s, ids.ctypes.data_as(ctypes.POINTER(ctypes.c_int32)), len(ids), max_ms)
+        )
 
     def remove(self, s: int) -> None:
         assert self.c.llama_memory_seq_rm(self.c.llama_get_memory(self.ctx), s, -1, -1)
@@ -122,7 +127,10 @@ def alone(path: Path, prompt: Sequence[int], n: int, **options: Any) -> list[npt
 
 
 MODES: dict[str, dict[str, Any]] = {
-    "fused": {}, "composed": {"attend": "composed"}, "buckets": {"attend": "composed", "n_buckets": 2}, "token": {"prefill": "token"},
+    "fused": {},
+    "composed": {"attend": "composed"},
+    "buckets": {"attend": "composed", "n_buckets": 2},
+    "token": {"prefill": "token"},
 }
 CASES = [(shape, mode, 4) for shape in SHAPES for mode in MODES] + [(SHAPES[1], "fused", 2), (SHAPES[1], "fused", 8)]
 
@@ -195,7 +203,11 @@ def test_a_paused_prompt_is_given_up_or_finished_as_it_was_begun(make_model: Mak
         memory = many.c.llama_get_memory(many.ctx)
         assert many.read_ahead(1, prompts[1]) > 1
         assert many.stats(1).bytes_staging > 0 and many.c.llama_memory_seq_pos_max(memory, 1) == -1
-        for new, why in (({1: [*prompts[1][:-1], 3]}, "other tokens came"), ({1: prompts[1][:-1]}, "other tokens came"), ({0: prompts[0]}, "sequence 0 has to wait")):
+        for new, why in (
+            ({1: [*prompts[1][:-1], 3]}, "other tokens came"),
+            ({1: prompts[1][:-1]}, "other tokens came"),
+            ({0: prompts[0]}, "sequence 0 has to wait"),
+        ):
             with pytest.raises(RuntimeError, match=f"sequence 1 is being read layer by layer and {why}"):
                 many.decode(new)
         # as llama-server does before it decodes a prompt: of a sequence that counts as empty nothing is removed

@@ -50,9 +50,18 @@ except ValueError as error:
 N_CTX, N_UBATCH, KV_SIZE, WINDOW = 2048, 512, 128, 8
 SECONDS = 60  # for the server to start, and for one answer
 FLAGS = {
-    "--kv-size": "0", "--kv-policy": "auto", "--kv-beta": "1.2", "--kv-window": "64", "--kv-recent": "8", "--kv-power": "4",
-    "--kv-pool": "max", "--kv-pool-kernel": "0",
-    "--kv-importance": "the model", "--kv-prefill": "auto", "--kv-reuse": "disabled", "--kv-size-max": "--kv-size",
+    "--kv-size": "0",
+    "--kv-policy": "auto",
+    "--kv-beta": "1.2",
+    "--kv-window": "64",
+    "--kv-recent": "8",
+    "--kv-power": "4",
+    "--kv-pool": "max",
+    "--kv-pool-kernel": "0",
+    "--kv-importance": "the model",
+    "--kv-prefill": "auto",
+    "--kv-reuse": "disabled",
+    "--kv-size-max": "--kv-size",
     "--kv-sinks": "4 with the policy streaming, else 0",
 }  # and their defaults
 
@@ -99,8 +108,28 @@ def running(log: Path, *flags: Any, model: Path = MODEL, n_slots: int = 1, envir
     """A server with n_slots slots of N_CTX tokens."""
     port = free_port()
     command = [
-        SERVER, "-m", model, "--host", "127.0.0.1", "--port", port, "-c", N_CTX * n_slots, "-np", n_slots, "-b", N_UBATCH,
-        "-ub", N_UBATCH, "-t", N_THREADS, "-tb", N_THREADS, "--no-warmup", "--metrics", *flags,
+        SERVER,
+        "-m",
+        model,
+        "--host",
+        "127.0.0.1",
+        "--port",
+        port,
+        "-c",
+        N_CTX * n_slots,
+        "-np",
+        n_slots,
+        "-b",
+        N_UBATCH,
+        "-ub",
+        N_UBATCH,
+        "-t",
+        N_THREADS,
+        "-tb",
+        N_THREADS,
+        "--no-warmup",
+        "--metrics",
+        *flags,
     ]
     with log.open("wb") as out:
         process = subprocess.Popen([str(c) for c in command], stdout=out, stderr=out, env={**os.environ, **(environ or {})})
@@ -129,8 +158,9 @@ def wait_until_healthy(server: Server) -> None:
 def refusal(*flags: Any, model: Path = MODEL, environ: dict[str, str] | None = None) -> str:
     """Output of a server that must not start."""
     command = [SERVER, "-m", model, "--host", "127.0.0.1", "--port", free_port(), "-c", 512, "-np", 1, "-t", 1, "--no-warmup", *flags]
-    done = subprocess.run([str(c) for c in command], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=SECONDS,
-                          env={**os.environ, **(environ or {})})
+    done = subprocess.run(
+        [str(c) for c in command], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=SECONDS, env={**os.environ, **(environ or {})}
+    )
     assert done.returncode == 1
     return done.stdout.decode(errors="replace")
 
@@ -250,7 +280,10 @@ def test_serve_finds_the_importance_that_python_finds(tmp_path: Path, monkeypatc
     assert command[1:-2] == ["-m", str(plain), *given] and command[-2] == "--kv-importance"
     np.testing.assert_array_equal(gguf_keys.read_importance(command[-1]).values, values.values)
     for more in (["--kv-policy", "snapkv"], ["--kv-importance", "a.gguf"]):
-        assert "--kv-importance" not in serve.command_line([str(plain), *given, *more])[-1:] and serve.command_line([str(plain), *given, *more])[-2:] == more
+        assert (
+            "--kv-importance" not in serve.command_line([str(plain), *given, *more])[-1:]
+            and serve.command_line([str(plain), *given, *more])[-2:] == more
+        )
     assert serve.command_line([str(plain)])[-1] == str(plain)  # no compression
     assert serve.command_line([str(MODEL), *given])[-2:] == given  # in its metadata
 
@@ -258,9 +291,22 @@ def test_serve_finds_the_importance_that_python_finds(tmp_path: Path, monkeypatc
 @pytest.mark.parametrize(
     "flags",
     [
-        ["--context-shift"], ["--embeddings"], ["--reranking"], ["--cache-reuse", "64"], ["--slot-save-path", "."], ["--cache-ram", "100"],
-        ["--ctx-checkpoints", "4"], ["--ctx-checkpoints", "4", "--kv-reuse"], ["--spec-type", "ngram-mod"], ["--spec-default"],
-        ["--swa-full"], ["-fa", "off"], ["--pooling", "mean"], ["--model-draft", str(MODEL)], ["--spec-type", "draft-mtp"], ["--mmproj", "missing.gguf"],
+        ["--context-shift"],
+        ["--embeddings"],
+        ["--reranking"],
+        ["--cache-reuse", "64"],
+        ["--slot-save-path", "."],
+        ["--cache-ram", "100"],
+        ["--ctx-checkpoints", "4"],
+        ["--ctx-checkpoints", "4", "--kv-reuse"],
+        ["--spec-type", "ngram-mod"],
+        ["--spec-default"],
+        ["--swa-full"],
+        ["-fa", "off"],
+        ["--pooling", "mean"],
+        ["--model-draft", str(MODEL)],
+        ["--spec-type", "draft-mtp"],
+        ["--mmproj", "missing.gguf"],
     ],
     ids=" ".join,
 )
@@ -301,8 +347,13 @@ def test_a_model_with_a_sliding_window_is_refused(tmp_path: Path) -> None:
 
 
 def test_what_a_compressing_server_has_no_answer_for_is_an_error(small_server: Server) -> None:
-    for path, body in (("/embedding", {"content": "the"}), ("/v1/embeddings", {"input": "the"}), ("/rerank", {"query": "a", "documents": ["b"]}),
-                       ("/slots/0?action=save", {"filename": "x"}), ("/slots/0?action=restore", {"filename": "x"})):
+    for path, body in (
+        ("/embedding", {"content": "the"}),
+        ("/v1/embeddings", {"input": "the"}),
+        ("/rerank", {"query": "a", "documents": ["b"]}),
+        ("/slots/0?action=save", {"filename": "x"}),
+        ("/slots/0?action=restore", {"filename": "x"}),
+    ):
         status, answer = small_server.request(path, body)
         assert status == 501 and answer["error"]["type"] == "not_supported_error", path
     small_server.complete("the", 2, n_cache_reuse=64)
@@ -363,7 +414,9 @@ def test_slots_give_what_single_runs_give(n_slots: int, prefill: str, llm: Any, 
 def slow_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model that needs seconds for a prompt."""
     path = tmp_path_factory.mktemp("slow") / "slow.gguf"
-    write_random_model(path, n_layer=12, n_embd=512, n_head=8, n_head_kv=8, n_ff=2048, n_vocab=384, n_ctx_train=2 * N_CTX, seed=3, importance="random")
+    write_random_model(
+        path, n_layer=12, n_embd=512, n_head=8, n_head_kv=8, n_ff=2048, n_vocab=384, n_ctx_train=2 * N_CTX, seed=3, importance="random"
+    )
     return path
 
 
@@ -374,7 +427,9 @@ SHORT, LONG = ([20 + seed + (7 * i) % 300 for i in range(n)] for seed, n in ((1,
 def stream_of(server: Server, prompt: Sequence[int], n: int, **more: Any) -> Iterator[Iterator[tuple[float, str]]]:
     """The lines of a streamed completion, each with the seconds since the request; the headers come first, as an empty line."""
     body = {"prompt": prompt, "n_predict": n, "temperature": 0, "stream": True, "return_tokens": True, "ignore_eos": True, **more}
-    request = urllib.request.Request(f"http://127.0.0.1:{server.port}/completion", json.dumps(body).encode(), {"Content-Type": "application/json"})
+    request = urllib.request.Request(
+        f"http://127.0.0.1:{server.port}/completion", json.dumps(body).encode(), {"Content-Type": "application/json"}
+    )
     start = time.monotonic()
     with DIRECTLY.open(request, timeout=SECONDS) as stream:
         seconds = time.monotonic() - start
@@ -431,7 +486,9 @@ def test_a_client_that_leaves_while_its_prompt_is_read_cancels_it(stream: bool, 
         answer = server.complete(LONG * 2, 4)["tokens"]
         data = json.dumps({"prompt": LONG * 2, "n_predict": 4, "stream": stream}).encode()
         with socket.create_connection(("127.0.0.1", server.port), timeout=SECONDS) as s:
-            s.sendall(b"POST /completion HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n" % len(data) + data)
+            s.sendall(
+                b"POST /completion HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n" % len(data) + data
+            )
             deadline = time.monotonic() + SECONDS
             while not any(slot["kv"]["state"] == "reading" for slot in server.get("/slots")):
                 assert time.monotonic() < deadline
@@ -514,8 +571,10 @@ def test_reuse_continues_on_the_compressed_past(llm: Any, log: Path) -> None:
             result = server.complete(prompt, 8)
             assert until_end(result["tokens"]) == answer and result["timings"]["cache_n"] == n_past
         assert answers[-1] == expected(llm, leaving[-1], 8)
-        assert f"the prompt is read from its beginning: its first {len(a) - WINDOW - 1} tokens are those of the compressed past, which cannot be " \
+        assert (
+            f"the prompt is read from its beginning: its first {len(a) - WINDOW - 1} tokens are those of the compressed past, which cannot be "
             f"cut to fewer than {len(a) - WINDOW + 1}" in server.output()
+        )
         assert server.complete([*a[:-2], *c, *b], 4, cache_prompt=False)["timings"]["cache_n"] == 0
 
 
@@ -525,16 +584,30 @@ def test_reuse_has_the_size_and_the_protected_cells_of_the_request(llm: Any, log
     asked, spans, n = [*document, *question], [[0, 40], [500, 560]], 8
     large = 2 * KV_SIZE
     requests: dict[str, dict[str, Any]] = {
-        "none": {}, "its own": {"kv_size": KV_SIZE, "kv_protect": []}, "small": {"kv_size": 32}, "large": {"kv_size": large},
-        "protect": {"kv_protect": spans}, "merged": {"kv_protect": [[500, 530], [0, 40], [520, 560]]},
-        "in the question": {"kv_protect": [*spans, [len(document) + 1, len(document) + 3]]}, "part": {"kv_protect": spans[:1]},
+        "none": {},
+        "its own": {"kv_size": KV_SIZE, "kv_protect": []},
+        "small": {"kv_size": 32},
+        "large": {"kv_size": large},
+        "protect": {"kv_protect": spans},
+        "merged": {"kv_protect": [[500, 530], [0, 40], [520, 560]]},
+        "in the question": {"kv_protect": [*spans, [len(document) + 1, len(document) + 3]]},
+        "part": {"kv_protect": spans[:1]},
     }
     same = [("none", "its own"), ("its own", "none"), ("protect", "merged"), ("protect", "in the question")]
-    reasons = {"small": "it was compressed with kv_size 128, that of now is 32", "protect": "it was compressed with other protected cells than those of now"}
+    reasons = {
+        "small": "it was compressed with kv_size 128, that of now is 32",
+        "protect": "it was compressed with other protected cells than those of now",
+    }
     with running(log, "--kv-size", KV_SIZE, "--kv-size-max", large) as server:
         fresh = {name: server.complete(asked, n, **request) for name, request in requests.items()}
     with running(log, "--kv-size", KV_SIZE, "--kv-size-max", large, "--kv-reuse") as server:
-        for first, second in [*same, *(("none", name) for name in requests if name != "its own"), ("large", "none"), ("protect", "part"), ("part", "protect")]:
+        for first, second in [
+            *same,
+            *(("none", name) for name in requests if name != "its own"),
+            ("large", "none"),
+            ("protect", "part"),
+            ("part", "protect"),
+        ]:
             server.complete(document, 1, cache_prompt=False, **requests[first])
             n_read = len(server.output())
             result = server.complete(asked, n, **requests[second])
@@ -555,7 +628,10 @@ def test_reuse_has_the_size_and_the_protected_cells_of_the_request(llm: Any, log
         server.complete(document[:20], 1, cache_prompt=False)
         result = server.complete(document, n)
         assert result["timings"]["cache_n"] == 0 and until_end(result["tokens"]) == expected(llm, document, n)
-        assert f"every head would keep {len(document) - 20} new tokens behind 20 of the compressed past, kv_size is {KV_SIZE}" in server.output()
+        assert (
+            f"every head would keep {len(document) - 20} new tokens behind 20 of the compressed past, kv_size is {KV_SIZE}"
+            in server.output()
+        )
 
 
 # adapters
@@ -579,7 +655,9 @@ def adapters(tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
 @pytest.fixture(scope="module")
 def of_stock(llm: Any, log: Path, adapters: list[Any]) -> list[tuple[list[int], list[dict[str, Any]], list[int]]]:
     """Prompts, adapters, and what upstream's server generates with them."""
-    cases = [(prompt_ids(llm, 1, 600 + 50 * i), scaled(*scales)) for i, scales in enumerate([(1.0, 0.0), (0.0, 0.0), (0.0, 1.0), (0.4, 0.8)])]
+    cases = [
+        (prompt_ids(llm, 1, 600 + 50 * i), scaled(*scales)) for i, scales in enumerate([(1.0, 0.0), (0.0, 0.0), (0.0, 1.0), (0.4, 0.8)])
+    ]
     with running(log, *adapters) as server:
         answers = [server.tokens(prompt, 12, ignore_eos=True, lora=lora) for prompt, lora in cases]
     assert len({str(answer) for answer in answers}) == len(cases)
@@ -726,8 +804,10 @@ def test_a_file_that_is_no_saved_slot_is_a_400_and_leaves_the_slot_as_it_is(llm:
         for name, data in {**cut, **wrong, "empty": b"", "text": b"the" * 999}.items():
             (tmp_path / name).write_bytes(data)
         why = {
-            **dict.fromkeys(wrong, "the state cannot be restored: it is damaged (checksum)"), "missing": "the file cannot be read",
-            "large": "the state cannot be restored: it was compressed with kv_size 256, the limit is 200", "long": "the state cannot be restored: it holds 1200 tokens",
+            **dict.fromkeys(wrong, "the state cannot be restored: it is damaged (checksum)"),
+            "missing": "the file cannot be read",
+            "large": "the state cannot be restored: it was compressed with kv_size 256, the limit is 200",
+            "long": "the state cannot be restored: it holds 1200 tokens",
             "protected": "the state cannot be restored: every head keeps 240 protected cells, the limit is 192",
         }
         server.complete(prompt, 1, cache_prompt=False)
@@ -800,9 +880,15 @@ def test_a_wrong_size_is_a_400_with_field_value_and_range(size: Any, small_serve
 @pytest.mark.parametrize(
     ("protect", "why"),
     [
-        ("all", "it must be a list of at most 64 [start, end) ranges of tokens"), ([[0, 1]] * 65, "at most 64"),
-        ([5], "each range must be two integers"), ([[0, 1.5]], "each range must be two integers"), ([[0, 1, 2]], "each range must be two integers"),
-        ([[-1, 4]], "lie in [0, 200]"), ([[4, 4]], "lie in [0, 200]"), ([[0, 201]], "lie in [0, 200]"), ([[0, 1 << 60]], "lie in [0, 200]"),
+        ("all", "it must be a list of at most 64 [start, end) ranges of tokens"),
+        ([[0, 1]] * 65, "at most 64"),
+        ([5], "each range must be two integers"),
+        ([[0, 1.5]], "each range must be two integers"),
+        ([[0, 1, 2]], "each range must be two integers"),
+        ([[-1, 4]], "lie in [0, 200]"),
+        ([[4, 4]], "lie in [0, 200]"),
+        ([[0, 201]], "lie in [0, 200]"),
+        ([[0, 1 << 60]], "lie in [0, 200]"),
         ([[0, 60], [70, 131]], "121 tokens, it may be up to 120"),
     ],
     ids=str,
@@ -817,7 +903,9 @@ def test_a_request_protects_cells_of_its_prompt(llm: Any, log: Path) -> None:
     spans = [(0, 40), (500, 560)]
     protecting = load(MODEL, preset="default", kv_size=KV_SIZE, n_ctx=N_CTX, n_batch=N_UBATCH, n_ubatch=N_UBATCH, protect=spans)
     with running(log, "--kv-size", KV_SIZE, n_slots=2) as server, ThreadPoolExecutor(3) as pool:
-        results = list(pool.map(lambda protect: server.complete(prompt, 16, kv_protect=protect), [spans, None, [list(span) for span in spans]]))
+        results = list(
+            pool.map(lambda protect: server.complete(prompt, 16, kv_protect=protect), [spans, None, [list(span) for span in spans]])
+        )
     assert [until_end(result["tokens"]) for result in results] == [expected(some, prompt, 16) for some in (protecting, llm, protecting)]
     cells = [result["timings"]["kv"]["cells"]["min"] for result in results]
     assert cells[0] == cells[2] >= 100 + WINDOW > cells[1]
@@ -833,8 +921,10 @@ def test_a_request_keeps_its_whole_prompt_where_the_server_allows_it(llm: Any, l
         assert kv["cells"]["min"] == kv["cells"]["max"] == len(prompt) and kv["bytes"] == kv["bytes_full"] > small["timings"]["kv"]["bytes"]
         status, answer = server.request("/completion", {"prompt": longer, "kv_size": 0})
         assert status == 400
-        assert f"kv_size is 0: this keeps the whole prompt, which is possible for prompts of up to {len(prompt)} tokens (--kv-size-max), " \
+        assert (
+            f"kv_size is 0: this keeps the whole prompt, which is possible for prompts of up to {len(prompt)} tokens (--kv-size-max), "
             f"this one has {len(longer)}" in answer["error"]["message"]
+        )
         assert server.tokens(longer, 8, kv_size=300) != []
         assert_nothing_left(server)
 
@@ -958,8 +1048,18 @@ def wide_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     if sys.platform != "linux":
         pytest.skip("the limit of another process needs Linux")
     path = tmp_path_factory.mktemp("wide") / "wide.gguf"
-    write_random_model(path, n_layer=4, n_embd=2048, n_head=16, n_head_kv=16, n_ff=256, n_ctx_train=4 * N_CTX, seed=3, importance="random",
-                       repeat_layers=True)
+    write_random_model(
+        path,
+        n_layer=4,
+        n_embd=2048,
+        n_head=16,
+        n_head_kv=16,
+        n_ff=256,
+        n_ctx_train=4 * N_CTX,
+        seed=3,
+        importance="random",
+        repeat_layers=True,
+    )
     return path
 
 
@@ -1070,13 +1170,26 @@ def hang_up(server: Server, body: dict[str, Any], seconds: float) -> None:
     """Send a request and leave before its answer is complete."""
     data = json.dumps(body).encode()
     with socket.create_connection(("127.0.0.1", server.port), timeout=SECONDS) as s:
-        s.sendall(b"POST /completion HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n" % len(data) + data)
+        s.sendall(
+            b"POST /completion HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n" % len(data) + data
+        )
         time.sleep(seconds)
 
 
 BAD_BODIES: list[Any] = [
-    b"{", b"[]", b"null", b'{"prompt": "\xff"}', {"prompt": {}}, {"prompt": [1, "the", None]}, {"prompt": [-1]}, {"prompt": [1 << 30]},
-    {"n_predict": 4}, {"prompt": "the", "kv_size": 1}, {"prompt": "the", "n_predict": "x"}, {"messages": 5}, {"prompt": [5] * 3000},
+    b"{",
+    b"[]",
+    b"null",
+    b'{"prompt": "\xff"}',
+    {"prompt": {}},
+    {"prompt": [1, "the", None]},
+    {"prompt": [-1]},
+    {"prompt": [1 << 30]},
+    {"n_predict": 4},
+    {"prompt": "the", "kv_size": 1},
+    {"prompt": "the", "n_predict": "x"},
+    {"messages": 5},
+    {"prompt": [5] * 3000},
 ]
 
 
@@ -1098,8 +1211,9 @@ def test_mixed_load_leaves_nothing_behind(llm: Any, log: Path) -> None:
                 if what == "complete" and server.tokens(prompts[i], n) != answers[i]:
                     wrong.append(f"prompt {i}")
                 elif what == "stream":
-                    status, text = server.request("/completion", {"prompt": prompts[i], "n_predict": n, "temperature": 0, "stream": True,
-                                                                  "return_tokens": True})
+                    status, text = server.request(
+                        "/completion", {"prompt": prompts[i], "n_predict": n, "temperature": 0, "stream": True, "return_tokens": True}
+                    )
                     events = [json.loads(line[6:]) for line in text.splitlines() if line.startswith("data: {")]
                     got = until_end([token for event in events if not event["stop"] for token in event["tokens"]])
                     if status != 200 or got != answers[i]:
@@ -1107,7 +1221,11 @@ def test_mixed_load_leaves_nothing_behind(llm: Any, log: Path) -> None:
                 elif what == "sized":
                     server.complete(prompts[i], n, kv_size=rng.choice([16, 40, KV_SIZE]))
                 elif what == "hang-up":
-                    hang_up(server, {"prompt": prompts[i], "n_predict": 1000, "stream": rng.random() < 0.5}, rng.choice([0, 0.01, 0.05, 0.2, 0.5]))
+                    hang_up(
+                        server,
+                        {"prompt": prompts[i], "n_predict": 1000, "stream": rng.random() < 0.5},
+                        rng.choice([0, 0.01, 0.05, 0.2, 0.5]),
+                    )
                 elif what == "bad":
                     path = rng.choice(["/completion", "/v1/completions", "/v1/chat/completions"])
                     status, answer = server.request(path, rng.choice(BAD_BODIES))
@@ -1137,8 +1255,13 @@ def test_the_openai_client_streams_a_chat(small_server: Server) -> None:
 
 
 def run_serve(*args: Any) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-m", "pyheadkv.cli", "serve", *map(str, args)], capture_output=True, text=True, timeout=SECONDS,
-                          cwd=Path(__file__).parent)  # not the checkout, whose package has no libraries
+    return subprocess.run(
+        [sys.executable, "-m", "pyheadkv.cli", "serve", *map(str, args)],
+        capture_output=True,
+        text=True,
+        timeout=SECONDS,
+        cwd=Path(__file__).parent,
+    )  # not the checkout, whose package has no libraries
 
 
 def test_serve_passes_every_flag_on() -> None:

@@ -73,7 +73,9 @@ def test_a_restored_cache_answers_as_the_saved_one(shape: Shape, options: dict[s
         whole = [*prompt, *question * 12]
         with (tmp_path / "state").open("wb") as f:
             pickle.dump((state, options, whole, 20), f)
-    done = subprocess.run([sys.executable, "-c", ASK_SCRIPT, tmp_path / "state", path], capture_output=True, text=True, cwd=Path(__file__).parent)
+    done = subprocess.run(
+        [sys.executable, "-c", ASK_SCRIPT, tmp_path / "state", path], capture_output=True, text=True, cwd=Path(__file__).parent
+    )
     assert done.stdout == f"{answer}\n{len(prompt)}\n", done.stderr
 
 
@@ -244,7 +246,10 @@ def with_adapters(path: Path, *loras: tuple[Path, float], vector: float = 0.0, f
         n_embd, n_layer = llm.n_embd(), llama_cpp.llama_model_n_layer(llm.model)
         data = (ctypes.c_float * (n_embd * n_layer))(*[vector] * (n_embd * n_layer))
         if vector:
-            assert llama_cpp._lib.llama_set_adapter_cvec(ctypes.c_void_p(llm.ctx), data, ctypes.c_size_t(len(data)), n_embd, first, n_layer) == 0
+            assert (
+                llama_cpp._lib.llama_set_adapter_cvec(ctypes.c_void_p(llm.ctx), data, ctypes.c_size_t(len(data)), n_embd, first, n_layer)
+                == 0
+            )
         yield llm
 
 
@@ -253,8 +258,15 @@ def test_a_state_belongs_to_the_adapters_that_it_was_computed_with(make_model: M
     path, prompt, question = make_model(GQA4), tokens(300), tokens(9, seed=5)[1:]
     a, b = (write_lora(tmp_path / f"{seed}.gguf", path, seed=seed) for seed in (1, 2))
     kinds: list[dict[str, Any]] = [
-        dict(), dict(loras=[(a, 1.0)]), dict(loras=[(a, 0.5)]), dict(loras=[(b, 1.0)]), dict(loras=[(a, 1.0), (b, 1.0)]),
-        dict(vector=0.3), dict(vector=0.2), dict(vector=0.3, first=2), dict(loras=[(a, 1.0)], vector=0.3),
+        dict(),
+        dict(loras=[(a, 1.0)]),
+        dict(loras=[(a, 0.5)]),
+        dict(loras=[(b, 1.0)]),
+        dict(loras=[(a, 1.0), (b, 1.0)]),
+        dict(vector=0.3),
+        dict(vector=0.2),
+        dict(vector=0.3, first=2),
+        dict(loras=[(a, 1.0)], vector=0.3),
     ]
     states, answers = [], []
     for kind in kinds:
@@ -397,8 +409,11 @@ def test_numbers_that_lie_are_refused(small: Path) -> None:
         for changes in (dict(first=-1), dict(first=5), dict(last=n_prompt - 7), dict(last=8), dict(first=1 << 30)):
             assert "it is damaged (protected cells)" in why(forged(**changes))
         assert not set_seq(c, ctx, 0, forged(n_spans=1 << 31))
-        for limits, said in (((kv_size - 1, 0, 0), "kv_size 40, the limit is 39"), ((0, 14, 0), "every head keeps 15 protected cells, the limit is 14"),
-                             ((0, 0, n_prompt - 1), "it holds 100 tokens, the limit is 99")):
+        for limits, said in (
+            ((kv_size - 1, 0, 0), "kv_size 40, the limit is 39"),
+            ((0, 14, 0), "every head keeps 15 protected cells, the limit is 14"),
+            ((0, 0, n_prompt - 1), "it holds 100 tokens, the limit is 99"),
+        ):
             assert lib.headkv_limit_restore(ctx, *limits) == 0
             assert said in why(state)
         assert lib.headkv_limit_restore(ctx, 0, -1, 0) < 0

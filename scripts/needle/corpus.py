@@ -39,9 +39,7 @@ class Mix:
     #: share of direct and two-hop questions asked as in a chat ("what is the code of anna ?")
     chat_share: float = 0.0
     #: how often each kind is asked, relative to the others
-    weights: dict[language.Kind, float] = field(
-        default_factory=lambda: {"direct": 1.0, "two-hop": 1.0, "comparison": 1.0, "list": 0.5}
-    )
+    weights: dict[language.Kind, float] = field(default_factory=lambda: {"direct": 1.0, "two-hop": 1.0, "comparison": 1.0, "list": 0.5})
 
 
 @dataclass(frozen=True)
@@ -153,9 +151,7 @@ def _join(pieces: list[_Piece], n: int) -> TrainingSequence:
     return TrainingSequence(*(np.pad(row, (0, n - len(row))) for row in cut))
 
 
-def skipped_positions(
-    rng: random.Random, tokens: NDArray[np.int64], *, max_position: int
-) -> NDArray[np.int64]:
+def skipped_positions(rng: random.Random, tokens: NDArray[np.int64], *, max_position: int) -> NDArray[np.int64]:
     """Positions with up to three random gaps at sentence ends, as in PoSE: the model sees distances far beyond
     the length of the sequence.
 

@@ -23,16 +23,12 @@ def is_exact(model: NeedleModel, document: language.Document) -> bool:
     return model.head(hidden).argmax(-1).tolist() == answer
 
 
-def accuracy_table(
-    model: NeedleModel, *, seed: int, lengths: Sequence[int] = (1024, 4096), n_each: int = 10
-) -> Iterator[str]:
+def accuracy_table(model: NeedleModel, *, seed: int, lengths: Sequence[int] = (1024, 4096), n_each: int = 10) -> Iterator[str]:
     """Lines "length: kind right/asked ..", random depths."""
     for n_tokens in lengths:
         cells = []
         for kind in language.KINDS:
             rng = random.Random(f"{seed} {n_tokens} {kind}")
-            n_right = sum(
-                is_exact(model, language.make_document(rng, n_tokens=n_tokens, kinds=[kind])) for _ in range(n_each)
-            )
+            n_right = sum(is_exact(model, language.make_document(rng, n_tokens=n_tokens, kinds=[kind])) for _ in range(n_each))
             cells.append(f"{kind} {n_right}/{n_each}")
         yield f"exact answers at {n_tokens} tokens: " + ", ".join(cells)

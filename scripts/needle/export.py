@@ -62,9 +62,7 @@ def _add_tokenizer(writer: gguf.GGUFWriter) -> None:
 def _add_importance(writer: gguf.GGUFWriter, importance: Array, source: str) -> None:
     key = "llama.attention.head_importance"
     writer.add_array(key, [float(x) for x in importance.reshape(-1)])
-    writer.add_key_value(
-        f"{key}.shape", [int(n) for n in importance.shape], gguf.GGUFValueType.ARRAY, gguf.GGUFValueType.UINT32
-    )
+    writer.add_key_value(f"{key}.shape", [int(n) for n in importance.shape], gguf.GGUFValueType.ARRAY, gguf.GGUFValueType.UINT32)
     writer.add_string(f"{key}.method", "headkv-r2")
     writer.add_string(f"{key}.source", source)
     writer.add_uint32(f"{key}.version", 1)
@@ -88,8 +86,15 @@ def _tensors(model: NeedleModel) -> dict[str, Array]:
         "output_norm": weights["norm.weight"],
     }
     names = {
-        "attn_norm": "attn_norm", "ffn_norm": "ffn_norm", "attn.q": "attn_q", "attn.k": "attn_k", "attn.v": "attn_v",
-        "attn.out": "attn_output", "ffn.gate": "ffn_gate", "ffn.up": "ffn_up", "ffn.down": "ffn_down",
+        "attn_norm": "attn_norm",
+        "ffn_norm": "ffn_norm",
+        "attn.q": "attn_q",
+        "attn.k": "attn_k",
+        "attn.v": "attn_v",
+        "attn.out": "attn_output",
+        "ffn.gate": "ffn_gate",
+        "ffn.up": "ffn_up",
+        "ffn.down": "ffn_down",
     }
     heads = {"attn_q": model.options.n_head, "attn_k": model.options.n_head_kv}
     for i in range(model.options.n_layer):
@@ -99,9 +104,7 @@ def _tensors(model: NeedleModel) -> dict[str, Array]:
     return tensors
 
 
-def write_gguf(
-    model: NeedleModel, path: Path, *, kind: gguf.GGMLQuantizationType, importance: Array, source: str
-) -> None:
+def write_gguf(model: NeedleModel, path: Path, *, kind: gguf.GGMLQuantizationType, importance: Array, source: str) -> None:
     """Write the model; matrices in type `kind`, norms in F32.
 
     Parameters

@@ -74,10 +74,7 @@ class Attention(nn.Module):
     def project(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """Queries (n_batch, n_head, n_tokens, n_embd_head), keys and values (n_batch, n_head_kv, ..)."""
         n_batch, n_tokens, _ = x.shape
-        q, k, v = (
-            linear(x).view(n_batch, n_tokens, -1, self.options.n_embd_head).transpose(1, 2)
-            for linear in (self.q, self.k, self.v)
-        )
+        q, k, v = (linear(x).view(n_batch, n_tokens, -1, self.options.n_embd_head).transpose(1, 2) for linear in (self.q, self.k, self.v))
         return rotate(q, *rope), rotate(k, *rope), v
 
     def forward(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
