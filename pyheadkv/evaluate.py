@@ -30,7 +30,7 @@ from . import __version__
 from .arguments import AMOUNTS, add_amount_arguments, add_keep_arguments, check_drawing, keep_kwargs, split
 from .demo import round_n_ctx
 from .evaluate_report import write_report
-from .file_tasks import FILES, check_files, n_answer
+from .file_tasks import FILES, check_files, n_answer, read_contexts
 from .gguf_keys import check_beta
 from .inspect import model_path
 from .journal import Journal, commit, machine, sha256
@@ -330,7 +330,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--protocol", default=",".join(PROTOCOLS), metavar="LIST", help="query-aware, query-agnostic (default: both)")
     group.add_argument("--tokens", default="4096", metavar="LIST", help="lengths of the prompts (default: %(default)s)")
     group.add_argument("--contexts", type=int, default=20, metavar="N", help="per task and length (default: %(default)s)")
-    group.add_argument("--questions", type=int, default=2, metavar="N", help="of each kind about one context (default: %(default)s)")
+    group.add_argument("--questions", type=int, metavar="N", help="of each kind about one context (default: 2; of a file all)")
     group.add_argument("--depths", type=int, default=10, metavar="N", help="of the needle, task niah (default: %(default)s)")
     group.add_argument("--file", type=Path, metavar="FILE.jsonl", help=f"of the tasks {', '.join(FILES)}")
     group.add_argument("--prompts", type=Path, metavar="FILE.json", help="of these tasks (default: those of the package)")
@@ -445,7 +445,15 @@ def run(args: argparse.Namespace) -> int:
     lengths = [check_int("--tokens", int(n) if n.isdigit() else n, 64, 1 << 24) for n in split(args.tokens)]
     tasks = tuple(
         TaskOptions(
-            check_choice("task", name, TASKS), n, args.questions, args.seed, args.depths, args.file, args.prompts, args.raw, args.after
+            check_choice("task", name, TASKS),
+            n,
+            n_questions(args.questions, name),
+            args.seed,
+            args.depths,
+            args.file,
+            args.prompts,
+            args.raw,
+            args.after,
         )
         for name in split(args.task)
         for n in lengths
@@ -476,14 +484,20 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
+def n_questions(given: int | None, task: str) -> int:
+    """Questions of each kind about one context: as many as given, else 2, or all that a file has."""
+    if given is not None:
+        return check_int("--questions", given, 1, 1 << 20)
+    return 1 << 20 if task in FILES else 2
+
+
 def count_quizzes(job: Job, n_contexts: int) -> list[int]:
     """Contexts of each task: as many as are wanted, or as a file has."""
     counts = []
     for options in job.tasks:
         n = n_contexts
         if options.name in FILES:
-            with open(check_files(options)[0], encoding="utf-8") as file:
-                n = min(n, sum(bool(line.strip()) for line in file))
+            n = min(n, len(read_contexts(check_files(options)[0])))
         counts.append(n)
     return counts
 

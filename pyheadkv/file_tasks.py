@@ -24,7 +24,9 @@ import ast
 import json
 import re
 from abc import abstractmethod
+from collections import Counter
 from collections.abc import Callable, Sequence
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -39,21 +41,28 @@ PROMPTS = Path(__file__).resolve().parent / "data" / "prompts.json"
 
 
 class FileTask(Task):
-    """One context and its questions per line of a JSON lines file."""
+    """Contexts of a JSON lines file; lines one after the other that have the same context are questions about it."""
 
     def __init__(self, llm: Llama, options: TaskOptions) -> None:
         super().__init__(llm, options)
         self.file, self.prompts = check_files(options)
-        with open(self.file, encoding="utf-8") as file:
-            self._rows = [json.loads(line) for line in file if line.strip()]
+        self._contexts = read_contexts(self.file)
         self._prose = Prose(llm, raw=options.raw)
 
     def quiz(self, i: int) -> list[Ask]:
-        row = self._rows[i]
-        try:
-            return self.read(row)
-        except KeyError as error:
-            raise ValueError(f"{self.file}: line {i + 1} has no key {error}: is it a file of {self.options.name}?") from None
+        asked: list[Ask] = []
+        for number, row in self._contexts[i]:
+            try:
+                asked += self.read(row)
+            except KeyError as error:
+                raise ValueError(f"{self.file}: line {number} has no key {error}: is it a file of {self.options.name}?") from None
+        n_of: Counter[str] = Counter()
+        kept = []
+        for ask in asked:
+            n_of[ask.kind] += 1
+            if n_of[ask.kind] <= self.options.n_each:
+                kept.append(ask)
+        return kept
 
     @abstractmethod
     def read(self, row: dict[str, Any]) -> list[Ask]:
@@ -195,6 +204,13 @@ class InfiniteBench(FileTask):
 
 CLASSES: dict[str, type[FileTask]] = {"longbench": LongBench, "babilong": BABILong, "loogle": LooGLE, "infinitebench": InfiniteBench}
 FILES = tuple(CLASSES)
+
+
+def read_contexts(path: Path) -> list[list[tuple[int, dict[str, Any]]]]:
+    """Lines of a JSON lines file with their numbers, those that follow each other with the same context together."""
+    with open(path, encoding="utf-8") as file:
+        rows = [(number, json.loads(line)) for number, line in enumerate(file, 1) if line.strip()]
+    return [list(same) for _, same in groupby(rows, key=lambda row: row[1].get("context", row[1].get("input")))]
 
 
 def check_files(options: TaskOptions) -> tuple[Path, dict[str, Any]]:

@@ -1,16 +1,15 @@
 """Settings of one or more runs of `pyheadkv eval` against one of them, question by question.
 
     pyheadkv eval niah MODEL.gguf --importance r2.json,mix.json --beta 1.2,2 --kv-size 64,128 -o niah.jsonl ...
-    python scripts/compare_settings.py niah.jsonl keys.jsonl --base "headkv r2 beta 1.2" --rows FILE.jsonl
+    python scripts/compare_settings.py niah.jsonl keys.jsonl --base "headkv r2 beta 1.2"
 
 Per run, protocol, budget and setting, and for all budgets and all runs together: the score, and its difference to the base in points, with
-95 % intervals, by bootstrap over contexts. Rows of a file about one context are drawn together where --rows names the file.
+95 % intervals, by bootstrap over contexts.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 from collections import defaultdict
 from pathlib import Path
 
@@ -20,15 +19,7 @@ from pyheadkv.options import FULL
 Pairs = dict[str, list[tuple[float, float]]]  # by context: scores of a setting and of the base
 
 
-def contexts_of(answers: Answers, files: list[Path]) -> list[str]:
-    """Context of each row of the file that a run read; empty if it read none of ``files``."""
-    known = {path.name: path for path in files}
-    names = {task["file"] for task in answers.header["tasks"]} & set(known)
-    lines = known[names.pop()].read_text(encoding="utf-8").splitlines() if names else []
-    return [json.loads(line)["context"] for line in lines if line.strip()]
-
-
-def pairs_of(answers: Answers, base: str, contexts: list[str]) -> dict[tuple[str, str, str], Pairs]:
+def pairs_of(answers: Answers, base: str) -> dict[tuple[str, str, str], Pairs]:
     """By protocol, budget and method, what was scored beside the base."""
     names = {(s["method"], s["budget"]): s["name"] for s in answers.settings}
     out: dict[tuple[str, str, str], Pairs] = {}
@@ -37,8 +28,7 @@ def pairs_of(answers: Answers, base: str, contexts: list[str]) -> dict[tuple[str
             if (base, budget) in names:
                 pairs: Pairs = defaultdict(list)
                 for a, b in zip(answers.of(protocol, name), answers.of(protocol, names[base, budget]), strict=True):
-                    place = contexts[int(a.place.split("/")[-1])] if contexts else a.place
-                    pairs[place].append((a.score, b.score))
+                    pairs[a.place].append((a.score, b.score))
                 out[protocol, budget, method] = pairs
     return out
 
@@ -61,14 +51,13 @@ def main() -> None:
     parser.add_argument(
         "--base", required=True, metavar="METHOD", help='as the tables name it without the budget, such as "headkv r2 beta 1.2"'
     )
-    parser.add_argument("--rows", type=Path, nargs="+", default=[], metavar="FILE.jsonl", help="that runs of tasks with a file read")
     args = parser.parse_args()
     head = ["task", "protocol", "questions", "full", "budget", "setting", "score", f"points above {args.base}"]
     print(row(head), row(["---"] * len(head)), sep="\n")
     everything: dict[tuple[str, str], list[Pairs]] = defaultdict(list)
     for path in args.runs:
         answers = Answers(path)
-        pairs = pairs_of(answers, args.base, contexts_of(answers, args.rows))
+        pairs = pairs_of(answers, args.base)
         if not pairs:
             raise SystemExit(f"error: --base {args.base!r}: {path} has {', '.join(sorted({s['method'] for s in answers.settings}))}")
         task = answers.header["tasks"][0]

@@ -282,6 +282,16 @@ def test_tasks_from_files(make_model: MakeModel, tmp_path: Path) -> None:
         make_task(llm, TaskOptions("longbench", 500))
 
 
+def test_lines_with_the_same_context_are_questions_about_it(make_model: MakeModel, tmp_path: Path) -> None:
+    asked = ("a b", "one"), ("a b", "two"), ("a b", "three"), ("c", "four"), ("a b", "five")
+    rows = [{"context": c, "input": q, "answers": [q], "dataset": "hotpotqa"} for c, q in asked]
+    llm, asks = of_lines(make_model, tmp_path / "f.jsonl", "longbench", *rows, n_each=2)
+    assert [ask.grade(q) for ask, q in zip(asks, ("one", "two"), strict=True)] == [1, 1]
+    assert len({ask.prompt[: ask.n_context] for ask in asks}) == 1  # compressed once where the question is not known
+    task = make_task(llm, TaskOptions("longbench", 2000, file=tmp_path / "f.jsonl", n_each=9))
+    assert [len(task.quiz(i)) for i in range(3)] == [3, 1, 1]
+
+
 def of_lines(
     make_model: MakeModel, file: Path, name: str, *rows: dict[str, Any], n_tokens: int = 2000, **options: Any
 ) -> tuple[Any, list[Any]]:

@@ -139,10 +139,7 @@ def example_of(n_tokens: int, *, n_steps: int, spans: tuple[tuple[int, int], ...
     return Example(tuple(range(10, 10 + n_tokens)), spans, n_span, "11 12", n_steps)
 
 
-ROWS = [
-    np.array([[[0.5, 0.3, 0.2, 0.0], [0.1, 0.2, 0.3, 0.4]]]),
-    np.array([[[0.1, 0.2, 0.6, 0.1], [0.0, 0.9, 0.05, 0.05]]]),
-]
+ROWS = [np.array([[[0.5, 0.3, 0.2, 0.0], [0.1, 0.2, 0.3, 0.4]]]), np.array([[[0.1, 0.2, 0.6, 0.1], [0.0, 0.9, 0.05, 0.05]]])]
 
 
 def test_scores_of_written_rows_are_those_worked_out_by_hand() -> None:
@@ -570,29 +567,38 @@ def test_settings_are_compared_with_one_of_them(tmp_path: Path) -> None:
         assert (row[7] == " |") if row[5] == "headkv beta 1.2" else float(row[7].split()[0]) == pytest.approx(of - base, abs=1.01)
 
 
-def written_run(path: Path, scores: Sequence[tuple[float, float]], *, file: str | None) -> Path:
-    """Answers of "headkv a 64" and "headkv b 64", one question per context."""
+def written_run(path: Path, scores: Sequence[tuple[float, float]], *, n_each: int) -> Path:
+    """Answers of "headkv a 64" and "headkv b 64", n_each questions per context."""
     settings = [{"name": f"{m} 64", "method": m, "budget": "64", "policy": "headkv"} for m in ("headkv a", "headkv b")]
     full = {"name": "full", "method": "full", "budget": "", "policy": "full"}
-    lines: list[dict[str, Any]] = [{"settings": [full, *settings], "tasks": [{"name": "t", "file": file}]}]
-    for quiz, pair in enumerate(scores):
-        how = {"ask": 0, "kind": "k", "depth": 0.5, "protocol": "query-aware", "n_prompt": 9, "cells": 9, "bytes": 1, "bytes_store": 1}
+    lines: list[dict[str, Any]] = [{"settings": [full, *settings], "tasks": [{"name": "t", "file": None}]}]
+    for i, pair in enumerate(scores):
+        how = {
+            "ask": i % n_each,
+            "kind": "k",
+            "depth": 0.5,
+            "protocol": "query-aware",
+            "n_prompt": 9,
+            "cells": 9,
+            "bytes": 1,
+            "bytes_store": 1,
+        }
         said = [{**how, "setting": name, "score": x} for name, x in zip(("full", "headkv a 64", "headkv b 64"), (1.0, *pair), strict=True)]
-        lines.append({"task": "t", "length": 9, "quiz": quiz, "answers": said})
+        lines.append({"task": "t", "length": 9, "quiz": i // n_each, "answers": said})
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     return path
 
 
 def test_runs_are_joined_and_questions_about_one_context_drawn_together(tmp_path: Path) -> None:
-    first = written_run(tmp_path / "1.jsonl", [(0.0, 1.0), (0.0, 0.0)] * 4, file="rows.jsonl")
-    second = written_run(tmp_path / "2.jsonl", [(0.5, 0.0)] * 8, file=None)
-    (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"context": str(i // 2)}) + "\n" for i in range(8)))
+    scores = [(0.0, 1.0), (0.0, 0.0)] * 4
+    first = written_run(tmp_path / "1.jsonl", scores, n_each=1)
+    second = written_run(tmp_path / "2.jsonl", [(0.5, 0.0)] * 8, n_each=1)
     base = ["--base", "headkv a"]
     alone = script("compare_settings.py", first, second, *base).splitlines()
     gains = [line.split(" | ")[-1] for line in alone if "headkv b" in line]
     assert gains[:2] == ["+50.0 (+12.5 to +87.5) |", "-50.0 (-50.0 to -50.0) |"]
     assert re.match(r"\+0\.0 \(-\d", gains[2]) and len(gains) == 3
-    together = script("compare_settings.py", first, *base, "--rows", tmp_path / "rows.jsonl").splitlines()
+    together = script("compare_settings.py", written_run(tmp_path / "3.jsonl", scores, n_each=2), *base).splitlines()
     assert together[-1].endswith("| headkv b | 50 (50-50) | +50.0 (+50.0 to +50.0) |")  # every context has one of each
 
 
