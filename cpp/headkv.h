@@ -54,7 +54,7 @@ enum headkv_surplus {
 
 struct headkv_params {
     size_t       size;        // sizeof(struct headkv_params)
-    const char * policy;      // "auto" (headkv when the importance of the heads is known, else snapkv), "headkv" (importance decides), "snapkv" (uniform), "streaming" (4 sinks and the last cells),
+    const char * policy;      // "auto" (headkv when the importance of the heads is known, else adakv), "headkv" (importance decides), "snapkv" (uniform), "streaming" (4 sinks and the last cells),
                               // "pyramidkv" (fewer cells in deeper layers), "adakv" (the prompt decides within a layer),
                               // "headkv+adakv" (importance decides for the layers, both within a layer), "criticalkv" (uniform;
                               // half of the cells by attention times what their value does to the output of the layer), "h2o"

@@ -122,7 +122,7 @@ class Llama(llama_cpp.Llama):
         most 1
     kv_bytes : instead of ``kv_size``, bytes of K and V that the cells of all heads take
         after the prompt, a number or such as "64MiB"; generated tokens come on top
-    policy : "auto" (the default: "headkv" when the importance of the heads is known, else "snapkv";
+    policy : "auto" (the default: "headkv" when the importance of the heads is known, else "adakv";
         ``policy`` of the object says which), "headkv" (budgets by head importance), "snapkv" (uniform budgets), "streaming"
         (uniform budgets: the first cells and the last ones, whatever the queries look at),
         "pyramidkv" (budgets fall with the depth of the layer), "adakv" (within a layer, the

@@ -59,12 +59,12 @@ def test_other_models_are_asked_in_english(make_model: MakeModel, library: None,
     assert "the full cache answered 0 of 1 questions" in err
 
 
-def test_auto_is_uniform_where_no_importance_is_known(
+def test_auto_is_adakv_where_no_importance_is_known(
     make_model: MakeModel, library: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = make_model(SHAPE, importance=None)
     assert cli.main(["demo", str(path), "--tokens", "400", "--kv-size", "32", *FEW]) == 1
-    assert labels(capsys.readouterr().out)[1] == "auto (snapkv) 32"
+    assert labels(capsys.readouterr().out)[1] == "auto (adakv) 32"
     options = ["--tokens", "400", "--kv-size", "32", "--importance", str(make_model(SHAPE))]
     assert cli.main(["demo", str(path), *options, *FEW]) == 1
     assert labels(capsys.readouterr().out)[1] == "auto (headkv) 32"

@@ -263,7 +263,7 @@ def test_lossless_keeps_all_cells_and_refuses_an_amount(llm: Any, log: Path) -> 
 def test_auto_says_what_it_chose(llm: Any, log: Path, tmp_path: Path) -> None:
     plain = tmp_path / "plain.gguf"
     without_importance(MODEL, plain)
-    for model, policy in ((MODEL, "headkv"), (plain, "snapkv")):
+    for model, policy in ((MODEL, "headkv"), (plain, "adakv")):
         with running(log, "--kv-size", KV_SIZE, model=model) as server:
             assert server.get("/props")["kv"]["policy"] == policy
             assert f"compression: policy {policy}, --kv-size {KV_SIZE}" in server.output()

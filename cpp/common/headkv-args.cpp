@@ -93,7 +93,7 @@ void headkv_add_args(const std::function<void(common_arg)> & add_opt) {
         "first tokens of each prompt that every KV head keeps (default: 4 with the policy streaming, else 0)",
         [](common_params &, const std::string & value) { set("--kv-sinks").params.sinks = to_int(value); }), "LLAMA_ARG_KV_SINKS");
     add(common_arg({ "--kv-policy" }, "NAME",
-        with_default("which cells of a prompt each KV head keeps: auto = headkv when the importance of the heads is known, else snapkv; headkv, headkv+adakv, razor = by importance; "
+        with_default("which cells of a prompt each KV head keeps: auto = headkv when the importance of the heads is known, else adakv; headkv, headkv+adakv, razor = by importance; "
             "snapkv, streaming, pyramidkv, adakv, criticalkv, h2o need none; lossless = all, without --kv-size", def.policy),
         [](common_params &, const std::string & value) { set("--kv-policy").policy = value; }), "LLAMA_ARG_KV_POLICY");
     add(common_arg({ "--kv-beta" }, "X",

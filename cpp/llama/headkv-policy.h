@@ -69,7 +69,7 @@ struct headkv_policy {
 
 // what policy "auto" means when the importance of the heads is known, and when it is not
 constexpr const char * HEADKV_AUTO_IMPORTANCE = "headkv";
-constexpr const char * HEADKV_AUTO_UNKNOWN    = "snapkv";
+constexpr const char * HEADKV_AUTO_UNKNOWN    = "adakv";
 
 // by name; throws std::invalid_argument with the known ones
 const headkv_policy & headkv_policy_find(const std::string & name);
