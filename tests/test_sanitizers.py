@@ -41,6 +41,11 @@ def test_ops_are_clean(asan_dir: Path) -> None:
     assert found and int(found[1]) > 1000
 
 
+def test_states_and_store_are_sound_and_clean(asan_dir: Path) -> None:
+    found = re.search(r"^0 of (\d+) checks failed$", run([str(asan_dir / "test-memory")]), re.M)
+    assert found and int(found[1]) > 100_000
+
+
 def test_engine_is_clean(asan_dir: Path) -> None:
     # libstdc++ too, or the sanitizer does not find the functions of it that it wraps
     found = [

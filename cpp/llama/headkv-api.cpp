@@ -2,24 +2,16 @@
 
 #include "headkv-budget.h"
 #include "headkv-config.h"
+#include "headkv-error.h"
+#include "headkv-read.h"
 #include "llama-kv-cache-ragged.h"
 
 #include "llama-context.h"
 #include "llama-impl.h"
 
 #include <algorithm>
-#include <new>
 #include <numeric>
 #include <stdexcept>
-
-static std::string & thread_error() {
-    static thread_local std::string error;
-    return error;
-}
-
-void headkv_set_error(const std::string & what) {
-    thread_error() = what;
-}
 
 static int32_t fail(const std::string & what) {
     headkv_set_error(what);
@@ -34,10 +26,8 @@ static llama_kv_cache_ragged * get_kv(const llama_context * ctx) {
 template <typename F> static int32_t guarded(const F & run) {
     try {
         return run();
-    } catch (const std::bad_alloc &) {
-        return fail("not enough memory");
     } catch (const std::exception & e) {
-        return fail(e.what());
+        return fail(headkv_reason(e));
     }
 }
 
@@ -114,7 +104,7 @@ int32_t headkv_configure(struct llama_context * ctx, const struct headkv_params 
 }
 
 const char * headkv_last_error(void) {
-    return thread_error().c_str();
+    return headkv_get_error().c_str();
 }
 
 void headkv_clear_error(void) {
@@ -163,8 +153,8 @@ static int32_t decode_prompt(llama_context * ctx, llama_seq_id seq_id, const lla
 // the cache, for a prompt from its beginning or one that was paused
 static llama_kv_cache_ragged & begin_whole(llama_context * ctx, llama_seq_id seq_id, int32_t n_tokens) {
     llama_kv_cache_ragged & kv = cache_of(ctx, seq_id);
-    if (kv.get_seq(seq_id).n_pos > 0 && !kv.is_reading(seq_id)) {
-        throw std::invalid_argument(format("sequence %d holds %d tokens: remove them first", seq_id, kv.get_seq(seq_id).n_pos));
+    if (kv.seq(seq_id).n_pos > 0 && !kv.is_reading(seq_id)) {
+        throw std::invalid_argument(format("sequence %d holds %d tokens: remove them first", seq_id, kv.seq(seq_id).n_pos));
     }
     announce(ctx, seq_id, n_tokens, true);
     return kv;
@@ -228,7 +218,7 @@ int32_t headkv_compress_as(struct llama_context * ctx, llama_seq_id seq_id, llam
     return guarded([&]() -> int32_t {
         llama_kv_cache_ragged & kv = cache_of(ctx, seq_id);
         cache_of(ctx, seq_id_dst);
-        return kv.compress(ctx, seq_id, seq_id_dst) ? 0 : fail(kv.error());
+        return kv.compress(ctx, seq_id, seq_id_dst) ? 0 : -1;
     });
 }
 
@@ -257,12 +247,12 @@ int32_t headkv_get_stats(const struct llama_context * ctx, llama_seq_id seq_id, 
         if (!stats || stats->size != sizeof(struct headkv_stats)) {
             return fail("headkv_stats.size does not match this library");
         }
-        const auto & seq = kv.get_seq(seq_id);
+        const auto & seq = kv.seq(seq_id);
         stats->state         = seq.state;
         stats->n_prompt      = seq.n_prompt;
         stats->n_past        = seq.n_pos;
-        stats->bytes_store   = kv.get_store().n_bytes();
-        stats->bytes_staging = kv.bytes_staging();
+        stats->bytes_store   = kv.store().n_bytes();
+        stats->bytes_staging = kv.staging().n_bytes();
         stats->bytes_peak    = kv.bytes_peak();
         stats->bytes_full    = (int64_t) kv.bytes_cell()*seq.n_pos;
         stats->t_compress_us = kv.t_compress_us();
@@ -312,13 +302,13 @@ int32_t headkv_get_n_cells(const struct llama_context * ctx, llama_seq_id seq_id
             return fail(format("room for %d values, %d are needed", n, n_values));
         }
         std::fill(dst, dst + n_values, 0);
-        const auto & seq = kv.get_seq(seq_id);
-        for (const auto & layer : kv.get_store().layers) {
+        const auto & seq = kv.seq(seq_id);
+        for (const auto & layer : kv.store().layers) {
             for (int32_t ih = 0; ih < layer.n_head_kv; ++ih) {
                 // of a prompt that is read layer by layer, the first layers are compressed
                 const bool is_stored = (size_t) seq_id < layer.ranges.size() && !layer.ranges[seq_id].empty();
-                const int32_t n_more = seq.state == llama_kv_cache_ragged::STORED ? seq.n_pos - seq.n_prompt : 0;
-                dst[layer.il*n_head_kv + ih] = is_stored ? layer.ranges[seq_id][ih].n_kept + n_more : seq.n_pos;
+                const int32_t n_more = seq.state == HEADKV_SEQ_COMPRESSED ? seq.n_generated() : 0;
+                dst[layer.il*n_head_kv + ih] = is_stored ? layer.ranges[seq_id][ih].n_used(n_more) : seq.n_pos;
             }
         }
         return n_values;
@@ -329,10 +319,10 @@ int32_t headkv_get_positions(const struct llama_context * ctx, llama_seq_id seq_
     return guarded([&]() -> int32_t {
         llama_kv_cache_ragged & kv = cache_of(ctx, seq_id);
         check_head(kv, il, ih);
-        if (kv.get_seq(seq_id).state != llama_kv_cache_ragged::STORED) {
+        if (kv.seq(seq_id).state != HEADKV_SEQ_COMPRESSED) {
             return fail(format("sequence %d is not compressed: call headkv_end_prompt() first", seq_id));
         }
-        const auto & pos = kv.layer(il)->ranges[seq_id][ih].pos;
+        const auto & pos = kv.store().find(il)->ranges[seq_id][ih].pos;
         if (dst) {
             if ((size_t) std::max(n, 0) < pos.size()) {
                 return fail(format("room for %d values, %zu are needed", n, pos.size()));
@@ -372,7 +362,7 @@ int32_t headkv_fill_prompt(struct llama_context * ctx, llama_seq_id seq_id, int3
         if (n_tokens < 1 || (uint32_t) n_tokens > llama_n_ctx(ctx)) {
             return fail(format("prompt of %d tokens: it must be in [1, n_ctx = %u]", n_tokens, llama_n_ctx(ctx)));
         }
-        return kv.fill(ctx, seq_id, n_tokens, seed) ? 0 : fail(kv.error());
+        return headkv_fill(kv, ctx, seq_id, n_tokens, seed) ? 0 : -1;
     });
 }
 
@@ -380,8 +370,7 @@ int32_t headkv_read_window(const struct llama_context * ctx, llama_seq_id seq_id
     return guarded([&]() -> int32_t {
         llama_kv_cache_ragged & kv = cache_of(ctx, seq_id);
         check_head(kv, il, 0);
-        const int32_t res = kv.read_window(seq_id, il, dst, n);
-        return res < 0 ? fail(kv.error()) : res;
+        return headkv_window_of(kv, seq_id, il, dst, n);
     });
 }
 
@@ -389,8 +378,8 @@ int32_t headkv_read_attention(struct llama_context * ctx, llama_seq_id seq_id, i
         int32_t n_top, float * mass, int32_t * top, int32_t n) {
     return guarded([&]() -> int32_t {
         llama_kv_cache_ragged & kv = cache_of(ctx, seq_id);
-        if (n_queries < 1 || n_queries > kv.n_window_max()) {
-            return fail(format("attention of the last %d tokens: it must be in [1, %d], the window of the context", n_queries, kv.n_window_max()));
+        if (n_queries < 1 || n_queries > kv.staging().n_ring()) {
+            return fail(format("attention of the last %d tokens: it must be in [1, %d], the window of the context", n_queries, kv.staging().n_ring()));
         }
         const int32_t n_values = n_queries*kv.n_layer()*kv.n_head_max();
         if (!mass) {
@@ -403,7 +392,8 @@ int32_t headkv_read_attention(struct llama_context * ctx, llama_seq_id seq_id, i
         for (int32_t i = 0; i < n_spans; ++i) {
             ranges.push_back({ spans[2*i], spans[2*i + 1] });
         }
-        return kv.read_attention(ctx, seq_id, n_queries, ranges, n_top, mass, top) ? n_values : fail(kv.error());
+        headkv_attention_of(kv, ctx, seq_id, n_queries, ranges, n_top, mass, top);
+        return n_values;
     });
 }
 
@@ -411,7 +401,6 @@ int32_t headkv_read_cells(const struct llama_context * ctx, llama_seq_id seq_id,
     return guarded([&]() -> int32_t {
         llama_kv_cache_ragged & kv = cache_of(ctx, seq_id);
         check_head(kv, il, ih);
-        const int32_t res = kv.read_cells(seq_id, il, ih, v, dst, n);
-        return res < 0 ? fail(kv.error()) : res;
+        return headkv_cells_of(kv, seq_id, il, ih, v, dst, n);
     });
 }

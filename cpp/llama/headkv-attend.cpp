@@ -173,6 +173,38 @@ void attend_biased(headkv_attend_kernel kernel, headkv_attend_args args, float b
     }
 }
 
+// The output of a GQA group out of its chunks, in order: of each, n_group*n_embd_head weighted sums, then n_group largest
+// logits, then n_group sums of exponentials.
+void combine_chunks(float * out, const float * first, int n_chunk, size_t n_partial, int n_group, int n_embd_head) {
+    for (int g = 0; g < n_group; ++g) {
+        const float * mg = first + n_group*n_embd_head + g;
+        const float * sg = mg + n_group;
+
+        float m = -INFINITY;
+        for (int c = 0; c < n_chunk; ++c) {
+            m = std::max(m, mg[c*n_partial]);
+        }
+        float s = 0.0f;
+        float * og = out + g*n_embd_head;
+        std::fill(og, og + n_embd_head, 0.0f);
+        for (int c = 0; c < n_chunk; ++c) {
+            if (sg[c*n_partial] == 0.0f) {
+                continue; // no rows
+            }
+            const float   f = std::exp(mg[c*n_partial] - m);
+            const float * a = first + c*n_partial + g*n_embd_head;
+            s += f*sg[c*n_partial];
+            for (int d = 0; d < n_embd_head; ++d) {
+                og[d] += f*a[d];
+            }
+        }
+        const float f = s > 0.0f ? 1.0f/s : 0.0f;
+        for (int d = 0; d < n_embd_head; ++d) {
+            og[d] *= f;
+        }
+    }
+}
+
 void attend_op(ggml_tensor * dst, int ith, int nth, void * userdata) {
     GGML_UNUSED(ith);
     headkv_attend_state & state = *(headkv_attend_state *) userdata;
@@ -241,33 +273,7 @@ void attend_op(ggml_tensor * dst, int ith, int nth, void * userdata) {
             done.store(0, std::memory_order_relaxed);
         }
         const float * first = job.n_chunk > 1 ? partials + job.slot*n_partial : p;
-        for (int g = 0; g < n_group; ++g) {
-            const float * mg = first + n_group*n_embd_head + g;
-            const float * sg = mg + n_group;
-
-            float m = -INFINITY;
-            for (int c = 0; c < job.n_chunk; ++c) {
-                m = std::max(m, mg[c*n_partial]);
-            }
-            float s = 0.0f;
-            float * og = o + g*n_embd_head;
-            std::fill(og, og + n_embd_head, 0.0f);
-            for (int c = 0; c < job.n_chunk; ++c) {
-                if (sg[c*n_partial] == 0.0f) {
-                    continue; // no rows
-                }
-                const float   f = std::exp(mg[c*n_partial] - m);
-                const float * a = first + c*n_partial + g*n_embd_head;
-                s += f*sg[c*n_partial];
-                for (int d = 0; d < n_embd_head; ++d) {
-                    og[d] += f*a[d];
-                }
-            }
-            const float f = s > 0.0f ? 1.0f/s : 0.0f;
-            for (int d = 0; d < n_embd_head; ++d) {
-                og[d] *= f;
-            }
-        }
+        combine_chunks(o, first, job.n_chunk, n_partial, n_group, n_embd_head);
     }
 
     // the last thread to leave prepares the next run

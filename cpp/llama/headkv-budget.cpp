@@ -238,3 +238,11 @@ std::vector<std::vector<uint32_t>> headkv_budget(const headkv_config & cfg, cons
     }
     return res;
 }
+
+bool headkv_keeps_all(const headkv_config & cfg, int64_t n_prompt) {
+    return cfg.policy->keeps_all || (int64_t) cfg.kv_size - cfg.recent > std::max<int64_t>(0, n_prompt - cfg.recent);
+}
+
+uint32_t headkv_n_tail(const headkv_config & cfg, int64_t n_prompt) {
+    return std::max<uint32_t>(cfg.n_tail, (uint32_t) std::min<int64_t>(cfg.kv_size, n_prompt)/16);
+}

@@ -37,3 +37,9 @@ void headkv_budget_adapt(headkv_scored & layer, double floor, bool normalize);
 
 // Budgets of the policy for long prompts, recent ones included, [il][ih].
 std::vector<std::vector<uint32_t>> headkv_budget(const headkv_config & cfg, const headkv_heads & heads);
+
+// Whether every head keeps all of a prompt: the authors' test, it fits into the average budget; or the policy says so.
+bool headkv_keeps_all(const headkv_config & cfg, int64_t n_prompt);
+
+// Rows that a head gets for generated tokens at a time: when they are full, all cells are copied.
+uint32_t headkv_n_tail(const headkv_config & cfg, int64_t n_prompt);

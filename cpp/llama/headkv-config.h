@@ -54,5 +54,3 @@ void headkv_config_check_ctx(const headkv_config & cfg, uint32_t n_ctx);
 
 // the configuration of the contexts that this thread creates; null = off
 headkv_config_ptr & headkv_thread_config();
-
-void headkv_set_error(const std::string & what);

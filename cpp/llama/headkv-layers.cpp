@@ -78,6 +78,37 @@ static std::string why_not_separable(const std::vector<ggml_tensor *> & nodes, i
     return "";
 }
 
+// inputs of all nodes; those of layers that are cut away stay, because all of them are set
+static std::vector<ggml_tensor *> graph_inputs(const std::vector<ggml_tensor *> & nodes) {
+    std::vector<ggml_tensor *> res;
+    std::unordered_set<ggml_tensor *> seen;
+    for (ggml_tensor * node : nodes) {
+        for (ggml_tensor * src : node->src) {
+            if (src && src->op == GGML_OP_NONE && (src->flags & GGML_TENSOR_FLAG_INPUT) && seen.insert(src).second) {
+                res.push_back(src);
+            }
+        }
+    }
+    return res;
+}
+
+// The output of a layer becomes a leaf over the hidden states, or a copy of them where these are of another type.
+static void make_leaf(ggml_tensor * x, ggml_tensor * hidden, ggml_tensor * slice, size_t offset) {
+    x->op = GGML_OP_NONE;
+    x->flags &= ~GGML_TENSOR_FLAG_COMPUTE;
+    for (auto & src : x->src) {
+        src = nullptr;
+    }
+    if (hidden->type == x->type) {
+        ggml_backend_tensor_alloc(hidden->buffer, x, (char *) hidden->data + offset);
+    } else {
+        // what ggml_cast() would make
+        x->op     = GGML_OP_CPY;
+        x->src[0] = slice;
+        x->src[1] = x;
+    }
+}
+
 void headkv_cut_graph(const llm_graph_params & params, llm_graph_result & res) {
     const auto * mctx = dynamic_cast<const llama_kv_cache_ragged_context *>(params.mctx);
     if (!mctx || (!mctx->is_full() && !mctx->is_layered())) {
@@ -101,42 +132,21 @@ void headkv_cut_graph(const llm_graph_params & params, llm_graph_result & res) {
     const int32_t il   = mctx->layer_step();
     const bool    last = il == kv->n_layer() - 1;
 
-    ggml_tensor * hidden = kv->get_hidden();
+    ggml_tensor * hidden = kv->staging().hidden();
     const size_t  offset = mctx->token_step()*hidden->nb[1];
 
     const int begin = il == 0 ? -1 : find_l_out(nodes, il - 1);
     const int end   = last ? (int) nodes.size() - 1 : find_l_out(nodes, il);
     GGML_ASSERT((il == 0 || begin >= 0) && end > begin && "the graph differs from the one that was examined");
 
-    // the inputs of all layers stay, because all of them are set
-    std::vector<ggml_tensor *> inputs;
-    std::unordered_set<ggml_tensor *> seen;
-    for (ggml_tensor * node : nodes) {
-        for (ggml_tensor * src : node->src) {
-            if (src && src->op == GGML_OP_NONE && (src->flags & GGML_TENSOR_FLAG_INPUT) && seen.insert(src).second) {
-                inputs.push_back(src);
-            }
-        }
-    }
+    const std::vector<ggml_tensor *> inputs = graph_inputs(nodes);
 
     ggml_context * ctx   = res.get_ctx();
     ggml_tensor  * slice = ggml_view_2d(ctx, hidden, hidden->ne[0], n_tokens, hidden->nb[1], offset);
 
     ggml_tensor * x = begin >= 0 ? nodes[begin] : nullptr;
     if (x) {
-        x->op = GGML_OP_NONE;
-        x->flags &= ~GGML_TENSOR_FLAG_COMPUTE;
-        for (auto & src : x->src) {
-            src = nullptr;
-        }
-        if (hidden->type == x->type) {
-            ggml_backend_tensor_alloc(hidden->buffer, x, (char *) hidden->data + offset);
-        } else {
-            // what ggml_cast() would make
-            x->op     = GGML_OP_CPY;
-            x->src[0] = slice;
-            x->src[1] = x;
-        }
+        make_leaf(x, hidden, slice, offset);
     }
 
     ggml_graph_clear(gf);

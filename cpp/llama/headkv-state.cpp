@@ -13,6 +13,8 @@
 
 #include "llama-kv-cache-ragged.h"
 
+#include "headkv-error.h"
+
 #include "llama-context.h"
 #include "llama-impl.h"
 #include "llama-io.h"
@@ -108,7 +110,7 @@ struct saved_head {
 
 struct saved_seq {
     llama_seq_id seq_id;
-    llama_kv_cache_ragged::seq_t seq;
+    headkv_seq seq;
     std::vector<std::vector<saved_head>> heads; // [i_layer][ih]
 };
 
@@ -196,19 +198,19 @@ void llama_kv_cache_ragged::state_write(llama_io_write_i & io, llama_seq_id seq_
     GGML_UNUSED(flags); // there is no part of it that could be left out, and no device where it is faster to keep
 
     const auto refuse = [this](const std::string & why) {
-        fail(format("the state cannot be saved: %s", why.c_str()));
-        throw std::runtime_error(error_msg);
+        headkv_fail(format("the state cannot be saved: %s", why.c_str()));
+        throw std::runtime_error(headkv_get_error());
     };
     if (seq_id >= (llama_seq_id) seqs.size()) {
         refuse(format("sequence %d, it must be in [0, %zu)", seq_id, seqs.size()));
     }
     std::vector<llama_seq_id> ids;
     for (llama_seq_id s = 0; s < (llama_seq_id) seqs.size(); ++s) {
-        const bool is_empty = seqs[s].state == EMPTY && !is_reading(s);
+        const bool is_empty = seqs[s].state == HEADKV_SEQ_EMPTY && !is_reading(s);
         if (is_empty || (seq_id >= 0 && s != seq_id)) {
             continue;
         }
-        if (seqs[s].state != STORED) {
+        if (seqs[s].state != HEADKV_SEQ_COMPRESSED) {
             refuse(format("the prompt of sequence %d is not compressed, call headkv_end_prompt() first", s));
         }
         ids.push_back(s);
@@ -221,15 +223,15 @@ void llama_kv_cache_ragged::state_write(llama_io_write_i & io, llama_seq_id seq_
     to.number(get_fingerprint());
     to.number((uint32_t) type_k);
     to.number((uint32_t) type_v);
-    to.number((uint32_t) store.layers.size());
-    for (const auto & layer : store.layers) {
+    to.number((uint32_t) the_store.layers.size());
+    for (const auto & layer : the_store.layers) {
         for (int32_t x : { layer.il, layer.n_head, layer.n_head_kv, layer.n_embd_head }) {
             to.number(x);
         }
     }
     to.number((uint32_t) ids.size());
     for (llama_seq_id s : ids) {
-        const seq_t & seq = seqs[s];
+        const headkv_seq & seq = seqs[s];
         to.number((uint32_t) s);
         to.number(seq.n_pos);
         to.number(seq.n_prompt);
@@ -241,9 +243,9 @@ void llama_kv_cache_ragged::state_write(llama_io_write_i & io, llama_seq_id seq_
             to.number(start);
             to.number(end);
         }
-        for (const auto & layer : store.layers) {
+        for (const auto & layer : the_store.layers) {
             for (const auto & range : layer.ranges[s]) {
-                const uint32_t n_rows = range.n_kept + (seq.n_pos - seq.n_prompt);
+                const uint32_t n_rows = range.n_used(seq.n_generated());
                 to.number(range.n_kept);
                 to.bytes(range.pos.data(), range.pos.size()*sizeof(range.pos[0]));
                 to.rows(layer.k, range.off, n_rows);
@@ -266,7 +268,7 @@ static saved_seq read_seq(reader_t & from, const headkv_store & store, uint32_t 
     seq.n_whole  = from.number<llama_pos>();
     seq.kv_size  = from.number<uint32_t>();
     seq.adapters = from.number<uint64_t>();
-    seq.state    = llama_kv_cache_ragged::STORED;
+    seq.state    = HEADKV_SEQ_COMPRESSED;
     if (seq.n_pos > (llama_pos) n_ctx_seq) {
         throw std::runtime_error(format("it holds %d tokens: use a context of at least as many, n_ctx is %u", seq.n_pos, n_ctx_seq));
     }
@@ -311,7 +313,7 @@ static saved_seq read_seq(reader_t & from, const headkv_store & store, uint32_t 
             if (n_kept < (uint32_t) seq.n_whole || n_kept > (uint32_t) seq.n_prompt || n_left < 0) {
                 throw std::runtime_error("it is damaged (cells)");
             }
-            const size_t n_rows = n_kept + (seq.n_pos - seq.n_prompt);
+            const size_t n_rows = n_kept + seq.n_generated();
             head.pos = from.array<int32_t>(n_kept);
             head.k   = from.array<uint8_t>(n_rows*ggml_row_size(layer.type_k, layer.n_embd_head));
             head.v   = from.array<uint8_t>(n_rows*ggml_row_size(layer.type_v, layer.n_embd_head));
@@ -367,8 +369,8 @@ void llama_kv_cache_ragged::state_read(llama_io_read_i & io, llama_seq_id seq_id
         const uint64_t fingerprint = from.number<uint64_t>();
         from.expect((uint32_t) type_k, "its type of K");
         from.expect((uint32_t) type_v, "its type of V");
-        from.expect((uint32_t) store.layers.size(), "its number of layers");
-        for (const auto & layer : store.layers) {
+        from.expect((uint32_t) the_store.layers.size(), "its number of layers");
+        for (const auto & layer : the_store.layers) {
             from.expect(layer.il,          "a layer of it");
             from.expect(layer.n_head,      "its number of heads");
             from.expect(layer.n_head_kv,   "its number of KV heads");
@@ -384,7 +386,7 @@ void llama_kv_cache_ragged::state_read(llama_io_read_i & io, llama_seq_id seq_id
         std::vector<saved_seq> saved;
         std::vector<bool> seen(seqs.size(), false);
         for (uint32_t i = 0; i < n_seqs; ++i) {
-            saved.push_back(read_seq(from, store, n_ctx_seq, adapters, limits));
+            saved.push_back(read_seq(from, the_store, n_ctx_seq, adapters, limits));
             llama_seq_id & s = saved.back().seq_id;
             s = one ? seq_id : s;
             if (s < 0 || s >= (llama_seq_id) seqs.size() || seen[s]) {
@@ -408,21 +410,21 @@ void llama_kv_cache_ragged::state_read(llama_io_read_i & io, llama_seq_id seq_id
         }
         for (const auto & it : saved) {
             const uint32_t n_tail = std::max<uint32_t>(cfg->n_tail, it.seq.n_pos - it.seq.n_prompt);
-            for (size_t i = 0; i < store.layers.size(); ++i) {
-                put_layer(store, store.layers[i], it.seq_id, it.heads[i], n_tail, cfg->n_buckets);
+            for (size_t i = 0; i < the_store.layers.size(); ++i) {
+                put_layer(the_store, the_store.layers[i], it.seq_id, it.heads[i], n_tail, cfg->n_buckets);
             }
             seqs[it.seq_id] = it.seq;
             seqs[it.seq_id].n_tail = n_tail;
         }
     } catch (const std::exception & e) {
         if (changed && one) {
-            seqs[seq_id] = seq_t();
-            drop_seq(seq_id);
+            seqs[seq_id] = headkv_seq();
+            drop_rows(seq_id);
         } else if (changed) {
             clear(true);
         }
-        release_idle_store();
-        fail(format("the state cannot be restored: %s", e.what()));
+        release_idle();
+        headkv_fail(format("the state cannot be restored: %s", e.what()));
         throw;
     }
 }

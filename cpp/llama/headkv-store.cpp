@@ -7,13 +7,21 @@
 #include <new>
 #include <numeric>
 
-headkv_store_layer * headkv_store::find(int32_t il) {
-    for (auto & layer : layers) {
+size_t headkv_layer_shape::n_bytes_cell() const {
+    return (ggml_row_size(type_k, n_embd_head) + ggml_row_size(type_v, n_embd_head))*n_head_kv;
+}
+
+const headkv_store_layer * headkv_store::find(int32_t il) const {
+    for (const auto & layer : layers) {
         if (layer.il == il) {
             return &layer;
         }
     }
     return nullptr;
+}
+
+headkv_store_layer * headkv_store::find(int32_t il) {
+    return const_cast<headkv_store_layer *>(static_cast<const headkv_store *>(this)->find(il));
 }
 
 std::vector<uint32_t> headkv_bucket_sizes(const std::vector<uint32_t> & n_rows, uint32_t n_buckets) {
@@ -198,13 +206,35 @@ void headkv_store::relayout(headkv_store_layer & layer, const std::map<int32_t, 
     generation++;
 }
 
-void headkv_store::remove(headkv_store_layer & layer, int32_t s, uint32_t n_buckets) {
-    try {
-        relayout(layer, { { s, {} } }, n_buckets);
-    } catch (const std::bad_alloc &) {
-        layer.ranges[s].clear();
-        layer.buckets[s].clear();
+void headkv_store::remove(int32_t s, uint32_t n_buckets) {
+    for (auto & layer : layers) {
+        if ((size_t) s >= layer.ranges.size() || layer.ranges[s].empty()) {
+            continue;
+        }
+        try {
+            relayout(layer, { { s, {} } }, n_buckets);
+        } catch (const std::bad_alloc &) {
+            layer.ranges[s].clear();
+            layer.buckets[s].clear();
+        }
     }
+}
+
+bool headkv_store::has(int32_t s) const {
+    return std::any_of(layers.begin(), layers.end(), [s](const headkv_store_layer & l) { return (size_t) s < l.ranges.size() && !l.ranges[s].empty(); });
+}
+
+void headkv_store::cut(int32_t s, uint32_t n) {
+    for (auto & layer : layers) {
+        for (auto & range : layer.ranges[s]) {
+            range.n_kept -= n;
+            range.pos.resize(range.n_kept);
+        }
+    }
+}
+
+bool headkv_store::has_fused() const {
+    return std::any_of(layers.begin(), layers.end(), [](const headkv_store_layer & l) { return l.fused; });
 }
 
 void headkv_store::clear() {
@@ -228,6 +258,10 @@ bool headkv_store::compensates() const {
         }
     }
     return false;
+}
+
+bool headkv_store::is_all_fused() const {
+    return std::all_of(layers.begin(), layers.end(), [](const headkv_store_layer & l) { return l.fused; });
 }
 
 size_t headkv_store::n_bytes() const {

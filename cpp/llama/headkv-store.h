@@ -21,6 +21,8 @@ struct headkv_range {
     std::vector<int32_t> pos; // [n_kept] prompt positions, ascending; the first one is -1 if its cell stands for all that are missing
 
     bool compensates() const { return !pos.empty() && pos[0] < 0; }
+
+    uint32_t n_used(int32_t n_generated) const { return n_kept + n_generated; } // rows that hold data
 };
 
 // what the heads of a sequence shall own: n_kept + n_tail rows each; no heads: it is removed
@@ -38,15 +40,23 @@ struct headkv_bucket {
     std::vector<int32_t> heads;
 };
 
-struct headkv_store_layer {
+// what a layer with KV heads caches, and where
+struct headkv_layer_shape {
     int32_t   il          = 0;
     int32_t   n_head      = 0;
     int32_t   n_head_kv   = 0;
     int32_t   n_embd_head = 0;
-    bool      fused       = false; // decode with the fused op, else composed of ggml ops
-    ggml_type type_k;
-    ggml_type type_v;
+    ggml_type type_k      = GGML_TYPE_F16;
+    ggml_type type_v      = GGML_TYPE_F16;
     ggml_backend_buffer_type_t buft = nullptr;
+
+    int64_t n_group() const { return n_head/n_head_kv; }
+
+    size_t n_bytes_cell() const; // K and V of one token
+};
+
+struct headkv_store_layer : headkv_layer_shape {
+    bool fused = false; // decode with the fused op, else composed of ggml ops
 
     ggml_context_ptr        ctx;
     ggml_backend_buffer_ptr buf;
@@ -73,14 +83,23 @@ public:
     // changes whenever a pool is replaced, so that graphs over old pools are not reused
     uint64_t generation = 1;
 
-    headkv_store_layer * find(int32_t il);
+    headkv_store_layer       * find(int32_t il); // null = it has no KV heads
+    const headkv_store_layer * find(int32_t il) const;
 
     // Replaces the pools of a layer by ones in which the heads of some sequences own other rows, and those of all others what
     // they have now. Rows that survive are copied. Throws std::bad_alloc and leaves the layer as it was when memory is short.
     void relayout(headkv_store_layer & layer, const std::map<int32_t, headkv_rows> & changes, uint32_t n_buckets);
 
     // Frees the rows of sequence s. Never fails: where memory is too short for smaller pools, the rows go with the next relayout.
-    void remove(headkv_store_layer & layer, int32_t s, uint32_t n_buckets);
+    void remove(int32_t s, uint32_t n_buckets);
+
+    bool has(int32_t s) const; // any layer has rows of it
+
+    // Lets go of the last n prompt cells of every head of sequence s: their rows wait for generated tokens.
+    void cut(int32_t s, uint32_t n);
+
+    bool has_fused()    const; // any layer decodes with the fused op
+    bool is_all_fused() const;
 
     void clear(); // frees all pools
 

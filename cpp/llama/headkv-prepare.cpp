@@ -1,0 +1,210 @@
+// How a batch begins: what has to be done before it can be computed, and what each of its steps does to the sequences.
+
+#include "llama-kv-cache-ragged.h"
+
+#include "headkv-budget.h"
+#include "headkv-error.h"
+
+#include "llama-context.h"
+#include "llama-impl.h"
+
+#include <algorithm>
+#include <stdexcept>
+
+llama_memory_context_ptr llama_kv_cache_ragged::init_batch(llama_batch_allocr & balloc, uint32_t n_ubatch, bool embd_all) {
+    GGML_UNUSED(embd_all);
+    try {
+        if (auto res = prepare(balloc, n_ubatch)) {
+            return res;
+        }
+    } catch (const std::exception & e) { // nothing of upstream's catches it
+        headkv_fail(headkv_reason(e));
+    }
+    return std::make_unique<llama_kv_cache_ragged_context>(LLAMA_MEMORY_STATUS_FAILED_PREPARE);
+}
+
+llama_memory_context_ptr llama_kv_cache_ragged::prepare(llama_batch_allocr & balloc, uint32_t n_ubatch) {
+    check_usable();
+
+    headkv_split split;
+    const auto is_stored = [this](llama_seq_id s) {
+        return seqs[s].state == HEADKV_SEQ_COMPRESSED || (seqs[s].state == HEADKV_SEQ_LAYERED && !is_reading(s));
+    };
+    if (!headkv_split_batch(split, balloc, n_ubatch, is_stored)) {
+        return nullptr;
+    }
+    if (the_pass && !the_pass->begun) {
+        the_pass.reset(); // what came before it in its batch failed
+    }
+    const bool reads   = !split.to_staging.empty();
+    const bool resumed = reads && the_pass;
+    if (resumed) {
+        const bool same = seqs[the_pass->seq_id].adapters == adapters;
+        const std::string why_not = same ? the_pass->why_not_resumed(split.to_staging, n_layer()) : "other adapters were set";
+        if (!why_not.empty()) {
+            throw std::runtime_error(format("sequence %d is being read layer by layer and %s: give its whole prompt again, or remove it first",
+                        the_pass->seq_id, why_not.c_str()));
+        }
+    }
+
+    const bool compresses = want_last_layers(split); // what is staged leaves the staging before the batch
+    const bool too_short  = want_tails(split, resumed);
+    const bool layered    = resumed || (reads && is_layered(split, compresses));
+    const bool no_room    = reads && !resumed && want_staging(split, compresses, layered);
+    if (compresses || too_short || no_room) {
+        return nullptr; // after the update that follows
+    }
+
+    llama_kv_cache::slot_info_vec_t sinfos;
+    if (reads) {
+        if (!resumed) {
+            sinfos = the_staging.cache().prepare(split.to_staging);
+            if (sinfos.empty()) {
+                return nullptr;
+            }
+        }
+        announced = announced_t();
+        if (n_staged() == 0) {
+            n_bytes_peak = 0;
+        }
+        note_peak();
+    }
+    if (layered && !resumed) {
+        the_pass = std::make_unique<headkv_pass>(split.to_staging[0].seq_id_unq[0], cfg, the_staging.cache(), split.to_staging, sinfos);
+    }
+    if (!split.to_store.empty()) {
+        split.to_store = headkv_merge(split.to_store, !the_store.is_all_fused(), lctx->n_ubatch());
+    }
+    headkv_order_outputs(balloc, split.to_store, split.to_staging);
+    return std::make_unique<llama_kv_cache_ragged_context>(this, std::move(split), std::move(sinfos), layered);
+}
+
+void llama_kv_cache_ragged::check_usable() const {
+    if (!broken.empty()) {
+        throw std::runtime_error(broken);
+    }
+    if (cparams.embeddings) {
+        throw std::runtime_error("embeddings were asked for, which a compressed context does not give: create another one, without compression");
+    }
+    if (!cparams.causal_attn) {
+        throw std::runtime_error("causal attention was switched off: prompts are read with it, switch it on or create another context, without compression");
+    }
+}
+
+bool llama_kv_cache_ragged::want_last_layers(const headkv_split & split) {
+    bool res = false;
+    for (llama_seq_id s = 0; s < (llama_seq_id) seqs.size(); ++s) {
+        if (seqs[s].state == HEADKV_SEQ_LAYERED && !is_reading(s) && (split.n_new.count(s) || !split.to_staging.empty())) {
+            seqs[s].compress_to = s;
+            res = true;
+        }
+    }
+    return res;
+}
+
+bool llama_kv_cache_ragged::want_tails(const headkv_split & split, bool resumed) {
+    bool res = false;
+    for (const auto & [s, n] : split.n_new) {
+        headkv_seq & seq = seqs[s];
+        if (resumed && is_reading(s)) {
+            continue;
+        }
+        if ((uint64_t) seq.n_pos + n > n_ctx_seq) {
+            throw std::runtime_error(format("the context is full: %d tokens and %u new ones do not fit into n_ctx = %u", seq.n_pos, n, n_ctx_seq));
+        }
+        const bool is_compressed = seq.state == HEADKV_SEQ_COMPRESSED;
+        if (is_compressed || seq.state == HEADKV_SEQ_LAYERED) {
+            const uint32_t n_have = is_compressed ? seq.n_tail : running->n_tail();
+            const uint32_t n_tail = n + (is_compressed ? seq.n_generated() : 0);
+            if (n_tail > n_have) {
+                seq.n_tail_next = std::max(n_tail, n_have + std::max(n_have/4, headkv_n_tail(*cfg, is_compressed ? seq.n_prompt : seq.n_pos)));
+                res = true;
+            }
+        }
+    }
+    return res;
+}
+
+bool llama_kv_cache_ragged::is_layered(const headkv_split & split, bool compresses) const {
+    const llama_seq_id s = split.to_staging[0].seq_id_unq[0];
+    const uint32_t     n = split.n_staging();
+    // logits of all tokens would need all outputs at once; other sequences in the staging need all of its layers
+    const bool res = announced.whole && s == announced.seq_id && seqs[s].state == HEADKV_SEQ_EMPTY && n == split.n_new.at(s) && n == announced.n_tokens && n > 1 &&
+        split.n_outputs() < n && (n_staged() == 0 || compresses) && cfg->prefill != HEADKV_PREFILL_TOKEN && token_major.empty();
+    if (t_pause > 0 && !res) {
+        throw std::runtime_error(format("sequence %d cannot be read layer by layer now: it must be empty, and no other one in the staging", s));
+    }
+    return res;
+}
+
+bool llama_kv_cache_ragged::want_staging(const headkv_split & split, bool compresses, bool layered) {
+    uint32_t n_to_come = 0;
+    if (split.n_new.count(announced.seq_id)) {
+        const uint32_t n = seqs[announced.seq_id].n_pos + split.n_new.at(announced.seq_id);
+        n_to_come = announced.n_tokens - std::min(announced.n_tokens, n);
+    }
+    const uint32_t n_cells = (compresses ? 0 : n_staged()) + split.n_staging();
+    if (!compresses && the_staging.fits(n_cells, layered)) {
+        return false;
+    }
+    if (!compresses && n_staged() > 0 && the_staging.is_one_layer() != layered) {
+        throw std::runtime_error("the staging holds a prompt that is read in another order");
+    }
+    wanted = { std::max(n_cells + n_to_come, layered || compresses ? 0 : 2*the_staging.n_cells()), layered };
+    return true;
+}
+
+int64_t llama_kv_cache_ragged::n_steps_left(llama_seq_id seq_id, int64_t n_tokens, int64_t n_ubatch) const {
+    const int64_t n_ubatches = (n_tokens + n_ubatch - 1)/n_ubatch;
+    const bool    in_progress = is_reading(seq_id) && the_pass->begun;
+    return n_layer()*n_ubatches - (in_progress ? the_pass->i_layer*n_ubatches + (int64_t) the_pass->i_ubatch : 0);
+}
+
+//
+// steps of a batch
+//
+
+bool llama_kv_cache_ragged::begin_step(const llama_ubatch & ubatch, bool layered) {
+    if (layered) {
+        the_pass->begun  = true;
+        the_pass->paused = false;
+    }
+    if (!progress) {
+        return true;
+    }
+    const int32_t n_before = layered ? (int32_t) the_pass->i_token : ubatch.pos[0];
+    const int32_t n_tokens = layered ? (int32_t) the_staging.hidden()->ne[1] : (int32_t) std::max<uint32_t>(n_progress, ubatch.pos[0] + ubatch.n_tokens);
+    return progress(layered ? the_pass->i_layer : 0, layered ? n_layer() : 1, n_before, n_tokens, progress_data);
+}
+
+bool llama_kv_cache_ragged::next_step(const std::vector<llama_ubatch> & ubatches) {
+    the_pass->advance(ubatches);
+    if (the_pass->i_layer == n_layer()) {
+        the_pass.reset();
+        return false;
+    }
+    the_pass->paused = t_pause > 0 && (the_pass->is_last_step(n_layer()) || ggml_time_us() >= t_pause);
+    return !the_pass->paused;
+}
+
+void llama_kv_cache_ragged::add_tokens(const llama_ubatch & ubatch, headkv_seq_event event) {
+    for (uint32_t i = 0; i < ubatch.n_tokens; ++i) {
+        seqs[ubatch.seq_id[i][0]].add(event, ubatch.pos[i], adapters, the_staging.n_ring());
+    }
+}
+
+bool llama_kv_cache_ragged::end_layer(int32_t il) {
+    lctx->synchronize(); // buffers are about to be read and replaced
+    try {
+        if (!running) {
+            begin_compression(the_pass->seq_id, the_pass->seq_id, the_pass->cfg);
+        }
+        if (headkv_store_layer * layer = the_store.find(il)) {
+            running->layer(*layer);
+            note_peak();
+        }
+    } catch (const std::exception & e) {
+        return headkv_fail(format("compression of layer %d failed: %s", il, headkv_reason(e)));
+    }
+    return true;
+}

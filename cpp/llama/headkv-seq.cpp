@@ -1,0 +1,118 @@
+#include "headkv-seq.h"
+
+#include "headkv-budget.h"
+
+#include "llama-impl.h"
+
+#include <algorithm>
+#include <stdexcept>
+
+const char * headkv_seq_name(headkv_seq_state state) {
+    switch (state) {
+        case HEADKV_SEQ_EMPTY:      return "empty";
+        case HEADKV_SEQ_STAGED:     return "staged";
+        case HEADKV_SEQ_COMPRESSED: return "compressed";
+        case HEADKV_SEQ_LAYERED:    return "layered";
+    }
+    return "unknown";
+}
+
+const char * headkv_seq_name(headkv_seq_event event) {
+    switch (event) {
+        case HEADKV_EV_STAGE:  return "stage";
+        case HEADKV_EV_PASS:   return "pass";
+        case HEADKV_EV_STORE:  return "store";
+        case HEADKV_EV_DECODE: return "decode";
+        case HEADKV_EV_CUT:    return "cut";
+        case HEADKV_EV_REMOVE: return "remove";
+    }
+    return "unknown";
+}
+
+// the table of headkv-seq.h: [event][state], -1 = none
+static constexpr int NEXT[6][4] = {
+    //           EMPTY                  STAGED                 COMPRESSED             LAYERED
+    /* STAGE  */ { HEADKV_SEQ_STAGED,     HEADKV_SEQ_STAGED,     -1,                    -1                    },
+    /* PASS   */ { HEADKV_SEQ_LAYERED,    -1,                    -1,                    HEADKV_SEQ_LAYERED    },
+    /* STORE  */ { HEADKV_SEQ_COMPRESSED, HEADKV_SEQ_COMPRESSED, -1,                    HEADKV_SEQ_COMPRESSED },
+    /* DECODE */ { -1,                    -1,                    HEADKV_SEQ_COMPRESSED, -1                    },
+    /* CUT    */ { -1,                    HEADKV_SEQ_STAGED,     HEADKV_SEQ_COMPRESSED, -1                    },
+    /* REMOVE */ { HEADKV_SEQ_EMPTY,      HEADKV_SEQ_EMPTY,      HEADKV_SEQ_EMPTY,      HEADKV_SEQ_EMPTY      },
+};
+
+void headkv_seq::on(headkv_seq_event event) {
+    const int next = NEXT[event][state];
+    if (next < 0) {
+        throw std::logic_error(format("a sequence that is %s cannot %s", headkv_seq_name(state), headkv_seq_name(event)));
+    }
+    if (event == HEADKV_EV_REMOVE) {
+        *this = headkv_seq();
+        return;
+    }
+    state = (headkv_seq_state) next;
+}
+
+void headkv_seq::add(headkv_seq_event event, llama_pos pos, uint64_t adapters_set, llama_pos n_ring) {
+    on(event);
+    adapters = n_pos == 0 || adapters == adapters_set ? adapters_set : HEADKV_SEVERAL_ADAPTERS;
+    n_pos    = pos + 1;
+    if (is_staged()) {
+        window.resize(n_ring, -1);
+        window[pos % n_ring] = pos;
+    }
+}
+
+llama_pos headkv_seq::cut(llama_pos p0) {
+    if (state == HEADKV_SEQ_COMPRESSED && p0 < n_prompt - n_whole) {
+        return -1;
+    }
+    on(HEADKV_EV_CUT);
+    llama_pos n_gone = 0;
+    if (state == HEADKV_SEQ_COMPRESSED) {
+        n_gone    = std::max(0, n_prompt - p0);
+        n_prompt -= n_gone;
+        n_whole  -= n_gone;
+        n_tail   += n_gone;
+    } else {
+        // the queries that these overwrote in the ring are gone: a compression will say so if it needs them
+        for (llama_pos & pos : window) {
+            pos = pos >= p0 ? -1 : pos;
+        }
+        has_sums = false; // they have the attention of the removed tokens
+    }
+    n_pos = p0;
+    return n_gone;
+}
+
+llama_pos headkv_seq::pos_min() const {
+    // below the recent cells nothing can be removed or continued
+    return n_pos == 0 ? -1 : state == HEADKV_SEQ_COMPRESSED ? std::min(n_prompt - n_whole, n_pos - 1) : 0;
+}
+
+std::vector<int32_t> headkv_seq::window_slots(llama_seq_id id, llama_pos n) const {
+    const llama_pos n_ring = (llama_pos) window.size();
+    std::vector<int32_t> res;
+    for (llama_pos pos = std::max(0, n_pos - n); pos < n_pos; ++pos) {
+        if (n_ring == 0 || window[pos % n_ring] != pos) {
+            return {};
+        }
+        res.push_back(id*n_ring + pos % n_ring);
+    }
+    return res;
+}
+
+std::string headkv_seq::why_not_continued(llama_seq_id id, const headkv_config & cfg, uint64_t adapters_set) const {
+    if (state != HEADKV_SEQ_COMPRESSED) {
+        return format("sequence %d is not compressed", id);
+    }
+    if (adapters != adapters_set) {
+        return "it was computed with other adapters (LoRA with its scale, control vector) than those that are set";
+    }
+    if (kv_size != cfg.kv_size && !(n_whole == n_prompt && headkv_keeps_all(cfg, n_prompt))) {
+        return format("it was compressed with kv_size %u, that of now is %u", kv_size, cfg.kv_size);
+    }
+    if (spans != headkv_protected(cfg, n_prompt - n_whole)) {
+        return "it was compressed with other protected cells than those of now";
+    }
+    return "";
+}

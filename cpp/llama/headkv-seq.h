@@ -1,0 +1,85 @@
+// One sequence: its state, what leads from one state to another, and what is pending for it. It knows positions and
+// counts; the cells are in the staging or in the store, and the table says in which.
+#pragma once
+
+#include "headkv-config.h"
+
+#include "llama.h"
+
+#include <cstdint>
+#include <string>
+#include <utility>
+#include <vector>
+
+// Where the cells of a sequence are, and who frees them when it leaves the state:
+//
+//   EMPTY       nowhere
+//   STAGED      all of them in the staging, which goes with the last sequence that has cells there
+//   LAYERED     its prompt was read layer by layer: those of the last layer in the staging, those of the others in the
+//               store, as rows of the compression in progress, which gives them back when it is aborted
+//   COMPRESSED  the kept ones and those of generated tokens in the store, whose rows go with the sequence
+//
+//   event \ state                     EMPTY        STAGED       LAYERED      COMPRESSED
+//   STAGE    tokens went through      STAGED       STAGED       -            -
+//            all layers, into the staging
+//   PASS     tokens of a whole prompt LAYERED      -            LAYERED      -
+//            went through its first layer
+//   STORE    its kept cells are in    COMPRESSED   COMPRESSED   COMPRESSED   -
+//            the store (EMPTY: those of another sequence, or of a file)
+//   DECODE   a token was generated    -            -            -            COMPRESSED
+//   CUT      tokens at its end were   -            STAGED       -            COMPRESSED
+//            removed, some are left
+//   REMOVE   nothing is left of it    EMPTY        EMPTY        EMPTY        EMPTY
+//
+// "-" is an error of ours and thrown: nothing is computed on a sequence that is not what the caller takes it for. What
+// is pending for a sequence dies with it: REMOVE leaves a new one.
+enum headkv_seq_state { HEADKV_SEQ_EMPTY = 0, HEADKV_SEQ_STAGED = 1, HEADKV_SEQ_COMPRESSED = 2, HEADKV_SEQ_LAYERED = 3 };
+
+enum headkv_seq_event { HEADKV_EV_STAGE, HEADKV_EV_PASS, HEADKV_EV_STORE, HEADKV_EV_DECODE, HEADKV_EV_CUT, HEADKV_EV_REMOVE };
+
+const char * headkv_seq_name(headkv_seq_state state);
+const char * headkv_seq_name(headkv_seq_event event);
+
+struct headkv_seq {
+    headkv_seq_state state = HEADKV_SEQ_EMPTY;
+
+    llama_pos n_pos    = 0; // logical tokens
+    llama_pos n_prompt = 0; // of them at compression; the rest was generated
+    llama_pos n_whole  = 0; // last tokens of the prompt that every head kept
+    uint32_t  n_tail   = 0; // rows reserved per head for generated tokens
+    uint32_t  kv_size  = 0; // that it was compressed with
+    std::vector<std::pair<int32_t, int32_t>> spans; // of its prompt before the last n_whole tokens, that every head kept as protected
+    uint64_t  adapters = 0; // that its tokens were computed with, HEADKV_SEVERAL_ADAPTERS = one after the other
+
+    // what the next update has to do
+    llama_seq_id compress_to = -1; // compress it as this sequence, itself or an empty one
+    uint32_t     n_tail_next = 0;  // rows reserved per head, 0 = enough
+
+    std::vector<llama_pos> window; // [queries that the ring has room for] position whose query is in a slot, -1 = none
+    bool      has_sums = true;     // the sums of attention are those of its tokens
+
+    // Takes the sequence from one state to the next. Throws std::logic_error where the table has none.
+    void on(headkv_seq_event event);
+
+    bool is_staged() const { return state == HEADKV_SEQ_STAGED || state == HEADKV_SEQ_LAYERED; } // it has cells in the staging
+
+    llama_pos n_generated() const { return n_pos - n_prompt; } // tokens, of a compressed sequence
+
+    // A token at a position was computed: into the staging (STAGE or PASS), or behind what is stored (DECODE).
+    void add(headkv_seq_event event, llama_pos pos, uint64_t adapters_set, llama_pos n_ring);
+
+    // Removes what is at p0 and behind it, 0 < p0 < n_pos. Returns how many prompt tokens of a compressed sequence went, or -1 and nothing has
+    // changed: most heads have lost the cells in between.
+    llama_pos cut(llama_pos p0);
+
+    // the first position from which it can be continued
+    llama_pos pos_min() const;
+
+    // Slots of the last n queries in the ring [window.size() per sequence], in position order; empty = one is missing.
+    std::vector<int32_t> window_slots(llama_seq_id id, llama_pos n) const;
+
+    // Why it is not what the configuration and the adapters would leave that are set now; empty = it is.
+    std::string why_not_continued(llama_seq_id id, const headkv_config & cfg, uint64_t adapters_set) const;
+};
+
+constexpr uint64_t HEADKV_SEVERAL_ADAPTERS = 1;
