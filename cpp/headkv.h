@@ -90,6 +90,16 @@ struct headkv_params {
     const char * importance_gguf; // GGUF file with {arch}.attention.head_importance, usually the model itself; may be NULL
 };
 
+// What a policy looks at.
+struct headkv_policy_info {
+    const char * name;     // lives as long as the library
+    bool by_importance;    // budgets by the importance of the heads, without which it is refused
+    bool by_beta;          // of them, a share that beta says
+    bool by_window;        // cells by the attention of the last queries; window, power, pool and pool_kernel count
+    bool by_all_tokens;    // cells by the attention of all tokens while they are read: a context has to be made for it
+    bool keeps_all;        // nothing is dropped; kv_size does not count
+};
+
 struct headkv_stats {
     size_t  size;             // sizeof(struct headkv_stats), set by the caller
     int32_t state;            // 0 empty, 1 prompt is being read, 2 compressed, 3 read layer by layer, its end is pending
@@ -104,7 +114,21 @@ struct headkv_stats {
     int32_t kv_size;          // with which the sequence was compressed, 0 before
 };
 
+// Bytes of a prompt and what is generated behind it, as allocated.
+struct headkv_footprint {
+    size_t  size;             // sizeof(struct headkv_footprint), set by the caller
+    int64_t compute;          // compute buffers of the context, as it was created
+    int64_t staging;          // K and V of the prompt while it is read
+    int64_t hidden;           // hidden states and mask of a prompt that is read layer by layer
+    int64_t ring;             // window queries
+    int64_t scratch;          // what a compression has besides, at most
+    int64_t store;            // what is kept, and rows for generated tokens
+};
+
 LLAMA_API struct headkv_params headkv_default_params(void);
+
+// The policies, in the order in which they are listed to users. Returns their number; dst may be NULL to ask for it.
+LLAMA_API int32_t headkv_policies(struct headkv_policy_info * dst, int32_t n);
 
 // Checks the parameters and makes them the ones of the contexts that this thread creates next. NULL = off.
 LLAMA_API int32_t headkv_set_params(const struct headkv_params * params);
@@ -115,7 +139,8 @@ LLAMA_API const char * headkv_last_error(void);
 // Empties it, before a function of llama.h that may leave its reason there.
 LLAMA_API void headkv_clear_error(void);
 
-// Other parameters for the compressions to come. A window may not be larger than the context was created with; n_tail, attend, n_buckets, prefill and hidden_f16 size
+// Other parameters for the compressions to come, but for prompts that were begun with parameters of their own or are being read
+// layer by layer. A window may not be larger than the context was created with; n_tail, attend, n_buckets, prefill and hidden_f16 size
 // what the context owns and must be those it was created with.
 LLAMA_API int32_t headkv_configure(struct llama_context * ctx, const struct headkv_params * params);
 
@@ -125,10 +150,13 @@ LLAMA_API bool headkv_enabled(const struct llama_context * ctx);
 // Announces that the sequence will have n_tokens, so that staging is allocated once and not larger than needed.
 // whole: the next llama_decode() call brings the whole prompt, which may then be read layer by layer; that takes a
 // context with n_batch >= n_tokens, and outputs for fewer than all tokens.
+// params: what the prompt is compressed by, within the limits of headkv_configure(); without importance, they have that of the
+// context. NULL = those of the context.
 // Clears headkv_last_error(): what is found there after a failed llama_decode() is its reason.
-LLAMA_API int32_t headkv_begin_prompt(struct llama_context * ctx, llama_seq_id seq_id, int32_t n_tokens, bool whole);
+LLAMA_API int32_t headkv_begin_prompt(struct llama_context * ctx, llama_seq_id seq_id, int32_t n_tokens, bool whole, const struct headkv_params * params);
 
-// headkv_begin_prompt() and llama_decode() of a whole prompt into an empty sequence, with logits for its last token.
+// headkv_begin_prompt() and llama_decode() of a whole prompt into an empty sequence, with logits for its last token. Parameters
+// that were announced for as many tokens of it are kept.
 // Returns what llama_decode() does; -4: not enough memory for the batch. The sequence is empty after a failure.
 LLAMA_API int32_t headkv_read_prompt(struct llama_context * ctx, llama_seq_id seq_id, const llama_token * tokens, int32_t n_tokens);
 
@@ -152,14 +180,14 @@ LLAMA_API int32_t headkv_set_progress(struct llama_context * ctx, headkv_progres
 // keeps, but no more than these.
 LLAMA_API int32_t headkv_end_prompt(struct llama_context * ctx, llama_seq_id seq_id);
 
-// Compresses the sequence as another one, which must be empty; the prompt stays as it is and can be compressed again in another
+// Compresses the sequence as another one, which must be empty, by the parameters that the context is configured to; the prompt stays as it is and can be compressed again in another
 // way, or truncated and read on. It must be held as a whole: read with prefill 'token', and not compressed.
 LLAMA_API int32_t headkv_compress_as(struct llama_context * ctx, llama_seq_id seq_id, llama_seq_id seq_id_dst);
 
-// Whether a compressed sequence is what a prompt read now would have left: 0, or negative with the reason in
-// headkv_last_error(), which can be another kv_size, other protected cells or other adapters (LoRA, control vector).
-// llama_decode() continues on it in either case.
-LLAMA_API int32_t headkv_can_continue(const struct llama_context * ctx, llama_seq_id seq_id);
+// Whether a compressed sequence is what a prompt read now with these parameters (NULL = those of the context) would have left:
+// 0, or negative with the reason in headkv_last_error(), which can be another kv_size, other protected cells or other adapters
+// (LoRA, control vector). llama_decode() continues on it in either case.
+LLAMA_API int32_t headkv_can_continue(const struct llama_context * ctx, llama_seq_id seq_id, const struct headkv_params * params);
 
 // Limits of the sequences that llama_state_*() restores from now on, which are refused beyond them; 0 = that of the context.
 // n_protected: cells that every head keeps as protected, sinks included.
@@ -185,6 +213,11 @@ LLAMA_API int32_t headkv_get_positions(const struct llama_context * ctx, llama_s
 // Budgets without a context: the same function that contexts use. n_head and n_head_kv: of each layer, both may be 0;
 // dst is [n_layer][largest n_head_kv], with 0 where a layer has fewer heads.
 LLAMA_API int32_t headkv_plan(const struct headkv_params * params, int32_t n_layer, const int32_t * n_head, const int32_t * n_head_kv, int32_t * dst);
+
+// What a prompt of n_prompt tokens, read in ubatches of n_ubatch, and n_predict generated ones would take in a context of this
+// model and these types of K and V, but for the compute buffers, which are those of this one. layered: read layer by layer.
+LLAMA_API int32_t headkv_get_footprint(const struct llama_context * ctx, const struct headkv_params * params, int32_t n_prompt, int32_t n_predict,
+        int32_t n_ubatch, bool layered, struct headkv_footprint * dst);
 
 // For benchmarks: makes the empty sequence look as if n_tokens had been read, with random K, V and window queries.
 LLAMA_API int32_t headkv_fill_prompt(struct llama_context * ctx, llama_seq_id seq_id, int32_t n_tokens, uint32_t seed);

@@ -136,8 +136,9 @@ _PROTOTYPES: dict[str, tuple[list[Any], Any]] = {
     "headkv_clear_error": ([], None),
     # bool headkv_enabled(const struct llama_context * ctx);
     "headkv_enabled": ([_CTX], ctypes.c_bool),
-    # int32_t headkv_begin_prompt(struct llama_context * ctx, llama_seq_id seq_id, int32_t n_tokens, bool whole);
-    "headkv_begin_prompt": ([_CTX, ctypes.c_int32, ctypes.c_int32, ctypes.c_bool], ctypes.c_int32),
+    # int32_t headkv_begin_prompt(struct llama_context * ctx, llama_seq_id seq_id, int32_t n_tokens, bool whole,
+    #         const struct headkv_params * params);
+    "headkv_begin_prompt": ([_CTX, ctypes.c_int32, ctypes.c_int32, ctypes.c_bool, ctypes.POINTER(Params)], ctypes.c_int32),
     # const char * headkv_why_token_prefill(const struct llama_context * ctx);
     "headkv_why_token_prefill": ([_CTX], ctypes.c_char_p),
     # int32_t headkv_set_progress(struct llama_context * ctx, headkv_progress progress, void * user_data);
@@ -146,8 +147,8 @@ _PROTOTYPES: dict[str, tuple[list[Any], Any]] = {
     "headkv_end_prompt": ([_CTX, ctypes.c_int32], ctypes.c_int32),
     # int32_t headkv_compress_as(struct llama_context * ctx, llama_seq_id seq_id, llama_seq_id seq_id_dst);
     "headkv_compress_as": ([_CTX, ctypes.c_int32, ctypes.c_int32], ctypes.c_int32),
-    # int32_t headkv_can_continue(const struct llama_context * ctx, llama_seq_id seq_id);
-    "headkv_can_continue": ([_CTX, ctypes.c_int32], ctypes.c_int32),
+    # int32_t headkv_can_continue(const struct llama_context * ctx, llama_seq_id seq_id, const struct headkv_params * params);
+    "headkv_can_continue": ([_CTX, ctypes.c_int32, ctypes.POINTER(Params)], ctypes.c_int32),
     # int32_t headkv_limit_restore(struct llama_context * ctx, int32_t kv_size, int32_t n_protected, int32_t n_tokens);
     "headkv_limit_restore": ([_CTX] + [ctypes.c_int32] * 3, ctypes.c_int32),
     # int32_t headkv_get_stats(const struct llama_context * ctx, llama_seq_id seq_id, struct headkv_stats * stats);

@@ -423,7 +423,7 @@ class Llama(llama_cpp.Llama):
         """In upstream's order; each ubatch is a step of its own if somebody looks on."""
         n, n_end = len(tokens), self.n_tokens + len(tokens)
         if n > 0:
-            _lib.check(_lib.lib.headkv_begin_prompt(self.ctx, 0, n_end, False))
+            _lib.check(_lib.lib.headkv_begin_prompt(self.ctx, 0, n_end, False, None))
         is_shown = n > 0 and self._progress is not None and STATES[self._stats().state] in ("empty", "staged")
         n_step = llama_cpp.llama_n_ubatch(self.ctx) if is_shown else max(1, n)
         for i in range(0, max(1, n), n_step):
@@ -571,7 +571,7 @@ class Llama(llama_cpp.Llama):
         stats, n_past = self._stats(), n_common(self._input_ids, tokens)
         if STATES[stats.state] != "compressed":
             return True
-        return bool(_lib.lib.headkv_can_continue(self.ctx, 0) == 0 and len(tokens) - n_past <= max(n_past, stats.kv_size))
+        return bool(_lib.lib.headkv_can_continue(self.ctx, 0, None) == 0 and len(tokens) - n_past <= max(n_past, stats.kv_size))
 
     def _init_sampler(self, *args: Any, grammar: Any = None, **kwargs: Any) -> Any:
         if grammar is None:

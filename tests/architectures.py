@@ -447,7 +447,7 @@ class Context:
         """Logits of the end of a prompt and of each of ``NEXT``, (1 + len(NEXT), n_vocab)."""
         prompt = np.random.default_rng(0).integers(0, self.n_vocab, N_PROMPT).tolist()
         if self.kv_size is not None:
-            _lib.check(_lib.lib.headkv_begin_prompt(self.ctx, 0, N_PROMPT, not self.why_token))
+            _lib.check(_lib.lib.headkv_begin_prompt(self.ctx, 0, N_PROMPT, not self.why_token, None))
         out = [self.decode(prompt, 0)]
         self.layered = self.kv_size is not None and self._state() == "layered"
         if self.kv_size is not None and _lib.lib.headkv_end_prompt(self.ctx, 0) < 0:

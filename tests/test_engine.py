@@ -543,7 +543,7 @@ def test_c_api_checks_its_arguments(make_model: MakeModel) -> None:
     assert lib.headkv_end_prompt(llm.ctx, 1) < 0 and "sequence 1" in _lib.last_error()
     assert lib.headkv_end_prompt(llm.ctx, -1) < 0
     assert lib.headkv_end_prompt(plain.ctx, 0) < 0 and "headkv_set_params" in _lib.last_error()
-    assert lib.headkv_begin_prompt(llm.ctx, 0, 1 << 30, False) < 0
+    assert lib.headkv_begin_prompt(llm.ctx, 0, 1 << 30, False, None) < 0
     params = lib.headkv_default_params()
     params.size = 8
     assert lib.headkv_set_params(ctypes.byref(params)) < 0 and "size" in _lib.last_error()

@@ -46,8 +46,8 @@ class Sequences:
         assert self.ctx, _lib.last_error()
         self.n_past = [0] * n_seq_max
 
-    def announce(self, s: int, n: int, *, whole: bool = True) -> None:
-        self.headkv.check(self.headkv.lib.headkv_begin_prompt(self.ctx, s, n, whole))
+    def announce(self, s: int, n: int, *, whole: bool = True, params: Any = None) -> None:
+        self.headkv.check(self.headkv.lib.headkv_begin_prompt(self.ctx, s, n, whole, params))
 
     def end_prompt(self, s: int) -> None:
         self.headkv.check(self.headkv.lib.headkv_end_prompt(self.ctx, s))
@@ -104,6 +104,12 @@ class Sequences:
         out = self.decode({s: prompt, **others})
         self.end_prompt(s)
         return out
+
+
+def params_of(**options: Any) -> Any:
+    from pyheadkv.options import Options
+
+    return Options(**{"kv_size": KV_SIZE, "policy": "snapkv", **options}).to_params(None, None)
 
 
 @contextmanager
@@ -342,3 +348,36 @@ def test_a_token_of_two_sequences_is_refused(make_model: MakeModel) -> None:
         assert "more than one sequence" in many.headkv.last_error()
         many.c.llama_batch_free(batch)
         many.read(0, tokens(50))
+
+
+@pytest.mark.parametrize("prefill", ["token", "layer"])
+def test_prompts_are_compressed_by_the_parameters_that_they_were_begun_with(prefill: str, make_model: MakeModel) -> None:
+    path, prompts = make_model(SHAPES[1]), [tokens(150, seed=1), tokens(200, seed=2)]
+    own = [{"kv_size": 24}, {"kv_size": 60, "protect": [(2, 9)]}]
+    expected = []
+    for prompt, options in zip(prompts, own, strict=True):
+        with sequences(path, n_seq_max=1, prefill=prefill) as one:
+            one.announce(0, len(prompt), params=params_of(prefill=prefill, **options))
+            one.decode({0: prompt})
+            one.end_prompt(0)
+            expected.append([one.positions(0, il, 0) for il in range(SHAPES[1].n_layer)])
+            assert [len(p) for p in expected[-1]] == [options["kv_size"]] * SHAPES[1].n_layer
+            lib, other = one.headkv.lib, params_of(prefill=prefill, **{**options, "kv_size": 25})
+            assert lib.headkv_can_continue(one.ctx, 0, params_of(prefill=prefill, **options)) == 0
+            assert lib.headkv_can_continue(one.ctx, 0, other) < 0 and "kv_size" in one.headkv.last_error()
+            assert lib.headkv_can_continue(one.ctx, 0, None) < 0
+    with sequences(path, n_seq_max=2, prefill=prefill) as both:
+        for s, (prompt, options) in enumerate(zip(prompts, own, strict=True)):
+            both.announce(s, len(prompt), whole=prefill == "layer", params=params_of(prefill=prefill, **options))
+            if prefill == "layer":
+                both.decode({s: prompt})
+        if prefill == "token":
+            both.decode(dict(enumerate(prompts)))  # they share the staging
+        for s in (1, 0):
+            both.end_prompt(s)
+        assert [[both.positions(s, il, 0) for il in range(SHAPES[1].n_layer)] for s in range(2)] == expected
+        both.remove(0)
+        both.read(0, prompts[0])  # what was begun without parameters has those of the context
+        assert len(both.positions(0, 0, 0)) == KV_SIZE
+        with pytest.raises(ValueError, match="window is 200: the context has room"):
+            both.announce(1, 20, params=params_of(prefill=prefill, window=200))

@@ -473,7 +473,7 @@ def test_a_prompt_of_one_token_waits_for_one_that_is_read_layer_by_layer(slow_mo
     with running(log, "--kv-size", KV_SIZE, "-t", 1, "-tb", 1, model=slow_model, n_slots=3) as server, ThreadPoolExecutor(3) as pool:
         answers = [server.tokens(prompt, 4) for prompt in (LONG, [30])]
         long = pool.submit(server.tokens, LONG, 4, id_slot=0)
-        while not any(slot["kv"]["state"] == "reading" for slot in server.get("/slots")):
+        while not any(slot["kv"]["state"] in ("staged", "layered") for slot in server.get("/slots")):
             assert not long.done()
         short = [pool.submit(server.tokens, [30], 4, id_slot=i) for i in (1, 2)]
         assert [future.result() for future in (long, *short)] == [answers[0], answers[1], answers[1]]
@@ -490,7 +490,7 @@ def test_a_client_that_leaves_while_its_prompt_is_read_cancels_it(stream: bool, 
                 b"POST /completion HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n" % len(data) + data
             )
             deadline = time.monotonic() + SECONDS
-            while not any(slot["kv"]["state"] == "reading" for slot in server.get("/slots")):
+            while not any(slot["kv"]["state"] in ("staged", "layered") for slot in server.get("/slots")):
                 assert time.monotonic() < deadline
             assert server.metric("kv_bytes_staging") > 0
         while "cancel task" not in server.output():  # upstream looks a second after its last result of any request

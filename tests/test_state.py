@@ -303,13 +303,13 @@ def test_adapters_that_change_are_noticed(make_model: MakeModel, tmp_path: Path)
         set_loras(ctx, (adapter, 1.0))
         many.read(0, prompt)
         state = get_seq(c, ctx, 0)
-        assert many.headkv.lib.headkv_can_continue(ctx, 0) == 0
+        assert many.headkv.lib.headkv_can_continue(ctx, 0, None) == 0
         assert many.read_ahead(1, prompt) > 1
         set_loras(ctx, (adapter, 0.0))
         with pytest.raises(RuntimeError, match="sequence 1 is being read layer by layer and other adapters were set"):
             many.read_ahead(1, prompt)
         assert many.state(1) == 0 and many.stats(1).bytes_staging == 0
-        assert many.headkv.lib.headkv_can_continue(ctx, 0) < 0 and "other adapters" in many.headkv.last_error()
+        assert many.headkv.lib.headkv_can_continue(ctx, 0, None) < 0 and "other adapters" in many.headkv.last_error()
         assert not set_seq(c, ctx, 1, state)
         set_loras(ctx, (adapter, 1.0))
         assert set_seq(c, ctx, 1, state)
@@ -317,7 +317,7 @@ def test_adapters_that_change_are_noticed(make_model: MakeModel, tmp_path: Path)
         many.decode({0: [5]})
         for x in (1.0, 0.5, 0.0):
             set_loras(ctx, (adapter, x))
-            assert many.headkv.lib.headkv_can_continue(ctx, 0) < 0
+            assert many.headkv.lib.headkv_can_continue(ctx, 0, None) < 0
             assert not set_seq(c, ctx, 1, get_seq(c, ctx, 0))
 
 

@@ -80,6 +80,20 @@ struct headkv_params headkv_default_params(void) {
     return params;
 }
 
+int32_t headkv_policies(struct headkv_policy_info * dst, int32_t n) {
+    return guarded([&]() -> int32_t {
+        const auto & policies = headkv_policy_list();
+        if (dst && (size_t) std::max(n, 0) < policies.size()) {
+            return fail(format("room for %d policies, %zu are needed", n, policies.size()));
+        }
+        for (size_t i = 0; dst && i < policies.size(); ++i) {
+            const auto & p = policies[i];
+            dst[i] = { p.name, p.needs_importance, p.uses_beta, !p.score && !p.needs_sums && !p.keeps_all, p.needs_sums, p.keeps_all };
+        }
+        return (int32_t) policies.size();
+    });
+}
+
 int32_t headkv_set_params(const struct headkv_params * params) {
     return guarded([&]() -> int32_t {
         headkv_thread_config().reset();
@@ -115,18 +129,23 @@ bool headkv_enabled(const struct llama_context * ctx) {
     return get_kv(ctx) != nullptr;
 }
 
-static void announce(llama_context * ctx, llama_seq_id seq_id, int32_t n_tokens, bool whole) {
+// the configuration that parameters describe, with the importance of the context if they name none; null = none are given
+static headkv_config_ptr config_of(const llama_kv_cache_ragged & kv, const headkv_params * params) {
+    return params ? std::make_shared<const headkv_config>(headkv_config_from_params(*params, &kv.config().importance)) : nullptr;
+}
+
+static void announce(llama_context * ctx, llama_seq_id seq_id, int32_t n_tokens, bool whole, const headkv_params * params, bool keep = false) {
     llama_kv_cache_ragged & kv = cache_of(ctx, seq_id);
     if (n_tokens < 1 || (uint32_t) n_tokens > llama_n_ctx(ctx)) {
         throw std::invalid_argument(format("prompt of %d tokens: it must be in [1, n_ctx = %u]", n_tokens, llama_n_ctx(ctx)));
     }
     headkv_set_error(""); // what is found there after llama_decode() belongs to it
-    kv.reserve(seq_id, n_tokens, whole);
+    kv.announce(seq_id, n_tokens, whole, config_of(kv, params), keep);
 }
 
-int32_t headkv_begin_prompt(struct llama_context * ctx, llama_seq_id seq_id, int32_t n_tokens, bool whole) {
+int32_t headkv_begin_prompt(struct llama_context * ctx, llama_seq_id seq_id, int32_t n_tokens, bool whole, const struct headkv_params * params) {
     return guarded([&]() -> int32_t {
-        announce(ctx, seq_id, n_tokens, whole);
+        announce(ctx, seq_id, n_tokens, whole, params);
         return 0;
     });
 }
@@ -156,7 +175,7 @@ static llama_kv_cache_ragged & begin_whole(llama_context * ctx, llama_seq_id seq
     if (kv.seq(seq_id).n_pos > 0 && !kv.is_reading(seq_id)) {
         throw std::invalid_argument(format("sequence %d holds %d tokens: remove them first", seq_id, kv.seq(seq_id).n_pos));
     }
-    announce(ctx, seq_id, n_tokens, true);
+    announce(ctx, seq_id, n_tokens, true, nullptr, true);
     return kv;
 }
 
@@ -222,10 +241,11 @@ int32_t headkv_compress_as(struct llama_context * ctx, llama_seq_id seq_id, llam
     });
 }
 
-int32_t headkv_can_continue(const struct llama_context * ctx, llama_seq_id seq_id) {
+int32_t headkv_can_continue(const struct llama_context * ctx, llama_seq_id seq_id, const struct headkv_params * params) {
     return guarded([&]() -> int32_t {
         const llama_kv_cache_ragged & kv = cache_of(ctx, seq_id);
-        const std::string why_not = kv.why_not_continued(seq_id);
+        const headkv_config_ptr with = config_of(kv, params);
+        const std::string why_not = kv.why_not_continued(seq_id, with ? *with : kv.config());
         return why_not.empty() ? 0 : fail(why_not);
     });
 }
@@ -351,6 +371,24 @@ int32_t headkv_plan(const struct headkv_params * params, int32_t n_layer, const 
         for (const auto & layer : headkv_budget(headkv_config_from_params(*params), { heads, heads_kv })) {
             std::copy(layer.begin(), layer.end(), dst);
             dst += n_row;
+        }
+        return 0;
+    });
+}
+
+int32_t headkv_get_footprint(const struct llama_context * ctx, const struct headkv_params * params, int32_t n_prompt, int32_t n_predict,
+        int32_t n_ubatch, bool layered, struct headkv_footprint * dst) {
+    return guarded([&]() -> int32_t {
+        const llama_kv_cache_ragged & kv = cache_of(ctx, 0);
+        if (!dst || dst->size != sizeof(struct headkv_footprint)) {
+            return fail("headkv_footprint.size does not match this library");
+        }
+        if (!params || n_prompt < 1 || n_predict < 0 || n_ubatch < 1) {
+            return fail(format("a prompt of %d tokens in ubatches of %d, %d generated: it must be 1, 1 and 0 at least, and parameters", n_prompt, n_ubatch, n_predict));
+        }
+        *dst = kv.footprint(*config_of(kv, params), n_prompt, n_predict, layered, n_ubatch);
+        for (const auto & it : ctx->memory_breakdown()) {
+            dst->compute += it.second.compute;
         }
         return 0;
     });

@@ -144,8 +144,8 @@ static void append_tokens(std::vector<llama_token> & dst, const llama_ubatch & u
     }
 }
 
-headkv_pass::headkv_pass(llama_seq_id seq_id, headkv_config_ptr cfg, llama_kv_cache & cache, const std::vector<llama_ubatch> & ubatches,
-        const llama_kv_cache::slot_info_vec_t & sinfos) : seq_id(seq_id), cfg(std::move(cfg)) {
+headkv_pass::headkv_pass(llama_seq_id seq_id, llama_kv_cache & cache, const std::vector<llama_ubatch> & ubatches,
+        const llama_kv_cache::slot_info_vec_t & sinfos) : seq_id(seq_id) {
     for (size_t i = 0; i < ubatches.size(); ++i) {
         append_tokens(tokens, ubatches[i]);
         staging_ctxs.push_back(staging_context(cache, ubatches[i], sinfos[i]));

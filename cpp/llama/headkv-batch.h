@@ -39,7 +39,6 @@ void headkv_order_outputs(llama_batch_allocr & balloc, const std::vector<llama_u
 // goes on when the same batch comes again.
 struct headkv_pass {
     llama_seq_id             seq_id;
-    headkv_config_ptr        cfg; // of its compression
     std::vector<llama_token> tokens;
 
     std::vector<std::unique_ptr<llama_kv_cache_context>> staging_ctxs; // of its ubatches
@@ -50,7 +49,7 @@ struct headkv_pass {
     size_t  i_ubatch = 0;
     int64_t i_token  = 0; // tokens before the ubatch
 
-    headkv_pass(llama_seq_id seq_id, headkv_config_ptr cfg, llama_kv_cache & cache, const std::vector<llama_ubatch> & ubatches,
+    headkv_pass(llama_seq_id seq_id, llama_kv_cache & cache, const std::vector<llama_ubatch> & ubatches,
             const llama_kv_cache::slot_info_vec_t & sinfos);
 
     void advance(const std::vector<llama_ubatch> & ubatches); // to the next step

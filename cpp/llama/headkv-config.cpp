@@ -56,7 +56,7 @@ void headkv_config_check_ctx(const headkv_config & cfg, uint32_t n_ctx) {
     }
 }
 
-headkv_config headkv_config_from_params(const headkv_params & params) {
+headkv_config headkv_config_from_params(const headkv_params & params, const headkv_importance * known_importance) {
     if (params.size != sizeof(headkv_params)) {
         throw std::invalid_argument(format("headkv_params.size is %zu, this library expects %zu", params.size, sizeof(headkv_params)));
     }
@@ -76,6 +76,8 @@ headkv_config headkv_config_from_params(const headkv_params & params) {
     }
     if (cfg.importance.values.empty() && params.importance_gguf && (is_auto || cfg.policy->needs_importance)) {
         cfg.importance = headkv_importance_from_gguf(params.importance_gguf);
+    } else if (cfg.importance.values.empty() && !params.importance_gguf && known_importance) {
+        cfg.importance = *known_importance;
     }
     if (is_auto) {
         cfg.policy = &headkv_policy_find(cfg.importance.values.empty() ? HEADKV_AUTO_UNKNOWN : HEADKV_AUTO_IMPORTANCE);

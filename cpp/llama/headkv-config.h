@@ -46,8 +46,9 @@ struct headkv_config {
 
 using headkv_config_ptr = std::shared_ptr<const headkv_config>;
 
-// throws std::invalid_argument naming value, limit and remedy
-headkv_config headkv_config_from_params(const headkv_params & params);
+// Throws std::invalid_argument naming value, limit and remedy.
+// known: the importance that is taken where the parameters name none
+headkv_config headkv_config_from_params(const headkv_params & params, const headkv_importance * known = nullptr);
 
 // throws std::invalid_argument when a prompt in a sequence of n_ctx tokens cannot be what the configuration asks for
 void headkv_config_check_ctx(const headkv_config & cfg, uint32_t n_ctx);

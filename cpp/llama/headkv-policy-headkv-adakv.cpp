@@ -15,6 +15,7 @@ headkv_policy headkv_policy_headkv_adakv() {
     headkv_policy res = {};
     res.name             = "headkv+adakv";
     res.needs_importance = true;
+    res.uses_beta        = true;
     res.adakv_floor      = 0.5;
     res.budget           = budget;
     res.refine           = refine;

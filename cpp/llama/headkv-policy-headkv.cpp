@@ -9,6 +9,7 @@ headkv_policy headkv_policy_headkv() {
     headkv_policy res = {};
     res.name             = "headkv";
     res.needs_importance = true;
+    res.uses_beta        = true;
     res.budget           = budget;
     return res;
 }

@@ -5,13 +5,16 @@
 #include <numeric>
 #include <stdexcept>
 
-const headkv_policy & headkv_policy_find(const std::string & name) {
+const std::vector<headkv_policy> & headkv_policy_list() {
 #define HEADKV_CALL_POLICY(name) headkv_policy_##name(),
     static const std::vector<headkv_policy> policies = { HEADKV_POLICIES(HEADKV_CALL_POLICY) };
 #undef HEADKV_CALL_POLICY
+    return policies;
+}
 
+const headkv_policy & headkv_policy_find(const std::string & name) {
     std::string known;
-    for (const auto & policy : policies) {
+    for (const auto & policy : headkv_policy_list()) {
         if (name == policy.name) {
             return policy;
         }

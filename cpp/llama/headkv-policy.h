@@ -47,6 +47,7 @@ constexpr float HEADKV_PROTECTED = std::numeric_limits<float>::max();
 struct headkv_policy {
     const char * name;
     bool         needs_importance; // of the query heads, in the configuration
+    bool         uses_beta;        // a share of the budget that it says is given out by importance
     bool         needs_values;     // headkv_scored has them
     bool         needs_sums;       // scores are the attention that all queries of the prompt pay to a cell, not pooled
     bool         keeps_all;        // every cell of every head; kv_size does not count
@@ -70,6 +71,8 @@ struct headkv_policy {
 // what policy "auto" means when the importance of the heads is known, and when it is not
 constexpr const char * HEADKV_AUTO_IMPORTANCE = "headkv";
 constexpr const char * HEADKV_AUTO_UNKNOWN    = "adakv";
+
+const std::vector<headkv_policy> & headkv_policy_list();
 
 // by name; throws std::invalid_argument with the known ones
 const headkv_policy & headkv_policy_find(const std::string & name);

@@ -63,6 +63,12 @@ llama_memory_context_ptr llama_kv_cache_ragged::prepare(llama_batch_allocr & bal
                 return nullptr;
             }
         }
+        for (const auto & it : split.n_new) {
+            headkv_seq & seq = seqs[it.first];
+            if (seq.state == HEADKV_SEQ_EMPTY && !is_reading(it.first)) {
+                seq.cfg = seq.cfg_next ? std::move(seq.cfg_next) : layered ? cfg : nullptr;
+            }
+        }
         announced = announced_t();
         if (n_staged() == 0) {
             n_bytes_peak = 0;
@@ -70,7 +76,7 @@ llama_memory_context_ptr llama_kv_cache_ragged::prepare(llama_batch_allocr & bal
         note_peak();
     }
     if (layered && !resumed) {
-        the_pass = std::make_unique<headkv_pass>(split.to_staging[0].seq_id_unq[0], cfg, the_staging.cache(), split.to_staging, sinfos);
+        the_pass = std::make_unique<headkv_pass>(split.to_staging[0].seq_id_unq[0], the_staging.cache(), split.to_staging, sinfos);
     }
     if (!split.to_store.empty()) {
         split.to_store = headkv_merge(split.to_store, !the_store.is_all_fused(), lctx->n_ubatch());
@@ -197,7 +203,7 @@ bool llama_kv_cache_ragged::end_layer(int32_t il) {
     lctx->synchronize(); // buffers are about to be read and replaced
     try {
         if (!running) {
-            begin_compression(the_pass->seq_id, the_pass->seq_id, the_pass->cfg);
+            begin_compression(the_pass->seq_id, the_pass->seq_id);
         }
         if (headkv_store_layer * layer = the_store.find(il)) {
             running->layer(*layer);

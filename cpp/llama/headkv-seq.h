@@ -43,6 +43,12 @@ const char * headkv_seq_name(headkv_seq_event event);
 struct headkv_seq {
     headkv_seq_state state = HEADKV_SEQ_EMPTY;
 
+    headkv_config_ptr cfg; // that its prompt is compressed by; null = that of the context then
+
+    // announced for the prompt that it is to hold
+    headkv_config_ptr cfg_next;
+    uint32_t          n_next = 0; // tokens
+
     llama_pos n_pos    = 0; // logical tokens
     llama_pos n_prompt = 0; // of them at compression; the rest was generated
     llama_pos n_whole  = 0; // last tokens of the prompt that every head kept

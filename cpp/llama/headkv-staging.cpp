@@ -189,14 +189,22 @@ void headkv_staging::copy_to(llama_kv_cache & cache, const tensors_t & sums) con
     }
 }
 
+int64_t headkv_staging::n_columns(int64_t n_tokens, int64_t n_ubatch) const {
+    // an odd number of cache lines: rows that are read together must not share cache sets
+    return GGML_PAD((ggml_backend_buft_is_host(shapes[0].buft) ? n_tokens : 0) + n_ubatch + 256, 64) + 32;
+}
+
+int64_t headkv_staging::hidden_bytes(int64_t n_tokens, int64_t n_ubatch, bool f16) const {
+    return n_tokens*hparams.n_embd*(f16 ? sizeof(ggml_fp16_t) : sizeof(float)) + n_ubatch*n_columns(n_tokens, n_ubatch)*sizeof(ggml_fp16_t);
+}
+
 void headkv_staging::alloc_hidden(uint32_t n_tokens, int64_t n_ubatch) {
     const ggml_backend_buffer_type_t buft = shapes[0].buft;
 
     ggml_init_params init = { /*.mem_size =*/ 2*ggml_tensor_overhead(), /*.mem_buffer =*/ nullptr, /*.no_alloc =*/ true };
     hidden_buf.ctx.reset(ggml_init(init));
     t_hidden = ggml_new_tensor_2d(hidden_buf.ctx.get(), params.hidden_f16 ? GGML_TYPE_F16 : GGML_TYPE_F32, hparams.n_embd, n_tokens);
-    // an odd number of cache lines: rows that are read together must not share cache sets
-    const int64_t n_cols = GGML_PAD((ggml_backend_buft_is_host(buft) ? n_tokens : 0) + n_ubatch + 256, 64) + 32;
+    const int64_t n_cols = n_columns(n_tokens, n_ubatch);
     t_band = ggml_new_tensor_2d(hidden_buf.ctx.get(), GGML_TYPE_F16, n_cols, n_ubatch);
     hidden_buf.buf.reset(ggml_backend_alloc_ctx_tensors_from_buft(hidden_buf.ctx.get(), buft));
     if (!hidden_buf.buf) {

@@ -65,6 +65,7 @@ public:
     void occupy(uint32_t i_cell, llama_seq_id seq_id, llama_pos pos); // marks a cell as the one of a position
 
     size_t n_bytes() const; // as allocated
+    int64_t hidden_bytes(int64_t n_tokens, int64_t n_ubatch, bool f16) const; // of hidden states and mask of such a prompt
     void add_to(std::map<ggml_backend_buffer_type_t, size_t> & breakdown) const; // of K, V, ring and sums
 
     // changes whenever memory is replaced, so that graphs over the old one are not reused
@@ -109,6 +110,7 @@ private:
     tensors_t make_rings(bool is_plan, bool share) const;
     tensors_t make_sums(bool is_plan, uint32_t n_cells) const;
 
+    int64_t n_columns(int64_t n_tokens, int64_t n_ubatch) const; // of the mask
     void alloc_hidden(uint32_t n_tokens, int64_t n_ubatch);
     void release_hidden();
     void copy_to(llama_kv_cache & cache, const tensors_t & sums) const;

@@ -348,9 +348,8 @@ void llama_kv_cache_ragged::release_idle() {
     }
 }
 
-void llama_kv_cache_ragged::configure(headkv_config_ptr other) {
+void llama_kv_cache_ragged::check_config(const headkv_config & b) const {
     const auto & a = *cfg;
-    const auto & b = *other;
     if (b.window > (uint32_t) the_staging.n_ring()) {
         throw std::invalid_argument(format("window is %u: the context has room for the queries of the last %d tokens, create another one",
                     b.window, the_staging.n_ring()));
@@ -367,13 +366,26 @@ void llama_kv_cache_ragged::configure(headkv_config_ptr other) {
     if (!why_not.empty()) {
         throw std::invalid_argument(why_not);
     }
-    budgets = headkv_budget(b, heads);
+    headkv_budget(b, heads); // throws when the importance does not fit
+}
+
+void llama_kv_cache_ragged::configure(headkv_config_ptr other) {
+    check_config(*other);
+    budgets = headkv_budget(*other, heads);
     cfg     = std::move(other);
 }
 
-void llama_kv_cache_ragged::reserve(llama_seq_id seq_id, uint32_t n_tokens, bool whole) {
-    n_progress = std::min(n_tokens, n_ctx_seq);
-    announced  = { seq_id, n_progress, whole && seqs[seq_id].state == HEADKV_SEQ_EMPTY };
+void llama_kv_cache_ragged::announce(llama_seq_id seq_id, uint32_t n_tokens, bool whole, headkv_config_ptr with, bool keep) {
+    headkv_seq & seq = seqs[seq_id];
+    if (with) {
+        check_config(*with);
+    } else if (keep && seq.n_next == n_tokens) {
+        with = seq.cfg_next;
+    }
+    seq.cfg_next = std::move(with);
+    seq.n_next   = n_tokens;
+    n_progress   = std::min(n_tokens, n_ctx_seq);
+    announced    = { seq_id, n_progress, whole && seq.state == HEADKV_SEQ_EMPTY };
 }
 
 llama_memory_context_ptr llama_kv_cache_ragged::init_full() {
@@ -537,15 +549,17 @@ bool llama_kv_cache_ragged::compress(llama_context * lctx, llama_seq_id seq_id, 
     return did_compress;
 }
 
-void llama_kv_cache_ragged::begin_compression(llama_seq_id seq_id, llama_seq_id seq_id_dst, headkv_config_ptr cfg) {
-    running = std::make_unique<headkv_compression>(lctx, the_staging, the_store, std::move(cfg), heads, seqs[seq_id], seq_id, seq_id_dst);
+void llama_kv_cache_ragged::begin_compression(llama_seq_id seq_id, llama_seq_id seq_id_dst) {
+    const headkv_seq & seq = seqs[seq_id];
+    const bool own = seq.cfg && seq_id == seq_id_dst; // copies are made by what the context is configured to
+    running = std::make_unique<headkv_compression>(lctx, the_staging, the_store, own ? seq.cfg : cfg, heads, seq, seq_id, seq_id_dst);
 }
 
 bool llama_kv_cache_ragged::compress_now(llama_seq_id seq_id) {
     const bool layered = seqs[seq_id].state == HEADKV_SEQ_LAYERED;
     try {
         if (!running) {
-            begin_compression(seq_id, seqs[seq_id].compress_to, cfg);
+            begin_compression(seq_id, seqs[seq_id].compress_to);
         }
         for (auto & layer : the_store.layers) {
             // of a prompt that was read layer by layer, the last layer is left

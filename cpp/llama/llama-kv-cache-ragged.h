@@ -81,11 +81,13 @@ public:
     // for the API
     //
 
-    // parameters for the compressions to come; throws std::invalid_argument
+    // parameters for the prompts to come; throws std::invalid_argument
     void configure(headkv_config_ptr other);
+    void check_config(const headkv_config & other) const;
 
-    // announce the size of a sequence; whole: the next batch is a prompt from its first to its last token
-    void reserve(llama_seq_id seq_id, uint32_t n_tokens, bool whole);
+    // Announces the size of a sequence; whole: the next batch is a prompt from its first to its last token.
+    // with: what the prompt is compressed by, null = that of the context; keep: null = what was announced for as many tokens.
+    void announce(llama_seq_id seq_id, uint32_t n_tokens, bool whole, headkv_config_ptr with, bool keep);
 
     // Compresses a sequence now, as itself or as an empty one, and then it stays as it is; false: headkv_last_error() says
     // why and nothing has changed.
@@ -110,8 +112,8 @@ public:
     // the adapters that the tokens to come are computed with; headkv-state.cpp
     void note_adapters(const llama_adapter_loras & loras, const llama_adapter_cvec & cvec);
 
-    // why a compressed sequence is not what the parameters and the adapters that are set would have left, empty = it is
-    std::string why_not_continued(llama_seq_id seq_id) const { return seqs.at(seq_id).why_not_continued(seq_id, *cfg, adapters); }
+    // why a compressed sequence is not what a configuration and the adapters that are set would have left, empty = it is
+    std::string why_not_continued(llama_seq_id seq_id, const headkv_config & with) const { return seqs.at(seq_id).why_not_continued(seq_id, with, adapters); }
 
     // Limits of a sequence that is restored, 0 = only those of the context. See headkv_limit_restore().
     struct limits_t {
@@ -150,6 +152,9 @@ public:
     size_t  bytes_peak() const { return n_bytes_peak; } // of staging, hidden states, scratch and store during the last prompt
     int64_t t_compress_us() const { return t_compress; }
     int64_t n_compress()    const { return n_compressions; }
+
+    // What a prompt of n_prompt tokens and n_predict generated ones takes; headkv-footprint.cpp.
+    headkv_footprint footprint(const headkv_config & with, uint32_t n_prompt, uint32_t n_predict, bool layered, int64_t n_ubatch) const;
 
     //
     // for the graph
@@ -262,7 +267,7 @@ private:
     void grow_tails(); // of the sequences whose n_tail_next says so, all at once; throws
 
     bool compress_now(llama_seq_id seq_id);
-    void begin_compression(llama_seq_id seq_id, llama_seq_id seq_id_dst, headkv_config_ptr cfg); // throws
+    void begin_compression(llama_seq_id seq_id, llama_seq_id seq_id_dst); // throws
     void end_compression();
     void abort_compression();
 

@@ -21,12 +21,10 @@ static struct {
     int64_t t_compress_us  = 0;
 
     int32_t n_batch = 0; // that was asked for
-    headkv_request request; // that the context is configured for
-    std::string model;   // path
     std::string policy;  // never "auto"
 } server;
 
-static const char * const STATES[] = { "empty", "reading", "compressed", "reading" };
+static const char * const STATES[] = { "empty", "staged", "compressed", "layered" }; // as in headkv_stats
 
 //
 // start
@@ -84,20 +82,28 @@ static int32_t kv_size_max() {
     return args.is_lossless() ? MAX_CELLS : args.kv_size_max > 0 ? args.kv_size_max : args.params.kv_size;
 }
 
-// spans: filled for the parameters, which point to it
-static headkv_params make_params(const headkv_request & request, std::vector<int32_t> & spans) {
-    const headkv_args & args = headkv_get_args();
-    headkv_params res = args.params;
-    res.policy = args.policy.c_str();
-    res.importance_gguf = args.importance.empty() ? server.model.c_str() : args.importance.c_str();
-    res.kv_size = request.kv_size;
-    for (const auto & [start, end] : request.protect) {
-        spans.insert(spans.end(), { start, end });
+// What the prompt of a request is compressed by. The importance is that of the context.
+class request_params {
+public:
+    explicit request_params(const headkv_request & request) {
+        const headkv_args & args = headkv_get_args();
+        params = args.params;
+        params.policy  = server.policy.c_str();
+        params.kv_size = request.kv_size > 0 ? request.kv_size : args.is_lossless() ? MAX_CELLS : args.params.kv_size;
+        for (const auto & [start, end] : request.protect) {
+            spans.insert(spans.end(), { start, end });
+        }
+        params.protect   = spans.data();
+        params.n_protect = (int32_t) request.protect.size();
     }
-    res.protect   = spans.data();
-    res.n_protect = (int32_t) request.protect.size();
-    return res;
-}
+    request_params(const request_params &) = delete;
+
+    const headkv_params & get() const { return params; }
+
+private:
+    headkv_params        params;
+    std::vector<int32_t> spans; // it points to them
+};
 
 bool headkv_server_open(common_params & params) {
     const headkv_args & args = headkv_get_args();
@@ -116,10 +122,10 @@ bool headkv_server_open(common_params & params) {
         SRV_ERR("--kv-size-max %d: it must be at least --kv-size %d\n", args.kv_size_max, args.params.kv_size);
         return false;
     }
-    server.model   = params.model.path;
-    server.request = { kv_size_max(), {} }; // the context is made for the largest one
-    std::vector<int32_t> spans;
-    const headkv_params p = make_params(server.request, spans);
+    headkv_params p = args.params;
+    p.policy          = args.policy.c_str();
+    p.kv_size         = kv_size_max(); // the context is made for the largest request
+    p.importance_gguf = args.importance.empty() ? params.model.path.c_str() : args.importance.c_str();
     if (headkv_set_params(&p) != 0) {
         SRV_ERR("%s: %s\n", args.amount().c_str(), headkv_last_error());
         return false;
@@ -255,26 +261,14 @@ static void check(int32_t code) {
     }
 }
 
-static void configure(llama_context * ctx, headkv_request request) {
-    request.kv_size = request.kv_size > 0 ? request.kv_size : headkv_get_args().is_lossless() ? MAX_CELLS : headkv_get_args().params.kv_size;
-    if (!(request == server.request)) {
-        std::vector<int32_t> spans;
-        const headkv_params p = make_params(request, spans);
-        check(headkv_configure(ctx, &p));
-        server.request = request;
-    }
-}
-
 void headkv_server_announce(llama_context * ctx, llama_seq_id seq_id, int32_t n_tokens, bool whole, const headkv_request & request) {
-    configure(ctx, request); // layers are compressed while the prompt is read
-    check(headkv_begin_prompt(ctx, seq_id, n_tokens, whole));
+    const request_params params(request);
+    check(headkv_begin_prompt(ctx, seq_id, n_tokens, whole, &params.get()));
 }
 
-bool headkv_server_read_ahead(llama_context * ctx, llama_seq_id seq_id, const std::vector<llama_token> & tokens, const headkv_request & request,
-        int32_t & n_read) {
+bool headkv_server_read_ahead(llama_context * ctx, llama_seq_id seq_id, const std::vector<llama_token> & tokens, int32_t & n_read) {
     static constexpr int32_t MAX_MS = 250; // a step, one ubatch through one layer, may take longer
 
-    configure(ctx, request);
     const int32_t n_left = headkv_read_ahead(ctx, seq_id, tokens.data(), (int32_t) tokens.size(), MAX_MS);
     check(n_left);
     const int64_t n_tokens = (int64_t) tokens.size();
@@ -292,9 +286,8 @@ static headkv_stats get_stats(llama_context * ctx, llama_seq_id seq_id) {
     return stats;
 }
 
-headkv_slot_info headkv_server_compress(llama_context * ctx, llama_seq_id seq_id, const headkv_request & request) {
+headkv_slot_info headkv_server_compress(llama_context * ctx, llama_seq_id seq_id) {
     const int64_t n_before = get_stats(ctx, seq_id).n_compress;
-    configure(ctx, request);
     check(headkv_end_prompt(ctx, seq_id));
 
     const headkv_stats stats = get_stats(ctx, seq_id);
@@ -352,8 +345,8 @@ headkv_slot_info headkv_server_note(llama_context * ctx, llama_seq_id seq_id) {
 }
 
 std::string headkv_server_why_not_continued(llama_context * ctx, llama_seq_id seq_id, int32_t n_past, int32_t n_tokens, const headkv_request & request) {
-    configure(ctx, request);
-    if (headkv_can_continue(ctx, seq_id) != 0) {
+    const request_params params(request);
+    if (headkv_can_continue(ctx, seq_id, &params.get()) != 0) {
         return headkv_last_error();
     }
     const llama_pos n_least = llama_memory_seq_pos_min(llama_get_memory(ctx), seq_id) + 1;
@@ -361,8 +354,8 @@ std::string headkv_server_why_not_continued(llama_context * ctx, llama_seq_id se
         return string_format("its first %d tokens are those of the compressed past, which cannot be cut to fewer than %d", n_past, n_least);
     }
     const int32_t n_new = n_tokens - n_past;
-    if (n_new > n_past && n_new > server.request.kv_size) {
-        return string_format("every head would keep %d new tokens behind %d of the compressed past, kv_size is %d", n_new, n_past, server.request.kv_size);
+    if (n_new > n_past && n_new > params.get().kv_size) {
+        return string_format("every head would keep %d new tokens behind %d of the compressed past, kv_size is %d", n_new, n_past, params.get().kv_size);
     }
     return "";
 }

@@ -32,8 +32,6 @@ struct headkv_slot_info {
 struct headkv_request {
     int32_t kv_size = 0; // 0 = that of the server
     std::vector<std::pair<int32_t, int32_t>> protect; // [start, end) positions of the prompt that every head keeps
-
-    bool operator==(const headkv_request & other) const { return kv_size == other.kv_size && protect == other.protect; }
 };
 
 // Before a model is loaded: checks the flags against upstream's, adapts these, and makes the contexts of this thread
@@ -51,15 +49,14 @@ headkv_request headkv_server_check_request(const common_json & body, int32_t n_c
 
 // The next functions are for the thread that owns the context, while nothing is decoded. Those that can fail throw.
 
-// whole: the prompt may come in one batch
+// whole: the prompt may come in one batch; it is compressed by what its request chooses
 void headkv_server_announce(llama_context * ctx, llama_seq_id seq_id, int32_t n_tokens, bool whole, const headkv_request & request);
 
 // Reads on in a whole prompt, for as long as other slots may have to wait. false: more is to be read; true: the batch with
 // the whole prompt has one step left to do. n_read: set to the share of the steps that are done, in tokens.
-bool headkv_server_read_ahead(llama_context * ctx, llama_seq_id seq_id, const std::vector<llama_token> & tokens, const headkv_request & request,
-        int32_t & n_read);
+bool headkv_server_read_ahead(llama_context * ctx, llama_seq_id seq_id, const std::vector<llama_token> & tokens, int32_t & n_read);
 
-headkv_slot_info headkv_server_compress(llama_context * ctx, llama_seq_id seq_id, const headkv_request & request);
+headkv_slot_info headkv_server_compress(llama_context * ctx, llama_seq_id seq_id);
 
 headkv_slot_info headkv_server_note(llama_context * ctx, llama_seq_id seq_id);
 

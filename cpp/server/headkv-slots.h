@@ -117,7 +117,7 @@ static bool headkv_server_read(server_slot & slot, const server_batch & batch, i
     const int32_t n_tokens = slot.task->n_tokens();
     const int64_t t_start  = ggml_time_us();
     common_set_adapter_lora(slot.ctx_tgt, slot.lora); // upstream sets those of the batch, when it is complete
-    const bool    is_ahead = headkv_server_read_ahead(slot.ctx_tgt, slot.id, slot.task->tokens.get_text_tokens(), slot.task->params.headkv, info.n_read);
+    const bool    is_ahead = headkv_server_read_ahead(slot.ctx_tgt, slot.id, slot.task->tokens.get_text_tokens(), info.n_read);
     slot.stats.update_prompt_last();
     metrics.add_prompt(0, slot.stats.t_prompt_last - t_start); // its tokens are counted with the batch
     if (!is_ahead || batch.size() + n_tokens > n_batch) {
@@ -142,7 +142,7 @@ static int32_t headkv_server_n_read(const server_slot & slot, int32_t n) {
 // After the last token of the slot's prompt was decoded, before its first token is sampled.
 static void headkv_server_end(server_slot & slot) {
     if (headkv_server_is_on() && slot.state == SLOT_STATE_DONE_PROMPT) {
-        slot.stats.headkv_info = headkv_server_compress(slot.ctx_tgt, slot.id, slot.task->params.headkv);
+        slot.stats.headkv_info = headkv_server_compress(slot.ctx_tgt, slot.id);
     }
 }
 

@@ -1,0 +1,67 @@
+// What a prompt takes, without reading it: the sizes of what the staging, a compression and the store allocate.
+// Beside the code that allocates: headkv-staging.cpp, the work_t of headkv-compress.cpp, headkv-score.cpp, headkv-select.cpp.
+
+#include "llama-kv-cache-ragged.h"
+
+#include "headkv-budget.h"
+#include "headkv-op.h"
+
+#include <algorithm>
+#include <map>
+#include <tuple>
+
+// K and V of one token as they are staged: layers of one shape share a staging that is read layer by layer
+static int64_t staged_bytes(const headkv_store & store, bool layered) {
+    std::map<std::tuple<ggml_backend_buffer_type_t, int32_t, int32_t>, int64_t> of_shape;
+    int64_t res = 0;
+    for (const auto & layer : store.layers) {
+        int64_t & shared = of_shape[{ layer.buft, layer.n_head_kv, layer.n_embd_head }];
+        if (!layered || shared == 0) {
+            res += shared = (int64_t) layer.n_bytes_cell();
+        }
+    }
+    return res;
+}
+
+static int64_t ring_bytes(const headkv_store & store, int64_t n_slots, bool layered) {
+    std::map<std::tuple<ggml_backend_buffer_type_t, int32_t, int32_t>, bool> seen;
+    int64_t res = 0;
+    for (const auto & layer : store.layers) {
+        if (!layered || !seen[{ layer.buft, layer.n_head, layer.n_embd_head }]) {
+            seen[{ layer.buft, layer.n_head, layer.n_embd_head }] = true;
+            res += (int64_t) layer.n_embd_head*layer.n_head*n_slots*sizeof(float);
+        }
+    }
+    return res;
+}
+
+// the most that a compression has besides, in one layer: its tensors, and either the score op or the select op
+static int64_t scratch_bytes(const headkv_layer_shape & layer, const headkv_config & cfg, int64_t n) {
+    const int64_t H        = layer.n_head_kv;
+    const int64_t n_window = std::min<int64_t>(cfg.window, n);
+    const int64_t n_kept   = H*std::min<int64_t>(cfg.kv_size, n)*sizeof(int32_t);
+    const int64_t n_query  = (int64_t) layer.n_head*layer.n_embd_head;
+    const int64_t n_chunk  = (n + HEADKV_SCORE_CHUNK - 1)/HEADKV_SCORE_CHUNK;
+
+    const int64_t tensors = n*(H + 1)*sizeof(float) + n_kept + (n_window + cfg.recent + 5*H)*sizeof(int32_t) + 10*64; // and what aligns them
+    const int64_t score   = n_window*sizeof(float)*(n_query + 2*layer.n_head*n_chunk) + n*H*sizeof(float); // queries, sums, result
+    const int64_t select  = 2*n*H*sizeof(int32_t) + n_kept; // sort keys, result
+    return tensors + std::max(score, select);
+}
+
+headkv_footprint llama_kv_cache_ragged::footprint(const headkv_config & with, uint32_t n_prompt, uint32_t n_predict, bool layered, int64_t n_ubatch) const {
+    const int64_t n_cells = GGML_PAD((int64_t) n_prompt, 256); // upstream attends multiples of 256 cells
+    const int64_t n_kept  = std::min<int64_t>(with.kv_size, n_prompt);
+    const int64_t n_tail  = std::max<int64_t>(headkv_n_tail(with, n_prompt), n_predict);
+
+    headkv_footprint res = {};
+    res.size    = sizeof(res);
+    res.staging = n_cells*staged_bytes(the_store, layered);
+    res.ring    = ring_bytes(the_store, (int64_t) with.window*seqs.size() + 1, layered);
+    res.hidden  = layered ? the_staging.hidden_bytes(n_prompt, n_ubatch, with.hidden_f16) : 0;
+    res.store   = (n_kept + n_tail)*(int64_t) bytes_cell();
+    for (const auto & layer : the_store.layers) {
+        res.scratch = std::max(res.scratch, scratch_bytes(layer, with, n_prompt));
+    }
+    return res;
+}
