@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import __version__, demo, evaluate, inspect, plan, score, serve
-from .arguments import AMOUNTS, add_amount_arguments, add_keep_arguments, given, parse_span
-from .demo import round_n_ctx, threads_kwargs
-from .inspect import BUDGET_OPTIONS, format_bytes, model_path, read_shape
+from .arguments import AMOUNTS, add_amount_arguments, add_keep_arguments, given, parse_span, threads_kwargs
+from .inspect import BUDGET_OPTIONS
+from .model import model_path, read_shape
 from .options import POOLS, PREFILLS, PRESETS, Options, check_int, nearest
+from .units import format_bytes, round_n_ctx
 
 if TYPE_CHECKING:
     from .llama import Llama

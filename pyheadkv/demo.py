@@ -21,9 +21,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import demo_model
-from .arguments import add_amount_arguments, add_keep_arguments, keep_kwargs, split
-from .inspect import format_bytes, model_path, printable
-from .options import AUTO, FULL, PRESETS, Options, check_int, parse_bytes
+from .arguments import add_amount_arguments, add_keep_arguments, keep_kwargs, split, threads_kwargs
+from .inspect import printable
+from .model import model_path
+from .options import AUTO, FULL, PRESETS, Options, check_int
+from .units import format_bytes, parse_bytes, round_n_ctx
 
 if TYPE_CHECKING:
     from .llama import Llama
@@ -39,7 +41,6 @@ N_TAIL = 16  # cells per head that the store grows by; answers are short
 N_ANSWER = 128  # tokens of the context for an answer
 N_BATCH = 128  # tokens, between two steps of the progress
 N_LABEL = 20  # characters
-N_CTX_STEP = 256  # tokens, llama.cpp rounds contexts up to it
 MAX_THREADS = 4  # small models are not faster with more
 PAPER = f"scored by the last {PRESETS['paper']['window']} queries, as in its paper, not {PRESETS['default']['window']}"
 NOT_FETCHED = "the embedded model in its synthetic language; --fetch or a MODEL.gguf asks in English"
@@ -114,19 +115,6 @@ def run(args: argparse.Namespace) -> int:
         )
         return 1
     return 0
-
-
-def threads_kwargs(n_threads: int | None) -> dict[str, Any]:
-    """Arguments of ``Llama`` for a number of threads; none for None."""
-    if n_threads is None:
-        return {}
-    check_int("--threads", n_threads, 1, 512)
-    return {"n_threads": n_threads, "n_threads_batch": n_threads}
-
-
-def round_n_ctx(n_tokens: int) -> int:
-    """Context that llama.cpp really allocates for so many tokens; llama_cpp.Llama wants to be told that number."""
-    return -(-n_tokens // N_CTX_STEP) * N_CTX_STEP
 
 
 def _find_model(args: argparse.Namespace) -> Path:

@@ -28,13 +28,12 @@ from numpy.typing import NDArray
 
 from . import __version__
 from .arguments import AMOUNTS, add_amount_arguments, add_keep_arguments, check_drawing, keep_kwargs, split
-from .demo import round_n_ctx
 from .evaluate_report import write_report
 from .file_tasks import FILES, check_files, n_answer, read_contexts
 from .gguf_keys import check_beta
-from .inspect import model_path
 from .journal import Journal, commit, machine, sha256
 from .llama import Llama, cells_in
+from .model import model_path
 from .options import (
     AUTO,
     BY_ALL_TOKENS,
@@ -49,11 +48,11 @@ from .options import (
     Options,
     check_choice,
     check_int,
-    parse_bytes,
 )
 from .quiz import Ask, TaskOptions, Turn
 from .tasks import TASKS, make_task
 from .trial import Copy, Held, Setting, Trial, log_softmax
+from .units import parse_bytes, round_n_ctx
 
 PROTOCOLS = ("query-aware", "query-agnostic")
 KV_SIZES = "32,64,128"

@@ -38,12 +38,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from . import __version__, calibrate, gguf_keys
+from .arguments import threads_kwargs
 from .calibrate import N_COPIES, Calibration, HeldOut
-from .demo import round_n_ctx, threads_kwargs
 from .gguf_keys import Importance
 from .importance import cache_path, fingerprint, sidecar_path
-from .inspect import gini, model_path, read_shape
+from .inspect import gini
 from .journal import REMEDY, Journal, sha256
+from .model import model_path, read_shape
 from .options import check_int
 from .score_examples import (
     METHODS,
@@ -55,6 +56,7 @@ from .score_examples import (
     make_examples,
     speaks_needle_language,
 )
+from .units import round_n_ctx
 
 if TYPE_CHECKING:
     from .llama import Llama

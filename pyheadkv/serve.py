@@ -11,7 +11,7 @@ from pathlib import Path
 
 from ._lib import library_path
 from .importance import IN_METADATA, find_importance, write_gguf
-from .inspect import model_path
+from .model import model_path
 from .options import AUTO, BY_IMPORTANCE
 
 #: flags of llama-server that name a model

@@ -20,6 +20,7 @@ except ImportError as error:
 from pyheadkv import cli, inspect
 from pyheadkv.options import Options
 from pyheadkv.testing import random_importance, write_random_model
+from pyheadkv.units import format_bytes
 
 N_LAYER, N_HEAD, N_HEAD_KV, N_EMBD_HEAD = 2, 4, 2, 16
 SHAPE: dict[str, Any] = {
@@ -242,7 +243,7 @@ def test_inspect_prints_the_budgets_of_the_engine(model: Path, capsys: pytest.Ca
     assert f"{budget.sum()} cells, mean {budget.mean():.2f}" in out
     n_bytes = int(budget.sum()) * 2 * N_EMBD_HEAD * 2
     n_bytes_full = 1024 * N_LAYER * N_HEAD_KV * 2 * N_EMBD_HEAD * 2
-    held, full = inspect.format_bytes(n_bytes), inspect.format_bytes(n_bytes_full)
+    held, full = format_bytes(n_bytes), format_bytes(n_bytes_full)
     assert f"{held} after a prompt of 1024 tokens, full cache {full}" in out
 
 
