@@ -25,9 +25,9 @@ except ImportError as error:
 
 from pyheadkv import cli, gguf_keys, importance, needle, score, score_examples, score_texts
 from pyheadkv.metrics import token_f1, word_recall
-from pyheadkv.reference import ReferenceModel, softmax
 from pyheadkv.score_examples import Example, Examples, Slot, make_examples
 from pyheadkv.testing import write_random_model
+from pyheadkv.testing.reference import ReferenceModel, softmax
 
 N_LAYER, N_HEAD = 2, 4
 METHODS = ("r2", "er", "r")
