@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from pyheadkv.demo import answer, make_asks, open_trial
+from pyheadkv.cli.demo import answer, make_asks, open_trial
 from pyheadkv.journal import commit, machine
 from pyheadkv.options import AUTO, FULL
 from pyheadkv.quiz import TaskOptions

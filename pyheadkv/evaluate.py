@@ -27,7 +27,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from . import __version__
-from .arguments import AMOUNTS, add_amount_arguments, add_keep_arguments, check_drawing, keep_kwargs, split
+from .cli.arguments import AMOUNTS, add_amount_arguments, add_keep_arguments, check_drawing, keep_kwargs, split
 from .evaluate_report import write_report
 from .file_tasks import FILES, check_files, n_answer, read_contexts
 from .gguf_keys import check_beta

@@ -38,11 +38,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from . import __version__, calibrate, gguf_keys
-from .arguments import threads_kwargs
 from .calibrate import N_COPIES, Calibration, HeldOut
+from .cli.arguments import threads_kwargs
+from .cli.inspect import gini
 from .gguf_keys import Importance
 from .importance import cache_path, fingerprint, sidecar_path
-from .inspect import gini
 from .journal import REMEDY, Journal, sha256
 from .model import model_path, read_shape
 from .options import check_int

@@ -12,7 +12,8 @@ import pytest
 from architectures import Context, Result
 from llama_cpp import llama_cpp
 
-from pyheadkv import gguf_keys, inspect
+from pyheadkv import gguf_keys
+from pyheadkv.cli import inspect
 from pyheadkv.gguf_keys import Importance, write_importance
 from pyheadkv.options import Options
 from pyheadkv.testing import reference

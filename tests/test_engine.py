@@ -20,7 +20,8 @@ import numpy.typing as npt
 import pytest
 from conftest import SHAPES, Shape, greedy, load, logits, nmse, read_prompt, rss, tokens
 
-from pyheadkv import gguf_keys, inspect
+from pyheadkv import gguf_keys
+from pyheadkv.cli import inspect
 from pyheadkv.options import Options
 from pyheadkv.testing import random_importance, reference, write_random_model
 

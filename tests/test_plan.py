@@ -19,10 +19,11 @@ except ImportError as error:
 
 from conftest import SHAPES, Shape, load, tokens
 
-from pyheadkv import cli, inspect, plan
+from pyheadkv import cli
+from pyheadkv.cli import inspect, plan
+from pyheadkv.cli.plan import MemoryModel
 from pyheadkv.model import read_shape
 from pyheadkv.options import Options
-from pyheadkv.plan import MemoryModel
 from pyheadkv.testing import write_random_model
 from pyheadkv.units import parse_bytes
 

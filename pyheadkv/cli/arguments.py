@@ -7,7 +7,7 @@ import re
 from importlib.util import find_spec
 from typing import Any
 
-from .options import SURPLUSES, Options, check_int
+from ..options import SURPLUSES, Options, check_int
 
 AMOUNTS = ("kv_size", "kv_ratio", "kv_bytes")
 

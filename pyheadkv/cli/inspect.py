@@ -12,11 +12,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from . import _lib, gguf_keys
-from .arguments import check_drawing, given
-from .importance import Found, find_importance
-from .model import ModelShape, model_path, read_shape
-from .options import (
+from .. import _lib, gguf_keys
+from ..importance import Found, find_importance
+from ..model import ModelShape, model_path, read_shape
+from ..options import (
     AUTO,
     BY_IMPORTANCE,
     DEFAULT_BETA,
@@ -27,7 +26,8 @@ from .options import (
     check_int,
     load_importance,
 )
-from .units import format_bytes
+from ..units import format_bytes
+from .arguments import check_drawing, given
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
