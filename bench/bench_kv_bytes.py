@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from pyheadkv import Llama, _lib
-from pyheadkv.journal import commit, machine
-from pyheadkv.score_examples import HAYSTACK
+from pyheadkv.eval.journal import commit, machine
+from pyheadkv.eval.prose import HAYSTACK
 from pyheadkv.units import round_n_ctx
 
 

@@ -43,11 +43,13 @@ except ImportError as error:
 
 from score_hf import exit_code, load_gguf
 
-from pyheadkv import Llama, _lib, gguf_keys, journal, score, trial
-from pyheadkv.evaluate_report import interval, row
+from pyheadkv import Llama, _lib, gguf_keys
+from pyheadkv.eval import journal, trial
+from pyheadkv.eval.quiz import Ask, TaskOptions
+from pyheadkv.eval.report import interval, row
+from pyheadkv.eval.tasks import PROSE, make_task
 from pyheadkv.options import PRESETS, check_int
-from pyheadkv.quiz import Ask, TaskOptions
-from pyheadkv.tasks import PROSE, make_task
+from pyheadkv.score import measure as score
 from pyheadkv.testing import reference
 
 KVPRESS_WINDOW, KVPRESS_KERNEL = 64, 5  # of its SnapKVPress when nothing is said

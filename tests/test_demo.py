@@ -20,7 +20,7 @@ except ImportError as error:
 
 from pyheadkv import cli
 from pyheadkv.cli import demo, demo_model
-from pyheadkv.trial import Setting
+from pyheadkv.eval.trial import Setting
 
 MakeModel = Callable[..., Path]
 SHAPE = SHAPES[1]

@@ -21,13 +21,16 @@ try:
 except ImportError as error:
     pytest.skip(f"the library is not built: {error}", allow_module_level=True)
 
-from pyheadkv import calibrate, cli, evaluate_report, gguf_keys, metrics, tasks
-from pyheadkv import evaluate as evaluation
-from pyheadkv.journal import Journal
-from pyheadkv.quiz import TaskOptions
-from pyheadkv.score_examples import haystack_sentences
-from pyheadkv.tasks import make_task
-from pyheadkv.trial import Copy, Held, Setting, Trial
+from pyheadkv import cli, gguf_keys
+from pyheadkv.eval import metrics, tasks
+from pyheadkv.eval import report as evaluate_report
+from pyheadkv.eval import run as evaluation
+from pyheadkv.eval.journal import Journal
+from pyheadkv.eval.prose import haystack_sentences
+from pyheadkv.eval.quiz import TaskOptions
+from pyheadkv.eval.tasks import make_task
+from pyheadkv.eval.trial import Copy, Held, Setting, Trial
+from pyheadkv.score import calibrate
 
 MakeModel = Callable[..., Path]
 SHAPE = SHAPES[1]

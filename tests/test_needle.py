@@ -24,7 +24,8 @@ except ImportError as error:
 
 from conftest import N_THREADS, load, stop_process
 
-from pyheadkv import _lib, gguf_keys, needle
+from pyheadkv import _lib, gguf_keys
+from pyheadkv.eval import needle
 from pyheadkv.model import read_shape
 
 PATH = pyheadkv.embedded_model()

@@ -15,7 +15,8 @@ import numpy as np
 import pytest
 from conftest import SHAPES, Shape, decode, load, logits, tokens
 
-from pyheadkv import embedded_model, needle
+from pyheadkv import embedded_model
+from pyheadkv.eval import needle
 from pyheadkv.units import ggml_type, row_bytes
 
 pytestmark = pytest.mark.usefixtures("library")

@@ -23,9 +23,14 @@ try:
 except ImportError as error:
     pytest.skip(f"the library is not built: {error}", allow_module_level=True)
 
-from pyheadkv import cli, gguf_keys, importance, needle, score, score_examples, score_texts
-from pyheadkv.metrics import token_f1, word_recall
-from pyheadkv.score_examples import Example, Examples, Slot, make_examples
+from pyheadkv import cli, gguf_keys, importance
+from pyheadkv.cli import score as score_command
+from pyheadkv.eval import needle, prose
+from pyheadkv.eval.metrics import token_f1, word_recall
+from pyheadkv.score import examples as score_examples
+from pyheadkv.score import measure as score
+from pyheadkv.score import texts as score_texts
+from pyheadkv.score.examples import Example, Examples, Slot, make_examples
 from pyheadkv.testing import write_random_model
 from pyheadkv.testing.reference import ReferenceModel, softmax
 
@@ -308,7 +313,7 @@ def test_clean_examples_spread_over_lengths_depths_and_kinds(llm: Any) -> None:
 
 
 def test_question_and_reversed_question_have_different_answers_in_one_needle() -> None:
-    for pair in score_examples.REASONING:
+    for pair in prose.REASONING:
         needles = [pair.needle(which, order=order) for which in (0, 1) for order in ((0, 1, 2), (2, 1, 0), (1, 2, 0))]
         said = [sorted((*n.before, n.answer, *n.after)) for n in needles]
         assert all(sentences == said[0] for sentences in said)
@@ -356,7 +361,7 @@ def test_passages_answer_their_questions_in_one_sentence_and_evaluation_has_othe
         for asked in passage.questions:
             assert asked.answer in passage.sentences[asked.at]
             assert sum(asked.answer in s for s in sentences) == 1 or len(asked.answer) < 6, asked
-    evaluated = {n.question for n in score_examples.RETRIEVAL} | {n.answer for n in score_examples.RETRIEVAL}
+    evaluated = {n.question for n in prose.RETRIEVAL} | {n.answer for n in prose.RETRIEVAL}
     assert not evaluated & {text for span in score_texts.SPANS for text in span}
 
 
@@ -683,7 +688,7 @@ def test_score_without_an_output_writes_where_it_is_found(tmp_path: Path, monkey
     assert run(model, *options, "--force") == 0
     assert importance.sidecar_path(model).read_bytes() == first  # twice the same
     importance.sidecar_path(model).unlink()
-    monkeypatch.setattr(score.os, "access", lambda *_: False)  # root may write everywhere
+    monkeypatch.setattr(score_command.os, "access", lambda *_: False)  # root may write everywhere
     assert run(model, *options) == 0
     cached = importance.find_importance(model)
     assert cached is not None and str(cache) in cached.origin and not importance.sidecar_path(model).exists()

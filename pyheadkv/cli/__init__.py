@@ -10,9 +10,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from .. import __version__, evaluate, score
+from .. import __version__
 from ..options import nearest
-from . import demo, generate, inspect, plan, serve
+from . import demo, evaluate, generate, inspect, plan, score, serve
 
 EXIT_ERROR, EXIT_INTERRUPT = 1, 130
 

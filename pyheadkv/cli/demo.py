@@ -28,9 +28,9 @@ from .arguments import add_amount_arguments, add_keep_arguments, keep_kwargs, sp
 from .inspect import printable
 
 if TYPE_CHECKING:
+    from ..eval.quiz import Ask, Task
+    from ..eval.trial import Copy, Held, Setting, Trial
     from ..llama import Llama
-    from ..quiz import Ask, Task
-    from ..trial import Copy, Held, Setting, Trial
 
 METHODS = ((AUTO, ""), ("snapkv", ""), ("snapkv", "paper"), ("streaming", ""))  # policies and presets
 KV_SIZE = "80"
@@ -132,8 +132,8 @@ def _find_model(args: argparse.Namespace) -> Path:
 
 def make_settings(args: argparse.Namespace, path: Path) -> list[Setting]:
     """The full cache, then every policy at each amount: of cells, the fewest first, then shares and bytes."""
+    from ..eval.trial import Setting
     from ..llama import cells_in
-    from ..trial import Setting
 
     recent = Options(kv_size=1 << 20).recent
     sizes = KV_SIZE if args.kv_size is None and not args.kv_ratio and not args.kv_bytes else args.kv_size
@@ -171,8 +171,8 @@ def open_trial(path: Path, *, n_tokens: int, n_threads: int | None = None, **opt
     n_threads : CPU threads; None = all CPUs, at most ``MAX_THREADS``
     options : more arguments of ``Llama``
     """
+    from ..eval.trial import Trial
     from ..llama import Llama
-    from ..trial import Trial
 
     return Trial(Llama(
         path,
@@ -191,10 +191,10 @@ def open_trial(path: Path, *, n_tokens: int, n_threads: int | None = None, **opt
 
 def open_task(llm: Llama, *, n_tokens: int, n_questions: int, seed: int) -> Task:
     """The questions in the language of the model."""
-    from .. import needle
-    from ..quiz import TaskOptions
-    from ..score_examples import speaks_needle_language
-    from ..tasks import make_task
+    from ..eval import needle
+    from ..eval.needle import speaks_needle_language
+    from ..eval.quiz import TaskOptions
+    from ..eval.tasks import make_task
 
     name, n_kinds = (NEEDLE, len(needle.KINDS)) if speaks_needle_language(llm) else (ENGLISH, 1)
     return make_task(llm, TaskOptions(name, n_tokens, n_each=-(-n_questions // n_kinds), seed=seed))
