@@ -1,6 +1,7 @@
 # make        install into .venv        make demo    ask a small model in English
 # make test   everything CI runs        make clean   remove what it made
 # make check  lint and types, no build
+# make test STAGE=select   what belongs to one stage of the data path (cpp/README.md)
 #
 # Python >= 3.10 and a C++17 compiler are needed, ccache is used when present.
 
@@ -70,8 +71,14 @@ check: $(VENV)/.llama-cpp-python
 	$(BIN)/ruff format --check --quiet .
 	$(BIN)/mypy
 
+# a stage: what needs another build than ours is skipped; a variable of the environment is not meant
+ifeq ($(origin STAGE),command line)
+test: all
+	$(BIN)/pytest tests --durations=15 -k "$(STAGE)"
+else
 test: check all stock sanitize
-	PYHEADKV_STOCK_LIB=$(CURDIR)/$(STOCK)/bin PYHEADKV_ASAN_DIR=$(CURDIR)/$(ASAN)/bin $(BIN)/pytest tests
+	PYHEADKV_STOCK_LIB=$(CURDIR)/$(STOCK)/bin PYHEADKV_ASAN_DIR=$(CURDIR)/$(ASAN)/bin $(BIN)/pytest tests --durations=15
+endif
 
 clean:
 	rm -rf $(VENV) build $(LIBS)
