@@ -1,4 +1,4 @@
-"""What the tools of a developer repeat agrees: stage words and hooks."""
+"""What the tools of a developer repeat agrees: stage words, hooks, packages of the build."""
 
 from __future__ import annotations
 
@@ -39,3 +39,9 @@ def test_every_part_of_a_stage_is_in_a_file_or_name_of_a_test(word: str) -> None
 def test_hooks_run_what_make_check_runs() -> None:
     hooks = (ROOT / ".pre-commit-config.yaml").read_text(encoding="utf-8")
     assert re.findall(r"^ +entry: (.*)$", hooks, flags=re.MULTILINE) == recipe("check")
+
+
+def test_make_installs_what_the_build_needs() -> None:
+    (line,) = [line for line in recipe(r"\$\(VENV\)/\.tools") if "scikit-build-core" in line]
+    (wanted,) = re.findall(r"^requires = \[(.*)\]$", (ROOT / "pyproject.toml").read_text(encoding="utf-8"), flags=re.MULTILINE)
+    assert sorted(re.findall(r'"([^"]+)"', line)) == sorted(set(re.findall(r'"([^"]+)"', wanted)) - {"pip"})
