@@ -1,6 +1,7 @@
 # make        install into .venv        make demo    ask a small model in English
 # make test   everything CI runs        make clean   remove what it made
 # make check  lint and types, no build
+# make test STAGE=select   what belongs to one stage of the data path (cpp/README.md)
 #
 # Python >= 3.10 and a C++17 compiler are needed, ccache is used when present.
 
@@ -18,13 +19,12 @@ CMAKE  := PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/cmake
 SOURCES := $(shell find cpp patches -type f -not -name '*.pyc') CMakeLists.txt
 
 .PHONY: all demo check test clean stock sanitize
-all: $(VENV)/.installed
+all: $(VENV)/.installed $(LIBS)/.built
 
 $(VENV)/.tools: pyproject.toml
 	test -d $(VENV) || $(PYTHON) -m venv $(VENV)
 	$(PIP) install --upgrade pip
-	$(PIP) install "scikit-build-core>=0.10" "patch-ng>=1.18" "cmake>=3.21,<4" ninja "numpy>=1.24" "gguf>=0.17" \
-		"tqdm>=4.60" "platformdirs>=4" "matplotlib>=3.7" "pytest>=8" jinja2 "openai>=1" "ruff>=0.17,<0.18" "mypy>=2.4,<3" types-tqdm
+	$(PIP) install "scikit-build-core>=0.10" "patch-ng>=1.18" "cmake>=3.21,<4" "ninja"
 	! command -v nvcc > /dev/null || $(PIP) install --no-deps nvidia-cublas # its headers, for a compile check
 	touch $@
 
@@ -44,9 +44,9 @@ $(LIBS)/.built: $(VENV)/.llama-cpp-python $(SOURCES)
 	$(CMAKE) --install $(BUILD) --component pyheadkv --prefix $(CURDIR) > /dev/null
 	touch $@
 
-# the package is the one of the checkout: a Python file that is edited needs no make
-$(VENV)/.installed: $(VENV)/.llama-cpp-python pyproject.toml | $(LIBS)/.built
-	$(PIP) install --no-build-isolation --no-deps -C wheel.cmake=false -C editable.mode=inplace --editable .
+# the package is the one of the checkout: a Python file that is edited needs no make; with what tests and checks need
+$(VENV)/.installed: $(VENV)/.llama-cpp-python pyproject.toml
+	$(PIP) install --no-build-isolation -C wheel.cmake=false -C editable.mode=inplace --editable ".[test,check]"
 	touch $@
 
 demo: all
@@ -65,13 +65,19 @@ sanitize: $(VENV)/.llama-cpp-python
 		-DCMAKE_BUILD_TYPE=Debug -DCMAKE_CXX_FLAGS_DEBUG=-O1 -DCMAKE_C_FLAGS_DEBUG=-O1 $(CMAKE_DEFINES) > $(ASAN).log
 	$(CMAKE) --build $(ASAN) --parallel $(JOBS) --target pyheadkv-libs pyheadkv-tests >> $(ASAN).log
 
-check: $(VENV)/.llama-cpp-python
+check: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check --quiet .
 	$(BIN)/mypy
 
+# a stage: what needs another build than ours is skipped; a variable of the environment is not meant
+ifeq ($(origin STAGE),command line)
+test: all
+	$(BIN)/pytest tests --durations=15 -k "$(STAGE)"
+else
 test: check all stock sanitize
-	PYHEADKV_STOCK_LIB=$(CURDIR)/$(STOCK)/bin PYHEADKV_ASAN_DIR=$(CURDIR)/$(ASAN)/bin $(BIN)/pytest tests
+	PYHEADKV_STOCK_LIB=$(CURDIR)/$(STOCK)/bin PYHEADKV_ASAN_DIR=$(CURDIR)/$(ASAN)/bin $(BIN)/pytest tests --durations=15
+endif
 
 clean:
 	rm -rf $(VENV) build $(LIBS)

@@ -18,8 +18,8 @@ from pathlib import Path
 import numpy as np
 
 from pyheadkv import _lib
+from pyheadkv.eval.journal import commit, machine
 from pyheadkv.gguf_keys import Importance
-from pyheadkv.journal import commit, machine
 from pyheadkv.options import Options
 from pyheadkv.testing import random_importance
 

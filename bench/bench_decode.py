@@ -33,7 +33,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from pyheadkv.journal import commit, machine
+from pyheadkv.eval.journal import commit, machine
 
 ROOT = Path(__file__).resolve().parents[1]
 IMPORTANCE = ROOT / "tests" / "golden" / "head_mean_llama3_8b_r2.json"

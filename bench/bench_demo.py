@@ -17,12 +17,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from pyheadkv.demo import answer, make_asks, open_trial
-from pyheadkv.journal import commit, machine
+from pyheadkv.cli.demo import answer, make_asks, open_trial
+from pyheadkv.eval.journal import commit, machine
+from pyheadkv.eval.quiz import TaskOptions
+from pyheadkv.eval.tasks import make_task
+from pyheadkv.eval.trial import Setting
 from pyheadkv.options import AUTO, FULL
-from pyheadkv.quiz import TaskOptions
-from pyheadkv.tasks import make_task
-from pyheadkv.trial import Setting
 
 METHODS = ((AUTO, ""), ("snapkv", ""), ("headkv", "paper"), ("snapkv", "paper"), ("streaming", ""))  # policies and presets
 

@@ -14,10 +14,10 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from pyheadkv import evaluate
-from pyheadkv.journal import commit, machine
-from pyheadkv.quiz import TaskOptions
-from pyheadkv.trial import Setting, Trial
+from pyheadkv.eval import run as evaluate
+from pyheadkv.eval.journal import commit, machine
+from pyheadkv.eval.quiz import TaskOptions
+from pyheadkv.eval.trial import Setting, Trial
 
 POLICIES, SIZES = ("headkv", "snapkv", "streaming"), (64, 128, 256, 512)
 

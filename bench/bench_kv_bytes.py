@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from pyheadkv import Llama, _lib
-from pyheadkv.demo import round_n_ctx
-from pyheadkv.journal import commit, machine
-from pyheadkv.score_examples import HAYSTACK
+from pyheadkv.eval.journal import commit, machine
+from pyheadkv.eval.prose import HAYSTACK
+from pyheadkv.units import round_n_ctx
 
 
 def measure(model: Path, n: int, *, kv_size: int, policy: str, is_read: bool, threads: int) -> dict[str, Any]:

@@ -22,7 +22,7 @@ import numpy as np
 from bench_decode import make_model
 from tqdm import tqdm
 
-from pyheadkv.journal import commit, machine
+from pyheadkv.eval.journal import commit, machine
 
 KINDS: dict[str, dict[str, Any]] = {
     "stock": {"flash_attn": True},

@@ -20,8 +20,8 @@ from bench_decode import make_model
 from bench_prefill import status_bytes
 
 from pyheadkv import Llama
-from pyheadkv.journal import commit, machine
-from pyheadkv.score import LlamaReader
+from pyheadkv.eval.journal import commit, machine
+from pyheadkv.score.measure import LlamaReader
 
 N_SPAN = 20  # tokens of the needle
 

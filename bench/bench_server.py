@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from pyheadkv.journal import commit, machine
+from pyheadkv.eval.journal import commit, machine
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
 

@@ -22,6 +22,7 @@ from . import _lib
 from .gguf_keys import Importance
 from .grammar import GrammarSampler, check_grammar
 from .importance import Found, find_importance
+from .model import read_shape
 from .options import (
     AUTO,
     BY_BETA,
@@ -40,11 +41,10 @@ from .options import (
     check_text,
     check_tokens,
     load_importance,
-    parse_bytes,
     preset_changes,
-    row_bytes,
     share_of_prompt,
 )
+from .units import parse_bytes, row_bytes
 
 PIECE_MS = 250  # of reading a prompt layer by layer, before Python has its turn
 
@@ -865,8 +865,6 @@ def cells_in(
     ------
     ValueError : the bytes do not hold the recent cells
     """
-    from .inspect import read_shape
-
     shape = read_shape(model_path)
     f16 = llama_cpp.GGML_TYPE_F16
     cell = row_bytes(f16 if type_k is None else type_k, shape.n_embd_head_k) + row_bytes(

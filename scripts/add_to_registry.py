@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from pyheadkv import gguf_keys, importance
-from pyheadkv.score import write_json
+from pyheadkv.score.measure import write_json
 
 
 def main() -> None:

@@ -43,11 +43,14 @@ except ImportError as error:
 
 from score_hf import exit_code, load_gguf
 
-from pyheadkv import Llama, _lib, gguf_keys, journal, reference, score, trial
-from pyheadkv.evaluate_report import interval, row
+from pyheadkv import Llama, _lib, gguf_keys
+from pyheadkv.eval import journal, trial
+from pyheadkv.eval.quiz import Ask, TaskOptions
+from pyheadkv.eval.report import interval, row
+from pyheadkv.eval.tasks import PROSE, make_task
 from pyheadkv.options import PRESETS, check_int
-from pyheadkv.quiz import Ask, TaskOptions
-from pyheadkv.tasks import PROSE, make_task
+from pyheadkv.score import measure as score
+from pyheadkv.testing import reference
 
 KVPRESS_WINDOW, KVPRESS_KERNEL = 64, 5  # of its SnapKVPress when nothing is said
 FLOOR = 0.2  # share of its cells that a head is sure of, the default of both
@@ -589,7 +592,7 @@ def rows_of_traces(runs: Sequence[tuple[dict[str, Any], Sequence[dict[str, Any]]
     scores = [[name, side, f"{a:.1e}", f"{b:.1e}"] for name, e in found for side, (a, b) in e["exact"].items()]
     logits = [[name, *(f"{x:.1e}" for x in e["logits"].values())] for name, e in found]
     return [
-        "The same against a forward pass in float64 (`pyheadkv.reference`), the first prompt alone:", "",
+        "The same against a forward pass in float64 (`pyheadkv.testing.reference`), the first prompt alone:", "",
         *table(("model", "scores", "median", "largest"), scores),
         "Logits after this prompt, the stock cache with float32 cells against transformers, NMSE:", "",
         *table(("model", "flash attention", "no flash attention"), logits),

@@ -13,7 +13,7 @@ import argparse
 from collections import defaultdict
 from pathlib import Path
 
-from pyheadkv.evaluate_report import Answers, interval, row
+from pyheadkv.eval.report import Answers, interval, row
 from pyheadkv.options import FULL
 
 Pairs = dict[str, list[tuple[float, float]]]  # by context: scores of a setting and of the base

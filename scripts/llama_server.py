@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from pyheadkv import serve
+from pyheadkv.cli import serve
 
 DIRECTLY = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 

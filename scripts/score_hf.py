@@ -34,9 +34,13 @@ try:
 except ImportError as error:
     raise SystemExit(f"error: {error}: install torch and transformers with pip install '.[hf]'") from None
 
-from pyheadkv import Llama, gguf_keys, journal, score
+from pyheadkv import Llama, gguf_keys
+from pyheadkv.cli import score as score_command
+from pyheadkv.eval import journal
+from pyheadkv.eval.needle import speaks_needle_language
 from pyheadkv.options import check_int
-from pyheadkv.score_examples import METHODS, PROTOCOLS, Examples, make_examples, speaks_needle_language
+from pyheadkv.score import measure as score
+from pyheadkv.score.examples import METHODS, PROTOCOLS, Examples, make_examples
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 CHECKPOINT_FILES = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt")
@@ -223,7 +227,7 @@ def compare(found: dict[str, Any], native: dict[str, Any]) -> dict[str, str]:
     a, b = (np.asarray(content["importance"], dtype=np.float64) for content in (found, native))
     if a.shape != b.shape:
         raise ValueError(f"importance has shape {a.shape} and {b.shape}: compare files of one model")
-    n_top = min(score.N_TOP_HEADS, int((a > 0).sum()), int((b > 0).sum()))
+    n_top = min(score_command.N_TOP_HEADS, int((a > 0).sum()), int((b > 0).sum()))
     best = [set(np.argsort(-values, axis=None, kind="stable")[:n_top].tolist()) for values in (a, b)]
     said = [{o["name"]: o["response"] for o in content["examples"]} for content in (found, native)]
     n_same = sum(said[1].get(name) == text for name, text in said[0].items())
@@ -314,10 +318,10 @@ def run(args: argparse.Namespace) -> None:
     reader = HFReader(model.to(args.device), n_chunk=n_chunk)
     vocab = make_vocab(args, source, model)
     n_ctx_train = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", 0)
-    answers = score.choose_answers(args)
-    max_tokens = score.choose_max_tokens(args, n_ctx_train=n_ctx_train)
+    answers = score_command.choose_answers(args)
+    max_tokens = score_command.choose_max_tokens(args, n_ctx_train=n_ctx_train)
     if args.max_tokens is None and speaks_needle_language(vocab):
-        max_tokens = score.CORPUS_MAX_TOKENS
+        max_tokens = score_command.CORPUS_MAX_TOKENS
     if args.examples is not None:
         check_int("--examples", args.examples, 1, 1 << 20)
     options = {"method": args.method, "protocol": args.protocol, "max_tokens": max_tokens, "seed": args.seed}
@@ -345,7 +349,7 @@ def run(args: argparse.Namespace) -> None:
     if args.check_logits:
         content["logits_nmse"] = logits_error(reader, source, examples.make(examples.slots[0]).tokens)
     score.write_json(args.output, content)
-    print(score.report(content, n_read=sum(o.n_tokens for o in outcomes), seconds=seconds))
+    print(score_command.report(content, n_read=sum(o.n_tokens for o in outcomes), seconds=seconds))
     for path, native in natives:
         agreement = ", ".join(f"{name} {cell}" for name, cell in compare(content, native).items() if cell)
         print(f"{path.name}: {agreement}; settings that differ: {differing(content, native) or 'none'}")

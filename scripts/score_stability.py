@@ -18,9 +18,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pyheadkv import gguf_keys
-from pyheadkv.evaluate_report import row
-from pyheadkv.journal import read_lines
-from pyheadkv.score import kv_scores, rank_correlation
+from pyheadkv.eval.journal import read_lines
+from pyheadkv.eval.report import row
+from pyheadkv.score.measure import kv_scores, rank_correlation
 
 SIZES = (4, 8, 12, 24)
 

@@ -28,8 +28,9 @@ import numpy as np
 from llama_server import DIRECTLY, Server, running
 
 import pyheadkv
-from pyheadkv import Llama, needle
-from pyheadkv.score_examples import render_chat_messages
+from pyheadkv import Llama
+from pyheadkv.eval import needle
+from pyheadkv.eval.prose import render_chat_messages
 
 N_CTX, KV_SIZE, SIZES, N_PREDICT = 2048, 128, (32, 64), 12
 TIE = 0.05  # difference of two logits that the order of additions can turn over

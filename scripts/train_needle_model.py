@@ -4,7 +4,7 @@
     pip install .[train]
     python scripts/train_needle_model.py --out build/needle --install
 
-Generates the corpus (see pyheadkv/needle.py), trains with a curriculum over lengths, evaluates, measures the
+Generates the corpus (see pyheadkv/eval/needle.py), trains with a curriculum over lengths, evaluates, measures the
 importance of every query head and writes needle-f16.gguf and needle-q8_0.gguf. ``--install`` copies the q8_0 file
 to pyheadkv/data/needle.gguf. Stops and goes on: the last checkpoint in ``--out`` is taken up again with
 ``--resume``. Same seed, device and thread count give the same weights, unless ``--minutes`` lets the clock decide.

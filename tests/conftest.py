@@ -24,6 +24,17 @@ N_THREADS = 1  # small models are fastest so, and more threads than free cores w
 ENGINE = ("test_attention", "test_engine", "test_policies", "test_policy_oracle", "test_prefill_layer", "test_sequences")
 device_options: dict[str, Any] = {}
 
+# stages of the data path (cpp/README.md) -> parts of the files and names of their tests, beside the word itself
+STAGES = {
+    "importance": ("test_gguf_keys", "test_score_files", "without_importance", "authors_scores"),
+    "budget": ("equals_golden", "test_policy_oracle", "add_up", "share_of_the_prompt", "bytes_are_kept"),
+    "window": ("kept_positions_equal", "q_round", "has_no_prefix"),
+    "score": ("kept_positions_equal", "keeps_what_the_oracle_keeps", "pool", "softmax", "test_attention", "kernel", "group_mean"),
+    "select": ("kept_positions_equal", "keeps_what_the_oracle_keeps", "test_keep_", "kept_cells", "streaming_keeps"),
+    "compact": ("kept_cells", "quantised_cells", "bytes_are_those", "retain", "kv_round", "gives_its_memory_back"),
+    "attend": ("decode_after", "tail", "full_budget", "decode_together", "dropped", "truncated"),
+}
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--device", default="cpu", help="devices of the engine tests, comma-separated (default: %(default)s)")
@@ -33,6 +44,11 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     devices = metafunc.config.getoption("device").lower().split(",")
     if devices != ["cpu"] and metafunc.module.__name__ in ENGINE:
         metafunc.parametrize("device", devices, indirect=True, scope="session")
+
+
+def pytest_itemcollected(item: pytest.Item) -> None:
+    """``-k`` with the word of a stage finds its tests."""
+    item.extra_keyword_matches.update(word for word, parts in STAGES.items() if any(part in item.nodeid for part in parts))
 
 
 @pytest.fixture(autouse=True)

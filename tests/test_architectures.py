@@ -12,9 +12,11 @@ import pytest
 from architectures import Context, Result
 from llama_cpp import llama_cpp
 
-from pyheadkv import gguf_keys, inspect, reference
+from pyheadkv import gguf_keys
+from pyheadkv.cli import inspect
 from pyheadkv.gguf_keys import Importance, write_importance
 from pyheadkv.options import Options
+from pyheadkv.testing import reference
 
 # measured are 1e-5, of which the stock cache's own sums in f16 are most, and 0
 MAX_NMSE_FUSED = 1e-4

@@ -12,7 +12,7 @@ import pytest
 from conftest import SHAPES, Shape, load, tokens
 from test_engine import head_cells, window
 
-from pyheadkv import reference
+from pyheadkv.testing import reference
 
 pytestmark = pytest.mark.usefixtures("library")
 MakeModel = Callable[..., Path]

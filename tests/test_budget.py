@@ -13,7 +13,7 @@ import pytest
 from numpy.typing import NDArray
 
 from pyheadkv.gguf_keys import load_scores
-from pyheadkv.reference import budget, budget_kv, uniform_budget
+from pyheadkv.testing.reference import budget, budget_kv, uniform_budget
 
 GOLDEN = Path(__file__).parent / "golden"
 CASES: list[dict[str, Any]] = json.loads((GOLDEN / "head_capacity_r2.json").read_text())["cases"]

@@ -17,9 +17,12 @@ try:
 except ImportError as error:
     pytest.skip(f"the library is not built: {error}", allow_module_level=True)
 
-from pyheadkv import cli, inspect
+from pyheadkv import cli
+from pyheadkv.cli import generate as generate_command
+from pyheadkv.cli import inspect
 from pyheadkv.options import Options
 from pyheadkv.testing import random_importance, write_random_model
+from pyheadkv.units import format_bytes
 
 N_LAYER, N_HEAD, N_HEAD_KV, N_EMBD_HEAD = 2, 4, 2, 16
 SHAPE: dict[str, Any] = {
@@ -121,13 +124,13 @@ def test_generate_takes_the_prompt_from_file_and_standard_input(
 
 def test_generate_keeps_what_it_is_told_to(model: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     kept: list[Any] = []
-    summary = cli._kv_summary
+    summary = generate_command._kv_summary
 
     def look(llm: pyheadkv.Llama, path: Path) -> str:
         kept.append((llm.kv_options, [llm.kv_positions(il, ih) for il in range(N_LAYER) for ih in range(N_HEAD_KV)]))
         return summary(llm, path)
 
-    monkeypatch.setattr(cli, "_kv_summary", look)
+    monkeypatch.setattr(generate_command, "_kv_summary", look)
     options = [
         "--policy",
         "snapkv",
@@ -154,13 +157,13 @@ def test_generate_takes_a_share_or_bytes(
     model: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, amount: list[str]
 ) -> None:
     sizes: list[int] = []
-    summary = cli._kv_summary
+    summary = generate_command._kv_summary
 
     def look(llm: pyheadkv.Llama, path: Path) -> str:
         sizes.extend([len(llm.kv_positions(0, 0)), llm.kv_stats().n_prompt])
         return summary(llm, path)
 
-    monkeypatch.setattr(cli, "_kv_summary", look)
+    monkeypatch.setattr(generate_command, "_kv_summary", look)
     assert generate(model, "-p", PROMPT, "--policy", "snapkv", "--preset", "paper", *amount) == 0
     n_cells, n_prompt = sizes
     cell = N_LAYER * N_HEAD_KV * 2 * N_EMBD_HEAD * 2
@@ -242,7 +245,7 @@ def test_inspect_prints_the_budgets_of_the_engine(model: Path, capsys: pytest.Ca
     assert f"{budget.sum()} cells, mean {budget.mean():.2f}" in out
     n_bytes = int(budget.sum()) * 2 * N_EMBD_HEAD * 2
     n_bytes_full = 1024 * N_LAYER * N_HEAD_KV * 2 * N_EMBD_HEAD * 2
-    held, full = inspect.format_bytes(n_bytes), inspect.format_bytes(n_bytes_full)
+    held, full = format_bytes(n_bytes), format_bytes(n_bytes_full)
     assert f"{held} after a prompt of 1024 tokens, full cache {full}" in out
 
 
@@ -353,7 +356,7 @@ def test_ctrl_c_exits_with_130(model: Path, monkeypatch: pytest.MonkeyPatch) -> 
     def interrupt(*_: Any) -> None:
         signal.raise_signal(signal.SIGINT)
 
-    monkeypatch.setattr(cli.Meter, "_show_step", interrupt)
-    monkeypatch.setattr(cli.Meter, "_counted_decode", interrupt)
+    monkeypatch.setattr(generate_command.Meter, "_show_step", interrupt)
+    monkeypatch.setattr(generate_command.Meter, "_counted_decode", interrupt)
     assert generate(model, "-p", PROMPT, "--kv-size", "16") == 130
     assert generate(model, "-p", PROMPT) == 130

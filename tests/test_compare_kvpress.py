@@ -25,7 +25,7 @@ try:
 except ImportError as error:
     pytest.skip(f"the library is not built: {error}", allow_module_level=True)
 
-from pyheadkv.quiz import Ask  # noqa: E402
+from pyheadkv.eval.quiz import Ask  # noqa: E402
 
 SCRIPTS = Path(__file__).parent.parent / "scripts"
 WINDOW, KERNEL, N_CTX = 16, 5, 512

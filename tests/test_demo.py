@@ -18,8 +18,9 @@ try:
 except ImportError as error:
     pytest.skip(f"the library is not built: {error}", allow_module_level=True)
 
-from pyheadkv import cli, demo, demo_model
-from pyheadkv.trial import Setting
+from pyheadkv import cli
+from pyheadkv.cli import demo, demo_model
+from pyheadkv.eval.trial import Setting
 
 MakeModel = Callable[..., Path]
 SHAPE = SHAPES[1]

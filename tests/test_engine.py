@@ -20,9 +20,10 @@ import numpy.typing as npt
 import pytest
 from conftest import SHAPES, Shape, greedy, load, logits, nmse, read_prompt, rss, tokens
 
-from pyheadkv import gguf_keys, inspect, reference
+from pyheadkv import gguf_keys
+from pyheadkv.cli import inspect
 from pyheadkv.options import Options
-from pyheadkv.testing import random_importance, write_random_model
+from pyheadkv.testing import random_importance, reference, write_random_model
 
 pytestmark = pytest.mark.usefixtures("library")
 MakeModel = Callable[..., Path]

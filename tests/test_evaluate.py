@@ -21,13 +21,16 @@ try:
 except ImportError as error:
     pytest.skip(f"the library is not built: {error}", allow_module_level=True)
 
-from pyheadkv import calibrate, cli, evaluate_report, gguf_keys, metrics, tasks
-from pyheadkv import evaluate as evaluation
-from pyheadkv.journal import Journal
-from pyheadkv.quiz import TaskOptions
-from pyheadkv.score_examples import haystack_sentences
-from pyheadkv.tasks import make_task
-from pyheadkv.trial import Copy, Held, Setting, Trial
+from pyheadkv import cli, gguf_keys
+from pyheadkv.eval import metrics, tasks
+from pyheadkv.eval import report as evaluate_report
+from pyheadkv.eval import run as evaluation
+from pyheadkv.eval.journal import Journal
+from pyheadkv.eval.prose import RETRIEVAL, haystack_sentences
+from pyheadkv.eval.quiz import TaskOptions
+from pyheadkv.eval.tasks import make_task
+from pyheadkv.eval.trial import Copy, Held, Setting, Trial
+from pyheadkv.score import calibrate
 
 MakeModel = Callable[..., Path]
 SHAPE = SHAPES[1]
@@ -201,7 +204,7 @@ def test_the_needle_is_where_it_belongs(make_model: MakeModel) -> None:
     for i in range(5):
         (ask,) = task.quiz(i)
         text = llm.detokenize(list(ask.prompt[: ask.n_context])).decode()
-        chosen = next(n for n in tasks.RETRIEVAL if n.answer in text)
+        chosen = next(n for n in RETRIEVAL if n.answer in text)
         assert abs(text.index(chosen.answer) / len(text) - (i + 0.5) / 5) < 0.1
         assert ask.grade(chosen.answer) == 1 and ask.grade("I do not know.") == 0
 

@@ -28,7 +28,7 @@ def llm() -> Any:
 
 @pytest.fixture(scope="module")
 def document() -> Any:
-    from pyheadkv import needle
+    from pyheadkv.eval import needle
 
     return needle.make_document(random.Random(5), n_tokens=1500, kinds=("direct",))
 

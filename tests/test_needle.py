@@ -24,7 +24,9 @@ except ImportError as error:
 
 from conftest import N_THREADS, load, stop_process
 
-from pyheadkv import _lib, gguf_keys, inspect, needle
+from pyheadkv import _lib, gguf_keys
+from pyheadkv.eval import needle
+from pyheadkv.model import read_shape
 
 PATH = pyheadkv.embedded_model()
 N_CTX, N_UBATCH = 2048, 512
@@ -144,7 +146,7 @@ def test_prompts_with_and_without_leading_space_get_the_same_answer(llm: Any) ->
 
 def test_the_file_is_small_and_holds_importance_and_a_chat_template(llm: Any) -> None:
     assert PATH.stat().st_size <= MAX_BYTES
-    shape, importance = inspect.read_shape(PATH), gguf_keys.read_importance(PATH)
+    shape, importance = read_shape(PATH), gguf_keys.read_importance(PATH)
     assert importance is not None
     assert importance.values.shape == (shape.n_layer, shape.n_head)
     assert np.isfinite(importance.values).all() and (importance.values >= 0).all() and importance.values.max() > 0

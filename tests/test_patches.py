@@ -91,6 +91,8 @@ def test_pin_is_the_llama_cpp_python_that_is_installed() -> None:
     pin = apply_module().read_pin()
     assert importlib.metadata.version(pin["package"]) == pin["version"]
     assert re.fullmatch("[0-9a-f]{64}", pin["sha256"])
+    project = (PATCHES.parent / "pyproject.toml").read_text(encoding="utf-8")
+    assert re.findall(r'"llama-cpp-python(.*?)"', project) == [f"=={pin['version']}"]
 
 
 def test_an_sdist_with_another_checksum_is_refused(tmp_path: Path) -> None:

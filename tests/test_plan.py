@@ -19,10 +19,13 @@ except ImportError as error:
 
 from conftest import SHAPES, Shape, load, tokens
 
-from pyheadkv import cli, inspect, plan
-from pyheadkv.options import Options, parse_bytes
-from pyheadkv.plan import MemoryModel
+from pyheadkv import cli
+from pyheadkv.cli import inspect, plan
+from pyheadkv.cli.plan import MemoryModel
+from pyheadkv.model import read_shape
+from pyheadkv.options import Options
 from pyheadkv.testing import write_random_model
+from pyheadkv.units import parse_bytes
 
 MIB = 1 << 20
 KV_SIZE, N_PREDICT = 64, 64
@@ -242,7 +245,7 @@ def test_the_table_holds_the_numbers_of_the_plan(path: Path, capsys: pytest.Capt
 
 
 def test_prompts_beyond_the_trained_context_are_marked(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert inspect.read_shape(path).n_ctx_train == 32768
+    assert read_shape(path).n_ctx_train == 32768
     assert "* longer than the 32,768 tokens" in run(capsys, path, "--memory", "1GiB")
     assert "*" not in run(capsys, path, "--memory", "90MiB")
 

@@ -15,8 +15,9 @@ import numpy as np
 import pytest
 from conftest import SHAPES, Shape, decode, load, logits, tokens
 
-from pyheadkv import embedded_model, needle
-from pyheadkv.options import ggml_type, row_bytes
+from pyheadkv import embedded_model
+from pyheadkv.eval import needle
+from pyheadkv.units import ggml_type, row_bytes
 
 pytestmark = pytest.mark.usefixtures("library")
 MakeModel = Callable[..., Path]

@@ -13,8 +13,9 @@ import numpy.typing as npt
 import pytest
 from conftest import SHAPES, Shape, load, nmse, tokens
 
-from pyheadkv import _lib, gguf_keys, reference
+from pyheadkv import _lib, gguf_keys
 from pyheadkv.options import BY_BETA, BY_IMPORTANCE, POLICIES, Options
+from pyheadkv.testing import reference
 
 pytestmark = pytest.mark.usefixtures("library")
 MakeModel = Callable[..., Path]

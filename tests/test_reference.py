@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from pyheadkv import reference
-from pyheadkv.reference import (
+from pyheadkv.testing import random_importance, reference, write_random_model
+from pyheadkv.testing.reference import (
     ReferenceModel,
     attend,
     compact,
@@ -23,7 +23,6 @@ from pyheadkv.reference import (
     softmax,
     window_queries,
 )
-from pyheadkv.testing import random_importance, write_random_model
 
 WINDOW = 4
 SHAPES = {  # name -> arguments of write_random_model; GQA 1, 4 and 7, odd sizes on purpose

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import os
 import random
 import re
 import subprocess
@@ -23,11 +24,16 @@ try:
 except ImportError as error:
     pytest.skip(f"the library is not built: {error}", allow_module_level=True)
 
-from pyheadkv import cli, gguf_keys, importance, needle, score, score_examples, score_texts
-from pyheadkv.metrics import token_f1, word_recall
-from pyheadkv.reference import ReferenceModel, softmax
-from pyheadkv.score_examples import Example, Examples, Slot, make_examples
+from pyheadkv import cli, gguf_keys, importance
+from pyheadkv.eval import needle, prose
+from pyheadkv.eval.journal import Journal
+from pyheadkv.eval.metrics import token_f1, word_recall
+from pyheadkv.score import examples as score_examples
+from pyheadkv.score import measure as score
+from pyheadkv.score import texts as score_texts
+from pyheadkv.score.examples import Example, Examples, Slot, make_examples
 from pyheadkv.testing import write_random_model
+from pyheadkv.testing.reference import ReferenceModel, softmax
 
 N_LAYER, N_HEAD = 2, 4
 METHODS = ("r2", "er", "r")
@@ -183,7 +189,7 @@ def test_a_run_ends_when_the_importance_is_stable_and_never_writes_an_unreliable
     rng = np.random.default_rng(3)
     rows = [np.tile(np.linspace(0.1, 0.9, 40)[None, :, None], (1, 1, 4))] * 2
     examples = Fixed(replace(example_of(4, n_steps=2), answer_tokens=(11, 12)), n=40)
-    reader, journal = RowsReader(rows, []), score.Journal(tmp_path / "a.part", asdict(SETTINGS), resume=False)
+    reader, journal = RowsReader(rows, []), Journal(tmp_path / "a.part", asdict(SETTINGS), resume=False)
     score.measure(reader, examples, journal, method="r2", answers="forced", until=0.9)
     outcomes = score.outcomes_of(journal)
     assert len(outcomes) == score.N_STABLE
@@ -308,7 +314,7 @@ def test_clean_examples_spread_over_lengths_depths_and_kinds(llm: Any) -> None:
 
 
 def test_question_and_reversed_question_have_different_answers_in_one_needle() -> None:
-    for pair in score_examples.REASONING:
+    for pair in prose.REASONING:
         needles = [pair.needle(which, order=order) for which in (0, 1) for order in ((0, 1, 2), (2, 1, 0), (1, 2, 0))]
         said = [sorted((*n.before, n.answer, *n.after)) for n in needles]
         assert all(sentences == said[0] for sentences in said)
@@ -356,7 +362,7 @@ def test_passages_answer_their_questions_in_one_sentence_and_evaluation_has_othe
         for asked in passage.questions:
             assert asked.answer in passage.sentences[asked.at]
             assert sum(asked.answer in s for s in sentences) == 1 or len(asked.answer) < 6, asked
-    evaluated = {n.question for n in score_examples.RETRIEVAL} | {n.answer for n in score_examples.RETRIEVAL}
+    evaluated = {n.question for n in prose.RETRIEVAL} | {n.answer for n in prose.RETRIEVAL}
     assert not evaluated & {text for span in score_texts.SPANS for text in span}
 
 
@@ -462,10 +468,10 @@ def finished(path: Path, *, interrupt: int | None = None, tear: bool = False) ->
     examples = Fixed(example_of(4, n_steps=2), n=4)
     if interrupt is not None:
         with pytest.raises(KeyboardInterrupt):
-            score.measure(Interrupted(interrupt), examples, score.Journal(path, asdict(SETTINGS), resume=False), **MEASURE)
+            score.measure(Interrupted(interrupt), examples, Journal(path, asdict(SETTINGS), resume=False), **MEASURE)
         if tear:
             path.write_bytes(path.read_bytes() + b'{"name": "2", "ki')
-    journal = score.Journal(path, asdict(SETTINGS), resume=interrupt is not None)
+    journal = Journal(path, asdict(SETTINGS), resume=interrupt is not None)
     assert len(journal.entries) == (interrupt or 0)
     score.measure(RowsReader(ROWS, [11, 12]), examples, journal, **MEASURE)
     assert score.result(SETTINGS, score.outcomes_of(journal), 1.0)["accepted"] == 4
@@ -483,11 +489,11 @@ def test_journal_of_another_run_or_a_damaged_one_is_refused(tmp_path: Path) -> N
     path = tmp_path / "a.part"
     whole = finished(path)
     with pytest.raises(ValueError, match="seed = 0, not 1"):
-        score.Journal(path, asdict(replace(SETTINGS, seed=1)), resume=True)
+        Journal(path, asdict(replace(SETTINGS, seed=1)), resume=True)
     for damaged in (b"", b"\n", b"[]\n", b"{}\n", b"\xff\n", whole.replace(b'"kind"', b'"knid"'), whole[40:]):
         path.write_bytes(damaged)
         with pytest.raises(ValueError, match="damaged|was begun with"):
-            score.outcomes_of(score.Journal(path, asdict(SETTINGS), resume=True))
+            score.outcomes_of(Journal(path, asdict(SETTINGS), resume=True))
 
 
 def run(*args: str | Path) -> int:
@@ -639,15 +645,15 @@ def test_score_writes_file_and_model_and_resumes(
     assert written is not None and written.method == "headkv-r2" and content["model_sha256"] in written.source
     np.testing.assert_array_equal(written.values, gguf_keys.load_scores(first).values)
 
-    append, done = score.Journal.append, []
+    append, done = Journal.append, []
 
-    def interrupt(journal: score.Journal, o: dict[str, Any]) -> None:
+    def interrupt(journal: Journal, o: dict[str, Any]) -> None:
         append(journal, o)
         done.append(o)
         if len(done) == 2:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(score.Journal, "append", interrupt)
+    monkeypatch.setattr(Journal, "append", interrupt)
     assert run("-o", second, *options) == 130
     assert not second.exists()
     assert run("-o", second, *options) == 1
@@ -683,7 +689,7 @@ def test_score_without_an_output_writes_where_it_is_found(tmp_path: Path, monkey
     assert run(model, *options, "--force") == 0
     assert importance.sidecar_path(model).read_bytes() == first  # twice the same
     importance.sidecar_path(model).unlink()
-    monkeypatch.setattr(score.os, "access", lambda *_: False)  # root may write everywhere
+    monkeypatch.setattr(os, "access", lambda *_: False)  # root may write everywhere
     assert run(model, *options) == 0
     cached = importance.find_importance(model)
     assert cached is not None and str(cache) in cached.origin and not importance.sidecar_path(model).exists()

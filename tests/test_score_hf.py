@@ -26,8 +26,10 @@ try:
 except ImportError as error:
     pytest.skip(f"the library is not built: {error}", allow_module_level=True)
 
-from pyheadkv import cli, gguf_keys, score  # noqa: E402
-from pyheadkv.score_examples import HAYSTACK, METHODS, Example, Examples, make_examples  # noqa: E402
+from pyheadkv import cli, gguf_keys  # noqa: E402
+from pyheadkv.eval.prose import HAYSTACK  # noqa: E402
+from pyheadkv.score import measure as score  # noqa: E402
+from pyheadkv.score.examples import METHODS, Example, Examples, make_examples  # noqa: E402
 
 SCRIPTS = Path(__file__).parent.parent / "scripts"
 

@@ -36,7 +36,9 @@ sys.path.append(str(Path(__file__).parent.parent / "scripts"))
 import llama_server
 from llama_server import DIRECTLY, free_port
 
-from pyheadkv import gguf_keys, importance, needle, serve
+from pyheadkv import gguf_keys, importance
+from pyheadkv.cli import serve
+from pyheadkv.eval import needle
 from pyheadkv.testing import write_random_model
 
 MODEL = pyheadkv.embedded_model()

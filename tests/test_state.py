@@ -423,7 +423,8 @@ def test_numbers_that_lie_are_refused(small: Path) -> None:
 
 def test_a_state_is_as_small_as_the_cache() -> None:
     """4096 tokens of the embedded model."""
-    from pyheadkv import embedded_model, needle
+    from pyheadkv import embedded_model
+    from pyheadkv.eval import needle
 
     text = needle.make_document(random.Random(0), n_tokens=4000, kinds=["direct"]).prompt()
     sizes = {}

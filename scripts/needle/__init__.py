@@ -1,6 +1,6 @@
 """Parts of ``scripts/train_needle_model.py``: corpus, model, optimizer, importance, GGUF export.
 
-`language` is ``pyheadkv/needle.py``, loaded from its file: training needs neither llama.cpp nor an installed
+`language` is ``pyheadkv/eval/needle.py``, loaded from its file: training needs neither llama.cpp nor an installed
 package.
 """
 
@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING
 REPOSITORY = Path(__file__).resolve().parents[2]
 
 if TYPE_CHECKING:
-    from pyheadkv import needle as language
+    from pyheadkv.eval import needle as language
 else:
-    _spec = importlib.util.spec_from_file_location("pyheadkv_needle_language", REPOSITORY / "pyheadkv" / "needle.py")
+    _spec = importlib.util.spec_from_file_location("pyheadkv_needle_language", REPOSITORY / "pyheadkv" / "eval" / "needle.py")
     language = importlib.util.module_from_spec(_spec)
     sys.modules[_spec.name] = language  # dataclasses look their module up by name
     _spec.loader.exec_module(language)

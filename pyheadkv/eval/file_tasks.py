@@ -12,7 +12,7 @@ loogle          questions of LooGLE (Li et al. 2023, arXiv:2311.04939). Rows of 
                 template; the benchmark generates 500 tokens with a repetition penalty and has ROUGE and BLEU besides
 infinitebench   rows ``{"context", "input", "answer", "options"}`` of InfiniteBench (Zhang et al. 2024, arXiv:2402.13718) in
                 a file named after its task, such as ``kv_retrieval.jsonl``. Lengths and metrics are those of the
-                benchmark (``pyheadkv.metrics``); the prompts have its form (an instruction, the context, the question, the beginning of the
+                benchmark (``pyheadkv.eval.metrics``); the prompts have its form (an instruction, the context, the question, the beginning of the
                 answer, no chat template), but the wording is ours: for numbers to be set beside published ones, give its
                 own with ``--prompts``, ``{input}`` being the question and ``{A}`` to ``{D}`` the options. Left out are the task in
                 Chinese and ``math_calc``, which generates 30000 tokens
@@ -31,13 +31,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import metrics
+from .prose import MARK, Prose
 from .quiz import Ask, Grade, Task, TaskOptions
-from .score_examples import MARK, Prose
 
 if TYPE_CHECKING:
-    from .llama import Llama
+    from ..llama import Llama
 
-PROMPTS = Path(__file__).resolve().parent / "data" / "prompts.json"
+PROMPTS = Path(__file__).resolve().parents[1] / "data" / "prompts.json"
 
 
 class FileTask(Task):

@@ -1,6 +1,6 @@
 """What ``pyheadkv eval`` asks: contexts with needles, questions about them, and how an answer is graded.
 
-Two languages. The embedded model is asked in its own (``pyheadkv.needle``), every other model in English: sentences of
+Two languages. The embedded model is asked in its own (``pyheadkv.eval.needle``), every other model in English: sentences of
 a public-domain text, shuffled, with needles between them, in the chat template of the model. The forms of the ``ruler``
 kinds follow RULER (Hsieh et al. 2024, arXiv:2404.06654); the wording and the vocabulary are ours.
 
@@ -11,7 +11,7 @@ turn k is answered from what the compression kept of the document, and from the 
 said under the same setting, right or wrong, not the right answers; the full cache does the same. Turns are the kinds of
 question, so that tables and plots show the accuracy by turn. Bytes are those after the compression.
 
-The tasks that read files are in ``pyheadkv.file_tasks``.
+The tasks that read files are in ``pyheadkv.eval.file_tasks``.
 """
 
 from __future__ import annotations
@@ -25,11 +25,12 @@ from typing import TYPE_CHECKING
 
 from . import metrics, needle
 from .file_tasks import CLASSES, FILES
+from .needle import speaks_needle_language
+from .prose import REASONING, RETRIEVAL, Prose, haystack_sentences, split_at
 from .quiz import Ask, Grade, Task, TaskOptions, Turn
-from .score_examples import REASONING, RETRIEVAL, Prose, haystack_sentences, speaks_needle_language, split_at
 
 if TYPE_CHECKING:
-    from .llama import Llama
+    from ..llama import Llama
 
 N_SPARE = 16  # tokens that an English answer may have besides what is asked
 PASS_F1 = 0.5  # a whole sentence counts as answered above it

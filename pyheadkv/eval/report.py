@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ..options import FULL, NONE
 from .journal import read_lines
-from .options import FULL, NONE
 
 N_BOOTSTRAP = 4000
 RANKED_ABOVE = 0.8  # of the full cache; a task that it cannot do says nothing about policies

@@ -9,10 +9,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from ._lib import library_path
-from .importance import IN_METADATA, find_importance, write_gguf
-from .inspect import model_path
-from .options import AUTO, BY_IMPORTANCE
+from .._lib import library_path
+from ..importance import IN_METADATA, find_importance, write_gguf
+from ..model import model_path
+from ..options import AUTO, BY_IMPORTANCE
 
 #: flags of llama-server that name a model
 MODEL_FLAGS = frozenset("-m --model -mu --model-url -hf -hfr --hf-repo -dr --docker-repo --models-dir --models-preset".split())

@@ -32,7 +32,10 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import TYPE_CHECKING, Literal, get_args
+
+if TYPE_CHECKING:
+    from ..llama import Llama
 
 Kind = Literal["direct", "two-hop", "comparison", "list", "follow-up"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
@@ -116,7 +119,7 @@ def encode(text: str) -> list[int]:
         elif word in WORD_ID:
             ids.append(WORD_ID[word])
         else:
-            raise ValueError(f"{word!r} is not in the closed vocabulary of the needle model: see pyheadkv.needle.WORDS")
+            raise ValueError(f"{word!r} is not in the closed vocabulary of the needle model: see pyheadkv.eval.needle.WORDS")
     return ids
 
 
@@ -479,3 +482,9 @@ def _turn(question: Question, starts: dict[int, int], n_context: int) -> Turn:
         tuple(start / n_context for start in first),
         tuple((start + 1, start + 1 + len(fact.words)) for start, fact in zip(first, question.facts, strict=True)),
     )
+
+
+def speaks_needle_language(llm: Llama) -> bool:
+    """Whether the vocabulary is that of this language."""
+    words, first = token_list(), FIRST_WORD_ID
+    return llm.n_vocab() == len(words) and all(llm._model.token_get_text(i) == words[i] for i in range(first, first + len(WORDS)))

@@ -7,7 +7,7 @@ import re
 from importlib.util import find_spec
 from typing import Any
 
-from .options import SURPLUSES, Options
+from ..options import SURPLUSES, Options, check_int
 
 AMOUNTS = ("kv_size", "kv_ratio", "kv_bytes")
 
@@ -47,6 +47,14 @@ def keep_kwargs(args: argparse.Namespace) -> dict[str, Any]:
 def given(args: argparse.Namespace, *names: str) -> dict[str, Any]:
     """Those of the arguments that were given; the others have the default of ``Options``."""
     return {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+
+
+def threads_kwargs(n_threads: int | None) -> dict[str, Any]:
+    """Arguments of ``Llama`` for a number of threads; none for None."""
+    if n_threads is None:
+        return {}
+    check_int("--threads", n_threads, 1, 512)
+    return {"n_threads": n_threads, "n_threads_batch": n_threads}
 
 
 def parse_span(text: str) -> tuple[int, int]:

@@ -232,7 +232,7 @@ def _add_tokenizer(writer: gguf.GGUFWriter, n_vocab: int) -> None:
 def _add_importance(writer: gguf.GGUFWriter, shape: _Shape, importance: ArrayLike | Literal["random"] | None, seed: int) -> None:
     if importance is None:
         return
-    from .gguf_keys import add_importance_keys
+    from ..gguf_keys import add_importance_keys
 
     if isinstance(importance, str):
         if importance != "random":

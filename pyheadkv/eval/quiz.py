@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from .llama import Llama
+    from ..llama import Llama
 
 Grade = Callable[[str], float]
 

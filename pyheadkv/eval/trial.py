@@ -15,14 +15,14 @@ import llama_cpp
 import numpy as np
 from numpy.typing import NDArray
 
-from . import _lib
-from .importance import find_importance
-from .llama import n_common
-from .options import AUTO, BY_ALL_TOKENS, BY_IMPORTANCE, FULL, NONE, PRESETS, load_importance, share_of_prompt
+from .. import _lib
+from ..importance import find_importance
+from ..llama import n_common
+from ..options import AUTO, BY_ALL_TOKENS, BY_IMPORTANCE, FULL, NONE, PRESETS, load_importance, share_of_prompt
 
 if TYPE_CHECKING:
-    from .gguf_keys import Importance
-    from .llama import Llama
+    from ..gguf_keys import Importance
+    from ..llama import Llama
 
 
 @dataclass(frozen=True, order=True)

@@ -20,15 +20,17 @@ from itertools import chain, count, zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..model import model_path
+from ..options import AUTO, FULL, PRESETS, Options, check_int
+from ..units import format_bytes, parse_bytes, round_n_ctx
 from . import demo_model
-from .arguments import add_amount_arguments, add_keep_arguments, keep_kwargs, split
-from .inspect import format_bytes, model_path, printable
-from .options import AUTO, FULL, PRESETS, Options, check_int, parse_bytes
+from .arguments import add_amount_arguments, add_keep_arguments, keep_kwargs, split, threads_kwargs
+from .inspect import printable
 
 if TYPE_CHECKING:
-    from .llama import Llama
-    from .quiz import Ask, Task
-    from .trial import Copy, Held, Setting, Trial
+    from ..eval.quiz import Ask, Task
+    from ..eval.trial import Copy, Held, Setting, Trial
+    from ..llama import Llama
 
 METHODS = ((AUTO, ""), ("snapkv", ""), ("snapkv", "paper"), ("streaming", ""))  # policies and presets
 KV_SIZE = "80"
@@ -39,7 +41,6 @@ N_TAIL = 16  # cells per head that the store grows by; answers are short
 N_ANSWER = 128  # tokens of the context for an answer
 N_BATCH = 128  # tokens, between two steps of the progress
 N_LABEL = 20  # characters
-N_CTX_STEP = 256  # tokens, llama.cpp rounds contexts up to it
 MAX_THREADS = 4  # small models are not faster with more
 PAPER = f"scored by the last {PRESETS['paper']['window']} queries, as in its paper, not {PRESETS['default']['window']}"
 NOT_FETCHED = "the embedded model in its synthetic language; --fetch or a MODEL.gguf asks in English"
@@ -116,19 +117,6 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def threads_kwargs(n_threads: int | None) -> dict[str, Any]:
-    """Arguments of ``Llama`` for a number of threads; none for None."""
-    if n_threads is None:
-        return {}
-    check_int("--threads", n_threads, 1, 512)
-    return {"n_threads": n_threads, "n_threads_batch": n_threads}
-
-
-def round_n_ctx(n_tokens: int) -> int:
-    """Context that llama.cpp really allocates for so many tokens; llama_cpp.Llama wants to be told that number."""
-    return -(-n_tokens // N_CTX_STEP) * N_CTX_STEP
-
-
 def _find_model(args: argparse.Namespace) -> Path:
     if args.model is not None:
         return model_path(args.model)
@@ -144,8 +132,8 @@ def _find_model(args: argparse.Namespace) -> Path:
 
 def make_settings(args: argparse.Namespace, path: Path) -> list[Setting]:
     """The full cache, then every policy at each amount: of cells, the fewest first, then shares and bytes."""
-    from .llama import cells_in
-    from .trial import Setting
+    from ..eval.trial import Setting
+    from ..llama import cells_in
 
     recent = Options(kv_size=1 << 20).recent
     sizes = KV_SIZE if args.kv_size is None and not args.kv_ratio and not args.kv_bytes else args.kv_size
@@ -183,8 +171,8 @@ def open_trial(path: Path, *, n_tokens: int, n_threads: int | None = None, **opt
     n_threads : CPU threads; None = all CPUs, at most ``MAX_THREADS``
     options : more arguments of ``Llama``
     """
-    from .llama import Llama
-    from .trial import Trial
+    from ..eval.trial import Trial
+    from ..llama import Llama
 
     return Trial(Llama(
         path,
@@ -203,10 +191,10 @@ def open_trial(path: Path, *, n_tokens: int, n_threads: int | None = None, **opt
 
 def open_task(llm: Llama, *, n_tokens: int, n_questions: int, seed: int) -> Task:
     """The questions in the language of the model."""
-    from . import needle
-    from .quiz import TaskOptions
-    from .score_examples import speaks_needle_language
-    from .tasks import make_task
+    from ..eval import needle
+    from ..eval.needle import speaks_needle_language
+    from ..eval.quiz import TaskOptions
+    from ..eval.tasks import make_task
 
     name, n_kinds = (NEEDLE, len(needle.KINDS)) if speaks_needle_language(llm) else (ENGLISH, 1)
     return make_task(llm, TaskOptions(name, n_tokens, n_each=-(-n_questions // n_kinds), seed=seed))

@@ -87,7 +87,7 @@ def sha256(path: str | os.PathLike[str]) -> str:
 
 def commit() -> str:
     """Of the checkout that this package runs from, "-dirty" behind it if files differ, or of the bundle; "" if it is installed."""
-    root = Path(__file__).resolve().parents[1]
+    root = Path(__file__).resolve().parents[2]
     if (root / "COMMIT").is_file():
         return (root / "COMMIT").read_text().strip()
     if shutil.which("git") is None or not (root / "cpp" / "headkv.h").is_file():

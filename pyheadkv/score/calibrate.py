@@ -14,13 +14,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .gguf_keys import Importance
-from .journal import Journal
-from .score_examples import Example, Examples, Slot, make_examples
-from .trial import Setting, Trial
+from ..eval.journal import Journal
+from ..eval.trial import Setting, Trial
+from ..gguf_keys import Importance
+from .examples import Example, Examples, Slot, make_examples
 
 if TYPE_CHECKING:
-    from .llama import Llama
+    from ..llama import Llama
 
 BETAS = (1.01, 1.1, 1.2, 1.5, 2.0, 3.0, 5.0, 10.0)
 N_COPIES = len(BETAS) + 1  # of a prompt: one for each of them, one with uniform budgets

@@ -34,10 +34,10 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from . import _lib, gguf_keys
-from .demo import round_n_ctx
-from .inspect import ModelShape, format_bytes, model_path, read_shape
-from .options import Options, check_choice, check_int, ggml_type, parse_bytes, row_bytes
+from .. import _lib, gguf_keys
+from ..model import ModelShape, model_path, read_shape
+from ..options import Options, check_choice, check_int
+from ..units import format_bytes, ggml_type, parse_bytes, round_n_ctx, row_bytes
 
 PREFILLS = ("stock", "token", "layer")
 HEADINGS = ("stock ", "token-major ", "layer-major ")

