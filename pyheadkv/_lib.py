@@ -89,6 +89,31 @@ class Params(ctypes.Structure):
     ]
 
 
+# struct headkv_policy_info, cpp/headkv.h
+class PolicyInfo(ctypes.Structure):
+    _fields_ = [
+        ("name", ctypes.c_char_p),
+        ("by_importance", ctypes.c_bool),
+        ("by_beta", ctypes.c_bool),
+        ("by_window", ctypes.c_bool),
+        ("by_all_tokens", ctypes.c_bool),
+        ("keeps_all", ctypes.c_bool),
+    ]
+
+
+# struct headkv_footprint, cpp/headkv.h
+class Footprint(ctypes.Structure):
+    _fields_ = [
+        ("size", ctypes.c_size_t),
+        ("compute", ctypes.c_int64),
+        ("staging", ctypes.c_int64),
+        ("hidden", ctypes.c_int64),
+        ("ring", ctypes.c_int64),
+        ("scratch", ctypes.c_int64),
+        ("store", ctypes.c_int64),
+    ]
+
+
 # struct headkv_stats, cpp/headkv.h
 class Stats(ctypes.Structure):
     _fields_ = [
@@ -165,6 +190,14 @@ _PROTOTYPES: dict[str, tuple[list[Any], Any]] = {
     # int32_t headkv_plan(const struct headkv_params * params, int32_t n_layer, const int32_t * n_head, const int32_t * n_head_kv,
     #         int32_t * dst);
     "headkv_plan": ([ctypes.POINTER(Params), ctypes.c_int32] + [_I32] * 3, ctypes.c_int32),
+    # int32_t headkv_policies(struct headkv_policy_info * dst, int32_t n);
+    "headkv_policies": ([ctypes.POINTER(PolicyInfo), ctypes.c_int32], ctypes.c_int32),
+    # int32_t headkv_get_footprint(const struct llama_context * ctx, const struct headkv_params * params, int32_t n_prompt,
+    #         int32_t n_predict, int32_t n_ubatch, bool layered, struct headkv_footprint * dst);
+    "headkv_get_footprint": (
+        [_CTX, ctypes.POINTER(Params)] + [ctypes.c_int32] * 3 + [ctypes.c_bool, ctypes.POINTER(Footprint)],
+        ctypes.c_int32,
+    ),
     # int32_t headkv_fill_prompt(struct llama_context * ctx, llama_seq_id seq_id, int32_t n_tokens, uint32_t seed);
     "headkv_fill_prompt": ([_CTX, ctypes.c_int32, ctypes.c_int32, ctypes.c_uint32], ctypes.c_int32),
     # int32_t headkv_read_window(const struct llama_context * ctx, llama_seq_id seq_id, int32_t il, float * dst, int64_t n);
@@ -201,6 +234,13 @@ def check(result: int, error: type[Exception] = RuntimeError) -> int:
     if result < 0:
         raise error(last_error())
     return result
+
+
+def policies() -> dict[str, PolicyInfo]:
+    """What each policy of the library looks at, in the order in which they are listed to users."""
+    found = (PolicyInfo * check(lib.headkv_policies(None, 0)))()
+    check(lib.headkv_policies(found, len(found)))
+    return {info.name.decode(): info for info in found}
 
 
 def _gpus() -> list[int]:

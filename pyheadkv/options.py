@@ -16,15 +16,19 @@ import numpy.typing as npt
 from . import _lib, gguf_keys
 from .gguf_keys import Importance
 
-POLICIES = ("headkv", "snapkv", "streaming", "pyramidkv", "adakv", "headkv+adakv", "criticalkv", "h2o", "razor", "lossless")
+_TRAITS = _lib.policies()
+POLICIES = tuple(_TRAITS)
 AUTO = "auto"  # the best one for what is known of the model
 FULL = "full"  # not one of them: the stock cache
 NONE = "none"  # nor this: the question without its context, for comparison
 LOSSLESS = "lossless"  # needs no amount
-BY_IMPORTANCE = ("headkv", "headkv+adakv", "razor")  # policies that need the importance of the heads
-BY_BETA = ("headkv", "headkv+adakv")  # of them, those that give out a share of the budget by it
-BY_ALL_TOKENS = ("h2o",)  # policies that look at a prompt while it is read: their context is made for them
-UNPOOLED = ("streaming", "h2o", "razor", "lossless")  # policies that do not score by the queries of the window
+BY_IMPORTANCE = tuple(name for name, policy in _TRAITS.items() if policy.by_importance)  # policies that need the importance of the heads
+BY_BETA = tuple(name for name, policy in _TRAITS.items() if policy.by_beta)  # of them, those that give out a share of the budget by it
+# policies that look at a prompt while it is read: their context is made for them
+BY_ALL_TOKENS = tuple(name for name, policy in _TRAITS.items() if policy.by_all_tokens)
+UNPOOLED = tuple(
+    name for name, policy in _TRAITS.items() if not policy.by_window
+)  # policies that do not score by the queries of the window
 POOLS = {"max": 0, "avg": 1}
 ATTENDS = {"auto": 0, "fused": 1, "composed": 2}
 SURPLUSES = {"lost": 0, "redistribute": 1}

@@ -30,7 +30,7 @@ import os
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -47,9 +47,10 @@ PROCESS_BYTES = 64 << 20  # interpreter, NumPy and libraries with what they keep
 VOCABULARY_FACTOR = 8  # bytes in memory per byte of the header, which is nearly all vocabulary
 HOST_BYTES = {"stock": 256, "token": 384, "layer": 896}  # per token, outside of ggml; layer: the prompt is one batch
 
+PROBE_OPTIONS = Options(kv_size=64, policy="snapkv")  # any budgets do: graphs are reserved for n_ctx cells per head
+
 MAX_TOKENS = 1 << 24  # longest prompt that is looked for
 MAX_PROBED = 1 << 20  # tokens of the largest context that is asked for its compute buffers; linear beyond
-SCORE_CHUNK = 512  # keys that share an element of what the fused op keeps between its passes, HEADKV_SCORE_CHUNK
 
 
 @dataclass(frozen=True)
@@ -250,14 +251,12 @@ class MemoryModel:
         prefill_hidden: str = "f32",
     ) -> None:
         self.probe = probe
-        shape = probe.shape
         self.type_k = check_choice("type_k", type_k, CELL_TYPES)
         self.type_v = check_choice("type_v", type_v, CELL_TYPES)
-        n_cell = row_bytes(type_k, shape.n_embd_head_k) + row_bytes(type_v, shape.n_embd_head_v)
-        self.layer_bytes = shape.n_head_kv * n_cell  # K and V of one token in one layer
+        row_bytes(type_k, probe.shape.n_embd_head_k), row_bytes(type_v, probe.shape.n_embd_head_v)  # blocks that do not fit are refused
         self.n_predict = check_int("n_predict", n_predict, 1, 1 << 20)
         self.n_ubatch = check_int("n_ubatch", n_ubatch, 1, 1 << 16)
-        self.n_bytes_hidden = 2 if check_choice("prefill_hidden", prefill_hidden, ("f32", "f16")) == "f16" else 4
+        self.prefill_hidden = check_choice("prefill_hidden", prefill_hidden, ("f32", "f16"))
 
     def longest(self, prefill: str, *, memory: int, kv_size: int = 0) -> int:
         """Tokens of the longest prompt that fits into ``memory`` bytes; 0 if none longer than ``kv_size`` does."""
@@ -281,37 +280,22 @@ class MemoryModel:
         n_prompt : tokens
         kv_size : cells; the stock cache has none
         """
-        probe, n_layer = self.probe, self.probe.shape.n_layer
+        probe = self.probe
         n_ctx = round_n_ctx(n_prompt + self.n_predict)
         process = PROCESS_BYTES + VOCABULARY_FACTOR * probe.n_bytes_header + HOST_BYTES[prefill] * n_ctx
         common = probe.n_bytes_file, process, self._compute_bytes(n_ctx)
         if prefill == "stock":
-            return Footprint(*common, cells=n_ctx * n_layer * self.layer_bytes)
-        options = Options(kv_size=kv_size)
-        n_kept = min(kv_size, n_prompt) + max(options.n_tail, min(kv_size, n_prompt) // 16, self.n_predict)
-        return Footprint(
-            *common,
-            cells=round_n_ctx(n_prompt) * (1 if prefill == "layer" else n_layer) * self.layer_bytes,
-            hidden=self._hidden_bytes(n_prompt) if prefill == "layer" else 0,
-            store=n_kept * n_layer * self.layer_bytes,
-            scratch=self._scratch_bytes(n_prompt, options, n_rings=1 if prefill == "layer" else n_layer),
-        )
+            return Footprint(*common, cells=self._ask(Options(kv_size=64), n_ctx, layered=False).staging)
+        found = self._ask(Options(kv_size=kv_size), n_prompt, layered=prefill == "layer")
+        return Footprint(*common, cells=found.staging, hidden=found.hidden, store=found.store, scratch=found.ring + found.scratch)
 
-    def _hidden_bytes(self, n_prompt: int) -> int:
-        n_band = -(-(n_prompt + self.n_ubatch + 256) // 64) * 64 + 32  # columns of the mask
-        return n_prompt * self.probe.n_embd * self.n_bytes_hidden + self.n_ubatch * n_band * 2
-
-    def _scratch_bytes(self, n_prompt: int, options: Options, *, n_rings: int) -> int:
-        shape, window = self.probe.shape, int(options.window or 0)
-        n_query = shape.n_head * shape.n_embd_head_k
-        ring = n_rings * n_query * (window + 1) * 4
-        scores_cells = n_prompt * (shape.n_head_kv + 1) * 4
-        kept = shape.n_head_kv * options.kv_size * 4
-        plans = (window + int(options.recent or 0) + 5 * shape.n_head_kv) * 4 + 10 * 64  # and what aligns tensors
-        n_chunk = -(-n_prompt // SCORE_CHUNK)
-        score = window * 4 * (n_query + 2 * shape.n_head * n_chunk) + n_prompt * shape.n_head_kv * 4  # queries, stats, result
-        select = n_prompt * shape.n_head_kv * 8 + kept  # sort keys, result
-        return ring + scores_cells + kept + plans + max(score, select)
+    def _ask(self, options: Options, n_prompt: int, *, layered: bool) -> _lib.Footprint:
+        options = replace(options, policy="snapkv", prefill_hidden=self.prefill_hidden)  # every policy keeps as many cells
+        found = _lib.Footprint(size=ctypes.sizeof(_lib.Footprint))
+        params = options.to_params(None, None)
+        ctx = self.probe.context(ggml_type(self.type_k), ggml_type(self.type_v))
+        _lib.check(_lib.lib.headkv_get_footprint(ctx, params, n_prompt, self.n_predict, self.n_ubatch, layered, found), ValueError)
+        return found
 
     def _compute_bytes(self, n_ctx: int) -> int:
         """Compute buffers: the chord of a convex function, hence not below it."""
@@ -333,7 +317,6 @@ class Probe:
 
     Attributes
     ----------
-    n_embd : values of one hidden state
     n_bytes_file, n_bytes_header : of all files of the model, and of the metadata in the first
     why_not_layer : why prompts cannot be read layer by layer; empty = they can
 
@@ -353,6 +336,7 @@ class Probe:
             self.n_bytes_header = header.data_begin
         self.n_bytes_file = sum(part.stat().st_size for part in model_files(self.path))
         self._reserved: dict[tuple[int, ...], int] = {}
+        self._contexts: dict[tuple[int, int], Any] = {}  # by type_k and type_v
         params = llama_cpp.llama_model_default_params()
         params.no_alloc, params.load_mode, params.n_gpu_layers = True, llama_cpp.LLAMA_LOAD_MODE_NONE, 0
         with captured_log() as lines:
@@ -361,11 +345,9 @@ class Probe:
             raise ValueError(f"{path}: llama.cpp cannot load it: {_reason(lines)}")
 
     def __enter__(self) -> Probe:
-        import llama_cpp
-
-        self.n_embd = int(llama_cpp.llama_model_n_embd(self._model))
         try:
-            self._reserve(256, 256, ggml_type("f16"), ggml_type("f16"))  # raises if it cannot be compressed
+            ctx = self.context(ggml_type("f16"), ggml_type("f16"))  # raises if it cannot be compressed
+            self.why_not_layer = _lib.lib.headkv_why_token_prefill(ctx).decode()
         except BaseException:
             self.__exit__()
             raise
@@ -374,16 +356,33 @@ class Probe:
     def __exit__(self, *_: object) -> None:
         import llama_cpp
 
+        for ctx in self._contexts.values():
+            llama_cpp.llama_free(ctx)
+        self._contexts.clear()
         llama_cpp.llama_model_free(self._model)
         self._model = None
 
+    def context(self, type_k: int, type_v: int) -> Any:
+        """A small context with cells of these types, of which sizes can be asked."""
+        key = type_k, type_v
+        if key not in self._contexts:
+            self._contexts[key] = self._create(256, 256, *key)
+        return self._contexts[key]
+
     def compute_bytes(self, *key: int) -> int:
         """Compute buffers of a context, by n_ctx, n_ubatch, type_k and type_v."""
+        import llama_cpp
+
         if key not in self._reserved:
-            self._reserved[key] = self._reserve(*key)
+            ctx, found = self._create(*key), _lib.Footprint(size=ctypes.sizeof(_lib.Footprint))
+            try:
+                _lib.check(_lib.lib.headkv_get_footprint(ctx, PROBE_OPTIONS.to_params(None, None), 1, 0, 1, False, found))
+            finally:
+                llama_cpp.llama_free(ctx)
+            self._reserved[key] = found.compute
         return self._reserved[key]
 
-    def _reserve(self, n_ctx: int, n_ubatch: int, type_k: int, type_v: int) -> int:
+    def _create(self, n_ctx: int, n_ubatch: int, type_k: int, type_v: int) -> Any:
         import llama_cpp
 
         params = llama_cpp.llama_context_default_params()
@@ -391,16 +390,11 @@ class Probe:
         params.n_ubatch = params.n_outputs_max = n_ubatch
         params.flash_attn_type = llama_cpp.LLAMA_FLASH_ATTN_TYPE_ENABLED
         params.type_k, params.type_v = type_k, type_v
-        # any budgets do: the graphs are reserved for n_ctx cells per head
-        options = Options(kv_size=64, policy="snapkv").to_params(None, None)
-        with captured_log() as lines:
-            with _lib.creating(options):
-                ctx = llama_cpp.llama_init_from_model(self._model, params)
-            if not ctx:
-                raise ValueError(f"{self.path}: {_lib.last_error() or _reason(lines)}; the stock cache (kv_size=None) may work")
-            self.why_not_layer = _lib.lib.headkv_why_token_prefill(ctx).decode()
-            llama_cpp.llama_free(ctx)
-        return compute_bytes_in("".join(lines))
+        with captured_log() as lines, _lib.creating(PROBE_OPTIONS.to_params(None, None)):
+            ctx = llama_cpp.llama_init_from_model(self._model, params)
+        if not ctx:
+            raise ValueError(f"{self.path}: {_lib.last_error() or _reason(lines)}; the stock cache (kv_size=None) may work")
+        return ctx
 
 
 def model_files(path: Path) -> list[Path]:
@@ -433,14 +427,6 @@ def captured_log() -> Iterator[list[str]]:
         yield lines
     finally:
         llama_cpp.llama_log_set(_logger.llama_log_callback, ctypes.c_void_p(0))
-
-
-def compute_bytes_in(log: str) -> int:
-    """Bytes of the compute buffers that a new context has logged."""
-    sizes = re.findall(r"compute buffer size = +([\d.]+) MiB", log)
-    if not sizes:
-        raise RuntimeError("llama.cpp logged no size of its compute buffers: this version needs another way to ask")
-    return sum(int((float(size) + 0.01) * 2**20) for size in sizes)  # printed with two digits
 
 
 def _reason(lines: Sequence[str]) -> str:
