@@ -18,7 +18,7 @@ JOBS   ?= $(shell $(PYTHON) -c 'import os; print(len(os.sched_getaffinity(0)) if
 CMAKE  := PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/cmake
 SOURCES := $(shell find cpp patches -type f -not -name '*.pyc') CMakeLists.txt
 
-.PHONY: all demo check test clean stock sanitize
+.PHONY: all demo check test clean stock sanitize tsan
 all: $(VENV)/.installed $(LIBS)/.built
 
 $(VENV)/.tools: pyproject.toml
@@ -64,6 +64,14 @@ sanitize: $(VENV)/.llama-cpp-python
 	$(CMAKE) -G Ninja -S . -B $(ASAN) -DPYHEADKV_SERVER=OFF -DPYHEADKV_TESTS=ON -DPYHEADKV_SANITIZE=address,undefined \
 		-DCMAKE_BUILD_TYPE=Debug -DCMAKE_CXX_FLAGS_DEBUG=-O1 -DCMAKE_C_FLAGS_DEBUG=-O1 $(CMAKE_DEFINES) > $(ASAN).log
 	$(CMAKE) --build $(ASAN) --parallel $(JOBS) --target pyheadkv-libs pyheadkv-tests >> $(ASAN).log
+
+# llama-server whose threads are watched: scripts/soak_server.py --server build/tsan/bin/llama-server
+TSAN := build/tsan
+
+tsan: $(VENV)/.llama-cpp-python
+	$(CMAKE) -G Ninja -S . -B $(TSAN) -DPYHEADKV_SANITIZE=thread -DGGML_OPENMP=OFF -DCMAKE_BUILD_TYPE=Debug \
+		-DCMAKE_CXX_FLAGS_DEBUG="-O1 -g1 -fsanitize=thread" -DCMAKE_C_FLAGS_DEBUG="-O1 -g1 -fsanitize=thread" $(CMAKE_DEFINES) > $(TSAN).log
+	$(CMAKE) --build $(TSAN) --parallel $(JOBS) --target llama-server >> $(TSAN).log
 
 check: $(VENV)/.installed
 	$(BIN)/ruff check .

@@ -69,10 +69,10 @@ def free_port() -> int:
 
 
 @contextmanager
-def running(*flags: Any, log: Path, seconds: float = 120) -> Iterator[Server]:
-    """Start llama-server with these flags, wait until it answers, and end it."""
+def running(*flags: Any, log: Path, seconds: float = 120, path: Path | None = None) -> Iterator[Server]:
+    """Start llama-server, that of the package or another one, with these flags, wait until it answers, and end it."""
     port = free_port()
-    command = [serve.server_path(), "--host", "127.0.0.1", "--port", port, "--metrics", "--no-warmup", *flags]
+    command = [path or serve.server_path(), "--host", "127.0.0.1", "--port", port, "--metrics", "--no-warmup", *flags]
     with log.open("wb") as out:
         process = subprocess.Popen([str(c) for c in command], stdout=out, stderr=out)
         server = Server(process, port)

@@ -2,7 +2,7 @@
 
     python scripts/soak_server.py --requests 1500 --out bench/results/soak_server.md
 
-Clients on loopback send completions, chats, streams, requests of other sizes and with protected cells, whole prompts, bad bodies, and
+Clients on loopback send completions, chats, streams, requests of other sizes, with protected cells, with an adapter, whole prompts, bad bodies, and
 hang up while a prompt is queued, read or compressed and while tokens are generated. Every answer is compared with that of a context
 of its own, up to ties. No crash, no wrong answer, resident memory that does not grow, and no cell left.
 """
@@ -14,6 +14,7 @@ import collections
 import json
 import platform
 import random
+import re
 import socket
 import subprocess
 import sys
@@ -31,6 +32,7 @@ import pyheadkv
 from pyheadkv import Llama
 from pyheadkv.eval import needle
 from pyheadkv.eval.prose import render_chat_messages
+from pyheadkv.testing import write_random_lora
 
 N_CTX, KV_SIZE, SIZES, N_PREDICT = 2048, 128, (32, 64), 12
 TIE = 0.05  # difference of two logits that the order of additions can turn over
@@ -44,6 +46,8 @@ KINDS = (
     "chat",
     "chat stream",
     "openai",
+    "lora",
+    "lora",
     "hang up",
     "hang up",
     "bad body",
@@ -75,7 +79,7 @@ def until_end(tokens: list[int]) -> list[int]:
 class Expected:
     """Prompts and the answers of contexts of their own: tokens; of chats, the text after each of them."""
 
-    def __init__(self, n_prompts: int, threads: int) -> None:
+    def __init__(self, n_prompts: int, threads: int, lora: Path) -> None:
         documents = [
             needle.make_document(random.Random(i), n_tokens=300 + 150 * i, kinds=[needle.KINDS[i % len(needle.KINDS)]])
             for i in range(n_prompts)
@@ -89,6 +93,7 @@ class Expected:
             "chat": {},
             "protected": {"protect": [(0, 60)]},
             "whole": {"kv_size": N_CTX},
+            "lora": {"lora_path": str(lora)},
         }
         settings.update({f"sized {n}": {"kv_size": n} for n in SIZES})
         for what, options in settings.items():
@@ -174,6 +179,8 @@ class Soak:
             return self.compare(self.complete(prompt, kv_protect=[[0, 60]]), "protected", i)
         if what == "whole":
             return self.compare(self.complete(prompt, kv_size=0), "whole", i)
+        if what == "lora":
+            return self.compare(self.complete(prompt, lora=[{"id": 0, "scale": 1.0}]), "lora", i)
         if what == "stream":
             events = self.events("/completion", {"prompt": prompt, "n_predict": N_PREDICT, "temperature": 0, "return_tokens": True})
             return self.compare(until_end([token for event in events if not event["stop"] for token in event["tokens"]]), "completion", i)
@@ -254,11 +261,14 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=1800, help="no request begins later")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--prefill", default="auto")
+    parser.add_argument("--server", type=Path, metavar="FILE", help="another llama-server, such as that of make tsan")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
 
-    expected = Expected(args.prompts, args.threads)
     with tempfile.TemporaryDirectory() as folder:
+        log = Path(folder) / "log"
+        lora = write_random_lora(Path(folder) / "lora.gguf", pyheadkv.embedded_model(), seed=5)
+        expected = Expected(args.prompts, args.threads, lora)
         flags = [
             "-m",
             pyheadkv.embedded_model(),
@@ -280,8 +290,10 @@ def main() -> int:
             N_CTX,
             "--kv-prefill",
             args.prefill,
+            "--lora-scaled",
+            f"{lora}:0",  # applied where a request says so
         ]
-        with running(*flags, log=Path(folder) / "log") as server:
+        with running(*flags, log=log, path=args.server) as server:
             start = time.monotonic()
             soak = Soak(server, expected, args.requests, start + args.seconds)
             with ThreadPoolExecutor(args.clients) as pool:
@@ -291,9 +303,11 @@ def main() -> int:
             left = ledger(server)
             crashed = server.process.poll() is not None
             compressions = server.metric("kv_compressions_total")
+        races = log.read_text(errors="replace").count("WARNING: ThreadSanitizer")
+        print(*re.findall(r"WARNING: ThreadSanitizer.*?SUMMARY[^\n]*", log.read_text(errors="replace"), re.S)[:3], sep="\n")
     n = sum(soak.counts.values())
-    # after the first quarter, in which every buffer has had its largest size
-    later = [size for at, size in soak.rss if at >= n / 4]
+    # from the first quarter on, in which every buffer has had its largest size
+    later = [size for at, size in soak.rss if at >= n / 4] or [0]
     first, last = max(later[: len(later) // 3 + 1]), max(later[-(len(later) // 3 + 1) :])
     is_flat = last < 1.05 * first + 4 * 2**20
     commit = subprocess.run(
@@ -309,7 +323,7 @@ def main() -> int:
         "",
         f"crashed: {crashed}; wrong answers: {len(soak.wrong)}; answers that took the other one of two tokens whose logits differ by less than "
         f"{TIE}: {len(soak.ties)} (largest difference {max(soak.ties, default=0.0):.4f}); left at the end: {left or 'nothing'}; "
-        f"the openai client took part: {soak.openai is not None}",
+        f"the openai client took part: {soak.openai is not None}; reports of a thread sanitizer: {races}",
         "",
         f"resident memory of no file, largest: {first / 2**20:.1f} MiB after the first quarter, {last / 2**20:.1f} MiB at the end",
         "",
@@ -318,7 +332,7 @@ def main() -> int:
     print("\n".join(lines))
     if args.out:
         args.out.write_text("\n".join(lines).rstrip() + "\n")
-    return int(crashed or bool(soak.wrong) or bool(left) or not is_flat or n < args.requests)
+    return int(crashed or races > 0 or bool(soak.wrong) or bool(left) or not is_flat or n < args.requests)
 
 
 if __name__ == "__main__":

@@ -7,9 +7,8 @@ that the library does not have is a skip.
 from __future__ import annotations
 
 import os
-import re
 import subprocess
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -191,29 +190,6 @@ def nmse(a: npt.ArrayLike, b: npt.ArrayLike) -> float:
     """Mean squared error of a against b, relative to the mean square of b."""
     x, y = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)
     return float(np.mean((x - y) ** 2) / np.mean(y**2))
-
-
-def write_lora(path: Path, model: Path, *, seed: int, invocation: Sequence[int] = ()) -> Path:
-    """A random adapter of a model of architecture llama; invocation: the tokens that switch an aLoRA on."""
-    import gguf
-
-    rng = np.random.default_rng(seed)
-    writer = gguf.GGUFWriter(path, "llama")
-    writer.add_string("general.type", "adapter")
-    writer.add_string("adapter.type", "lora")
-    writer.add_float32("adapter.lora.alpha", 16.0)
-    if invocation:
-        writer.add_key_value("adapter.alora.invocation_tokens", list(invocation), gguf.GGUFValueType.ARRAY, gguf.GGUFValueType.UINT32)
-    shapes = {t.name: t.shape.tolist() for t in gguf.GGUFReader(model).tensors}
-    for name in (n for n in shapes if re.fullmatch(r"blk\.\d+\.(attn_q|attn_v|ffn_up)\.weight", n)):
-        n_in, n_out = shapes[name]
-        writer.add_tensor(f"{name}.lora_a", 0.1 * rng.standard_normal((4, n_in), dtype=np.float32))
-        writer.add_tensor(f"{name}.lora_b", 0.1 * rng.standard_normal((n_out, 4), dtype=np.float32))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return path
 
 
 def rss() -> int:

@@ -30,7 +30,7 @@ try:
 except ImportError as error:
     pytest.skip(f"the library is not built: {error}", allow_module_level=True)
 
-from conftest import N_THREADS, greedy, load, stop_process, without_importance, write_lora
+from conftest import N_THREADS, greedy, load, stop_process, without_importance
 
 sys.path.append(str(Path(__file__).parent.parent / "scripts"))
 import llama_server
@@ -39,7 +39,7 @@ from llama_server import DIRECTLY, free_port
 from pyheadkv import gguf_keys, importance
 from pyheadkv.cli import serve
 from pyheadkv.eval import needle
-from pyheadkv.testing import write_random_model
+from pyheadkv.testing import write_random_lora, write_random_model
 
 MODEL = pyheadkv.embedded_model()
 if not MODEL.is_file():
@@ -651,7 +651,7 @@ WHOLE = ["--kv-size", N_CTX, "--kv-policy", "snapkv"]  # every cell is kept: wha
 def adapters(tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
     """Flags with two adapters."""
     folder = tmp_path_factory.mktemp("lora")
-    return [flag for seed in (5, 6) for flag in ("--lora", write_lora(folder / f"{seed}.gguf", MODEL, seed=seed))]
+    return [flag for seed in (5, 6) for flag in ("--lora", write_random_lora(folder / f"{seed}.gguf", MODEL, seed=seed))]
 
 
 @pytest.fixture(scope="module")
@@ -680,7 +680,7 @@ def test_a_prompt_is_read_with_the_adapters_of_its_request(prefill: str, adapter
 def test_an_activated_adapter_begins_where_it_is_invoked(llm: Any, log: Path, tmp_path: Path) -> None:
     """aLoRA: the prompt before the invocation is computed without it, as by upstream's server; by layers it is refused."""
     invocation = words(llm, "the code of")
-    path = write_lora(tmp_path / "alora.gguf", MODEL, seed=5, invocation=invocation)
+    path = write_random_lora(tmp_path / "alora.gguf", MODEL, seed=5, invocation=invocation)
     document = [t for t in prompt_ids(llm, 1, 600) if t not in invocation]
     prompts = [[*document, *invocation, *words(llm, "anna is")], document]
     request: dict[str, Any] = dict(n=12, ignore_eos=True, lora=scaled(3.0))

@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import SHAPES, Shape, greedy, load, nmse, tokens, write_lora
+from conftest import SHAPES, Shape, greedy, load, nmse, tokens
 from test_sequences import sequences
 
-from pyheadkv.testing import write_random_model
+from pyheadkv.testing import write_random_lora, write_random_model
 
 pytestmark = pytest.mark.usefixtures("library")
 MakeModel = Callable[..., Path]
@@ -256,7 +256,7 @@ def with_adapters(path: Path, *loras: tuple[Path, float], vector: float = 0.0, f
 def test_a_state_belongs_to_the_adapters_that_it_was_computed_with(make_model: MakeModel, tmp_path: Path) -> None:
     """LoRA with its scale, several of them in any order, control vectors; with each of them layers are read as by upstream's order."""
     path, prompt, question = make_model(GQA4), tokens(300), tokens(9, seed=5)[1:]
-    a, b = (write_lora(tmp_path / f"{seed}.gguf", path, seed=seed) for seed in (1, 2))
+    a, b = (write_random_lora(tmp_path / f"{seed}.gguf", path, seed=seed) for seed in (1, 2))
     kinds: list[dict[str, Any]] = [
         dict(),
         dict(loras=[(a, 1.0)]),
@@ -297,7 +297,7 @@ def test_a_state_belongs_to_the_adapters_that_it_was_computed_with(make_model: M
 def test_adapters_that_change_are_noticed(make_model: MakeModel, tmp_path: Path) -> None:
     """A prompt that is paused between its layers is refused; a sequence of several adapters is that of none of them."""
     path, prompt = make_model(GQA4), tokens(200)
-    lora = write_lora(tmp_path / "lora.gguf", path, seed=1)
+    lora = write_random_lora(tmp_path / "lora.gguf", path, seed=1)
     with sequences(path, n_seq_max=2, n_ctx=512) as many:
         c, ctx, adapter = many.c, many.ctx, load_lora(many.model, lora)
         set_loras(ctx, (adapter, 1.0))

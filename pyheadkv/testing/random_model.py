@@ -7,8 +7,10 @@ q, k, v) and ``qwen3`` (RMS norm per head on q and k). Only numpy and gguf are n
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -328,3 +330,31 @@ def _norm(rng: np.random.Generator, n: int) -> NDArray[np.float32]:
 def _matrix(rng: np.random.Generator, n_out: int, n_in: int, gain: float) -> NDArray[np.float32]:
     """Normal weights that turn unit-variance inputs into outputs of standard deviation `gain`."""
     return np.float32(gain * n_in**-0.5) * rng.standard_normal((n_out, n_in), dtype=np.float32)
+
+
+def write_random_lora(path: Path, model: Path, *, seed: int, invocation: Sequence[int] = ()) -> Path:
+    """A random adapter of a model of architecture llama, written to ``path``, which is returned.
+
+    Parameters
+    ----------
+    invocation : tokens that switch an aLoRA on; empty = a LoRA
+    """
+    import gguf
+
+    rng = np.random.default_rng(seed)
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_string("general.type", "adapter")
+    writer.add_string("adapter.type", "lora")
+    writer.add_float32("adapter.lora.alpha", 16.0)
+    if invocation:
+        writer.add_key_value("adapter.alora.invocation_tokens", list(invocation), gguf.GGUFValueType.ARRAY, gguf.GGUFValueType.UINT32)
+    shapes = {t.name: t.shape.tolist() for t in gguf.GGUFReader(model).tensors}
+    for name in (n for n in shapes if re.fullmatch(r"blk\.\d+\.(attn_q|attn_v|ffn_up)\.weight", n)):
+        n_in, n_out = shapes[name]
+        writer.add_tensor(f"{name}.lora_a", 0.1 * rng.standard_normal((4, n_in), dtype=np.float32))
+        writer.add_tensor(f"{name}.lora_b", 0.1 * rng.standard_normal((n_out, 4), dtype=np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
