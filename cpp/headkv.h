@@ -219,21 +219,12 @@ LLAMA_API int32_t headkv_plan(const struct headkv_params * params, int32_t n_lay
 LLAMA_API int32_t headkv_get_footprint(const struct llama_context * ctx, const struct headkv_params * params, int32_t n_prompt, int32_t n_predict,
         int32_t n_ubatch, bool layered, struct headkv_footprint * dst);
 
-// For benchmarks: makes the empty sequence look as if n_tokens had been read, with random K, V and window queries.
-LLAMA_API int32_t headkv_fill_prompt(struct llama_context * ctx, llama_seq_id seq_id, int32_t n_tokens, uint32_t seed);
-
-// For tests and tools: rows as the cache holds them, converted to float.
-// The window queries of a sequence in position order, [n_window][n_head][n_embd_head]; returns n_window.
-LLAMA_API int32_t headkv_read_window(const struct llama_context * ctx, llama_seq_id seq_id, int32_t il, float * dst, int64_t n);
 // Attention of the last n_queries tokens, at most the window, over a sequence that is not compressed, reduced for each query
 // head, [n_queries][n_layer][n_head_max]: mass: sum of those of the n_top largest probabilities whose positions are in one of
 // n_spans spans [start, end); 0 in layers without KV heads; top: position of the largest one, -1 there. Of equal ones the first
 // count. Returns the number of values; mass may be NULL to ask for it.
 LLAMA_API int32_t headkv_read_attention(struct llama_context * ctx, llama_seq_id seq_id, int32_t n_queries, const int32_t * spans,
         int32_t n_spans, int32_t n_top, float * mass, int32_t * top, int32_t n);
-// K (or V) of one head: of the whole prompt while it is staged, else of the cells that the head holds,
-// [n_cells][n_embd_head]; returns n_cells.
-LLAMA_API int32_t headkv_read_cells(const struct llama_context * ctx, llama_seq_id seq_id, int32_t il, int32_t ih, bool v, float * dst, int64_t n);
 
 #ifdef __cplusplus
 }

@@ -198,6 +198,7 @@ _PROTOTYPES: dict[str, tuple[list[Any], Any]] = {
         [_CTX, ctypes.POINTER(Params)] + [ctypes.c_int32] * 3 + [ctypes.c_bool, ctypes.POINTER(Footprint)],
         ctypes.c_int32,
     ),
+    # cpp/headkv-testing.h
     # int32_t headkv_fill_prompt(struct llama_context * ctx, llama_seq_id seq_id, int32_t n_tokens, uint32_t seed);
     "headkv_fill_prompt": ([_CTX, ctypes.c_int32, ctypes.c_int32, ctypes.c_uint32], ctypes.c_int32),
     # int32_t headkv_read_window(const struct llama_context * ctx, llama_seq_id seq_id, int32_t il, float * dst, int64_t n);

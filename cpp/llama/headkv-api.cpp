@@ -1,4 +1,4 @@
-#include "headkv.h"
+#include "headkv-testing.h"
 
 #include "headkv-budget.h"
 #include "headkv-config.h"

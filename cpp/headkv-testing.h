@@ -1,0 +1,22 @@
+// What benchmarks and tests of this repository ask of the cache beside headkv.h; rows are converted to float. It may change.
+#pragma once
+
+#include "headkv.h"
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+// For benchmarks: makes the empty sequence look as if n_tokens had been read, with random K, V and window queries.
+LLAMA_API int32_t headkv_fill_prompt(struct llama_context * ctx, llama_seq_id seq_id, int32_t n_tokens, uint32_t seed);
+
+// The window queries of a sequence in position order, [n_window][n_head][n_embd_head]; returns n_window.
+LLAMA_API int32_t headkv_read_window(const struct llama_context * ctx, llama_seq_id seq_id, int32_t il, float * dst, int64_t n);
+
+// K (or V) of one head: of the whole prompt while it is staged, else of the cells that the head holds,
+// [n_cells][n_embd_head]; returns n_cells.
+LLAMA_API int32_t headkv_read_cells(const struct llama_context * ctx, llama_seq_id seq_id, int32_t il, int32_t ih, bool v, float * dst, int64_t n);
+
+#ifdef __cplusplus
+}
+#endif
