@@ -34,26 +34,26 @@ enum headkv_pool {
 
 // how decode attends over the store
 enum headkv_attend {
-    HEADKV_ATTEND_AUTO     = 0, // fused where the layer's memory is on the CPU, else composed
-    HEADKV_ATTEND_FUSED    = 1, // one op of ours over exact ranges; CPU only
+    HEADKV_ATTEND_AUTO = 0, // fused where the layer's memory is on the CPU, else composed
+    HEADKV_ATTEND_FUSED = 1, // one op of ours over exact ranges; CPU only
     HEADKV_ATTEND_COMPOSED = 2, // existing ggml ops; every backend
 };
 
 // order in which a prompt is read; the results are the same
 enum headkv_prefill {
-    HEADKV_PREFILL_AUTO  = 0, // layer where it applies, else token
+    HEADKV_PREFILL_AUTO = 0, // layer where it applies, else token
     HEADKV_PREFILL_TOKEN = 1, // each ubatch through all layers: every layer's full cache is alive at the end
     HEADKV_PREFILL_LAYER = 2, // all ubatches through one layer after the other: only one layer's full cache is ever alive
 };
 
 // what becomes of the cells that a head may keep beyond the length of the prompt
 enum headkv_surplus {
-    HEADKV_SURPLUS_LOST         = 0, // as in the authors' code
+    HEADKV_SURPLUS_LOST = 0, // as in the authors' code
     HEADKV_SURPLUS_REDISTRIBUTE = 1, // evenly to the other heads of its layer, then to those of the other layers
 };
 
 struct headkv_params {
-    size_t       size;        // sizeof(struct headkv_params)
+    size_t size;        // sizeof(struct headkv_params)
     const char * policy;      // "auto" (headkv when the importance of the heads is known, else adakv), "headkv" (importance decides), "snapkv" (uniform), "streaming" (4 sinks and the last cells),
                               // "pyramidkv" (fewer cells in deeper layers), "adakv" (the prompt decides within a layer),
                               // "headkv+adakv" (importance decides for the layers, both within a layer), "criticalkv" (uniform;
@@ -61,32 +61,32 @@ struct headkv_params {
                               // (uniform, by the attention of all tokens of the prompt), "razor" (the most important heads keep
                               // all, the others 4 sinks, the recent cells and one for what they drop), "lossless" (all cells of
                               // all heads, kv_size does not count)
-    int32_t      kv_size;     // mean cells per KV head, recent ones included
-    int32_t      window;      // queries of the last tokens, which score the prompt: 1..256; the paper's numbers of this and of
+    int32_t kv_size;     // mean cells per KV head, recent ones included
+    int32_t window;      // queries of the last tokens, which score the prompt: 1..256; the paper's numbers of this and of
                               // the next four are 8, 8, 1, max, 7
-    int32_t      recent;      // last cells of a prompt that every head keeps, >= 1
-    int32_t      power;       // 1, 2, 4 or 8: a cell's score is mean(p^power)^(1/power) over the queries, 1 = their mean
-    int32_t      pool;        // enum headkv_pool
-    int32_t      pool_kernel; // odd, 1..31; 1 = no pooling; 0 = a quarter of the cells of each head, 3..31
-    double       beta;        // > 1; larger = more uniform; 0 = the one stored with the importance, else 1.2
-    int32_t      n_tail;      // rows per head for generated tokens that the store grows by at a time, at least (or 1/16 of its
+    int32_t recent;      // last cells of a prompt that every head keeps, >= 1
+    int32_t power;       // 1, 2, 4 or 8: a cell's score is mean(p^power)^(1/power) over the queries, 1 = their mean
+    int32_t pool;        // enum headkv_pool
+    int32_t pool_kernel; // odd, 1..31; 1 = no pooling; 0 = a quarter of the cells of each head, 3..31
+    double beta;        // > 1; larger = more uniform; 0 = the one stored with the importance, else 1.2
+    int32_t n_tail;      // rows per head for generated tokens that the store grows by at a time, at least (or 1/16 of its
                               // cells), >= 1
-    int32_t      attend;      // enum headkv_attend
-    int32_t      n_buckets;   // attention calls per layer of the composed path, 1..8
-    int32_t      prefill;     // enum headkv_prefill
-    int32_t      hidden_f16;  // 1 = hidden states between layers in f16: half the memory, rounded results
-    int32_t      sinks;       // first cells of a prompt that every head keeps; -1 = the policy's own (4 of "streaming", as far
+    int32_t attend;      // enum headkv_attend
+    int32_t n_buckets;   // attention calls per layer of the composed path, 1..8
+    int32_t prefill;     // enum headkv_prefill
+    int32_t hidden_f16;  // 1 = hidden states between layers in f16: half the memory, rounded results
+    int32_t sinks;       // first cells of a prompt that every head keeps; -1 = the policy's own (4 of "streaming", as far
                               // as kv_size reaches, else 0)
     const int32_t * protect;  // n_protect spans [start, end) of positions whose cells every head keeps, sinks too: they count
-    int32_t      n_protect;   // as part of its budget, and a head whose budget they exceed grows
-    int32_t      surplus;     // enum headkv_surplus
-    int32_t      pyramid_exact; // 0 = the authors' rounding, which holds more than kv_size (32 layers: 13 % at 64, 5 % at 128)
-    double       adakv_floor; // share of its budget that the prompt cannot take from a head, 0..1; -1 = the policy's own
-    int32_t      adakv_normalize; // 1 = heads whose attention is concentrated count more
+    int32_t n_protect;   // as part of its budget, and a head whose budget they exceed grows
+    int32_t surplus;     // enum headkv_surplus
+    int32_t pyramid_exact; // 0 = the authors' rounding, which holds more than kv_size (32 layers: 13 % at 64, 5 % at 128)
+    double adakv_floor; // share of its budget that the prompt cannot take from a head, 0..1; -1 = the policy's own
+    int32_t adakv_normalize; // 1 = heads whose attention is concentrated count more
     // importance of each query head, row-major [n_layer][n_head]; NULL = read it from importance_gguf
     const double * importance;
-    int32_t      n_layer;
-    int32_t      n_head;
+    int32_t n_layer;
+    int32_t n_head;
     const char * importance_gguf; // GGUF file with {arch}.attention.head_importance, usually the model itself; may be NULL
 };
 
@@ -101,7 +101,7 @@ struct headkv_policy_info {
 };
 
 struct headkv_stats {
-    size_t  size;             // sizeof(struct headkv_stats), set by the caller
+    size_t size;             // sizeof(struct headkv_stats), set by the caller
     int32_t state;            // 0 empty, 1 prompt is being read, 2 compressed, 3 read layer by layer, its end is pending
     int32_t n_prompt;         // prompt tokens at compression, 0 before
     int32_t n_past;           // logical tokens in the sequence
@@ -116,7 +116,7 @@ struct headkv_stats {
 
 // Bytes of a prompt and what is generated behind it, as allocated.
 struct headkv_footprint {
-    size_t  size;             // sizeof(struct headkv_footprint), set by the caller
+    size_t size;             // sizeof(struct headkv_footprint), set by the caller
     int64_t compute;          // compute buffers of the context, as it was created
     int64_t staging;          // K and V of the prompt while it is read
     int64_t hidden;           // hidden states and mask of a prompt that is read layer by layer

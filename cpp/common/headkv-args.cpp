@@ -9,8 +9,8 @@
 
 static headkv_args default_args() {
     headkv_args res;
-    res.params  = headkv_default_params();
-    res.policy  = res.params.policy;
+    res.params = headkv_default_params();
+    res.policy = res.params.policy;
     res.params.kv_size = 0;
     return res;
 }
@@ -40,11 +40,11 @@ static double to_double(const std::string & value) {
     return res;
 }
 
-static const char * const POOLS   [] = { "max", "avg" };            // enum headkv_pool
+static const char * const POOLS[] = { "max", "avg" };            // enum headkv_pool
 static const char * const PREFILLS[] = { "auto", "token", "layer" }; // enum headkv_prefill
 
 template <size_t N>
-static int32_t to_choice(const std::string & value, const char * const (& names)[N]) {
+static int32_t to_choice(const std::string & value, const char * const (&names)[N]) {
     std::string known;
     for (size_t i = 0; i < N; ++i) {
         if (value == names[i]) {
@@ -72,56 +72,71 @@ void headkv_add_args(const std::function<void(common_arg)> & add_opt) {
         add_opt(arg.set_env(env).set_examples({ LLAMA_EXAMPLE_SERVER, LLAMA_EXAMPLE_CLI }));
     };
     add(common_arg({ "--kv-size" }, "N",
-        "compress each prompt to N cells per KV head on average, recent ones included (default: 0 = off)",
-        [](common_params &, const std::string & value) {
-            const int32_t n = to_int(value);
-            if (n < 0) {
-                throw std::invalid_argument("'" + value + "': it must be more than --kv-recent, or 0 = off");
-            }
-            headkv_get_args().params.kv_size = n;
-        }), "LLAMA_ARG_KV_SIZE");
+                "compress each prompt to N cells per KV head on average, recent ones included (default: 0 = off)",
+                [](common_params &, const std::string & value) {
+                    const int32_t n = to_int(value);
+                    if (n < 0) {
+                        throw std::invalid_argument("'" + value + "': it must be more than --kv-recent, or 0 = off");
+                    }
+                    headkv_get_args().params.kv_size = n;
+                }),
+            "LLAMA_ARG_KV_SIZE");
     add(common_arg({ "--kv-size-max" }, "N",
-        "largest kv_size that a request to the server may ask for, and longest prompt that it may keep whole with kv_size 0 (default: --kv-size)",
-        [](common_params &, const std::string & value) {
-            const int32_t n = to_int(value);
-            if (n < 1) {
-                throw std::invalid_argument("'" + value + "': it must be at least --kv-size");
-            }
-            set("--kv-size-max").kv_size_max = n;
-        }), "LLAMA_ARG_KV_SIZE_MAX");
+                "largest kv_size that a request to the server may ask for, and longest prompt that it may keep whole with kv_size 0 (default: --kv-size)",
+                [](common_params &, const std::string & value) {
+                    const int32_t n = to_int(value);
+                    if (n < 1) {
+                        throw std::invalid_argument("'" + value + "': it must be at least --kv-size");
+                    }
+                    set("--kv-size-max").kv_size_max = n;
+                }),
+            "LLAMA_ARG_KV_SIZE_MAX");
     add(common_arg({ "--kv-sinks" }, "N",
-        "first tokens of each prompt that every KV head keeps (default: 4 with the policy streaming, else 0)",
-        [](common_params &, const std::string & value) { set("--kv-sinks").params.sinks = to_int(value); }), "LLAMA_ARG_KV_SINKS");
+                "first tokens of each prompt that every KV head keeps (default: 4 with the policy streaming, else 0)",
+                [](common_params &, const std::string & value) { set("--kv-sinks").params.sinks = to_int(value); }),
+            "LLAMA_ARG_KV_SINKS");
     add(common_arg({ "--kv-policy" }, "NAME",
-        with_default("which cells of a prompt each KV head keeps: auto = headkv when the importance of the heads is known, else adakv; headkv, headkv+adakv, razor = by importance; "
-            "snapkv, streaming, pyramidkv, adakv, criticalkv, h2o need none; lossless = all, without --kv-size", def.policy),
-        [](common_params &, const std::string & value) { set("--kv-policy").policy = value; }), "LLAMA_ARG_KV_POLICY");
+                with_default("which cells of a prompt each KV head keeps: auto = headkv when the importance of the heads is known, else adakv; headkv, headkv+adakv, razor = by importance; "
+                             "snapkv, streaming, pyramidkv, adakv, criticalkv, h2o need none; lossless = all, without --kv-size",
+                        def.policy),
+                [](common_params &, const std::string & value) { set("--kv-policy").policy = value; }),
+            "LLAMA_ARG_KV_POLICY");
     add(common_arg({ "--kv-beta" }, "X",
-        "a share 1/X of the budget is given out by importance, X > 1 (default: the one stored with the importance, else 1.2)",
-        [](common_params &, const std::string & value) { set("--kv-beta").params.beta = to_double(value); }), "LLAMA_ARG_KV_BETA");
+                "a share 1/X of the budget is given out by importance, X > 1 (default: the one stored with the importance, else 1.2)",
+                [](common_params &, const std::string & value) { set("--kv-beta").params.beta = to_double(value); }),
+            "LLAMA_ARG_KV_BETA");
     add(common_arg({ "--kv-window" }, "N",
-        with_default("last tokens of a prompt whose queries score it, 1 to 256", std::to_string(def.params.window)),
-        [](common_params &, const std::string & value) { set("--kv-window").params.window = to_int(value); }), "LLAMA_ARG_KV_WINDOW");
+                with_default("last tokens of a prompt whose queries score it, 1 to 256", std::to_string(def.params.window)),
+                [](common_params &, const std::string & value) { set("--kv-window").params.window = to_int(value); }),
+            "LLAMA_ARG_KV_WINDOW");
     add(common_arg({ "--kv-recent" }, "N",
-        with_default("last tokens of a prompt that every KV head keeps", std::to_string(def.params.recent)),
-        [](common_params &, const std::string & value) { set("--kv-recent").params.recent = to_int(value); }), "LLAMA_ARG_KV_RECENT");
+                with_default("last tokens of a prompt that every KV head keeps", std::to_string(def.params.recent)),
+                [](common_params &, const std::string & value) { set("--kv-recent").params.recent = to_int(value); }),
+            "LLAMA_ARG_KV_RECENT");
     add(common_arg({ "--kv-power" }, "1|2|4|8",
-        with_default("power mean of the queries' attention that scores a token: 1 = their mean, more = rather the largest", std::to_string(def.params.power)),
-        [](common_params &, const std::string & value) { set("--kv-power").params.power = to_int(value); }), "LLAMA_ARG_KV_POWER");
+                with_default("power mean of the queries' attention that scores a token: 1 = their mean, more = rather the largest", std::to_string(def.params.power)),
+                [](common_params &, const std::string & value) { set("--kv-power").params.power = to_int(value); }),
+            "LLAMA_ARG_KV_POWER");
     add(common_arg({ "--kv-pool" }, "max|avg",
-        with_default("pooling of the scores along the prompt", POOLS[def.params.pool]),
-        [](common_params &, const std::string & value) { set("--kv-pool").params.pool = to_choice(value, POOLS); }), "LLAMA_ARG_KV_POOL");
+                with_default("pooling of the scores along the prompt", POOLS[def.params.pool]),
+                [](common_params &, const std::string & value) { set("--kv-pool").params.pool = to_choice(value, POOLS); }),
+            "LLAMA_ARG_KV_POOL");
     add(common_arg({ "--kv-pool-kernel" }, "N",
-        with_default("scores that are pooled, odd, 1 = none, 0 = a quarter of the cells of each head, 3 to 31", std::to_string(def.params.pool_kernel)),
-        [](common_params &, const std::string & value) { set("--kv-pool-kernel").params.pool_kernel = to_int(value); }), "LLAMA_ARG_KV_POOL_KERNEL");
+                with_default("scores that are pooled, odd, 1 = none, 0 = a quarter of the cells of each head, 3 to 31", std::to_string(def.params.pool_kernel)),
+                [](common_params &, const std::string & value) { set("--kv-pool-kernel").params.pool_kernel = to_int(value); }),
+            "LLAMA_ARG_KV_POOL_KERNEL");
     add(common_arg({ "--kv-importance" }, "FILE",
-        "GGUF with the importance of each head (default: the model)",
-        [](common_params &, const std::string & value) { set("--kv-importance").importance = value; }), "LLAMA_ARG_KV_IMPORTANCE");
+                "GGUF with the importance of each head (default: the model)",
+                [](common_params &, const std::string & value) { set("--kv-importance").importance = value; }),
+            "LLAMA_ARG_KV_IMPORTANCE");
     add(common_arg({ "--kv-prefill" }, "auto|layer|token",
-        with_default("order in which prompts are read: layer = one layer's full cache is alive at a time; "
-            "token = in batches through all layers; auto = layer where the model and the request allow it, else token", PREFILLS[def.params.prefill]),
-        [](common_params &, const std::string & value) { set("--kv-prefill").params.prefill = to_choice(value, PREFILLS); }), "LLAMA_ARG_KV_PREFILL");
+                with_default("order in which prompts are read: layer = one layer's full cache is alive at a time; "
+                             "token = in batches through all layers; auto = layer where the model and the request allow it, else token",
+                        PREFILLS[def.params.prefill]),
+                [](common_params &, const std::string & value) { set("--kv-prefill").params.prefill = to_choice(value, PREFILLS); }),
+            "LLAMA_ARG_KV_PREFILL");
     add(common_arg({ "--kv-reuse" }, { "--no-kv-reuse" },
-        with_default("continue on the compressed past when a prompt begins with it, instead of reading it again", def.reuse ? "enabled" : "disabled"),
-        [](common_params &, bool value) { set("--kv-reuse").reuse = value; }), "LLAMA_ARG_KV_REUSE");
+                with_default("continue on the compressed past when a prompt begins with it, instead of reading it again", def.reuse ? "enabled" : "disabled"),
+                [](common_params &, bool value) { set("--kv-reuse").reuse = value; }),
+            "LLAMA_ARG_KV_REUSE");
 }

@@ -13,8 +13,8 @@ struct headkv_args {
     struct headkv_params params; // kv_size 0 = off; policy and importance_gguf are those below
     std::string policy;
     std::string importance; // GGUF file, empty = the model
-    bool        reuse = false;
-    int32_t     kv_size_max = 0; // of a request, 0 = kv_size
+    bool reuse = false;
+    int32_t kv_size_max = 0; // of a request, 0 = kv_size
     std::vector<std::string> given; // flags that were set, other than --kv-size
 
     bool is_lossless() const { return policy == "lossless"; }

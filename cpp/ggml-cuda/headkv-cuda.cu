@@ -10,9 +10,9 @@ bool headkv_cuda_supports(const ggml_tensor * op) {
     switch (headkv_op_get(op).kind) {
         case HEADKV_OP_ATTEND: return headkv::attend_supports(op);
         case HEADKV_OP_STATS:
-        case HEADKV_OP_SCORE:  return headkv::score_supports(op);
+        case HEADKV_OP_SCORE: return headkv::score_supports(op);
         case HEADKV_OP_SELECT: return headkv::select_supports(op);
-        default:               return false;
+        default: return false;
     }
 }
 
@@ -21,21 +21,18 @@ bool headkv_cuda_compute(ggml_backend_cuda_context & ctx, ggml_tensor * dst) {
         return false;
     }
     switch (headkv_op_get(dst).kind) {
-        case HEADKV_OP_ATTEND:
-            {
-                ggml_cuda_pool_alloc<char> scratch(ctx.pool(), headkv::attend_scratch(dst));
-                headkv::attend_run(dst, (float *) scratch.get(), ctx.stream());
-            } break;
+        case HEADKV_OP_ATTEND: {
+            ggml_cuda_pool_alloc<char> scratch(ctx.pool(), headkv::attend_scratch(dst));
+            headkv::attend_run(dst, (float *) scratch.get(), ctx.stream());
+        } break;
         case HEADKV_OP_STATS:
-        case HEADKV_OP_SCORE:
-            {
-                ggml_cuda_pool_alloc<char> scratch(ctx.pool(), headkv::score_scratch(dst));
-                headkv::score_run(dst, (float *) scratch.get(), ctx.stream());
-            } break;
-        case HEADKV_OP_SELECT:
-            {
-                headkv::select_run(dst, ctx.stream());
-            } break;
+        case HEADKV_OP_SCORE: {
+            ggml_cuda_pool_alloc<char> scratch(ctx.pool(), headkv::score_scratch(dst));
+            headkv::score_run(dst, (float *) scratch.get(), ctx.stream());
+        } break;
+        case HEADKV_OP_SELECT: {
+            headkv::select_run(dst, ctx.stream());
+        } break;
         default:
             return false;
     }

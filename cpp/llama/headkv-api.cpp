@@ -51,31 +51,31 @@ static void check_head(const llama_kv_cache_ragged & kv, int32_t il, int32_t ih)
 
 struct headkv_params headkv_default_params(void) {
     struct headkv_params params = {
-        /*.size            =*/ sizeof(struct headkv_params),
-        /*.policy          =*/ "auto",
-        /*.kv_size         =*/ 128,
-        /*.window          =*/ 64,
-        /*.recent          =*/ 8,
-        /*.power           =*/ 4,
-        /*.pool            =*/ HEADKV_POOL_MAX,
-        /*.pool_kernel     =*/ 0,
-        /*.beta            =*/ 0.0,
-        /*.n_tail          =*/ 16,
-        /*.attend          =*/ HEADKV_ATTEND_AUTO,
-        /*.n_buckets       =*/ 1,
-        /*.prefill         =*/ HEADKV_PREFILL_AUTO,
-        /*.hidden_f16      =*/ 0,
-        /*.sinks           =*/ -1,
-        /*.protect         =*/ nullptr,
-        /*.n_protect       =*/ 0,
-        /*.surplus         =*/ HEADKV_SURPLUS_LOST,
-        /*.pyramid_exact   =*/ 1,
-        /*.adakv_floor     =*/ -1.0,
-        /*.adakv_normalize =*/ 0,
-        /*.importance      =*/ nullptr,
-        /*.n_layer         =*/ 0,
-        /*.n_head          =*/ 0,
-        /*.importance_gguf =*/ nullptr,
+        /*.size            =*/sizeof(struct headkv_params),
+        /*.policy          =*/"auto",
+        /*.kv_size         =*/128,
+        /*.window          =*/64,
+        /*.recent          =*/8,
+        /*.power           =*/4,
+        /*.pool            =*/HEADKV_POOL_MAX,
+        /*.pool_kernel     =*/0,
+        /*.beta            =*/0.0,
+        /*.n_tail          =*/16,
+        /*.attend          =*/HEADKV_ATTEND_AUTO,
+        /*.n_buckets       =*/1,
+        /*.prefill         =*/HEADKV_PREFILL_AUTO,
+        /*.hidden_f16      =*/0,
+        /*.sinks           =*/-1,
+        /*.protect         =*/nullptr,
+        /*.n_protect       =*/0,
+        /*.surplus         =*/HEADKV_SURPLUS_LOST,
+        /*.pyramid_exact   =*/1,
+        /*.adakv_floor     =*/-1.0,
+        /*.adakv_normalize =*/0,
+        /*.importance      =*/nullptr,
+        /*.n_layer         =*/0,
+        /*.n_head          =*/0,
+        /*.importance_gguf =*/nullptr,
     };
     return params;
 }
@@ -153,11 +153,11 @@ int32_t headkv_begin_prompt(struct llama_context * ctx, llama_seq_id seq_id, int
 // the whole prompt of a sequence in one batch, the last token with an output or none
 static int32_t decode_prompt(llama_context * ctx, llama_seq_id seq_id, const llama_token * tokens, int32_t n_tokens, bool output) {
     try {
-        std::vector<llama_token>    ids(tokens, tokens + n_tokens);
-        std::vector<llama_pos>      pos(n_tokens);
-        std::vector<int32_t>        n_seq_id(n_tokens, 1);
+        std::vector<llama_token> ids(tokens, tokens + n_tokens);
+        std::vector<llama_pos> pos(n_tokens);
+        std::vector<int32_t> n_seq_id(n_tokens, 1);
         std::vector<llama_seq_id *> seq_ids(n_tokens, &seq_id);
-        std::vector<int8_t>         outputs(n_tokens, 0);
+        std::vector<int8_t> outputs(n_tokens, 0);
         std::iota(pos.begin(), pos.end(), 0);
         outputs.back() = output;
         return llama_decode(ctx, { n_tokens, ids.data(), nullptr, pos.data(), n_seq_id.data(), seq_ids.data(), outputs.data() });
@@ -202,7 +202,7 @@ int32_t headkv_read_ahead(struct llama_context * ctx, llama_seq_id seq_id, const
         }
         const auto n_left = [&]() { return (int32_t) kv.n_steps_left(seq_id, n_tokens, llama_n_ubatch(ctx)); };
         if (n_left() > 1) {
-            kv.set_pause(ggml_time_us() + 1000*(int64_t) max_ms);
+            kv.set_pause(ggml_time_us() + 1000 * (int64_t) max_ms);
             const int32_t res = decode_prompt(ctx, seq_id, tokens, n_tokens, false);
             kv.set_pause(0);
             if (res != 0) {
@@ -268,16 +268,16 @@ int32_t headkv_get_stats(const struct llama_context * ctx, llama_seq_id seq_id, 
             return fail("headkv_stats.size does not match this library");
         }
         const auto & seq = kv.seq(seq_id);
-        stats->state         = seq.state;
-        stats->n_prompt      = seq.n_prompt;
-        stats->n_past        = seq.n_pos;
-        stats->bytes_store   = kv.store().n_bytes();
+        stats->state = seq.state;
+        stats->n_prompt = seq.n_prompt;
+        stats->n_past = seq.n_pos;
+        stats->bytes_store = kv.store().n_bytes();
         stats->bytes_staging = kv.staging().n_bytes();
-        stats->bytes_peak    = kv.bytes_peak();
-        stats->bytes_full    = (int64_t) kv.bytes_cell()*seq.n_pos;
+        stats->bytes_peak = kv.bytes_peak();
+        stats->bytes_full = (int64_t) kv.bytes_cell() * seq.n_pos;
         stats->t_compress_us = kv.t_compress_us();
-        stats->n_compress    = kv.n_compress();
-        stats->kv_size       = seq.kv_size;
+        stats->n_compress = kv.n_compress();
+        stats->kv_size = seq.kv_size;
         return 0;
     });
 }
@@ -294,14 +294,14 @@ int32_t headkv_get_budget(const struct llama_context * ctx, int32_t * dst, int32
     return guarded([&]() -> int32_t {
         const llama_kv_cache_ragged & kv = cache_of(ctx, 0);
         const int32_t n_head_kv = kv.n_head_kv_max();
-        const int32_t n_values  = kv.n_layer()*n_head_kv;
+        const int32_t n_values = kv.n_layer() * n_head_kv;
         if (dst) {
             if (n < n_values) {
                 return fail(format("room for %d values, %d are needed", n, n_values));
             }
             std::fill(dst, dst + n_values, 0);
             for (int32_t il = 0; il < kv.n_layer(); ++il) {
-                std::transform(kv.budget(il).begin(), kv.budget(il).end(), dst + il*n_head_kv, [&](uint32_t x) {
+                std::transform(kv.budget(il).begin(), kv.budget(il).end(), dst + il * n_head_kv, [&](uint32_t x) {
                     return kv.config().policy->keeps_all ? (int32_t) kv.n_ctx_seq_max() : (int32_t) x;
                 });
             }
@@ -314,7 +314,7 @@ int32_t headkv_get_n_cells(const struct llama_context * ctx, llama_seq_id seq_id
     return guarded([&]() -> int32_t {
         const llama_kv_cache_ragged & kv = cache_of(ctx, seq_id);
         const int32_t n_head_kv = kv.n_head_kv_max();
-        const int32_t n_values  = kv.n_layer()*n_head_kv;
+        const int32_t n_values = kv.n_layer() * n_head_kv;
         if (!dst) {
             return n_values;
         }
@@ -328,7 +328,7 @@ int32_t headkv_get_n_cells(const struct llama_context * ctx, llama_seq_id seq_id
                 // of a prompt that is read layer by layer, the first layers are compressed
                 const bool is_stored = (size_t) seq_id < layer.ranges.size() && !layer.ranges[seq_id].empty();
                 const int32_t n_more = seq.state == HEADKV_SEQ_COMPRESSED ? seq.n_generated() : 0;
-                dst[layer.il*n_head_kv + ih] = is_stored ? layer.ranges[seq_id][ih].n_used(n_more) : seq.n_pos;
+                dst[layer.il * n_head_kv + ih] = is_stored ? layer.ranges[seq_id][ih].n_used(n_more) : seq.n_pos;
             }
         }
         return n_values;
@@ -360,14 +360,14 @@ int32_t headkv_plan(const struct headkv_params * params, int32_t n_layer, const 
         }
         const std::vector<int32_t> heads(n_head, n_head + n_layer), heads_kv(n_head_kv, n_head_kv + n_layer);
         for (int32_t il = 0; il < n_layer; ++il) {
-            const bool ok = heads_kv[il] == 0 ? heads[il] == 0 : heads_kv[il] > 0 && heads[il] > 0 && heads[il] <= 65536 && heads[il]%heads_kv[il] == 0;
+            const bool ok = heads_kv[il] == 0 ? heads[il] == 0 : heads_kv[il] > 0 && heads[il] > 0 && heads[il] <= 65536 && heads[il] % heads_kv[il] == 0;
             if (!ok) {
                 throw std::invalid_argument(format("layer %d with %d heads and %d KV heads: both 0, or heads a multiple of KV heads",
-                            il, heads[il], heads_kv[il]));
+                        il, heads[il], heads_kv[il]));
             }
         }
         const size_t n_row = *std::max_element(heads_kv.begin(), heads_kv.end());
-        std::fill(dst, dst + n_layer*n_row, 0);
+        std::fill(dst, dst + n_layer * n_row, 0);
         for (const auto & layer : headkv_budget(headkv_config_from_params(*params), { heads, heads_kv })) {
             std::copy(layer.begin(), layer.end(), dst);
             dst += n_row;
@@ -419,7 +419,7 @@ int32_t headkv_read_attention(struct llama_context * ctx, llama_seq_id seq_id, i
         if (n_queries < 1 || n_queries > kv.staging().n_ring()) {
             return fail(format("attention of the last %d tokens: it must be in [1, %d], the window of the context", n_queries, kv.staging().n_ring()));
         }
-        const int32_t n_values = n_queries*kv.n_layer()*kv.n_head_max();
+        const int32_t n_values = n_queries * kv.n_layer() * kv.n_head_max();
         if (!mass) {
             return n_values;
         }
@@ -428,7 +428,7 @@ int32_t headkv_read_attention(struct llama_context * ctx, llama_seq_id seq_id, i
         }
         std::vector<std::pair<int32_t, int32_t>> ranges;
         for (int32_t i = 0; i < n_spans; ++i) {
-            ranges.push_back({ spans[2*i], spans[2*i + 1] });
+            ranges.push_back({ spans[2 * i], spans[2 * i + 1] });
         }
         headkv_attention_of(kv, ctx, seq_id, n_queries, ranges, n_top, mass, top);
         return n_values;

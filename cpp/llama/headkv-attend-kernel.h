@@ -19,7 +19,7 @@ constexpr int N_BLOCK = 64; // rows
 // largest power of two n <= limit such that n*G accumulators, n shared operands and two more fit into the registers
 constexpr int fit_registers(int G, int limit) {
     int n = 1;
-    while (2*n <= limit && 2*n*(G + 1) + 2 <= N_REG) {
+    while (2 * n <= limit && 2 * n * (G + 1) + 2 <= N_REG) {
         n *= 2;
     }
     return n;
@@ -28,32 +28,32 @@ constexpr int fit_registers(int G, int limit) {
 // s[g*N_BLOCK + r] = q_g . k_r for R rows
 template <int G, int R, class K>
 inline void scores(const headkv_attend_args & a, const float * q, const char * k, float * s) {
-    vf acc[R*G];
-    for (int i = 0; i < R*G; ++i) {
+    vf acc[R * G];
+    for (int i = 0; i < R * G; ++i) {
         acc[i] = vf_zero();
     }
     for (int d = 0; d < a.n_embd_head; d += W) {
         vf kr[R];
         for (int r = 0; r < R; ++r) {
-            kr[r] = K::load(k + r*a.nb_k, d);
+            kr[r] = K::load(k + r * a.nb_k, d);
         }
         for (int g = 0; g < G; ++g) {
-            const vf qg = vf_load(q + g*a.nq + d);
+            const vf qg = vf_load(q + g * a.nq + d);
             for (int r = 0; r < R; ++r) {
-                acc[g*R + r] = vf_fma(kr[r], qg, acc[g*R + r]);
+                acc[g * R + r] = vf_fma(kr[r], qg, acc[g * R + r]);
             }
         }
     }
-    float sum[(R*G + 3)/4*4];
-    for (int i = 0; i + 3 < R*G; i += 4) {
+    float sum[(R * G + 3) / 4 * 4];
+    for (int i = 0; i + 3 < R * G; i += 4) {
         vf_sum4(acc[i], acc[i + 1], acc[i + 2], acc[i + 3], sum + i);
     }
-    for (int i = R*G/4*4; i < R*G; ++i) {
+    for (int i = R * G / 4 * 4; i < R * G; ++i) {
         sum[i] = vf_sum(acc[i]);
     }
     for (int g = 0; g < G; ++g) {
         for (int r = 0; r < R; ++r) {
-            s[g*N_BLOCK + r] = sum[g*R + r];
+            s[g * N_BLOCK + r] = sum[g * R + r];
         }
     }
 }
@@ -61,27 +61,27 @@ inline void scores(const headkv_attend_args & a, const float * q, const char * k
 // acc_g += sum_r p[g*N_BLOCK + r]*v_r, N vectors of columns at a time
 template <int G, int N, class V>
 inline void accumulate(const headkv_attend_args & a, const float * p, const char * v, int n, int d0, float * acc) {
-    vf t[G*N];
+    vf t[G * N];
     for (int g = 0; g < G; ++g) {
         for (int i = 0; i < N; ++i) {
-            t[g*N + i] = vf_load(acc + g*a.n_embd_head + d0 + i*W);
+            t[g * N + i] = vf_load(acc + g * a.n_embd_head + d0 + i * W);
         }
     }
     for (int r = 0; r < n; ++r) {
         vf vr[N];
         for (int i = 0; i < N; ++i) {
-            vr[i] = V::load(v + r*a.nb_v, d0 + i*W);
+            vr[i] = V::load(v + r * a.nb_v, d0 + i * W);
         }
         for (int g = 0; g < G; ++g) {
-            const vf pg = vf_set(p[g*N_BLOCK + r]);
+            const vf pg = vf_set(p[g * N_BLOCK + r]);
             for (int i = 0; i < N; ++i) {
-                t[g*N + i] = vf_fma(vr[i], pg, t[g*N + i]);
+                t[g * N + i] = vf_fma(vr[i], pg, t[g * N + i]);
             }
         }
     }
     for (int g = 0; g < G; ++g) {
         for (int i = 0; i < N; ++i) {
-            vf_store(acc + g*a.n_embd_head + d0 + i*W, t[g*N + i]);
+            vf_store(acc + g * a.n_embd_head + d0 + i * W, t[g * N + i]);
         }
     }
 }
@@ -92,33 +92,33 @@ void attend_group(const headkv_attend_args & a, const float * q, float * acc, fl
     constexpr int R = fit_registers(G, 8); // rows of K at a time
     constexpr int N = fit_registers(G, 4); // vectors of V at a time
 
-    for (int i = 0; i < G*a.n_embd_head; ++i) {
+    for (int i = 0; i < G * a.n_embd_head; ++i) {
         acc[i] = 0.0f;
     }
     for (int g = 0; g < G; ++g) {
         m[g] = -INFINITY;
         s[g] = 0.0f;
     }
-    alignas(64) float p[G*N_BLOCK];
+    alignas(64) float p[G * N_BLOCK];
 
     for (int r0 = 0; r0 < a.n_rows; r0 += N_BLOCK) {
-        const int    n = std::min(N_BLOCK, a.n_rows - r0);
-        const char * k = a.k + r0*a.nb_k;
-        const char * v = a.v + r0*a.nb_v;
+        const int n = std::min(N_BLOCK, a.n_rows - r0);
+        const char * k = a.k + r0 * a.nb_k;
+        const char * v = a.v + r0 * a.nb_v;
 
         int r = 0;
         for (; r + R <= n; r += R) {
-            scores<G, R, K>(a, q, k + r*a.nb_k, p + r);
+            scores<G, R, K>(a, q, k + r * a.nb_k, p + r);
         }
         for (; r < n; ++r) {
-            scores<G, 1, K>(a, q, k + r*a.nb_k, p + r);
+            scores<G, 1, K>(a, q, k + r * a.nb_k, p + r);
         }
 
-        const int n_pad = (n + W - 1)/W*W;
+        const int n_pad = (n + W - 1) / W * W;
         for (int g = 0; g < G; ++g) {
-            float * pg = p + g*N_BLOCK;
+            float * pg = p + g * N_BLOCK;
             for (int i = 0; i < n; ++i) {
-                pg[i] = a.softcap > 0.0f ? a.softcap*std::tanh(pg[i]*a.scale/a.softcap) : pg[i]*a.scale;
+                pg[i] = a.softcap > 0.0f ? a.softcap * std::tanh(pg[i] * a.scale / a.softcap) : pg[i] * a.scale;
             }
             for (int i = n; i < n_pad; ++i) {
                 pg[i] = -INFINITY;
@@ -133,7 +133,7 @@ void attend_group(const headkv_attend_args & a, const float * q, float * acc, fl
                 m[g] = mb;
                 s[g] *= f;
                 for (int d = 0; d < a.n_embd_head; ++d) {
-                    acc[g*a.n_embd_head + d] *= f;
+                    acc[g * a.n_embd_head + d] *= f;
                 }
             }
             vf sv = vf_zero();
@@ -146,7 +146,7 @@ void attend_group(const headkv_attend_args & a, const float * q, float * acc, fl
         }
 
         int d = 0;
-        for (; d + N*W <= a.n_embd_head; d += N*W) {
+        for (; d + N * W <= a.n_embd_head; d += N * W) {
             accumulate<G, N, V>(a, p, v, n, d, acc);
         }
         for (; d < a.n_embd_head; d += W) {
@@ -158,8 +158,8 @@ void attend_group(const headkv_attend_args & a, const float * q, float * acc, fl
 template <class K, class V>
 void attend(const headkv_attend_args & a, float * acc, float * m, float * s) {
     for (int g = 0; g < a.n_group;) {
-        const float * q = a.q + g*a.nq;
-        float * acc_g = acc + g*a.n_embd_head;
+        const float * q = a.q + g * a.nq;
+        float * acc_g = acc + g * a.n_embd_head;
         const int n = std::min(8, a.n_group - g);
         switch (n) {
             case 1: attend_group<1, K, V>(a, q, acc_g, m + g, s + g); break;
@@ -180,11 +180,11 @@ inline headkv_attend_kernel find_kernel(ggml_type type_k, ggml_type type_v, int 
         return nullptr;
     }
     switch (type_k) {
-        case GGML_TYPE_F32:  return attend<row_f32,  row_f32>;
-        case GGML_TYPE_F16:  return attend<row_f16,  row_f16>;
+        case GGML_TYPE_F32: return attend<row_f32, row_f32>;
+        case GGML_TYPE_F16: return attend<row_f16, row_f16>;
         case GGML_TYPE_BF16: return attend<row_bf16, row_bf16>;
         case GGML_TYPE_Q8_0: return n_embd_head % 32 == 0 ? attend<row_q8_0, row_q8_0> : nullptr;
-        default:             return nullptr;
+        default: return nullptr;
     }
 }
 

@@ -13,39 +13,39 @@
 //
 
 static void attend_portable(const headkv_attend_args & a, float * acc, float * m, float * s) {
-    const auto * traits   = ggml_get_type_traits_cpu(a.type_k);
-    const auto   dot_type = traits->vec_dot_type;
-    const size_t nb_q     = ggml_row_size(dot_type, a.n_embd_head);
+    const auto * traits = ggml_get_type_traits_cpu(a.type_k);
+    const auto dot_type = traits->vec_dot_type;
+    const size_t nb_q = ggml_row_size(dot_type, a.n_embd_head);
 
     // a query is rounded to the type that K is multiplied with, as ggml's own attention does
-    std::vector<char>  q(nb_q*a.n_group);
+    std::vector<char> q(nb_q * a.n_group);
     std::vector<float> vf(a.n_embd_head);
     for (int g = 0; g < a.n_group; ++g) {
         if (dot_type == GGML_TYPE_F32) {
-            memcpy(q.data() + g*nb_q, a.q + g*a.nq, nb_q);
+            memcpy(q.data() + g * nb_q, a.q + g * a.nq, nb_q);
         } else {
-            ggml_get_type_traits_cpu(dot_type)->from_float(a.q + g*a.nq, q.data() + g*nb_q, a.n_embd_head);
+            ggml_get_type_traits_cpu(dot_type)->from_float(a.q + g * a.nq, q.data() + g * nb_q, a.n_embd_head);
         }
         m[g] = -INFINITY;
         s[g] = 0.0f;
     }
-    std::fill(acc, acc + a.n_group*a.n_embd_head, 0.0f);
+    std::fill(acc, acc + a.n_group * a.n_embd_head, 0.0f);
 
     const auto to_float = ggml_get_type_traits(a.type_v)->to_float;
 
     for (int r = 0; r < a.n_rows; ++r) {
-        const char * v = a.v + r*a.nb_v;
+        const char * v = a.v + r * a.nb_v;
         if (a.type_v == GGML_TYPE_F32) {
-            memcpy(vf.data(), v, a.n_embd_head*sizeof(float));
+            memcpy(vf.data(), v, a.n_embd_head * sizeof(float));
         } else {
             to_float(v, vf.data(), a.n_embd_head);
         }
         for (int g = 0; g < a.n_group; ++g) {
             float x;
-            traits->vec_dot(a.n_embd_head, &x, 0, a.k + r*a.nb_k, 0, q.data() + g*nb_q, 0, 1);
-            x = a.softcap > 0.0f ? a.softcap*std::tanh(x*a.scale/a.softcap) : x*a.scale;
+            traits->vec_dot(a.n_embd_head, &x, 0, a.k + r * a.nb_k, 0, q.data() + g * nb_q, 0, 1);
+            x = a.softcap > 0.0f ? a.softcap * std::tanh(x * a.scale / a.softcap) : x * a.scale;
 
-            float * ag = acc + g*a.n_embd_head;
+            float * ag = acc + g * a.n_embd_head;
             if (x > m[g]) {
                 const float f = std::exp(m[g] - x);
                 m[g] = x;
@@ -57,7 +57,7 @@ static void attend_portable(const headkv_attend_args & a, float * acc, float * m
             const float p = std::exp(x - m[g]);
             s[g] += p;
             for (int d = 0; d < a.n_embd_head; ++d) {
-                ag[d] += p*vf[d];
+                ag[d] += p * vf[d];
             }
         }
     }
@@ -74,9 +74,9 @@ headkv_attend_kernel headkv_attend_kernel_find(ggml_type type_k, ggml_type type_
         const char * name;
         headkv_attend_kernel (*find)(ggml_type, ggml_type, int);
     } kernels[] = {
-        { "avx512",   headkv_attend_kernel_avx512   },
-        { "avx2",     headkv_attend_kernel_avx2     },
-        { "neon",     headkv_attend_kernel_neon     },
+        { "avx512", headkv_attend_kernel_avx512 },
+        { "avx2", headkv_attend_kernel_avx2 },
+        { "neon", headkv_attend_kernel_neon },
         { "portable", headkv_attend_kernel_portable },
     };
     for (const auto & k : kernels) {
@@ -98,7 +98,7 @@ headkv_attend_state::headkv_attend_state(int n_embd_head, int n_head, int n_head
     // env: HEADKV_KERNEL, for tests and measurements
     kernel(headkv_attend_kernel_find(type_k, type_v, n_embd_head, getenv("HEADKV_KERNEL"))),
     n_embd_head(n_embd_head), n_head(n_head), n_head_kv(n_head_kv),
-    n_done(new std::atomic<int>[(size_t) n_head_kv*n_seq_max*N_TOKENS_SPLIT]()) {
+    n_done(new std::atomic<int>[(size_t) n_head_kv * n_seq_max * N_TOKENS_SPLIT]()) {
 }
 
 namespace {
@@ -120,7 +120,7 @@ struct attend_jobs {
     int seq = 0, head = 0, token = 0, slot = 0;
     int i = 0; // number of the first job of (seq, head, token)
 
-    int n_visible(int s, int h, int t) const { return std::max(0, ranges[2*(s*n_head_kv + h) + 1] - (n_tps - 1 - t)); }
+    int n_visible(int s, int h, int t) const { return std::max(0, ranges[2 * (s * n_head_kv + h) + 1] - (n_tps - 1 - t)); }
 
     // finds job number target >= i; false when there are no more jobs
     bool seek(int target, attend_job & job) {
@@ -128,17 +128,23 @@ struct attend_jobs {
             if (seq == n_seqs) {
                 return false;
             }
-            const int n       = n_visible(seq, head, token);
-            const int n_chunk = std::max(1, (n + n_rows_chunk - 1)/n_rows_chunk);
+            const int n = n_visible(seq, head, token);
+            const int n_chunk = std::max(1, (n + n_rows_chunk - 1) / n_rows_chunk);
             if (i + n_chunk > target) {
                 const int c = target - i;
-                job = { seq, head, token, c*n_rows_chunk, std::min(n_rows_chunk, n - c*n_rows_chunk), c, n_chunk, slot };
+                job = { seq, head, token, c * n_rows_chunk, std::min(n_rows_chunk, n - c * n_rows_chunk), c, n_chunk, slot };
                 return true;
             }
             i += n_chunk;
             slot += n_chunk > 1 ? n_chunk : 0;
-            if (++token == n_tps)  { token = 0; ++head; }
-            if (head == n_head_kv) { head  = 0; ++seq;  }
+            if (++token == n_tps) {
+                token = 0;
+                ++head;
+            }
+            if (head == n_head_kv) {
+                head = 0;
+                ++seq;
+            }
         }
     }
 };
@@ -150,8 +156,8 @@ void attend_biased(headkv_attend_kernel kernel, headkv_attend_args args, float b
     const int G = args.n_group;
 
     float * acc0 = buf;
-    float * m0   = acc0 + G*D;
-    float * s0   = m0 + G;
+    float * m0 = acc0 + G * D;
+    float * s0 = m0 + G;
 
     const int n_rows = args.n_rows;
     args.n_rows = 1;
@@ -163,12 +169,12 @@ void attend_biased(headkv_attend_kernel kernel, headkv_attend_args args, float b
 
     for (int g = 0; g < G; ++g) {
         const float mg = std::max(m[g], m0[g] + bias);
-        const float f  = std::exp(m[g] - mg);
+        const float f = std::exp(m[g] - mg);
         const float f0 = std::exp(m0[g] + bias - mg);
         m[g] = mg;
-        s[g] = f*s[g] + f0*s0[g];
+        s[g] = f * s[g] + f0 * s0[g];
         for (int d = 0; d < D; ++d) {
-            acc[g*D + d] = f*acc[g*D + d] + f0*acc0[g*D + d];
+            acc[g * D + d] = f * acc[g * D + d] + f0 * acc0[g * D + d];
         }
     }
 }
@@ -177,28 +183,28 @@ void attend_biased(headkv_attend_kernel kernel, headkv_attend_args args, float b
 // logits, then n_group sums of exponentials.
 void combine_chunks(float * out, const float * first, int n_chunk, size_t n_partial, int n_group, int n_embd_head) {
     for (int g = 0; g < n_group; ++g) {
-        const float * mg = first + n_group*n_embd_head + g;
+        const float * mg = first + n_group * n_embd_head + g;
         const float * sg = mg + n_group;
 
         float m = -INFINITY;
         for (int c = 0; c < n_chunk; ++c) {
-            m = std::max(m, mg[c*n_partial]);
+            m = std::max(m, mg[c * n_partial]);
         }
         float s = 0.0f;
-        float * og = out + g*n_embd_head;
+        float * og = out + g * n_embd_head;
         std::fill(og, og + n_embd_head, 0.0f);
         for (int c = 0; c < n_chunk; ++c) {
-            if (sg[c*n_partial] == 0.0f) {
+            if (sg[c * n_partial] == 0.0f) {
                 continue; // no rows
             }
-            const float   f = std::exp(mg[c*n_partial] - m);
-            const float * a = first + c*n_partial + g*n_embd_head;
-            s += f*sg[c*n_partial];
+            const float f = std::exp(mg[c * n_partial] - m);
+            const float * a = first + c * n_partial + g * n_embd_head;
+            s += f * sg[c * n_partial];
             for (int d = 0; d < n_embd_head; ++d) {
-                og[d] += f*a[d];
+                og[d] += f * a[d];
             }
         }
-        const float f = s > 0.0f ? 1.0f/s : 0.0f;
+        const float f = s > 0.0f ? 1.0f / s : 0.0f;
         for (int d = 0; d < n_embd_head; ++d) {
             og[d] *= f;
         }
@@ -210,69 +216,69 @@ void attend_op(ggml_tensor * dst, int ith, int nth, void * userdata) {
     headkv_attend_state & state = *(headkv_attend_state *) userdata;
     const headkv_op op = headkv_op_get(dst);
 
-    const ggml_tensor * q      = dst->src[0];
-    const ggml_tensor * k      = dst->src[1];
-    const ggml_tensor * v      = dst->src[2];
+    const ggml_tensor * q = dst->src[0];
+    const ggml_tensor * k = dst->src[1];
+    const ggml_tensor * v = dst->src[2];
     const ggml_tensor * ranges = dst->src[3];
-    const ggml_tensor * bias   = dst->src[4];
+    const ggml_tensor * bias = dst->src[4];
 
     const int n_embd_head = state.n_embd_head;
-    const int n_group     = state.n_head/state.n_head_kv;
-    const int n_tokens    = (int) q->ne[2];
-    const int n_seqs      = (int) ranges->ne[2];
-    const int n_tps       = n_tokens/n_seqs;
+    const int n_group = state.n_head / state.n_head_kv;
+    const int n_tokens = (int) q->ne[2];
+    const int n_seqs = (int) ranges->ne[2];
+    const int n_tps = n_tokens / n_seqs;
 
     const bool split = n_tps <= headkv_attend_state::N_TOKENS_SPLIT;
 
     attend_jobs jobs = { (const int32_t *) ranges->data, state.n_head_kv, n_seqs, n_tps,
         split ? headkv_attend_state::N_ROWS_CHUNK : 1 << 30 };
 
-    float * out      = (float *) dst->data;
-    float * partials = out + (int64_t) n_embd_head*state.n_head*n_tokens;
-    const size_t n_partial = (size_t) n_group*(n_embd_head + 2);
+    float * out = (float *) dst->data;
+    float * partials = out + (int64_t) n_embd_head * state.n_head * n_tokens;
+    const size_t n_partial = (size_t) n_group * (n_embd_head + 2);
 
-    std::vector<float> own(2*n_partial);
+    std::vector<float> own(2 * n_partial);
 
     headkv_attend_args args;
-    args.nq          = q->nb[1]/sizeof(float);
-    args.nb_k        = k->nb[1];
-    args.nb_v        = v->nb[1];
+    args.nq = q->nb[1] / sizeof(float);
+    args.nb_k = k->nb[1];
+    args.nb_v = v->nb[1];
     args.n_embd_head = n_embd_head;
-    args.n_group     = n_group;
-    args.type_k      = k->type;
-    args.type_v      = v->type;
-    args.scale       = op.scale;
-    args.softcap     = op.softcap;
+    args.n_group = n_group;
+    args.type_k = k->type;
+    args.type_v = v->type;
+    args.scale = op.scale;
+    args.softcap = op.softcap;
 
     attend_job job;
     while (jobs.seek(state.ticket.fetch_add(1, std::memory_order_relaxed), job)) {
-        const int32_t * range = jobs.ranges + 2*(job.seq*state.n_head_kv + job.head);
-        const int       token = job.seq*n_tps + job.token;
+        const int32_t * range = jobs.ranges + 2 * (job.seq * state.n_head_kv + job.head);
+        const int token = job.seq * n_tps + job.token;
 
-        args.q      = (const float *) ((const char *) q->data + token*q->nb[2] + (size_t) job.head*n_group*q->nb[1]);
-        args.k      = (const char *) k->data + (size_t) (range[0] + job.row)*k->nb[1];
-        args.v      = (const char *) v->data + (size_t) (range[0] + job.row)*v->nb[1];
+        args.q = (const float *) ((const char *) q->data + token * q->nb[2] + (size_t) job.head * n_group * q->nb[1]);
+        args.k = (const char *) k->data + (size_t) (range[0] + job.row) * k->nb[1];
+        args.v = (const char *) v->data + (size_t) (range[0] + job.row) * v->nb[1];
         args.n_rows = std::max(0, job.n_rows);
 
-        float * o = out + (int64_t) token*n_embd_head*state.n_head + (int64_t) job.head*n_group*n_embd_head;
+        float * o = out + (int64_t) token * n_embd_head * state.n_head + (int64_t) job.head * n_group * n_embd_head;
 
-        float * p = job.n_chunk > 1 ? partials + (job.slot + job.chunk)*n_partial : own.data();
-        const float b = bias && job.chunk == 0 ? ((const float *) bias->data)[job.seq*state.n_head_kv + job.head] : 0.0f;
+        float * p = job.n_chunk > 1 ? partials + (job.slot + job.chunk) * n_partial : own.data();
+        const float b = bias && job.chunk == 0 ? ((const float *) bias->data)[job.seq * state.n_head_kv + job.head] : 0.0f;
         if (b != 0.0f && args.n_rows > 0) {
-            attend_biased(state.kernel, args, b, p, p + n_group*n_embd_head, p + n_group*(n_embd_head + 1), own.data() + n_partial);
+            attend_biased(state.kernel, args, b, p, p + n_group * n_embd_head, p + n_group * (n_embd_head + 1), own.data() + n_partial);
         } else {
-            state.kernel(args, p, p + n_group*n_embd_head, p + n_group*(n_embd_head + 1));
+            state.kernel(args, p, p + n_group * n_embd_head, p + n_group * (n_embd_head + 1));
         }
 
         if (job.n_chunk > 1) {
             // the last one to finish combines all chunks, in order
-            std::atomic<int> & done = state.n_done[(job.seq*state.n_head_kv + job.head)*headkv_attend_state::N_TOKENS_SPLIT + job.token];
+            std::atomic<int> & done = state.n_done[(job.seq * state.n_head_kv + job.head) * headkv_attend_state::N_TOKENS_SPLIT + job.token];
             if (done.fetch_add(1, std::memory_order_acq_rel) + 1 < job.n_chunk) {
                 continue;
             }
             done.store(0, std::memory_order_relaxed);
         }
-        const float * first = job.n_chunk > 1 ? partials + job.slot*n_partial : p;
+        const float * first = job.n_chunk > 1 ? partials + job.slot * n_partial : p;
         combine_chunks(o, first, job.n_chunk, n_partial, n_group, n_embd_head);
     }
 
@@ -294,24 +300,24 @@ ggml_tensor * headkv_build_attend_fused(ggml_context * ctx, headkv_attend_state 
     GGML_ASSERT(!bias || (bias->type == GGML_TYPE_F32 && bias->ne[0] == ranges->ne[1] && bias->ne[1] == ranges->ne[2] && ggml_is_contiguous(bias)));
 
     const int64_t n_tokens = q->ne[2];
-    const int64_t n_seqs   = ranges->ne[2];
-    const int64_t n_out    = (int64_t) state->n_embd_head*state->n_head*n_tokens;
+    const int64_t n_seqs = ranges->ne[2];
+    const int64_t n_out = (int64_t) state->n_embd_head * state->n_head * n_tokens;
 
     // room for the partial results of ranges that are cut
     int64_t n_partial = 0;
-    if (n_tokens/n_seqs <= headkv_attend_state::N_TOKENS_SPLIT) {
-        const int64_t n_chunk = k->ne[1]/headkv_attend_state::N_ROWS_CHUNK + state->n_head_kv*n_seqs;
-        n_partial = n_chunk*(n_tokens/n_seqs)*(state->n_head/state->n_head_kv)*(state->n_embd_head + 2);
+    if (n_tokens / n_seqs <= headkv_attend_state::N_TOKENS_SPLIT) {
+        const int64_t n_chunk = k->ne[1] / headkv_attend_state::N_ROWS_CHUNK + state->n_head_kv * n_seqs;
+        n_partial = n_chunk * (n_tokens / n_seqs) * (state->n_head / state->n_head_kv) * (state->n_embd_head + 2);
     }
 
     ggml_tensor * args[] = { q, k, v, ranges, bias };
     ggml_tensor * res = ggml_custom_4d(ctx, GGML_TYPE_F32, n_out + n_partial, 1, 1, 1, args, bias ? 5 : 4, attend_op, GGML_N_TASKS_MAX, state);
 
     headkv_op op;
-    op.kind    = HEADKV_OP_ATTEND;
-    op.scale   = state->scale;
+    op.kind = HEADKV_OP_ATTEND;
+    op.scale = state->scale;
     op.softcap = state->softcap;
     headkv_op_set(res, op);
 
-    return ggml_view_2d(ctx, res, state->n_embd_head*state->n_head, n_tokens, state->n_embd_head*state->n_head*sizeof(float), 0);
+    return ggml_view_2d(ctx, res, state->n_embd_head * state->n_head, n_tokens, state->n_embd_head * state->n_head * sizeof(float), 0);
 }

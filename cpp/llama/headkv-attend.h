@@ -21,18 +21,18 @@
 // partial attention of a GQA group over consecutive rows
 struct headkv_attend_args {
     const float * q;    // [n_group][n_embd_head], stride nq floats
-    int64_t       nq;
-    const char  * k;
-    const char  * v;
-    size_t        nb_k; // bytes from row to row
-    size_t        nb_v;
-    int           n_rows;
-    int           n_embd_head;
-    int           n_group;
-    ggml_type     type_k;
-    ggml_type     type_v;
-    float         scale;
-    float         softcap; // 0 = none
+    int64_t nq;
+    const char * k;
+    const char * v;
+    size_t nb_k; // bytes from row to row
+    size_t nb_v;
+    int n_rows;
+    int n_embd_head;
+    int n_group;
+    ggml_type type_k;
+    ggml_type type_v;
+    float scale;
+    float softcap; // 0 = none
 };
 
 // acc [n_group*n_embd_head] sum of exp(s - m)*v, m [n_group] largest score, s [n_group] sum of exp(s - m)
@@ -41,8 +41,8 @@ typedef void (*headkv_attend_kernel)(const headkv_attend_args & args, float * ac
 // each returns null when the file was built without its instruction set, the machine lacks it, or it has no version
 // for these types and sizes
 headkv_attend_kernel headkv_attend_kernel_avx512(ggml_type type_k, ggml_type type_v, int n_embd_head);
-headkv_attend_kernel headkv_attend_kernel_avx2  (ggml_type type_k, ggml_type type_v, int n_embd_head);
-headkv_attend_kernel headkv_attend_kernel_neon  (ggml_type type_k, ggml_type type_v, int n_embd_head);
+headkv_attend_kernel headkv_attend_kernel_avx2(ggml_type type_k, ggml_type type_v, int n_embd_head);
+headkv_attend_kernel headkv_attend_kernel_neon(ggml_type type_k, ggml_type type_v, int n_embd_head);
 headkv_attend_kernel headkv_attend_kernel_portable(ggml_type type_k, ggml_type type_v, int n_embd_head);
 
 // the fastest one; name (may be null) asks for one of "portable", "avx2", "avx512", "neon"
@@ -54,20 +54,20 @@ struct headkv_attend_state {
 
     headkv_attend_kernel kernel;
 
-    int   n_embd_head;
-    int   n_head;
-    int   n_head_kv;
-    float scale   = 1.0f;
+    int n_embd_head;
+    int n_head;
+    int n_head_kv;
+    float scale = 1.0f;
     float softcap = 0.0f;
 
     // scheduling of one run; zero between runs
-    std::atomic<int> ticket{0};
-    std::atomic<int> n_left{0};
+    std::atomic<int> ticket{ 0 };
+    std::atomic<int> n_left{ 0 };
     std::unique_ptr<std::atomic<int>[]> n_done; // [n_head_kv*n_seq_max*N_TOKENS_SPLIT]
 
     // more tokens than this keep the threads busy without cutting ranges
     static constexpr int N_TOKENS_SPLIT = 4;
-    static constexpr int N_ROWS_CHUNK   = 128;
+    static constexpr int N_ROWS_CHUNK = 128;
 };
 
 // the fused op; the scale and the softcap are those of the state when it is built

@@ -63,31 +63,31 @@ static llama_ubatch concat_ubatches(const std::vector<llama_ubatch> & parts) {
 
     data->seq_idx.assign(LLAMA_MAX_SEQ, -1);
     for (const auto & part : parts) {
-        append(data->token,       part.data->token);
-        append(data->embd,        part.data->embd);
-        append(data->pos,         part.data->pos); // one position per token: others are refused
-        append(data->n_seq_id,    part.data->n_seq_id);
-        append(data->output,      part.data->output);
-        append(data->batch_idxs,  part.data->batch_idxs);
+        append(data->token, part.data->token);
+        append(data->embd, part.data->embd);
+        append(data->pos, part.data->pos); // one position per token: others are refused
+        append(data->n_seq_id, part.data->n_seq_id);
+        append(data->output, part.data->output);
+        append(data->batch_idxs, part.data->batch_idxs);
         append(data->seq_id_data, part.data->seq_id_data);
         data->seq_idx[part.seq_id_unq[0]] = (int32_t) data->seq_id_unq.size();
-        append(data->seq_id_unq,  part.data->seq_id_unq);
+        append(data->seq_id_unq, part.data->seq_id_unq);
     }
     for (auto & id : data->seq_id_data) {
         data->seq_id.push_back(&id);
     }
     llama_ubatch res = parts[0];
-    res.n_seqs     = res.n_seqs_unq = (uint32_t) parts.size();
-    res.n_tokens   = res.n_seqs*res.n_seq_tokens;
-    res.token      = res.token ? data->token.data() : nullptr;
-    res.embd       = res.embd  ? data->embd.data()  : nullptr;
-    res.pos        = data->pos.data();
-    res.n_seq_id   = data->n_seq_id.data();
-    res.seq_id     = data->seq_id.data();
+    res.n_seqs = res.n_seqs_unq = (uint32_t) parts.size();
+    res.n_tokens = res.n_seqs * res.n_seq_tokens;
+    res.token = res.token ? data->token.data() : nullptr;
+    res.embd = res.embd ? data->embd.data() : nullptr;
+    res.pos = data->pos.data();
+    res.n_seq_id = data->n_seq_id.data();
+    res.seq_id = data->seq_id.data();
     res.seq_id_unq = data->seq_id_unq.data();
-    res.seq_idx    = data->seq_idx.data();
-    res.output     = data->output.data();
-    res.data       = std::move(data);
+    res.seq_idx = data->seq_idx.data();
+    res.output = data->output.data();
+    res.data = std::move(data);
     return res;
 }
 
@@ -104,7 +104,7 @@ std::vector<llama_ubatch> headkv_merge(const std::vector<llama_ubatch> & ubatche
         std::vector<llama_ubatch> parts;
         for (const auto & [s, ubatch] : of_seq) {
             parts.push_back(ubatch);
-            if (one_by_one || ubatch.n_tokens*(parts.size() + 1) > n_ubatch) {
+            if (one_by_one || ubatch.n_tokens * (parts.size() + 1) > n_ubatch) {
                 res.push_back(concat_ubatches(parts));
                 parts.clear();
             }
@@ -145,7 +145,8 @@ static void append_tokens(std::vector<llama_token> & dst, const llama_ubatch & u
 }
 
 headkv_pass::headkv_pass(llama_seq_id seq_id, llama_kv_cache & cache, const std::vector<llama_ubatch> & ubatches,
-        const llama_kv_cache::slot_info_vec_t & sinfos) : seq_id(seq_id) {
+        const llama_kv_cache::slot_info_vec_t & sinfos) :
+    seq_id(seq_id) {
     for (size_t i = 0; i < ubatches.size(); ++i) {
         append_tokens(tokens, ubatches[i]);
         staging_ctxs.push_back(staging_context(cache, ubatches[i], sinfos[i]));
@@ -156,7 +157,7 @@ void headkv_pass::advance(const std::vector<llama_ubatch> & ubatches) {
     i_token += ubatches[i_ubatch].n_tokens;
     if (++i_ubatch == ubatches.size()) {
         i_ubatch = 0;
-        i_token  = 0;
+        i_token = 0;
         ++i_layer;
     }
 }
@@ -183,7 +184,8 @@ std::string headkv_pass::why_not_resumed(const std::vector<llama_ubatch> & ubatc
 // llama_kv_cache_ragged_context
 //
 
-llama_kv_cache_ragged_context::llama_kv_cache_ragged_context(llama_memory_status status) : status(status) {}
+llama_kv_cache_ragged_context::llama_kv_cache_ragged_context(llama_memory_status status) :
+    status(status) {}
 
 llama_kv_cache_ragged_context::llama_kv_cache_ragged_context(llama_kv_cache_ragged * kv) :
     kv(kv), status(LLAMA_MEMORY_STATUS_SUCCESS), full(true) {
@@ -240,7 +242,8 @@ bool llama_kv_cache_ragged_context::apply() {
         return false;
     }
     try {
-        kv->add_tokens(ubatch, is_store() ? HEADKV_EV_DECODE : layered ? HEADKV_EV_PASS : HEADKV_EV_STAGE);
+        kv->add_tokens(ubatch, is_store() ? HEADKV_EV_DECODE : layered ? HEADKV_EV_PASS
+                                                                       : HEADKV_EV_STAGE);
     } catch (const std::exception & e) { // nothing of upstream's catches it
         return headkv_fail(headkv_reason(e));
     }
@@ -295,7 +298,7 @@ void llama_kv_cache_ragged_context::set_input_rows(ggml_tensor * dst, const llam
             }
         }
     }
-    ggml_backend_tensor_set(dst, data.data(), 0, data.size()*sizeof(int32_t));
+    ggml_backend_tensor_set(dst, data.data(), 0, data.size() * sizeof(int32_t));
 }
 
 void llama_kv_cache_ragged_context::set_input_ranges(ggml_tensor * dst, const llama_ubatch * ubatch) const {
@@ -310,7 +313,7 @@ void llama_kv_cache_ragged_context::set_input_ranges(ggml_tensor * dst, const ll
             }
         }
     }
-    ggml_backend_tensor_set(dst, data.data(), 0, data.size()*sizeof(int32_t));
+    ggml_backend_tensor_set(dst, data.data(), 0, data.size() * sizeof(int32_t));
 }
 
 // what the first row of a range gets on top of its logit
@@ -329,14 +332,14 @@ void llama_kv_cache_ragged_context::set_input_bias(ggml_tensor * dst, const llam
             }
         }
     }
-    ggml_backend_tensor_set(dst, data.data(), 0, data.size()*sizeof(float));
+    ggml_backend_tensor_set(dst, data.data(), 0, data.size() * sizeof(float));
 }
 
 void llama_kv_cache_ragged_context::set_input_mask(ggml_tensor * dst, const headkv_store_layer & layer, size_t i_bucket, const llama_ubatch * ubatch) const {
     const llama_seq_id s = ubatch->seq_id[0][0];
-    const auto & bucket  = layer.buckets[s][i_bucket];
+    const auto & bucket = layer.buckets[s][i_bucket];
 
-    const int64_t n_kv     = dst->ne[0];
+    const int64_t n_kv = dst->ne[0];
     const int64_t n_tokens = dst->ne[1];
 
     std::vector<ggml_fp16_t> data(ggml_nelements(dst), ggml_fp32_to_fp16(-INFINITY));
@@ -344,7 +347,7 @@ void llama_kv_cache_ragged_context::set_input_mask(ggml_tensor * dst, const head
         const headkv_range & range = layer.ranges[s][bucket.heads[j]];
         const int64_t n_used = range.n_used(kv->seq(s).n_generated());
         for (int64_t t = 0; t < n_tokens; ++t) {
-            ggml_fp16_t * row = data.data() + (j*n_tokens + t)*n_kv;
+            ggml_fp16_t * row = data.data() + (j * n_tokens + t) * n_kv;
             std::fill(row, row + std::max<int64_t>(0, n_used - (n_tokens - 1 - t)), ggml_fp32_to_fp16(0.0f));
             row[0] = ggml_fp32_to_fp16(n_used > n_tokens - 1 - t ? first_bias(range, kv->seq(s)) : -INFINITY);
         }
@@ -354,7 +357,7 @@ void llama_kv_cache_ragged_context::set_input_mask(ggml_tensor * dst, const head
 
 void llama_kv_cache_ragged_context::set_input_window(ggml_tensor * tokens, ggml_tensor * slots, const llama_ubatch * ubatch) const {
     const int64_t n_ring = kv->staging().n_ring();
-    const int64_t n      = tokens->ne[0];
+    const int64_t n = tokens->ne[0];
 
     std::vector<int32_t> data_tokens;
     std::vector<int64_t> data_slots;
@@ -363,13 +366,13 @@ void llama_kv_cache_ragged_context::set_input_window(ggml_tensor * tokens, ggml_
         const llama_seq_id s = ubatch->seq_id[i][0];
         if (n_seen[s]++ < n_ring) {
             data_tokens.push_back((int32_t) i);
-            data_slots.push_back(s*n_ring + ubatch->pos[i] % n_ring);
+            data_slots.push_back(s * n_ring + ubatch->pos[i] % n_ring);
         }
     }
     while ((int64_t) data_tokens.size() < n) {
         data_tokens.push_back(0);
         data_slots.push_back(kv->staging().n_slots() - 1);
     }
-    ggml_backend_tensor_set(tokens, data_tokens.data(), 0, n*sizeof(int32_t));
-    ggml_backend_tensor_set(slots,  data_slots.data(),  0, n*sizeof(int64_t));
+    ggml_backend_tensor_set(tokens, data_tokens.data(), 0, n * sizeof(int32_t));
+    ggml_backend_tensor_set(slots, data_slots.data(), 0, n * sizeof(int64_t));
 }

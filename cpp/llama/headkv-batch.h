@@ -38,16 +38,16 @@ void headkv_order_outputs(llama_batch_allocr & balloc, const std::vector<llama_u
 // A layer-major pass over a prompt: all its ubatches go through one layer after the other. It can wait after any step, and
 // goes on when the same batch comes again.
 struct headkv_pass {
-    llama_seq_id             seq_id;
+    llama_seq_id seq_id;
     std::vector<llama_token> tokens;
 
     std::vector<std::unique_ptr<llama_kv_cache_context>> staging_ctxs; // of its ubatches
 
-    bool    begun    = false;
-    bool    paused   = false;
-    int32_t i_layer  = 0;
-    size_t  i_ubatch = 0;
-    int64_t i_token  = 0; // tokens before the ubatch
+    bool begun = false;
+    bool paused = false;
+    int32_t i_layer = 0;
+    size_t i_ubatch = 0;
+    int64_t i_token = 0; // tokens before the ubatch
 
     headkv_pass(llama_seq_id seq_id, llama_kv_cache & cache, const std::vector<llama_ubatch> & ubatches,
             const llama_kv_cache::slot_info_vec_t & sinfos);
@@ -76,10 +76,10 @@ public:
             llama_kv_cache::slot_info_vec_t sinfos,
             bool layered);
 
-    bool next()  override;
+    bool next() override;
     bool apply() override;
 
-    llama_memory_status  get_status() const override;
+    llama_memory_status get_status() const override;
     const llama_ubatch & get_ubatch() const override;
 
     // llama_kv_cache_ragged_context specific API
@@ -87,11 +87,11 @@ public:
     llama_kv_cache_ragged * get_kv() const { return kv; }
 
     // the graph to build: a full-cache context answers for both kinds
-    bool is_full()  const { return full; }
+    bool is_full() const { return full; }
     bool is_store() const { return !full && i_cur < to_store.size(); }
 
     // layer-major: the current step takes the current ubatch through one layer
-    bool    is_layered() const { return layered && !is_store(); }
+    bool is_layered() const { return layered && !is_store(); }
     int32_t layer_step() const;
     int64_t token_step() const; // tokens of the prompt before the ubatch
 
@@ -105,10 +105,10 @@ public:
 
     // positions (first row, number of rows) after the current ubatch, for all layers of the store in order
     void set_input_ranges(ggml_tensor * dst, const llama_ubatch * ubatch) const; // I32 [2, n_head_kv, n_seqs] per layer
-    void set_input_bias  (ggml_tensor * dst, const llama_ubatch * ubatch) const; // F32 [n_head_kv, n_seqs] per layer
-    void set_input_rows  (ggml_tensor * dst, const llama_ubatch * ubatch) const; // I32 [n_head_kv, n_tokens] per layer
+    void set_input_bias(ggml_tensor * dst, const llama_ubatch * ubatch) const; // F32 [n_head_kv, n_seqs] per layer
+    void set_input_rows(ggml_tensor * dst, const llama_ubatch * ubatch) const; // I32 [n_head_kv, n_tokens] per layer
     // F16 [n_kv, n_tokens, 1, n_heads]
-    void set_input_mask  (ggml_tensor * dst, const headkv_store_layer & layer, size_t i_bucket, const llama_ubatch * ubatch) const;
+    void set_input_mask(ggml_tensor * dst, const headkv_store_layer & layer, size_t i_bucket, const llama_ubatch * ubatch) const;
 
     // which tokens of the ubatch go to which slots of the ring
     void set_input_window(ggml_tensor * tokens, ggml_tensor * slots, const llama_ubatch * ubatch) const;
@@ -118,7 +118,7 @@ private:
 
     llama_memory_status status;
 
-    bool full    = false;
+    bool full = false;
     bool layered = false;
 
     size_t i_cur = 0; // ubatch, those of the store first; layer-major: the pass knows which one of the staging
@@ -133,5 +133,5 @@ private:
 
     // layer-major: the ubatches without outputs, for all layers but the last
     std::vector<llama_ubatch> silent;
-    std::vector<int8_t>       no_output;
+    std::vector<int8_t> no_output;
 };

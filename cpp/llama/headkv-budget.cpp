@@ -14,17 +14,21 @@
 // a // b of Python for positive floats: fmod first, so that 11 // 1.1 is 9 and not 10
 static double floor_div(double a, double b) {
     const double mod = std::fmod(a, b);
-    const double div = (a - mod)/b;
+    const double div = (a - mod) / b;
     const double res = std::floor(div);
     return div - res > 0.5 ? res + 1.0 : res;
 }
 
 // independent of the rounding mode of the process
 static double round_half_even(double x) {
-    const double lo   = std::floor(x);
+    const double lo = std::floor(x);
     const double diff = x - lo;
-    if (diff < 0.5) { return lo; }
-    if (diff > 0.5) { return lo + 1.0; }
+    if (diff < 0.5) {
+        return lo;
+    }
+    if (diff > 0.5) {
+        return lo + 1.0;
+    }
     return std::fmod(lo, 2.0) == 0.0 ? lo : lo + 1.0;
 }
 
@@ -55,29 +59,30 @@ static std::vector<int64_t> budget_query_heads(const headkv_config & cfg, const 
 
     const std::vector<double> share = normalized(normalized(importance));
 
-    const double fd      = floor_div(base, cfg.beta);
-    const double pool    = fd*share.size();
+    const double fd = floor_div(base, cfg.beta);
+    const double pool = fd * share.size();
     const double min_num = base - fd;
 
     std::vector<int64_t> res;
     for (double s : share) {
-        res.push_back((int64_t) round_half_even(s*pool + min_num));
+        res.push_back((int64_t) round_half_even(s * pool + min_num));
     }
     return res;
 }
 
 std::vector<double> headkv_budget_query_importance(const headkv_config & cfg, const headkv_heads & heads) {
-    const int32_t n_layer    = (int32_t) heads.n_head.size();
+    const int32_t n_layer = (int32_t) heads.n_head.size();
     const int32_t n_head_max = *std::max_element(heads.n_head.begin(), heads.n_head.end());
 
     const auto & imp = cfg.importance;
     if (imp.n_layer != n_layer || imp.n_head != n_head_max) {
         throw std::invalid_argument(format("importance is for %d layers x %d heads, the model has %d x %d: "
-                    "measure it on this model", imp.n_layer, imp.n_head, n_layer, n_head_max));
+                                           "measure it on this model",
+                imp.n_layer, imp.n_head, n_layer, n_head_max));
     }
     std::vector<double> importance;
     for (int32_t il = 0; il < n_layer; ++il) {
-        const auto row = imp.values.begin() + (size_t) il*imp.n_head;
+        const auto row = imp.values.begin() + (size_t) il * imp.n_head;
         importance.insert(importance.end(), row, row + heads.n_head[il]);
     }
     return importance;
@@ -90,12 +95,12 @@ headkv_cells headkv_budget_importance(const headkv_config & cfg, const headkv_he
     const int64_t * p = values.data();
     for (size_t il = 0; il < res.size(); ++il) {
         for (int32_t ih = 0; ih < heads.n_head_kv[il]; ++ih) {
-            const int32_t n_group = heads.n_head[il]/heads.n_head_kv[il];
+            const int32_t n_group = heads.n_head[il] / heads.n_head_kv[il];
             int64_t sum = 0;
             for (int32_t g = 0; g < n_group; ++g) {
-                sum += p[ih*n_group + g];
+                sum += p[ih * n_group + g];
             }
-            res[il].push_back((int64_t) std::max(0.0, round_half_even((double) sum/n_group)));
+            res[il].push_back((int64_t) std::max(0.0, round_half_even((double) sum / n_group)));
         }
         p += heads.n_head[il];
     }
@@ -103,9 +108,9 @@ headkv_cells headkv_budget_importance(const headkv_config & cfg, const headkv_he
 }
 
 int64_t headkv_budget_spread(headkv_cells & cells, int64_t n, int64_t limit) {
-    const bool    add    = n > 0;
-    const auto    room   = [&](int64_t x) { return std::max<int64_t>(0, add ? limit - x : x); };
-    int64_t       n_left = std::abs(n);
+    const bool add = n > 0;
+    const auto room = [&](int64_t x) { return std::max<int64_t>(0, add ? limit - x : x); };
+    int64_t n_left = std::abs(n);
     while (n_left > 0) {
         int64_t n_open = 0;
         for (const auto & layer : cells) {
@@ -114,11 +119,11 @@ int64_t headkv_budget_spread(headkv_cells & cells, int64_t n, int64_t limit) {
         if (n_open == 0) {
             break;
         }
-        const int64_t share = std::max<int64_t>(1, n_left/n_open);
+        const int64_t share = std::max<int64_t>(1, n_left / n_open);
         for (auto & layer : cells) {
             for (int64_t & x : layer) {
                 const int64_t d = std::min({ share, room(x), n_left });
-                x      += add ? d : -d;
+                x += add ? d : -d;
                 n_left -= d;
             }
         }
@@ -137,7 +142,7 @@ void headkv_budget_fit(headkv_cells & cells, int64_t n_prefix, int64_t n_protect
         if (surplus == HEADKV_SURPLUS_REDISTRIBUTE) {
             headkv_cells one = { std::move(layer) };
             n_left += headkv_budget_spread(one, n_surplus, n_prefix);
-            layer   = std::move(one[0]);
+            layer = std::move(one[0]);
         }
     }
     headkv_budget_spread(cells, n_left, n_prefix);
@@ -175,26 +180,27 @@ static double concentration(const float * scores, int64_t n, int64_t n_best) {
     std::vector<float> best(n_best);
     std::partial_sort_copy(free.begin(), free.end(), best.begin(), best.end(), std::greater<float>());
     const double top = std::accumulate(best.begin(), best.end(), 0.0);
-    return sum > 0.0 ? top/sum : 1.0;
+    return sum > 0.0 ? top / sum : 1.0;
 }
 
 void headkv_budget_adapt(headkv_scored & layer, double floor, bool normalize) {
     const int64_t H = (int64_t) layer.n_keep.size();
     const int64_t n = layer.n_prefix;
     const int64_t n_total = std::accumulate(layer.n_keep.begin(), layer.n_keep.end(), (int64_t) 0);
-    if (n_total == 0 || n_total == H*n) {
+    if (n_total == 0 || n_total == H * n) {
         return;
     }
 
     // how many of the best cells of the layer each head has
-    std::vector<double>  scores(H*n);
-    std::vector<int64_t> order(H*n);
+    std::vector<double> scores(H * n);
+    std::vector<int64_t> order(H * n);
     for (int64_t ih = 0; ih < H; ++ih) {
-        const double factor = normalize ? concentration(layer.scores.data() + ih*n, n, n_total/H) : 1.0;
-        for (int64_t i = ih*n; i < (ih + 1)*n; ++i) {
+        const double factor = normalize ? concentration(layer.scores.data() + ih * n, n, n_total / H) : 1.0;
+        for (int64_t i = ih * n; i < (ih + 1) * n; ++i) {
             const float s = layer.scores[i];
             scores[i] = s == HEADKV_PROTECTED ? std::numeric_limits<double>::infinity()
-                      : std::isnan(s)         ? -std::numeric_limits<double>::infinity() : s*factor;
+                    : std::isnan(s)           ? -std::numeric_limits<double>::infinity()
+                                              : s * factor;
         }
     }
     std::iota(order.begin(), order.end(), 0);
@@ -202,23 +208,23 @@ void headkv_budget_adapt(headkv_scored & layer, double floor, bool normalize) {
             [&](int64_t a, int64_t b) { return scores[a] != scores[b] ? scores[a] > scores[b] : a < b; });
     std::vector<int64_t> n_best(H, 0);
     for (int64_t i = 0; i < n_total; ++i) {
-        n_best[order[i]/n]++;
+        n_best[order[i] / n]++;
     }
 
     int64_t n_shared = n_total;
     for (int64_t & x : layer.n_keep) {
-        x = std::max((int64_t) (floor*x), layer.n_protected);
+        x = std::max((int64_t) (floor * x), layer.n_protected);
         n_shared -= x;
     }
     int64_t n_left = n_total;
     for (int64_t ih = 0; ih < H; ++ih) {
-        layer.n_keep[ih] = std::min(n, layer.n_keep[ih] + n_best[ih]*n_shared/n_total);
+        layer.n_keep[ih] = std::min(n, layer.n_keep[ih] + n_best[ih] * n_shared / n_total);
         n_left -= layer.n_keep[ih];
     }
     std::vector<int64_t> by_remainder(H);
     std::iota(by_remainder.begin(), by_remainder.end(), 0);
     std::stable_sort(by_remainder.begin(), by_remainder.end(),
-            [&](int64_t a, int64_t b) { return n_best[a]*n_shared % n_total > n_best[b]*n_shared % n_total; });
+            [&](int64_t a, int64_t b) { return n_best[a] * n_shared % n_total > n_best[b] * n_shared % n_total; });
     for (int64_t i = 0; n_left > 0; i = (i + 1) % H) {
         int64_t & x = layer.n_keep[by_remainder[i]];
         if (x < n) {
@@ -244,5 +250,5 @@ bool headkv_keeps_all(const headkv_config & cfg, int64_t n_prompt) {
 }
 
 uint32_t headkv_n_tail(const headkv_config & cfg, int64_t n_prompt) {
-    return std::max<uint32_t>(cfg.n_tail, (uint32_t) std::min<int64_t>(cfg.kv_size, n_prompt)/16);
+    return std::max<uint32_t>(cfg.n_tail, (uint32_t) std::min<int64_t>(cfg.kv_size, n_prompt) / 16);
 }

@@ -12,9 +12,9 @@
 #include <stdexcept>
 
 std::vector<ggml_fp16_t> headkv_causal_mask(int64_t n, int64_t n_queries) {
-    std::vector<ggml_fp16_t> res(n*n_queries, ggml_fp32_to_fp16(0.0f));
+    std::vector<ggml_fp16_t> res(n * n_queries, ggml_fp32_to_fp16(0.0f));
     for (int64_t i = 0; i < n_queries; ++i) {
-        std::fill(res.begin() + (i + 1)*n - (n_queries - 1 - i), res.begin() + (i + 1)*n, ggml_fp32_to_fp16(-INFINITY));
+        std::fill(res.begin() + (i + 1) * n - (n_queries - 1 - i), res.begin() + (i + 1) * n, ggml_fp32_to_fp16(-INFINITY));
     }
     return res;
 }
@@ -23,7 +23,7 @@ ggml_tensor * headkv_queries_of_head(ggml_context * ctx, ggml_tensor * ring, ggm
     const int64_t D = layer.n_embd_head;
     const int64_t G = layer.n_group();
     ggml_tensor * q = ggml_get_rows(ctx, ring, slots);
-    q = ggml_view_3d(ctx, q, D, G, slots->ne[0], D*q->nb[0], q->nb[1], ih*G*D*q->nb[0]);
+    q = ggml_view_3d(ctx, q, D, G, slots->ne[0], D * q->nb[0], q->nb[1], ih * G * D * q->nb[0]);
     return ggml_cont(ctx, ggml_permute(ctx, q, 0, 2, 1, 3));
 }
 
@@ -39,7 +39,7 @@ struct headkv_compression::work_t {
     ggml_tensor * v_all;
 
     std::vector<int64_t> n_keep;  // [H] prefix cells
-    int64_t              n_total; // cells, recent ones included; the sum stays
+    int64_t n_total; // cells, recent ones included; the sum stays
 
     // known when there is room in the store
     std::vector<int32_t> plan_select; // [2, H] first element of t_kept, number of prefix cells
@@ -58,13 +58,13 @@ struct headkv_compression::work_t {
     work_t(headkv_store_layer & layer, const headkv_compression & c) :
         layer(layer), D(layer.n_embd_head), H(layer.n_head_kv), G(layer.n_group()),
         k_all(c.staging.rows(layer.il, false)), v_all(c.staging.rows(layer.il, true)),
-        n_keep(c.n_keep[layer.il]), n_total(std::accumulate(n_keep.begin(), n_keep.end(), H*c.n_recent)) {
+        n_keep(c.n_keep[layer.il]), n_total(std::accumulate(n_keep.begin(), n_keep.end(), H * c.n_recent)) {
         t_scores = scratch.new_tensor(GGML_TYPE_F32, std::max<int64_t>(c.n_prefix, 1), H);
-        t_kept   = scratch.new_tensor(GGML_TYPE_I32, n_total);
-        t_cells  = scratch.new_tensor(GGML_TYPE_I32, c.n);
-        t_slots  = scratch.new_tensor(GGML_TYPE_I32, c.n_window);
+        t_kept = scratch.new_tensor(GGML_TYPE_I32, n_total);
+        t_cells = scratch.new_tensor(GGML_TYPE_I32, c.n);
+        t_slots = scratch.new_tensor(GGML_TYPE_I32, c.n_window);
         t_select = scratch.new_tensor(GGML_TYPE_I32, 2, H);
-        t_plan   = scratch.new_tensor(GGML_TYPE_I32, 3, H);
+        t_plan = scratch.new_tensor(GGML_TYPE_I32, 3, H);
         t_recent = scratch.new_tensor(GGML_TYPE_F32, c.n_recent);
         scratch.alloc(layer.buft);
         headkv_set_data(t_cells, c.cells);
@@ -74,37 +74,39 @@ struct headkv_compression::work_t {
     }
 
     ggml_tensor * scores_of_head(ggml_context * ctx, int64_t n_prefix, int64_t ih) const {
-        return ggml_view_1d(ctx, t_scores, n_prefix, ih*t_scores->nb[1]);
+        return ggml_view_1d(ctx, t_scores, n_prefix, ih * t_scores->nb[1]);
     }
 };
 
 headkv_compression::headkv_compression(llama_context * lctx, headkv_staging & staging, headkv_store & store, headkv_config_ptr config,
         const headkv_heads & heads, const headkv_seq & seq, llama_seq_id seq_id, llama_seq_id dst) :
     seq_id(seq_id), dst(dst), lctx(lctx), staging(staging), store(store), cfg(std::move(config)), runner(lctx) {
-    n        = seq.n_pos;
+    n = seq.n_pos;
     n_window = std::min<int64_t>(cfg->window, n);
     n_recent = std::min<int64_t>(cfg->recent, n);
     n_prefix = n - n_recent;
 
     keep_all = headkv_keeps_all(*cfg, n);
-    n_tail_  = headkv_n_tail(*cfg, n);
+    n_tail_ = headkv_n_tail(*cfg, n);
 
     slots = seq.window_slots(seq_id, (llama_pos) cfg->window);
     cells = staging.cells_of(seq_id, seq.n_pos);
     if (cfg->policy->needs_sums && !keep_all && !seq.has_sums) {
         throw std::runtime_error(format("tokens were removed from the end of the prompt, whose attention policy '%s' has counted: "
-                    "evaluate the prompt again", cfg->policy->name));
+                                        "evaluate the prompt again",
+                cfg->policy->name));
     }
     if (!cfg->policy->score && !cfg->policy->needs_sums && !keep_all && (int64_t) slots.size() != n_window) {
         throw std::runtime_error(format("queries of the last %d tokens are missing, because tokens were removed from the end of the prompt: "
-                    "evaluate the prompt again", (int) n_window));
+                                        "evaluate the prompt again",
+                (int) n_window));
     }
     if (std::find(cells.begin(), cells.end(), -1) != cells.end()) {
         throw std::runtime_error("the prompt has holes: evaluate it again");
     }
     contiguous = cells.back() - cells.front() == n - 1 && std::is_sorted(cells.begin(), cells.end());
 
-    n_keep      = cfg->policy->budget(*cfg, heads, n_prefix);
+    n_keep = cfg->policy->budget(*cfg, heads, n_prefix);
     n_protected = headkv_n_protected(*cfg, n_prefix);
     headkv_budget_fit(n_keep, n_prefix, keep_all ? n_prefix : n_protected, cfg->surplus);
     if (cfg->policy->score) {
@@ -140,12 +142,12 @@ void headkv_compression::abort() {
 headkv_seq headkv_compression::finish(const headkv_seq & seq) const {
     headkv_seq res;
     res.on(HEADKV_EV_STORE);
-    res.n_pos    = seq.n_pos;
+    res.n_pos = seq.n_pos;
     res.n_prompt = seq.n_pos;
-    res.n_whole  = keep_all ? seq.n_pos : (llama_pos) n_recent;
-    res.n_tail   = n_tail_;
-    res.kv_size  = cfg->kv_size;
-    res.spans    = headkv_protected(*cfg, seq.n_pos - res.n_whole);
+    res.n_whole = keep_all ? seq.n_pos : (llama_pos) n_recent;
+    res.n_tail = n_tail_;
+    res.kv_size = cfg->kv_size;
+    res.spans = headkv_protected(*cfg, seq.n_pos - res.n_whole);
     res.adapters = seq.adapters;
     return res;
 }
@@ -157,7 +159,7 @@ void headkv_compression::note_peak(size_t n_scratch) {
 ggml_tensor * headkv_compression::head_cells(work_t & w, ggml_tensor * all, int64_t ih) {
     const size_t nb = ggml_row_size(all->type, w.D);
     ggml_context * ctx = runner.ctx.get();
-    ggml_tensor * res = ggml_view_2d(ctx, all, w.D, contiguous ? n : all->ne[1], all->nb[1], ih*nb + (contiguous ? cells[0]*all->nb[1] : 0));
+    ggml_tensor * res = ggml_view_2d(ctx, all, w.D, contiguous ? n : all->ne[1], all->nb[1], ih * nb + (contiguous ? cells[0] * all->nb[1] : 0));
     return contiguous ? res : ggml_get_rows(ctx, res, w.t_cells);
 }
 
@@ -168,7 +170,7 @@ ggml_tensor * headkv_compression::head_cells(work_t & w, ggml_tensor * all, int6
 void headkv_compression::score(work_t & w) {
     if (cfg->policy->score) {
         for (int64_t ih = 0; ih < w.H && n_prefix > 0; ++ih) {
-            ggml_backend_tensor_set(w.t_scores, scores.data(), ih*w.t_scores->nb[1], n_prefix*sizeof(float));
+            ggml_backend_tensor_set(w.t_scores, scores.data(), ih * w.t_scores->nb[1], n_prefix * sizeof(float));
         }
     } else if (keep_all) {
         return;
@@ -190,7 +192,7 @@ void headkv_compression::score_by_sums(work_t & w) {
     ggml_context * ctx = runner.ctx.get();
     ggml_tensor * all = staging.sums(w.layer.il);
     for (int64_t ih = 0; ih < w.H; ++ih) {
-        ggml_tensor * of_head = ggml_view_2d(ctx, all, 1, all->ne[1], all->nb[1], ih*all->nb[2]);
+        ggml_tensor * of_head = ggml_view_2d(ctx, all, 1, all->ne[1], all->nb[1], ih * all->nb[2]);
         ggml_tensor * s = ggml_get_rows(ctx, of_head, ggml_view_1d(ctx, w.t_cells, n_prefix, 0));
         ggml_build_forward_expand(runner.gf, ggml_cpy(ctx, ggml_reshape_1d(ctx, s, n_prefix), w.scores_of_head(ctx, n_prefix, ih)));
     }
@@ -206,7 +208,7 @@ bool headkv_compression::score_fused(work_t & w) {
     runner.begin();
     ggml_context * ctx = runner.ctx.get();
     ggml_tensor * q = ggml_get_rows(ctx, staging.ring(w.layer.il), w.t_slots);
-    ggml_tensor * s = headkv_build_score_fused(ctx, ggml_reshape_3d(ctx, q, w.D, w.G*w.H, n_window), w.k_all, w.t_cells,
+    ggml_tensor * s = headkv_build_score_fused(ctx, ggml_reshape_3d(ctx, q, w.D, w.G * w.H, n_window), w.k_all, w.t_cells,
             n_prefix, w.layer.attend->scale, w.layer.attend->softcap, cfg->n_square, cfg->pool, std::max(1, (int) cfg->pool_kernel));
     if (!on_cpu && !(headkv_device_supports(w.layer.buft, s->src[3]) && headkv_device_supports(w.layer.buft, s))) {
         return false;
@@ -236,9 +238,9 @@ void headkv_compression::score_composed(work_t & w) {
 
 // by a kernel that grows with the cells of the head
 void headkv_compression::pool_by_budget(work_t & w) {
-    auto pooled = headkv_get_data<float>(w.t_scores, n_prefix*w.H);
+    auto pooled = headkv_get_data<float>(w.t_scores, n_prefix * w.H);
     for (int64_t ih = 0; ih < w.H; ++ih) {
-        headkv_pool_scores(pooled.data() + ih*n_prefix, n_prefix, cfg->pool, headkv_pool_kernel(w.n_keep[ih]));
+        headkv_pool_scores(pooled.data() + ih * n_prefix, n_prefix, cfg->pool, headkv_pool_kernel(w.n_keep[ih]));
     }
     headkv_set_data(w.t_scores, pooled);
 }
@@ -247,7 +249,7 @@ void headkv_compression::protect(work_t & w) {
     const std::vector<float> best(n_protected, HEADKV_PROTECTED);
     for (const auto & [start, end] : headkv_protected(*cfg, n_prefix)) {
         for (int64_t ih = 0; ih < w.H; ++ih) {
-            ggml_backend_tensor_set(w.t_scores, best.data(), ih*w.t_scores->nb[1] + start*sizeof(float), (end - start)*sizeof(float));
+            ggml_backend_tensor_set(w.t_scores, best.data(), ih * w.t_scores->nb[1] + start * sizeof(float), (end - start) * sizeof(float));
         }
     }
 }
@@ -256,7 +258,7 @@ void headkv_compression::refine(work_t & w) {
     if (!cfg->policy->refine || keep_all) {
         return;
     }
-    headkv_scored scored = { n_prefix, n_protected, headkv_get_data<float>(w.t_scores, n_prefix*w.H), {}, std::move(w.n_keep) };
+    headkv_scored scored = { n_prefix, n_protected, headkv_get_data<float>(w.t_scores, n_prefix * w.H), {}, std::move(w.n_keep) };
     if (cfg->policy->needs_values) {
         scored.values = value_norms(w);
     }
@@ -267,10 +269,10 @@ void headkv_compression::refine(work_t & w) {
 
 // the part of the output matrix that multiplies the values of a KV head
 void headkv_compression::output_columns(work_t & w, int64_t ih, ggml_tensor * t_columns, ggml_tensor * t_wo) {
-    const int64_t DG = w.D*w.G;
-    std::vector<float> columns(DG*w.H*DG, 0.0f);
+    const int64_t DG = w.D * w.G;
+    std::vector<float> columns(DG * w.H * DG, 0.0f);
     for (int64_t i = 0; i < DG; ++i) {
-        columns[i*DG*w.H + ih*DG + i] = 1.0f;
+        columns[i * DG * w.H + ih * DG + i] = 1.0f;
     }
     headkv_set_data(t_columns, columns);
     runner.begin();
@@ -282,13 +284,13 @@ void headkv_compression::output_columns(work_t & w, int64_t ih, ggml_tensor * t_
 
 std::vector<float> headkv_compression::value_norms(work_t & w) {
     // cells at a time: what their values add to the output takes 4 MiB
-    const int64_t n_out  = w.layer.wo->ne[1]*w.G;
-    const int64_t n_step = std::max<int64_t>(64, (1 << 20)/n_out);
+    const int64_t n_out = w.layer.wo->ne[1] * w.G;
+    const int64_t n_step = std::max<int64_t>(64, (1 << 20) / n_out);
 
     headkv_scratch scratch;
-    ggml_tensor * t_columns = scratch.new_tensor(GGML_TYPE_F32, w.D*w.G*w.H, w.D*w.G);
-    ggml_tensor * t_wo      = scratch.new_tensor(GGML_TYPE_F32, w.D, n_out);
-    ggml_tensor * t_values  = scratch.new_tensor(GGML_TYPE_F32, 1, n_prefix*w.H);
+    ggml_tensor * t_columns = scratch.new_tensor(GGML_TYPE_F32, w.D * w.G * w.H, w.D * w.G);
+    ggml_tensor * t_wo = scratch.new_tensor(GGML_TYPE_F32, w.D, n_out);
+    ggml_tensor * t_values = scratch.new_tensor(GGML_TYPE_F32, 1, n_prefix * w.H);
     scratch.alloc(w.layer.buft);
 
     // quantised values are rotated
@@ -305,19 +307,19 @@ std::vector<float> headkv_compression::value_norms(work_t & w) {
             const int64_t n_now = std::min(n_step, n_prefix - i);
             runner.begin();
             ggml_context * ctx = runner.ctx.get();
-            ggml_tensor * v_head = ggml_view_2d(ctx, w.v_all, w.D, w.v_all->ne[1], w.v_all->nb[1], ih*ggml_row_size(w.v_all->type, w.D));
-            ggml_tensor * v = ggml_get_rows(ctx, v_head, ggml_view_1d(ctx, w.t_cells, n_now, i*sizeof(int32_t)));
+            ggml_tensor * v_head = ggml_view_2d(ctx, w.v_all, w.D, w.v_all->ne[1], w.v_all->nb[1], ih * ggml_row_size(w.v_all->type, w.D));
+            ggml_tensor * v = ggml_get_rows(ctx, v_head, ggml_view_1d(ctx, w.t_cells, n_now, i * sizeof(int32_t)));
             if (t_rot) {
                 v = llama_mul_mat_hadamard(ctx, v, t_rot);
             }
             ggml_tensor * norms = headkv_build_value_norm(ctx, v, t_wo, w.G);
-            ggml_tensor * to    = ggml_view_2d(ctx, t_values, 1, n_now, t_values->nb[1], (ih*n_prefix + i)*t_values->nb[1]);
+            ggml_tensor * to = ggml_view_2d(ctx, t_values, 1, n_now, t_values->nb[1], (ih * n_prefix + i) * t_values->nb[1]);
             ggml_build_forward_expand(runner.gf, ggml_cpy(ctx, norms, to));
             runner.run();
         }
     }
     note_peak(w.scratch.n_bytes() + scratch.n_bytes() + runner.n_bytes());
-    return headkv_get_data<float>(t_values, n_prefix*w.H);
+    return headkv_get_data<float>(t_values, n_prefix * w.H);
 }
 
 //
@@ -340,10 +342,10 @@ void headkv_compression::make_room(work_t & w) {
 
     const auto & ranges = w.layer.ranges[dst];
     for (int64_t ih = 0; ih < w.H; ++ih) {
-        w.plan.insert(w.plan.end(), { w.plan_select[2*ih], (int32_t) n_kept[ih] - w.n_comp[ih], (int32_t) ranges[ih].off + w.n_comp[ih] });
+        w.plan.insert(w.plan.end(), { w.plan_select[2 * ih], (int32_t) n_kept[ih] - w.n_comp[ih], (int32_t) ranges[ih].off + w.n_comp[ih] });
     }
     headkv_set_data(w.t_select, w.plan_select);
-    headkv_set_data(w.t_plan,   w.plan);
+    headkv_set_data(w.t_plan, w.plan);
 }
 
 void headkv_compression::keep_on_cpu(work_t & w) {
@@ -360,7 +362,7 @@ void headkv_compression::keep_composed(work_t & w) {
     runner.begin();
     ggml_context * ctx = runner.ctx.get();
     ggml_tensor * of_prefix = ggml_view_2d(ctx, w.t_scores, n_prefix, w.H, w.t_scores->nb[1], 0);
-    ggml_tensor * all_kept  = headkv_build_select(ctx, of_prefix, w.t_select, n_recent, w.n_total);
+    ggml_tensor * all_kept = headkv_build_select(ctx, of_prefix, w.t_select, n_recent, w.n_total);
     const bool selected = w.layer.fused && headkv_device_supports(w.layer.buft, all_kept->view_src);
     if (selected) {
         ggml_build_forward_expand(runner.gf, ggml_cpy(ctx, all_kept, w.t_kept));
@@ -369,17 +371,15 @@ void headkv_compression::keep_composed(work_t & w) {
     for (int64_t ih = 0; ih < w.H; ++ih) {
         runner.begin();
         ctx = runner.ctx.get();
-        const int64_t n_rows = w.plan[3*ih + 1];
-        ggml_tensor * kept = ggml_view_1d(ctx, w.t_kept, n_rows, w.plan_select[2*ih]*sizeof(int32_t));
+        const int64_t n_rows = w.plan[3 * ih + 1];
+        ggml_tensor * kept = ggml_view_1d(ctx, w.t_kept, n_rows, w.plan_select[2 * ih] * sizeof(int32_t));
         if (!selected) {
-            kept = ggml_cpy(ctx, w.n_keep[ih] == n_prefix
-                ? ggml_cast(ctx, ggml_arange(ctx, 0.0f, (float) n, 1.0f), GGML_TYPE_I32)
-                : headkv_build_select_composed(ctx, w.scores_of_head(ctx, n_prefix, ih), w.n_keep[ih], w.t_recent), kept);
+            kept = ggml_cpy(ctx, w.n_keep[ih] == n_prefix ? ggml_cast(ctx, ggml_arange(ctx, 0.0f, (float) n, 1.0f), GGML_TYPE_I32) : headkv_build_select_composed(ctx, w.scores_of_head(ctx, n_prefix, ih), w.n_keep[ih], w.t_recent), kept);
         }
         ggml_build_forward_expand(runner.gf, kept);
         for (auto & [pool, all] : { std::make_pair(w.layer.k, w.k_all), std::make_pair(w.layer.v, w.v_all) }) {
             ggml_tensor * rows = ggml_get_rows(ctx, head_cells(w, all, ih), kept); // F32
-            ggml_build_forward_expand(runner.gf, ggml_cpy(ctx, rows, ggml_view_2d(ctx, pool, w.D, n_rows, pool->nb[1], w.plan[3*ih + 2]*pool->nb[1])));
+            ggml_build_forward_expand(runner.gf, ggml_cpy(ctx, rows, ggml_view_2d(ctx, pool, w.D, n_rows, pool->nb[1], w.plan[3 * ih + 2] * pool->nb[1])));
         }
         runner.run();
     }
@@ -390,7 +390,7 @@ void headkv_compression::note_kept(work_t & w) {
     auto & ranges = w.layer.ranges[dst];
     for (int64_t ih = 0; ih < w.H; ++ih) {
         ranges[ih].pos.assign(w.n_comp[ih], -1);
-        ranges[ih].pos.insert(ranges[ih].pos.end(), kept.begin() + w.plan[3*ih], kept.begin() + w.plan[3*ih] + w.plan[3*ih + 1]);
+        ranges[ih].pos.insert(ranges[ih].pos.end(), kept.begin() + w.plan[3 * ih], kept.begin() + w.plan[3 * ih] + w.plan[3 * ih + 1]);
     }
 }
 
@@ -400,7 +400,7 @@ void headkv_compression::compensate(work_t & w) {
         if (!range.compensates()) {
             continue;
         }
-        std::vector<float> share(n_prefix, 1.0f/(n - (range.n_kept - 1)));
+        std::vector<float> share(n_prefix, 1.0f / (n - (range.n_kept - 1)));
         for (size_t i = 1; i < range.pos.size() && range.pos[i] < n_prefix; ++i) {
             share[range.pos[i]] = 0.0f;
         }
@@ -412,9 +412,9 @@ void headkv_compression::compensate(work_t & w) {
         runner.begin();
         ggml_context * ctx = runner.ctx.get();
         for (auto & [pool, all] : { std::make_pair(w.layer.k, w.k_all), std::make_pair(w.layer.v, w.v_all) }) {
-            ggml_tensor * rows = ggml_view_2d(ctx, all, w.D, all->ne[1], all->nb[1], ih*ggml_row_size(all->type, w.D));
+            ggml_tensor * rows = ggml_view_2d(ctx, all, w.D, all->ne[1], all->nb[1], ih * ggml_row_size(all->type, w.D));
             rows = ggml_get_rows(ctx, rows, ggml_view_1d(ctx, w.t_cells, n_prefix, 0)); // F32
-            ggml_tensor * to = ggml_view_2d(ctx, pool, w.D, 1, pool->nb[1], range.off*pool->nb[1]);
+            ggml_tensor * to = ggml_view_2d(ctx, pool, w.D, 1, pool->nb[1], range.off * pool->nb[1]);
             ggml_build_forward_expand(runner.gf, ggml_cpy(ctx, headkv_build_mean(ctx, rows, t_share), to));
         }
         runner.run();

@@ -29,9 +29,9 @@ public:
     const llama_seq_id seq_id;
     const llama_seq_id dst;
 
-    uint32_t n_tail()  const { return n_tail_; }
-    int64_t  t_us()    const { return t_us_; }
-    size_t   n_peak()  const { return n_peak_; } // bytes of staging, store and scratch at most
+    uint32_t n_tail() const { return n_tail_; }
+    int64_t t_us() const { return t_us_; }
+    size_t n_peak() const { return n_peak_; } // bytes of staging, store and scratch at most
 
 private:
     struct work_t; // of one layer
@@ -56,29 +56,29 @@ private:
 
     void note_peak(size_t n_scratch);
 
-    llama_context  * lctx;
+    llama_context * lctx;
     headkv_staging & staging;
-    headkv_store   & store;
+    headkv_store & store;
     const headkv_config_ptr cfg; // of all layers, whatever the context is configured to in between
 
-    int64_t  n;        // tokens of the prompt
-    int64_t  n_window; // the last ones, whose queries score
-    int64_t  n_recent; // the last ones, which every head keeps
-    int64_t  n_prefix; // the others
+    int64_t n;        // tokens of the prompt
+    int64_t n_window; // the last ones, whose queries score
+    int64_t n_recent; // the last ones, which every head keeps
+    int64_t n_prefix; // the others
     uint32_t n_tail_;  // rows of each head that wait for generated tokens
-    bool     keep_all;
+    bool keep_all;
 
     std::vector<int32_t> slots; // of the ring, in position order
     std::vector<int32_t> cells; // of the staging, in position order
     bool contiguous;
 
     headkv_cells n_keep;      // [il][ih] prefix cells
-    int64_t      n_protected; // of them, of every head
+    int64_t n_protected; // of them, of every head
 
     std::vector<float> scores; // [n_prefix] of a policy that does not look at the queries
 
-    int64_t t_us_   = 0;
-    size_t  n_peak_ = 0;
+    int64_t t_us_ = 0;
+    size_t n_peak_ = 0;
 
     headkv_runner runner;
 };

@@ -26,8 +26,8 @@ static std::vector<std::pair<int32_t, int32_t>> spans_of(const headkv_params & p
         throw std::invalid_argument(format("n_protect is %d: it must be the number of spans in protect", params.n_protect));
     }
     for (int32_t i = 0; i < params.n_protect; ++i) {
-        const int32_t start = params.protect[2*i];
-        const int32_t end   = params.protect[2*i + 1];
+        const int32_t start = params.protect[2 * i];
+        const int32_t end = params.protect[2 * i + 1];
         if (start < 0 || end <= start) {
             throw std::invalid_argument(format("protect has the span [%d, %d): it must not be negative or empty", start, end));
         }
@@ -52,7 +52,7 @@ void headkv_config_check_ctx(const headkv_config & cfg, uint32_t n_ctx) {
     }
     if (!cfg.spans.empty() && (uint32_t) cfg.spans.back().second > n_ctx) {
         throw std::invalid_argument(format("sinks or protect reach to position %d: they must end at or before n_ctx = %u",
-                    cfg.spans.back().second, n_ctx));
+                cfg.spans.back().second, n_ctx));
     }
 }
 
@@ -65,8 +65,8 @@ headkv_config headkv_config_from_params(const headkv_params & params, const head
 
     if (params.importance) {
         cfg.importance.n_layer = check_range("n_layer of the importance", params.n_layer, 1, 65536);
-        cfg.importance.n_head  = check_range("n_head of the importance",  params.n_head,  1, 65536);
-        cfg.importance.values.assign(params.importance, params.importance + (size_t) params.n_layer*params.n_head);
+        cfg.importance.n_head = check_range("n_head of the importance", params.n_head, 1, 65536);
+        cfg.importance.values.assign(params.importance, params.importance + (size_t) params.n_layer * params.n_head);
         headkv_importance_check(cfg.importance);
     }
     const std::string name = params.policy ? params.policy : "";
@@ -86,41 +86,41 @@ headkv_config headkv_config_from_params(const headkv_params & params, const head
         cfg.importance = {};
     } else if (cfg.importance.values.empty()) {
         throw std::invalid_argument(format("policy '%s' needs the importance of each head and nothing is known of this model's: measure it with "
-                    "'pyheadkv score MODEL.gguf --write OUT.gguf', pass importance=, or use policy 'auto'", cfg.policy->name));
+                                           "'pyheadkv score MODEL.gguf --write OUT.gguf', pass importance=, or use policy 'auto'",
+                cfg.policy->name));
     }
 
-    cfg.window      = check_range("window", params.window, 1, 256);
-    cfg.recent      = check_range("recent", params.recent, 1, 1 << 20);
+    cfg.window = check_range("window", params.window, 1, 256);
+    cfg.recent = check_range("recent", params.recent, 1, 1 << 20);
     while (1 << cfg.n_square < params.power) {
         cfg.n_square++;
     }
     if (params.power != 1 << cfg.n_square || cfg.n_square > 3) {
         throw std::invalid_argument(format("power is %d: it must be 1, 2, 4 or 8", params.power));
     }
-    cfg.pool        = (headkv_pool) check_range("pool", params.pool, HEADKV_POOL_MAX, HEADKV_POOL_AVG);
+    cfg.pool = (headkv_pool) check_range("pool", params.pool, HEADKV_POOL_MAX, HEADKV_POOL_AVG);
     cfg.pool_kernel = check_range("pool_kernel", params.pool_kernel, 0, 31);
     if (cfg.pool_kernel > 0 && cfg.pool_kernel % 2 == 0) {
         throw std::invalid_argument(format("pool_kernel is %d: it must be odd, so that the pooling is centred", params.pool_kernel));
     }
     if (!cfg.policy->keeps_all && (params.kv_size < params.recent + 1 || params.kv_size > HEADKV_MAX_CELLS)) {
         throw std::invalid_argument(format("kv_size is %d: it counts the %d recent cells, so it must be at least %d (and at most %d)",
-                    params.kv_size, params.recent, params.recent + 1, HEADKV_MAX_CELLS));
+                params.kv_size, params.recent, params.recent + 1, HEADKV_MAX_CELLS));
     }
     cfg.kv_size = cfg.policy->keeps_all ? HEADKV_MAX_CELLS : params.kv_size;
-    cfg.n_tail    = check_range("n_tail", params.n_tail, 1, 1 << 20);
-    cfg.attend    = (headkv_attend) check_range("attend", params.attend, HEADKV_ATTEND_AUTO, HEADKV_ATTEND_COMPOSED);
+    cfg.n_tail = check_range("n_tail", params.n_tail, 1, 1 << 20);
+    cfg.attend = (headkv_attend) check_range("attend", params.attend, HEADKV_ATTEND_AUTO, HEADKV_ATTEND_COMPOSED);
     cfg.n_buckets = check_range("n_buckets", params.n_buckets, 1, 8);
-    cfg.prefill   = (headkv_prefill) check_range("prefill", params.prefill, HEADKV_PREFILL_AUTO, HEADKV_PREFILL_LAYER);
+    cfg.prefill = (headkv_prefill) check_range("prefill", params.prefill, HEADKV_PREFILL_AUTO, HEADKV_PREFILL_LAYER);
 
     cfg.hidden_f16 = check_range("hidden_f16", params.hidden_f16, 0, 1) == 1;
     cfg.surplus = (headkv_surplus) check_range("surplus", params.surplus, HEADKV_SURPLUS_LOST, HEADKV_SURPLUS_REDISTRIBUTE);
     const int32_t n_sinks = check_range("sinks", params.sinks, -1, 1 << 26);
-    cfg.spans = spans_of(params, n_sinks >= 0 ? n_sinks :
-            std::min(cfg.policy->n_sinks, params.kv_size - params.recent - (cfg.policy->compensates ? 1 : 0)));
+    cfg.spans = spans_of(params, n_sinks >= 0 ? n_sinks : std::min(cfg.policy->n_sinks, params.kv_size - params.recent - (cfg.policy->compensates ? 1 : 0)));
 
-    cfg.pyramid_exact   = check_range("pyramid_exact",   params.pyramid_exact,   0, 1) == 1;
+    cfg.pyramid_exact = check_range("pyramid_exact", params.pyramid_exact, 0, 1) == 1;
     cfg.adakv_normalize = check_range("adakv_normalize", params.adakv_normalize, 0, 1) == 1;
-    cfg.adakv_floor     = params.adakv_floor == -1.0 ? cfg.policy->adakv_floor : params.adakv_floor;
+    cfg.adakv_floor = params.adakv_floor == -1.0 ? cfg.policy->adakv_floor : params.adakv_floor;
     if (!(cfg.adakv_floor >= 0.0 && cfg.adakv_floor <= 1.0)) {
         throw std::invalid_argument(format("adakv_floor is %g: it must be in [0, 1], or -1 for the default of the policy", params.adakv_floor));
     }

@@ -10,8 +10,8 @@
 
 struct headkv_importance {
     int32_t n_layer = 0;
-    int32_t n_head  = 0;
-    double  beta    = 0.0; // that suits the values; 0 = not known
+    int32_t n_head = 0;
+    double beta = 0.0; // that suits the values; 0 = not known
     std::vector<double> values; // [n_layer*n_head], query heads, finite, >= 0, sum > 0; empty = none given
 };
 
@@ -21,22 +21,22 @@ constexpr int32_t HEADKV_MAX_CELLS = 1 << 26; // of a head
 
 struct headkv_config {
     const headkv_policy * policy;
-    uint32_t      kv_size;
-    uint32_t      window;
-    uint32_t      recent;
-    int           n_square; // log2 of the power
-    headkv_pool   pool;
-    uint32_t      pool_kernel;
-    double        beta; // > 1
-    uint32_t      n_tail;
+    uint32_t kv_size;
+    uint32_t window;
+    uint32_t recent;
+    int n_square; // log2 of the power
+    headkv_pool pool;
+    uint32_t pool_kernel;
+    double beta; // > 1
+    uint32_t n_tail;
     headkv_attend attend;
-    uint32_t      n_buckets;
+    uint32_t n_buckets;
     headkv_prefill prefill;
-    bool           hidden_f16;
+    bool hidden_f16;
     headkv_surplus surplus;
-    bool           pyramid_exact;
-    double         adakv_floor; // in [0, 1]
-    bool           adakv_normalize;
+    bool pyramid_exact;
+    double adakv_floor; // in [0, 1]
+    bool adakv_normalize;
 
     headkv_importance importance;
 

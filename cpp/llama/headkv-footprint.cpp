@@ -29,7 +29,7 @@ static int64_t ring_bytes(const headkv_store & store, int64_t n_slots, bool laye
     for (const auto & layer : store.layers) {
         if (!layered || !seen[{ layer.buft, layer.n_head, layer.n_embd_head }]) {
             seen[{ layer.buft, layer.n_head, layer.n_embd_head }] = true;
-            res += (int64_t) layer.n_embd_head*layer.n_head*n_slots*sizeof(float);
+            res += (int64_t) layer.n_embd_head * layer.n_head * n_slots * sizeof(float);
         }
     }
     return res;
@@ -37,29 +37,29 @@ static int64_t ring_bytes(const headkv_store & store, int64_t n_slots, bool laye
 
 // the most that a compression has besides, in one layer: its tensors, and either the score op or the select op
 static int64_t scratch_bytes(const headkv_layer_shape & layer, const headkv_config & cfg, int64_t n) {
-    const int64_t H        = layer.n_head_kv;
+    const int64_t H = layer.n_head_kv;
     const int64_t n_window = std::min<int64_t>(cfg.window, n);
-    const int64_t n_kept   = H*std::min<int64_t>(cfg.kv_size, n)*sizeof(int32_t);
-    const int64_t n_query  = (int64_t) layer.n_head*layer.n_embd_head;
-    const int64_t n_chunk  = (n + HEADKV_SCORE_CHUNK - 1)/HEADKV_SCORE_CHUNK;
+    const int64_t n_kept = H * std::min<int64_t>(cfg.kv_size, n) * sizeof(int32_t);
+    const int64_t n_query = (int64_t) layer.n_head * layer.n_embd_head;
+    const int64_t n_chunk = (n + HEADKV_SCORE_CHUNK - 1) / HEADKV_SCORE_CHUNK;
 
-    const int64_t tensors = n*(H + 1)*sizeof(float) + n_kept + (n_window + cfg.recent + 5*H)*sizeof(int32_t) + 10*64; // and what aligns them
-    const int64_t score   = n_window*sizeof(float)*(n_query + 2*layer.n_head*n_chunk) + n*H*sizeof(float); // queries, sums, result
-    const int64_t select  = 2*n*H*sizeof(int32_t) + n_kept; // sort keys, result
+    const int64_t tensors = n * (H + 1) * sizeof(float) + n_kept + (n_window + cfg.recent + 5 * H) * sizeof(int32_t) + 10 * 64; // and what aligns them
+    const int64_t score = n_window * sizeof(float) * (n_query + 2 * layer.n_head * n_chunk) + n * H * sizeof(float); // queries, sums, result
+    const int64_t select = 2 * n * H * sizeof(int32_t) + n_kept; // sort keys, result
     return tensors + std::max(score, select);
 }
 
 headkv_footprint llama_kv_cache_ragged::footprint(const headkv_config & with, uint32_t n_prompt, uint32_t n_predict, bool layered, int64_t n_ubatch) const {
     const int64_t n_cells = GGML_PAD((int64_t) n_prompt, 256); // upstream attends multiples of 256 cells
-    const int64_t n_kept  = std::min<int64_t>(with.kv_size, n_prompt);
-    const int64_t n_tail  = std::max<int64_t>(headkv_n_tail(with, n_prompt), n_predict);
+    const int64_t n_kept = std::min<int64_t>(with.kv_size, n_prompt);
+    const int64_t n_tail = std::max<int64_t>(headkv_n_tail(with, n_prompt), n_predict);
 
     headkv_footprint res = {};
-    res.size    = sizeof(res);
-    res.staging = n_cells*staged_bytes(the_store, layered);
-    res.ring    = ring_bytes(the_store, (int64_t) with.window*seqs.size() + 1, layered);
-    res.hidden  = layered ? the_staging.hidden_bytes(n_prompt, n_ubatch, with.hidden_f16) : 0;
-    res.store   = (n_kept + n_tail)*(int64_t) bytes_cell();
+    res.size = sizeof(res);
+    res.staging = n_cells * staged_bytes(the_store, layered);
+    res.ring = ring_bytes(the_store, (int64_t) with.window * seqs.size() + 1, layered);
+    res.hidden = layered ? the_staging.hidden_bytes(n_prompt, n_ubatch, with.hidden_f16) : 0;
+    res.store = (n_kept + n_tail) * (int64_t) bytes_cell();
     for (const auto & layer : the_store.layers) {
         res.scratch = std::max(res.scratch, scratch_bytes(layer, with, n_prompt));
     }

@@ -30,13 +30,17 @@ public:
             if (banded) {
                 const size_t nb = mctx_ragged->get_kv()->staging().band()->nb[1];
                 banded->nb[1] = nb;
-                banded->nb[2] = banded->nb[3] = nb*banded->ne[1];
+                banded->nb[2] = banded->nb[3] = nb * banded->ne[1];
             }
             return;
         }
         auto * kv = mctx_ragged->get_kv();
-        if (self_k_rot) { kv->staging().twin().set_input_k_rot(self_k_rot); }
-        if (self_v_rot) { kv->staging().twin().set_input_v_rot(self_v_rot); }
+        if (self_k_rot) {
+            kv->staging().twin().set_input_k_rot(self_k_rot);
+        }
+        if (self_v_rot) {
+            kv->staging().twin().set_input_v_rot(self_v_rot);
+        }
         mctx_ragged->set_input_rows(rows, ubatch);
         if (ranges) {
             mctx_ragged->set_input_ranges(ranges, ubatch);
@@ -55,7 +59,7 @@ public:
             if (!o.tensor->buffer) {
                 continue;
             }
-            ggml_backend_tensor_set(o.tensor, o.values.data(), 0, o.values.size()*sizeof(int32_t));
+            ggml_backend_tensor_set(o.tensor, o.values.data(), 0, o.values.size() * sizeof(int32_t));
         }
     }
 
@@ -68,27 +72,27 @@ public:
         if (store) {
             // the views and masks of the composed path are those of a sequence
             const bool same_seq = masks.empty() || seq == params.ubatch.seq_id_unq[0];
-            return rows->ne[0] == n_head_kv_all*params.ubatch.n_tokens && n_seqs == params.ubatch.n_seqs_unq && same_seq;
+            return rows->ne[0] == n_head_kv_all * params.ubatch.n_tokens && n_seqs == params.ubatch.n_seqs_unq && same_seq;
         }
         mctx = mctx_ragged->get_staging();
         return self_k_idxs->ne[0] == params.ubatch.n_tokens &&
-               self_kq_mask->ne[0] == mctx->get_n_kv() &&
-               self_kq_mask->ne[1] == params.ubatch.n_tokens;
+                self_kq_mask->ne[0] == mctx->get_n_kv() &&
+                self_kq_mask->ne[1] == params.ubatch.n_tokens;
     }
 
     // the ubatch's share of a packed input that belongs to the layer
     ggml_tensor * rows_of_layer(const llm_graph_context & gctx, const headkv_store_layer & layer) {
         const int64_t n_tokens = gctx.n_tokens;
-        return ggml_view_1d(gctx.ctx0, on_device(gctx, rows, layer), layer.n_head_kv*n_tokens, first_head.at(layer.il)*n_tokens*sizeof(int32_t));
+        return ggml_view_1d(gctx.ctx0, on_device(gctx, rows, layer), layer.n_head_kv * n_tokens, first_head.at(layer.il) * n_tokens * sizeof(int32_t));
     }
 
     ggml_tensor * ranges_of_layer(const llm_graph_context & gctx, const headkv_store_layer & layer) {
-        return ggml_view_3d(gctx.ctx0, on_device(gctx, ranges, layer), 2, layer.n_head_kv, n_seqs, 2*sizeof(int32_t), 2*layer.n_head_kv*sizeof(int32_t),
-                2*first_head.at(layer.il)*n_seqs*sizeof(int32_t));
+        return ggml_view_3d(gctx.ctx0, on_device(gctx, ranges, layer), 2, layer.n_head_kv, n_seqs, 2 * sizeof(int32_t), 2 * layer.n_head_kv * sizeof(int32_t),
+                2 * first_head.at(layer.il) * n_seqs * sizeof(int32_t));
     }
 
     ggml_tensor * bias_of_layer(const llm_graph_context & gctx, const headkv_store_layer & layer) {
-        return !bias ? nullptr : ggml_view_2d(gctx.ctx0, on_device(gctx, bias, layer), layer.n_head_kv, n_seqs, layer.n_head_kv*sizeof(float), first_head.at(layer.il)*n_seqs*sizeof(float));
+        return !bias ? nullptr : ggml_view_2d(gctx.ctx0, on_device(gctx, bias, layer), layer.n_head_kv, n_seqs, layer.n_head_kv * sizeof(float), first_head.at(layer.il) * n_seqs * sizeof(float));
     }
 
     // An input in the memory of the layer's device: copied there once, not piece by piece for every layer.
@@ -97,7 +101,7 @@ public:
         if (!dev || ggml_backend_dev_type(dev) == GGML_BACKEND_DEVICE_TYPE_CPU || !gctx.sched) {
             return input;
         }
-        ggml_tensor * & res = copies[{ input, layer.buft }];
+        ggml_tensor *& res = copies[{ input, layer.buft }];
         for (int i = 0; !res && i < ggml_backend_sched_get_n_backends(gctx.sched); ++i) {
             ggml_backend_t backend = ggml_backend_sched_get_backend(gctx.sched, i);
             if (ggml_backend_get_device(backend) != dev) {
@@ -113,26 +117,33 @@ public:
 
     const llama_kv_cache_ragged_context * mctx_ragged;
 
-    const bool     store;
+    const bool store;
     const uint64_t generation;
 
     // prompt: which tokens of the ubatch go to which slots of the window
     ggml_tensor * tokens = nullptr; // I32 [n]
-    ggml_tensor * slots  = nullptr; // I64 [n]
+    ggml_tensor * slots = nullptr; // I64 [n]
     ggml_tensor * banded = nullptr; // the mask, if it is a window into the band
 
     // decode: where the new rows go and what each head sees, all layers one after the other
-    ggml_tensor * rows   = nullptr; // I32, per layer [n_head_kv, n_tokens]
+    ggml_tensor * rows = nullptr; // I32, per layer [n_head_kv, n_tokens]
     ggml_tensor * ranges = nullptr; // I32, per layer [2, n_head_kv, n_seqs]
-    ggml_tensor * bias   = nullptr; // F32, per layer [n_head_kv, n_seqs], of the first row; null = no head has one
+    ggml_tensor * bias = nullptr; // F32, per layer [n_head_kv, n_seqs], of the first row; null = no head has one
     std::unordered_map<int32_t, int64_t> first_head; // of a layer, counted over all layers
-    int64_t  n_head_kv_all = 0;
-    uint32_t     n_seqs    = 0;
-    llama_seq_id seq       = 0; // the first one; the composed path attends for one
+    int64_t n_head_kv_all = 0;
+    uint32_t n_seqs = 0;
+    llama_seq_id seq = 0; // the first one; the composed path attends for one
 
-    struct mask_t  { ggml_tensor * mask; int32_t il; size_t i_bucket; };
-    struct order_t { ggml_tensor * tensor; std::vector<int32_t> values; };
-    std::vector<mask_t>  masks;
+    struct mask_t {
+        ggml_tensor * mask;
+        int32_t il;
+        size_t i_bucket;
+    };
+    struct order_t {
+        ggml_tensor * tensor;
+        std::vector<int32_t> values;
+    };
+    std::vector<mask_t> masks;
     std::vector<order_t> orders;
 
     std::map<std::pair<ggml_tensor *, ggml_backend_buffer_type_t>, ggml_tensor *> copies; // see on_device()
@@ -157,7 +168,7 @@ static ggml_tensor * build_mask_of_step(ggml_context * ctx, headkv_input & inp, 
     if (like->type != band->type) {
         return nullptr;
     }
-    const int64_t n_kv   = like->ne[0];
+    const int64_t n_kv = like->ne[0];
     const int64_t n_past = mctx.token_step();
 
     if (ggml_backend_buffer_is_host(band->buffer)) {
@@ -172,7 +183,7 @@ static ggml_tensor * build_mask_of_step(ggml_context * ctx, headkv_input & inp, 
             }
         }
         ggml_tensor * mask = ggml_new_tensor_2d(ctx, band->type, n_kv, n_tokens);
-        ggml_backend_tensor_alloc(band->buffer, mask, (char *) band->data + (mctx.get_kv()->staging().n_band() - n_past)*band->nb[0]);
+        ggml_backend_tensor_alloc(band->buffer, mask, (char *) band->data + (mctx.get_kv()->staging().n_band() - n_past) * band->nb[0]);
         inp.banded = mask;
         return mask;
     }
@@ -204,25 +215,25 @@ llm_graph_input_attn_kv * headkv_build_inp(const llm_graph_context & gctx) {
 
     if (store) {
         inp->n_seqs = ubatch.n_seqs_unq;
-        inp->seq    = ubatch.seq_id_unq[0];
+        inp->seq = ubatch.seq_id_unq[0];
         for (const auto & layer : kv->store().layers) {
             inp->first_head[layer.il] = inp->n_head_kv_all;
             inp->n_head_kv_all += layer.n_head_kv;
         }
-        inp->rows   = new_input(ctx, GGML_TYPE_I32, inp->n_head_kv_all*ubatch.n_tokens, "headkv_rows");
+        inp->rows = new_input(ctx, GGML_TYPE_I32, inp->n_head_kv_all * ubatch.n_tokens, "headkv_rows");
         if (kv->store().has_fused()) {
-            inp->ranges = new_input(ctx, GGML_TYPE_I32, inp->n_head_kv_all*inp->n_seqs*2, "headkv_ranges");
+            inp->ranges = new_input(ctx, GGML_TYPE_I32, inp->n_head_kv_all * inp->n_seqs * 2, "headkv_ranges");
             // ranges do not change without a new generation
             if (mctx->is_full() ? kv->config().policy->compensates : kv->store().compensates()) {
-                inp->bias = new_input(ctx, GGML_TYPE_F32, inp->n_head_kv_all*inp->n_seqs, "headkv_bias");
+                inp->bias = new_input(ctx, GGML_TYPE_F32, inp->n_head_kv_all * inp->n_seqs, "headkv_bias");
             }
         }
         inp->self_k_rot = kv->staging().twin().build_input_k_rot(ctx);
         inp->self_v_rot = kv->staging().twin().build_input_v_rot(ctx);
     } else {
         const auto * staging = mctx->get_staging();
-        inp->self_k_idxs  = staging->build_input_k_idxs(ctx, ubatch);
-        inp->self_v_idxs  = staging->build_input_v_idxs(ctx, ubatch);
+        inp->self_k_idxs = staging->build_input_k_idxs(ctx, ubatch);
+        inp->self_v_idxs = staging->build_input_v_idxs(ctx, ubatch);
         inp->self_kq_mask = ggml_new_tensor_4d(ctx, gctx.cparams.flash_attn ? GGML_TYPE_F16 : GGML_TYPE_F32, staging->get_n_kv(), ubatch.n_tokens, 1, 1);
         ggml_set_input(inp->self_kq_mask);
         ggml_set_name(inp->self_kq_mask, "attn_inp_kq_mask");
@@ -230,16 +241,16 @@ llm_graph_input_attn_kv * headkv_build_inp(const llm_graph_context & gctx) {
         if (mctx->is_layered()) {
             if (ggml_tensor * mask = build_mask_of_step(ctx, *inp, *mctx, ubatch.n_tokens, inp->self_kq_mask, gctx.sched)) {
                 ggml_set_name(mask, "headkv_mask");
-                inp->self_kq_mask     = nullptr; // nothing to fill
+                inp->self_kq_mask = nullptr; // nothing to fill
                 inp->self_kq_mask_cnv = mask;
             }
         }
-        inp->self_k_rot   = staging->build_input_k_rot(ctx);
-        inp->self_v_rot   = staging->build_input_v_rot(ctx);
+        inp->self_k_rot = staging->build_input_k_rot(ctx);
+        inp->self_v_rot = staging->build_input_v_rot(ctx);
 
-        const int64_t n = std::min<int64_t>(ubatch.n_tokens, (int64_t) kv->staging().n_ring()*ubatch.n_seqs_unq);
+        const int64_t n = std::min<int64_t>(ubatch.n_tokens, (int64_t) kv->staging().n_ring() * ubatch.n_seqs_unq);
         inp->tokens = new_input(ctx, GGML_TYPE_I32, n, "headkv_window_tokens");
-        inp->slots  = new_input(ctx, GGML_TYPE_I64, n, "headkv_window_slots");
+        inp->slots = new_input(ctx, GGML_TYPE_I64, n, "headkv_window_slots");
     }
 
     return (llm_graph_input_attn_kv *) gctx.res->add_input(std::move(inp));
@@ -256,31 +267,31 @@ static ggml_tensor * build_attend_composed(const llm_graph_context & gctx, headk
 
     const int64_t D = layer.n_embd_head;
     const int64_t H = layer.n_head_kv;
-    const int64_t G = layer.n_head/layer.n_head_kv;
+    const int64_t G = layer.n_head / layer.n_head_kv;
     const int64_t T = q->ne[2];
 
     const auto & buckets = layer.buckets.at(inp.seq);
     const bool natural = buckets.size() == 1;
 
-    ggml_tensor * order   = nullptr;
+    ggml_tensor * order = nullptr;
     ggml_tensor * inverse = nullptr;
     if (!natural) {
         // rows of a GQA group are gathered bucket by bucket, (head, token) within, and put back afterwards
-        headkv_input::order_t o = { new_input(ctx, GGML_TYPE_I32, H*T, "headkv_order"),   std::vector<int32_t>() };
-        headkv_input::order_t i = { new_input(ctx, GGML_TYPE_I32, H*T, "headkv_inverse"), std::vector<int32_t>(H*T) };
+        headkv_input::order_t o = { new_input(ctx, GGML_TYPE_I32, H * T, "headkv_order"), std::vector<int32_t>() };
+        headkv_input::order_t i = { new_input(ctx, GGML_TYPE_I32, H * T, "headkv_inverse"), std::vector<int32_t>(H * T) };
         for (const auto & b : buckets) {
             for (int32_t h : b.heads) {
                 for (int64_t t = 0; t < T; ++t) {
-                    i.values[t*H + h] = (int32_t) o.values.size();
-                    o.values.push_back((int32_t) (t*H + h));
+                    i.values[t * H + h] = (int32_t) o.values.size();
+                    o.values.push_back((int32_t) (t * H + h));
                 }
             }
         }
-        order   = o.tensor;
+        order = o.tensor;
         inverse = i.tensor;
         inp.orders.push_back(std::move(o));
         inp.orders.push_back(std::move(i));
-        q = ggml_get_rows(ctx, ggml_reshape_2d(ctx, q, D*G, H*T), order);
+        q = ggml_get_rows(ctx, ggml_reshape_2d(ctx, q, D * G, H * T), order);
     }
 
     ggml_tensor * res = nullptr;
@@ -291,10 +302,10 @@ static ggml_tensor * build_attend_composed(const llm_graph_context & gctx, headk
 
         // [D, T, G, n]
         ggml_tensor * qb = natural
-            ? ggml_permute(ctx, ggml_reshape_4d(ctx, q, D, G, H, T), 0, 2, 3, 1)
-            : ggml_permute(ctx, ggml_view_4d(ctx, q, D, G, T, n, D*q->nb[0], q->nb[1], T*q->nb[1], first*T*q->nb[1]), 0, 2, 1, 3);
-        ggml_tensor * kb = ggml_view_4d(ctx, k, D, b.n_kv, 1, n, k->nb[1], b.cap*k->nb[1], b.cap*k->nb[1], b.off*k->nb[1]);
-        ggml_tensor * vb = ggml_view_4d(ctx, v, D, b.n_kv, 1, n, v->nb[1], b.cap*v->nb[1], b.cap*v->nb[1], b.off*v->nb[1]);
+                ? ggml_permute(ctx, ggml_reshape_4d(ctx, q, D, G, H, T), 0, 2, 3, 1)
+                : ggml_permute(ctx, ggml_view_4d(ctx, q, D, G, T, n, D * q->nb[0], q->nb[1], T * q->nb[1], first * T * q->nb[1]), 0, 2, 1, 3);
+        ggml_tensor * kb = ggml_view_4d(ctx, k, D, b.n_kv, 1, n, k->nb[1], b.cap * k->nb[1], b.cap * k->nb[1], b.off * k->nb[1]);
+        ggml_tensor * vb = ggml_view_4d(ctx, v, D, b.n_kv, 1, n, v->nb[1], b.cap * v->nb[1], b.cap * v->nb[1], b.off * v->nb[1]);
 
         ggml_tensor * mask = ggml_new_tensor_4d(ctx, GGML_TYPE_F16, b.n_kv, T, 1, n);
         ggml_set_input(mask);
@@ -305,24 +316,24 @@ static ggml_tensor * build_attend_composed(const llm_graph_context & gctx, headk
                 gctx.hparams.attn_soft_cap ? gctx.hparams.f_attn_logit_softcapping : 0.0f);
         ggml_prec_set_acc(cur, GGML_PREC_F32);
 
-        cur = ggml_reshape_4d(ctx, cur, D*G, T, n, 1); // rows: (head, token)
+        cur = ggml_reshape_4d(ctx, cur, D * G, T, n, 1); // rows: (head, token)
         if (natural && T > 1) {
             cur = ggml_cont(ctx, ggml_permute(ctx, cur, 0, 2, 1, 3));
         }
-        cur = ggml_reshape_2d(ctx, cur, D*G, T*n);
+        cur = ggml_reshape_2d(ctx, cur, D * G, T * n);
         res = res ? ggml_concat(ctx, res, cur, 1) : cur;
         first += n;
     }
     if (!natural) {
         res = ggml_get_rows(ctx, res, inverse);
     }
-    return ggml_reshape_2d(ctx, res, D*G*H, T);
+    return ggml_reshape_2d(ctx, res, D * G * H, T);
 }
 
 static ggml_tensor * rows_2d(ggml_context * ctx, ggml_tensor * x) {
     // [n_embd_head, n_head, n_tokens] -> one row per head and token; a fused QKV projection leaves strided views
-    return ggml_is_contiguous(x) ? ggml_reshape_2d(ctx, x, x->ne[0], x->ne[1]*x->ne[2])
-                                 : ggml_cont_2d   (ctx, x, x->ne[0], x->ne[1]*x->ne[2]);
+    return ggml_is_contiguous(x) ? ggml_reshape_2d(ctx, x, x->ne[0], x->ne[1] * x->ne[2])
+                                 : ggml_cont_2d(ctx, x, x->ne[0], x->ne[1] * x->ne[2]);
 }
 
 // What the graph says of a layer; a worst-case graph is built when the context is created: a refusal ends up there.
@@ -343,7 +354,7 @@ static void note_layer(const llm_graph_context & gctx, headkv_input & inp, ggml_
         kv->note_graph(inp.ils_built);
     }
     // adapters on top of wo are left out
-    layer->wo   = wo && wo->ne[0] == (int64_t) layer->n_embd_head*layer->n_head ? wo : nullptr;
+    layer->wo = wo && wo->ne[0] == (int64_t) layer->n_embd_head * layer->n_head ? wo : nullptr;
     layer->wo_s = wo_s;
     if (mctx->is_full() && kv->is_graph_complete()) {
         const std::string why_not = kv->why_no_values(kv->config());
@@ -351,7 +362,7 @@ static void note_layer(const llm_graph_context & gctx, headkv_input & inp, ggml_
             kv->refuse(why_not);
         }
     }
-    layer->attend->scale   = kq_scale;
+    layer->attend->scale = kq_scale;
     layer->attend->softcap = gctx.hparams.attn_soft_cap ? gctx.hparams.f_attn_logit_softcapping : 0.0f;
 }
 
@@ -362,7 +373,7 @@ static void build_capture(const llm_graph_context & gctx, headkv_input & inp, gg
     ggml_build_forward_expand(gctx.gf, headkv_build_window(ctx, q_cur, inp.self_k_rot, mctx->get_ring(il), inp.tokens, inp.slots));
     if (ggml_tensor * sums = mctx->get_sums(il)) {
         const auto * staging = mctx->get_staging();
-        const auto & attend  = *mctx->get_kv()->store().find(il)->attend;
+        const auto & attend = *mctx->get_kv()->store().find(il)->attend;
         ggml_tensor * q = inp.self_k_rot ? llama_mul_mat_hadamard(ctx, q_cur, inp.self_k_rot) : q_cur;
         ggml_tensor * k = inp.self_k_rot ? llama_mul_mat_hadamard(ctx, k_cur, inp.self_k_rot) : k_cur;
         ggml_build_forward_expand(gctx.gf, staging->cpy_k(ctx, k, inp.self_k_idxs, il)); // upstream will do it again
@@ -394,8 +405,8 @@ static ggml_tensor * build_attend(const llm_graph_context & gctx, headkv_input &
     ggml_tensor * q = ggml_is_contiguous(q_cur) ? q_cur : ggml_cont(ctx, q_cur);
     auto * attend = inp.mctx_ragged->get_kv()->store().find(layer.il)->attend.get(); // that of the twin computes nothing
     return layer.fused
-        ? headkv_build_attend_fused(ctx, attend, q, k, v, inp.ranges_of_layer(gctx, layer), inp.bias_of_layer(gctx, layer))
-        : build_attend_composed(gctx, inp, layer, q, k, v, kq_scale);
+            ? headkv_build_attend_fused(ctx, attend, q, k, v, inp.ranges_of_layer(gctx, layer), inp.bias_of_layer(gctx, layer))
+            : build_attend_composed(gctx, inp, layer, q, k, v, kq_scale);
 }
 
 ggml_tensor * headkv_build_attn(const llm_graph_context & gctx, llm_graph_input_attn_kv * inp_kv,

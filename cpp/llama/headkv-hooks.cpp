@@ -76,7 +76,7 @@ llama_memory_i * headkv_create_memory(const llama_model & model, const llama_mem
 
         // Ask upstream, on a small context, which memory the architecture gets: anything but the plain cache is not ours.
         llama_cparams cparams_probe = cparams;
-        cparams_probe.n_ctx     = 256;
+        cparams_probe.n_ctx = 256;
         cparams_probe.n_ctx_seq = 256;
         headkv_thread_config() = nullptr;
         std::unique_ptr<llama_memory_i> probe;

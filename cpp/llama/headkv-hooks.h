@@ -11,8 +11,8 @@ struct llama_memory_i;
 struct llama_memory_params;
 struct llm_graph_context;
 struct llm_graph_params;
-class  llm_graph_input_attn_kv;
-class  llm_graph_result;
+class llm_graph_input_attn_kv;
+class llm_graph_result;
 
 // called first by llama_model::create_memory(); null = not ours. Throws when compression was asked for and the
 // model or the context cannot have it.

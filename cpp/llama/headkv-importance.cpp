@@ -13,7 +13,7 @@ void headkv_importance_check(const headkv_importance & importance) {
         const double v = importance.values[i];
         if (!std::isfinite(v) || v < 0.0) {
             throw std::invalid_argument(format("importance of layer %d, head %d is %g: it must be finite and >= 0",
-                        (int) (i/importance.n_head), (int) (i%importance.n_head), v));
+                    (int) (i / importance.n_head), (int) (i % importance.n_head), v));
         }
         sum += v;
     }
@@ -23,7 +23,7 @@ void headkv_importance_check(const headkv_importance & importance) {
 }
 
 headkv_importance headkv_importance_from_gguf(const char * path) {
-    gguf_init_params params = { /*.no_alloc =*/ true, /*.ctx =*/ nullptr };
+    gguf_init_params params = { /*.no_alloc =*/true, /*.ctx =*/nullptr };
     std::unique_ptr<gguf_context, void (*)(gguf_context *)> gguf(gguf_init_from_file(path, params), gguf_free);
     if (!gguf) {
         throw std::invalid_argument(format("%s is not a readable GGUF file", path));
@@ -59,12 +59,12 @@ headkv_importance headkv_importance_from_gguf(const char * path) {
     }
     const size_t n = gguf_get_arr_n(gguf.get(), id);
     // both factors are bounded before they are multiplied
-    if (shape[0] == 0 || shape[1] == 0 || shape[0] > 65536 || shape[1] > 65536 || n != (size_t) shape[0]*shape[1]) {
+    if (shape[0] == 0 || shape[1] == 0 || shape[0] > 65536 || shape[1] > 65536 || n != (size_t) shape[0] * shape[1]) {
         throw std::invalid_argument(format("%s has %zu values, .shape says %u layers x %u heads", key.c_str(), n, shape[0], shape[1]));
     }
 
     res.n_layer = shape[0];
-    res.n_head  = shape[1];
+    res.n_head = shape[1];
     const void * data = gguf_get_arr_data(gguf.get(), id);
     for (size_t i = 0; i < n; ++i) {
         res.values.push_back(type == GGUF_TYPE_FLOAT32 ? ((const float *) data)[i] : ((const double *) data)[i]);

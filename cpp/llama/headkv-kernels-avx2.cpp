@@ -13,7 +13,9 @@ headkv_attend_kernel headkv_attend_kernel_avx2(ggml_type type_k, ggml_type type_
         return find_kernel(type_k, type_v, n_embd_head);
     }
 #endif
-    GGML_UNUSED(type_k); GGML_UNUSED(type_v); GGML_UNUSED(n_embd_head);
+    GGML_UNUSED(type_k);
+    GGML_UNUSED(type_v);
+    GGML_UNUSED(n_embd_head);
     return nullptr;
 }
 

@@ -4,7 +4,7 @@
 #if defined(HEADKV_SIMD) && defined(__AVX512F__)
 static bool is_available() {
     return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-        __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+            __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
 }
 #endif
 
@@ -14,7 +14,9 @@ headkv_attend_kernel headkv_attend_kernel_avx512(ggml_type type_k, ggml_type typ
         return find_kernel(type_k, type_v, n_embd_head);
     }
 #endif
-    GGML_UNUSED(type_k); GGML_UNUSED(type_v); GGML_UNUSED(n_embd_head);
+    GGML_UNUSED(type_k);
+    GGML_UNUSED(type_v);
+    GGML_UNUSED(n_embd_head);
     return nullptr;
 }
 

@@ -5,7 +5,9 @@ headkv_attend_kernel headkv_attend_kernel_neon(ggml_type type_k, ggml_type type_
 #if defined(HEADKV_SIMD) && defined(__ARM_NEON)
     return find_kernel(type_k, type_v, n_embd_head);
 #else
-    GGML_UNUSED(type_k); GGML_UNUSED(type_v); GGML_UNUSED(n_embd_head);
+    GGML_UNUSED(type_k);
+    GGML_UNUSED(type_v);
+    GGML_UNUSED(n_embd_head);
     return nullptr;
 #endif
 }

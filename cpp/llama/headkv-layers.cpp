@@ -103,7 +103,7 @@ static void make_leaf(ggml_tensor * x, ggml_tensor * hidden, ggml_tensor * slice
         ggml_backend_tensor_alloc(hidden->buffer, x, (char *) hidden->data + offset);
     } else {
         // what ggml_cast() would make
-        x->op     = GGML_OP_CPY;
+        x->op = GGML_OP_CPY;
         x->src[0] = slice;
         x->src[1] = x;
     }
@@ -129,20 +129,20 @@ void headkv_cut_graph(const llm_graph_params & params, llm_graph_result & res) {
         return;
     }
 
-    const int32_t il   = mctx->layer_step();
-    const bool    last = il == kv->n_layer() - 1;
+    const int32_t il = mctx->layer_step();
+    const bool last = il == kv->n_layer() - 1;
 
     ggml_tensor * hidden = kv->staging().hidden();
-    const size_t  offset = mctx->token_step()*hidden->nb[1];
+    const size_t offset = mctx->token_step() * hidden->nb[1];
 
     const int begin = il == 0 ? -1 : find_l_out(nodes, il - 1);
-    const int end   = last ? (int) nodes.size() - 1 : find_l_out(nodes, il);
+    const int end = last ? (int) nodes.size() - 1 : find_l_out(nodes, il);
     GGML_ASSERT((il == 0 || begin >= 0) && end > begin && "the graph differs from the one that was examined");
 
     const std::vector<ggml_tensor *> inputs = graph_inputs(nodes);
 
-    ggml_context * ctx   = res.get_ctx();
-    ggml_tensor  * slice = ggml_view_2d(ctx, hidden, hidden->ne[0], n_tokens, hidden->nb[1], offset);
+    ggml_context * ctx = res.get_ctx();
+    ggml_tensor * slice = ggml_view_2d(ctx, hidden, hidden->ne[0], n_tokens, hidden->nb[1], offset);
 
     ggml_tensor * x = begin >= 0 ? nodes[begin] : nullptr;
     if (x) {

@@ -9,10 +9,10 @@
 #include <cstring>
 
 enum headkv_op_kind : int32_t {
-    HEADKV_OP_NONE   = 0,
+    HEADKV_OP_NONE = 0,
     HEADKV_OP_ATTEND = 1, // headkv-attend.h
-    HEADKV_OP_STATS  = 2, // headkv-stages.h, first half of score
-    HEADKV_OP_SCORE  = 3, // same
+    HEADKV_OP_STATS = 2, // headkv-stages.h, first half of score
+    HEADKV_OP_SCORE = 3, // same
     HEADKV_OP_SELECT = 4, // same
 };
 
@@ -21,19 +21,19 @@ constexpr int HEADKV_SCORE_CHUNK = 512; // keys that share an element of the res
 struct headkv_op {
     static constexpr uint32_t TAG = 0x564b4448;
 
-    uint32_t       tag  = TAG;
+    uint32_t tag = TAG;
     headkv_op_kind kind = HEADKV_OP_NONE;
 
-    float   scale       = 1.0f; // attend, stats, score: of the dot products
-    float   softcap     = 0.0f; // same, 0 = none
-    int32_t n_recent    = 0;    // select
-    int32_t n_square    = 0;    // score: probabilities are squared so often before their mean is taken
-    int32_t pool_max    = 1;    // score: pooling by the maximum, else by the average
+    float scale = 1.0f; // attend, stats, score: of the dot products
+    float softcap = 0.0f; // same, 0 = none
+    int32_t n_recent = 0;    // select
+    int32_t n_square = 0;    // score: probabilities are squared so often before their mean is taken
+    int32_t pool_max = 1;    // score: pooling by the maximum, else by the average
     int32_t pool_kernel = 1;    // score
 };
 
 // what ggml_custom_4d() takes: a function, the number of tasks, a pointer
-static_assert(2*sizeof(void *) + sizeof(int64_t) + sizeof(headkv_op) <= GGML_MAX_OP_PARAMS, "no room for the parameters");
+static_assert(2 * sizeof(void *) + sizeof(int64_t) + sizeof(headkv_op) <= GGML_MAX_OP_PARAMS, "no room for the parameters");
 
 inline void headkv_op_set(ggml_tensor * t, const headkv_op & op) {
     memcpy((char *) t->op_params + GGML_MAX_OP_PARAMS - sizeof(op), &op, sizeof(op));

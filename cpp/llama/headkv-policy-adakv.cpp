@@ -11,9 +11,9 @@ static void refine(const headkv_config & cfg, headkv_scored & layer) {
 
 headkv_policy headkv_policy_adakv() {
     headkv_policy res = {};
-    res.name        = "adakv";
+    res.name = "adakv";
     res.adakv_floor = 0.2;
-    res.budget      = budget;
-    res.refine      = refine;
+    res.budget = budget;
+    res.refine = refine;
     return res;
 }

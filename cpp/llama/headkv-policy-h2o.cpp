@@ -8,8 +8,8 @@ static headkv_cells budget(const headkv_config & cfg, const headkv_heads & heads
 
 headkv_policy headkv_policy_h2o() {
     headkv_policy res = {};
-    res.name       = "h2o";
+    res.name = "h2o";
     res.needs_sums = true;
-    res.budget     = budget;
+    res.budget = budget;
     return res;
 }

@@ -13,11 +13,11 @@ static void refine(const headkv_config & cfg, headkv_scored & layer) {
 
 headkv_policy headkv_policy_headkv_adakv() {
     headkv_policy res = {};
-    res.name             = "headkv+adakv";
+    res.name = "headkv+adakv";
     res.needs_importance = true;
-    res.uses_beta        = true;
-    res.adakv_floor      = 0.5;
-    res.budget           = budget;
-    res.refine           = refine;
+    res.uses_beta = true;
+    res.adakv_floor = 0.5;
+    res.budget = budget;
+    res.refine = refine;
     return res;
 }

@@ -7,9 +7,9 @@ static headkv_cells budget(const headkv_config & cfg, const headkv_heads & heads
 
 headkv_policy headkv_policy_headkv() {
     headkv_policy res = {};
-    res.name             = "headkv";
+    res.name = "headkv";
     res.needs_importance = true;
-    res.uses_beta        = true;
-    res.budget           = budget;
+    res.uses_beta = true;
+    res.budget = budget;
     return res;
 }

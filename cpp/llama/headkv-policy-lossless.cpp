@@ -11,8 +11,8 @@ static headkv_cells budget(const headkv_config &, const headkv_heads & heads, in
 
 headkv_policy headkv_policy_lossless() {
     headkv_policy res = {};
-    res.name      = "lossless";
+    res.name = "lossless";
     res.keeps_all = true;
-    res.budget    = budget;
+    res.budget = budget;
     return res;
 }

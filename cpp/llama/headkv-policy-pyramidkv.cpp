@@ -17,25 +17,25 @@ static headkv_cells budget(const headkv_config & cfg, const headkv_heads & heads
         n_heads += n;
     }
 
-    int64_t last  = base/BETA;
-    int64_t first = 2*base - last;
+    int64_t last = base / BETA;
+    int64_t first = 2 * base - last;
     if (first > n_prefix) {
         first = std::max(n_prefix, base);
-        last  = 2*base - first;
+        last = 2 * base - first;
     }
     const int64_t n_steps = std::max<int64_t>(1, n_layer - 1);
-    const int64_t step    = (first - last)/n_steps; // the authors': its floor gives the layers more than the mean
+    const int64_t step = (first - last) / n_steps; // the authors': its floor gives the layers more than the mean
 
     headkv_cells res;
-    int64_t rest = base*n_heads;
-    int64_t i    = 0;
+    int64_t rest = base * n_heads;
+    int64_t i = 0;
     for (int32_t n : heads.n_head_kv) {
-        const int64_t cells = n_layer == 1      ? base
-                            : cfg.pyramid_exact ? last + (first - last)*(n_steps - i)/n_steps
-                            :                     first - i*step;
+        const int64_t cells = n_layer == 1 ? base
+                : cfg.pyramid_exact        ? last + (first - last) * (n_steps - i) / n_steps
+                                           : first - i * step;
         res.emplace_back(n, cells);
-        rest -= n*cells;
-        i    += n > 0;
+        rest -= n * cells;
+        i += n > 0;
     }
     if (cfg.pyramid_exact) {
         headkv_budget_spread(res, rest, std::max(n_prefix, base));
@@ -45,7 +45,7 @@ static headkv_cells budget(const headkv_config & cfg, const headkv_heads & heads
 
 headkv_policy headkv_policy_pyramidkv() {
     headkv_policy res = {};
-    res.name   = "pyramidkv";
+    res.name = "pyramidkv";
     res.budget = budget;
     return res;
 }

@@ -12,7 +12,7 @@ static headkv_cells budget(const headkv_config & cfg, const headkv_heads & heads
 
     headkv_cells res;
     std::vector<int64_t *> cells;   // of each head
-    std::vector<double>    matters; // each head
+    std::vector<double> matters; // each head
     const std::vector<double> importance = headkv_budget_query_importance(cfg, heads);
     auto first = importance.begin();
     for (size_t il = 0; il < heads.n_head_kv.size(); ++il) {
@@ -20,9 +20,9 @@ static headkv_cells budget(const headkv_config & cfg, const headkv_heads & heads
     }
     for (size_t il = 0; il < heads.n_head_kv.size(); ++il) {
         for (int64_t & n : res[il]) {
-            const int32_t n_group = heads.n_head[il]/heads.n_head_kv[il];
+            const int32_t n_group = heads.n_head[il] / heads.n_head_kv[il];
             cells.push_back(&n);
-            matters.push_back(std::accumulate(first, first + n_group, 0.0)/n_group);
+            matters.push_back(std::accumulate(first, first + n_group, 0.0) / n_group);
             first += n_group;
         }
     }
@@ -30,22 +30,22 @@ static headkv_cells budget(const headkv_config & cfg, const headkv_heads & heads
     std::iota(order.begin(), order.end(), 0);
     std::stable_sort(order.begin(), order.end(), [&](size_t a, size_t b) { return matters[a] > matters[b]; });
 
-    int64_t rest = std::max<int64_t>(0, (int64_t) cfg.kv_size - cfg.recent - n_few)*(int64_t) cells.size();
+    int64_t rest = std::max<int64_t>(0, (int64_t) cfg.kv_size - cfg.recent - n_few) * (int64_t) cells.size();
     for (size_t i : order) {
         const int64_t n = std::min(rest, n_prefix - n_few);
         *cells[i] += n;
-        rest      -= n;
+        rest -= n;
     }
     return res;
 }
 
 headkv_policy headkv_policy_razor() {
     headkv_policy res = {};
-    res.name             = "razor";
+    res.name = "razor";
     res.needs_importance = true;
-    res.compensates      = true;
-    res.n_sinks          = 4; // as its authors
-    res.budget           = budget;
-    res.score            = headkv_score_recent;
+    res.compensates = true;
+    res.n_sinks = 4; // as its authors
+    res.budget = budget;
+    res.score = headkv_score_recent;
     return res;
 }

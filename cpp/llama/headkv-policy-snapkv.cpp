@@ -7,7 +7,7 @@ static headkv_cells budget(const headkv_config & cfg, const headkv_heads & heads
 
 headkv_policy headkv_policy_snapkv() {
     headkv_policy res = {};
-    res.name   = "snapkv";
+    res.name = "snapkv";
     res.budget = budget;
     return res;
 }

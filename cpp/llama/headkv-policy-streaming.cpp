@@ -7,9 +7,9 @@ static headkv_cells budget(const headkv_config & cfg, const headkv_heads & heads
 
 headkv_policy headkv_policy_streaming() {
     headkv_policy res = {};
-    res.name    = "streaming";
+    res.name = "streaming";
     res.n_sinks = 4; // as its authors
-    res.budget  = budget;
-    res.score   = headkv_score_recent;
+    res.budget = budget;
+    res.score = headkv_score_recent;
     return res;
 }

@@ -11,15 +11,15 @@
 
 // in the order in which they are listed to users
 #define HEADKV_POLICIES(X) \
-    X(headkv)        \
-    X(snapkv)        \
-    X(streaming)     \
-    X(pyramidkv)     \
-    X(adakv)         \
-    X(headkv_adakv)  \
-    X(criticalkv)    \
-    X(h2o)           \
-    X(razor)         \
+    X(headkv)              \
+    X(snapkv)              \
+    X(streaming)           \
+    X(pyramidkv)           \
+    X(adakv)               \
+    X(headkv_adakv)        \
+    X(criticalkv)          \
+    X(h2o)                 \
+    X(razor)               \
     X(lossless)
 
 // heads of each layer, both 0 where a layer has no KV heads
@@ -35,8 +35,8 @@ using headkv_cells = std::vector<std::vector<int64_t>>;
 struct headkv_scored {
     int64_t n_prefix;
     int64_t n_protected; // cells of each head that it keeps whatever they score
-    std::vector<float>   scores; // [n_head_kv][n_prefix], HEADKV_PROTECTED for these
-    std::vector<float>   values; // [n_head_kv][n_prefix], L1 norm of the value projected by the layer's output matrix, mean over
+    std::vector<float> scores; // [n_head_kv][n_prefix], HEADKV_PROTECTED for these
+    std::vector<float> values; // [n_head_kv][n_prefix], L1 norm of the value projected by the layer's output matrix, mean over
                                  // the query heads; empty unless the policy needs it
     std::vector<int64_t> n_keep; // [n_head_kv], at least n_protected, at most n_prefix
 };
@@ -46,14 +46,14 @@ constexpr float HEADKV_PROTECTED = std::numeric_limits<float>::max();
 
 struct headkv_policy {
     const char * name;
-    bool         needs_importance; // of the query heads, in the configuration
-    bool         uses_beta;        // a share of the budget that it says is given out by importance
-    bool         needs_values;     // headkv_scored has them
-    bool         needs_sums;       // scores are the attention that all queries of the prompt pay to a cell, not pooled
-    bool         keeps_all;        // every cell of every head; kv_size does not count
-    bool         compensates;      // one of a head's cells stands for all that it drops, if it drops any: their mean
-    double       adakv_floor;      // default of the option
-    int32_t      n_sinks;          // same
+    bool needs_importance; // of the query heads, in the configuration
+    bool uses_beta;        // a share of the budget that it says is given out by importance
+    bool needs_values;     // headkv_scored has them
+    bool needs_sums;       // scores are the attention that all queries of the prompt pay to a cell, not pooled
+    bool keeps_all;        // every cell of every head; kv_size does not count
+    bool compensates;      // one of a head's cells stands for all that it drops, if it drops any: their mean
+    double adakv_floor;      // default of the option
+    int32_t n_sinks;          // same
 
     // Cells of each KV head, for prompts of n_prefix cells before the recent ones. May be more than that.
     // Throws std::invalid_argument when the importance does not fit the layers.
@@ -70,7 +70,7 @@ struct headkv_policy {
 
 // what policy "auto" means when the importance of the heads is known, and when it is not
 constexpr const char * HEADKV_AUTO_IMPORTANCE = "headkv";
-constexpr const char * HEADKV_AUTO_UNKNOWN    = "adakv";
+constexpr const char * HEADKV_AUTO_UNKNOWN = "adakv";
 
 const std::vector<headkv_policy> & headkv_policy_list();
 

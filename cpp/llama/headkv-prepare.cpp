@@ -36,21 +36,21 @@ llama_memory_context_ptr llama_kv_cache_ragged::prepare(llama_batch_allocr & bal
     if (the_pass && !the_pass->begun) {
         the_pass.reset(); // what came before it in its batch failed
     }
-    const bool reads   = !split.to_staging.empty();
+    const bool reads = !split.to_staging.empty();
     const bool resumed = reads && the_pass;
     if (resumed) {
         const bool same = seqs[the_pass->seq_id].adapters == adapters;
         const std::string why_not = same ? the_pass->why_not_resumed(split.to_staging, n_layer()) : "other adapters were set";
         if (!why_not.empty()) {
             throw std::runtime_error(format("sequence %d is being read layer by layer and %s: give its whole prompt again, or remove it first",
-                        the_pass->seq_id, why_not.c_str()));
+                    the_pass->seq_id, why_not.c_str()));
         }
     }
 
     const bool compresses = want_last_layers(split); // what is staged leaves the staging before the batch
-    const bool too_short  = want_tails(split, resumed);
-    const bool layered    = resumed || (reads && is_layered(split, compresses));
-    const bool no_room    = reads && !resumed && want_staging(split, compresses, layered);
+    const bool too_short = want_tails(split, resumed);
+    const bool layered = resumed || (reads && is_layered(split, compresses));
+    const bool no_room = reads && !resumed && want_staging(split, compresses, layered);
     if (compresses || too_short || no_room) {
         return nullptr; // after the update that follows
     }
@@ -66,7 +66,8 @@ llama_memory_context_ptr llama_kv_cache_ragged::prepare(llama_batch_allocr & bal
         for (const auto & it : split.n_new) {
             headkv_seq & seq = seqs[it.first];
             if (seq.state == HEADKV_SEQ_EMPTY && !is_reading(it.first)) {
-                seq.cfg = seq.cfg_next ? std::move(seq.cfg_next) : layered ? cfg : nullptr;
+                seq.cfg = seq.cfg_next ? std::move(seq.cfg_next) : layered ? cfg
+                                                                           : nullptr;
             }
         }
         announced = announced_t();
@@ -123,7 +124,7 @@ bool llama_kv_cache_ragged::want_tails(const headkv_split & split, bool resumed)
             const uint32_t n_have = is_compressed ? seq.n_tail : running->n_tail();
             const uint32_t n_tail = n + (is_compressed ? seq.n_generated() : 0);
             if (n_tail > n_have) {
-                seq.n_tail_next = std::max(n_tail, n_have + std::max(n_have/4, headkv_n_tail(*cfg, is_compressed ? seq.n_prompt : seq.n_pos)));
+                seq.n_tail_next = std::max(n_tail, n_have + std::max(n_have / 4, headkv_n_tail(*cfg, is_compressed ? seq.n_prompt : seq.n_pos)));
                 res = true;
             }
         }
@@ -133,10 +134,10 @@ bool llama_kv_cache_ragged::want_tails(const headkv_split & split, bool resumed)
 
 bool llama_kv_cache_ragged::is_layered(const headkv_split & split, bool compresses) const {
     const llama_seq_id s = split.to_staging[0].seq_id_unq[0];
-    const uint32_t     n = split.n_staging();
+    const uint32_t n = split.n_staging();
     // logits of all tokens would need all outputs at once; other sequences in the staging need all of its layers
     const bool res = announced.whole && s == announced.seq_id && seqs[s].state == HEADKV_SEQ_EMPTY && n == split.n_new.at(s) && n == announced.n_tokens && n > 1 &&
-        split.n_outputs() < n && (n_staged() == 0 || compresses) && cfg->prefill != HEADKV_PREFILL_TOKEN && token_major.empty();
+            split.n_outputs() < n && (n_staged() == 0 || compresses) && cfg->prefill != HEADKV_PREFILL_TOKEN && token_major.empty();
     if (t_pause > 0 && !res) {
         throw std::runtime_error(format("sequence %d cannot be read layer by layer now: it must be empty, and no other one in the staging", s));
     }
@@ -156,14 +157,14 @@ bool llama_kv_cache_ragged::want_staging(const headkv_split & split, bool compre
     if (!compresses && n_staged() > 0 && the_staging.is_one_layer() != layered) {
         throw std::runtime_error("the staging holds a prompt that is read in another order");
     }
-    wanted = { std::max(n_cells + n_to_come, layered || compresses ? 0 : 2*the_staging.n_cells()), layered };
+    wanted = { std::max(n_cells + n_to_come, layered || compresses ? 0 : 2 * the_staging.n_cells()), layered };
     return true;
 }
 
 int64_t llama_kv_cache_ragged::n_steps_left(llama_seq_id seq_id, int64_t n_tokens, int64_t n_ubatch) const {
-    const int64_t n_ubatches = (n_tokens + n_ubatch - 1)/n_ubatch;
-    const bool    in_progress = is_reading(seq_id) && the_pass->begun;
-    return n_layer()*n_ubatches - (in_progress ? the_pass->i_layer*n_ubatches + (int64_t) the_pass->i_ubatch : 0);
+    const int64_t n_ubatches = (n_tokens + n_ubatch - 1) / n_ubatch;
+    const bool in_progress = is_reading(seq_id) && the_pass->begun;
+    return n_layer() * n_ubatches - (in_progress ? the_pass->i_layer * n_ubatches + (int64_t) the_pass->i_ubatch : 0);
 }
 
 //
@@ -172,7 +173,7 @@ int64_t llama_kv_cache_ragged::n_steps_left(llama_seq_id seq_id, int64_t n_token
 
 bool llama_kv_cache_ragged::begin_step(const llama_ubatch & ubatch, bool layered) {
     if (layered) {
-        the_pass->begun  = true;
+        the_pass->begun = true;
         the_pass->paused = false;
     }
     if (!progress) {

@@ -21,16 +21,16 @@
 
 // one megabyte of random rows is repeated: what they hold does not matter to a benchmark
 static void fill_rows(ggml_tensor * t, int64_t n_rows, const std::function<float()> & next) {
-    const int64_t n_random = std::min<int64_t>(n_rows, std::max<int64_t>(1, (1 << 20)/(int64_t) t->nb[1]));
-    std::vector<float> x(t->ne[0]*n_random);
+    const int64_t n_random = std::min<int64_t>(n_rows, std::max<int64_t>(1, (1 << 20) / (int64_t) t->nb[1]));
+    std::vector<float> x(t->ne[0] * n_random);
     for (float & v : x) {
         v = next();
     }
     const size_t nb = ggml_row_size(t->type, t->ne[0]);
-    std::vector<uint8_t> raw(nb*n_random);
+    std::vector<uint8_t> raw(nb * n_random);
     ggml_quantize_chunk(t->type, x.data(), raw.data(), 0, n_random, t->ne[0], nullptr);
     for (int64_t i = 0; i < n_rows; i += n_random) {
-        ggml_backend_tensor_set(t, raw.data(), i*t->nb[1], nb*std::min(n_random, n_rows - i));
+        ggml_backend_tensor_set(t, raw.data(), i * t->nb[1], nb * std::min(n_random, n_rows - i));
     }
 }
 
@@ -48,7 +48,7 @@ bool headkv_fill(llama_kv_cache_ragged & kv, llama_context * lctx, llama_seq_id 
     const auto next = [&]() { return normal(rng); };
     for (const auto & layer : kv.store().layers) {
         fill_rows(staging.rows(layer.il, false), n_tokens, next);
-        fill_rows(staging.rows(layer.il, true),  n_tokens, next);
+        fill_rows(staging.rows(layer.il, true), n_tokens, next);
         fill_rows(staging.ring(layer.il), staging.n_slots(), next);
     }
     for (uint32_t i = 0; i < n_tokens; ++i) {
@@ -115,9 +115,9 @@ void headkv_attention_of(llama_kv_cache_ragged & kv, llama_context * lctx, llama
     const std::vector<int32_t> cells = kv.staging().cells_of(seq_id, seq.n_pos);
 
     const size_t n_row = kv.n_head_max();
-    const size_t n_all = n_row*kv.n_layer(); // of one query
-    std::fill(mass, mass + n_queries*n_all, 0.0f);
-    std::fill(top,  top  + n_queries*n_all, -1);
+    const size_t n_all = n_row * kv.n_layer(); // of one query
+    std::fill(mass, mass + n_queries * n_all, 0.0f);
+    std::fill(top, top + n_queries * n_all, -1);
 
     lctx->synchronize();
     headkv_runner runner(lctx);
@@ -129,28 +129,28 @@ void headkv_attention_of(llama_kv_cache_ragged & kv, llama_context * lctx, llama
         headkv_scratch scratch;
         ggml_tensor * t_cells = scratch.new_tensor(GGML_TYPE_I32, n);
         ggml_tensor * t_slots = scratch.new_tensor(GGML_TYPE_I32, n_queries);
-        ggml_tensor * t_mask  = scratch.new_tensor(GGML_TYPE_F16, n, n_queries);
+        ggml_tensor * t_mask = scratch.new_tensor(GGML_TYPE_F16, n, n_queries);
         ggml_tensor * t_probs = scratch.new_tensor(GGML_TYPE_F32, n, n_queries, G);
         scratch.alloc(layer.buft);
         headkv_set_data(t_cells, cells);
         headkv_set_data(t_slots, slots);
-        headkv_set_data(t_mask,  headkv_causal_mask(n, n_queries));
+        headkv_set_data(t_mask, headkv_causal_mask(n, n_queries));
 
         ggml_tensor * k_all = kv.staging().rows(layer.il, false);
         for (int64_t ih = 0; ih < layer.n_head_kv; ++ih) {
             runner.begin();
             ggml_context * ctx = runner.ctx.get();
             ggml_tensor * q = headkv_queries_of_head(ctx, kv.staging().ring(layer.il), t_slots, layer, ih);
-            ggml_tensor * k = ggml_view_2d(ctx, k_all, D, k_all->ne[1], k_all->nb[1], ih*ggml_row_size(k_all->type, D));
-            ggml_tensor * p = ggml_mul_mat(ctx, ggml_get_rows(ctx, k, t_cells), ggml_reshape_2d(ctx, q, D, n_queries*G));
+            ggml_tensor * k = ggml_view_2d(ctx, k_all, D, k_all->ne[1], k_all->nb[1], ih * ggml_row_size(k_all->type, D));
+            ggml_tensor * p = ggml_mul_mat(ctx, ggml_get_rows(ctx, k, t_cells), ggml_reshape_2d(ctx, q, D, n_queries * G));
             ggml_prec_set_acc(p, GGML_PREC_F32);
             p = headkv_build_soft_max(ctx, ggml_reshape_3d(ctx, p, n, n_queries, G), t_mask, layer.attend->scale, layer.attend->softcap);
             ggml_build_forward_expand(runner.gf, ggml_cpy(ctx, p, t_probs));
             runner.run();
-            const auto probs = headkv_get_data<float>(t_probs, n*n_queries*G);
-            for (int64_t j = 0; j < n_queries*G; ++j) {
-                const size_t i = (j % n_queries)*n_all + layer.il*n_row + ih*G + j/n_queries;
-                std::tie(mass[i], top[i]) = reduce_row(probs.data() + j*n, inside, n_top, best);
+            const auto probs = headkv_get_data<float>(t_probs, n * n_queries * G);
+            for (int64_t j = 0; j < n_queries * G; ++j) {
+                const size_t i = (j % n_queries) * n_all + layer.il * n_row + ih * G + j / n_queries;
+                std::tie(mass[i], top[i]) = reduce_row(probs.data() + j * n, inside, n_top, best);
             }
         }
     }
@@ -163,11 +163,11 @@ void headkv_attention_of(llama_kv_cache_ragged & kv, llama_context * lctx, llama
 static void read_rows(ggml_tensor * t, size_t offset, size_t nb_row, int64_t n_embd, int64_t n_rows, float * dst) {
     std::vector<uint8_t> raw(ggml_row_size(t->type, n_embd));
     for (int64_t i = 0; i < n_rows; ++i) {
-        ggml_backend_tensor_get(t, raw.data(), offset + i*nb_row, raw.size());
+        ggml_backend_tensor_get(t, raw.data(), offset + i * nb_row, raw.size());
         if (t->type == GGML_TYPE_F32) {
-            memcpy(dst + i*n_embd, raw.data(), raw.size());
+            memcpy(dst + i * n_embd, raw.data(), raw.size());
         } else {
-            ggml_get_type_traits(t->type)->to_float(raw.data(), dst + i*n_embd, n_embd);
+            ggml_get_type_traits(t->type)->to_float(raw.data(), dst + i * n_embd, n_embd);
         }
     }
 }
@@ -184,9 +184,9 @@ int32_t headkv_window_of(const llama_kv_cache_ragged & kv, llama_seq_id seq_id, 
     if (slots.empty() || !ring) {
         throw std::runtime_error("no window queries: the sequence is not being read");
     }
-    check_room(n, (int64_t) slots.size()*ring->ne[0]);
+    check_room(n, (int64_t) slots.size() * ring->ne[0]);
     for (size_t i = 0; i < slots.size(); ++i) {
-        read_rows(ring, slots[i]*ring->nb[1], ring->nb[1], ring->ne[0], 1, dst + i*ring->ne[0]);
+        read_rows(ring, slots[i] * ring->nb[1], ring->nb[1], ring->ne[0], 1, dst + i * ring->ne[0]);
     }
     return (int32_t) slots.size();
 }
@@ -199,17 +199,17 @@ int32_t headkv_cells_of(const llama_kv_cache_ragged & kv, llama_seq_id seq_id, i
     if (seq.state == HEADKV_SEQ_LAYERED) {
         throw std::runtime_error(format("sequence %d was read layer by layer and is not compressed yet: call headkv_end_prompt() first", seq_id));
     }
-    const bool    is_compressed = seq.state == HEADKV_SEQ_COMPRESSED;
+    const bool is_compressed = seq.state == HEADKV_SEQ_COMPRESSED;
     const int64_t n_rows = is_compressed ? layer->ranges[seq_id][ih].n_used(seq.n_generated()) : seq.n_pos;
-    check_room(n, n_rows*D);
+    check_room(n, n_rows * D);
     if (is_compressed) {
         ggml_tensor * pool = v ? layer->v : layer->k;
-        read_rows(pool, layer->ranges[seq_id][ih].off*pool->nb[1], pool->nb[1], D, n_rows, dst);
+        read_rows(pool, layer->ranges[seq_id][ih].off * pool->nb[1], pool->nb[1], D, n_rows, dst);
     } else if (seq.state == HEADKV_SEQ_STAGED) {
         ggml_tensor * all = kv.staging().rows(il, v);
         const auto cells = kv.staging().cells_of(seq_id, seq.n_pos);
         for (int64_t i = 0; i < n_rows; ++i) {
-            read_rows(all, cells[i]*all->nb[1] + ih*ggml_row_size(all->type, D), all->nb[1], D, 1, dst + i*D);
+            read_rows(all, cells[i] * all->nb[1] + ih * ggml_row_size(all->type, D), all->nb[1], D, 1, dst + i * D);
         }
     }
     return (int32_t) n_rows;

@@ -41,7 +41,7 @@ bool headkv_can_attend_fused(const headkv_store_layer & layer) {
 }
 
 headkv_scratch::headkv_scratch() {
-    ggml_init_params params = { /*.mem_size =*/ 16*ggml_tensor_overhead(), /*.mem_buffer =*/ nullptr, /*.no_alloc =*/ true };
+    ggml_init_params params = { /*.mem_size =*/16 * ggml_tensor_overhead(), /*.mem_buffer =*/nullptr, /*.no_alloc =*/true };
     ctx.reset(ggml_init(params));
 }
 
@@ -71,11 +71,11 @@ headkv_runner::headkv_runner(llama_context * lctx) {
         }
     }
     sched.reset(ggml_backend_sched_new(backends.data(), bufts.data(), (int) backends.size(), N_NODES, false, false));
-    meta.resize(ggml_tensor_overhead()*N_NODES + ggml_graph_overhead_custom(N_NODES, false));
+    meta.resize(ggml_tensor_overhead() * N_NODES + ggml_graph_overhead_custom(N_NODES, false));
 }
 
 void headkv_runner::begin() {
-    ggml_init_params params = { /*.mem_size =*/ meta.size(), /*.mem_buffer =*/ meta.data(), /*.no_alloc =*/ true };
+    ggml_init_params params = { /*.mem_size =*/meta.size(), /*.mem_buffer =*/meta.data(), /*.no_alloc =*/true };
     ctx.reset(ggml_init(params));
     gf = ggml_new_graph_custom(ctx.get(), N_NODES, false);
 }

@@ -19,7 +19,7 @@ bool headkv_can_attend_fused(const headkv_store_layer & layer);
 
 // tensors in a buffer of their own
 struct headkv_scratch {
-    ggml_context_ptr        ctx;
+    ggml_context_ptr ctx;
     ggml_backend_buffer_ptr buf;
 
     headkv_scratch();
@@ -34,7 +34,7 @@ struct headkv_scratch {
 class headkv_runner {
 public:
     ggml_context_ptr ctx;          // of the graph
-    ggml_cgraph    * gf = nullptr;
+    ggml_cgraph * gf = nullptr;
 
     explicit headkv_runner(llama_context * lctx);
 
@@ -48,13 +48,13 @@ private:
     static constexpr int N_NODES = 1024;
 
     ggml_backend_sched_ptr sched;
-    std::vector<uint8_t>   meta;
+    std::vector<uint8_t> meta;
 };
 
 template <typename T>
 void headkv_set_data(ggml_tensor * t, const std::vector<T> & data) {
     if (!data.empty()) {
-        ggml_backend_tensor_set(t, data.data(), 0, data.size()*sizeof(T));
+        ggml_backend_tensor_set(t, data.data(), 0, data.size() * sizeof(T));
     }
 }
 
@@ -62,7 +62,7 @@ template <typename T>
 std::vector<T> headkv_get_data(const ggml_tensor * t, size_t n) {
     std::vector<T> res(n);
     if (n > 0) {
-        ggml_backend_tensor_get(t, res.data(), 0, n*sizeof(T));
+        ggml_backend_tensor_get(t, res.data(), 0, n * sizeof(T));
     }
     return res;
 }

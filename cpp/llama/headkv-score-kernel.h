@@ -18,18 +18,18 @@ void key_to_column(const char * key, float * dst, int n) {
     for (int d = 0; d < n; d += W) {
         vf_store(x, K::load(key, d));
         for (int i = 0; i < W; ++i) {
-            dst[(d + i)*N_KEYS] = x[i];
+            dst[(d + i) * N_KEYS] = x[i];
         }
     }
 }
 
 headkv_score_kernel::to_column find_to_column(ggml_type type) {
     switch (type) {
-        case GGML_TYPE_F32:  return key_to_column<row_f32>;
-        case GGML_TYPE_F16:  return key_to_column<row_f16>;
+        case GGML_TYPE_F32: return key_to_column<row_f32>;
+        case GGML_TYPE_F16: return key_to_column<row_f16>;
         case GGML_TYPE_BF16: return key_to_column<row_bf16>;
         case GGML_TYPE_Q8_0: return key_to_column<row_q8_0>;
-        default:             return nullptr;
+        default: return nullptr;
     }
 }
 
@@ -46,26 +46,26 @@ void score_logits(const float * q, int n_query, const float * keys, int n_embd_h
     constexpr int Q = headkv_score_kernel::N_QUERIES;
     constexpr int R = 2;
     for (int j = 0; j < n_query; j += Q) {
-        for (int i = 0; i < N_KEYS; i += R*W) {
-            vf acc[Q*R];
-            for (int a = 0; a < Q*R; ++a) {
+        for (int i = 0; i < N_KEYS; i += R * W) {
+            vf acc[Q * R];
+            for (int a = 0; a < Q * R; ++a) {
                 acc[a] = vf_zero();
             }
             for (int d = 0; d < n_embd_head; ++d) {
                 vf k[R];
                 for (int r = 0; r < R; ++r) {
-                    k[r] = vf_load(keys + d*N_KEYS + i + r*W);
+                    k[r] = vf_load(keys + d * N_KEYS + i + r * W);
                 }
                 for (int a = 0; a < Q; ++a) {
-                    const vf qa = vf_set(q[(j + a)*n_embd_head + d]);
+                    const vf qa = vf_set(q[(j + a) * n_embd_head + d]);
                     for (int r = 0; r < R; ++r) {
-                        acc[a*R + r] = vf_fma(k[r], qa, acc[a*R + r]);
+                        acc[a * R + r] = vf_fma(k[r], qa, acc[a * R + r]);
                     }
                 }
             }
             for (int a = 0; a < Q; ++a) {
                 for (int r = 0; r < R; ++r) {
-                    vf_store(x + (j + a)*N_KEYS + i + r*W, acc[a*R + r]);
+                    vf_store(x + (j + a) * N_KEYS + i + r * W, acc[a * R + r]);
                 }
             }
         }

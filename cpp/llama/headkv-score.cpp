@@ -13,14 +13,14 @@
 // matrix products walk columns here and are slower; the order of additions is fixed.
 static ggml_tensor * sum_rows(ggml_context * ctx, ggml_cgraph * gf, ggml_tensor * x) {
     const int64_t n = x->ne[0];
-    for (int64_t n_rows = x->ne[1]; n_rows > 1; n_rows = n_rows/2) {
-        const int64_t half = n_rows/2;
+    for (int64_t n_rows = x->ne[1]; n_rows > 1; n_rows = n_rows / 2) {
+        const int64_t half = n_rows / 2;
         ggml_tensor * lo = ggml_view_2d(ctx, x, n, half, x->nb[1], 0);
-        ggml_tensor * hi = ggml_view_2d(ctx, x, n, half, x->nb[1], half*x->nb[1]);
+        ggml_tensor * hi = ggml_view_2d(ctx, x, n, half, x->nb[1], half * x->nb[1]);
         ggml_build_forward_expand(gf, ggml_add_inplace(ctx, lo, hi));
         if (n_rows % 2 == 1) {
             ggml_tensor * first = ggml_view_1d(ctx, x, n, 0);
-            ggml_tensor * last  = ggml_view_1d(ctx, x, n, (n_rows - 1)*x->nb[1]);
+            ggml_tensor * last = ggml_view_1d(ctx, x, n, (n_rows - 1) * x->nb[1]);
             ggml_build_forward_expand(gf, ggml_add_inplace(ctx, first, last));
         }
     }
@@ -29,7 +29,7 @@ static ggml_tensor * sum_rows(ggml_context * ctx, ggml_cgraph * gf, ggml_tensor 
 
 ggml_tensor * headkv_build_soft_max(ggml_context * ctx, ggml_tensor * kq, ggml_tensor * mask, float scale, float softcap) {
     if (softcap > 0.0f) {
-        kq = ggml_scale(ctx, ggml_tanh(ctx, ggml_scale(ctx, kq, scale/softcap)), softcap);
+        kq = ggml_scale(ctx, ggml_tanh(ctx, ggml_scale(ctx, kq, scale / softcap)), softcap);
         scale = 1.0f;
     }
     return ggml_soft_max_ext(ctx, kq, mask, scale, 0.0f);
@@ -37,11 +37,11 @@ ggml_tensor * headkv_build_soft_max(ggml_context * ctx, ggml_tensor * kq, ggml_t
 
 ggml_tensor * headkv_build_score(ggml_context * ctx, ggml_cgraph * gf, ggml_tensor * q, ggml_tensor * k, ggml_tensor * mask,
         int64_t n_prefix, float scale, float softcap, int n_square, headkv_pool pool, int pool_kernel) {
-    const int64_t n_kv     = k->ne[1];
+    const int64_t n_kv = k->ne[1];
     const int64_t n_window = q->ne[1];
-    const int64_t n_group  = q->ne[2];
+    const int64_t n_group = q->ne[2];
 
-    ggml_tensor * kq = ggml_mul_mat(ctx, k, ggml_reshape_2d(ctx, q, q->ne[0], n_window*n_group)); // [n_kv, n_window*n_group]
+    ggml_tensor * kq = ggml_mul_mat(ctx, k, ggml_reshape_2d(ctx, q, q->ne[0], n_window * n_group)); // [n_kv, n_window*n_group]
     ggml_prec_set_acc(kq, GGML_PREC_F32);
     kq = ggml_reshape_3d(ctx, kq, n_kv, n_window, n_group);
     ggml_tensor * p = headkv_build_soft_max(ctx, kq, mask, scale, softcap); // the allocator makes it in place
@@ -51,24 +51,24 @@ ggml_tensor * headkv_build_score(ggml_context * ctx, ggml_cgraph * gf, ggml_tens
         ggml_build_forward_expand(gf, p);
     }
 
-    p = sum_rows(ctx, gf, ggml_reshape_2d(ctx, p, n_kv, n_window*n_group));
+    p = sum_rows(ctx, gf, ggml_reshape_2d(ctx, p, n_kv, n_window * n_group));
 
-    ggml_tensor * s = ggml_scale(ctx, ggml_view_1d(ctx, p, n_prefix, 0), 1.0f/(n_window*n_group));
+    ggml_tensor * s = ggml_scale(ctx, ggml_view_1d(ctx, p, n_prefix, 0), 1.0f / (n_window * n_group));
     for (int i = 0; i < n_square; ++i) {
         s = ggml_sqrt(ctx, s);
     }
     if (pool_kernel > 1) {
         // max leaves out the neighbours that do not exist, avg counts them as zero: what torch's poolings do
         s = pool == HEADKV_POOL_MAX
-            ? ggml_pool_1d(ctx, s, GGML_OP_POOL_MAX, pool_kernel, 1, pool_kernel/2)
-            : ggml_pool_2d(ctx, s, GGML_OP_POOL_AVG, pool_kernel, 1, 1, 1, pool_kernel/2, 0);
+                ? ggml_pool_1d(ctx, s, GGML_OP_POOL_MAX, pool_kernel, 1, pool_kernel / 2)
+                : ggml_pool_2d(ctx, s, GGML_OP_POOL_AVG, pool_kernel, 1, 1, 1, pool_kernel / 2, 0);
         s = ggml_reshape_1d(ctx, s, n_prefix);
     }
     return s;
 }
 
 int headkv_pool_kernel(int64_t n_keep) {
-    return (int) std::min<int64_t>(31, std::max<int64_t>(3, n_keep/4/2*2 + 1));
+    return (int) std::min<int64_t>(31, std::max<int64_t>(3, n_keep / 4 / 2 * 2 + 1));
 }
 
 // max leaves out the neighbours that do not exist, avg counts them as zero
@@ -80,12 +80,12 @@ static float pooled(const float * begin, const float * end, bool max, int kernel
     for (const float * p = begin; p < end; ++p) {
         res += *p;
     }
-    return res/kernel;
+    return res / kernel;
 }
 
 void headkv_pool_scores(float * scores, int64_t n, headkv_pool pool, int kernel) {
     const std::vector<float> plain(scores, scores + n);
-    const int64_t half = kernel/2;
+    const int64_t half = kernel / 2;
     for (int64_t i = 0; i < n; ++i) {
         scores[i] = pooled(plain.data() + std::max<int64_t>(i - half, 0), plain.data() + std::min(i + half + 1, n), pool == HEADKV_POOL_MAX, kernel);
     }
@@ -93,10 +93,10 @@ void headkv_pool_scores(float * scores, int64_t n, headkv_pool pool, int kernel)
 
 void headkv_build_sums(ggml_context * ctx, ggml_cgraph * gf, ggml_tensor * q, ggml_tensor * k, ggml_tensor * mask,
         ggml_tensor * sums, ggml_tensor * cells, float scale, float softcap) {
-    const int64_t n_head   = q->ne[1];
+    const int64_t n_head = q->ne[1];
     const int64_t n_tokens = q->ne[2];
-    const int64_t H        = k->ne[1];
-    const int64_t n_kv     = k->ne[2];
+    const int64_t H = k->ne[1];
+    const int64_t n_kv = k->ne[2];
 
     ggml_tensor * zeros = ggml_fill_inplace(ctx, ggml_new_tensor_3d(ctx, GGML_TYPE_F32, 1, n_tokens, H), 0.0f);
     sums = ggml_set_rows(ctx, sums, zeros, cells);
@@ -107,7 +107,7 @@ void headkv_build_sums(ggml_context * ctx, ggml_cgraph * gf, ggml_tensor * q, gg
     ggml_prec_set_acc(p, GGML_PREC_F32);
     p = headkv_build_soft_max(ctx, p, mask, scale, softcap);
     p = ggml_sum_rows(ctx, ggml_cont(ctx, ggml_permute(ctx, p, 1, 0, 2, 3))); // [1, n_kv, n_head]
-    p = ggml_reshape_3d(ctx, p, n_kv, n_head/H, H);
+    p = ggml_reshape_3d(ctx, p, n_kv, n_head / H, H);
     p = ggml_sum_rows(ctx, ggml_cont(ctx, ggml_permute(ctx, p, 1, 0, 2, 3))); // [1, n_kv, H]
     ggml_tensor * seen = ggml_view_2d(ctx, sums, n_kv, H, sums->nb[2], 0);
     ggml_build_forward_expand(gf, ggml_add_inplace(ctx, seen, ggml_reshape_2d(ctx, p, n_kv, H)));
@@ -126,9 +126,9 @@ const headkv_score_kernel * headkv_score_kernel_find(const char * name) {
         const char * name;
         const headkv_score_kernel * (*find)();
     } kernels[] = {
-        { "avx512",   headkv_score_kernel_avx512   },
-        { "avx2",     headkv_score_kernel_avx2     },
-        { "neon",     headkv_score_kernel_neon     },
+        { "avx512", headkv_score_kernel_avx512 },
+        { "avx2", headkv_score_kernel_avx2 },
+        { "neon", headkv_score_kernel_neon },
         { "portable", headkv_score_kernel_portable },
     };
     for (const auto & k : kernels) {
@@ -154,15 +154,15 @@ const headkv_score_kernel & kernel_of_env() {
 struct score_args {
     const ggml_tensor * q;
     const ggml_tensor * k;
-    const int32_t     * cells;
+    const int32_t * cells;
 
     headkv_op op;
     int64_t n_embd_head, n_head_kv, n_group, n_window, n_kv, n_prefix, n_query, n_chunk;
 
     explicit score_args(const ggml_tensor * dst) :
         q(dst->src[0]), k(dst->src[1]), cells((const int32_t *) dst->src[2]->data), op(headkv_op_get(dst)),
-        n_embd_head(q->ne[0]), n_head_kv(k->ne[0]/n_embd_head), n_group(q->ne[1]/n_head_kv), n_window(q->ne[2]), n_kv(dst->src[2]->ne[0]),
-        n_prefix(op.kind == HEADKV_OP_SCORE ? dst->ne[0] : 0), n_query(n_window*n_group), n_chunk((n_kv + HEADKV_SCORE_CHUNK - 1)/HEADKV_SCORE_CHUNK) {
+        n_embd_head(q->ne[0]), n_head_kv(k->ne[0] / n_embd_head), n_group(q->ne[1] / n_head_kv), n_window(q->ne[2]), n_kv(dst->src[2]->ne[0]),
+        n_prefix(op.kind == HEADKV_OP_SCORE ? dst->ne[0] : 0), n_query(n_window * n_group), n_chunk((n_kv + HEADKV_SCORE_CHUNK - 1) / HEADKV_SCORE_CHUNK) {
     }
 };
 
@@ -185,12 +185,12 @@ struct score_block {
         a(a), kernel(kernel_of_env()),
         // 32: a multiple of the vectors and of the blocks of q8_0
         to_column(a.n_embd_head % 32 == 0 ? kernel.find_to_column(a.k->type) : nullptr),
-        q(n_padded()*a.n_embd_head), row(a.n_embd_head), keys(N*a.n_embd_head), x(N*n_padded()) {
+        q(n_padded() * a.n_embd_head), row(a.n_embd_head), keys(N * a.n_embd_head), x(N * n_padded()) {
     }
 
     size_t n_padded() const {
         constexpr int Q = headkv_score_kernel::N_QUERIES;
-        return (a.n_query + Q - 1)/Q*Q;
+        return (a.n_query + Q - 1) / Q * Q;
     }
 
     void set_head(int64_t ih) {
@@ -199,22 +199,22 @@ struct score_block {
         }
         head = ih;
         for (int64_t j = 0; j < a.n_query; ++j) {
-            const char * src = (const char *) a.q->data + j/a.n_group*a.q->nb[2] + (head*a.n_group + j%a.n_group)*a.q->nb[1];
+            const char * src = (const char *) a.q->data + j / a.n_group * a.q->nb[2] + (head * a.n_group + j % a.n_group) * a.q->nb[1];
             for (int64_t d = 0; d < a.n_embd_head; ++d) {
-                q[j*a.n_embd_head + d] = ((const float *) src)[d]*a.op.scale;
+                q[j * a.n_embd_head + d] = ((const float *) src)[d] * a.op.scale;
             }
         }
     }
 
     // keys first to first + n - 1; a key that a query does not see has the logit -INFINITY
     void compute(int64_t first, int64_t n) {
-        const size_t nb_head  = ggml_row_size(a.k->type, a.n_embd_head);
-        const auto   to_float = ggml_get_type_traits(a.k->type)->to_float;
+        const size_t nb_head = ggml_row_size(a.k->type, a.n_embd_head);
+        const auto to_float = ggml_get_type_traits(a.k->type)->to_float;
         for (int64_t i = 0; i < n; ++i) {
-            const char * src = (const char *) a.k->data + a.cells[first + i]*a.k->nb[1] + head*nb_head;
+            const char * src = (const char *) a.k->data + a.cells[first + i] * a.k->nb[1] + head * nb_head;
             if (first + i + N < a.n_kv) {
                 // cells of a head lie too far apart for the processor to foresee the next block
-                vf_prefetch((const char *) a.k->data + a.cells[first + i + N]*a.k->nb[1] + head*nb_head, nb_head);
+                vf_prefetch((const char *) a.k->data + a.cells[first + i + N] * a.k->nb[1] + head * nb_head, nb_head);
             }
             if (to_column) {
                 to_column(src, keys.data() + i, (int) a.n_embd_head);
@@ -226,20 +226,20 @@ struct score_block {
                 to_float(src, row.data(), a.n_embd_head);
             }
             for (int64_t d = 0; d < a.n_embd_head; ++d) {
-                keys[d*N + i] = row[d];
+                keys[d * N + i] = row[d];
             }
         }
         kernel.logits(q.data(), (int) n_padded(), keys.data(), (int) a.n_embd_head, x.data());
         if (a.op.softcap > 0.0f) {
             for (float & v : x) {
-                v = a.op.softcap*std::tanh(v/a.op.softcap);
+                v = a.op.softcap * std::tanh(v / a.op.softcap);
             }
         }
         for (int64_t j = 0; j < a.n_query; ++j) {
             // a query of the window sees the keys up to its own
-            const int64_t n_visible = std::min(n, a.n_kv - a.n_window + j/a.n_group + 1 - first);
+            const int64_t n_visible = std::min(n, a.n_kv - a.n_window + j / a.n_group + 1 - first);
             if (n_visible < N) {
-                std::fill(x.begin() + j*N + std::max<int64_t>(n_visible, 0), x.begin() + (j + 1)*N, -INFINITY);
+                std::fill(x.begin() + j * N + std::max<int64_t>(n_visible, 0), x.begin() + (j + 1) * N, -INFINITY);
             }
         }
     }
@@ -250,20 +250,20 @@ void stats_op(ggml_tensor * dst, int ith, int nth, void *) {
     const score_args a(dst);
     score_block block(a);
 
-    for (int64_t job = ith; job < a.n_head_kv*a.n_chunk; job += nth) {
-        const int64_t first = job%a.n_chunk*HEADKV_SCORE_CHUNK;
-        const int64_t last  = std::min(first + HEADKV_SCORE_CHUNK, a.n_kv);
-        block.set_head(job/a.n_chunk);
+    for (int64_t job = ith; job < a.n_head_kv * a.n_chunk; job += nth) {
+        const int64_t first = job % a.n_chunk * HEADKV_SCORE_CHUNK;
+        const int64_t last = std::min(first + HEADKV_SCORE_CHUNK, a.n_kv);
+        block.set_head(job / a.n_chunk);
 
-        float * out = (float *) dst->data + job*a.n_query*2;
+        float * out = (float *) dst->data + job * a.n_query * 2;
         for (int64_t j = 0; j < a.n_query; ++j) {
-            out[2*j]     = -INFINITY;
-            out[2*j + 1] = 0.0f;
+            out[2 * j] = -INFINITY;
+            out[2 * j + 1] = 0.0f;
         }
         for (int64_t i = first; i < last; i += block.N) {
             block.compute(i, std::min<int64_t>(block.N, last - i));
             for (int64_t j = 0; j < a.n_query; ++j) {
-                block.kernel.add_stats(block.x.data() + j*block.N, out + 2*j, out + 2*j + 1);
+                block.kernel.add_stats(block.x.data() + j * block.N, out + 2 * j, out + 2 * j + 1);
             }
         }
     }
@@ -272,39 +272,39 @@ void stats_op(ggml_tensor * dst, int ith, int nth, void *) {
 void score_op(ggml_tensor * dst, int ith, int nth, void *) {
     const score_args a(dst);
     score_block block(a);
-    const int64_t n_chunk = (a.n_prefix + HEADKV_SCORE_CHUNK - 1)/HEADKV_SCORE_CHUNK; // of the scores
-    const int64_t half    = a.op.pool_kernel/2;
+    const int64_t n_chunk = (a.n_prefix + HEADKV_SCORE_CHUNK - 1) / HEADKV_SCORE_CHUNK; // of the scores
+    const int64_t half = a.op.pool_kernel / 2;
 
     std::vector<float> m(a.n_query);
     std::vector<float> f(a.n_query); // 1/sum of exponentials
     std::vector<float> mean;
-    for (int64_t job = ith; job < a.n_head_kv*n_chunk; job += nth) {
-        const int64_t head = job/n_chunk;
+    for (int64_t job = ith; job < a.n_head_kv * n_chunk; job += nth) {
+        const int64_t head = job / n_chunk;
         block.set_head(head);
 
-        const float * stats = (const float *) dst->src[3]->data + head*a.n_chunk*a.n_query*2;
+        const float * stats = (const float *) dst->src[3]->data + head * a.n_chunk * a.n_query * 2;
         for (int64_t j = 0; j < a.n_query; ++j) {
             m[j] = -INFINITY;
             for (int64_t c = 0; c < a.n_chunk; ++c) {
-                m[j] = std::max(m[j], stats[(c*a.n_query + j)*2]);
+                m[j] = std::max(m[j], stats[(c * a.n_query + j) * 2]);
             }
             float s = 0.0f;
             for (int64_t c = 0; c < a.n_chunk; ++c) {
-                s += stats[(c*a.n_query + j)*2 + 1]*std::exp(stats[(c*a.n_query + j)*2] - m[j]);
+                s += stats[(c * a.n_query + j) * 2 + 1] * std::exp(stats[(c * a.n_query + j) * 2] - m[j]);
             }
-            f[j] = 1.0f/s;
+            f[j] = 1.0f / s;
         }
 
         // the means of the chunk and of the neighbours that are pooled with it
-        const int64_t first = job%n_chunk*HEADKV_SCORE_CHUNK;
-        const int64_t last  = std::min(first + HEADKV_SCORE_CHUNK, a.n_prefix);
-        const int64_t lo    = std::max<int64_t>(first - half, 0);
-        const int64_t hi    = std::min(last + half, a.n_prefix);
+        const int64_t first = job % n_chunk * HEADKV_SCORE_CHUNK;
+        const int64_t last = std::min(first + HEADKV_SCORE_CHUNK, a.n_prefix);
+        const int64_t lo = std::max<int64_t>(first - half, 0);
+        const int64_t hi = std::min(last + half, a.n_prefix);
         mean.assign(GGML_PAD(hi - lo, block.N), 0.0f);
         for (int64_t i = lo; i < hi; i += block.N) {
             block.compute(i, std::min<int64_t>(block.N, hi - i));
             for (int64_t j = 0; j < a.n_query; ++j) {
-                block.kernel.add_probs(block.x.data() + j*block.N, m[j], f[j], a.op.n_square, mean.data() + i - lo);
+                block.kernel.add_probs(block.x.data() + j * block.N, m[j], f[j], a.op.n_square, mean.data() + i - lo);
             }
         }
         for (float & x : mean) {
@@ -315,8 +315,8 @@ void score_op(ggml_tensor * dst, int ith, int nth, void *) {
         }
         for (int64_t i = first; i < last; ++i) {
             const float * begin = mean.data() + std::max(i - half, lo) - lo;
-            const float * end   = mean.data() + std::min(i + half + 1, hi) - lo;
-            ((float *) dst->data)[head*a.n_prefix + i] = pooled(begin, end, a.op.pool_max, a.op.pool_kernel);
+            const float * end = mean.data() + std::min(i + half + 1, hi) - lo;
+            ((float *) dst->data)[head * a.n_prefix + i] = pooled(begin, end, a.op.pool_max, a.op.pool_kernel);
         }
     }
 }
@@ -326,22 +326,22 @@ void score_op(ggml_tensor * dst, int ith, int nth, void *) {
 ggml_tensor * headkv_build_score_fused(ggml_context * ctx, ggml_tensor * q, ggml_tensor * k, ggml_tensor * cells,
         int64_t n_prefix, float scale, float softcap, int n_square, headkv_pool pool, int pool_kernel) {
     const int64_t n_embd_head = q->ne[0];
-    const int64_t n_head_kv   = k->ne[0]/n_embd_head;
-    const int64_t n_kv        = cells->ne[0];
+    const int64_t n_head_kv = k->ne[0] / n_embd_head;
+    const int64_t n_kv = cells->ne[0];
     GGML_ASSERT(q->type == GGML_TYPE_F32 && q->nb[0] == sizeof(float) && k->ne[0] % n_embd_head == 0 && q->ne[1] % n_head_kv == 0);
     GGML_ASSERT(cells->type == GGML_TYPE_I32 && ggml_is_contiguous(cells) && n_kv >= q->ne[2] && n_kv >= n_prefix && pool_kernel % 2 == 1 && pool_kernel < 64);
 
     headkv_op op;
-    op.kind        = HEADKV_OP_STATS;
-    op.scale       = scale;
-    op.softcap     = softcap;
-    op.n_square    = n_square;
-    op.pool_max    = pool == HEADKV_POOL_MAX;
+    op.kind = HEADKV_OP_STATS;
+    op.scale = scale;
+    op.softcap = softcap;
+    op.n_square = n_square;
+    op.pool_max = pool == HEADKV_POOL_MAX;
     op.pool_kernel = pool_kernel;
 
     ggml_tensor * args[] = { q, k, cells, nullptr };
-    const int64_t n_chunk = (n_kv + HEADKV_SCORE_CHUNK - 1)/HEADKV_SCORE_CHUNK;
-    args[3] = ggml_custom_4d(ctx, GGML_TYPE_F32, 2, q->ne[1]/n_head_kv*q->ne[2], n_chunk, n_head_kv, args, 3, stats_op, GGML_N_TASKS_MAX, nullptr);
+    const int64_t n_chunk = (n_kv + HEADKV_SCORE_CHUNK - 1) / HEADKV_SCORE_CHUNK;
+    args[3] = ggml_custom_4d(ctx, GGML_TYPE_F32, 2, q->ne[1] / n_head_kv * q->ne[2], n_chunk, n_head_kv, args, 3, stats_op, GGML_N_TASKS_MAX, nullptr);
     headkv_op_set(args[3], op);
 
     ggml_tensor * res = ggml_custom_4d(ctx, GGML_TYPE_F32, n_prefix, n_head_kv, 1, 1, args, 4, score_op, GGML_N_TASKS_MAX, nullptr);
@@ -352,7 +352,7 @@ ggml_tensor * headkv_build_score_fused(ggml_context * ctx, ggml_tensor * q, ggml
 
 ggml_tensor * headkv_build_value_norm(ggml_context * ctx, ggml_tensor * v, ggml_tensor * wo, int64_t n_group) {
     ggml_tensor * out = ggml_mul_mat(ctx, wo, v); // [n_embd*n_group, n]
-    return ggml_scale(ctx, ggml_sum_rows(ctx, ggml_abs_inplace(ctx, out)), 1.0f/n_group);
+    return ggml_scale(ctx, ggml_sum_rows(ctx, ggml_abs_inplace(ctx, out)), 1.0f / n_group);
 }
 
 ggml_tensor * headkv_build_output_matrix(ggml_context * ctx, ggml_tensor * wo, ggml_tensor * wo_s, ggml_tensor * columns, int64_t n_embd_head) {
@@ -361,8 +361,8 @@ ggml_tensor * headkv_build_output_matrix(ggml_context * ctx, ggml_tensor * wo, g
     if (wo_s) {
         res = ggml_mul(ctx, res, wo_s);
     }
-    const int64_t n_embd  = res->ne[0];
-    const int64_t n_group = res->ne[1]/n_embd_head;
+    const int64_t n_embd = res->ne[0];
+    const int64_t n_group = res->ne[1] / n_embd_head;
     res = ggml_permute(ctx, ggml_reshape_3d(ctx, res, n_embd, n_embd_head, n_group), 1, 0, 2, 3);
-    return ggml_cont_2d(ctx, res, n_embd_head, n_embd*n_group);
+    return ggml_cont_2d(ctx, res, n_embd_head, n_embd * n_group);
 }

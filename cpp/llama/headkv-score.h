@@ -5,7 +5,7 @@
 #include "ggml.h"
 
 struct headkv_score_kernel {
-    static constexpr int N_KEYS    = 32; // of a block
+    static constexpr int N_KEYS = 32; // of a block
     static constexpr int N_QUERIES = 4;  // at a time
 
     // element d of a key to dst[d*N_KEYS], d < n

@@ -9,21 +9,21 @@
 
 const char * headkv_seq_name(headkv_seq_state state) {
     switch (state) {
-        case HEADKV_SEQ_EMPTY:      return "empty";
-        case HEADKV_SEQ_STAGED:     return "staged";
+        case HEADKV_SEQ_EMPTY: return "empty";
+        case HEADKV_SEQ_STAGED: return "staged";
         case HEADKV_SEQ_COMPRESSED: return "compressed";
-        case HEADKV_SEQ_LAYERED:    return "layered";
+        case HEADKV_SEQ_LAYERED: return "layered";
     }
     return "unknown";
 }
 
 const char * headkv_seq_name(headkv_seq_event event) {
     switch (event) {
-        case HEADKV_EV_STAGE:  return "stage";
-        case HEADKV_EV_PASS:   return "pass";
-        case HEADKV_EV_STORE:  return "store";
+        case HEADKV_EV_STAGE: return "stage";
+        case HEADKV_EV_PASS: return "pass";
+        case HEADKV_EV_STORE: return "store";
         case HEADKV_EV_DECODE: return "decode";
-        case HEADKV_EV_CUT:    return "cut";
+        case HEADKV_EV_CUT: return "cut";
         case HEADKV_EV_REMOVE: return "remove";
     }
     return "unknown";
@@ -32,12 +32,12 @@ const char * headkv_seq_name(headkv_seq_event event) {
 // the table of headkv-seq.h: [event][state], -1 = none
 static constexpr int NEXT[6][4] = {
     //           EMPTY                  STAGED                 COMPRESSED             LAYERED
-    /* STAGE  */ { HEADKV_SEQ_STAGED,     HEADKV_SEQ_STAGED,     -1,                    -1                    },
-    /* PASS   */ { HEADKV_SEQ_LAYERED,    -1,                    -1,                    HEADKV_SEQ_LAYERED    },
-    /* STORE  */ { HEADKV_SEQ_COMPRESSED, HEADKV_SEQ_COMPRESSED, -1,                    HEADKV_SEQ_COMPRESSED },
-    /* DECODE */ { -1,                    -1,                    HEADKV_SEQ_COMPRESSED, -1                    },
-    /* CUT    */ { -1,                    HEADKV_SEQ_STAGED,     HEADKV_SEQ_COMPRESSED, -1                    },
-    /* REMOVE */ { HEADKV_SEQ_EMPTY,      HEADKV_SEQ_EMPTY,      HEADKV_SEQ_EMPTY,      HEADKV_SEQ_EMPTY      },
+    /* STAGE  */ { HEADKV_SEQ_STAGED, HEADKV_SEQ_STAGED, -1, -1 },
+    /* PASS   */ { HEADKV_SEQ_LAYERED, -1, -1, HEADKV_SEQ_LAYERED },
+    /* STORE  */ { HEADKV_SEQ_COMPRESSED, HEADKV_SEQ_COMPRESSED, -1, HEADKV_SEQ_COMPRESSED },
+    /* DECODE */ { -1, -1, HEADKV_SEQ_COMPRESSED, -1 },
+    /* CUT    */ { -1, HEADKV_SEQ_STAGED, HEADKV_SEQ_COMPRESSED, -1 },
+    /* REMOVE */ { HEADKV_SEQ_EMPTY, HEADKV_SEQ_EMPTY, HEADKV_SEQ_EMPTY, HEADKV_SEQ_EMPTY },
 };
 
 void headkv_seq::on(headkv_seq_event event) {
@@ -55,7 +55,7 @@ void headkv_seq::on(headkv_seq_event event) {
 void headkv_seq::add(headkv_seq_event event, llama_pos pos, uint64_t adapters_set, llama_pos n_ring) {
     on(event);
     adapters = n_pos == 0 || adapters == adapters_set ? adapters_set : HEADKV_SEVERAL_ADAPTERS;
-    n_pos    = pos + 1;
+    n_pos = pos + 1;
     if (is_staged()) {
         window.resize(n_ring, -1);
         window[pos % n_ring] = pos;
@@ -69,10 +69,10 @@ llama_pos headkv_seq::cut(llama_pos p0) {
     on(HEADKV_EV_CUT);
     llama_pos n_gone = 0;
     if (state == HEADKV_SEQ_COMPRESSED) {
-        n_gone    = std::max(0, n_prompt - p0);
+        n_gone = std::max(0, n_prompt - p0);
         n_prompt -= n_gone;
-        n_whole  -= n_gone;
-        n_tail   += n_gone;
+        n_whole -= n_gone;
+        n_tail += n_gone;
     } else {
         // the queries that these overwrote in the ring are gone: a compression will say so if it needs them
         for (llama_pos & pos : window) {
@@ -86,7 +86,8 @@ llama_pos headkv_seq::cut(llama_pos p0) {
 
 llama_pos headkv_seq::pos_min() const {
     // below the recent cells nothing can be removed or continued
-    return n_pos == 0 ? -1 : state == HEADKV_SEQ_COMPRESSED ? std::min(n_prompt - n_whole, n_pos - 1) : 0;
+    return n_pos == 0 ? -1 : state == HEADKV_SEQ_COMPRESSED ? std::min(n_prompt - n_whole, n_pos - 1)
+                                                            : 0;
 }
 
 std::vector<int32_t> headkv_seq::window_slots(llama_seq_id id, llama_pos n) const {
@@ -96,7 +97,7 @@ std::vector<int32_t> headkv_seq::window_slots(llama_seq_id id, llama_pos n) cons
         if (n_ring == 0 || window[pos % n_ring] != pos) {
             return {};
         }
-        res.push_back(id*n_ring + pos % n_ring);
+        res.push_back(id * n_ring + pos % n_ring);
     }
     return res;
 }

@@ -33,9 +33,17 @@
 //
 // "-" is an error of ours and thrown: nothing is computed on a sequence that is not what the caller takes it for. What
 // is pending for a sequence dies with it: REMOVE leaves a new one.
-enum headkv_seq_state { HEADKV_SEQ_EMPTY = 0, HEADKV_SEQ_STAGED = 1, HEADKV_SEQ_COMPRESSED = 2, HEADKV_SEQ_LAYERED = 3 };
+enum headkv_seq_state { HEADKV_SEQ_EMPTY = 0,
+    HEADKV_SEQ_STAGED = 1,
+    HEADKV_SEQ_COMPRESSED = 2,
+    HEADKV_SEQ_LAYERED = 3 };
 
-enum headkv_seq_event { HEADKV_EV_STAGE, HEADKV_EV_PASS, HEADKV_EV_STORE, HEADKV_EV_DECODE, HEADKV_EV_CUT, HEADKV_EV_REMOVE };
+enum headkv_seq_event { HEADKV_EV_STAGE,
+    HEADKV_EV_PASS,
+    HEADKV_EV_STORE,
+    HEADKV_EV_DECODE,
+    HEADKV_EV_CUT,
+    HEADKV_EV_REMOVE };
 
 const char * headkv_seq_name(headkv_seq_state state);
 const char * headkv_seq_name(headkv_seq_event event);
@@ -47,22 +55,22 @@ struct headkv_seq {
 
     // announced for the prompt that it is to hold
     headkv_config_ptr cfg_next;
-    uint32_t          n_next = 0; // tokens
+    uint32_t n_next = 0; // tokens
 
-    llama_pos n_pos    = 0; // logical tokens
+    llama_pos n_pos = 0; // logical tokens
     llama_pos n_prompt = 0; // of them at compression; the rest was generated
-    llama_pos n_whole  = 0; // last tokens of the prompt that every head kept
-    uint32_t  n_tail   = 0; // rows reserved per head for generated tokens
-    uint32_t  kv_size  = 0; // that it was compressed with
+    llama_pos n_whole = 0; // last tokens of the prompt that every head kept
+    uint32_t n_tail = 0; // rows reserved per head for generated tokens
+    uint32_t kv_size = 0; // that it was compressed with
     std::vector<std::pair<int32_t, int32_t>> spans; // of its prompt before the last n_whole tokens, that every head kept as protected
-    uint64_t  adapters = 0; // that its tokens were computed with, HEADKV_SEVERAL_ADAPTERS = one after the other
+    uint64_t adapters = 0; // that its tokens were computed with, HEADKV_SEVERAL_ADAPTERS = one after the other
 
     // what the next update has to do
     llama_seq_id compress_to = -1; // compress it as this sequence, itself or an empty one
-    uint32_t     n_tail_next = 0;  // rows reserved per head, 0 = enough
+    uint32_t n_tail_next = 0;  // rows reserved per head, 0 = enough
 
     std::vector<llama_pos> window; // [queries that the ring has room for] position whose query is in a slot, -1 = none
-    bool      has_sums = true;     // the sums of attention are those of its tokens
+    bool has_sums = true;     // the sums of attention are those of its tokens
 
     // Takes the sequence from one state to the next. Throws std::logic_error where the table has none.
     void on(headkv_seq_event event);

@@ -17,7 +17,7 @@ headkv_staging::headkv_staging(const llama_model & model, const params_t & param
 
     plan.cache = make_cache(params.n_ctx, true, false);
     plan.rings = make_rings(true, false);
-    plan.sums  = make_sums(true, params.n_ctx);
+    plan.sums = make_sums(true, params.n_ctx);
 }
 
 //
@@ -46,20 +46,20 @@ std::unique_ptr<llama_kv_cache> headkv_staging::make_cache(uint32_t n_cells, boo
     // upstream allocates what the filter lets pass and then asks which layers reuse others, filter included
     bool allocating = true;
     llama_memory_i::layer_filter_cb filter = nullptr;
-    llama_memory_i::layer_reuse_cb  reuse  = nullptr;
+    llama_memory_i::layer_reuse_cb reuse = nullptr;
     if (share) {
         filter = [&](int32_t il) { return il < n_layer && (!allocating || physical(il) == il); };
-        reuse  = [&](int32_t il) { allocating = false; return il < n_layer && physical(il) != il ? physical(il) : -1; };
+        reuse = [&](int32_t il) { allocating = false; return il < n_layer && physical(il) != il ? physical(il) : -1; };
     } else if (hparams.n_layer_nextn > 0) {
         filter = [n_layer](int32_t il) { return il < n_layer; };
     }
-    return std::make_unique<llama_kv_cache>(model, is_plan ? hparams_plan : hparams, params.type_k, params.type_v, /*v_trans =*/ false, params.offload,
-            /*unified =*/ true, n_cells, params.n_seq_max, /*n_pad =*/ 1, /*n_swa =*/ 0, LLAMA_SWA_TYPE_NONE, nullptr, filter, reuse, nullptr);
+    return std::make_unique<llama_kv_cache>(model, is_plan ? hparams_plan : hparams, params.type_k, params.type_v, /*v_trans =*/false, params.offload,
+            /*unified =*/true, n_cells, params.n_seq_max, /*n_pad =*/1, /*n_swa =*/0, LLAMA_SWA_TYPE_NONE, nullptr, filter, reuse, nullptr);
 }
 
 headkv_staging::tensors_t headkv_staging::make_rings(bool is_plan, bool share) const {
     return make_tensors("headkv_window", is_plan, share, [this](const headkv_layer_shape & s) {
-        return std::array<int64_t, 3>{ (int64_t) s.n_embd_head*s.n_head, n_slots(), 1 };
+        return std::array<int64_t, 3>{ (int64_t) s.n_embd_head * s.n_head, n_slots(), 1 };
     });
 }
 
@@ -80,11 +80,11 @@ headkv_staging::tensors_t headkv_staging::make_tensors(const char * name, bool i
     for (const auto & layer : shapes) {
         buffer_t & buffer = by_buft[layer.buft];
         if (!buffer.ctx) {
-            ggml_init_params init = { /*.mem_size =*/ shapes.size()*ggml_tensor_overhead(), /*.mem_buffer =*/ nullptr, /*.no_alloc =*/ true };
+            ggml_init_params init = { /*.mem_size =*/shapes.size() * ggml_tensor_overhead(), /*.mem_buffer =*/nullptr, /*.no_alloc =*/true };
             buffer.ctx.reset(ggml_init(init));
         }
         const auto ne = shape(layer);
-        ggml_tensor * & mine = res.of_layer[layer.il];
+        ggml_tensor *& mine = res.of_layer[layer.il];
         for (ggml_tensor * t = ggml_get_first_tensor(buffer.ctx.get()); share && t; t = ggml_get_next_tensor(buffer.ctx.get(), t)) {
             if (std::equal(ne.begin(), ne.end(), t->ne)) {
                 mine = t; // what it holds is not needed when the next layer begins
@@ -127,7 +127,7 @@ void headkv_staging::alloc(uint32_t n_tokens, bool keep, bool share, int64_t n_u
         live.rings = make_rings(false, share);
     }
     auto cache = make_cache(n_cells, false, share);
-    auto sums  = make_sums(false, n_cells);
+    auto sums = make_sums(false, n_cells);
     if (share) {
         alloc_hidden(n_tokens, n_ubatch);
     }
@@ -136,20 +136,20 @@ void headkv_staging::alloc(uint32_t n_tokens, bool keep, bool share, int64_t n_u
         copy_to(*cache, sums);
     }
     live.cache = std::move(cache);
-    live.sums  = std::move(sums);
+    live.sums = std::move(sums);
     generation++;
 }
 
 // marks a cell of a cache as the one of a position
 static void occupy_cell(llama_kv_cache & cache, uint32_t i_cell, llama_seq_id seq_id, llama_pos pos) {
-    llama_seq_id * ids   = &seq_id;
-    int32_t        n_ids = 1;
+    llama_seq_id * ids = &seq_id;
+    int32_t n_ids = 1;
 
     llama_ubatch ubatch = {};
     ubatch.n_tokens = ubatch.n_seq_tokens = ubatch.n_seqs = ubatch.n_seqs_unq = ubatch.n_pos = 1;
-    ubatch.pos      = &pos;
+    ubatch.pos = &pos;
     ubatch.n_seq_id = &n_ids;
-    ubatch.seq_id   = &ids;
+    ubatch.seq_id = &ids;
 
     llama_kv_cache::slot_info sinfo = {};
     sinfo.resize(1);
@@ -162,7 +162,7 @@ static ggml_tensor * rows_of(const llama_kv_cache & cache, int32_t il, bool v) {
     if (!v) {
         return cache.get_k_storage(il);
     }
-    ggml_init_params init = { /*.mem_size =*/ ggml_tensor_overhead(), /*.mem_buffer =*/ nullptr, /*.no_alloc =*/ true };
+    ggml_init_params init = { /*.mem_size =*/ggml_tensor_overhead(), /*.mem_buffer =*/nullptr, /*.no_alloc =*/true };
     ggml_context_ptr ctx(ggml_init(init));
     return cache.get_v(ctx.get(), il, 1, {})->view_src;
 }
@@ -178,7 +178,7 @@ void headkv_staging::copy_to(llama_kv_cache & cache, const tensors_t & sums) con
             ggml_tensor * src = live.sums.of_layer[shape.il];
             ggml_tensor * dst = sums.of_layer[shape.il];
             for (int64_t ih = 0; ih < src->ne[2]; ++ih) {
-                headkv_copy_rows(src, ih*src->ne[1], dst, ih*dst->ne[1], n);
+                headkv_copy_rows(src, ih * src->ne[1], dst, ih * dst->ne[1], n);
             }
         }
     }
@@ -195,13 +195,13 @@ int64_t headkv_staging::n_columns(int64_t n_tokens, int64_t n_ubatch) const {
 }
 
 int64_t headkv_staging::hidden_bytes(int64_t n_tokens, int64_t n_ubatch, bool f16) const {
-    return n_tokens*hparams.n_embd*(f16 ? sizeof(ggml_fp16_t) : sizeof(float)) + n_ubatch*n_columns(n_tokens, n_ubatch)*sizeof(ggml_fp16_t);
+    return n_tokens * hparams.n_embd * (f16 ? sizeof(ggml_fp16_t) : sizeof(float)) + n_ubatch * n_columns(n_tokens, n_ubatch) * sizeof(ggml_fp16_t);
 }
 
 void headkv_staging::alloc_hidden(uint32_t n_tokens, int64_t n_ubatch) {
     const ggml_backend_buffer_type_t buft = shapes[0].buft;
 
-    ggml_init_params init = { /*.mem_size =*/ 2*ggml_tensor_overhead(), /*.mem_buffer =*/ nullptr, /*.no_alloc =*/ true };
+    ggml_init_params init = { /*.mem_size =*/2 * ggml_tensor_overhead(), /*.mem_buffer =*/nullptr, /*.no_alloc =*/true };
     hidden_buf.ctx.reset(ggml_init(init));
     t_hidden = ggml_new_tensor_2d(hidden_buf.ctx.get(), params.hidden_f16 ? GGML_TYPE_F16 : GGML_TYPE_F32, hparams.n_embd, n_tokens);
     const int64_t n_cols = n_columns(n_tokens, n_ubatch);
@@ -215,7 +215,7 @@ void headkv_staging::alloc_hidden(uint32_t n_tokens, int64_t n_ubatch) {
     std::fill(row.begin(), row.begin() + n_band(), ggml_fp32_to_fp16(0.0f));
     for (int64_t i = 0; i < n_ubatch; ++i) {
         row[n_band() + i] = ggml_fp32_to_fp16(0.0f);
-        ggml_backend_tensor_set(t_band, row.data(), i*t_band->nb[1], t_band->nb[1]);
+        ggml_backend_tensor_set(t_band, row.data(), i * t_band->nb[1], t_band->nb[1]);
     }
 }
 

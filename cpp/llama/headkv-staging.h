@@ -19,12 +19,12 @@ public:
     struct params_t {
         ggml_type type_k;
         ggml_type type_v;
-        bool      offload;
-        uint32_t  n_ctx;      // cells at most
-        uint32_t  n_seq_max;
+        bool offload;
+        uint32_t n_ctx;      // cells at most
+        uint32_t n_seq_max;
         llama_pos n_ring;     // queries of a sequence that the ring has room for
-        bool      with_sums;  // attention that each cell got from all queries is summed
-        bool      hidden_f16; // hidden states in f16
+        bool with_sums;  // attention that each cell got from all queries is summed
+        bool hidden_f16; // hidden states in f16
     };
 
     // shapes: of the layers with KV heads; the twin is made at once
@@ -44,13 +44,13 @@ public:
     uint32_t n_cells() const { return live.cache ? live.cache->get_size() : 0; }
 
     llama_kv_cache & cache() { return *live.cache; }
-    llama_kv_cache & twin()  { return *plan.cache; }
+    llama_kv_cache & twin() { return *plan.cache; }
 
     ggml_tensor * rows(int32_t il, bool v) const; // K or V of a layer, [n_embd_head*n_head_kv, n_cells]
     ggml_tensor * ring(int32_t il, bool of_twin = false) const; // F32 [n_embd_head*n_head, n_slots()], null while nothing is staged
     ggml_tensor * sums(int32_t il, bool of_twin = false) const; // F32 [1, n_cells, n_head_kv], null unless attention is summed
 
-    int64_t n_slots() const { return (int64_t) params.n_ring*params.n_seq_max + 1; } // rows of the ring, the last one takes what nobody needs
+    int64_t n_slots() const { return (int64_t) params.n_ring * params.n_seq_max + 1; } // rows of the ring, the last one takes what nobody needs
     llama_pos n_ring() const { return params.n_ring; }
 
     // layer-major: the hidden states of the prompt, F32 or F16 [n_embd, n_tokens]; null else
@@ -73,13 +73,13 @@ public:
 
 private:
     struct buffer_t {
-        ggml_context_ptr        ctx;
+        ggml_context_ptr ctx;
         ggml_backend_buffer_ptr buf;
     };
 
     // one tensor per layer, in one buffer per type of memory
     struct tensors_t {
-        std::vector<buffer_t>      buffers;
+        std::vector<buffer_t> buffers;
         std::vector<ggml_tensor *> of_layer; // [il], empty = there are none
     };
 
@@ -89,20 +89,20 @@ private:
         tensors_t sums;
     };
 
-    const llama_model   & model;
+    const llama_model & model;
     const llama_hparams & hparams;
-    llama_hparams         hparams_plan; // no_alloc set
-    const params_t        params;
+    llama_hparams hparams_plan; // no_alloc set
+    const params_t params;
 
     const std::vector<headkv_layer_shape> shapes;
 
     parts_t live;
     parts_t plan; // the twin
 
-    bool          one_layer = false;
-    buffer_t      hidden_buf;
+    bool one_layer = false;
+    buffer_t hidden_buf;
     ggml_tensor * t_hidden = nullptr;
-    ggml_tensor * t_band   = nullptr;
+    ggml_tensor * t_band = nullptr;
 
     std::unique_ptr<llama_kv_cache> make_cache(uint32_t n_cells, bool is_plan, bool one_layer) const;
     // of the type F32; share: layers of one shape share a tensor

@@ -25,10 +25,11 @@
 #include <map>
 #include <stdexcept>
 
-static constexpr uint32_t STATE_MAGIC   = 0x76736b68; // "hksv"
+static constexpr uint32_t STATE_MAGIC = 0x76736b68; // "hksv"
 static constexpr uint32_t STATE_VERSION = 3;
 
-enum state_kind_t : uint32_t { STATE_SEQUENCE = 1, STATE_CONTEXT = 2 };
+enum state_kind_t : uint32_t { STATE_SEQUENCE = 1,
+    STATE_CONTEXT = 2 };
 
 namespace {
 
@@ -38,7 +39,7 @@ struct checksum_t {
 
     void add(const void * data, size_t n_bytes) {
         for (size_t i = 0; i < n_bytes; ++i) {
-            value = (value ^ ((const uint8_t *) data)[i])*0x100000001b3;
+            value = (value ^ ((const uint8_t *) data)[i]) * 0x100000001b3;
         }
     }
     template <typename T>
@@ -61,9 +62,9 @@ struct writer_t {
         bytes(&x, sizeof(x));
     }
     void rows(const ggml_tensor * t, uint32_t off, uint32_t n_rows) {
-        raw.resize(n_rows*t->nb[1]);
+        raw.resize(n_rows * t->nb[1]);
         if (n_rows > 0) {
-            ggml_backend_tensor_get(t, raw.data(), off*t->nb[1], raw.size());
+            ggml_backend_tensor_get(t, raw.data(), off * t->nb[1], raw.size());
         }
         bytes(raw.data(), raw.size());
     }
@@ -85,12 +86,12 @@ struct reader_t {
     }
     template <typename T>
     std::vector<T> array(size_t n) {
-        const size_t n_step = (64 << 10)/sizeof(T);
+        const size_t n_step = (64 << 10) / sizeof(T);
         std::vector<T> res;
         while (res.size() < n) {
             const size_t n_have = res.size();
             res.resize(n_have + std::min(n_step, n - n_have));
-            bytes(res.data() + n_have, (res.size() - n_have)*sizeof(T));
+            bytes(res.data() + n_have, (res.size() - n_have) * sizeof(T));
         }
         return res;
     }
@@ -123,7 +124,7 @@ static uint64_t make_fingerprint(const llama_model & model, const llama_cparams 
     std::map<std::string, std::string> keys(model.gguf_kv.begin(), model.gguf_kv.end());
     for (const auto & [key, value] : keys) {
         if (key.find(".head_importance") == std::string::npos) { // it can be added later
-            sum.add(key.data(),   key.size() + 1);
+            sum.add(key.data(), key.size() + 1);
             sum.add(value.data(), value.size() + 1);
         }
     }
@@ -138,7 +139,7 @@ static uint64_t make_fingerprint(const llama_model & model, const llama_cparams 
         }
     }
     for (float x : { cparams.rope_freq_base, cparams.rope_freq_scale, cparams.yarn_ext_factor, cparams.yarn_attn_factor,
-            cparams.yarn_beta_fast, cparams.yarn_beta_slow }) {
+                 cparams.yarn_beta_fast, cparams.yarn_beta_slow }) {
         sum.add(x);
     }
     sum.add(cparams.n_ctx_orig_yarn);
@@ -179,7 +180,7 @@ static uint64_t make_fingerprint(const llama_adapter_loras & loras, const llama_
         }
     }
     checksum_t sum;
-    sum.add(parts.data(), parts.size()*sizeof(parts[0]));
+    sum.add(parts.data(), parts.size() * sizeof(parts[0]));
     return parts.empty() ? 0 : sum.value;
 }
 
@@ -247,7 +248,7 @@ void llama_kv_cache_ragged::state_write(llama_io_write_i & io, llama_seq_id seq_
             for (const auto & range : layer.ranges[s]) {
                 const uint32_t n_rows = range.n_used(seq.n_generated());
                 to.number(range.n_kept);
-                to.bytes(range.pos.data(), range.pos.size()*sizeof(range.pos[0]));
+                to.bytes(range.pos.data(), range.pos.size() * sizeof(range.pos[0]));
                 to.rows(layer.k, range.off, n_rows);
                 to.rows(layer.v, range.off, n_rows);
             }
@@ -262,13 +263,13 @@ static saved_seq read_seq(reader_t & from, const headkv_store & store, uint32_t 
         const llama_kv_cache_ragged::limits_t & limits) {
     saved_seq res;
     auto & seq = res.seq;
-    res.seq_id   = (llama_seq_id) from.number<uint32_t>();
-    seq.n_pos    = from.number<llama_pos>();
+    res.seq_id = (llama_seq_id) from.number<uint32_t>();
+    seq.n_pos = from.number<llama_pos>();
     seq.n_prompt = from.number<llama_pos>();
-    seq.n_whole  = from.number<llama_pos>();
-    seq.kv_size  = from.number<uint32_t>();
+    seq.n_whole = from.number<llama_pos>();
+    seq.kv_size = from.number<uint32_t>();
     seq.adapters = from.number<uint64_t>();
-    seq.state    = HEADKV_SEQ_COMPRESSED;
+    seq.state = HEADKV_SEQ_COMPRESSED;
     if (seq.n_pos > (llama_pos) n_ctx_seq) {
         throw std::runtime_error(format("it holds %d tokens: use a context of at least as many, n_ctx is %u", seq.n_pos, n_ctx_seq));
     }
@@ -290,7 +291,7 @@ static saved_seq read_seq(reader_t & from, const headkv_store & store, uint32_t 
     }
     int64_t n_protected = 0;
     const uint32_t n_spans = from.number<uint32_t>();
-    const auto bounds = from.array<int32_t>(2*(size_t) n_spans);
+    const auto bounds = from.array<int32_t>(2 * (size_t) n_spans);
     for (size_t i = 0; i < bounds.size(); i += 2) {
         if (bounds[i] < (i > 0 ? bounds[i - 1] : 0) || bounds[i + 1] <= bounds[i] || bounds[i + 1] > seq.n_prompt - seq.n_whole) {
             throw std::runtime_error("it is damaged (protected cells)");
@@ -303,7 +304,7 @@ static saved_seq read_seq(reader_t & from, const headkv_store & store, uint32_t 
     }
     int64_t n_left = 0; // cells that the heads may have: policies round by less than a cell per layer
     for (const auto & layer : store.layers) {
-        n_left += layer.n_head_kv*(seq.kv_size + n_protected + (int64_t) store.layers.size());
+        n_left += layer.n_head_kv * (seq.kv_size + n_protected + (int64_t) store.layers.size());
     }
     for (const auto & layer : store.layers) {
         auto & heads = res.heads.emplace_back(layer.n_head_kv);
@@ -315,8 +316,8 @@ static saved_seq read_seq(reader_t & from, const headkv_store & store, uint32_t 
             }
             const size_t n_rows = n_kept + seq.n_generated();
             head.pos = from.array<int32_t>(n_kept);
-            head.k   = from.array<uint8_t>(n_rows*ggml_row_size(layer.type_k, layer.n_embd_head));
-            head.v   = from.array<uint8_t>(n_rows*ggml_row_size(layer.type_v, layer.n_embd_head));
+            head.k = from.array<uint8_t>(n_rows * ggml_row_size(layer.type_k, layer.n_embd_head));
+            head.v = from.array<uint8_t>(n_rows * ggml_row_size(layer.type_v, layer.n_embd_head));
             if (!ggml_validate_row_data(layer.type_k, head.k.data(), head.k.size()) || !ggml_validate_row_data(layer.type_v, head.v.data(), head.v.size())) {
                 throw std::runtime_error("it is damaged (a value is not finite)");
             }
@@ -324,7 +325,9 @@ static saved_seq read_seq(reader_t & from, const headkv_store & store, uint32_t 
                 const int32_t pos = head.pos[i];
                 const bool whole = i + seq.n_whole < n_kept || pos == seq.n_prompt - (int32_t) (n_kept - i);
                 const bool misses = (llama_pos) n_kept - 1 < seq.n_prompt; // so that the first cell can stand for them
-                if (pos < (i > 0 ? head.pos[i - 1] + 1 : misses ? -1 : 0) || pos >= seq.n_prompt || !whole) {
+                if (pos < (i > 0 ? head.pos[i - 1] + 1 : misses ? -1
+                                                                : 0) ||
+                        pos >= seq.n_prompt || !whole) {
                     throw std::runtime_error("it is damaged (positions)");
                 }
             }
@@ -344,8 +347,8 @@ static void put_layer(headkv_store & store, headkv_store_layer & layer, llama_se
         auto & range = layer.ranges[seq_id][ih];
         range.pos = heads[ih].pos;
         if (!heads[ih].k.empty()) {
-            ggml_backend_tensor_set(layer.k, heads[ih].k.data(), range.off*layer.k->nb[1], heads[ih].k.size());
-            ggml_backend_tensor_set(layer.v, heads[ih].v.data(), range.off*layer.v->nb[1], heads[ih].v.size());
+            ggml_backend_tensor_set(layer.k, heads[ih].k.data(), range.off * layer.k->nb[1], heads[ih].k.size());
+            ggml_backend_tensor_set(layer.v, heads[ih].v.data(), range.off * layer.v->nb[1], heads[ih].v.size());
         }
     }
 }
@@ -371,9 +374,9 @@ void llama_kv_cache_ragged::state_read(llama_io_read_i & io, llama_seq_id seq_id
         from.expect((uint32_t) type_v, "its type of V");
         from.expect((uint32_t) the_store.layers.size(), "its number of layers");
         for (const auto & layer : the_store.layers) {
-            from.expect(layer.il,          "a layer of it");
-            from.expect(layer.n_head,      "its number of heads");
-            from.expect(layer.n_head_kv,   "its number of KV heads");
+            from.expect(layer.il, "a layer of it");
+            from.expect(layer.n_head, "its number of heads");
+            from.expect(layer.n_head_kv, "its number of KV heads");
             from.expect(layer.n_embd_head, "its size of a head");
         }
         if (fingerprint != get_fingerprint()) {

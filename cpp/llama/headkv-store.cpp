@@ -8,7 +8,7 @@
 #include <numeric>
 
 size_t headkv_layer_shape::n_bytes_cell() const {
-    return (ggml_row_size(type_k, n_embd_head) + ggml_row_size(type_v, n_embd_head))*n_head_kv;
+    return (ggml_row_size(type_k, n_embd_head) + ggml_row_size(type_v, n_embd_head)) * n_head_kv;
 }
 
 const headkv_store_layer * headkv_store::find(int32_t il) const {
@@ -29,9 +29,9 @@ std::vector<uint32_t> headkv_bucket_sizes(const std::vector<uint32_t> & n_rows, 
     n_buckets = std::min<size_t>(n_buckets, n);
 
     // cost[b][i]: least padding of the first i heads in b runs; the longest head of a run is its last
-    const uint64_t inf = std::numeric_limits<uint64_t>::max()/2;
+    const uint64_t inf = std::numeric_limits<uint64_t>::max() / 2;
     std::vector<std::vector<uint64_t>> cost(n_buckets + 1, std::vector<uint64_t>(n + 1, inf));
-    std::vector<std::vector<size_t>>   from(n_buckets + 1, std::vector<size_t>(n + 1, 0));
+    std::vector<std::vector<size_t>> from(n_buckets + 1, std::vector<size_t>(n + 1, 0));
     cost[0][0] = 0;
     for (uint32_t b = 1; b <= n_buckets; ++b) {
         for (size_t i = 1; i <= n; ++i) {
@@ -63,7 +63,7 @@ std::vector<uint32_t> headkv_bucket_sizes(const std::vector<uint32_t> & n_rows, 
 // where the heads of one sequence go, starting at row off; returns the first free row
 static uint32_t layout_exact(std::vector<headkv_range> & ranges, uint32_t off, uint32_t n_tail) {
     for (auto & r : ranges) {
-        r.off   = off;
+        r.off = off;
         r.n_cap = r.n_kept + n_tail;
         off += r.n_cap;
     }
@@ -89,11 +89,11 @@ static uint32_t layout_buckets(std::vector<headkv_range> & ranges, std::vector<h
     for (uint32_t size : sizes) {
         headkv_bucket b;
         b.heads.assign(order.begin() + first, order.begin() + first + size);
-        b.off  = off;
-        b.cap  = (uint32_t) GGML_PAD(*std::max_element(n_rows.begin() + first, n_rows.begin() + first + size), 8);
+        b.off = off;
+        b.cap = (uint32_t) GGML_PAD(*std::max_element(n_rows.begin() + first, n_rows.begin() + first + size), 8);
         b.n_kv = (uint32_t) GGML_PAD(b.cap, 256); // the step that the fast kernels of the GPU backends ask for
         for (int32_t h : b.heads) {
-            ranges[h].off   = off;
+            ranges[h].off = off;
             ranges[h].n_cap = ranges[h].n_kept + n_tail;
             off += b.cap;
         }
@@ -107,7 +107,7 @@ static uint32_t layout_buckets(std::vector<headkv_range> & ranges, std::vector<h
 static uint32_t n_rows_viewed(const std::vector<headkv_bucket> & buckets) {
     uint32_t res = 0;
     for (const auto & b : buckets) {
-        res = std::max<uint32_t>(res, b.off + b.n_kv*(uint32_t) b.heads.size());
+        res = std::max<uint32_t>(res, b.off + b.n_kv * (uint32_t) b.heads.size());
     }
     return res;
 }
@@ -116,17 +116,17 @@ void headkv_copy_rows(ggml_tensor * src, uint32_t off_src, ggml_tensor * dst, ui
     if (n_rows == 0) {
         return;
     }
-    ggml_init_params params = { /*.mem_size =*/ 2*ggml_tensor_overhead(), /*.mem_buffer =*/ nullptr, /*.no_alloc =*/ true };
+    ggml_init_params params = { /*.mem_size =*/2 * ggml_tensor_overhead(), /*.mem_buffer =*/nullptr, /*.no_alloc =*/true };
     ggml_context_ptr ctx(ggml_init(params));
-    ggml_tensor * a = ggml_view_2d(ctx.get(), src, src->ne[0], n_rows, src->nb[1], off_src*src->nb[1]);
-    ggml_tensor * b = ggml_view_2d(ctx.get(), dst, dst->ne[0], n_rows, dst->nb[1], off_dst*dst->nb[1]);
+    ggml_tensor * a = ggml_view_2d(ctx.get(), src, src->ne[0], n_rows, src->nb[1], off_src * src->nb[1]);
+    ggml_tensor * b = ggml_view_2d(ctx.get(), dst, dst->ne[0], n_rows, dst->nb[1], off_dst * dst->nb[1]);
     ggml_backend_view_init(a);
     ggml_backend_view_init(b);
     ggml_backend_tensor_copy(a, b);
 }
 
 void headkv_store::relayout(headkv_store_layer & layer, const std::map<int32_t, headkv_rows> & changes, uint32_t n_buckets) {
-    auto ranges  = layer.ranges;
+    auto ranges = layer.ranges;
     auto buckets = layer.buckets;
     for (const auto & [s, rows] : changes) {
         if (ranges.size() <= (size_t) s) {
@@ -157,12 +157,12 @@ void headkv_store::relayout(headkv_store_layer & layer, const std::map<int32_t, 
     }
     n_rows = std::max(n_rows, n_view);
 
-    ggml_context_ptr        ctx;
+    ggml_context_ptr ctx;
     ggml_backend_buffer_ptr buf;
     ggml_tensor * k = nullptr;
     ggml_tensor * v = nullptr;
     if (n_rows > 0) {
-        ggml_init_params params = { /*.mem_size =*/ 2*ggml_tensor_overhead(), /*.mem_buffer =*/ nullptr, /*.no_alloc =*/ true };
+        ggml_init_params params = { /*.mem_size =*/2 * ggml_tensor_overhead(), /*.mem_buffer =*/nullptr, /*.no_alloc =*/true };
         ctx.reset(ggml_init(params));
         k = ggml_new_tensor_2d(ctx.get(), layer.type_k, layer.n_embd_head, n_rows);
         v = ggml_new_tensor_2d(ctx.get(), layer.type_v, layer.n_embd_head, n_rows);
@@ -190,18 +190,19 @@ void headkv_store::relayout(headkv_store_layer & layer, const std::map<int32_t, 
         for (size_t h = 0; h < layer.ranges[i].size() && h < ranges[i].size(); ++h) {
             const auto & src = layer.ranges[i][h];
             const auto & dst = ranges[i][h];
-            const uint32_t n = change == changes.end() ? std::min(src.n_cap, dst.n_cap) : change->second.n_used.empty() ? 0 : change->second.n_used[h];
+            const uint32_t n = change == changes.end() ? std::min(src.n_cap, dst.n_cap) : change->second.n_used.empty() ? 0
+                                                                                                                        : change->second.n_used[h];
             headkv_copy_rows(layer.k, src.off, k, dst.off, n);
             headkv_copy_rows(layer.v, src.off, v, dst.off, n);
         }
     }
 
-    layer.ranges  = std::move(ranges);
+    layer.ranges = std::move(ranges);
     layer.buckets = std::move(buckets);
-    layer.ctx     = std::move(ctx);
-    layer.buf     = std::move(buf);
-    layer.k       = k;
-    layer.v       = v;
+    layer.ctx = std::move(ctx);
+    layer.buf = std::move(buf);
+    layer.k = k;
+    layer.v = v;
 
     generation++;
 }

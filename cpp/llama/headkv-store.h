@@ -15,9 +15,9 @@
 
 // the rows of one KV head of one sequence in the pools of its layer
 struct headkv_range {
-    uint32_t off    = 0; // first row
+    uint32_t off = 0; // first row
     uint32_t n_kept = 0; // prompt cells
-    uint32_t n_cap  = 0; // rows owned, n_kept + tail
+    uint32_t n_cap = 0; // rows owned, n_kept + tail
     std::vector<int32_t> pos; // [n_kept] prompt positions, ascending; the first one is -1 if its cell stands for all that are missing
 
     bool compensates() const { return !pos.empty() && pos[0] < 0; }
@@ -28,29 +28,29 @@ struct headkv_range {
 // what the heads of a sequence shall own: n_kept + n_tail rows each; no heads: it is removed
 struct headkv_rows {
     std::vector<uint32_t> n_kept;
-    uint32_t              n_tail = 0;
+    uint32_t n_tail = 0;
     std::vector<uint32_t> n_used; // rows of each head that hold data now, empty = none
 };
 
 // consecutive heads (in storage order) that the composed path attends with one call
 struct headkv_bucket {
-    uint32_t off  = 0; // first row of the first head
-    uint32_t cap  = 0; // rows from head to head
+    uint32_t off = 0; // first row of the first head
+    uint32_t cap = 0; // rows from head to head
     uint32_t n_kv = 0; // cells that the view of each head spans, may overlap the next head
     std::vector<int32_t> heads;
 };
 
 // what a layer with KV heads caches, and where
 struct headkv_layer_shape {
-    int32_t   il          = 0;
-    int32_t   n_head      = 0;
-    int32_t   n_head_kv   = 0;
-    int32_t   n_embd_head = 0;
-    ggml_type type_k      = GGML_TYPE_F16;
-    ggml_type type_v      = GGML_TYPE_F16;
+    int32_t il = 0;
+    int32_t n_head = 0;
+    int32_t n_head_kv = 0;
+    int32_t n_embd_head = 0;
+    ggml_type type_k = GGML_TYPE_F16;
+    ggml_type type_v = GGML_TYPE_F16;
     ggml_backend_buffer_type_t buft = nullptr;
 
-    int64_t n_group() const { return n_head/n_head_kv; }
+    int64_t n_group() const { return n_head / n_head_kv; }
 
     size_t n_bytes_cell() const; // K and V of one token
 };
@@ -58,18 +58,18 @@ struct headkv_layer_shape {
 struct headkv_store_layer : headkv_layer_shape {
     bool fused = false; // decode with the fused op, else composed of ggml ops
 
-    ggml_context_ptr        ctx;
+    ggml_context_ptr ctx;
     ggml_backend_buffer_ptr buf;
     ggml_tensor * k = nullptr; // [n_embd_head, n_rows]
     ggml_tensor * v = nullptr; // [n_embd_head, n_rows]
 
-    std::vector<std::vector<headkv_range>>  ranges;  // [seq][head], empty = the sequence is not in the store
+    std::vector<std::vector<headkv_range>> ranges;  // [seq][head], empty = the sequence is not in the store
     std::vector<std::vector<headkv_bucket>> buckets; // [seq], composed path only
 
     std::unique_ptr<headkv_attend_state> attend;
 
     // output matrix [n_embd_head*n_head, n_embd] and its scale, as the graph applies them to the attention; null = it does not
-    ggml_tensor * wo   = nullptr;
+    ggml_tensor * wo = nullptr;
     ggml_tensor * wo_s = nullptr;
 };
 
@@ -83,7 +83,7 @@ public:
     // changes whenever a pool is replaced, so that graphs over old pools are not reused
     uint64_t generation = 1;
 
-    headkv_store_layer       * find(int32_t il); // null = it has no KV heads
+    headkv_store_layer * find(int32_t il); // null = it has no KV heads
     const headkv_store_layer * find(int32_t il) const;
 
     // Replaces the pools of a layer by ones in which the heads of some sequences own other rows, and those of all others what
@@ -98,7 +98,7 @@ public:
     // Lets go of the last n prompt cells of every head of sequence s: their rows wait for generated tokens.
     void cut(int32_t s, uint32_t n);
 
-    bool has_fused()    const; // any layer decodes with the fused op
+    bool has_fused() const; // any layer decodes with the fused op
     bool is_all_fused() const;
 
     void clear(); // frees all pools

@@ -4,11 +4,11 @@
 
 ggml_tensor * headkv_build_window(ggml_context * ctx, ggml_tensor * q_cur, ggml_tensor * rot, ggml_tensor * ring,
         ggml_tensor * tokens, ggml_tensor * slots) {
-    const int64_t n_row = q_cur->ne[0]*q_cur->ne[1];
+    const int64_t n_row = q_cur->ne[0] * q_cur->ne[1];
 
     // a fused QKV projection leaves q as a strided view
     ggml_tensor * q = ggml_is_contiguous(q_cur) ? ggml_reshape_2d(ctx, q_cur, n_row, q_cur->ne[2])
-                                                : ggml_cont_2d   (ctx, q_cur, n_row, q_cur->ne[2]);
+                                                : ggml_cont_2d(ctx, q_cur, n_row, q_cur->ne[2]);
     q = ggml_get_rows(ctx, q, tokens);
     if (rot) {
         q = ggml_reshape_3d(ctx, q, q_cur->ne[0], q_cur->ne[1], tokens->ne[0]);

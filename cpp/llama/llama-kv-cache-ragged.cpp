@@ -21,17 +21,17 @@ static headkv_heads heads_of(const llama_hparams & hparams) {
     headkv_heads res;
     for (uint32_t il = 0; il < hparams.n_layer(); ++il) {
         res.n_head_kv.push_back(hparams.n_head_kv(il));
-        res.n_head   .push_back(hparams.n_head_kv(il) > 0 ? hparams.n_head(il) : 0);
+        res.n_head.push_back(hparams.n_head_kv(il) > 0 ? hparams.n_head(il) : 0);
     }
     return res;
 }
 
 llama_kv_cache_ragged::llama_kv_cache_ragged(
         const llama_model & model,
-                ggml_type   type_k,
-                ggml_type   type_v,
-      const llama_cparams & cparams,
-        headkv_config_ptr   cfg) :
+        ggml_type type_k,
+        ggml_type type_v,
+        const llama_cparams & cparams,
+        headkv_config_ptr cfg) :
     model(model), hparams(model.hparams), cfg(std::move(cfg)), n_ctx_seq(cparams.n_ctx_seq), cparams(cparams), type_k(type_k), type_v(type_v),
     heads(heads_of(hparams)), budgets(headkv_budget(*this->cfg, heads)), seqs(cparams.n_seq_max),
     the_staging(model, staging_params(), shapes()) {
@@ -54,13 +54,13 @@ std::vector<headkv_layer_shape> llama_kv_cache_ragged::shapes() const {
             continue;
         }
         headkv_layer_shape shape;
-        shape.il          = il;
-        shape.n_head      = hparams.n_head(il);
-        shape.n_head_kv   = hparams.n_head_kv(il);
+        shape.il = il;
+        shape.n_head = hparams.n_head(il);
+        shape.n_head_kv = hparams.n_head_kv(il);
         shape.n_embd_head = hparams.n_embd_head_k(il);
-        shape.type_k      = type_k;
-        shape.type_v      = type_v;
-        shape.buft        = cparams.offload_kqv ? ggml_backend_dev_buffer_type(model.dev_layer(il)) : ggml_backend_cpu_buffer_type();
+        shape.type_k = type_k;
+        shape.type_v = type_v;
+        shape.buft = cparams.offload_kqv ? ggml_backend_dev_buffer_type(model.dev_layer(il)) : ggml_backend_cpu_buffer_type();
         res.push_back(shape);
     }
     return res;
@@ -75,8 +75,8 @@ void llama_kv_cache_ragged::make_layers(headkv_store & store) const {
         const bool can_fuse = headkv_can_attend_fused(layer);
         if (cfg->attend == HEADKV_ATTEND_FUSED && !can_fuse) {
             throw std::invalid_argument(format("attend 'fused' is not possible in layer %d with heads of %d, K of type %s and V of type %s on %s: "
-                        "the CPU has it for types with a dot product, CUDA for heads of 64, 80, 96, 128 and 256 and K and V both f16, bf16 or q8_0; use 'composed'",
-                        layer.il, layer.n_embd_head, ggml_type_name(type_k), ggml_type_name(type_v), ggml_backend_buft_name(layer.buft)));
+                                               "the CPU has it for types with a dot product, CUDA for heads of 64, 80, 96, 128 and 256 and K and V both f16, bf16 or q8_0; use 'composed'",
+                    layer.il, layer.n_embd_head, ggml_type_name(type_k), ggml_type_name(type_v), ggml_backend_buft_name(layer.buft)));
         }
         layer.fused = can_fuse && cfg->attend != HEADKV_ATTEND_COMPOSED;
         store.layers.push_back(std::move(layer));
@@ -92,7 +92,7 @@ void llama_kv_cache_ragged::make_twin() {
         for (int32_t ih = 0; ih < layer.n_head_kv; ++ih) {
             // the fused op's scratch grows with the rows, the composed graph with the longest range
             const auto & b = budgets[layer.il];
-            const bool     moves  = c.policy->refine || c.surplus != HEADKV_SURPLUS_LOST;
+            const bool moves = c.policy->refine || c.surplus != HEADKV_SURPLUS_LOST;
             const uint32_t n_most = moves ? std::accumulate(b.begin(), b.end(), 0u) : b[ih];
             const uint32_t n_sure = (uint32_t) headkv_n_protected(c, n_ctx_seq) + c.recent;
             n_kept.push_back(layer.fused || c.policy->compensates ? n_ctx_seq : std::min(n_ctx_seq, std::max(n_most, n_sure)));
@@ -107,13 +107,13 @@ void llama_kv_cache_ragged::log_created() const {
     uint64_t n_cells = 0;
     uint64_t n_heads = 0;
     for (const auto & of_layer : budgets) {
-        n_cells  = std::accumulate(of_layer.begin(), of_layer.end(), n_cells);
+        n_cells = std::accumulate(of_layer.begin(), of_layer.end(), n_cells);
         n_heads += of_layer.size();
     }
     const auto & layers = the_store.layers;
     const int n_fused = (int) std::count_if(layers.begin(), layers.end(), [](const headkv_store_layer & l) { return l.fused; });
     LLAMA_LOG_INFO("%s: policy %s, kv_size %u: %.1f cells per KV head of %llu, window %u, power %d, recent %u, beta %g, attend fused in %d of %d layers, else composed\n", "llama_kv_cache_ragged",
-            cfg->policy->name, cfg->kv_size, (double) n_cells/n_heads, (unsigned long long) n_heads,
+            cfg->policy->name, cfg->kv_size, (double) n_cells / n_heads, (unsigned long long) n_heads,
             cfg->window, 1 << cfg->n_square, cfg->recent, cfg->beta, n_fused, (int) layers.size());
 }
 
@@ -352,7 +352,7 @@ void llama_kv_cache_ragged::check_config(const headkv_config & b) const {
     const auto & a = *cfg;
     if (b.window > (uint32_t) the_staging.n_ring()) {
         throw std::invalid_argument(format("window is %u: the context has room for the queries of the last %d tokens, create another one",
-                    b.window, the_staging.n_ring()));
+                b.window, the_staging.n_ring()));
     }
     if (b.n_tail != a.n_tail || b.attend != a.attend || b.n_buckets != a.n_buckets ||
             b.prefill != a.prefill || b.hidden_f16 != a.hidden_f16) {
@@ -372,7 +372,7 @@ void llama_kv_cache_ragged::check_config(const headkv_config & b) const {
 void llama_kv_cache_ragged::configure(headkv_config_ptr other) {
     check_config(*other);
     budgets = headkv_budget(*other, heads);
-    cfg     = std::move(other);
+    cfg = std::move(other);
 }
 
 void llama_kv_cache_ragged::announce(llama_seq_id seq_id, uint32_t n_tokens, bool whole, headkv_config_ptr with, bool keep) {
@@ -383,9 +383,9 @@ void llama_kv_cache_ragged::announce(llama_seq_id seq_id, uint32_t n_tokens, boo
         with = seq.cfg_next;
     }
     seq.cfg_next = std::move(with);
-    seq.n_next   = n_tokens;
-    n_progress   = std::min(n_tokens, n_ctx_seq);
-    announced    = { seq_id, n_progress, whole && seq.state == HEADKV_SEQ_EMPTY };
+    seq.n_next = n_tokens;
+    n_progress = std::min(n_tokens, n_ctx_seq);
+    announced = { seq_id, n_progress, whole && seq.state == HEADKV_SEQ_EMPTY };
 }
 
 llama_memory_context_ptr llama_kv_cache_ragged::init_full() {
@@ -398,9 +398,10 @@ llama_memory_context_ptr llama_kv_cache_ragged::init_full() {
 
 class llama_kv_cache_ragged_update : public llama_memory_context_i {
 public:
-    llama_kv_cache_ragged_update(llama_kv_cache_ragged * kv, llama_context * lctx) : kv(kv), lctx(lctx) {}
+    llama_kv_cache_ragged_update(llama_kv_cache_ragged * kv, llama_context * lctx) :
+        kv(kv), lctx(lctx) {}
 
-    bool next()  override { return false; }
+    bool next() override { return false; }
     bool apply() override { return kv->apply_update(lctx); }
 
     llama_memory_status get_status() const override {
@@ -478,8 +479,8 @@ std::string llama_kv_cache_ragged::for_tails() const {
 }
 
 std::string llama_kv_cache_ragged::for_staging() const {
-    const double n_bytes = (double) bytes_cell()*wanted.n_cells/(wanted.layered ? the_store.layers.size() : 1);
-    return format(" for a prompt of %u tokens, whose K and V take %.1f MiB while it is read%s", wanted.n_cells, n_bytes/1024/1024,
+    const double n_bytes = (double) bytes_cell() * wanted.n_cells / (wanted.layered ? the_store.layers.size() : 1);
+    return format(" for a prompt of %u tokens, whose K and V take %.1f MiB while it is read%s", wanted.n_cells, n_bytes / 1024 / 1024,
             wanted.layered ? "" : ", less with prefill 'layer'");
 }
 
@@ -580,7 +581,7 @@ bool llama_kv_cache_ragged::compress_now(llama_seq_id seq_id) {
 
 void llama_kv_cache_ragged::end_compression() {
     headkv_seq & prompt = seqs[running->seq_id];
-    headkv_seq & dst    = seqs[running->dst];
+    headkv_seq & dst = seqs[running->dst];
     const llama_seq_id id = running->dst;
 
     headkv_seq res = running->finish(prompt);
@@ -598,7 +599,7 @@ void llama_kv_cache_ragged::end_compression() {
         the_staging.release();
     }
     LLAMA_LOG_INFO("headkv: sequence %d: %d tokens, %.2f MiB of K/V -> %.2f MiB in %.1f ms, peak %.2f MiB\n", id, dst.n_pos,
-            bytes_cell()*(double) dst.n_pos/1024/1024, the_store.n_bytes()/1024.0/1024.0, t_compress/1000.0, n_bytes_peak/1024.0/1024.0);
+            bytes_cell() * (double) dst.n_pos / 1024 / 1024, the_store.n_bytes() / 1024.0 / 1024.0, t_compress / 1000.0, n_bytes_peak / 1024.0 / 1024.0);
 }
 
 void llama_kv_cache_ragged::abort_compression() {

@@ -40,10 +40,10 @@ class llama_kv_cache_ragged : public llama_memory_i {
 public:
     llama_kv_cache_ragged(
             const llama_model & model,
-                    ggml_type   type_k,
-                    ggml_type   type_v,
-          const llama_cparams & cparams,
-            headkv_config_ptr   cfg);
+            ggml_type type_k,
+            ggml_type type_v,
+            const llama_cparams & cparams,
+            headkv_config_ptr cfg);
 
     ~llama_kv_cache_ragged() override;
 
@@ -62,11 +62,11 @@ public:
 
     void clear(bool data) override;
 
-    bool seq_rm  (llama_seq_id seq_id,                              llama_pos p0, llama_pos p1) override;
-    void seq_cp  (llama_seq_id seq_id_src, llama_seq_id seq_id_dst, llama_pos p0, llama_pos p1) override;
-    void seq_keep(llama_seq_id seq_id)                                                          override;
-    void seq_add (llama_seq_id seq_id,                              llama_pos p0, llama_pos p1, llama_pos shift) override;
-    void seq_div (llama_seq_id seq_id,                              llama_pos p0, llama_pos p1, int d) override;
+    bool seq_rm(llama_seq_id seq_id, llama_pos p0, llama_pos p1) override;
+    void seq_cp(llama_seq_id seq_id_src, llama_seq_id seq_id_dst, llama_pos p0, llama_pos p1) override;
+    void seq_keep(llama_seq_id seq_id) override;
+    void seq_add(llama_seq_id seq_id, llama_pos p0, llama_pos p1, llama_pos shift) override;
+    void seq_div(llama_seq_id seq_id, llama_pos p0, llama_pos p1, int d) override;
 
     llama_pos seq_pos_min(llama_seq_id seq_id) const override;
     llama_pos seq_pos_max(llama_seq_id seq_id) const override;
@@ -75,7 +75,7 @@ public:
 
     // headkv-state.cpp
     void state_write(llama_io_write_i & io, llama_seq_id seq_id = -1, llama_state_seq_flags flags = 0) const override;
-    void state_read (llama_io_read_i  & io, llama_seq_id seq_id = -1, llama_state_seq_flags flags = 0) override;
+    void state_read(llama_io_read_i & io, llama_seq_id seq_id = -1, llama_state_seq_flags flags = 0) override;
 
     //
     // for the API
@@ -98,7 +98,10 @@ public:
 
     // told (layer, layers, tokens, tokens of the prompt) before each step; false = abort
     using progress_fn = bool (*)(int32_t il, int32_t n_layer, int32_t i_token, int32_t n_tokens, void * user_data);
-    void set_progress(progress_fn fn, void * user_data) { progress = fn; progress_data = user_data; }
+    void set_progress(progress_fn fn, void * user_data) {
+        progress = fn;
+        progress_data = user_data;
+    }
 
     // The time (ggml_time_us) at which a layer-major pass pauses, one step or more after it was begun or resumed, and in any
     // case before its last step; 0 = it does not.
@@ -117,9 +120,9 @@ public:
 
     // Limits of a sequence that is restored, 0 = only those of the context. See headkv_limit_restore().
     struct limits_t {
-        int32_t kv_size     = 0;
+        int32_t kv_size = 0;
         int32_t n_protected = 0;
-        int32_t n_tokens    = 0;
+        int32_t n_tokens = 0;
     };
     void limit_restore(const limits_t & other) { limits = other; }
 
@@ -130,7 +133,7 @@ public:
     const headkv_config & config() const { return *cfg; }
 
     const headkv_seq & seq(llama_seq_id seq_id) const { return seqs.at(seq_id); }
-    headkv_seq       & seq(llama_seq_id seq_id)       { return seqs.at(seq_id); }
+    headkv_seq & seq(llama_seq_id seq_id) { return seqs.at(seq_id); }
     uint32_t n_seq_max() const { return (uint32_t) seqs.size(); }
     uint32_t n_ctx_seq_max() const { return n_ctx_seq; }
 
@@ -140,18 +143,18 @@ public:
 
     const std::vector<uint32_t> & budget(int32_t il) const { return budgets[il]; }
 
-    headkv_store         & store()            { return the_store; }
-    const headkv_store   & store()      const { return the_store; }
-    headkv_store         & store_twin()       { return the_store_twin; } // without memory, for worst-case graphs
-    headkv_staging       & staging()          { return the_staging; }
-    const headkv_staging & staging()    const { return the_staging; }
+    headkv_store & store() { return the_store; }
+    const headkv_store & store() const { return the_store; }
+    headkv_store & store_twin() { return the_store_twin; } // without memory, for worst-case graphs
+    headkv_staging & staging() { return the_staging; }
+    const headkv_staging & staging() const { return the_staging; }
 
     bool is_reading(llama_seq_id seq_id) const { return the_pass && the_pass->seq_id == seq_id; } // layer by layer, between its first and its last step
 
-    size_t  bytes_cell() const; // K and V of one token in all layers
-    size_t  bytes_peak() const { return n_bytes_peak; } // of staging, hidden states, scratch and store during the last prompt
+    size_t bytes_cell() const; // K and V of one token in all layers
+    size_t bytes_peak() const { return n_bytes_peak; } // of staging, hidden states, scratch and store during the last prompt
     int64_t t_compress_us() const { return t_compress; }
-    int64_t n_compress()    const { return n_compressions; }
+    int64_t n_compress() const { return n_compressions; }
 
     // What a prompt of n_prompt tokens and n_predict generated ones takes; headkv-footprint.cpp.
     headkv_footprint footprint(const headkv_config & with, uint32_t n_prompt, uint32_t n_predict, bool layered, int64_t n_ubatch) const;
@@ -187,11 +190,11 @@ public:
 private:
     friend class llama_kv_cache_ragged_update;
 
-    const llama_model   & model;
+    const llama_model & model;
     const llama_hparams & hparams;
     headkv_config_ptr cfg;
 
-    const uint32_t  n_ctx_seq; // tokens of a sequence at most
+    const uint32_t n_ctx_seq; // tokens of a sequence at most
     const llama_cparams & cparams; // of the context
     const ggml_type type_k;
     const ggml_type type_v;
@@ -202,40 +205,40 @@ private:
     std::vector<headkv_seq> seqs;
 
     headkv_staging the_staging;
-    headkv_store   the_store;
-    headkv_store   the_store_twin;
+    headkv_store the_store;
+    headkv_store the_store_twin;
 
-    std::unique_ptr<headkv_pass>        the_pass; // the layer-major prompt in progress
+    std::unique_ptr<headkv_pass> the_pass; // the layer-major prompt in progress
     std::unique_ptr<headkv_compression> running;  // the compression in progress, of its layers or of one prompt
 
     // what was announced
     struct announced_t {
-        llama_seq_id seq_id   = -1;
-        uint32_t     n_tokens = 0;
-        bool         whole    = false; // the next batch is a whole prompt
+        llama_seq_id seq_id = -1;
+        uint32_t n_tokens = 0;
+        bool whole = false; // the next batch is a whole prompt
     };
     announced_t announced;
-    uint32_t    n_progress = 0; // tokens of the prompt, for the progress
+    uint32_t n_progress = 0; // tokens of the prompt, for the progress
 
     // what the next update has to do after compressions and longer tails, which are pending for their sequences
     struct wanted_t {
         uint32_t n_cells = 0; // of the staging
-        bool     layered = false;
+        bool layered = false;
     };
     wanted_t wanted;
-    bool     did_compress = false;
+    bool did_compress = false;
 
-    bool        graph_complete = false;
+    bool graph_complete = false;
     std::string token_major = "no graph was examined";
     std::string broken; // an operation that has no answer was asked for; nothing is decoded until clear()
 
-    int64_t t_compress     = 0;
+    int64_t t_compress = 0;
     int64_t n_compressions = 0;
-    size_t  n_bytes_peak   = 0;
+    size_t n_bytes_peak = 0;
 
-    progress_fn   progress      = nullptr;
-    void        * progress_data = nullptr;
-    int64_t       t_pause       = 0;
+    progress_fn progress = nullptr;
+    void * progress_data = nullptr;
+    int64_t t_pause = 0;
 
     llama_context * lctx = nullptr; // of the last update
 
@@ -262,7 +265,7 @@ private:
     void forget_updates();
     bool has_update() const;
     bool apply_update(llama_context * lctx);
-    std::string for_tails()   const; // what an update needs memory for
+    std::string for_tails() const; // what an update needs memory for
     std::string for_staging() const;
     void grow_tails(); // of the sequences whose n_tail_next says so, all at once; throws
 

@@ -14,11 +14,11 @@
 static struct {
     std::mutex mutex; // of what is noted for other threads
     std::vector<headkv_slot_info> slots;
-    int64_t bytes_store    = 0;
-    int64_t bytes_staging  = 0;
+    int64_t bytes_store = 0;
+    int64_t bytes_staging = 0;
     int64_t n_compressions = 0;
-    int64_t n_evicted      = 0; // cells
-    int64_t t_compress_us  = 0;
+    int64_t n_evicted = 0; // cells
+    int64_t t_compress_us = 0;
 
     int32_t n_batch = 0; // that was asked for
     std::string policy;  // never "auto"
@@ -79,7 +79,8 @@ static constexpr int32_t MAX_CELLS = 1 << 26; // of a head, beyond every context
 // largest kv_size of a request
 static int32_t kv_size_max() {
     const headkv_args & args = headkv_get_args();
-    return args.is_lossless() ? MAX_CELLS : args.kv_size_max > 0 ? args.kv_size_max : args.params.kv_size;
+    return args.is_lossless() ? MAX_CELLS : args.kv_size_max > 0 ? args.kv_size_max
+                                                                 : args.params.kv_size;
 }
 
 // What the prompt of a request is compressed by. The importance is that of the context.
@@ -88,12 +89,13 @@ public:
     explicit request_params(const headkv_request & request) {
         const headkv_args & args = headkv_get_args();
         params = args.params;
-        params.policy  = server.policy.c_str();
-        params.kv_size = request.kv_size > 0 ? request.kv_size : args.is_lossless() ? MAX_CELLS : args.params.kv_size;
+        params.policy = server.policy.c_str();
+        params.kv_size = request.kv_size > 0 ? request.kv_size : args.is_lossless() ? MAX_CELLS
+                                                                                    : args.params.kv_size;
         for (const auto & [start, end] : request.protect) {
             spans.insert(spans.end(), { start, end });
         }
-        params.protect   = spans.data();
+        params.protect = spans.data();
         params.n_protect = (int32_t) request.protect.size();
     }
     request_params(const request_params &) = delete;
@@ -101,7 +103,7 @@ public:
     const headkv_params & get() const { return params; }
 
 private:
-    headkv_params        params;
+    headkv_params params;
     std::vector<int32_t> spans; // it points to them
 };
 
@@ -123,8 +125,8 @@ bool headkv_server_open(common_params & params) {
         return false;
     }
     headkv_params p = args.params;
-    p.policy          = args.policy.c_str();
-    p.kv_size         = kv_size_max(); // the context is made for the largest request
+    p.policy = args.policy.c_str();
+    p.kv_size = kv_size_max(); // the context is made for the largest request
     p.importance_gguf = args.importance.empty() ? params.model.path.c_str() : args.importance.c_str();
     if (headkv_set_params(&p) != 0) {
         SRV_ERR("%s: %s\n", args.amount().c_str(), headkv_last_error());
@@ -138,7 +140,7 @@ bool headkv_server_open(common_params & params) {
     }
     if (!args.reuse && (params.cache_ram_mib != 0 || params.cache_idle_slots)) {
         SRV_WRN("%s", "--kv-size: the prompt cache in RAM (--cache-ram, --cache-idle-slots) is switched off, without --kv-reuse nothing would continue on it\n");
-        params.cache_ram_mib    = 0;
+        params.cache_ram_mib = 0;
         params.cache_idle_slots = false;
     }
     params.flash_attn_type = LLAMA_FLASH_ATTN_TYPE_ENABLED;
@@ -190,18 +192,20 @@ static int32_t get_kv_size(const common_json & value, int32_t n_tokens) {
     const int64_t n = value.is_number_integer() ? value.get<int64_t>() : -1;
     if (headkv_get_args().is_lossless() && n != 0) {
         throw std::invalid_argument(string_format("kv_size is %.32s: the server keeps all cells (--kv-policy lossless), leave it out",
-                    safe_json_to_str(value).c_str()));
+                safe_json_to_str(value).c_str()));
     }
     if (n == 0) {
         if (n_tokens > kv_size_max()) {
             throw std::invalid_argument(string_format("kv_size is 0: this keeps the whole prompt, which is possible for prompts of up to %d tokens "
-                        "(--kv-size-max), this one has %d", kv_size_max(), n_tokens));
+                                                      "(--kv-size-max), this one has %d",
+                    kv_size_max(), n_tokens));
         }
         return std::max(p.recent, n_tokens) + 1; // such a prompt is kept by every head
     }
     if (n < p.recent + 1 || n > kv_size_max()) {
         throw std::invalid_argument(string_format("kv_size is %.32s: it must be an integer in [%d, %d], from the recent cells + 1 to the server's limit, or 0 = "
-                    "keep the whole prompt", safe_json_to_str(value).c_str(), p.recent + 1, kv_size_max()));
+                                                  "keep the whole prompt",
+                safe_json_to_str(value).c_str(), p.recent + 1, kv_size_max()));
     }
     return (int32_t) n;
 }
@@ -221,7 +225,7 @@ static std::vector<std::pair<int32_t, int32_t>> get_spans(const common_json & va
             refuse("each range must be two integers, [start, end)");
         }
         const int64_t start = span.at(0).get<int64_t>();
-        const int64_t end   = span.at(1).get<int64_t>();
+        const int64_t end = span.at(1).get<int64_t>();
         if (start < 0 || end <= start || end > n_tokens) {
             refuse(string_format("each range must not be empty and lie in [0, %d], the tokens of the prompt", n_tokens));
         }
@@ -273,8 +277,8 @@ bool headkv_server_read_ahead(llama_context * ctx, llama_seq_id seq_id, const st
     check(n_left);
     const int64_t n_tokens = (int64_t) tokens.size();
     const int64_t n_ubatch = llama_n_ubatch(ctx);
-    const int64_t n_steps  = llama_model_n_layer(llama_get_model(ctx))*((n_tokens + n_ubatch - 1)/n_ubatch);
-    n_read = (int32_t) (n_tokens*(n_steps - n_left)/n_steps);
+    const int64_t n_steps = llama_model_n_layer(llama_get_model(ctx)) * ((n_tokens + n_ubatch - 1) / n_ubatch);
+    n_read = (int32_t) (n_tokens * (n_steps - n_left) / n_steps);
     headkv_server_note(ctx, seq_id);
     return n_left == 1;
 }
@@ -294,10 +298,10 @@ headkv_slot_info headkv_server_compress(llama_context * ctx, llama_seq_id seq_id
     headkv_slot_info info = headkv_server_note(ctx, seq_id);
     if (stats.n_compress > n_before) { // it was not compressed already
         std::lock_guard<std::mutex> lock(server.mutex);
-        info.compress_ms = server.slots.at(seq_id).compress_ms = stats.t_compress_us/1000.0;
+        info.compress_ms = server.slots.at(seq_id).compress_ms = stats.t_compress_us / 1000.0;
         server.n_compressions += 1;
-        server.n_evicted      += info.n_evicted;
-        server.t_compress_us  += stats.t_compress_us;
+        server.n_evicted += info.n_evicted;
+        server.t_compress_us += stats.t_compress_us;
     }
     return info;
 }
@@ -328,18 +332,18 @@ headkv_slot_info headkv_server_note(llama_context * ctx, llama_seq_id seq_id) {
     if (stats.state == 0) {
         info = {};
     }
-    info.state    = stats.state;
+    info.state = stats.state;
     info.n_prompt = stats.n_prompt;
-    info.n_past   = stats.n_past;
+    info.n_past = stats.n_past;
     if (!cells.empty()) {
-        info.cells_min    = cells.front();
-        info.cells_median = cells[cells.size()/2];
-        info.cells_max    = cells.back();
+        info.cells_min = cells.front();
+        info.cells_median = cells[cells.size() / 2];
+        info.cells_max = cells.back();
     }
     info.n_bytes_full = stats.bytes_full;
-    info.n_evicted    = stats.n_past*(int64_t) cells.size() - n_cells;
-    info.n_bytes      = cells.empty() || stats.n_past == 0 ? 0 : (int64_t) ((double) stats.bytes_full*n_cells/((double) stats.n_past*cells.size()));
-    server.bytes_store   = stats.bytes_store;
+    info.n_evicted = stats.n_past * (int64_t) cells.size() - n_cells;
+    info.n_bytes = cells.empty() || stats.n_past == 0 ? 0 : (int64_t) ((double) stats.bytes_full * n_cells / ((double) stats.n_past * cells.size()));
+    server.bytes_store = stats.bytes_store;
     server.bytes_staging = stats.bytes_staging;
     return info;
 }
@@ -396,12 +400,12 @@ void headkv_server_add_info(common_json & timings, const headkv_slot_info & info
         return;
     }
     timings["kv"] = {
-        { "state",       STATES[info.state] },
-        { "n_prompt",    info.n_prompt },
-        { "n_tokens",    info.n_past },
-        { "cells",       common_json { { "min", info.cells_min }, { "median", info.cells_median }, { "max", info.cells_max } } },
-        { "bytes",       info.n_bytes },
-        { "bytes_full",  info.n_bytes_full },
+        { "state", STATES[info.state] },
+        { "n_prompt", info.n_prompt },
+        { "n_tokens", info.n_past },
+        { "cells", common_json{ { "min", info.cells_min }, { "median", info.cells_median }, { "max", info.cells_max } } },
+        { "bytes", info.n_bytes },
+        { "bytes_full", info.n_bytes_full },
         { "compress_ms", info.compress_ms },
     };
 }
@@ -409,7 +413,7 @@ void headkv_server_add_info(common_json & timings, const headkv_slot_info & info
 static common_json slot_to_json(const headkv_slot_info & info) {
     common_json res;
     headkv_server_add_info(res, info);
-    return res.contains("kv") ? res.at("kv") : common_json { { "state", STATES[0] }, { "n_tokens", 0 }, { "bytes", 0 }, { "bytes_full", 0 } };
+    return res.contains("kv") ? res.at("kv") : common_json{ { "state", STATES[0] }, { "n_tokens", 0 }, { "bytes", 0 }, { "bytes_full", 0 } };
 }
 
 void headkv_server_add_slot(common_json & slot, llama_seq_id seq_id) {
@@ -430,15 +434,15 @@ void headkv_server_add_props(common_json & props) {
         slots.push_back(slot_to_json(info));
     }
     props["kv"] = {
-        { "size",          args.params.kv_size }, // 0 with the policy lossless
-        { "policy",        server.policy },
-        { "window",        args.params.window },
-        { "recent",        args.params.recent },
-        { "power",         args.params.power },
-        { "reuse",         args.reuse },
-        { "bytes_held",    server.bytes_store },
+        { "size", args.params.kv_size }, // 0 with the policy lossless
+        { "policy", server.policy },
+        { "window", args.params.window },
+        { "recent", args.params.recent },
+        { "power", args.params.power },
+        { "reuse", args.reuse },
+        { "bytes_held", server.bytes_store },
         { "bytes_staging", server.bytes_staging },
-        { "slots",         slots },
+        { "slots", slots },
     };
 }
 
@@ -447,12 +451,17 @@ std::string headkv_server_metrics() {
         return "";
     }
     std::lock_guard<std::mutex> lock(server.mutex);
-    const struct { const char * type; const char * name; const char * help; double value; } items[] = {
-        { "gauge",   "kv_bytes_held",             "Bytes of K and V allocated for compressed prompts",    (double) server.bytes_store    },
-        { "gauge",   "kv_bytes_staging",          "Bytes allocated for prompts that are being read",      (double) server.bytes_staging  },
-        { "counter", "kv_compressions_total",     "Number of prompts compressed",                         (double) server.n_compressions },
-        { "counter", "kv_cells_evicted_total",    "Cells that compressed prompts do not hold, all heads", (double) server.n_evicted      },
-        { "counter", "kv_compress_seconds_total", "Time spent compressing prompts",                       server.t_compress_us/1e6       },
+    const struct {
+        const char * type;
+        const char * name;
+        const char * help;
+        double value;
+    } items[] = {
+        { "gauge", "kv_bytes_held", "Bytes of K and V allocated for compressed prompts", (double) server.bytes_store },
+        { "gauge", "kv_bytes_staging", "Bytes allocated for prompts that are being read", (double) server.bytes_staging },
+        { "counter", "kv_compressions_total", "Number of prompts compressed", (double) server.n_compressions },
+        { "counter", "kv_cells_evicted_total", "Cells that compressed prompts do not hold, all heads", (double) server.n_evicted },
+        { "counter", "kv_compress_seconds_total", "Time spent compressing prompts", server.t_compress_us / 1e6 },
     };
     std::string res;
     for (const auto & item : items) {

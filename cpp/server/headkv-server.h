@@ -14,18 +14,18 @@ struct common_params;
 
 // What a sequence holds, as last seen between two batches; timings have that of the moment of compression.
 struct headkv_slot_info {
-    int32_t state        = 0; // as in headkv_stats
-    int32_t n_prompt     = 0; // prompt tokens at compression, 0 before
-    int32_t n_past       = 0; // tokens in the sequence
-    int32_t cells_min    = 0; // per head, generated tokens included
+    int32_t state = 0; // as in headkv_stats
+    int32_t n_prompt = 0; // prompt tokens at compression, 0 before
+    int32_t n_past = 0; // tokens in the sequence
+    int32_t cells_min = 0; // per head, generated tokens included
     int32_t cells_median = 0;
-    int32_t cells_max    = 0;
-    int64_t n_bytes      = 0; // K and V of these cells
+    int32_t cells_max = 0;
+    int64_t n_bytes = 0; // K and V of these cells
     int64_t n_bytes_full = 0; // of as many cells in every head
-    int64_t n_evicted    = 0; // cells that they have more
-    double  compress_ms  = 0; // of its last compression
-    bool    by_layer     = false; // its prompt is read ahead, layer by layer
-    int32_t n_read       = 0;     // tokens of that prompt: the share of the steps that are done
+    int64_t n_evicted = 0; // cells that they have more
+    double compress_ms = 0; // of its last compression
+    bool by_layer = false; // its prompt is read ahead, layer by layer
+    int32_t n_read = 0;     // tokens of that prompt: the share of the steps that are done
 };
 
 // What a request may choose.
@@ -38,10 +38,10 @@ struct headkv_request {
 // compressed ones. false: it was logged what cannot be combined.
 bool headkv_server_open(common_params & params);
 
-bool    headkv_server_is_on();
-bool    headkv_server_reuses();
-bool    headkv_server_only_layer(); // --kv-prefill layer
-bool    headkv_server_by_layer(const llama_context * ctx); // prompts are read layer by layer
+bool headkv_server_is_on();
+bool headkv_server_reuses();
+bool headkv_server_only_layer(); // --kv-prefill layer
+bool headkv_server_by_layer(const llama_context * ctx); // prompts are read layer by layer
 int32_t headkv_server_n_batch();    // prompt tokens per batch where they are not
 
 // What a completion request chooses for its prompt of n_tokens. Throws std::invalid_argument with field, value and range.
@@ -74,7 +74,7 @@ void headkv_server_check_restored(llama_context * ctx, llama_seq_id seq_id, size
 bool headkv_server_forgets(llama_context * ctx, llama_seq_id seq_id, int32_t n_tokens);
 
 // What was noted; from any thread.
-void headkv_server_add_slot (common_json & slot, llama_seq_id seq_id);
-void headkv_server_add_info (common_json & timings, const headkv_slot_info & info);
+void headkv_server_add_slot(common_json & slot, llama_seq_id seq_id);
+void headkv_server_add_info(common_json & timings, const headkv_slot_info & info);
 void headkv_server_add_props(common_json & props);
 std::string headkv_server_metrics(); // in the text format of Prometheus

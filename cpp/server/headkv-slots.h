@@ -43,7 +43,7 @@ static void headkv_server_after_restore(server_slot & slot, const std::vector<co
 // Whether a slot still holds what it held before its restoring failed, n_read bytes of the file were put in.
 static bool headkv_server_keeps(const server_slot & slot, size_t n_read) {
     return headkv_server_reuses() && n_read == 0 &&
-        llama_memory_seq_pos_max(llama_get_memory(slot.ctx_tgt), slot.id) + 1 == slot.prompt.tokens.pos_next();
+            llama_memory_seq_pos_max(llama_get_memory(slot.ctx_tgt), slot.id) + 1 == slot.prompt.tokens.pos_next();
 }
 
 // Before a slot is filled from the prompt cache, for a request with these adapters.
@@ -73,9 +73,9 @@ static bool headkv_server_begin(const std::vector<server_slot> & slots, server_s
         n_staged += other.state == SLOT_STATE_DONE_PROMPT ? other.task->n_tokens() : 0;
     }
     const int32_t n_tokens = slot.task->n_tokens();
-    const bool    layers   = headkv_server_by_layer(slot.ctx_tgt);
-    const bool    fits     = batch.size() + n_tokens <= (int32_t) llama_n_batch(slot.ctx_tgt);
-    const bool    shares   = !layers && batch.size() + n_tokens <= n_batch && n_staged + n_tokens <= (int32_t) llama_n_ctx(slot.ctx_tgt);
+    const bool layers = headkv_server_by_layer(slot.ctx_tgt);
+    const bool fits = batch.size() + n_tokens <= (int32_t) llama_n_batch(slot.ctx_tgt);
+    const bool shares = !layers && batch.size() + n_tokens <= n_batch && n_staged + n_tokens <= (int32_t) llama_n_ctx(slot.ctx_tgt);
     if (n_staged > 0 && !shares) {
         return false;
     }
@@ -87,7 +87,7 @@ static bool headkv_server_begin(const std::vector<server_slot> & slots, server_s
         const int32_t n_past = std::min((int32_t) slot.prompt.tokens.get_common_prefix(slot.task->tokens), n_tokens - 1);
         common_set_adapter_lora(slot.ctx_tgt, slot.lora);
         const std::string why_not = slot.alora_invocation_start > 0 ? "an aLoRA is invoked in it"
-            : headkv_server_why_not_continued(slot.ctx_tgt, slot.id, n_past, n_tokens, slot.task->params.headkv);
+                                                                    : headkv_server_why_not_continued(slot.ctx_tgt, slot.id, n_past, n_tokens, slot.task->params.headkv);
         if (why_not.empty()) {
             SLT_INF(slot, "--kv-reuse: %d of %d tokens are continued on the compressed past\n", n_past, n_tokens);
             return true;
@@ -97,7 +97,7 @@ static bool headkv_server_begin(const std::vector<server_slot> & slots, server_s
     slot.prompt_clear();
     if (headkv_server_is_split(slot) && headkv_server_only_layer()) {
         throw std::runtime_error("--kv-prefill layer: one part of the prompt is computed without the aLoRA and the other one with it, "
-                "which no order by layers can do: use --kv-prefill auto");
+                                 "which no order by layers can do: use --kv-prefill auto");
     }
     if (n_tokens > 0 && n_tokens < slot.n_ctx) { // others are refused by upstream
         slot.stats.headkv_info.by_layer = layers && fits && n_tokens > 1 && !headkv_server_is_split(slot);
@@ -115,15 +115,15 @@ static bool headkv_server_read(server_slot & slot, const server_batch & batch, i
         return true;
     }
     const int32_t n_tokens = slot.task->n_tokens();
-    const int64_t t_start  = ggml_time_us();
+    const int64_t t_start = ggml_time_us();
     common_set_adapter_lora(slot.ctx_tgt, slot.lora); // upstream sets those of the batch, when it is complete
-    const bool    is_ahead = headkv_server_read_ahead(slot.ctx_tgt, slot.id, slot.task->tokens.get_text_tokens(), info.n_read);
+    const bool is_ahead = headkv_server_read_ahead(slot.ctx_tgt, slot.id, slot.task->tokens.get_text_tokens(), info.n_read);
     slot.stats.update_prompt_last();
     metrics.add_prompt(0, slot.stats.t_prompt_last - t_start); // its tokens are counted with the batch
     if (!is_ahead || batch.size() + n_tokens > n_batch) {
-        if (slot.stats.t_prompt_last - std::max(slot.t_print_last, slot.stats.t_start) > 3*1000*1000) {
+        if (slot.stats.t_prompt_last - std::max(slot.t_print_last, slot.stats.t_start) > 3 * 1000 * 1000) {
             slot.t_print_last = slot.stats.t_prompt_last;
-            SLT_INF(slot, "prompt processing, layer by layer, progress = %.2f, t = %6.2f s\n", (double) info.n_read/n_tokens, slot.stats.t_prompt_ms()/1e3);
+            SLT_INF(slot, "prompt processing, layer by layer, progress = %.2f, t = %6.2f s\n", (double) info.n_read / n_tokens, slot.stats.t_prompt_ms() / 1e3);
         }
         if (slot.task->params.stream && slot.task->params.return_progress && batch.size() == 0) {
             report();
@@ -151,8 +151,8 @@ template <typename F>
 static void headkv_server_drop_slot(std::vector<server_slot> & slots, server_batch & batch, int32_t off, server_slot & slot, F && fail) {
     auto & tokens = batch.tokens;
     const auto is_own = [&](const server_batch::token & t) { return t.id_slot == slot.id; };
-    const auto begin  = std::find_if(tokens.begin() + off, tokens.end(), is_own);
-    const auto end    = std::find_if_not(begin, tokens.end(), is_own);
+    const auto begin = std::find_if(tokens.begin() + off, tokens.end(), is_own);
+    const auto end = std::find_if_not(begin, tokens.end(), is_own);
     for (auto & other : slots) {
         other.i_batch -= other.i_batch >= end - tokens.begin() ? (int32_t) (end - begin) : 0;
     }

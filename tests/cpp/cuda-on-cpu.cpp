@@ -9,9 +9,9 @@ bool cuda_on_cpu_supports(const ggml_tensor * op) {
     switch (headkv_op_get(op).kind) {
         case HEADKV_OP_ATTEND: return headkv::attend_supports(op);
         case HEADKV_OP_STATS:
-        case HEADKV_OP_SCORE:  return headkv::score_supports(op);
+        case HEADKV_OP_SCORE: return headkv::score_supports(op);
         case HEADKV_OP_SELECT: return headkv::select_supports(op);
-        default:               return false;
+        default: return false;
     }
 }
 
@@ -29,17 +29,17 @@ void cuda_on_cpu_compute(ggml_tensor * op, bool descending) {
             srcs[i] = *op->src[i];
             data.emplace_back((char *) srcs[i].data, (char *) srcs[i].data + ggml_nbytes(&srcs[i]));
             srcs[i].data = data.back().data();
-            dst.src[i]   = &srcs[i];
+            dst.src[i] = &srcs[i];
         }
     }
     const void * stream = nullptr;
-    const auto scratch = [](size_t n_bytes) { return std::vector<float>(n_bytes/sizeof(float), NAN); };
+    const auto scratch = [](size_t n_bytes) { return std::vector<float>(n_bytes / sizeof(float), NAN); };
     switch (headkv_op_get(op).kind) {
         case HEADKV_OP_ATTEND: headkv::attend_run(&dst, scratch(headkv::attend_scratch(&dst)).data(), stream); break;
         case HEADKV_OP_STATS:
-        case HEADKV_OP_SCORE:  headkv::score_run(&dst, scratch(headkv::score_scratch(&dst)).data(), stream); break;
+        case HEADKV_OP_SCORE: headkv::score_run(&dst, scratch(headkv::score_scratch(&dst)).data(), stream); break;
         case HEADKV_OP_SELECT: headkv::select_run(&dst, stream); break;
-        default:               GGML_ABORT("not an op of ours");
+        default: GGML_ABORT("not an op of ours");
     }
     memcpy(op->data, dst.data, data.front().size());
 }

@@ -52,8 +52,9 @@ struct op_graph {
     ggml_backend_buffer_ptr buf;
     ggml_cgraph * gf;
 
-    explicit op_graph(bool on_gpu = false) : backend(on_gpu ? ggml_backend_dev_init(gpu, nullptr) : ggml_backend_cpu_init()) {
-        ggml_init_params params = { 256*ggml_tensor_overhead() + ggml_graph_overhead(), nullptr, true };
+    explicit op_graph(bool on_gpu = false) :
+        backend(on_gpu ? ggml_backend_dev_init(gpu, nullptr) : ggml_backend_cpu_init()) {
+        ggml_init_params params = { 256 * ggml_tensor_overhead() + ggml_graph_overhead(), nullptr, true };
         ctx.reset(ggml_init(params));
         gf = ggml_new_graph(ctx.get());
     }
@@ -114,14 +115,14 @@ struct attend_case {
     ggml_type type;
     int D, G;
     std::vector<int> lens; // [n_head_kv*n_seqs]
-    int n_seqs   = 1;
-    int n_tps    = 1;
+    int n_seqs = 1;
+    int n_tps = 1;
     float softcap = 0.0f;
-    bool bias     = false;
+    bool bias = false;
 
     std::string name() const {
         std::string res = kernel + "," + ggml_type_name(type) + ",D=" + std::to_string(D) + ",G=" + std::to_string(G) +
-            ",seqs=" + std::to_string(n_seqs) + ",tps=" + std::to_string(n_tps) + ",softcap=" + std::to_string((int) softcap) + ",bias=" + std::to_string(bias) + ",lens=";
+                ",seqs=" + std::to_string(n_seqs) + ",tps=" + std::to_string(n_tps) + ",softcap=" + std::to_string((int) softcap) + ",bias=" + std::to_string(bias) + ",lens=";
         for (int len : lens) {
             res += std::to_string(len) + "/";
         }
@@ -135,9 +136,9 @@ static bool test_attend(const attend_case & c) {
     if (!headkv_attend_kernel_find(c.type, c.type, c.D, getenv("HEADKV_KERNEL"))) {
         return true; // not on this machine or not for this type
     }
-    const int H = (int) c.lens.size()/c.n_seqs;
-    headkv_attend_state state(c.D, c.G*H, H, c.n_seqs, c.type, c.type);
-    state.scale   = 1.0f/std::sqrt((float) c.D);
+    const int H = (int) c.lens.size() / c.n_seqs;
+    headkv_attend_state state(c.D, c.G * H, H, c.n_seqs, c.type, c.type);
+    state.scale = 1.0f / std::sqrt((float) c.D);
     state.softcap = c.softcap;
 
     // ranges in a pool with gaps of NaN between them
@@ -148,11 +149,11 @@ static bool test_attend(const attend_case & c) {
         ranges.push_back(len);
         n_rows += len + 3;
     }
-    const int T = c.n_tps*c.n_seqs;
+    const int T = c.n_tps * c.n_seqs;
 
     op_graph g(cuda && gpu);
     ggml_context * ctx = g.ctx.get();
-    ggml_tensor * q = ggml_new_tensor_3d(ctx, GGML_TYPE_F32, c.D, c.G*H, T);
+    ggml_tensor * q = ggml_new_tensor_3d(ctx, GGML_TYPE_F32, c.D, c.G * H, T);
     ggml_tensor * k = ggml_new_tensor_2d(ctx, c.type, c.D, n_rows);
     ggml_tensor * v = ggml_new_tensor_2d(ctx, c.type, c.D, n_rows);
     ggml_tensor * r = ggml_new_tensor_3d(ctx, GGML_TYPE_I32, 2, H, c.n_seqs);
@@ -164,8 +165,8 @@ static bool test_attend(const attend_case & c) {
     }
     g.alloc(out);
 
-    set_quantized(k, random_floats((size_t) c.D*n_rows));
-    set_quantized(v, random_floats((size_t) c.D*n_rows));
+    set_quantized(k, random_floats((size_t) c.D * n_rows));
+    set_quantized(v, random_floats((size_t) c.D * n_rows));
     const std::vector<float> qf = random_floats(ggml_nelements(q), 2.0f);
     ggml_backend_tensor_set(q, qf.data(), 0, ggml_nbytes(q));
     ggml_backend_tensor_set(r, ranges.data(), 0, ggml_nbytes(r));
@@ -182,13 +183,13 @@ static bool test_attend(const attend_case & c) {
     const size_t nb = ggml_row_size(c.type, c.D);
     std::vector<bool> used(n_rows, false);
     for (size_t i = 0; i < c.lens.size(); ++i) {
-        std::fill(used.begin() + ranges[2*i], used.begin() + ranges[2*i] + c.lens[i], true);
+        std::fill(used.begin() + ranges[2 * i], used.begin() + ranges[2 * i] + c.lens[i], true);
     }
     const std::vector<uint8_t> poison(nb, 0xff);
     for (int i = 0; i < n_rows; ++i) {
         if (!used[i]) {
-            ggml_backend_tensor_set(k, poison.data(), i*nb, nb);
-            ggml_backend_tensor_set(v, poison.data(), i*nb, nb);
+            ggml_backend_tensor_set(k, poison.data(), i * nb, nb);
+            ggml_backend_tensor_set(v, poison.data(), i * nb, nb);
         }
     }
 
@@ -207,26 +208,26 @@ static bool test_attend(const attend_case & c) {
         const std::vector<float> got = get_floats(out);
         if (first.empty()) {
             first = got;
-        } else if (memcmp(first.data(), got.data(), got.size()*sizeof(float)) != 0) {
+        } else if (memcmp(first.data(), got.data(), got.size() * sizeof(float)) != 0) {
             printf(cuda ? "  depends on the order of the threads\n" : "  differs with %d threads\n", n_threads);
             return false;
         }
     }
     for (int t = 0; t < T; ++t) {
         for (int h = 0; h < H; ++h) {
-            const int i   = t/c.n_tps*H + h;
-            const int len = std::max(0, c.lens[i] - (c.n_tps - 1 - t%c.n_tps));
+            const int i = t / c.n_tps * H + h;
+            const int len = std::max(0, c.lens[i] - (c.n_tps - 1 - t % c.n_tps));
             for (int gq = 0; gq < c.G; ++gq) {
-                const float * qh = qf.data() + ((size_t) t*c.G*H + h*c.G + gq)*c.D;
+                const float * qh = qf.data() + ((size_t) t * c.G * H + h * c.G + gq) * c.D;
                 std::vector<double> s(len);
                 double m = -INFINITY;
                 for (int j = 0; j < len; ++j) {
                     double dot = 0.0;
                     for (int d = 0; d < c.D; ++d) {
-                        dot += (double) qh[d]*kf[(size_t) (ranges[2*i] + j)*c.D + d];
+                        dot += (double) qh[d] * kf[(size_t) (ranges[2 * i] + j) * c.D + d];
                     }
                     dot *= state.scale;
-                    s[j] = (c.softcap > 0.0f ? c.softcap*std::tanh(dot/c.softcap) : dot) + (j == 0 ? bias[i] : 0.0);
+                    s[j] = (c.softcap > 0.0f ? c.softcap * std::tanh(dot / c.softcap) : dot) + (j == 0 ? bias[i] : 0.0);
                     m = std::max(m, s[j]);
                 }
                 double sum = 0.0;
@@ -235,21 +236,23 @@ static bool test_attend(const attend_case & c) {
                     const double p = std::exp(s[j] - m);
                     sum += p;
                     for (int d = 0; d < c.D; ++d) {
-                        o[d] += p*vf[(size_t) (ranges[2*i] + j)*c.D + d];
+                        o[d] += p * vf[(size_t) (ranges[2 * i] + j) * c.D + d];
                     }
                 }
                 for (int d = 0; d < c.D; ++d) {
-                    const double want = len > 0 ? o[d]/sum : 0.0;
-                    const double got  = first[((size_t) t*c.G*H + h*c.G + gq)*c.D + d];
-                    err += (want - got)*(want - got);
-                    ref += want*want;
+                    const double want = len > 0 ? o[d] / sum : 0.0;
+                    const double got = first[((size_t) t * c.G * H + h * c.G + gq) * c.D + d];
+                    err += (want - got) * (want - got);
+                    ref += want * want;
                 }
             }
         }
     }
     // the portable kernel rounds the queries to the dot type of K
-    const double limit = gpu ? 1e-6 : c.kernel != "portable" || c.type == GGML_TYPE_F32 ? 1e-11 : ggml_is_quantized(c.type) ? 1e-3 : 3e-5;
-    const double nmse = ref > 0.0 ? err/ref : err;
+    const double limit = gpu ? 1e-6 : c.kernel != "portable" || c.type == GGML_TYPE_F32 ? 1e-11
+            : ggml_is_quantized(c.type)                                                 ? 1e-3
+                                                                                        : 3e-5;
+    const double nmse = ref > 0.0 ? err / ref : err;
     if (!(nmse <= limit)) {
         printf("  nmse %g > %g\n", nmse, limit);
         return false;
@@ -264,29 +267,29 @@ static bool test_attend_nan(const std::string & kernel, ggml_type type, int i_na
     if (!headkv_attend_kernel_find(type, type, D, getenv("HEADKV_KERNEL"))) {
         return true;
     }
-    headkv_attend_state state(D, G*H, H, 1, type, type);
+    headkv_attend_state state(D, G * H, H, 1, type, type);
     state.scale = 0.125f;
     op_graph g(false);
     ggml_context * ctx = g.ctx.get();
-    ggml_tensor * q = ggml_new_tensor_3d(ctx, GGML_TYPE_F32, D, G*H, 1);
-    ggml_tensor * k = ggml_new_tensor_2d(ctx, type, D, H*n);
-    ggml_tensor * v = ggml_new_tensor_2d(ctx, type, D, H*n);
+    ggml_tensor * q = ggml_new_tensor_3d(ctx, GGML_TYPE_F32, D, G * H, 1);
+    ggml_tensor * k = ggml_new_tensor_2d(ctx, type, D, H * n);
+    ggml_tensor * v = ggml_new_tensor_2d(ctx, type, D, H * n);
     ggml_tensor * r = ggml_new_tensor_3d(ctx, GGML_TYPE_I32, 2, H, 1);
     ggml_tensor * out = headkv_build_attend_fused(ctx, &state, q, k, v, r, nullptr);
     g.alloc(out);
-    std::vector<float> kf = random_floats((size_t) D*H*n);
-    kf[(size_t) i_nan*D + 5] = NAN;
+    std::vector<float> kf = random_floats((size_t) D * H * n);
+    kf[(size_t) i_nan * D + 5] = NAN;
     set_quantized(k, kf);
-    set_quantized(v, random_floats((size_t) D*H*n));
-    const std::vector<float> qf = random_floats(D*G*H);
+    set_quantized(v, random_floats((size_t) D * H * n));
+    const std::vector<float> qf = random_floats(D * G * H);
     const std::vector<int32_t> ranges = { 0, n, n, n };
     ggml_backend_tensor_set(q, qf.data(), 0, ggml_nbytes(q));
     ggml_backend_tensor_set(r, ranges.data(), 0, ggml_nbytes(r));
     g.run(2);
     const std::vector<float> got = get_floats(out);
-    for (int i = 0; i < D*G*H; ++i) {
-        if (std::isnan(got[i]) != (i < D*G)) {
-            printf("  value %d of %d is %g\n", i, D*G*H, got[i]);
+    for (int i = 0; i < D * G * H; ++i) {
+        if (std::isnan(got[i]) != (i < D * G)) {
+            printf("  value %d of %d is %g\n", i, D * G * H, got[i]);
             return false;
         }
     }
@@ -302,50 +305,50 @@ struct score_case {
     ggml_type type;
     int D, G, n_window, n_kv, pool_kernel;
     headkv_pool pool = HEADKV_POOL_MAX;
-    float softcap    = 0.0f;
-    int   n_recent   = 0; // 0 = n_window
-    int   n_square   = 0;
+    float softcap = 0.0f;
+    int n_recent = 0; // 0 = n_window
+    int n_square = 0;
 
     std::string name() const {
         return "score," + kernel + "," + ggml_type_name(type) + ",D=" + std::to_string(D) + ",G=" + std::to_string(G) + ",w=" +
-            std::to_string(n_window) + ",n=" + std::to_string(n_kv) + ",pool=" + std::to_string(pool) + "/" + std::to_string(pool_kernel) +
-            ",softcap=" + std::to_string((int) softcap) + ",recent=" + std::to_string(n_recent) + ",square=" + std::to_string(n_square);
+                std::to_string(n_window) + ",n=" + std::to_string(n_kv) + ",pool=" + std::to_string(pool) + "/" + std::to_string(pool_kernel) +
+                ",softcap=" + std::to_string((int) softcap) + ",recent=" + std::to_string(n_recent) + ",square=" + std::to_string(n_square);
     }
 };
 
 static bool test_score(const score_case & c) {
-    const bool cuda     = c.kernel == "cuda";
+    const bool cuda = c.kernel == "cuda";
     const bool composed = c.kernel == "composed"; // of ggml ops, head by head
     setenv("HEADKV_KERNEL", cuda || composed ? "portable" : c.kernel.c_str(), 1);
     if (!headkv_score_kernel_find(getenv("HEADKV_KERNEL"))) {
         return true; // not on this machine
     }
     const int H = 2;
-    const int n_cells  = c.n_kv + 5;
+    const int n_cells = c.n_kv + 5;
     const int n_prefix = c.n_kv - (c.n_recent > 0 ? c.n_recent : c.n_window);
-    const int n_query  = c.n_window*c.G;
+    const int n_query = c.n_window * c.G;
 
     op_graph g((cuda || composed) && gpu);
     ggml_context * ctx = g.ctx.get();
-    ggml_tensor * q = ggml_new_tensor_3d(ctx, GGML_TYPE_F32, c.D, c.G*H, c.n_window);
-    ggml_tensor * k = ggml_new_tensor_2d(ctx, c.type, c.D*H, n_cells);
+    ggml_tensor * q = ggml_new_tensor_3d(ctx, GGML_TYPE_F32, c.D, c.G * H, c.n_window);
+    ggml_tensor * k = ggml_new_tensor_2d(ctx, c.type, c.D * H, n_cells);
     ggml_tensor * p = ggml_new_tensor_1d(ctx, GGML_TYPE_I32, c.n_kv);
-    const float scale = 1.0f/std::sqrt((float) c.D);
-    ggml_tensor * mask  = nullptr;
-    ggml_tensor * out   = nullptr;
+    const float scale = 1.0f / std::sqrt((float) c.D);
+    ggml_tensor * mask = nullptr;
+    ggml_tensor * out = nullptr;
     ggml_tensor * stats = nullptr;
     if (composed) {
         mask = ggml_new_tensor_2d(ctx, GGML_TYPE_F16, c.n_kv, c.n_window);
-        out  = ggml_new_tensor_2d(ctx, GGML_TYPE_F32, n_prefix, H);
+        out = ggml_new_tensor_2d(ctx, GGML_TYPE_F32, n_prefix, H);
         for (int h = 0; h < H; ++h) {
-            ggml_tensor * qh = ggml_view_3d(ctx, q, c.D, c.G, c.n_window, q->nb[1], q->nb[2], h*c.G*q->nb[1]);
-            ggml_tensor * kh = ggml_view_2d(ctx, k, c.D, n_cells, k->nb[1], h*ggml_row_size(c.type, c.D));
+            ggml_tensor * qh = ggml_view_3d(ctx, q, c.D, c.G, c.n_window, q->nb[1], q->nb[2], h * c.G * q->nb[1]);
+            ggml_tensor * kh = ggml_view_2d(ctx, k, c.D, n_cells, k->nb[1], h * ggml_row_size(c.type, c.D));
             ggml_tensor * sh = headkv_build_score(ctx, g.gf, ggml_cont(ctx, ggml_permute(ctx, qh, 0, 2, 1, 3)), ggml_get_rows(ctx, kh, p), mask,
                     n_prefix, scale, c.softcap, c.n_square, c.pool, c.pool_kernel);
-            ggml_build_forward_expand(g.gf, ggml_cpy(ctx, sh, ggml_view_1d(ctx, out, n_prefix, h*out->nb[1])));
+            ggml_build_forward_expand(g.gf, ggml_cpy(ctx, sh, ggml_view_1d(ctx, out, n_prefix, h * out->nb[1])));
         }
     } else {
-        out   = headkv_build_score_fused(ctx, q, k, p, n_prefix, scale, c.softcap, c.n_square, c.pool, c.pool_kernel);
+        out = headkv_build_score_fused(ctx, q, k, p, n_prefix, scale, c.softcap, c.n_square, c.pool, c.pool_kernel);
         stats = out->src[3];
     }
     g.alloc(out);
@@ -354,9 +357,9 @@ static bool test_score(const score_case & c) {
     }
 
     if (mask) {
-        std::vector<ggml_fp16_t> causal((size_t) c.n_kv*c.n_window, ggml_fp32_to_fp16(0.0f));
+        std::vector<ggml_fp16_t> causal((size_t) c.n_kv * c.n_window, ggml_fp32_to_fp16(0.0f));
         for (int i = 0; i < c.n_window; ++i) {
-            std::fill(causal.begin() + i*c.n_kv + c.n_kv - c.n_window + i + 1, causal.begin() + (i + 1)*c.n_kv, ggml_fp32_to_fp16(-INFINITY));
+            std::fill(causal.begin() + i * c.n_kv + c.n_kv - c.n_window + i + 1, causal.begin() + (i + 1) * c.n_kv, ggml_fp32_to_fp16(-INFINITY));
         }
         ggml_backend_tensor_set(mask, causal.data(), 0, ggml_nbytes(mask));
     }
@@ -384,7 +387,7 @@ static bool test_score(const score_case & c) {
         }
         const std::vector<float> got = get_floats(out);
         first = first.empty() ? got : first;
-        if (memcmp(first.data(), got.data(), got.size()*sizeof(float)) != 0) {
+        if (memcmp(first.data(), got.data(), got.size() * sizeof(float)) != 0) {
             printf("  depends on the threads\n");
             return false;
         }
@@ -396,37 +399,37 @@ static bool test_score(const score_case & c) {
         std::vector<double> mean(n_prefix, 0.0);
         std::vector<double> x(c.n_kv);
         for (int j = 0; j < n_query; ++j) {
-            const int n = c.n_kv - c.n_window + j/c.G + 1;
+            const int n = c.n_kv - c.n_window + j / c.G + 1;
             double sum = 0.0;
             for (int i = 0; i < n; ++i) {
                 double dot = 0.0;
                 for (int d = 0; d < c.D; ++d) {
-                    dot += (double) qf[((size_t) (j/c.G)*c.G*H + h*c.G + j%c.G)*c.D + d]*kf[(size_t) cells[i]*c.D*H + h*c.D + d];
+                    dot += (double) qf[((size_t) (j / c.G) * c.G * H + h * c.G + j % c.G) * c.D + d] * kf[(size_t) cells[i] * c.D * H + h * c.D + d];
                 }
                 dot *= scale;
-                x[i] = std::exp(c.softcap > 0.0f ? c.softcap*std::tanh(dot/c.softcap) : dot);
+                x[i] = std::exp(c.softcap > 0.0f ? c.softcap * std::tanh(dot / c.softcap) : dot);
                 sum += x[i];
             }
             for (int i = 0; i < std::min(n, n_prefix); ++i) {
-                mean[i] += std::pow(x[i]/sum, 1 << c.n_square)/n_query;
+                mean[i] += std::pow(x[i] / sum, 1 << c.n_square) / n_query;
             }
         }
         for (double & m : mean) {
-            m = std::pow(m, 1.0/(1 << c.n_square));
+            m = std::pow(m, 1.0 / (1 << c.n_square));
         }
         for (int i = 0; i < n_prefix; ++i) {
             double want = 0.0;
-            for (int o = std::max(0, i - c.pool_kernel/2); o <= std::min(n_prefix - 1, i + c.pool_kernel/2); ++o) {
-                want = c.pool == HEADKV_POOL_MAX ? std::max(want, mean[o]) : want + mean[o]/c.pool_kernel;
+            for (int o = std::max(0, i - c.pool_kernel / 2); o <= std::min(n_prefix - 1, i + c.pool_kernel / 2); ++o) {
+                want = c.pool == HEADKV_POOL_MAX ? std::max(want, mean[o]) : want + mean[o] / c.pool_kernel;
             }
-            const double got = first[(size_t) h*n_prefix + i];
-            err += (want - got)*(want - got);
-            ref += want*want;
+            const double got = first[(size_t) h * n_prefix + i];
+            err += (want - got) * (want - got);
+            ref += want * want;
         }
     }
     // the products of a device may round the queries to the type of K
-    if (!(err <= (gpu ? composed ? 1e-4 : 1e-6 : 1e-11)*ref)) {
-        printf("  nmse %g\n", err/ref);
+    if (!(err <= (gpu ? composed ? 1e-4 : 1e-6 : 1e-11) * ref)) {
+        printf("  nmse %g\n", err / ref);
         return false;
     }
     return true;
@@ -437,9 +440,9 @@ static bool test_score(const score_case & c) {
 //
 
 static bool test_select(int n_prefix, int H, int n_recent, bool ties, bool cuda) {
-    std::vector<float> scores = random_floats((size_t) n_prefix*H);
+    std::vector<float> scores = random_floats((size_t) n_prefix * H);
     for (float & s : scores) {
-        s = ties ? std::floor(2.0f*s)/2.0f : s; // plateaus, also of -0 and 0
+        s = ties ? std::floor(2.0f * s) / 2.0f : s; // plateaus, also of -0 and 0
     }
     if (n_prefix > 4) {
         scores[3] = NAN; // the worst score, whatever its sign
@@ -448,7 +451,8 @@ static bool test_select(int n_prefix, int H, int n_recent, bool ties, bool cuda)
     std::vector<int32_t> plan;
     int n_total = 0;
     for (int h = 0; h < H; ++h) {
-        const int k = h == 0 ? 0 : h == 1 ? n_prefix : (int) (rng() % (n_prefix + 1));
+        const int k = h == 0 ? 0 : h == 1 ? n_prefix
+                                          : (int) (rng() % (n_prefix + 1));
         plan.push_back(n_total);
         plan.push_back(k);
         n_total += k + n_recent;
@@ -463,14 +467,14 @@ static bool test_select(int n_prefix, int H, int n_recent, bool ties, bool cuda)
 
     std::vector<int32_t> want;
     for (int h = 0; h < H; ++h) {
-        const float * sh = scores.data() + (size_t) h*n_prefix;
+        const float * sh = scores.data() + (size_t) h * n_prefix;
         std::vector<int32_t> order(n_prefix);
         for (int i = 0; i < n_prefix; ++i) {
             order[i] = i;
         }
         const auto value = [&](int i) { return std::isnan(sh[i]) ? -INFINITY : sh[i]; };
         std::stable_sort(order.begin(), order.end(), [&](int a, int b) { return value(a) > value(b); });
-        order.resize(plan[2*h + 1]);
+        order.resize(plan[2 * h + 1]);
         std::sort(order.begin(), order.end());
         want.insert(want.end(), order.begin(), order.end());
         for (int i = 0; i < n_recent; ++i) {
@@ -500,18 +504,18 @@ static bool test_kept(int n_kv, int n_window) {
 
     op_graph g;
     ggml_context * ctx = g.ctx.get();
-    ggml_tensor * q = ggml_new_tensor_3d(ctx, GGML_TYPE_F32, D, 4*H, n_window);
-    ggml_tensor * k = ggml_new_tensor_2d(ctx, GGML_TYPE_F16, D*H, n_kv);
+    ggml_tensor * q = ggml_new_tensor_3d(ctx, GGML_TYPE_F32, D, 4 * H, n_window);
+    ggml_tensor * k = ggml_new_tensor_2d(ctx, GGML_TYPE_F16, D * H, n_kv);
     ggml_tensor * c = ggml_new_tensor_1d(ctx, GGML_TYPE_I32, n_kv);
     ggml_tensor * p = ggml_new_tensor_2d(ctx, GGML_TYPE_I32, 2, H);
     std::vector<int32_t> plan;
     int n_total = 0;
     for (int h = 0; h < H; ++h) {
-        plan.insert(plan.end(), { n_total, (h + 1)*n_prefix/(H + 1) });
+        plan.insert(plan.end(), { n_total, (h + 1) * n_prefix / (H + 1) });
         n_total += plan.back() + n_window;
     }
     ggml_tensor * score = headkv_build_score_fused(ctx, q, k, c, n_prefix, 0.125f, 0.0f, 0, HEADKV_POOL_MAX, 7);
-    ggml_tensor * kept  = headkv_build_select(ctx, score, p, n_window, n_total);
+    ggml_tensor * kept = headkv_build_select(ctx, score, p, n_window, n_total);
     g.alloc(kept);
 
     std::vector<int32_t> cells(n_kv);
@@ -544,7 +548,7 @@ static bool test_kept(int n_kv, int n_window) {
 static bool test_select_composed(int n_prefix, int n_keep, int n_values) {
     std::vector<float> scores((size_t) n_prefix);
     for (float & s : scores) {
-        s = (float) (rng() % n_values)/n_values;
+        s = (float) (rng() % n_values) / n_values;
     }
     const std::vector<int32_t> plan = { 0, n_keep };
     std::vector<int32_t> got[2];
@@ -554,8 +558,8 @@ static bool test_select_composed(int n_prefix, int n_keep, int n_values) {
         ggml_tensor * p = ggml_new_tensor_2d(g.ctx.get(), GGML_TYPE_I32, 2, 1);
         ggml_tensor * w = ggml_new_tensor_1d(g.ctx.get(), GGML_TYPE_F32, 1);
         ggml_tensor * out = composed
-            ? headkv_build_select_composed(g.ctx.get(), ggml_view_1d(g.ctx.get(), s, n_prefix, 0), n_keep, w)
-            : headkv_build_select(g.ctx.get(), s, p, 1, n_keep + 1);
+                ? headkv_build_select_composed(g.ctx.get(), ggml_view_1d(g.ctx.get(), s, n_prefix, 0), n_keep, w)
+                : headkv_build_select(g.ctx.get(), s, p, 1, n_keep + 1);
         g.alloc(out);
         if (composed && g.is_skipped()) {
             return true;
@@ -598,7 +602,11 @@ static bool test_buckets() {
             for (uint32_t cuts = 0; cuts < 64; ++cuts) {
                 std::vector<uint32_t> sizes(1, 1);
                 for (int i = 0; i < 6; ++i) {
-                    if (cuts >> i & 1) { sizes.push_back(1); } else { sizes.back()++; }
+                    if (cuts >> i & 1) {
+                        sizes.push_back(1);
+                    } else {
+                        sizes.back()++;
+                    }
                 }
                 if (sizes.size() <= n) {
                     best = std::min(best, padding(sizes));
@@ -652,7 +660,7 @@ static void perf() {
                         us.push_back(std::chrono::duration<double, std::micro>(std::chrono::steady_clock::now() - t0).count());
                     }
                     std::sort(us.begin(), us.end());
-                    printf("%s,%s,%d,4,%d,%.1f,%.2f\n", kernel, ggml_type_name(type), D, n_rows, us[15], 1000*us[15]/(4.0*n_rows));
+                    printf("%s,%s,%d,4,%d,%.1f,%.2f\n", kernel, ggml_type_name(type), D, n_rows, us[15], 1000 * us[15] / (4.0 * n_rows));
                 }
             }
         }
@@ -675,12 +683,12 @@ static void perf_score() {
                     double mib[2];
                     for (int fused : { 0, 1 }) {
                         ggml_context * ctx = g[fused].ctx.get();
-                        k[fused] = ggml_new_tensor_2d(ctx, type, D*H, n_kv);
+                        k[fused] = ggml_new_tensor_2d(ctx, type, D * H, n_kv);
                         if (fused) {
-                            q[1] = ggml_new_tensor_3d(ctx, GGML_TYPE_F32, D, G*H, n_window);
+                            q[1] = ggml_new_tensor_3d(ctx, GGML_TYPE_F32, D, G * H, n_window);
                             ggml_tensor * cells = ggml_new_tensor_1d(ctx, GGML_TYPE_I32, n_kv);
                             ggml_tensor * s = headkv_build_score_fused(ctx, q[1], k[1], cells, n_kv - 8, 0.125f, 0.0f, 2, HEADKV_POOL_MAX, 31);
-                            mib[1] = (ggml_nbytes(s) + ggml_nbytes(s->src[3]) + ggml_nbytes(cells))/1048576.0;
+                            mib[1] = (ggml_nbytes(s) + ggml_nbytes(s->src[3]) + ggml_nbytes(cells)) / 1048576.0;
                             g[1].alloc(s);
                             std::vector<int32_t> order(n_kv);
                             for (int i = 0; i < n_kv; ++i) {
@@ -694,7 +702,7 @@ static void perf_score() {
                             ggml_tensor * s = headkv_build_score(ctx, g[0].gf, q[0], head, mask, n_kv - 8, 0.125f, 0.0f, 2, HEADKV_POOL_MAX, 31);
                             ggml_build_forward_expand(g[0].gf, s);
                             // the graph allocator reuses what the context allocator does not: the products are the largest part
-                            mib[0] = (4.0*n_kv*n_window*G + ggml_nbytes(mask) + 4.0*n_kv*H)/1048576.0;
+                            mib[0] = (4.0 * n_kv * n_window * G + ggml_nbytes(mask) + 4.0 * n_kv * H) / 1048576.0;
                             g[0].alloc(s);
                             ggml_backend_buffer_clear(g[0].buf.get(), 0);
                         }
@@ -703,17 +711,17 @@ static void perf_score() {
                         ggml_backend_tensor_set(q[fused], qf.data(), 0, ggml_nbytes(q[fused]));
                     }
                     std::vector<double> us[2];
-                    for (int i = 0; i < 2*7; ++i) {
+                    for (int i = 0; i < 2 * 7; ++i) {
                         const auto t0 = std::chrono::steady_clock::now();
-                        for (int h = 0; h < (i%2 ? 1 : H); ++h) {
-                            g[i%2].run(1);
+                        for (int h = 0; h < (i % 2 ? 1 : H); ++h) {
+                            g[i % 2].run(1);
                         }
-                        us[i%2].push_back(std::chrono::duration<double, std::micro>(std::chrono::steady_clock::now() - t0).count());
+                        us[i % 2].push_back(std::chrono::duration<double, std::micro>(std::chrono::steady_clock::now() - t0).count());
                     }
                     for (auto & u : us) {
                         std::sort(u.begin(), u.end());
                     }
-                    printf("%s,%d,%d,%d,%d,%.0f,%.0f,%.2f,%.2f,%.2f\n", ggml_type_name(type), D, G, n_window, n_kv, us[0][3], us[1][3], mib[0], mib[1], us[1][3]/us[0][3]);
+                    printf("%s,%d,%d,%d,%d,%.0f,%.0f,%.2f,%.2f,%.2f\n", ggml_type_name(type), D, G, n_window, n_kv, us[0][3], us[1][3], mib[0], mib[1], us[1][3] / us[0][3]);
                 }
             }
         }
@@ -775,7 +783,7 @@ int main(int argc, char ** argv) {
             }
         }
         add({ "cuda", type, 64, 12, { 3, 3000 } }); // skew, and a group of more queries than a block takes
-        add({ "cuda", type, 128, 4, { 127, 0, 129, 0, 0, 385, 1, 1, 0, 2, 31, 255, 256, 257, 128, 1, 7 } , 17 }); // 17 sequences
+        add({ "cuda", type, 128, 4, { 127, 0, 129, 0, 0, 385, 1, 1, 0, 2, 31, 255, 256, 257, 128, 1, 7 }, 17 }); // 17 sequences
         for (int n_tps : { 2, 5 }) {
             add({ "cuda", type, 64, 7, { 9, 300, 140, 10, 20, 131 }, 3, n_tps, 0.0f, true });
         }
@@ -812,7 +820,7 @@ int main(int argc, char ** argv) {
     }
     for (int n_prefix : { 1, 2, 31, 257, 5000 }) {
         for (int n_values : { 1, 3, 1 << 20 }) {
-            for (int n_keep : { 1, n_prefix/3, n_prefix - 1 }) {
+            for (int n_keep : { 1, n_prefix / 3, n_prefix - 1 }) {
                 if (n_keep > 0) {
                     cases.push_back({ "select_composed,n=" + std::to_string(n_prefix) + ",values=" + std::to_string(n_values) + ",keep=" + std::to_string(n_keep),
                             [=]() { return test_select_composed(n_prefix, n_keep, n_values); } });
@@ -839,7 +847,7 @@ int main(int argc, char ** argv) {
     cases.push_back({ "buckets", test_buckets });
 
     int n_fail = 0;
-    int n_run  = 0;
+    int n_run = 0;
     for (const auto & [name, run] : cases) {
         const auto is_of = [&](const char * what) { return name.find(what) != std::string::npos; };
         if ((!only.empty() && name != only) || (on_gpu && !is_of("composed") && !(has_kernels && is_of("cuda")))) {

@@ -38,21 +38,28 @@ static void check(bool ok, const char * what, const std::string & where) {
 //
 
 static const std::map<std::string, headkv_seq_state> STATES = {
-    { "EMPTY", HEADKV_SEQ_EMPTY }, { "STAGED", HEADKV_SEQ_STAGED }, { "LAYERED", HEADKV_SEQ_LAYERED }, { "COMPRESSED", HEADKV_SEQ_COMPRESSED },
+    { "EMPTY", HEADKV_SEQ_EMPTY },
+    { "STAGED", HEADKV_SEQ_STAGED },
+    { "LAYERED", HEADKV_SEQ_LAYERED },
+    { "COMPRESSED", HEADKV_SEQ_COMPRESSED },
 };
 
 static const std::map<std::string, headkv_seq_event> EVENTS = {
-    { "STAGE", HEADKV_EV_STAGE }, { "PASS", HEADKV_EV_PASS }, { "STORE",  HEADKV_EV_STORE },
-    { "DECODE", HEADKV_EV_DECODE }, { "CUT", HEADKV_EV_CUT }, { "REMOVE", HEADKV_EV_REMOVE },
+    { "STAGE", HEADKV_EV_STAGE },
+    { "PASS", HEADKV_EV_PASS },
+    { "STORE", HEADKV_EV_STORE },
+    { "DECODE", HEADKV_EV_DECODE },
+    { "CUT", HEADKV_EV_CUT },
+    { "REMOVE", HEADKV_EV_REMOVE },
 };
 
 // a sequence in a state, by the events that lead there
 static headkv_seq in_state(headkv_seq_state state) {
     headkv_seq res;
     switch (state) {
-        case HEADKV_SEQ_EMPTY:      break;
-        case HEADKV_SEQ_STAGED:     res.on(HEADKV_EV_STAGE); break;
-        case HEADKV_SEQ_LAYERED:    res.on(HEADKV_EV_PASS);  break;
+        case HEADKV_SEQ_EMPTY: break;
+        case HEADKV_SEQ_STAGED: res.on(HEADKV_EV_STAGE); break;
+        case HEADKV_SEQ_LAYERED: res.on(HEADKV_EV_PASS); break;
         case HEADKV_SEQ_COMPRESSED: res.on(HEADKV_EV_STORE); break;
     }
     return res;
@@ -104,8 +111,8 @@ static void test_what_is_pending_dies_with_its_sequence() {
         headkv_seq seq = in_state(state);
         seq.compress_to = 3;
         seq.n_tail_next = 100;
-        seq.window      = { 1, 2, 3 };
-        seq.has_sums    = false;
+        seq.window = { 1, 2, 3 };
+        seq.has_sums = false;
         seq.on(HEADKV_EV_REMOVE);
         check(seq.compress_to == -1 && seq.n_tail_next == 0 && seq.window.empty() && seq.has_sums && seq.n_pos == 0, "it is a new one", "removed " + name);
     }
@@ -126,7 +133,7 @@ static void test_a_prompt_that_is_cut() {
     kept.on(HEADKV_EV_STORE);
     kept.n_pos = kept.n_prompt = 40;
     kept.n_whole = 8;
-    kept.n_tail  = 16;
+    kept.n_tail = 16;
     kept.add(HEADKV_EV_DECODE, 40, 0, 8);
     check(kept.cut(31) == -1 && kept.n_pos == 41 && kept.n_prompt == 40, "below the recent cells nothing can be cut", "compressed");
     check(kept.pos_min() == 32 && kept.cut(40) == 0 && kept.n_generated() == 0, "a generated token", "compressed, cut");
@@ -171,24 +178,25 @@ struct walk_t {
     static constexpr int H = 3;
 
     std::mt19937 rng;
-    std::string  where;
-    uint32_t     n_buckets;
+    std::string where;
+    uint32_t n_buckets;
     headkv_store store;
 
-    std::map<int32_t, rows_t>   held;
+    std::map<int32_t, rows_t> held;
     std::map<int32_t, uint32_t> n_generated;
     std::map<int32_t, uint32_t> n_tail;
     float next = 1.0f;
 
-    walk_t(int seed, bool fused, uint32_t n_buckets) : rng(seed), n_buckets(n_buckets) {
+    walk_t(int seed, bool fused, uint32_t n_buckets) :
+        rng(seed), n_buckets(n_buckets) {
         for (int il : { 0, 2 }) {
             headkv_store_layer layer;
             layer.il = il;
-            layer.n_head = 2*H;
+            layer.n_head = 2 * H;
             layer.n_head_kv = H;
             layer.n_embd_head = D;
             layer.type_k = layer.type_v = GGML_TYPE_F32;
-            layer.buft  = failing_buft();
+            layer.buft = failing_buft();
             layer.fused = fused;
             store.layers.push_back(std::move(layer));
         }
@@ -198,8 +206,8 @@ struct walk_t {
 
     void write(headkv_store_layer & layer, const headkv_range & range, uint32_t i, float x) {
         const std::vector<float> row(D, x), negative(D, -x);
-        ggml_backend_tensor_set(layer.k, row.data(),      (range.off + i)*layer.k->nb[1], D*sizeof(float));
-        ggml_backend_tensor_set(layer.v, negative.data(), (range.off + i)*layer.v->nb[1], D*sizeof(float));
+        ggml_backend_tensor_set(layer.k, row.data(), (range.off + i) * layer.k->nb[1], D * sizeof(float));
+        ggml_backend_tensor_set(layer.v, negative.data(), (range.off + i) * layer.v->nb[1], D * sizeof(float));
     }
 
     void add(int32_t s) {
@@ -289,8 +297,8 @@ struct walk_t {
                     bool same = range.pos.size() == range.n_kept && range.n_used(n_generated[s]) == rows[i][ih].size() && range.n_cap >= rows[i][ih].size();
                     std::vector<float> k(D), v(D);
                     for (size_t j = 0; same && j < rows[i][ih].size(); ++j) {
-                        ggml_backend_tensor_get(layer.k, k.data(), (range.off + j)*layer.k->nb[1], D*sizeof(float));
-                        ggml_backend_tensor_get(layer.v, v.data(), (range.off + j)*layer.v->nb[1], D*sizeof(float));
+                        ggml_backend_tensor_get(layer.k, k.data(), (range.off + j) * layer.k->nb[1], D * sizeof(float));
+                        ggml_backend_tensor_get(layer.v, v.data(), (range.off + j) * layer.v->nb[1], D * sizeof(float));
                         same = k[0] == rows[i][ih][j] && k[D - 1] == k[0] && v[0] == -k[0] && v[D - 1] == v[0];
                     }
                     check(same, "every row is what was written", where);
@@ -316,8 +324,12 @@ struct walk_t {
                 add(s);
             } else {
                 switch (below(8)) {
-                    case 0:  store.remove(s, n_buckets); held.erase(s); check(!store.has(s), "it is gone", where); break;
-                    case 1:  cut(s); break;
+                    case 0:
+                        store.remove(s, n_buckets);
+                        held.erase(s);
+                        check(!store.has(s), "it is gone", where);
+                        break;
+                    case 1: cut(s); break;
                     default: generate(s);
                 }
             }
