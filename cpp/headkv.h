@@ -151,12 +151,13 @@ LLAMA_API bool headkv_enabled(const struct llama_context * ctx);
 // whole: the next llama_decode() call brings the whole prompt, which may then be read layer by layer; that takes a
 // context with n_batch >= n_tokens, and outputs for fewer than all tokens.
 // params: what the prompt is compressed by, within the limits of headkv_configure(); without importance, they have that of the
-// context. NULL = those of the context.
+// context. NULL = those of the context. An error for a sequence that is not empty. A prompt that failed at its first tokens, or was read layer by
+// layer, still has them when it comes again; llama_memory_seq_rm(.., -1, -1) drops them.
 // Clears headkv_last_error(): what is found there after a failed llama_decode() is its reason.
 LLAMA_API int32_t headkv_begin_prompt(struct llama_context * ctx, llama_seq_id seq_id, int32_t n_tokens, bool whole, const struct headkv_params * params);
 
 // headkv_begin_prompt() and llama_decode() of a whole prompt into an empty sequence, with logits for its last token. Parameters
-// that were announced for as many tokens of it are kept.
+// that were announced for as many tokens of it are kept until it is removed.
 // Returns what llama_decode() does; -4: not enough memory for the batch. The sequence is empty after a failure.
 LLAMA_API int32_t headkv_read_prompt(struct llama_context * ctx, llama_seq_id seq_id, const llama_token * tokens, int32_t n_tokens);
 
@@ -169,7 +170,7 @@ LLAMA_API int32_t headkv_read_ahead(struct llama_context * ctx, llama_seq_id seq
 // Why prompts are not read layer by layer in this context; empty = they are.
 LLAMA_API const char * headkv_why_token_prefill(const struct llama_context * ctx);
 
-// Called before each step of a prompt: layer il of n_layer (0 of 1 when all layers are one step), tokens
+// Called before each step of a prompt, and must not call back into the context: layer il of n_layer (0 of 1 when all layers are one step), tokens
 // [i_token, ..) of n_tokens. Returning false aborts: llama_decode() fails, and the step's tokens are removed, or the
 // whole prompt when it was read layer by layer.
 typedef bool (*headkv_progress)(int32_t il, int32_t n_layer, int32_t i_token, int32_t n_tokens, void * user_data);
@@ -185,8 +186,8 @@ LLAMA_API int32_t headkv_end_prompt(struct llama_context * ctx, llama_seq_id seq
 LLAMA_API int32_t headkv_compress_as(struct llama_context * ctx, llama_seq_id seq_id, llama_seq_id seq_id_dst);
 
 // Whether a compressed sequence is what a prompt read now with these parameters (NULL = those of the context) would have left:
-// 0, or negative with the reason in headkv_last_error(), which can be another kv_size, other protected cells or other adapters
-// (LoRA, control vector). llama_decode() continues on it in either case.
+// 0, or negative with the reason in headkv_last_error(), which can be another kv_size, other protected cells, another policy or
+// other options of it, which a restored sequence does not know, or other adapters (LoRA, control vector). llama_decode() continues on it in either case.
 LLAMA_API int32_t headkv_can_continue(const struct llama_context * ctx, llama_seq_id seq_id, const struct headkv_params * params);
 
 // Limits of the sequences that llama_state_*() restores from now on, which are refused beyond them; 0 = that of the context.
@@ -216,6 +217,8 @@ LLAMA_API int32_t headkv_plan(const struct headkv_params * params, int32_t n_lay
 
 // What a prompt of n_prompt tokens, read in ubatches of n_ubatch, and n_predict generated ones would take in a context of this
 // model and these types of K and V, but for the compute buffers, which are those of this one. layered: read layer by layer.
+// Of policies that score by the window, with attend 'fused': the norms of "criticalkv", the sums of "h2o" and the padding of
+// 'composed' come on top.
 LLAMA_API int32_t headkv_get_footprint(const struct llama_context * ctx, const struct headkv_params * params, int32_t n_prompt, int32_t n_predict,
         int32_t n_ubatch, bool layered, struct headkv_footprint * dst);
 

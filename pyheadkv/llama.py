@@ -264,6 +264,7 @@ class Llama(llama_cpp.Llama):
                 )
             self.kv_options: Options | None = None
             super().__init__(model_path, **kwargs)
+            self._check_adapter()
             return
 
         n_ctx = kwargs.get("n_ctx", 512)  # 0 = that of the model, checked by the library
@@ -302,6 +303,7 @@ class Llama(llama_cpp.Llama):
         except BaseException:
             self._close_partial()
             raise
+        self._check_adapter()
         if options.prefill == "layer" and self.prefill_mode != "layer":
             why = _lib.lib.headkv_why_token_prefill(self.ctx).decode()
             self.close()
@@ -310,6 +312,12 @@ class Llama(llama_cpp.Llama):
             print(
                 f"pyheadkv: policy {self.policy}{'' if self._found is None else ', importance from ' + self._found.origin}", file=sys.stderr
             )
+
+    def _check_adapter(self) -> None:
+        if self.lora_path and not self._lora_adapter:  # a null pointer, which llama_cpp takes for an adapter
+            self._lora_adapter = None
+            self.close()
+            raise ValueError(f"lora_path={self.lora_path!r}: it is not an adapter of this model that llama.cpp can load")
 
     def _find_importance(self, importance: ImportanceLike) -> None:
         if importance is not None:

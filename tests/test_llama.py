@@ -145,3 +145,12 @@ def test_a_source_tree_without_a_library_that_hides_the_installed_package_is_nam
     (site / "pyheadkv-0.1.0.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: pyheadkv\nVersion: 0.1.0\n")
     res = run_python("import pyheadkv", "-S", cwd=tree, PYTHONPATH=str(site))
     assert res.returncode != 0 and "start Python in another folder" in res.stderr and str(site) in res.stderr, res.stderr
+
+
+@pytest.mark.parametrize("kv_size", [None, 64])
+def test_an_adapter_that_cannot_be_loaded_is_an_error(kv_size: int | None, tmp_path: Path) -> None:
+    from pyheadkv import Llama, embedded_model
+
+    for lora in (tmp_path / "nope.gguf", embedded_model()):
+        with pytest.raises(ValueError, match="it is not an adapter of this model"):
+            Llama(embedded_model(), kv_size=kv_size, n_ctx=256, n_threads=1, lora_path=str(lora), verbose=False)

@@ -270,6 +270,7 @@ def test_budgets_that_no_prompt_exceeds_are_marked(path: Path, capsys: pytest.Ca
         (["--memory", "64MiB"], ["memory=64.00 MiB", "weights", "give more memory"]),
         (["--memory", "1GiB", "--kv-size", "a"], ["kv_size='a'", "64,128"]),
         (["--memory", "1GiB", "--kv-size", "64,5"], ["kv_size=5", "9"]),
+        (["--memory", "1GiB", "--kv-size", "99999999999"], ["kv_size=99999999999", "67108864"]),
         (["--memory", "1GiB", "--n-predict", "0"], ["n_predict=0"]),
         (["--memory", "1GiB", "--n-ubatch", "0"], ["n_ubatch=0"]),
     ],

@@ -379,5 +379,99 @@ def test_prompts_are_compressed_by_the_parameters_that_they_were_begun_with(pref
         both.remove(0)
         both.read(0, prompts[0])  # what was begun without parameters has those of the context
         assert len(both.positions(0, 0, 0)) == KV_SIZE
-        with pytest.raises(ValueError, match="window is 200: the context has room"):
+        both.remove(1)
+        with pytest.raises(RuntimeError, match="window is 200: the context has room"):
             both.announce(1, 20, params=params_of(prefill=prefill, window=200))
+
+
+def test_a_paused_prompt_cannot_be_compressed(make_model: MakeModel) -> None:
+    prompt = tokens(350)
+    with sequences(make_model(SHAPES[1]), n_seq_max=2) as both:
+        both.announce(0, len(prompt))
+        assert both.read_ahead(0, prompt) > 1
+        lib = both.headkv.lib
+        for call in (lambda: lib.headkv_end_prompt(both.ctx, 0), lambda: lib.headkv_compress_as(both.ctx, 0, 1)):
+            assert call() < 0 and both.headkv.last_error()
+        assert "is being read layer by layer" in (lib.headkv_end_prompt(both.ctx, 0), both.headkv.last_error())[1]
+        while both.read_ahead(0, prompt) > 1:
+            pass
+        both.decode({0: prompt})
+        both.end_prompt(0)
+        assert both.state(0) == 2 and both.stats(0).n_prompt == len(prompt)
+
+
+def test_parameters_go_with_what_is_removed_and_stay_with_what_failed(make_model: MakeModel) -> None:
+    prompt = tokens(200)
+    for prefill in ("token", "layer"):
+        with sequences(make_model(SHAPES[1]), n_seq_max=1, prefill=prefill) as one:
+            lib, params = one.headkv.lib, params_of(prefill=prefill, kv_size=100)
+            one.announce(0, len(prompt), params=params)
+            one.remove(0)  # given up
+            one.decode({0: prompt})
+            one.end_prompt(0)
+            assert one.stats(0).kv_size == KV_SIZE
+            with pytest.raises(RuntimeError, match="sequence 0 is begun: it keeps the parameters"):
+                one.announce(0, len(prompt), params=params)
+            one.remove(0)
+            stop = one.headkv.Progress(lambda *_: False)
+            one.announce(0, len(prompt), params=params)
+            lib.headkv_set_progress(one.ctx, stop, None)
+            with pytest.raises(RuntimeError, match="aborted"):
+                one.decode({0: prompt})
+            lib.headkv_set_progress(one.ctx, one.headkv.Progress(), None)
+            one.n_past[0] = 0
+            one.decode({0: prompt})
+            one.end_prompt(0)
+            assert one.stats(0).kv_size == 100
+
+
+def test_what_would_be_kept_now_is_more_than_its_number(make_model: MakeModel) -> None:
+    with sequences(make_model(SHAPES[1]), n_seq_max=1) as one:
+        one.read(0, tokens(200))
+        lib = one.headkv.lib
+        assert lib.headkv_can_continue(one.ctx, 0, params_of()) == 0
+        for other in (
+            {"policy": "streaming", "sinks": 0},
+            {"policy": "pyramidkv"},
+            {"window": 8},
+            {"recent": 20},
+            {"pool": "avg"},
+            {"power": 1},
+        ):
+            assert lib.headkv_can_continue(one.ctx, 0, params_of(**other)) < 0, other
+            assert "another policy, or with other options of it" in one.headkv.last_error()
+
+
+@pytest.mark.parametrize("prefill", ["token", "layer"])
+def test_nothing_changes_while_the_progress_is_told(prefill: str, make_model: MakeModel) -> None:
+    prompt = tokens(200)
+    with sequences(make_model(SHAPES[1]), n_seq_max=1, prefill=prefill) as one:
+        said = []
+
+        def look(*_: Any) -> bool:
+            memory = one.c.llama_get_memory(one.ctx)
+            said.append(bool(one.c.llama_memory_seq_rm(memory, 0, -1, -1)))
+            one.c.llama_memory_clear(memory, True)
+            said.append(one.headkv.lib.headkv_end_prompt(one.ctx, 0) >= 0)
+            return True
+
+        progress = one.headkv.Progress(look)
+        one.announce(0, len(prompt))
+        one.headkv.lib.headkv_set_progress(one.ctx, progress, None)
+        one.decode({0: prompt})
+        one.headkv.lib.headkv_set_progress(one.ctx, one.headkv.Progress(), None)
+        one.end_prompt(0)
+        assert said and not any(said)
+        assert one.state(0) == 2 and one.stats(0).n_prompt == len(prompt)
+
+
+def test_the_end_of_a_prompt_that_is_to_be_compressed_cannot_be_cut(make_model: MakeModel) -> None:
+    prompt = tokens(200)
+    with sequences(make_model(SHAPES[1]), n_seq_max=1) as one:
+        one.announce(0, len(prompt))
+        one.decode({0: prompt})
+        memory = one.c.llama_get_memory(one.ctx)
+        assert one.state(0) == 3 and one.c.llama_memory_seq_pos_min(memory, 0) == len(prompt) - 1
+        assert not one.c.llama_memory_seq_rm(memory, 0, len(prompt) - 1, -1)
+        one.end_prompt(0)
+        assert one.stats(0).n_prompt == len(prompt)

@@ -873,7 +873,13 @@ def test_a_request_has_its_own_size(llm: Any, log: Path) -> None:
 
 @pytest.mark.parametrize("size", [WINDOW, KV_SIZE + 1, -5, 1.5, "64", True, [64], 1 << 40])
 def test_a_wrong_size_is_a_400_with_field_value_and_range(size: Any, small_server: Server) -> None:
-    for path, body in (("/completion", {"prompt": "the"}), ("/v1/chat/completions", {"messages": [{"role": "user", "content": "the"}]})):
+    messages = [{"role": "user", "content": "the"}]
+    bodies: dict[str, dict[str, Any]] = {
+        "/completion": {"prompt": "the"},
+        "/v1/chat/completions": {"messages": messages},
+        "/v1/messages": {"messages": messages, "max_tokens": 1},
+    }
+    for path, body in bodies.items():
         status, answer = small_server.request(path, {**body, "kv_size": size, "n_predict": 1})
         assert status == 400
         assert f"kv_size is {json.dumps(size, separators=(',', ':'))}: it must be an integer in [9, 128]" in answer["error"]["message"]
@@ -898,6 +904,12 @@ def test_a_wrong_size_is_a_400_with_field_value_and_range(size: Any, small_serve
 def test_wrong_protected_ranges_are_a_400(protect: Any, why: str, small_server: Server) -> None:
     status, answer = small_server.request("/completion", {"prompt": [300] * 200, "kv_protect": protect, "n_predict": 1})
     assert status == 400 and answer["error"]["message"].startswith("kv_protect is ") and why in answer["error"]["message"]
+
+
+def test_a_protected_cell_of_two_ranges_counts_once(small_server: Server) -> None:
+    body = {"prompt": [300] * 200, "kv_protect": [[30, 110], [20, 100], [0, 40]], "n_predict": 1}
+    status, answer = small_server.request("/completion", body)
+    assert status == 200 and answer["timings"]["kv"]["cells"]["min"] >= 110
 
 
 def test_a_request_protects_cells_of_its_prompt(llm: Any, log: Path) -> None:

@@ -185,6 +185,9 @@ int32_t headkv_read_prompt(struct llama_context * ctx, llama_seq_id seq_id, cons
         const int32_t res = decode_prompt(ctx, seq_id, tokens, n_tokens, true);
         if (res != 0) {
             kv.seq_rm(seq_id, -1, -1);
+            if (!*headkv_last_error()) {
+                fail(format("llama_decode returned %d", res));
+            }
         }
         return res;
     });
@@ -423,8 +426,8 @@ int32_t headkv_read_attention(struct llama_context * ctx, llama_seq_id seq_id, i
         if (!mass) {
             return n_values;
         }
-        if (n < n_values) {
-            return fail(format("room for %d values, %d are needed", n, n_values));
+        if (n < n_values || !top || (n_spans > 0 && !spans)) {
+            return fail(format("room for %d values, %d are needed, and no pointer NULL", n, n_values));
         }
         std::vector<std::pair<int32_t, int32_t>> ranges;
         for (int32_t i = 0; i < n_spans; ++i) {

@@ -147,6 +147,7 @@ headkv_seq headkv_compression::finish(const headkv_seq & seq) const {
     res.n_whole = keep_all ? seq.n_pos : (llama_pos) n_recent;
     res.n_tail = n_tail_;
     res.kv_size = cfg->kv_size;
+    res.selection = cfg->selection;
     res.spans = headkv_protected(*cfg, seq.n_pos - res.n_whole);
     res.adapters = seq.adapters;
     return res;

@@ -7,6 +7,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 #include <stdexcept>
 
 static int32_t check_range(const char * name, int32_t value, int32_t lo, int32_t hi) {
@@ -54,6 +55,22 @@ void headkv_config_check_ctx(const headkv_config & cfg, uint32_t n_ctx) {
         throw std::invalid_argument(format("sinks or protect reach to position %d: they must end at or before n_ctx = %u",
                 cfg.spans.back().second, n_ctx));
     }
+}
+
+// FNV-1a
+static uint64_t fingerprint(const headkv_config & cfg) {
+    uint64_t res = 0xcbf29ce484222325;
+    const auto add = [&res](const void * data, size_t n_bytes) {
+        for (size_t i = 0; i < n_bytes; ++i) {
+            res = (res ^ ((const uint8_t *) data)[i]) * 0x100000001b3;
+        }
+    };
+    add(cfg.policy->name, strlen(cfg.policy->name) + 1);
+    const double numbers[] = { (double) cfg.window, (double) cfg.recent, (double) cfg.n_square, (double) cfg.pool, (double) cfg.pool_kernel, cfg.beta,
+        (double) cfg.surplus, (double) cfg.pyramid_exact, cfg.adakv_floor, (double) cfg.adakv_normalize };
+    add(numbers, sizeof(numbers));
+    add(cfg.importance.values.data(), cfg.importance.values.size() * sizeof(double));
+    return res | 1;
 }
 
 headkv_config headkv_config_from_params(const headkv_params & params, const headkv_importance * known_importance) {
@@ -131,6 +148,7 @@ headkv_config headkv_config_from_params(const headkv_params & params, const head
         throw std::invalid_argument(format("beta is %g: it must be a finite number > 1 (larger = more uniform budgets)", cfg.beta));
     }
 
+    cfg.selection = fingerprint(cfg);
     return cfg;
 }
 

@@ -40,6 +40,9 @@ struct headkv_config {
 
     headkv_importance importance;
 
+    // Fingerprint of what decides which cells are kept, but for kv_size and spans; never 0.
+    uint64_t selection;
+
     // positions that every head keeps, sinks included: disjoint [start, end), ascending
     std::vector<std::pair<int32_t, int32_t>> spans;
 };

@@ -51,7 +51,8 @@ static int64_t scratch_bytes(const headkv_layer_shape & layer, const headkv_conf
 
 headkv_footprint llama_kv_cache_ragged::footprint(const headkv_config & with, uint32_t n_prompt, uint32_t n_predict, bool layered, int64_t n_ubatch) const {
     const int64_t n_cells = GGML_PAD((int64_t) n_prompt, 256); // upstream attends multiples of 256 cells
-    const int64_t n_kept = std::min<int64_t>(with.kv_size, n_prompt);
+    const int64_t n_sure = headkv_n_protected(with, n_prompt) + with.recent;
+    const int64_t n_kept = std::min<int64_t>(std::max<int64_t>(with.kv_size, n_sure), n_prompt);
     const int64_t n_tail = std::max<int64_t>(headkv_n_tail(with, n_prompt), n_predict);
 
     headkv_footprint res = {};

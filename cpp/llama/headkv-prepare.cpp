@@ -66,8 +66,10 @@ llama_memory_context_ptr llama_kv_cache_ragged::prepare(llama_batch_allocr & bal
         for (const auto & it : split.n_new) {
             headkv_seq & seq = seqs[it.first];
             if (seq.state == HEADKV_SEQ_EMPTY && !is_reading(it.first)) {
-                seq.cfg = seq.cfg_next ? std::move(seq.cfg_next) : layered ? cfg
-                                                                           : nullptr;
+                seq.cfg = seq.cfg_next;
+                if (!seq.cfg && layered) {
+                    seq.cfg = cfg; // of all layers
+                }
             }
         }
         announced = announced_t();
@@ -87,6 +89,9 @@ llama_memory_context_ptr llama_kv_cache_ragged::prepare(llama_batch_allocr & bal
 }
 
 void llama_kv_cache_ragged::check_usable() const {
+    if (is_called_back) {
+        throw std::runtime_error("nothing can be decoded while the progress is told");
+    }
     if (!broken.empty()) {
         throw std::runtime_error(broken);
     }
@@ -181,7 +186,10 @@ bool llama_kv_cache_ragged::begin_step(const llama_ubatch & ubatch, bool layered
     }
     const int32_t n_before = layered ? (int32_t) the_pass->i_token : ubatch.pos[0];
     const int32_t n_tokens = layered ? (int32_t) the_staging.hidden()->ne[1] : (int32_t) std::max<uint32_t>(n_progress, ubatch.pos[0] + ubatch.n_tokens);
-    return progress(layered ? the_pass->i_layer : 0, layered ? n_layer() : 1, n_before, n_tokens, progress_data);
+    is_called_back = true;
+    const bool res = progress(layered ? the_pass->i_layer : 0, layered ? n_layer() : 1, n_before, n_tokens, progress_data);
+    is_called_back = false;
+    return res;
 }
 
 bool llama_kv_cache_ragged::next_step(const std::vector<llama_ubatch> & ubatches) {

@@ -85,9 +85,11 @@ llama_pos headkv_seq::cut(llama_pos p0) {
 }
 
 llama_pos headkv_seq::pos_min() const {
+    if (n_pos == 0 || state == HEADKV_SEQ_LAYERED) {
+        return n_pos - 1; // it is to be compressed first
+    }
     // below the recent cells nothing can be removed or continued
-    return n_pos == 0 ? -1 : state == HEADKV_SEQ_COMPRESSED ? std::min(n_prompt - n_whole, n_pos - 1)
-                                                            : 0;
+    return state == HEADKV_SEQ_COMPRESSED ? std::min(n_prompt - n_whole, n_pos - 1) : 0;
 }
 
 std::vector<int32_t> headkv_seq::window_slots(llama_seq_id id, llama_pos n) const {
@@ -111,6 +113,9 @@ std::string headkv_seq::why_not_continued(llama_seq_id id, const headkv_config &
     }
     if (kv_size != cfg.kv_size && !(n_whole == n_prompt && headkv_keeps_all(cfg, n_prompt))) {
         return format("it was compressed with kv_size %u, that of now is %u", kv_size, cfg.kv_size);
+    }
+    if (selection != 0 && selection != cfg.selection && !(n_whole == n_prompt && headkv_keeps_all(cfg, n_prompt))) {
+        return "it was compressed by another policy, or with other options of it, than those of now";
     }
     if (spans != headkv_protected(cfg, n_prompt - n_whole)) {
         return "it was compressed with other protected cells than those of now";

@@ -159,6 +159,9 @@ static uint64_t make_fingerprint(const llama_adapter_loras & loras, const llama_
     };
     std::vector<uint64_t> parts;
     for (const auto & [lora, scale] : loras) {
+        if (!lora) {
+            continue; // a file that could not be loaded, which upstream ignores
+        }
         checksum_t sum;
         const std::map<std::string, llama_adapter_lora_weight> weights(lora->ab_map.begin(), lora->ab_map.end());
         for (const auto & [name, weight] : weights) {
@@ -210,6 +213,9 @@ void llama_kv_cache_ragged::state_write(llama_io_write_i & io, llama_seq_id seq_
         const bool is_empty = seqs[s].state == HEADKV_SEQ_EMPTY && !is_reading(s);
         if (is_empty || (seq_id >= 0 && s != seq_id)) {
             continue;
+        }
+        if (is_reading(s)) {
+            refuse(format("sequence %d is being read layer by layer: give its whole prompt again until it is read, or remove it", s));
         }
         if (seqs[s].state != HEADKV_SEQ_COMPRESSED) {
             refuse(format("the prompt of sequence %d is not compressed, call headkv_end_prompt() first", s));

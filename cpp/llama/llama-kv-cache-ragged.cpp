@@ -12,6 +12,7 @@
 #include <limits>
 #include <numeric>
 #include <stdexcept>
+#include <tuple>
 
 //
 // construction
@@ -210,6 +211,10 @@ uint32_t llama_kv_cache_ragged::n_staged() const {
 
 void llama_kv_cache_ragged::clear(bool data) {
     GGML_UNUSED(data); // memory is cleared when it is allocated
+    if (is_called_back) {
+        headkv_fail("the cache cannot be cleared while the progress is told: return false and clear it then");
+        return;
+    }
     abort_compression();
     the_pass.reset();
     for (auto & seq : seqs) {
@@ -219,11 +224,16 @@ void llama_kv_cache_ragged::clear(bool data) {
     release_idle();
 }
 
-void llama_kv_cache_ragged::drop_pass(llama_seq_id seq_id) {
+void llama_kv_cache_ragged::drop_pass(llama_seq_id seq_id, bool gives_up) {
     the_pass.reset();
     abort_compression();
     the_staging.cache().clear(false);
-    seqs[seq_id].on(HEADKV_EV_REMOVE);
+    headkv_seq & seq = seqs[seq_id];
+    const auto announced_cfg = std::make_pair(seq.cfg_next, seq.n_next);
+    seq.on(HEADKV_EV_REMOVE);
+    if (!gives_up) {
+        std::tie(seq.cfg_next, seq.n_next) = announced_cfg; // it failed and may come again
+    }
     release_idle();
 }
 
@@ -240,21 +250,31 @@ bool llama_kv_cache_ragged::seq_rm(llama_seq_id seq_id, llama_pos p0, llama_pos 
     }
     headkv_seq & seq = seqs[seq_id];
 
+    if (is_called_back) {
+        return headkv_fail(format("sequence %d cannot be removed while the progress is told: return false and remove it then", seq_id));
+    }
     if (p0 >= 0 && is_reading(seq_id) && the_pass->paused) {
         return true; // it counts as empty; only the removal of everything gives the prompt up
     }
+    const bool gives_up = p0 < 0; // upstream clears with 0 what it is about to fill
     p0 = std::max<llama_pos>(p0, 0);
     p1 = p1 < 0 ? std::numeric_limits<llama_pos>::max() : p1;
 
     if (p0 >= std::min(p1, seq.n_pos) && !is_reading(seq_id)) {
+        if (gives_up && seq.state == HEADKV_SEQ_EMPTY) {
+            seq.on(HEADKV_EV_REMOVE); // what was announced for it
+        }
         release_idle(); // a prompt that failed with its first ubatch has left it
         return true;
     }
     if (p1 < seq.n_pos) {
         return false; // a hole
     }
+    if (seq.state == HEADKV_SEQ_LAYERED && !is_reading(seq_id) && p0 > 0) {
+        return false; // it is to be compressed first
+    }
     if (is_reading(seq_id) || seq.state == HEADKV_SEQ_LAYERED) {
-        drop_pass(seq_id); // upstream cleans up after a failed or aborted ubatch: no part of the prompt is complete
+        drop_pass(seq_id, gives_up); // upstream cleans up after a failed or aborted ubatch: no part of the prompt is complete
         return p0 == 0;
     }
     if (p0 == 0) {
@@ -378,6 +398,9 @@ void llama_kv_cache_ragged::configure(headkv_config_ptr other) {
 void llama_kv_cache_ragged::announce(llama_seq_id seq_id, uint32_t n_tokens, bool whole, headkv_config_ptr with, bool keep) {
     headkv_seq & seq = seqs[seq_id];
     if (with) {
+        if (seq.state != HEADKV_SEQ_EMPTY || is_reading(seq_id)) {
+            throw std::invalid_argument(format("sequence %d is begun: it keeps the parameters that it was begun with, remove it first", seq_id));
+        }
         check_config(*with);
     } else if (keep && seq.n_next == n_tokens) {
         with = seq.cfg_next;
@@ -526,6 +549,12 @@ bool llama_kv_cache_ragged::make_room(llama_context * lctx, uint32_t n_tokens) {
 
 bool llama_kv_cache_ragged::compress(llama_context * lctx, llama_seq_id seq_id, llama_seq_id seq_id_dst) {
     const headkv_seq & seq = seqs[seq_id];
+    if (is_called_back) {
+        return headkv_fail(format("sequence %d cannot be compressed while the progress is told", seq_id));
+    }
+    if (is_reading(seq_id)) {
+        return headkv_fail(format("sequence %d is being read layer by layer: give its whole prompt again until it is read, or remove it", seq_id));
+    }
     if (seq_id_dst != seq_id) {
         if (seq.state != HEADKV_SEQ_STAGED) {
             return headkv_fail(format("sequence %d is not a prompt that is held as a whole: read it in upstream's order, do not compress it", seq_id));

@@ -238,6 +238,7 @@ private:
 
     progress_fn progress = nullptr;
     void * progress_data = nullptr;
+    bool is_called_back = false; // the progress is being told: nothing may change
     int64_t t_pause = 0;
 
     llama_context * lctx = nullptr; // of the last update
@@ -274,7 +275,7 @@ private:
     void end_compression();
     void abort_compression();
 
-    void drop_pass(llama_seq_id seq_id); // gives up a prompt that is read layer by layer
+    void drop_pass(llama_seq_id seq_id, bool gives_up); // a prompt that is read layer by layer; not given up: it may come again
     void drop_rows(llama_seq_id seq_id); // of the store
     uint32_t n_staged() const; // cells in use
     void release_idle(); // memory of the staging and of the store, where no sequence has any

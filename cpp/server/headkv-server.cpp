@@ -230,12 +230,25 @@ static std::vector<std::pair<int32_t, int32_t>> get_spans(const common_json & va
             refuse(string_format("each range must not be empty and lie in [0, %d], the tokens of the prompt", n_tokens));
         }
         res.push_back({ (int32_t) start, (int32_t) end });
-        n_protected += end - start;
+    }
+    std::sort(res.begin(), res.end());
+    int64_t last = 0;
+    for (const auto & [start, end] : res) { // cells of several ranges count once
+        n_protected += std::max<int64_t>(0, end - std::max<int64_t>(start, last));
+        last = std::max<int64_t>(last, end);
     }
     if (n_protected > n_max) {
         refuse(string_format("%lld tokens, it may be up to %d, the server's limit without the recent cells", (long long) n_protected, n_max));
     }
     return res;
+}
+
+void headkv_server_keep_fields(common_json & body, const common_json & request) {
+    for (const char * name : { "kv_size", "kv_protect" }) {
+        if (request.contains(name)) {
+            body[name] = request.at(name);
+        }
+    }
 }
 
 headkv_request headkv_server_check_request(const common_json & body, int32_t n_completions, int32_t n_tokens) {
@@ -268,6 +281,10 @@ static void check(int32_t code) {
 void headkv_server_announce(llama_context * ctx, llama_seq_id seq_id, int32_t n_tokens, bool whole, const headkv_request & request) {
     const request_params params(request);
     check(headkv_begin_prompt(ctx, seq_id, n_tokens, whole, &params.get()));
+}
+
+void headkv_server_announce_end(llama_context * ctx, llama_seq_id seq_id, int32_t n_tokens) {
+    check(headkv_begin_prompt(ctx, seq_id, n_tokens, true, nullptr));
 }
 
 bool headkv_server_read_ahead(llama_context * ctx, llama_seq_id seq_id, const std::vector<llama_token> & tokens, int32_t & n_read) {

@@ -44,6 +44,9 @@ bool headkv_server_only_layer(); // --kv-prefill layer
 bool headkv_server_by_layer(const llama_context * ctx); // prompts are read layer by layer
 int32_t headkv_server_n_batch();    // prompt tokens per batch where they are not
 
+// Puts what a request chooses into what its form was converted to.
+void headkv_server_keep_fields(common_json & body, const common_json & request);
+
 // What a completion request chooses for its prompt of n_tokens. Throws std::invalid_argument with field, value and range.
 headkv_request headkv_server_check_request(const common_json & body, int32_t n_completions, int32_t n_tokens);
 
@@ -51,6 +54,9 @@ headkv_request headkv_server_check_request(const common_json & body, int32_t n_c
 
 // whole: the prompt may come in one batch; it is compressed by what its request chooses
 void headkv_server_announce(llama_context * ctx, llama_seq_id seq_id, int32_t n_tokens, bool whole, const headkv_request & request);
+
+// before the batch that ends a prompt which was read ahead
+void headkv_server_announce_end(llama_context * ctx, llama_seq_id seq_id, int32_t n_tokens);
 
 // Reads on in a whole prompt, for as long as other slots may have to wait. false: more is to be read; true: the batch with
 // the whole prompt has one step left to do. n_read: set to the share of the steps that are done, in tokens.

@@ -130,7 +130,7 @@ static bool headkv_server_read(server_slot & slot, const server_batch & batch, i
         }
         return false;
     }
-    headkv_server_announce(slot.ctx_tgt, slot.id, n_tokens, true, slot.task->params.headkv);
+    headkv_server_announce_end(slot.ctx_tgt, slot.id, n_tokens);
     return true;
 }
 

@@ -36,7 +36,7 @@ from typing import Any
 
 from .. import _lib, gguf_keys
 from ..model import ModelShape, model_path, read_shape
-from ..options import Options, check_choice, check_int
+from ..options import MAX_CELLS, Options, check_choice, check_int
 from ..units import format_bytes, ggml_type, parse_bytes, round_n_ctx, row_bytes
 
 PREFILLS = ("stock", "token", "layer")
@@ -199,6 +199,8 @@ def make_plan(
     ValueError : wrong option, damaged file, a model that cannot be compressed, or too little memory for any prompt
     """
     check_int("memory", memory, 1, 1 << 60)
+    for n in kv_sizes:
+        check_int("kv_size", n, 1, MAX_CELLS)
     entries: list[Entry] = []
     with Probe(path) as probe:
         for types in dict.fromkeys([("f16", "f16"), (type_k, type_v)]):

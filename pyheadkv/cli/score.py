@@ -128,7 +128,8 @@ def run(args: argparse.Namespace) -> int:
     if args.kv_size is not None and not args.calibrate:
         raise ValueError(f"--kv-size={args.kv_size}: it is for --calibrate, scores do not depend on it")
     kv_sizes = [check_int("--kv-size", n, 9, max_tokens) for n in args.kv_size or calibrate.KV_SIZES if args.calibrate]
-    llm = _open_model(path, args, n_ctx=round_n_ctx(max_tokens + N_QUESTION + N_ANSWER))
+    n_longest = max(max_tokens, CORPUS_MAX_TOKENS) if args.max_tokens is None else max_tokens
+    llm = _open_model(path, args, n_ctx=round_n_ctx(n_longest + N_QUESTION + N_ANSWER))
     try:
         if args.max_tokens is None and speaks_needle_language(llm):
             max_tokens = CORPUS_MAX_TOKENS
