@@ -976,19 +976,15 @@ def test_short_prompts(prompt: Any, small_server: Server) -> None:
     assert status == 200, answer
 
 
-def test_a_failed_compression_is_an_error_of_its_request_alone(llm: Any, log: Path, tmp_path: Path) -> None:
-    """The importance is gone when another size needs it."""
+def test_requests_of_another_size_need_no_file_of_importance(llm: Any, log: Path, tmp_path: Path) -> None:
+    """It is read once, with the context, not for each request that chooses its own size."""
     importance = tmp_path / "importance.gguf"
     importance.write_bytes(MODEL.read_bytes())
-    prompt, other = prompt_ids(llm, 3), prompt_ids(llm, 4)
-    answer = expected(llm, other, 64)
-    with running(log, "--kv-size", KV_SIZE, "--kv-importance", importance, n_slots=2) as server, ThreadPoolExecutor(1) as pool:
+    prompt = prompt_ids(llm, 3)
+    small = load(MODEL, preset="default", kv_size=32, n_ctx=N_CTX, n_batch=N_UBATCH, n_ubatch=N_UBATCH)
+    with running(log, "--kv-size", KV_SIZE, "--kv-importance", importance) as server:
         importance.unlink()
-        beside = pool.submit(server.tokens, other, 64)
-        time.sleep(0.2)
-        status, error = server.request("/completion", {"prompt": prompt, "n_predict": 4, "kv_size": 32})
-        assert status == 500 and "importance.gguf" in error["error"]["message"]
-        assert beside.result() == answer
+        assert until_end(server.tokens(prompt, 8, kv_size=32)) == expected(small, prompt, 8)
         assert server.tokens(prompt, 8) == expected(llm, prompt, 8)
         assert_nothing_left(server)
 
