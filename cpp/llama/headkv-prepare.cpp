@@ -1,4 +1,4 @@
-// How a batch begins: what has to be done before it can be computed, and what each of its steps does to the sequences.
+// How a batch begins: what was announced, what has to be done before it can be computed, and what its steps do to the sequences.
 
 #include "llama-kv-cache-ragged.h"
 
@@ -10,6 +10,49 @@
 
 #include <algorithm>
 #include <stdexcept>
+
+void llama_kv_cache_ragged::check_config(const headkv_config & b) const {
+    const auto & a = *cfg;
+    if (b.window > (uint32_t) the_staging.n_ring()) {
+        throw std::invalid_argument(format("window is %u: the context has room for the queries of the last %d tokens, create another one",
+                b.window, the_staging.n_ring()));
+    }
+    if (b.n_tail != a.n_tail || b.attend != a.attend || b.n_buckets != a.n_buckets ||
+            b.prefill != a.prefill || b.hidden_f16 != a.hidden_f16) {
+        throw std::invalid_argument("n_tail, attend, n_buckets, prefill and hidden_f16 cannot change: create another context");
+    }
+    headkv_config_check_ctx(b, n_ctx_seq);
+    if (b.policy->needs_sums && !the_staging.sums(the_store.layers[0].il, true)) {
+        throw std::invalid_argument(format("policy '%s' looks at all tokens while they are read: create the context with it", b.policy->name));
+    }
+    const std::string why_not = why_no_values(b);
+    if (!why_not.empty()) {
+        throw std::invalid_argument(why_not);
+    }
+    headkv_budget(b, heads); // throws when the importance does not fit
+}
+
+void llama_kv_cache_ragged::configure(headkv_config_ptr other) {
+    check_config(*other);
+    budgets = headkv_budget(*other, heads);
+    cfg = std::move(other);
+}
+
+void llama_kv_cache_ragged::announce(llama_seq_id seq_id, uint32_t n_tokens, bool whole, headkv_config_ptr with, bool keep) {
+    headkv_seq & seq = seqs[seq_id];
+    if (with) {
+        if (seq.state != HEADKV_SEQ_EMPTY || is_reading(seq_id)) {
+            throw std::invalid_argument(format("sequence %d is begun: it keeps the parameters that it was begun with, remove it first", seq_id));
+        }
+        check_config(*with);
+    } else if (keep && seq.n_next == n_tokens) {
+        with = seq.cfg_next;
+    }
+    seq.cfg_next = std::move(with);
+    seq.n_next = n_tokens;
+    n_progress = std::min(n_tokens, n_ctx_seq);
+    announced = { seq_id, n_progress, whole && seq.state == HEADKV_SEQ_EMPTY };
+}
 
 llama_memory_context_ptr llama_kv_cache_ragged::init_batch(llama_batch_allocr & balloc, uint32_t n_ubatch, bool embd_all) {
     GGML_UNUSED(embd_all);

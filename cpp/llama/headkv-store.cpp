@@ -125,6 +125,40 @@ void headkv_copy_rows(ggml_tensor * src, uint32_t off_src, ggml_tensor * dst, ui
     ggml_backend_tensor_copy(a, b);
 }
 
+// K and V of a layer for n_rows rows, which are zero
+struct pools_t {
+    ggml_context_ptr ctx;
+    ggml_backend_buffer_ptr buf;
+    ggml_tensor * k = nullptr;
+    ggml_tensor * v = nullptr;
+};
+
+static pools_t make_pools(const headkv_store_layer & layer, uint32_t n_rows, bool no_alloc) {
+    pools_t res;
+    if (n_rows == 0) {
+        return res;
+    }
+    ggml_init_params params = { /*.mem_size =*/2 * ggml_tensor_overhead(), /*.mem_buffer =*/nullptr, /*.no_alloc =*/true };
+    res.ctx.reset(ggml_init(params));
+    res.k = ggml_new_tensor_2d(res.ctx.get(), layer.type_k, layer.n_embd_head, n_rows);
+    res.v = ggml_new_tensor_2d(res.ctx.get(), layer.type_v, layer.n_embd_head, n_rows);
+    ggml_format_name(res.k, "headkv_k_l%d", layer.il);
+    ggml_format_name(res.v, "headkv_v_l%d", layer.il);
+    if (no_alloc) {
+        res.buf.reset(ggml_backend_buft_alloc_buffer(layer.buft, 0));
+        res.k->buffer = res.buf.get();
+        res.v->buffer = res.buf.get();
+        return res;
+    }
+    res.buf.reset(ggml_backend_alloc_ctx_tensors_from_buft(res.ctx.get(), layer.buft));
+    if (!res.buf) {
+        throw std::bad_alloc();
+    }
+    // the composed path multiplies masked rows by zero: they must be finite
+    ggml_backend_buffer_clear(res.buf.get(), 0);
+    return res;
+}
+
 void headkv_store::relayout(headkv_store_layer & layer, const std::map<int32_t, headkv_rows> & changes, uint32_t n_buckets) {
     auto ranges = layer.ranges;
     auto buckets = layer.buckets;
@@ -157,30 +191,7 @@ void headkv_store::relayout(headkv_store_layer & layer, const std::map<int32_t, 
     }
     n_rows = std::max(n_rows, n_view);
 
-    ggml_context_ptr ctx;
-    ggml_backend_buffer_ptr buf;
-    ggml_tensor * k = nullptr;
-    ggml_tensor * v = nullptr;
-    if (n_rows > 0) {
-        ggml_init_params params = { /*.mem_size =*/2 * ggml_tensor_overhead(), /*.mem_buffer =*/nullptr, /*.no_alloc =*/true };
-        ctx.reset(ggml_init(params));
-        k = ggml_new_tensor_2d(ctx.get(), layer.type_k, layer.n_embd_head, n_rows);
-        v = ggml_new_tensor_2d(ctx.get(), layer.type_v, layer.n_embd_head, n_rows);
-        ggml_format_name(k, "headkv_k_l%d", layer.il);
-        ggml_format_name(v, "headkv_v_l%d", layer.il);
-        if (no_alloc) {
-            buf.reset(ggml_backend_buft_alloc_buffer(layer.buft, 0));
-            k->buffer = buf.get();
-            v->buffer = buf.get();
-        } else {
-            buf.reset(ggml_backend_alloc_ctx_tensors_from_buft(ctx.get(), layer.buft));
-            if (!buf) {
-                throw std::bad_alloc();
-            }
-            // the composed path multiplies masked rows by zero: they must be finite
-            ggml_backend_buffer_clear(buf.get(), 0);
-        }
-    }
+    pools_t pools = make_pools(layer, n_rows, no_alloc);
 
     for (size_t i = 0; i < ranges.size() && layer.k && !no_alloc; ++i) {
         if (i >= layer.ranges.size()) {
@@ -192,17 +203,17 @@ void headkv_store::relayout(headkv_store_layer & layer, const std::map<int32_t, 
             const auto & dst = ranges[i][h];
             const uint32_t n = change == changes.end() ? std::min(src.n_cap, dst.n_cap) : change->second.n_used.empty() ? 0
                                                                                                                         : change->second.n_used[h];
-            headkv_copy_rows(layer.k, src.off, k, dst.off, n);
-            headkv_copy_rows(layer.v, src.off, v, dst.off, n);
+            headkv_copy_rows(layer.k, src.off, pools.k, dst.off, n);
+            headkv_copy_rows(layer.v, src.off, pools.v, dst.off, n);
         }
     }
 
     layer.ranges = std::move(ranges);
     layer.buckets = std::move(buckets);
-    layer.ctx = std::move(ctx);
-    layer.buf = std::move(buf);
-    layer.k = k;
-    layer.v = v;
+    layer.ctx = std::move(pools.ctx);
+    layer.buf = std::move(pools.buf);
+    layer.k = pools.k;
+    layer.v = pools.v;
 
     generation++;
 }
