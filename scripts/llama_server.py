@@ -17,6 +17,27 @@ from pyheadkv.cli import serve
 
 DIRECTLY = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
+# no request, or one that is refused
+BAD_BODIES: list[Any] = [
+    b"{",
+    b"[]",
+    b"null",
+    b'{"prompt": "\xff"}',
+    {"prompt": {}},
+    {"prompt": [1, "the", None]},
+    {"prompt": [-1]},
+    {"prompt": [1 << 30]},
+    {"n_predict": 4},
+    {"prompt": "the", "kv_size": 1},
+    {"prompt": "the", "kv_size": "all"},
+    {"prompt": "the", "kv_protect": [[5, 1]]},
+    {"prompt": "the", "kv_protect": 7},
+    {"prompt": "the", "n": 3},
+    {"prompt": [5] * 3000},
+    {"messages": 5},
+    {"prompt": "the", "n_predict": "x"},
+]
+
 
 class Server:
     """A running llama-server on a port of its own.

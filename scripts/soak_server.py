@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from llama_server import DIRECTLY, Server, running
+from llama_server import BAD_BODIES, DIRECTLY, Server, running
 
 import pyheadkv
 from pyheadkv import Llama
@@ -52,24 +52,6 @@ KINDS = (
     "hang up",
     "bad body",
 )
-BAD: list[Any] = [
-    b"{",
-    b"[]",
-    b'{"prompt": "\xff"}',
-    {"prompt": {}},
-    {"prompt": [1, "the", None]},
-    {"prompt": [-1]},
-    {"prompt": [1 << 30]},
-    {"n_predict": 4},
-    {"prompt": "the", "kv_size": 1},
-    {"prompt": "the", "kv_size": "all"},
-    {"prompt": "the", "kv_protect": [[5, 1]]},
-    {"prompt": "the", "kv_protect": 7},
-    {"prompt": "the", "n": 3},
-    {"prompt": [5] * 3000},
-    {"messages": 5},
-    {"prompt": "the", "n_predict": "x"},
-]
 
 
 def until_end(tokens: list[int]) -> list[int]:
@@ -205,7 +187,7 @@ class Soak:
                 s.sendall(body if rng.random() < 0.9 else body[: len(body) // 2])
                 time.sleep(rng.choice([0, 0.01, 0.05, 0.2, 0.5, 1.0]))
             return ""
-        status, answer = self.server.request(rng.choice(["/completion", "/v1/completions", "/v1/chat/completions"]), rng.choice(BAD))
+        status, answer = self.server.request(rng.choice(["/completion", "/v1/completions", "/v1/chat/completions"]), rng.choice(BAD_BODIES))
         return "" if status in (400, 500) and "message" in answer["error"] else f"{status}: {answer}"
 
     def compare(self, got: Any, what: str, i: int) -> str:

@@ -1186,23 +1186,6 @@ def hang_up(server: Server, body: dict[str, Any], seconds: float) -> None:
         time.sleep(seconds)
 
 
-BAD_BODIES: list[Any] = [
-    b"{",
-    b"[]",
-    b"null",
-    b'{"prompt": "\xff"}',
-    {"prompt": {}},
-    {"prompt": [1, "the", None]},
-    {"prompt": [-1]},
-    {"prompt": [1 << 30]},
-    {"n_predict": 4},
-    {"prompt": "the", "kv_size": 1},
-    {"prompt": "the", "n_predict": "x"},
-    {"messages": 5},
-    {"prompt": [5] * 3000},
-]
-
-
 def test_mixed_load_leaves_nothing_behind(llm: Any, log: Path) -> None:
     """Completions, streams, sizes, hang-ups in all phases and bad bodies from six clients."""
     n, seconds, n_clients = 12, 20, 6
@@ -1238,7 +1221,7 @@ def test_mixed_load_leaves_nothing_behind(llm: Any, log: Path) -> None:
                     )
                 elif what == "bad":
                     path = rng.choice(["/completion", "/v1/completions", "/v1/chat/completions"])
-                    status, answer = server.request(path, rng.choice(BAD_BODIES))
+                    status, answer = server.request(path, rng.choice(llama_server.BAD_BODIES))
                     if status not in (400, 500) or "message" not in answer["error"]:
                         wrong.append(f"bad body: {status} {answer}")
                 with lock:

@@ -1,5 +1,7 @@
 #include "headkv-config.h"
 
+#include "headkv-checksum.h"
+
 #include "headkv-importance.h"
 #include "headkv-policy.h"
 
@@ -57,20 +59,15 @@ void headkv_config_check_ctx(const headkv_config & cfg, uint32_t n_ctx) {
     }
 }
 
-// FNV-1a
 static uint64_t fingerprint(const headkv_config & cfg) {
-    uint64_t res = 0xcbf29ce484222325;
-    const auto add = [&res](const void * data, size_t n_bytes) {
-        for (size_t i = 0; i < n_bytes; ++i) {
-            res = (res ^ ((const uint8_t *) data)[i]) * 0x100000001b3;
-        }
-    };
-    add(cfg.policy->name, strlen(cfg.policy->name) + 1);
-    const double numbers[] = { (double) cfg.window, (double) cfg.recent, (double) cfg.n_square, (double) cfg.pool, (double) cfg.pool_kernel, cfg.beta,
-        (double) cfg.surplus, (double) cfg.pyramid_exact, cfg.adakv_floor, (double) cfg.adakv_normalize };
-    add(numbers, sizeof(numbers));
-    add(cfg.importance.values.data(), cfg.importance.values.size() * sizeof(double));
-    return res | 1;
+    headkv_checksum sum;
+    sum.add(cfg.policy->name, strlen(cfg.policy->name) + 1);
+    for (double x : { (double) cfg.window, (double) cfg.recent, (double) cfg.n_square, (double) cfg.pool, (double) cfg.pool_kernel, cfg.beta,
+                 (double) cfg.surplus, (double) cfg.pyramid_exact, cfg.adakv_floor, (double) cfg.adakv_normalize }) {
+        sum.add(x);
+    }
+    sum.add(cfg.importance.values.data(), cfg.importance.values.size() * sizeof(double));
+    return sum.value | 1;
 }
 
 headkv_config headkv_config_from_params(const headkv_params & params, const headkv_importance * known_importance) {

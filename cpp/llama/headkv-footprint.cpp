@@ -7,30 +7,17 @@
 #include "headkv-op.h"
 
 #include <algorithm>
-#include <map>
-#include <tuple>
+#include <set>
+#include <utility>
 
-// K and V of one token as they are staged: layers of one shape share a staging that is read layer by layer
-static int64_t staged_bytes(const headkv_store & store, bool layered) {
-    std::map<std::tuple<ggml_backend_buffer_type_t, int32_t, int32_t>, int64_t> of_shape;
+// Over the layers; shared: those of one size in one kind of memory have it together, as where a prompt is read layer by layer.
+template <typename F>
+static int64_t sum_bytes(const headkv_store & store, bool shared, const F & bytes_of) {
+    std::set<std::pair<ggml_backend_buffer_type_t, int64_t>> seen;
     int64_t res = 0;
     for (const auto & layer : store.layers) {
-        int64_t & shared = of_shape[{ layer.buft, layer.n_head_kv, layer.n_embd_head }];
-        if (!layered || shared == 0) {
-            res += shared = (int64_t) layer.n_bytes_cell();
-        }
-    }
-    return res;
-}
-
-static int64_t ring_bytes(const headkv_store & store, int64_t n_slots, bool layered) {
-    std::map<std::tuple<ggml_backend_buffer_type_t, int32_t, int32_t>, bool> seen;
-    int64_t res = 0;
-    for (const auto & layer : store.layers) {
-        if (!layered || !seen[{ layer.buft, layer.n_head, layer.n_embd_head }]) {
-            seen[{ layer.buft, layer.n_head, layer.n_embd_head }] = true;
-            res += (int64_t) layer.n_embd_head * layer.n_head * n_slots * sizeof(float);
-        }
+        const int64_t n = bytes_of(layer);
+        res += !shared || seen.insert({ layer.buft, n }).second ? n : 0;
     }
     return res;
 }
@@ -55,10 +42,12 @@ headkv_footprint llama_kv_cache_ragged::footprint(const headkv_config & with, ui
     const int64_t n_kept = std::min<int64_t>(std::max<int64_t>(with.kv_size, n_sure), n_prompt);
     const int64_t n_tail = std::max<int64_t>(headkv_n_tail(with, n_prompt), n_predict);
 
+    const int64_t n_slots = (int64_t) with.window * seqs.size() + 1;
+
     headkv_footprint res = {};
     res.size = sizeof(res);
-    res.staging = n_cells * staged_bytes(the_store, layered);
-    res.ring = ring_bytes(the_store, (int64_t) with.window * seqs.size() + 1, layered);
+    res.staging = n_cells * sum_bytes(the_store, layered, [](const headkv_layer_shape & s) { return (int64_t) s.n_bytes_cell(); });
+    res.ring = sum_bytes(the_store, layered, [n_slots](const headkv_layer_shape & s) { return (int64_t) s.n_embd_head * s.n_head * n_slots * (int64_t) sizeof(float); });
     res.hidden = layered ? the_staging.hidden_bytes(n_prompt, n_ubatch, with.hidden_f16) : 0;
     res.store = (n_kept + n_tail) * (int64_t) bytes_cell();
     for (const auto & layer : the_store.layers) {

@@ -11,7 +11,7 @@
 #include <algorithm>
 #include <stdexcept>
 
-void llama_kv_cache_ragged::check_config(const headkv_config & b) const {
+std::vector<std::vector<uint32_t>> llama_kv_cache_ragged::checked_budgets(const headkv_config & b) const {
     const auto & a = *cfg;
     if (b.window > (uint32_t) the_staging.n_ring()) {
         throw std::invalid_argument(format("window is %u: the context has room for the queries of the last %d tokens, create another one",
@@ -29,12 +29,11 @@ void llama_kv_cache_ragged::check_config(const headkv_config & b) const {
     if (!why_not.empty()) {
         throw std::invalid_argument(why_not);
     }
-    headkv_budget(b, heads); // throws when the importance does not fit
+    return headkv_budget(b, heads);
 }
 
 void llama_kv_cache_ragged::configure(headkv_config_ptr other) {
-    check_config(*other);
-    budgets = headkv_budget(*other, heads);
+    budgets = checked_budgets(*other);
     cfg = std::move(other);
 }
 
@@ -44,7 +43,7 @@ void llama_kv_cache_ragged::announce(llama_seq_id seq_id, uint32_t n_tokens, boo
         if (seq.state != HEADKV_SEQ_EMPTY || is_reading(seq_id)) {
             throw std::invalid_argument(format("sequence %d is begun: it keeps the parameters that it was begun with, remove it first", seq_id));
         }
-        check_config(*with);
+        checked_budgets(*with);
     } else if (keep && seq.n_next == n_tokens) {
         with = seq.cfg_next;
     }

@@ -13,6 +13,7 @@
 
 #include "llama-kv-cache-ragged.h"
 
+#include "headkv-checksum.h"
 #include "headkv-error.h"
 
 #include "llama-context.h"
@@ -33,24 +34,9 @@ enum state_kind_t : uint32_t { STATE_SEQUENCE = 1,
 
 namespace {
 
-// FNV-1a
-struct checksum_t {
-    uint64_t value = 0xcbf29ce484222325;
-
-    void add(const void * data, size_t n_bytes) {
-        for (size_t i = 0; i < n_bytes; ++i) {
-            value = (value ^ ((const uint8_t *) data)[i]) * 0x100000001b3;
-        }
-    }
-    template <typename T>
-    void add(const T & x) {
-        add(&x, sizeof(x));
-    }
-};
-
 struct writer_t {
     llama_io_write_i & io;
-    checksum_t sum;
+    headkv_checksum sum;
     std::vector<uint8_t> raw;
 
     void bytes(const void * data, size_t n_bytes) {
@@ -72,7 +58,7 @@ struct writer_t {
 
 struct reader_t {
     llama_io_read_i & io;
-    checksum_t sum;
+    headkv_checksum sum;
 
     void bytes(void * data, size_t n_bytes) {
         io.read(data, n_bytes);
@@ -120,7 +106,7 @@ struct saved_seq {
 // What a cell depends on besides the tokens. Of the weights, the vectors and the beginning of the token embeddings are looked at:
 // they have one form on all devices, while backends rearrange matrices.
 static uint64_t make_fingerprint(const llama_model & model, const llama_cparams & cparams) {
-    checksum_t sum;
+    headkv_checksum sum;
     std::map<std::string, std::string> keys(model.gguf_kv.begin(), model.gguf_kv.end());
     for (const auto & [key, value] : keys) {
         if (key.find(".head_importance") == std::string::npos) { // it can be added later
@@ -150,7 +136,7 @@ static uint64_t make_fingerprint(const llama_model & model, const llama_cparams 
 // Of the adapters, which change more often, the beginning of every tensor. Whatever the order in which they were set.
 static uint64_t make_fingerprint(const llama_adapter_loras & loras, const llama_adapter_cvec & cvec, int32_t n_layer) {
     std::vector<uint8_t> raw;
-    const auto add_tensor = [&](checksum_t & sum, const ggml_tensor * t) {
+    const auto add_tensor = [&](headkv_checksum & sum, const ggml_tensor * t) {
         raw.resize(std::min<size_t>(ggml_nbytes(t), 4096));
         ggml_backend_tensor_get(t, raw.data(), 0, raw.size());
         sum.add(t->type);
@@ -162,7 +148,7 @@ static uint64_t make_fingerprint(const llama_adapter_loras & loras, const llama_
         if (!lora) {
             continue; // a file that could not be loaded, which upstream ignores
         }
-        checksum_t sum;
+        headkv_checksum sum;
         const std::map<std::string, llama_adapter_lora_weight> weights(lora->ab_map.begin(), lora->ab_map.end());
         for (const auto & [name, weight] : weights) {
             sum.add(name.data(), name.size() + 1);
@@ -176,13 +162,13 @@ static uint64_t make_fingerprint(const llama_adapter_loras & loras, const llama_
     std::sort(parts.begin(), parts.end());
     for (int32_t il = 0; il < n_layer; ++il) {
         if (const ggml_tensor * t = cvec.tensor_for(il)) {
-            checksum_t sum;
+            headkv_checksum sum;
             sum.add(il);
             add_tensor(sum, t);
             parts.push_back(sum.value);
         }
     }
-    checksum_t sum;
+    headkv_checksum sum;
     sum.add(parts.data(), parts.size() * sizeof(parts[0]));
     return parts.empty() ? 0 : sum.value;
 }

@@ -83,7 +83,7 @@ public:
 
     // parameters for the prompts to come; throws std::invalid_argument
     void configure(headkv_config_ptr other);
-    void check_config(const headkv_config & other) const;
+    std::vector<std::vector<uint32_t>> checked_budgets(const headkv_config & other) const; // throws the same
 
     // Announces the size of a sequence; whole: the next batch is a prompt from its first to its last token.
     // with: what the prompt is compressed by, null = that of the context; keep: null = what was announced for as many tokens.
