@@ -112,6 +112,7 @@ struct headkv_stats {
     int64_t t_compress_us;    // duration of the last compression
     int64_t n_compress;       // compressions since the context was created
     int32_t kv_size;          // with which the sequence was compressed, 0 before
+    int32_t n_archived;       // first tokens of the prompt whose K and V came from the archive
 };
 
 // Bytes of a prompt and what is generated behind it, as allocated.
@@ -123,6 +124,40 @@ struct headkv_footprint {
     int64_t ring;             // window queries
     int64_t scratch;          // what a compression has besides, at most
     int64_t store;            // what is kept, and rows for generated tokens
+};
+
+// Where K and V of prompts are kept, so that one which begins like an earlier one is read from where it differs.
+struct headkv_archive_params {
+    size_t size;             // sizeof(struct headkv_archive_params)
+    const char * folder;      // is made if missing, may be shared by processes; NULL = memory of this context
+    int64_t max_bytes;        // what was not used for the longest time goes first; 0 = 20 GiB, and a quarter of all memory without a folder
+    int32_t type;             // ggml type of archived rows; -1 = that of the cache, exact
+};
+
+struct headkv_archive_stats {
+    size_t size;             // sizeof(struct headkv_archive_stats), set by the caller
+    int64_t max_bytes;
+    int64_t n_blocks;         // held, as counted when the last prompt was written
+    int64_t bytes;
+    int64_t n_restored;       // prompt tokens that came from it, since it was set
+    int64_t n_computed;       // prompt tokens that were read
+    int64_t bytes_read;
+    int64_t bytes_written;
+    int64_t t_read_us;
+    int64_t t_write_us;
+    int64_t n_evicted;        // blocks that had to make room
+    int64_t n_damaged;        // blocks that were removed because they are none, or were gone while they were read
+    int64_t n_failed;         // prompts that could not be written
+};
+
+// A block as it is told by headkv_archive_list(); pointers are valid during the call.
+struct headkv_archive_block {
+    const char * name;
+    const char * model;
+    int64_t n_tokens;         // of the prompt, up to its end
+    int64_t bytes;
+    int64_t t_used_us;        // when it was last used, since 1970
+    const char * damaged;     // why it is no block; empty = it is one, as far as was looked
 };
 
 LLAMA_API struct headkv_params headkv_default_params(void);
@@ -184,6 +219,24 @@ LLAMA_API int32_t headkv_end_prompt(struct llama_context * ctx, llama_seq_id seq
 // Compresses the sequence as another one, which must be empty, by the parameters that the context is configured to; the prompt stays as it is and can be compressed again in another
 // way, or truncated and read on. It must be held as a whole: read with prefill 'token', and not compressed.
 LLAMA_API int32_t headkv_compress_as(struct llama_context * ctx, llama_seq_id seq_id, llama_seq_id seq_id_dst);
+
+LLAMA_API struct headkv_archive_params headkv_default_archive_params(void);
+
+// Sets the archive of a context while no prompt is being read; NULL = none, the default. From then on K and V of all tokens of a
+// prompt go there when it is compressed, and prompts that begin like an archived one (same weights, adapters, rotary
+// embedding, types) take them from there: llama_decode() of a whole prompt, or of one from its beginning, computes what differs,
+// and at least the last `window` tokens. The outcome is that of reading all of it. Policies that look at all tokens ("h2o") only write. What is damaged is
+// removed and read; what cannot be written is logged. Generated tokens are not archived.
+LLAMA_API int32_t headkv_set_archive(struct llama_context * ctx, const struct headkv_archive_params * params);
+
+LLAMA_API int32_t headkv_get_archive_stats(const struct llama_context * ctx, struct headkv_archive_stats * stats);
+
+// Tells the blocks of a folder, those first that were not used for the longest time, and returns their number. deep: the whole of each one is checked.
+typedef bool (*headkv_archive_tell)(const struct headkv_archive_block * block, void * user_data);
+LLAMA_API int32_t headkv_archive_list(const char * folder, bool deep, headkv_archive_tell tell, void * user_data);
+
+// Removes the blocks that were not used for the longest time until the rest takes max_bytes at most. Returns how many.
+LLAMA_API int32_t headkv_archive_prune(const char * folder, int64_t max_bytes);
 
 // Whether a compressed sequence is what a prompt read now with these parameters (NULL = those of the context) would have left:
 // 0, or negative with the reason in headkv_last_error(), which can be another kv_size, other protected cells, another policy or

@@ -128,8 +128,53 @@ class Stats(ctypes.Structure):
         ("t_compress_us", ctypes.c_int64),
         ("n_compress", ctypes.c_int64),
         ("kv_size", ctypes.c_int32),
+        ("n_archived", ctypes.c_int32),
     ]
 
+
+# struct headkv_archive_params, cpp/headkv.h
+class ArchiveParams(ctypes.Structure):
+    _fields_ = [
+        ("size", ctypes.c_size_t),
+        ("folder", ctypes.c_char_p),
+        ("max_bytes", ctypes.c_int64),
+        ("type", ctypes.c_int32),
+    ]
+
+
+# struct headkv_archive_stats, cpp/headkv.h
+class ArchiveStats(ctypes.Structure):
+    _fields_ = [
+        ("size", ctypes.c_size_t),
+        ("max_bytes", ctypes.c_int64),
+        ("n_blocks", ctypes.c_int64),
+        ("bytes", ctypes.c_int64),
+        ("n_restored", ctypes.c_int64),
+        ("n_computed", ctypes.c_int64),
+        ("bytes_read", ctypes.c_int64),
+        ("bytes_written", ctypes.c_int64),
+        ("t_read_us", ctypes.c_int64),
+        ("t_write_us", ctypes.c_int64),
+        ("n_evicted", ctypes.c_int64),
+        ("n_damaged", ctypes.c_int64),
+        ("n_failed", ctypes.c_int64),
+    ]
+
+
+# struct headkv_archive_block, cpp/headkv.h
+class ArchiveBlock(ctypes.Structure):
+    _fields_ = [
+        ("name", ctypes.c_char_p),
+        ("model", ctypes.c_char_p),
+        ("n_tokens", ctypes.c_int64),
+        ("bytes", ctypes.c_int64),
+        ("t_used_us", ctypes.c_int64),
+        ("damaged", ctypes.c_char_p),
+    ]
+
+
+# bool (*headkv_archive_tell)(const struct headkv_archive_block * block, void * user_data)
+ArchiveTell = ctypes.CFUNCTYPE(ctypes.c_bool, ctypes.POINTER(ArchiveBlock), ctypes.c_void_p)
 
 # bool (*headkv_progress)(int32_t il, int32_t n_layer, int32_t i_token, int32_t n_tokens, void * user_data)
 Progress = ctypes.CFUNCTYPE(ctypes.c_bool, *[ctypes.c_int32] * 4, ctypes.c_void_p)
@@ -198,6 +243,16 @@ _PROTOTYPES: dict[str, tuple[list[Any], Any]] = {
         [_CTX, ctypes.POINTER(Params)] + [ctypes.c_int32] * 3 + [ctypes.c_bool, ctypes.POINTER(Footprint)],
         ctypes.c_int32,
     ),
+    # struct headkv_archive_params headkv_default_archive_params(void);
+    "headkv_default_archive_params": ([], ArchiveParams),
+    # int32_t headkv_set_archive(struct llama_context * ctx, const struct headkv_archive_params * params);
+    "headkv_set_archive": ([_CTX, ctypes.POINTER(ArchiveParams)], ctypes.c_int32),
+    # int32_t headkv_get_archive_stats(const struct llama_context * ctx, struct headkv_archive_stats * stats);
+    "headkv_get_archive_stats": ([_CTX, ctypes.POINTER(ArchiveStats)], ctypes.c_int32),
+    # int32_t headkv_archive_list(const char * folder, bool deep, headkv_archive_tell tell, void * user_data);
+    "headkv_archive_list": ([ctypes.c_char_p, ctypes.c_bool, ArchiveTell, ctypes.c_void_p], ctypes.c_int32),
+    # int32_t headkv_archive_prune(const char * folder, int64_t max_bytes);
+    "headkv_archive_prune": ([ctypes.c_char_p, ctypes.c_int64], ctypes.c_int32),
     # cpp/headkv-testing.h
     # int32_t headkv_fill_prompt(struct llama_context * ctx, llama_seq_id seq_id, int32_t n_tokens, uint32_t seed);
     "headkv_fill_prompt": ([_CTX, ctypes.c_int32, ctypes.c_int32, ctypes.c_uint32], ctypes.c_int32),

@@ -19,6 +19,7 @@ import numpy.typing as npt
 from llama_cpp.llama import LlamaState
 
 from . import _lib
+from .archive import ArchiveLike, ArchiveStats, archive_stats, check_archive
 from .gguf_keys import Importance
 from .grammar import GrammarSampler, check_grammar
 from .importance import Found, find_importance
@@ -67,6 +68,8 @@ class KVStats:
     bytes_peak : largest sum of staging, scratch and store during the last prompt
     bytes_full : bytes that n_past cells of an uncompressed cache take
     compress_ms : duration of the last compression in ms
+    n_archived : first tokens of the prompt whose K and V came from the archive
+    archive : what the archive did since it was opened; None without one
     """
 
     state: str
@@ -78,6 +81,8 @@ class KVStats:
     bytes_peak: int
     bytes_full: int
     compress_ms: float
+    n_archived: int
+    archive: ArchiveStats | None
 
 
 N_BATCH: Any = llama_cpp.llama_context_params.n_batch  # the field of the structure
@@ -157,6 +162,14 @@ class Llama(llama_cpp.Llama):
     kv_reuse : continue on the compressed past when a prompt starts with it, and what is new is
         not longer than it or than ``kv_size``, since every head keeps what is new. Off by
         default: such a prompt is read again, so that the answer is that of a fresh one
+    kv_archive : a folder, or True = memory, where K and V of all tokens of a prompt are kept: a later prompt that begins
+        like one there, such as the next turn of a chat or another question about a document, is read from where it differs, with the
+        outcome of reading all of it. A folder may be shared by processes and models; it has the prompts in it, readable by
+        its owner alone. None = no archive (the default)
+    kv_archive_size : bytes that it may take, a number or such as "20GiB" (the default; of memory a quarter of all); what was not used for the
+        longest time goes first
+    kv_archive_type : "f16", "bf16", "q8_0" or "q4_0": what K and V are rounded to in it, smaller and no longer exact; None =
+        as the cache has them
     n_seq_max : sequences of the context; this object reads and generates in the first one, the others take copies of its
         prompt, see ``compress_as`` (1)
     sinks : first cells of a prompt that every head keeps; None = 4 under "streaming", as far as
@@ -212,6 +225,9 @@ class Llama(llama_cpp.Llama):
         prefill: str | None = None,
         prefill_hidden: str | None = None,
         kv_reuse: bool | None = None,
+        kv_archive: ArchiveLike = None,
+        kv_archive_size: int | str | None = None,
+        kv_archive_type: str | None = None,
         n_seq_max: int | None = None,
         sinks: int | None = None,
         protect: Sequence[tuple[int, int]] | None = None,
@@ -229,11 +245,17 @@ class Llama(llama_cpp.Llama):
             prefill=prefill, prefill_hidden=prefill_hidden, sinks=sinks, protect=protect, surplus=surplus,
             pyramid_exact=pyramid_exact, adakv_floor=adakv_floor, adakv_normalize=adakv_normalize).items() if value is not None}  # fmt: skip
         amount = {name: value for name, value in dict(kv_size=kv_size, kv_ratio=kv_ratio, kv_bytes=kv_bytes).items() if value is not None}
-        more = {
-            name: value for name, value in dict(importance=importance, kv_reuse=kv_reuse, n_seq_max=n_seq_max).items() if value is not None
-        }
+        more = {name: value for name, value in dict(
+            importance=importance, kv_reuse=kv_reuse, n_seq_max=n_seq_max,
+            kv_archive=kv_archive, kv_archive_size=kv_archive_size, kv_archive_type=kv_archive_type).items() if value is not None}  # fmt: skip
         self._kv_args: dict[str, Any] = {**given, **amount, **more}
         self._kv_reuse = bool(kv_reuse)
+        archive = check_archive(kv_archive, kv_archive_size, kv_archive_type)
+        if archive is not None and kv_reuse:
+            raise ValueError(
+                "kv_archive and kv_reuse=True: with kv_reuse prompts continue on the compressed past and are not read again, "
+                "leave one of them out"
+            )
         self._n_seq_max = 1 if n_seq_max is None else check_int("n_seq_max", n_seq_max, 1, 256)
         self._prompt_pending = False
         self._protect_head: list[int] = []  # the next prompt begins with these tokens, to be kept
@@ -308,6 +330,13 @@ class Llama(llama_cpp.Llama):
             why = _lib.lib.headkv_why_token_prefill(self.ctx).decode()
             self.close()
             raise ValueError(f"prefill='layer' is not possible for this model: {why}; use prefill='auto'")
+        try:
+            if archive is not None:
+                _lib.check(_lib.lib.headkv_set_archive(self.ctx, ctypes.byref(archive)), ValueError)
+        except ValueError as e:
+            self.close()
+            raise ValueError(f"kv_archive={kv_archive!r}: {e}") from None
+        self._has_archive = archive is not None
         if self.verbose:
             print(
                 f"pyheadkv: policy {self.policy}{'' if self._found is None else ', importance from ' + self._found.origin}", file=sys.stderr
@@ -448,17 +477,20 @@ class Llama(llama_cpp.Llama):
         ids = np.ascontiguousarray(tokens, dtype=np.int32)
         prompt = (self.ctx, 0, ids.ctypes.data_as(ctypes.POINTER(ctypes.c_int32)), n)
         n_ubatch, n_layer = llama_cpp.llama_n_ubatch(self.ctx), llama_cpp.llama_model_n_layer(self.model)
-        n_ubatches = -(-n // n_ubatch)
-        n_steps = n_left = n_layer * n_ubatches
+        n_all = -(-n // n_ubatch)
+        n_ubatches, n_archived = n_all, 0
+        n_left = n_layer * n_ubatches
         max_ms = PIECE_MS if self._progress is None else 0  # 0 = one step
         self._ctx.kv_cache_seq_rm(0, -1, -1)
         try:
             self._fit_ratio(n)
             while n_left > 0:
-                il, i_ubatch = divmod(n_steps - n_left, n_ubatches)
-                self._show_step(il, n_layer, i_ubatch * n_ubatch, n)
+                il, i_ubatch = divmod(n_layer * n_ubatches - n_left, n_ubatches)
+                self._show_step(il, n_layer, max(n_archived, (n_all - n_ubatches + i_ubatch) * n_ubatch), n)
                 if n_left > 1:
                     n_left = _lib.check(_lib.lib.headkv_read_ahead(*prompt, max_ms))
+                    n_archived = self._stats().n_archived  # no step but the partial one of their last ubatch is theirs
+                    n_ubatches = n_all - n_archived // n_ubatch
                 else:
                     code = _lib.lib.headkv_read_prompt(*prompt)
                     if code != 0:
@@ -790,6 +822,8 @@ class Llama(llama_cpp.Llama):
             bytes_peak=s.bytes_peak,
             bytes_full=s.bytes_full,
             compress_ms=s.t_compress_us / 1000,
+            n_archived=s.n_archived,
+            archive=archive_stats(self.ctx) if self._has_archive else None,
         )
 
     @property

@@ -64,6 +64,9 @@ FLAGS = {
     "--kv-prefill": "auto",
     "--kv-reuse": "disabled",
     "--kv-size-max": "--kv-size",
+    "--kv-archive": "off",
+    "--kv-archive-size": "20GiB, of ram a quarter of it",
+    "--kv-archive-type": "as the cache has them",
     "--kv-sinks": "4 with the policy streaming, else 0",
 }  # and their defaults
 
@@ -229,6 +232,12 @@ def test_the_help_has_every_flag_its_variable_and_its_default() -> None:
         (["--kv-importance", "missing.gguf"], "missing.gguf"),
         (["--kv-size-max", "63"], "--kv-size-max 63: it must be at least --kv-size 64"),
         (["--kv-size-max", "513"], "kv_size is 513: it must not be larger than n_ctx = 512"),
+        (["--kv-archive", ""], "an empty name: it must be a folder, or ram"),
+        (["--kv-archive", "/proc/nothing"], "--kv-archive: /proc/nothing: "),
+        (["--kv-archive", "ram", "--kv-reuse"], "--kv-archive: with --kv-reuse prompts continue on the compressed past"),
+        (["--kv-archive", "ram", "--kv-archive-size", "much"], "'much': it must be a positive size such as 20GiB"),
+        (["--kv-archive", "ram", "--kv-archive-type", "q9"], "'q9': it must be one of f16, bf16, q8_0, q4_0"),
+        (["--kv-archive-size", "1GiB"], "--kv-archive-size, --kv-archive-type: there is no archive"),
         (["--kv-sinks", "-2"], "sinks is -2"),
         (["--kv-sinks", "513"], "sinks or protect reach to position 513: they must end at or before n_ctx = 512"),
     ],
@@ -578,6 +587,75 @@ def test_reuse_continues_on_the_compressed_past(llm: Any, log: Path) -> None:
             f"cut to fewer than {len(a) - WINDOW + 1}" in server.output()
         )
         assert server.complete([*a[:-2], *c, *b], 4, cache_prompt=False)["timings"]["cache_n"] == 0
+
+
+@pytest.mark.parametrize("prefill", ["layer", "token"])
+def test_every_turn_of_a_chat_is_read_from_where_it_differs(prefill: str, llm: Any, log: Path, tmp_path: Path) -> None:
+    """From a folder, two slots and a server that is started again: the tokens are those of a server that reads everything."""
+    document, other = prompt_ids(llm, 0), prompt_ids(llm, 1)
+    flags = ["--kv-size", KV_SIZE, "--kv-prefill", prefill, "--kv-archive", tmp_path / "kv"]
+    turns = [document]
+    for i in range(4):
+        turns.append([*turns[-1], *expected(llm, turns[-1], 12), *other[100 * i + 1 : 100 * i + 91]])
+    wanted = [expected(llm, turn, 12) for turn in turns]
+    n_restored = n_all = 0
+    for part in (range(3), range(1, 5)):
+        with running(log, *flags, n_slots=2) as server:
+            n_restored = n_all = 0
+            for i in part:
+                answer = server.complete(turns[i], 12, id_slot=i % 2)
+                assert until_end(answer["tokens"]) == wanted[i]
+                n = answer["timings"]["kv"]["n_archived"]
+                least = (
+                    0
+                    if i == 0 and part.start == 0
+                    else len(turns[max(i - 1, part.start)]) // 2 - 256
+                    if prefill == "token"
+                    else len(turns[i]) - 256
+                )
+                assert least <= n <= len(turns[i]) - WINDOW and n % 64 == 0
+                assert (answer["timings"]["cache_n"], answer["timings"]["prompt_n"]) == (n, len(turns[i]) - n)
+                n_restored, n_all = n_restored + n, n_all + len(turns[i])
+            assert server.metric("kv_archive_tokens_restored_total") == n_restored > 0
+            assert server.metric("kv_archive_tokens_computed_total") == n_all - n_restored
+            if prefill == "layer":
+                assert server.metric("prompt_tokens_total") == n_all - n_restored
+            archive = server.get("/props")["kv"]["archive"]
+            assert archive["blocks"] == len(list((tmp_path / "kv").glob("*.kv"))) == server.metric("kv_archive_blocks")
+            assert (archive["damaged"], archive["failed"]) == (0, 0)
+            assert server.get("/slots")[turns.index(turns[part[-1]]) % 2]["kv"]["state"] == "empty"
+
+
+def test_slots_share_an_archive_in_memory_while_others_generate(llm: Any, log: Path) -> None:
+    """Eight growing chats with one beginning, four slots: each answer is that of a fresh prompt."""
+    head = prompt_ids(llm, 0)[:700]
+    chats = [[*head, *prompt_ids(llm, seed)[1:200]] for seed in range(1, 9)]
+    longer = [[*chat, *prompt_ids(llm, seed)[1:150]] for seed, chat in enumerate(chats, 20)]
+    wanted = [expected(llm, prompt, 16) for prompt in [*chats, *longer]]
+    with running(log, "--kv-size", KV_SIZE, "--kv-archive", "ram", n_slots=4) as server, ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(lambda prompt: server.tokens(prompt, 16), chats)) == wanted[:8]
+        assert list(pool.map(lambda prompt: server.tokens(prompt, 16), longer)) == wanted[8:]
+        assert server.metric("kv_archive_tokens_restored_total") > 7 * 512 + 8 * 700
+
+
+def test_an_archive_knows_the_adapters_of_a_request(llm: Any, adapters: list[Any], log: Path, tmp_path: Path) -> None:
+    prompt = prompt_ids(llm, 3)
+    cases = [[], [{"id": 0, "scale": 1.0}], [{"id": 1, "scale": 1.0}], [{"id": 0, "scale": 0.5}]]
+    answers: list[Any] = []
+    for archive in ([], ["--kv-archive", tmp_path]):
+        with running(log, "--kv-size", KV_SIZE, "--lora-init-without-apply", *adapters, *archive) as server:
+            answers.append([server.complete(prompt, 12, ignore_eos=True, lora=lora) for _ in range(2) for lora in cases])
+    assert [a["tokens"] for a in answers[0]] == [a["tokens"] for a in answers[1]]
+    assert [a["timings"]["kv"]["n_archived"] > 0 for a in answers[1]] == [False] * 4 + [True] * 4
+
+
+def test_a_request_that_is_cancelled_leaves_the_archive_as_it_was(llm: Any, log: Path, tmp_path: Path) -> None:
+    prompt = prompt_ids(llm, 2, 1800)
+    with running(log, "--kv-size", KV_SIZE, "--kv-archive", tmp_path, "-ub", 64) as server:
+        with pytest.raises(OSError):
+            server.request("/completion", {"prompt": prompt, "n_predict": 4}, timeout=0.05)
+        assert server.tokens(prompt, 12) == expected(llm, prompt, 12)
+        assert not list(tmp_path.glob("*.part"))
 
 
 def test_reuse_has_the_size_and_the_protected_cells_of_the_request(llm: Any, log: Path) -> None:

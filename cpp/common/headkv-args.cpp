@@ -12,6 +12,7 @@ static headkv_args default_args() {
     res.params = headkv_default_params();
     res.policy = res.params.policy;
     res.params.kv_size = 0;
+    res.archive_params = headkv_default_archive_params();
     return res;
 }
 
@@ -38,6 +39,32 @@ static double to_double(const std::string & value) {
         throw std::invalid_argument("'" + value + "': it must be a number");
     }
     return res;
+}
+
+// such as 20GiB; at least one byte
+static int64_t to_bytes(const std::string & value) {
+    static const std::pair<const char *, double> UNITS[] = { { "", 1 }, { "B", 1 }, { "KiB", 1 << 10 }, { "MiB", 1 << 20 }, { "GiB", 1 << 30 },
+        { "TiB", 1099511627776.0 }, { "KB", 1e3 }, { "MB", 1e6 }, { "GB", 1e9 }, { "TB", 1e12 } };
+    char * end = nullptr;
+    const double n = std::strtod(value.c_str(), &end);
+    const std::string unit = end;
+    for (const auto & [name, n_bytes] : UNITS) {
+        if (end != value.c_str() && unit == name && n * n_bytes >= 1 && n * n_bytes < 9e18) {
+            return (int64_t) (n * n_bytes);
+        }
+    }
+    throw std::invalid_argument("'" + value + "': it must be a positive size such as 20GiB, 512MiB, 6GB or a number of bytes");
+}
+
+static int32_t to_type(const std::string & value) {
+    std::string known;
+    for (ggml_type type : { GGML_TYPE_F16, GGML_TYPE_BF16, GGML_TYPE_Q8_0, GGML_TYPE_Q4_0 }) {
+        if (value == ggml_type_name(type)) {
+            return type;
+        }
+        known += std::string(known.empty() ? "" : ", ") + ggml_type_name(type);
+    }
+    throw std::invalid_argument("'" + value + "': it must be one of " + known);
 }
 
 static const char * const POOLS[] = { "max", "avg" };            // enum headkv_pool
@@ -139,4 +166,22 @@ void headkv_add_args(const std::function<void(common_arg)> & add_opt) {
                 with_default("continue on the compressed past when a prompt begins with it, instead of reading it again", def.reuse ? "enabled" : "disabled"),
                 [](common_params &, bool value) { set("--kv-reuse").reuse = value; }),
             "LLAMA_ARG_KV_REUSE");
+    add(common_arg({ "--kv-archive" }, "DIR|ram",
+                "keep K and V of all prompt tokens in a folder, or in memory: a prompt that begins like an earlier one, of any slot, is read from where it differs, "
+                "with the same outcome; folders may be shared and outlive the server (default: off)",
+                [](common_params &, const std::string & value) {
+                    if (value.empty()) {
+                        throw std::invalid_argument("an empty name: it must be a folder, or ram");
+                    }
+                    set("--kv-archive").archive = value;
+                }),
+            "LLAMA_ARG_KV_ARCHIVE");
+    add(common_arg({ "--kv-archive-size" }, "SIZE",
+                "bytes that the archive may take, such as 20GiB; what was not used for the longest time goes first (default: 20GiB, of ram a quarter of it)",
+                [](common_params &, const std::string & value) { set("--kv-archive-size").archive_params.max_bytes = to_bytes(value); }),
+            "LLAMA_ARG_KV_ARCHIVE_SIZE");
+    add(common_arg({ "--kv-archive-type" }, "TYPE",
+                "f16, bf16, q8_0 or q4_0: what the archive rounds K and V to; smaller, and no longer exact (default: as the cache has them)",
+                [](common_params &, const std::string & value) { set("--kv-archive-type").archive_params.type = to_type(value); }),
+            "LLAMA_ARG_KV_ARCHIVE_TYPE");
 }

@@ -9,14 +9,19 @@
 
 struct common_arg;
 
+constexpr const char * HEADKV_ARCHIVE_RAM = "ram";
+
 struct headkv_args {
     struct headkv_params params; // kv_size 0 = off; policy and importance_gguf are those below
     std::string policy;
     std::string importance; // GGUF file, empty = the model
     bool reuse = false;
     int32_t kv_size_max = 0; // of a request, 0 = kv_size
+    std::string archive; // folder, or HEADKV_ARCHIVE_RAM; empty = none
+    struct headkv_archive_params archive_params; // but for the folder
     std::vector<std::string> given; // flags that were set, other than --kv-size
 
+    bool has_archive() const { return !archive.empty(); }
     bool is_lossless() const { return policy == "lossless"; }
     std::string amount() const { return is_lossless() ? "--kv-policy lossless" : "--kv-size " + std::to_string(params.kv_size); }
 };

@@ -1,5 +1,6 @@
 #include "headkv-testing.h"
 
+#include "headkv-api.h"
 #include "headkv-budget.h"
 #include "headkv-config.h"
 #include "headkv-error.h"
@@ -12,36 +13,6 @@
 #include <algorithm>
 #include <numeric>
 #include <stdexcept>
-
-static int32_t fail(const std::string & what) {
-    headkv_set_error(what);
-    return -1;
-}
-
-static llama_kv_cache_ragged * get_kv(const llama_context * ctx) {
-    return ctx ? dynamic_cast<llama_kv_cache_ragged *>(llama_get_memory(ctx)) : nullptr;
-}
-
-// nothing that is thrown crosses the C border
-template <typename F> static int32_t guarded(const F & run) {
-    try {
-        return run();
-    } catch (const std::exception & e) {
-        return fail(headkv_reason(e));
-    }
-}
-
-// the ragged cache of a context; throws where there is none, or no such sequence
-static llama_kv_cache_ragged & cache_of(const llama_context * ctx, llama_seq_id seq_id) {
-    llama_kv_cache_ragged * kv = get_kv(ctx);
-    if (!kv) {
-        throw std::invalid_argument("the context was created without headkv_set_params()");
-    }
-    if (seq_id < 0 || (uint32_t) seq_id >= kv->n_seq_max()) {
-        throw std::invalid_argument(format("sequence %d: it must be in [0, %u)", seq_id, kv->n_seq_max()));
-    }
-    return *kv;
-}
 
 static void check_head(const llama_kv_cache_ragged & kv, int32_t il, int32_t ih) {
     if (il < 0 || il >= kv.n_layer() || ih < 0 || (size_t) ih >= kv.budget(il).size()) {
@@ -169,6 +140,22 @@ static int32_t decode_prompt(llama_context * ctx, llama_seq_id seq_id, const lla
     }
 }
 
+// The same; a prompt whose archive was damaged is read again from its beginning. When it pauses, what its next step finds in the cache is there.
+static int32_t decode_whole(llama_kv_cache_ragged & kv, llama_context * ctx, llama_seq_id seq_id, const llama_token * tokens, int32_t n_tokens, bool output) {
+    while (true) {
+        const int32_t n_lost = kv.n_lost();
+        int32_t res = decode_prompt(ctx, seq_id, tokens, n_tokens, output);
+        if (res == 0 && kv.is_reading(seq_id) && !kv.begin_layer()) {
+            kv.seq_rm(seq_id, 0, -1);
+            res = -3;
+        }
+        if (res == 0 || kv.n_lost() == n_lost) {
+            return res;
+        }
+        announce(ctx, seq_id, n_tokens, true, nullptr, true);
+    }
+}
+
 // the cache, for a prompt from its beginning or one that was paused
 static llama_kv_cache_ragged & begin_whole(llama_context * ctx, llama_seq_id seq_id, int32_t n_tokens) {
     llama_kv_cache_ragged & kv = cache_of(ctx, seq_id);
@@ -182,7 +169,7 @@ static llama_kv_cache_ragged & begin_whole(llama_context * ctx, llama_seq_id seq
 int32_t headkv_read_prompt(struct llama_context * ctx, llama_seq_id seq_id, const llama_token * tokens, int32_t n_tokens) {
     return guarded([&]() -> int32_t {
         llama_kv_cache_ragged & kv = begin_whole(ctx, seq_id, n_tokens);
-        const int32_t res = decode_prompt(ctx, seq_id, tokens, n_tokens, true);
+        const int32_t res = decode_whole(kv, ctx, seq_id, tokens, n_tokens, true);
         if (res != 0) {
             kv.seq_rm(seq_id, -1, -1);
             if (!*headkv_last_error()) {
@@ -206,7 +193,7 @@ int32_t headkv_read_ahead(struct llama_context * ctx, llama_seq_id seq_id, const
         const auto n_left = [&]() { return (int32_t) kv.n_steps_left(seq_id, n_tokens, llama_n_ubatch(ctx)); };
         if (n_left() > 1) {
             kv.set_pause(ggml_time_us() + 1000 * (int64_t) max_ms);
-            const int32_t res = decode_prompt(ctx, seq_id, tokens, n_tokens, false);
+            const int32_t res = decode_whole(kv, ctx, seq_id, tokens, n_tokens, false);
             kv.set_pause(0);
             if (res != 0) {
                 kv.seq_rm(seq_id, -1, -1);
@@ -281,6 +268,7 @@ int32_t headkv_get_stats(const struct llama_context * ctx, llama_seq_id seq_id, 
         stats->t_compress_us = kv.t_compress_us();
         stats->n_compress = kv.n_compress();
         stats->kv_size = seq.kv_size;
+        stats->n_archived = kv.is_reading(seq_id) ? kv.n_archived() : seq.n_archived;
         return 0;
     });
 }

@@ -26,6 +26,32 @@ static bool has_output(const llama_ubatch & ubatch, uint32_t i) {
     return ubatch.output[i] != 0;
 }
 
+static void append_tokens(std::vector<llama_token> & dst, const llama_ubatch & ubatch) {
+    if (ubatch.token) {
+        dst.insert(dst.end(), ubatch.token, ubatch.token + ubatch.n_tokens);
+    }
+}
+
+std::vector<llama_token> headkv_split::tokens_to_staging() const {
+    std::vector<llama_token> res;
+    for (const auto & ubatch : to_staging) {
+        append_tokens(res, ubatch);
+    }
+    return res;
+}
+
+uint32_t headkv_split::n_silent() const {
+    uint32_t res = 0;
+    for (const auto & ubatch : to_staging) {
+        for (uint32_t i = 0; i < ubatch.n_tokens; ++i, ++res) {
+            if (has_output(ubatch, i)) {
+                return res;
+            }
+        }
+    }
+    return res;
+}
+
 uint32_t headkv_split::n_outputs() const {
     uint32_t res = 0;
     for (const auto & ubatch : to_staging) {
@@ -53,6 +79,24 @@ bool headkv_split_batch(headkv_split & res, llama_batch_allocr & balloc, uint32_
     return balloc.get_n_used() >= balloc.get_n_tokens();
 }
 
+// a ubatch over other data, whose pointers to the sequences are made here
+static llama_ubatch with_data(llama_ubatch res, std::shared_ptr<llama_ubatch::data_t> data) {
+    for (auto & id : data->seq_id_data) {
+        data->seq_id.push_back(&id);
+    }
+    res.n_tokens = res.n_seqs * res.n_seq_tokens;
+    res.token = res.token ? data->token.data() : nullptr;
+    res.embd = res.embd ? data->embd.data() : nullptr;
+    res.pos = data->pos.data();
+    res.n_seq_id = data->n_seq_id.data();
+    res.seq_id = data->seq_id.data();
+    res.seq_id_unq = data->seq_id_unq.data();
+    res.seq_idx = data->seq_idx.data();
+    res.output = data->output.data();
+    res.data = std::move(data);
+    return res;
+}
+
 // one ubatch out of several: sequence after sequence, each with the same number of tokens
 static llama_ubatch concat_ubatches(const std::vector<llama_ubatch> & parts) {
     if (parts.size() == 1) {
@@ -73,22 +117,38 @@ static llama_ubatch concat_ubatches(const std::vector<llama_ubatch> & parts) {
         data->seq_idx[part.seq_id_unq[0]] = (int32_t) data->seq_id_unq.size();
         append(data->seq_id_unq, part.data->seq_id_unq);
     }
-    for (auto & id : data->seq_id_data) {
-        data->seq_id.push_back(&id);
-    }
     llama_ubatch res = parts[0];
     res.n_seqs = res.n_seqs_unq = (uint32_t) parts.size();
-    res.n_tokens = res.n_seqs * res.n_seq_tokens;
-    res.token = res.token ? data->token.data() : nullptr;
-    res.embd = res.embd ? data->embd.data() : nullptr;
-    res.pos = data->pos.data();
-    res.n_seq_id = data->n_seq_id.data();
-    res.seq_id = data->seq_id.data();
-    res.seq_id_unq = data->seq_id_unq.data();
-    res.seq_idx = data->seq_idx.data();
-    res.output = data->output.data();
-    res.data = std::move(data);
-    return res;
+    return with_data(res, std::move(data));
+}
+
+// the last tokens of a ubatch of one sequence
+static llama_ubatch tail_of(const llama_ubatch & ubatch, uint32_t n_first) {
+    auto data = std::make_shared<llama_ubatch::data_t>(*ubatch.data);
+    const auto cut = [&](auto & v) { v.erase(v.begin(), v.begin() + (ptrdiff_t) (v.size() / ubatch.n_tokens * n_first)); };
+    cut(data->token);
+    cut(data->embd);
+    cut(data->pos);
+    cut(data->n_seq_id);
+    cut(data->output);
+    cut(data->batch_idxs);
+    cut(data->seq_id_data);
+    data->seq_id.clear();
+
+    llama_ubatch res = ubatch;
+    res.n_seq_tokens -= n_first;
+    return with_data(res, std::move(data));
+}
+
+void headkv_split::drop(uint32_t n) {
+    size_t i = 0;
+    for (; i < to_staging.size() && n >= to_staging[i].n_tokens; ++i) {
+        n -= to_staging[i].n_tokens;
+    }
+    to_staging.erase(to_staging.begin(), to_staging.begin() + (ptrdiff_t) i);
+    if (n > 0) {
+        to_staging[0] = tail_of(to_staging[0], n);
+    }
 }
 
 std::vector<llama_ubatch> headkv_merge(const std::vector<llama_ubatch> & ubatches, bool one_by_one, uint32_t n_ubatch) {
@@ -138,18 +198,15 @@ static std::unique_ptr<llama_kv_cache_context> staging_context(llama_kv_cache & 
     return std::make_unique<llama_kv_cache_context>(&cache, llama_kv_cache::slot_info_vec_t{ sinfo }, std::vector<llama_ubatch>{ ubatch });
 }
 
-static void append_tokens(std::vector<llama_token> & dst, const llama_ubatch & ubatch) {
-    if (ubatch.token) {
-        dst.insert(dst.end(), ubatch.token, ubatch.token + ubatch.n_tokens);
-    }
-}
-
 headkv_pass::headkv_pass(llama_seq_id seq_id, llama_kv_cache & cache, const std::vector<llama_ubatch> & ubatches,
-        const llama_kv_cache::slot_info_vec_t & sinfos) :
-    seq_id(seq_id) {
+        const llama_kv_cache::slot_info_vec_t & sinfos, std::vector<llama_token> tokens, headkv_archive_hit archived) :
+    seq_id(seq_id), tokens(std::move(tokens)), archived(std::move(archived)), n_tokens(n_archived()), i_token(n_archived()) {
     for (size_t i = 0; i < ubatches.size(); ++i) {
-        append_tokens(tokens, ubatches[i]);
+        n_tokens += ubatches[i].n_tokens;
         staging_ctxs.push_back(staging_context(cache, ubatches[i], sinfos[i]));
+    }
+    if (sinfos.empty() || sinfos[0].idxs[0][0] != n_archived()) {
+        throw std::logic_error("the cells of a prompt are not its positions");
     }
 }
 
@@ -157,27 +214,22 @@ void headkv_pass::advance(const std::vector<llama_ubatch> & ubatches) {
     i_token += ubatches[i_ubatch].n_tokens;
     if (++i_ubatch == ubatches.size()) {
         i_ubatch = 0;
-        i_token = 0;
+        i_token = n_archived();
         ++i_layer;
     }
 }
 
-std::string headkv_pass::why_not_resumed(const std::vector<llama_ubatch> & ubatches, int32_t n_layer) const {
-    std::vector<llama_token> others;
-    for (size_t i = 0; i < ubatches.size(); ++i) {
-        const llama_ubatch & ubatch = ubatches[i];
+std::string headkv_pass::why_not_resumed(const headkv_split & split, int32_t n_layer) const {
+    for (const auto & ubatch : split.to_staging) {
         if (ubatch.seq_id_unq[0] != seq_id) {
             return format("sequence %d has to wait", ubatch.seq_id_unq[0]);
         }
-        append_tokens(others, ubatch);
-        const bool is_done = i_layer == n_layer - 1 && i < i_ubatch;
-        for (uint32_t j = 0; is_done && j < ubatch.n_tokens; ++j) {
-            if (has_output(ubatch, j)) {
-                return "outputs were asked for that it has passed";
-            }
-        }
     }
-    return others.empty() || others != tokens ? "other tokens came" : "";
+    const auto others = split.tokens_to_staging();
+    if (others.empty() || others != tokens) {
+        return "other tokens came";
+    }
+    return split.n_silent() < (i_layer == n_layer - 1 ? i_token : n_archived()) ? "outputs were asked for that it has passed" : "";
 }
 
 //
@@ -221,6 +273,10 @@ int64_t llama_kv_cache_ragged_context::token_step() const {
     return layered ? kv->pass()->i_token : 0;
 }
 
+int64_t llama_kv_cache_ragged_context::hidden_step() const {
+    return layered ? kv->pass()->i_token - kv->pass()->n_archived() : 0;
+}
+
 size_t llama_kv_cache_ragged_context::i_staging() const {
     return layered ? kv->pass()->i_ubatch : i_cur - to_store.size();
 }
@@ -234,9 +290,13 @@ bool llama_kv_cache_ragged_context::apply() {
     if (!is_store() && !kv->begin_step(ubatch, layered)) {
         return headkv_fail("aborted");
     }
-    if (is_layered() && layer_step() > 0) {
-        // cells and positions are those of the first layer
-        return i_staging() > 0 || kv->end_layer(layer_step() - 1);
+    if (is_layered()) {
+        if (!kv->begin_layer()) {
+            return false;
+        }
+        if (layer_step() > 0) {
+            return true; // cells and positions are those of the first layer
+        }
     }
     if (!is_store() && !(layered ? kv->pass()->staging_ctxs : staging_ctxs)[i_staging()]->apply()) {
         return false;

@@ -3,6 +3,7 @@
 
 #include "llama-kv-cache.h"
 
+#include "headkv-archive.h"
 #include "headkv-config.h"
 #include "headkv-seq.h"
 #include "headkv-store.h"
@@ -22,6 +23,11 @@ struct headkv_split {
     std::map<llama_seq_id, uint32_t> n_new; // tokens of each sequence
 
     uint32_t n_staging() const; // tokens
+    std::vector<llama_token> tokens_to_staging() const; // those that have an id
+    uint32_t n_silent() const; // first tokens of prompts without an output
+
+    // Leaves out the first n tokens of its only prompt, whose cells come from the archive.
+    void drop(uint32_t n);
     uint32_t n_outputs() const; // of prompts
 };
 
@@ -39,7 +45,9 @@ void headkv_order_outputs(llama_batch_allocr & balloc, const std::vector<llama_u
 // goes on when the same batch comes again.
 struct headkv_pass {
     llama_seq_id seq_id;
-    std::vector<llama_token> tokens;
+    std::vector<llama_token> tokens; // of the whole prompt
+    headkv_archive_hit archived; // of the first ones, whose cells are restored layer by layer
+    int64_t n_tokens; // of the whole prompt
 
     std::vector<std::unique_ptr<llama_kv_cache_context>> staging_ctxs; // of its ubatches
 
@@ -47,17 +55,20 @@ struct headkv_pass {
     bool paused = false;
     int32_t i_layer = 0;
     size_t i_ubatch = 0;
-    int64_t i_token = 0; // tokens before the ubatch
+    int64_t i_token; // tokens before the ubatch
+    int32_t i_ready = -1; // layer whose cells before the first ubatch are there
 
     headkv_pass(llama_seq_id seq_id, llama_kv_cache & cache, const std::vector<llama_ubatch> & ubatches,
-            const llama_kv_cache::slot_info_vec_t & sinfos);
+            const llama_kv_cache::slot_info_vec_t & sinfos, std::vector<llama_token> tokens, headkv_archive_hit archived);
+
+    uint32_t n_archived() const { return archived.n_tokens; }
 
     void advance(const std::vector<llama_ubatch> & ubatches); // to the next step
 
     bool is_last_step(int32_t n_layer) const { return i_layer == n_layer - 1 && i_ubatch == staging_ctxs.size() - 1; }
 
-    // why the ubatches are not those that it waits for; empty = they are
-    std::string why_not_resumed(const std::vector<llama_ubatch> & ubatches, int32_t n_layer) const;
+    // why a batch is not the one that it waits for; empty = it is
+    std::string why_not_resumed(const headkv_split & split, int32_t n_layer) const;
 };
 
 // the memory of one llama_decode call: ubatches that go to the store, then ubatches that go to the staging
@@ -94,6 +105,7 @@ public:
     bool is_layered() const { return layered && !is_store(); }
     int32_t layer_step() const;
     int64_t token_step() const; // tokens of the prompt before the ubatch
+    int64_t hidden_step() const; // of them, those that are not archived
 
     // stock context of the current ubatch in the staging
     const llama_kv_cache_context * get_staging() const;

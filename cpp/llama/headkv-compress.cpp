@@ -150,6 +150,7 @@ headkv_seq headkv_compression::finish(const headkv_seq & seq) const {
     res.selection = cfg->selection;
     res.spans = headkv_protected(*cfg, seq.n_pos - res.n_whole);
     res.adapters = seq.adapters;
+    res.n_archived = seq.n_archived;
     return res;
 }
 

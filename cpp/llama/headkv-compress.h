@@ -29,6 +29,8 @@ public:
     const llama_seq_id seq_id;
     const llama_seq_id dst;
 
+    const std::vector<int32_t> & cells_of_prompt() const { return cells; } // of the staging, in position order
+
     uint32_t n_tail() const { return n_tail_; }
     int64_t t_us() const { return t_us_; }
     size_t n_peak() const { return n_peak_; } // bytes of staging, store and scratch at most

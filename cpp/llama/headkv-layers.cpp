@@ -133,7 +133,7 @@ void headkv_cut_graph(const llm_graph_params & params, llm_graph_result & res) {
     const bool last = il == kv->n_layer() - 1;
 
     ggml_tensor * hidden = kv->staging().hidden();
-    const size_t offset = mctx->token_step() * hidden->nb[1];
+    const size_t offset = mctx->hidden_step() * hidden->nb[1];
 
     const int begin = il == 0 ? -1 : find_l_out(nodes, il - 1);
     const int end = last ? (int) nodes.size() - 1 : find_l_out(nodes, il);

@@ -68,6 +68,9 @@ llama_memory_context_ptr llama_kv_cache_ragged::init_batch(llama_batch_allocr & 
 llama_memory_context_ptr llama_kv_cache_ragged::prepare(llama_batch_allocr & balloc, uint32_t n_ubatch) {
     check_usable();
 
+    if (the_pass && !the_pass->begun) {
+        drop_unbegun(); // what came before it in its batch failed
+    }
     headkv_split split;
     const auto is_stored = [this](llama_seq_id s) {
         return seqs[s].state == HEADKV_SEQ_COMPRESSED || (seqs[s].state == HEADKV_SEQ_LAYERED && !is_reading(s));
@@ -75,14 +78,11 @@ llama_memory_context_ptr llama_kv_cache_ragged::prepare(llama_batch_allocr & bal
     if (!headkv_split_batch(split, balloc, n_ubatch, is_stored)) {
         return nullptr;
     }
-    if (the_pass && !the_pass->begun) {
-        the_pass.reset(); // what came before it in its batch failed
-    }
     const bool reads = !split.to_staging.empty();
     const bool resumed = reads && the_pass;
     if (resumed) {
         const bool same = seqs[the_pass->seq_id].adapters == adapters;
-        const std::string why_not = same ? the_pass->why_not_resumed(split.to_staging, n_layer()) : "other adapters were set";
+        const std::string why_not = same ? the_pass->why_not_resumed(split, n_layer()) : "other adapters were set";
         if (!why_not.empty()) {
             throw std::runtime_error(format("sequence %d is being read layer by layer and %s: give its whole prompt again, or remove it first",
                     the_pass->seq_id, why_not.c_str()));
@@ -92,7 +92,9 @@ llama_memory_context_ptr llama_kv_cache_ragged::prepare(llama_batch_allocr & bal
     const bool compresses = want_last_layers(split); // what is staged leaves the staging before the batch
     const bool too_short = want_tails(split, resumed);
     const bool layered = resumed || (reads && is_layered(split, compresses));
-    const bool no_room = reads && !resumed && want_staging(split, compresses, layered);
+    const auto tokens = reads && !resumed ? known_tokens(split) : std::vector<llama_token>();
+    const headkv_archive_hit archived = find_archived(split, tokens);
+    const bool no_room = reads && !resumed && want_staging(split, compresses, layered ? split.n_staging() - archived.n_tokens : 0);
     if (compresses || too_short || no_room) {
         return nullptr; // after the update that follows
     }
@@ -100,6 +102,10 @@ llama_memory_context_ptr llama_kv_cache_ragged::prepare(llama_batch_allocr & bal
     llama_kv_cache::slot_info_vec_t sinfos;
     if (reads) {
         if (!resumed) {
+            for (const auto & ubatch : split.to_staging) {
+                seqs[ubatch.seq_id_unq[0]].tokens = the_archive ? tokens : std::vector<llama_token>();
+            }
+            take_archived(split, archived, layered);
             sinfos = the_staging.cache().prepare(split.to_staging);
             if (sinfos.empty()) {
                 return nullptr;
@@ -121,7 +127,9 @@ llama_memory_context_ptr llama_kv_cache_ragged::prepare(llama_batch_allocr & bal
         note_peak();
     }
     if (layered && !resumed) {
-        the_pass = std::make_unique<headkv_pass>(split.to_staging[0].seq_id_unq[0], the_staging.cache(), split.to_staging, sinfos);
+        the_pass = std::make_unique<headkv_pass>(split.to_staging[0].seq_id_unq[0], the_staging.cache(), split.to_staging, sinfos, tokens, archived);
+    } else if (resumed) {
+        split.drop(the_pass->n_archived());
     }
     if (!split.to_store.empty()) {
         split.to_store = headkv_merge(split.to_store, !the_store.is_all_fused(), lctx->n_ubatch());
@@ -191,26 +199,26 @@ bool llama_kv_cache_ragged::is_layered(const headkv_split & split, bool compress
     return res;
 }
 
-bool llama_kv_cache_ragged::want_staging(const headkv_split & split, bool compresses, bool layered) {
+bool llama_kv_cache_ragged::want_staging(const headkv_split & split, bool compresses, uint32_t n_hidden) {
     uint32_t n_to_come = 0;
     if (split.n_new.count(announced.seq_id)) {
         const uint32_t n = seqs[announced.seq_id].n_pos + split.n_new.at(announced.seq_id);
         n_to_come = announced.n_tokens - std::min(announced.n_tokens, n);
     }
     const uint32_t n_cells = (compresses ? 0 : n_staged()) + split.n_staging();
-    if (!compresses && the_staging.fits(n_cells, layered)) {
+    if (!compresses && the_staging.fits(n_cells, n_hidden)) {
         return false;
     }
-    if (!compresses && n_staged() > 0 && the_staging.is_one_layer() != layered) {
+    if (!compresses && n_staged() > 0 && the_staging.is_one_layer() != (n_hidden > 0)) {
         throw std::runtime_error("the staging holds a prompt that is read in another order");
     }
-    wanted = { std::max(n_cells + n_to_come, layered || compresses ? 0 : 2 * the_staging.n_cells()), layered };
+    wanted = { std::max(n_cells + n_to_come, n_hidden > 0 || compresses ? 0 : 2 * the_staging.n_cells()), n_hidden };
     return true;
 }
 
 int64_t llama_kv_cache_ragged::n_steps_left(llama_seq_id seq_id, int64_t n_tokens, int64_t n_ubatch) const {
-    const int64_t n_ubatches = (n_tokens + n_ubatch - 1) / n_ubatch;
     const bool in_progress = is_reading(seq_id) && the_pass->begun;
+    const int64_t n_ubatches = in_progress ? (int64_t) the_pass->staging_ctxs.size() : (n_tokens + n_ubatch - 1) / n_ubatch;
     return n_layer() * n_ubatches - (in_progress ? the_pass->i_layer * n_ubatches + (int64_t) the_pass->i_ubatch : 0);
 }
 
@@ -227,7 +235,7 @@ bool llama_kv_cache_ragged::begin_step(const llama_ubatch & ubatch, bool layered
         return true;
     }
     const int32_t n_before = layered ? (int32_t) the_pass->i_token : ubatch.pos[0];
-    const int32_t n_tokens = layered ? (int32_t) the_staging.hidden()->ne[1] : (int32_t) std::max<uint32_t>(n_progress, ubatch.pos[0] + ubatch.n_tokens);
+    const int32_t n_tokens = layered ? (int32_t) the_pass->n_tokens : (int32_t) std::max<uint32_t>(n_progress, ubatch.pos[0] + ubatch.n_tokens);
     is_called_back = true;
     const bool res = progress(layered ? the_pass->i_layer : 0, layered ? n_layer() : 1, n_before, n_tokens, progress_data);
     is_called_back = false;
@@ -250,6 +258,25 @@ void llama_kv_cache_ragged::add_tokens(const llama_ubatch & ubatch, headkv_seq_e
     }
 }
 
+bool llama_kv_cache_ragged::begin_layer() {
+    headkv_pass & pass = *the_pass;
+    if (pass.i_ubatch > 0 || pass.i_ready >= pass.i_layer) {
+        return true;
+    }
+    bool res = pass.i_layer == 0 || end_layer(pass.i_layer - 1);
+    try {
+        if (res) {
+            restore_layer(pass.archived, pass.i_layer, 0);
+        }
+    } catch (const std::exception & e) {
+        n_lost_blocks++;
+        res = headkv_fail(format("layer %d cannot be restored: %s", pass.i_layer, headkv_reason(e)));
+    }
+    pass.i_ready = pass.i_layer;
+    pass.paused &= res; // what failed can be removed
+    return res;
+}
+
 bool llama_kv_cache_ragged::end_layer(int32_t il) {
     lctx->synchronize(); // buffers are about to be read and replaced
     try {
@@ -258,6 +285,7 @@ bool llama_kv_cache_ragged::end_layer(int32_t il) {
         }
         if (headkv_store_layer * layer = the_store.find(il)) {
             running->layer(*layer);
+            archive_layer(*layer);
             note_peak();
         }
     } catch (const std::exception & e) {

@@ -52,7 +52,7 @@ bool headkv_fill(llama_kv_cache_ragged & kv, llama_context * lctx, llama_seq_id 
         fill_rows(staging.ring(layer.il), staging.n_slots(), next);
     }
     for (uint32_t i = 0; i < n_tokens; ++i) {
-        staging.occupy(i, seq_id, (llama_pos) i);
+        staging.occupy(seq_id, i, i + 1);
         seq.add(HEADKV_EV_STAGE, (llama_pos) i, seq.adapters, staging.n_ring());
     }
     return true;

@@ -55,6 +55,7 @@ void headkv_seq::on(headkv_seq_event event) {
 void headkv_seq::add(headkv_seq_event event, llama_pos pos, uint64_t adapters_set, llama_pos n_ring) {
     on(event);
     adapters = n_pos == 0 || adapters == adapters_set ? adapters_set : HEADKV_SEVERAL_ADAPTERS;
+    n_archived += std::max(0, pos - n_pos); // nothing else is left out
     n_pos = pos + 1;
     if (is_staged()) {
         window.resize(n_ring, -1);

@@ -64,6 +64,8 @@ struct headkv_seq {
     uint32_t kv_size = 0; // that it was compressed with
     uint64_t selection = 0; // same, of the configuration; 0 = not known, of a file
     std::vector<std::pair<int32_t, int32_t>> spans; // of its prompt before the last n_whole tokens, that every head kept as protected
+    std::vector<llama_token> tokens; // of a prompt that goes to the archive, n_pos or more
+    uint32_t n_archived = 0; // first tokens of the prompt whose cells came from there
     uint64_t adapters = 0; // that its tokens were computed with, HEADKV_SEVERAL_ADAPTERS = one after the other
 
     // what the next update has to do

@@ -113,11 +113,14 @@ headkv_staging::tensors_t headkv_staging::make_tensors(const char * name, bool i
     return res;
 }
 
-bool headkv_staging::fits(uint32_t n_tokens, bool share) const {
-    return live.cache && live.cache->get_size() >= n_tokens && one_layer == share && (!share || (t_hidden && t_hidden->ne[1] >= n_tokens));
+bool headkv_staging::fits(uint32_t n_tokens, uint32_t n_hidden) const {
+    const bool has_cells = live.cache && live.cache->get_size() >= n_tokens;
+    const bool has_hidden = n_hidden > 0 && t_hidden && t_hidden->ne[1] >= n_hidden && (n_before >= n_tokens || !ggml_backend_buffer_is_host(t_band->buffer));
+    return has_cells && (one_layer ? has_hidden : n_hidden == 0);
 }
 
-void headkv_staging::alloc(uint32_t n_tokens, bool keep, bool share, int64_t n_ubatch) {
+void headkv_staging::alloc(uint32_t n_tokens, bool keep, uint32_t n_hidden, int64_t n_ubatch) {
+    const bool share = n_hidden > 0;
     const uint32_t n_cells = std::min<uint32_t>(GGML_PAD(n_tokens, 256), params.n_ctx); // upstream attends multiples of 256 cells
     if (!keep) {
         live = parts_t();
@@ -129,7 +132,7 @@ void headkv_staging::alloc(uint32_t n_tokens, bool keep, bool share, int64_t n_u
     auto cache = make_cache(n_cells, false, share);
     auto sums = make_sums(false, n_cells);
     if (share) {
-        alloc_hidden(n_tokens, n_ubatch);
+        alloc_hidden(n_tokens, n_hidden, n_ubatch);
     }
     one_layer = share;
     if (live.cache) {
@@ -198,12 +201,12 @@ int64_t headkv_staging::hidden_bytes(int64_t n_tokens, int64_t n_ubatch, bool f1
     return n_tokens * hparams.n_embd * (f16 ? sizeof(ggml_fp16_t) : sizeof(float)) + n_ubatch * n_columns(n_tokens, n_ubatch) * sizeof(ggml_fp16_t);
 }
 
-void headkv_staging::alloc_hidden(uint32_t n_tokens, int64_t n_ubatch) {
+void headkv_staging::alloc_hidden(uint32_t n_tokens, uint32_t n_hidden, int64_t n_ubatch) {
     const ggml_backend_buffer_type_t buft = shapes[0].buft;
 
     ggml_init_params init = { /*.mem_size =*/2 * ggml_tensor_overhead(), /*.mem_buffer =*/nullptr, /*.no_alloc =*/true };
     hidden_buf.ctx.reset(ggml_init(init));
-    t_hidden = ggml_new_tensor_2d(hidden_buf.ctx.get(), params.hidden_f16 ? GGML_TYPE_F16 : GGML_TYPE_F32, hparams.n_embd, n_tokens);
+    t_hidden = ggml_new_tensor_2d(hidden_buf.ctx.get(), params.hidden_f16 ? GGML_TYPE_F16 : GGML_TYPE_F32, hparams.n_embd, n_hidden);
     const int64_t n_cols = n_columns(n_tokens, n_ubatch);
     t_band = ggml_new_tensor_2d(hidden_buf.ctx.get(), GGML_TYPE_F16, n_cols, n_ubatch);
     hidden_buf.buf.reset(ggml_backend_alloc_ctx_tensors_from_buft(hidden_buf.ctx.get(), buft));
@@ -211,6 +214,7 @@ void headkv_staging::alloc_hidden(uint32_t n_tokens, int64_t n_ubatch) {
         t_hidden = t_band = nullptr;
         throw std::runtime_error("no memory for the hidden states of the prompt");
     }
+    n_before = ggml_backend_buffer_is_host(t_band->buffer) ? n_tokens : 0;
     std::vector<ggml_fp16_t> row(n_cols, ggml_fp32_to_fp16(-INFINITY));
     std::fill(row.begin(), row.begin() + n_band(), ggml_fp32_to_fp16(0.0f));
     for (int64_t i = 0; i < n_ubatch; ++i) {
@@ -263,8 +267,13 @@ std::vector<int32_t> headkv_staging::cells_of(llama_seq_id seq_id, llama_pos n_p
     return res;
 }
 
-void headkv_staging::occupy(uint32_t i_cell, llama_seq_id seq_id, llama_pos pos) {
-    occupy_cell(*live.cache, i_cell, seq_id, pos);
+void headkv_staging::occupy(llama_seq_id seq_id, uint32_t first, uint32_t end) {
+    for (uint32_t i = first; i < end; ++i) {
+        if (!live.cache->get_cells(0).is_empty(i)) {
+            throw std::logic_error(format("cell %u of the staging is in use", i));
+        }
+        occupy_cell(*live.cache, i, seq_id, (llama_pos) i);
+    }
 }
 
 void headkv_staging::add_to(std::map<ggml_backend_buffer_type_t, size_t> & breakdown) const {

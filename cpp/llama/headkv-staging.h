@@ -31,15 +31,16 @@ public:
     headkv_staging(const llama_model & model, const params_t & params, std::vector<headkv_layer_shape> shapes);
 
     // Makes room for n_tokens. keep: the cells that are there move over, else the old memory goes before the new one comes.
-    // one_layer: for the prompt of a layer-major pass of ubatches of n_ubatch tokens, whose layers share it.
+    // n_hidden: for the prompt of a layer-major pass of ubatches of n_ubatch tokens, whose layers share it, and of which so
+    // many tokens are computed; 0 = for all layers.
     // Throws when memory is short; what was there and is kept is as before then.
-    void alloc(uint32_t n_tokens, bool keep, bool one_layer, int64_t n_ubatch);
+    void alloc(uint32_t n_tokens, bool keep, uint32_t n_hidden, int64_t n_ubatch);
     void release();
 
     bool is_one_layer() const { return one_layer; }
 
     // whether n_tokens fit as they are to be read
-    bool fits(uint32_t n_tokens, bool one_layer) const;
+    bool fits(uint32_t n_tokens, uint32_t n_hidden) const;
 
     uint32_t n_cells() const { return live.cache ? live.cache->get_size() : 0; }
 
@@ -53,16 +54,17 @@ public:
     int64_t n_slots() const { return (int64_t) params.n_ring * params.n_seq_max + 1; } // rows of the ring, the last one takes what nobody needs
     llama_pos n_ring() const { return params.n_ring; }
 
-    // layer-major: the hidden states of the prompt, F32 or F16 [n_embd, n_tokens]; null else
+    // layer-major: the hidden states of the tokens that are computed, F32 or F16 [n_embd, n_hidden]; null else
     ggml_tensor * hidden() const { return t_hidden; }
 
     // layer-major: the causal mask of all ubatches, F16 [n_band + n_ubatch + 256, n_ubatch], 0 up to column n_band + row, then -inf
     ggml_tensor * band() const { return t_band; }
-    int64_t n_band() const { return ggml_backend_buffer_is_host(t_band->buffer) ? t_hidden->ne[1] : 0; }
+    int64_t n_band() const { return n_before; }
 
     std::vector<int32_t> cells_of(llama_seq_id seq_id, llama_pos n_pos) const; // cell of each position, -1 = none
 
-    void occupy(uint32_t i_cell, llama_seq_id seq_id, llama_pos pos); // marks a cell as the one of a position
+    // Marks cells [first, end) as those of the same positions. Throws if they are not free or not next.
+    void occupy(llama_seq_id seq_id, uint32_t first, uint32_t end);
 
     size_t n_bytes() const; // as allocated
     int64_t hidden_bytes(int64_t n_tokens, int64_t n_ubatch, bool f16) const; // of hidden states and mask of such a prompt
@@ -103,6 +105,7 @@ private:
     buffer_t hidden_buf;
     ggml_tensor * t_hidden = nullptr;
     ggml_tensor * t_band = nullptr;
+    int64_t n_before = 0;
 
     std::unique_ptr<llama_kv_cache> make_cache(uint32_t n_cells, bool is_plan, bool one_layer) const;
     // of the type F32; share: layers of one shape share a tensor
@@ -111,7 +114,7 @@ private:
     tensors_t make_sums(bool is_plan, uint32_t n_cells) const;
 
     int64_t n_columns(int64_t n_tokens, int64_t n_ubatch) const; // of the mask
-    void alloc_hidden(uint32_t n_tokens, int64_t n_ubatch);
+    void alloc_hidden(uint32_t n_tokens, uint32_t n_hidden, int64_t n_ubatch);
     void release_hidden();
     void copy_to(llama_kv_cache & cache, const tensors_t & sums) const;
 };

@@ -141,7 +141,6 @@ int32_t llama_kv_cache_ragged::n_head_max() const {
     }
     return res;
 }
-
 size_t llama_kv_cache_ragged::bytes_cell() const {
     size_t res = 0;
     for (const auto & layer : the_store.layers) {
@@ -437,7 +436,7 @@ bool llama_kv_cache_ragged::apply_update(llama_context * lctx) {
                     drop_rows(s); // what could not be given back when it was removed
                 }
             }
-            the_staging.alloc(wanted.n_cells, n_staged() > 0, wanted.layered, lctx->n_ubatch());
+            the_staging.alloc(wanted.n_cells, n_staged() > 0, wanted.n_hidden, lctx->n_ubatch());
         }
     } catch (const std::exception & e) {
         const std::string what = headkv_reason(e);
@@ -459,9 +458,9 @@ std::string llama_kv_cache_ragged::for_tails() const {
 }
 
 std::string llama_kv_cache_ragged::for_staging() const {
-    const double n_bytes = (double) bytes_cell() * wanted.n_cells / (wanted.layered ? the_store.layers.size() : 1);
+    const double n_bytes = (double) bytes_cell() * wanted.n_cells / (wanted.n_hidden > 0 ? the_store.layers.size() : 1);
     return format(" for a prompt of %u tokens, whose K and V take %.1f MiB while it is read%s", wanted.n_cells, n_bytes / 1024 / 1024,
-            wanted.layered ? "" : ", less with prefill 'layer'");
+            wanted.n_hidden > 0 ? "" : ", less with prefill 'layer'");
 }
 
 void llama_kv_cache_ragged::grow_tails() {
@@ -495,9 +494,9 @@ void llama_kv_cache_ragged::grow_tails() {
 
 bool llama_kv_cache_ragged::make_room(llama_context * lctx, uint32_t n_tokens) {
     forget_updates();
-    wanted = { n_tokens, false };
+    wanted = { n_tokens, 0 };
     lctx->memory_update(true);
-    return the_staging.fits(n_tokens, false);
+    return the_staging.fits(n_tokens, 0);
 }
 
 //
@@ -537,9 +536,10 @@ bool llama_kv_cache_ragged::compress(llama_context * lctx, llama_seq_id seq_id, 
 }
 
 void llama_kv_cache_ragged::begin_compression(llama_seq_id seq_id, llama_seq_id seq_id_dst) {
-    const headkv_seq & seq = seqs[seq_id];
-    const bool own = seq.cfg && seq_id == seq_id_dst; // copies are made by what the context is configured to
+    const headkv_seq & seq = seqs[seq_id]; // copies are made by what the context is configured to
+    const bool own = seq.cfg && seq_id == seq_id_dst;
     running = std::make_unique<headkv_compression>(lctx, the_staging, the_store, own ? seq.cfg : cfg, heads, seq, seq_id, seq_id_dst);
+    begin_archiving(seq);
 }
 
 bool llama_kv_cache_ragged::compress_now(llama_seq_id seq_id) {
@@ -552,6 +552,7 @@ bool llama_kv_cache_ragged::compress_now(llama_seq_id seq_id) {
             // of a prompt that was read layer by layer, the last layer is left
             if (!layered || layer.il == n_layer() - 1) {
                 running->layer(layer);
+                archive_layer(layer);
                 note_peak();
             }
         }
@@ -581,6 +582,7 @@ void llama_kv_cache_ragged::end_compression() {
     dst.on(HEADKV_EV_STORE);
     dst = std::move(res);
     running.reset();
+    end_archiving(dst);
     if (n_staged() == 0) {
         the_staging.release();
     }
@@ -592,5 +594,6 @@ void llama_kv_cache_ragged::abort_compression() {
     if (running) {
         running->abort();
         running.reset();
+        writing.reset();
     }
 }

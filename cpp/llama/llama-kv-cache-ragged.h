@@ -3,6 +3,7 @@
 #include "llama-adapter.h"
 #include "llama-memory.h"
 
+#include "headkv-archive.h"
 #include "headkv-batch.h"
 #include "headkv-compress.h"
 #include "headkv-config.h"
@@ -127,6 +128,18 @@ public:
     void limit_restore(const limits_t & other) { limits = other; }
 
     //
+    // the archive; headkv-archived.cpp
+    //
+
+    // Where prompts are kept from now on, null = nowhere. Throws std::invalid_argument for a type that rows cannot have.
+    void set_archive(std::unique_ptr<headkv_blocks> blocks, int64_t max_bytes, ggml_type type);
+    const headkv_archive * archive() const { return the_archive.get(); }
+
+    // failures of blocks since the last compression: the prompt that was dropped with one may be read again, without it
+    int32_t n_lost() const { return n_lost_blocks; }
+    uint32_t n_archived() const { return the_pass ? the_pass->n_archived() : 0; } // first tokens of the pass
+
+    //
     // numbers and parts
     //
 
@@ -184,7 +197,7 @@ public:
 
     bool begin_step(const llama_ubatch & ubatch, bool layered); // tells the progress; false = abort
     bool next_step(const std::vector<llama_ubatch> & ubatches); // of the pass; false: it is complete or pauses
-    bool end_layer(int32_t il); // all ubatches of the pass went through it
+    bool begin_layer(); // before the current step of the pass, or while it waits for it: the cells that it finds are there
     void add_tokens(const llama_ubatch & ubatch, headkv_seq_event event);
 
 private:
@@ -211,6 +224,10 @@ private:
     std::unique_ptr<headkv_pass> the_pass; // the layer-major prompt in progress
     std::unique_ptr<headkv_compression> running;  // the compression in progress, of its layers or of one prompt
 
+    std::unique_ptr<headkv_archive> the_archive;
+    std::unique_ptr<headkv_archive_writer> writing; // what is compressed, on its way there
+    int32_t n_lost_blocks = 0;
+
     // what was announced
     struct announced_t {
         llama_seq_id seq_id = -1;
@@ -223,7 +240,7 @@ private:
     // what the next update has to do after compressions and longer tails, which are pending for their sequences
     struct wanted_t {
         uint32_t n_cells = 0; // of the staging
-        bool layered = false;
+        uint32_t n_hidden = 0; // tokens of a prompt that is read layer by layer and not archived, 0 = it is not read so
     };
     wanted_t wanted;
     bool did_compress = false;
@@ -261,7 +278,19 @@ private:
     bool want_last_layers(const headkv_split & split); // prompts read layer by layer are compressed first; whether there are any
     bool want_tails(const headkv_split & split, bool resumed); // whether one is too short
     bool is_layered(const headkv_split & split, bool compresses) const; // whether a prompt is read layer by layer
-    bool want_staging(const headkv_split & split, bool compresses, bool layered); // whether it has to be allocated
+    bool want_staging(const headkv_split & split, bool compresses, uint32_t n_hidden); // whether it has to be allocated
+
+    bool end_layer(int32_t il); // all ubatches of the pass went through it
+    void drop_unbegun(); // pass
+
+    uint64_t archive_seed() const; // what its rows depend on besides tokens and adapters
+    std::vector<llama_token> known_tokens(const headkv_split & split) const; // of its only prompt; empty = not all have an id
+    headkv_archive_hit find_archived(const headkv_split & split, const std::vector<llama_token> & tokens) const;
+    void take_archived(headkv_split & split, const headkv_archive_hit & hit, bool layered); // into the staging, out of the batch
+    void restore_layer(const headkv_archive_hit & hit, int32_t il, uint32_t n_skip); // throws
+    void begin_archiving(const headkv_seq & prompt);
+    void archive_layer(const headkv_store_layer & layer);
+    void end_archiving(const headkv_seq & compressed);
 
     void forget_updates();
     bool has_update() const;

@@ -19,6 +19,7 @@ static struct {
     int64_t n_compressions = 0;
     int64_t n_evicted = 0; // cells
     int64_t t_compress_us = 0;
+    headkv_archive_stats archive = {};
 
     int32_t n_batch = 0; // that was asked for
     std::string policy;  // never "auto"
@@ -67,6 +68,12 @@ static std::string refusal(const common_params & params) {
     }
     if (headkv_get_args().is_lossless() && headkv_get_args().params.kv_size > 0) {
         return "--kv-policy lossless: it keeps all cells, leave --kv-size out";
+    }
+    if (headkv_get_args().has_archive() && headkv_server_reuses()) {
+        return "--kv-archive: with --kv-reuse prompts continue on the compressed past and are not read again, leave one of them out";
+    }
+    if (!headkv_get_args().has_archive() && (headkv_get_args().archive_params.max_bytes > 0 || headkv_get_args().archive_params.type >= 0)) {
+        return "--kv-archive-size, --kv-archive-type: there is no archive, use --kv-archive DIR";
     }
     if (params.flash_attn_type == LLAMA_FLASH_ATTN_TYPE_DISABLED) {
         return "-fa off: compression needs flash attention";
@@ -133,6 +140,10 @@ bool headkv_server_open(common_params & params) {
         return false;
     }
     server.policy = headkv_get_policy(nullptr);
+    if (args.has_archive() && args.archive != HEADKV_ARCHIVE_RAM && headkv_archive_list(args.archive.c_str(), false, nullptr, nullptr) < 0) {
+        SRV_ERR("--kv-archive: %s\n", headkv_last_error());
+        return false;
+    }
 
     if (params.n_ctx_checkpoints != 0) {
         SRV_WRN("%s", "--kv-size: context checkpoints (--ctx-checkpoints) are switched off, they are taken within a prompt, before it is compressed\n");
@@ -153,7 +164,8 @@ bool headkv_server_open(common_params & params) {
         params.n_batch = std::max(server.n_batch, params.n_ctx > 0 ? params.n_ctx : 1 << 20);
     }
     SRV_INF("compression: policy %s, %s, %s\n", server.policy.c_str(), args.amount().c_str(),
-            args.reuse ? "prompts continue on the compressed past (--kv-reuse)" : "every prompt is read from its beginning");
+            args.reuse ? "prompts continue on the compressed past (--kv-reuse)" : args.has_archive() ? "prompts are read from where they differ from archived ones (--kv-archive)"
+                                                                                                     : "every prompt is read from its beginning");
 
     std::lock_guard<std::mutex> lock(server.mutex);
     server.slots.assign(std::max(1, params.n_parallel), {});
@@ -278,7 +290,34 @@ static void check(int32_t code) {
     }
 }
 
+static headkv_stats get_stats(llama_context * ctx, llama_seq_id seq_id) {
+    headkv_stats stats = {};
+    stats.size = sizeof(stats);
+    check(headkv_get_stats(ctx, seq_id, &stats));
+    return stats;
+}
+
+static headkv_archive_stats get_archive_stats(llama_context * ctx) {
+    headkv_archive_stats res = {};
+    res.size = sizeof(res);
+    if (headkv_get_args().has_archive() && headkv_get_archive_stats(ctx, &res) != 0) {
+        res = {}; // it was not set yet
+    }
+    return res;
+}
+
+// with the first prompt of a context
+static void open_archive(llama_context * ctx) {
+    const headkv_args & args = headkv_get_args();
+    if (args.has_archive() && get_archive_stats(ctx).size == 0) {
+        headkv_archive_params params = args.archive_params;
+        params.folder = args.archive == HEADKV_ARCHIVE_RAM ? nullptr : args.archive.c_str();
+        check(headkv_set_archive(ctx, &params));
+    }
+}
+
 void headkv_server_announce(llama_context * ctx, llama_seq_id seq_id, int32_t n_tokens, bool whole, const headkv_request & request) {
+    open_archive(ctx);
     const request_params params(request);
     check(headkv_begin_prompt(ctx, seq_id, n_tokens, whole, &params.get()));
 }
@@ -294,17 +333,15 @@ bool headkv_server_read_ahead(llama_context * ctx, llama_seq_id seq_id, const st
     check(n_left);
     const int64_t n_tokens = (int64_t) tokens.size();
     const int64_t n_ubatch = llama_n_ubatch(ctx);
-    const int64_t n_steps = llama_model_n_layer(llama_get_model(ctx)) * ((n_tokens + n_ubatch - 1) / n_ubatch);
-    n_read = (int32_t) (n_tokens * (n_steps - n_left) / n_steps);
-    headkv_server_note(ctx, seq_id);
+    const int64_t n_archived = headkv_server_note(ctx, seq_id).n_archived;
+    const int64_t n_steps = llama_model_n_layer(llama_get_model(ctx)) * ((n_tokens + n_ubatch - 1) / n_ubatch - n_archived / n_ubatch);
+    n_read = (int32_t) (n_archived + (n_tokens - n_archived) * std::max<int64_t>(0, n_steps - n_left) / n_steps);
     return n_left == 1;
 }
 
-static headkv_stats get_stats(llama_context * ctx, llama_seq_id seq_id) {
-    headkv_stats stats = {};
-    stats.size = sizeof(stats);
-    check(headkv_get_stats(ctx, seq_id, &stats));
-    return stats;
+int32_t headkv_server_n_archived(llama_seq_id seq_id) {
+    std::lock_guard<std::mutex> lock(server.mutex);
+    return server.slots.at(seq_id).n_archived;
 }
 
 headkv_slot_info headkv_server_compress(llama_context * ctx, llama_seq_id seq_id) {
@@ -328,6 +365,7 @@ headkv_slot_info headkv_server_note(llama_context * ctx, llama_seq_id seq_id) {
         return {};
     }
     const headkv_stats stats = get_stats(ctx, seq_id);
+    const headkv_archive_stats archive = get_archive_stats(ctx);
 
     // heads that a layer does not have count as empty here
     std::vector<int32_t> budget(std::max(0, headkv_get_budget(ctx, nullptr, 0)));
@@ -352,6 +390,7 @@ headkv_slot_info headkv_server_note(llama_context * ctx, llama_seq_id seq_id) {
     info.state = stats.state;
     info.n_prompt = stats.n_prompt;
     info.n_past = stats.n_past;
+    info.n_archived = stats.n_archived;
     if (!cells.empty()) {
         info.cells_min = cells.front();
         info.cells_median = cells[cells.size() / 2];
@@ -362,6 +401,7 @@ headkv_slot_info headkv_server_note(llama_context * ctx, llama_seq_id seq_id) {
     info.n_bytes = cells.empty() || stats.n_past == 0 ? 0 : (int64_t) ((double) stats.bytes_full * n_cells / ((double) stats.n_past * cells.size()));
     server.bytes_store = stats.bytes_store;
     server.bytes_staging = stats.bytes_staging;
+    server.archive = archive;
     return info;
 }
 
@@ -425,6 +465,9 @@ void headkv_server_add_info(common_json & timings, const headkv_slot_info & info
         { "bytes_full", info.n_bytes_full },
         { "compress_ms", info.compress_ms },
     };
+    if (headkv_get_args().has_archive()) {
+        timings["kv"]["n_archived"] = info.n_archived;
+    }
 }
 
 static common_json slot_to_json(const headkv_slot_info & info) {
@@ -461,6 +504,16 @@ void headkv_server_add_props(common_json & props) {
         { "bytes_staging", server.bytes_staging },
         { "slots", slots },
     };
+    if (args.has_archive()) {
+        props["kv"]["archive"] = {
+            { "folder", args.archive },
+            { "max_bytes", server.archive.max_bytes }, // 0 before the first prompt
+            { "blocks", server.archive.n_blocks },
+            { "bytes", server.archive.bytes },
+            { "damaged", server.archive.n_damaged },
+            { "failed", server.archive.n_failed },
+        };
+    }
 }
 
 std::string headkv_server_metrics() {
@@ -468,18 +521,35 @@ std::string headkv_server_metrics() {
         return "";
     }
     std::lock_guard<std::mutex> lock(server.mutex);
-    const struct {
+    const headkv_archive_stats & archive = server.archive;
+    struct item_t {
         const char * type;
         const char * name;
         const char * help;
         double value;
-    } items[] = {
+    };
+    std::vector<item_t> items = {
         { "gauge", "kv_bytes_held", "Bytes of K and V allocated for compressed prompts", (double) server.bytes_store },
         { "gauge", "kv_bytes_staging", "Bytes allocated for prompts that are being read", (double) server.bytes_staging },
         { "counter", "kv_compressions_total", "Number of prompts compressed", (double) server.n_compressions },
         { "counter", "kv_cells_evicted_total", "Cells that compressed prompts do not hold, all heads", (double) server.n_evicted },
         { "counter", "kv_compress_seconds_total", "Time spent compressing prompts", server.t_compress_us / 1e6 },
     };
+    if (headkv_get_args().has_archive()) {
+        items.insert(items.end(), {
+                                          { "counter", "kv_archive_tokens_restored_total", "Prompt tokens that came from the archive", (double) archive.n_restored },
+                                          { "counter", "kv_archive_tokens_computed_total", "Prompt tokens that were read", (double) archive.n_computed },
+                                          { "counter", "kv_archive_read_bytes_total", "Bytes read from the archive", (double) archive.bytes_read },
+                                          { "counter", "kv_archive_written_bytes_total", "Bytes written to the archive", (double) archive.bytes_written },
+                                          { "counter", "kv_archive_read_seconds_total", "Time spent reading from the archive", archive.t_read_us / 1e6 },
+                                          { "counter", "kv_archive_write_seconds_total", "Time spent writing to the archive", archive.t_write_us / 1e6 },
+                                          { "counter", "kv_archive_evicted_blocks_total", "Blocks removed to make room", (double) archive.n_evicted },
+                                          { "counter", "kv_archive_damaged_blocks_total", "Blocks removed because they were damaged", (double) archive.n_damaged },
+                                          { "counter", "kv_archive_failed_prompts_total", "Prompts that could not be written", (double) archive.n_failed },
+                                          { "gauge", "kv_archive_blocks", "Blocks held by the archive", (double) archive.n_blocks },
+                                          { "gauge", "kv_archive_bytes", "Bytes held by the archive", (double) archive.bytes },
+                                  });
+    }
     std::string res;
     for (const auto & item : items) {
         res += string_format("# HELP llamacpp:%s %s\n# TYPE llamacpp:%s %s\nllamacpp:%s %.15g\n",

@@ -26,6 +26,7 @@ struct headkv_slot_info {
     double compress_ms = 0; // of its last compression
     bool by_layer = false; // its prompt is read ahead, layer by layer
     int32_t n_read = 0;     // tokens of that prompt: the share of the steps that are done
+    int32_t n_archived = 0; // first tokens of the prompt that came from the archive
 };
 
 // What a request may choose.
@@ -61,6 +62,8 @@ void headkv_server_announce_end(llama_context * ctx, llama_seq_id seq_id, int32_
 // Reads on in a whole prompt, for as long as other slots may have to wait. false: more is to be read; true: the batch with
 // the whole prompt has one step left to do. n_read: set to the share of the steps that are done, in tokens.
 bool headkv_server_read_ahead(llama_context * ctx, llama_seq_id seq_id, const std::vector<llama_token> & tokens, int32_t & n_read);
+
+int32_t headkv_server_n_archived(llama_seq_id seq_id); // first tokens of the prompt of a slot, as last noted
 
 headkv_slot_info headkv_server_compress(llama_context * ctx, llama_seq_id seq_id);
 

@@ -131,6 +131,8 @@ static bool headkv_server_read(server_slot & slot, const server_batch & batch, i
         return false;
     }
     headkv_server_announce_end(slot.ctx_tgt, slot.id, n_tokens);
+    metrics.add_prompt_cached(headkv_server_n_archived(slot.id));
+    metrics.add_prompt(-(uint64_t) headkv_server_n_archived(slot.id), 0); // they are counted with the batch, which is the whole prompt
     return true;
 }
 
@@ -143,6 +145,9 @@ static int32_t headkv_server_n_read(const server_slot & slot, int32_t n) {
 static void headkv_server_end(server_slot & slot) {
     if (headkv_server_is_on() && slot.state == SLOT_STATE_DONE_PROMPT) {
         slot.stats.headkv_info = headkv_server_compress(slot.ctx_tgt, slot.id);
+        // upstream counts the tokens of a batch, which is the whole prompt
+        slot.stats.n_prompt_cached += slot.stats.headkv_info.n_archived;
+        slot.stats.n_prompt_processed -= slot.stats.headkv_info.n_archived;
     }
 }
 

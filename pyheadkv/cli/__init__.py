@@ -12,7 +12,7 @@ from typing import Any
 
 from .. import __version__
 from ..options import nearest
-from . import demo, evaluate, generate, inspect, plan, score, serve
+from . import archive, demo, evaluate, generate, inspect, plan, score, serve
 
 EXIT_ERROR, EXIT_INTERRUPT = 1, 130
 
@@ -40,6 +40,7 @@ COMMANDS = (
     Command("inspect", "show importance and budgets of a GGUF", inspect.add_arguments, inspect.run),
     Command("score", "measure the importance of the heads of a model", score.add_arguments, score.run),
     Command("eval", "compare cache policies at equal bytes", evaluate.add_arguments, evaluate.run),
+    Command("archive", "list, verify or prune an archive of prompts", archive.add_arguments, archive.run),
     Command("plan", "find the longest prompt that fits into a memory", plan.add_arguments, plan.run),
     Command(
         "demo",

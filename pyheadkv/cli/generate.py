@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..archive import TYPES
 from ..model import model_path, read_shape
 from ..options import POOLS, PREFILLS, PRESETS, Options, check_int
 from ..units import format_bytes, round_n_ctx
@@ -19,6 +20,7 @@ from .inspect import BUDGET_OPTIONS
 if TYPE_CHECKING:
     from ..llama import Llama
 
+ARCHIVE = ("kv_archive", "kv_archive_size", "kv_archive_type")
 N_CHAT_TEMPLATE = 256  # tokens that a chat template may add to one message
 
 
@@ -59,6 +61,18 @@ def _add_cache_arguments(group: argparse._ArgumentGroup) -> None:
         choices=tuple(PREFILLS),
         help=f"order in which the prompt is read; layer keeps one layer's full cache at a time (default: {Options.prefill})",
     )
+    add_archive_arguments(group)
+
+
+def add_archive_arguments(group: argparse._ActionsContainer) -> None:
+    """``--kv-archive``, its size and its type."""
+    group.add_argument(
+        "--kv-archive",
+        metavar="DIR",
+        help="folder where K and V of all prompt tokens are kept: a later prompt that begins the same is read from where it differs (default: none)",
+    )
+    group.add_argument("--kv-archive-size", metavar="SIZE", help="bytes that it may take (default: 20GiB)")
+    group.add_argument("--kv-archive-type", choices=TYPES, help="what it rounds K and V to (default: as the cache has them)")
 
 
 def _add_engine_arguments(group: argparse._ArgumentGroup) -> None:
@@ -117,7 +131,7 @@ def _open_model(path: Path, args: argparse.Namespace, *, n_ctx: int) -> Llama:
 
     return Llama(
         path,
-        **given(args, *AMOUNTS, *BUDGET_OPTIONS, "pool", "pool_kernel", "importance", "prefill", "sinks", "surplus"),
+        **given(args, *AMOUNTS, *BUDGET_OPTIONS, "pool", "pool_kernel", "importance", "prefill", "sinks", "surplus", *ARCHIVE),
         protect=[parse_span(text) for text in args.protect] or None,
         n_ctx=n_ctx,
         n_batch=args.n_batch,
@@ -245,7 +259,8 @@ def _kv_summary(llm: Llama, path: Path) -> str:
     stats = llm.kv_stats()
     n_held = stats.bytes_store + stats.bytes_staging
     n_cells = stats.n_cells[stats.n_cells > 0].mean()
+    archived = f", {stats.n_archived} tokens from the archive" if stats.archive is not None else ""
     return (
         f"KV cache {n_cells:.0f} cells per head, {format_bytes(n_held)} held, full {format_bytes(stats.bytes_full)} "
-        f"({n_held / max(1, stats.bytes_full):.1%})"
+        f"({n_held / max(1, stats.bytes_full):.1%}){archived}"
     )
