@@ -411,7 +411,7 @@ def test_the_turns_of_a_chat_are_the_template_of_the_model(make_model: MakeModel
 def test_turns_are_asked_on_what_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
     """Compressed once; what is said after that stays, so that the cache grows by it in every head."""
     options = TaskOptions("multi-turn", 600)
-    job = evaluation.Job(pyheadkv.embedded_model(), (options,), (Setting(), Setting("snapkv", 40)), evaluation.PROTOCOLS, {}, 1, 0)
+    job = evaluation.Job(pyheadkv.embedded_model(), (options,), (Setting(), Setting("snapkv", 40)), evaluation.DEFAULT_PROTOCOLS, {}, 1, 0)
     worker = evaluation.Worker(job)
     seen: list[tuple[int, int, int]] = []
     generate = Trial.generate
@@ -455,6 +455,38 @@ def test_a_chat_is_what_the_library_makes_of_it_with_kv_reuse() -> None:
         assert llm.detokenize(out).decode().strip() == answer["text"]
         assert llm.kv_stats().n_prompt == answer["n_prompt"] == len(ask.prompt)
         said += out
+
+
+@embedded
+@pytest.mark.parametrize("policy", ["headkv", "snapkv", "razor"])
+def test_an_archived_chat_is_what_the_library_makes_of_it_with_kv_archive(policy: str) -> None:
+    """Every turn is a prompt with all that came before it, which is compressed with its question known."""
+    options: dict[str, Any] = {"policy": policy, "kv_size": 64, "n_ctx": 1024, "n_threads": 1, "n_threads_batch": 1, "verbose": False}
+    llm, fresh = (pyheadkv.Llama(pyheadkv.embedded_model(), **options, **more) for more in ({"kv_archive": True}, {}))
+    job = evaluation.Job(
+        pyheadkv.embedded_model(), (TaskOptions("multi-turn", 600),), (Setting(), Setting(policy, 64)), ("archived",), {}, 1, 0
+    )
+    worker = evaluation.Worker(job)
+    (ask,) = worker.tasks[0].quiz(5)
+    prompt = list(ask.prompt)
+    answers = sorted((a for a in worker.run(0, 5)["answers"] if a["setting"] != "full"), key=lambda a: a["ask"])
+    assert len(answers) == tasks.N_TURNS
+    for answer, turn in zip(answers, (ask, *ask.turns), strict=True):
+        prompt += turn.prompt if turn is not ask else ()
+        for model in (llm, fresh):
+            model.read_prompt(prompt)
+            assert model.kv_stats().n_prompt == answer["n_prompt"] == len(prompt)
+            model._ctx.kv_cache_seq_rm(0, len(prompt) - 1, -1)  # strict: the last token is read again
+            model.n_tokens, token, out = len(prompt) - 1, prompt[-1], list[int]()
+            while len(out) < turn.n_steps:
+                model.eval([token])
+                token = int(model.last_logits.argmax())
+                if token == model.token_eos():
+                    break
+                out.append(token)
+            assert llm.detokenize(out).decode().strip() == answer["text"]
+        prompt += out
+    assert llm.kv_stats().n_archived > 500 and worker.trial(Setting(), archived=True).llm.kv_stats().archive.n_restored > 5 * 300
 
 
 @embedded
@@ -554,7 +586,7 @@ def test_amounts_and_kept_cells_of_the_evaluation(tmp_path: Path) -> None:
 
 
 def make_worker(path: Path, task: TaskOptions, *settings: Setting, kl: bool = False) -> evaluation.Worker:
-    return evaluation.Worker(evaluation.Job(path, (task,), (Setting(), *settings), evaluation.PROTOCOLS, {}, 1, 0, kl))
+    return evaluation.Worker(evaluation.Job(path, (task,), (Setting(), *settings), evaluation.DEFAULT_PROTOCOLS, {}, 1, 0, kl))
 
 
 @pytest.mark.parametrize("name", ["passkey", "ruler-words", "text"])

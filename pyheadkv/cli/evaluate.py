@@ -15,7 +15,7 @@ from ..eval.file_tasks import FILES, n_answer
 from ..eval.journal import Journal, machine
 from ..eval.quiz import TaskOptions
 from ..eval.report import write_report
-from ..eval.run import PROTOCOLS, Job, count_quizzes, describe, run_job
+from ..eval.run import DEFAULT_PROTOCOLS, PROTOCOLS, Job, count_quizzes, describe, run_job
 from ..eval.tasks import TASKS
 from ..eval.trial import Setting
 from ..gguf_keys import check_beta
@@ -58,7 +58,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--importance", default="", metavar="LIST", help="score files or GGUFs (default: the importance of the model)")
     add_keep_arguments(parser.add_argument_group("cells that every head keeps, under all settings"))
     group = parser.add_argument_group("questions")
-    group.add_argument("--protocol", default=",".join(PROTOCOLS), metavar="LIST", help="query-aware, query-agnostic (default: both)")
+    group.add_argument(
+        "--protocol", default=",".join(DEFAULT_PROTOCOLS), metavar="LIST", help=f"of {', '.join(PROTOCOLS)} (default: %(default)s)"
+    )
     group.add_argument("--tokens", default="4096", metavar="LIST", help="lengths of the prompts (default: %(default)s)")
     group.add_argument("--contexts", type=int, default=20, metavar="N", help="per task and length (default: %(default)s)")
     group.add_argument("--questions", type=int, metavar="N", help="of each kind about one context (default: 2; of a file all)")

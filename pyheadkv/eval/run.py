@@ -1,9 +1,11 @@
 """Cache policies compared on tasks, at equal bytes, beside the full cache of the same engine: what ``pyheadkv eval`` runs.
 
-Every context is read once with full attention; each setting then compresses that same prompt. Two protocols:
+Every context is read once with full attention; each setting then compresses that same prompt. Three protocols:
 
-query-aware     the question is part of the prompt that is compressed
+query-aware     the question is part of the prompt that is compressed; what follows in a chat is read against what was kept
 query-agnostic  the context is compressed first, the question is read afterwards, against what was kept
+archived        every question of a chat is part of a prompt that is compressed, with all that came before it: what is known
+                of that is restored from an archive (``Llama(kv_archive=True)``), the rest is read with full attention
 
 Strict in both: the last token of the question runs against the compressed cache, so that the first token of the answer
 is judged too. Answers are greedy. Every answer goes to a JSON lines file as soon as its context is done, from which
@@ -32,7 +34,8 @@ from .quiz import Ask, TaskOptions, Turn
 from .tasks import make_task
 from .trial import Copy, Held, Setting, Trial, log_softmax
 
-PROTOCOLS = ("query-aware", "query-agnostic")
+PROTOCOLS = ("query-aware", "query-agnostic", "archived")
+DEFAULT_PROTOCOLS = PROTOCOLS[:2]
 MAX_COPIES = 32  # of a prompt at a time; each has window queries in the memory of the context
 N_ROOM = 512  # tokens of the context for follow-up questions and answers
 
@@ -101,16 +104,16 @@ class Worker:
 
     def __init__(self, job: Job) -> None:
         self.job = job
-        self.trials: dict[str, Trial] = {}  # by policy, "" = any that can look at a prompt afterwards
+        self.trials: dict[tuple[str, bool], Trial] = {}  # by policy, "" = any that can look at a prompt afterwards; with an archive
         self.llm = self.trial(Setting()).llm
         self.tasks = [make_task(self.llm, options) for options in job.tasks]
 
-    def trial(self, setting: Setting) -> Trial:
+    def trial(self, setting: Setting, *, archived: bool = False) -> Trial:
         """Where prompts are read for a setting."""
         policy = self._reads(setting)
-        if policy not in self.trials:
+        if (policy, archived) not in self.trials:
             job = self.job
-            self.trials[policy] = Trial(Llama(
+            self.trials[policy, archived] = Trial(Llama(
                 job.model,
                 kv_size=64,
                 policy=policy or "snapkv",
@@ -122,9 +125,10 @@ class Worker:
                 n_threads_batch=job.n_threads,
                 n_gpu_layers=job.n_gpu_layers,
                 verbose=False,
+                kv_archive=archived or None,
                 **job.keep,
             ))  # fmt: skip
-        return self.trials[policy]
+        return self.trials[policy, archived]
 
     @staticmethod
     def _reads(setting: Setting) -> str:
@@ -137,7 +141,7 @@ class Worker:
         asks, stop = task.quiz(i_quiz), task.stop_tokens
         answers = []
         for protocol in self.job.protocols:
-            run = self._aware if protocol == PROTOCOLS[0] else self._agnostic
+            run = dict(zip(PROTOCOLS, (self._aware, self._agnostic, self._archived), strict=True))[protocol]
             for answer in run(asks, stop):
                 asked, held = answer.question, answer.held
                 text = self.llm.detokenize(answer.tokens).decode("utf-8", "replace").strip()
@@ -170,6 +174,27 @@ class Worker:
             for i_ask, ask, expected in some:
                 yield from self._alone(i_ask, ask, stop, expected)
 
+    def _archived(self, asks: Sequence[Ask], stop: frozenset[int]) -> Iterator[Answer]:
+        for i_ask, ask in enumerate(asks):
+            expected, number = Expected(ask.follows), i_ask * (1 + len(ask.turns))
+            prompt = (*ask.prompt, *ask.more)
+            first = replace(ask, prompt=prompt, more=(), turns=())
+            said: dict[Setting, list[int]] = {}
+            for trial, copies in self._copies(prompt, archived=True):
+                for answer in self._answers(trial, copies, i_ask, first, len(prompt) - 1, prompt[-1:], stop, expected):
+                    said[answer.setting] = answer.tokens
+                    yield replace(answer, number=number, question=ask)
+            for setting, tokens in said.items():
+                chat, trial = list(prompt), self.trial(setting, archived=True)
+                for k, turn in enumerate(ask.turns, start=1):
+                    chat += [*tokens, *turn.prompt]
+                    copy = trial.compress(setting, chat)
+                    trial.go_on([copy], len(chat) - 1, chat[-1:])
+                    (tokens,) = trial.generate([copy], chat[-1], turn.n_steps, stop=stop)
+                    yield Answer(number + k, turn, copy.n_tokens, setting, copy.held, tokens)
+                    trial.drop([copy])
+            yield from self._alone(i_ask, ask, stop, expected)
+
     def _alone(self, i_ask: int, ask: Ask, stop: frozenset[int], expected: Expected) -> Iterator[Answer]:
         """What the model says without the context, if that is one of the settings."""
         if not any(setting.policy == NONE for setting in self.job.settings):
@@ -179,14 +204,14 @@ class Worker:
         yield from self._answers(trial, [copy], i_ask, ask, len(ask.alone) - 1, ask.alone[-1:], stop, expected)
         trial.drop([copy])
 
-    def _copies(self, prompt: Sequence[int]) -> Iterator[tuple[Trial, list[Copy]]]:
+    def _copies(self, prompt: Sequence[int], *, archived: bool = False) -> Iterator[tuple[Trial, list[Copy]]]:
         """The prompt under all settings, as many at a time as a context takes; the full cache comes first."""
         groups: dict[str, list[Setting]] = {}
         for setting in self.job.settings:
             if setting.policy != NONE:
                 groups.setdefault(self._reads(setting), []).append(setting)
         for settings in groups.values():
-            trial = self.trial(settings[0])
+            trial = self.trial(settings[0], archived=archived)
             for i in range(0, len(settings), trial.n_copies):
                 copies = [trial.compress(setting, prompt) for setting in settings[i : i + trial.n_copies]]
                 yield trial, copies

@@ -132,17 +132,21 @@ class Trial:
         self.llm = llm
         self.window: int = llm.kv_options.window
         self._by_all_tokens = llm.kv_options.policy in BY_ALL_TOKENS
+        self._has_archive = llm.kv_stats().archive is not None
         self._tokens: list[int] = []  # what is there uncompressed
         self._loaded: dict[str, Importance | None] = {}
         self._used: set[int] = set()  # sequences of copies
         llm.reset()
 
     def read(self, tokens: Sequence[int]) -> None:
-        """Have these tokens in the cache, uncompressed; a beginning that is there already is not read again."""
+        """Have these tokens in the cache, uncompressed; a beginning that is there already is not read again.
+
+        With an archive, other tokens are begun anew, from there.
+        """
         n = n_common(self._tokens, tokens)
-        if n < len(self._tokens):
+        if n < len(self._tokens) or (self._has_archive and n < len(tokens)):
             # a compression needs the queries of the last tokens, or of all, which are those that were read last
-            n = 0 if self._by_all_tokens else min(n, max(0, len(tokens) - self.window))
+            n = 0 if self._by_all_tokens or self._has_archive else min(n, max(0, len(tokens) - self.window))
             self._remove(0, n)
             self.llm.n_tokens = n
         if n < len(tokens):
