@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import hashlib
 import json
 import random
 import statistics
@@ -59,6 +60,12 @@ def chat(llm: Any, n_tokens: int, n_answer: int, n_turns: int, seed: int) -> tup
     return prompts, answers
 
 
+def digest(llm: Any) -> str:
+    """Of the logits after the prompt and of what every head kept."""
+    kept = [llm.kv_positions(il, ih).tobytes() for il, ih in zip(*llm.kv_budget.nonzero(), strict=True)]
+    return hashlib.sha256(b"".join([llm.last_logits.tobytes(), *kept])).hexdigest()[:16]
+
+
 def rss() -> int:
     """Resident bytes of no file."""
     return int(Path("/proc/self/status").read_text().split("RssAnon:")[1].split()[0]) * 1024
@@ -82,6 +89,7 @@ def run(args: argparse.Namespace, kind: str, folder: str, turns: range) -> list[
         token = next(llm.generate(prompts[turn], temp=0.0))
         seconds = time.perf_counter() - start
         stats = None if llm.kv_options is None else llm.kv_stats()
+        outcome = "" if stats is None else digest(llm)
         for answer in answers[turn]:
             llm.eval([answer])
         full = llm.n_ctx() * args.token_bytes
@@ -93,6 +101,7 @@ def run(args: argparse.Namespace, kind: str, folder: str, turns: range) -> list[
                 "archived": 0 if stats is None else stats.n_archived,
                 "seconds": round(seconds, 4),
                 "first_token": token,
+                "outcome": outcome,
                 "kv_bytes": full if stats is None else stats.bytes_store,
                 "kv_peak": full if stats is None else stats.bytes_peak,
                 "rss": rss(),
@@ -151,12 +160,12 @@ def report(rows: list[dict[str, Any]], args: argparse.Namespace) -> str:
             f"{statistics.median(n_read):.0f} | {format_bytes(later[-1]['kv_bytes'])} | {format_bytes(max(row['kv_peak'] for row in later))} | "
             f"{format_bytes(later[-1]['rss'])} |"
         )
-    tokens = {kind: [row["first_token"] for row in rows if row["kind"] == kind and row["turn"] > 1] for kind in ("archive", "again")}
-    n = min(map(len, tokens.values()))
-    lines += [
-        "",
-        f"First tokens of archive and again: {'the same' if tokens['archive'][:n] == tokens['again'][:n] else 'DIFFERENT'} in {n} turns.",
-    ]
+    outcomes: dict[int, set[str]] = {}
+    for row in rows:
+        if row["outcome"]:
+            outcomes.setdefault(row["turn"], set()).add(row["outcome"])
+    what = "bit-identical" if all(len(found) == 1 for found in outcomes.values()) else "DIFFERENT"
+    lines += ["", f"Logits after the prompt and kept positions of all heads, with the archive and without it, turn by turn: {what}."]
     return "\n".join(lines) + "\n"
 
 

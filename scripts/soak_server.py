@@ -3,7 +3,8 @@
     python scripts/soak_server.py --requests 1500 --out bench/results/soak_server.md
 
 Clients on loopback send completions, chats, streams, requests of other sizes, with protected cells, with an adapter, whole prompts, bad bodies, and
-hang up while a prompt is queued, read or compressed and while tokens are generated. Every answer is compared with that of a context
+hang up while a prompt is queued, read or compressed and while tokens are generated. With ``--archive`` as many more are turns of chats
+that grow, of agents with one list of tools before them. Every answer is compared with that of a context
 of its own, up to ties. No crash, no wrong answer, resident memory that does not grow, and no cell left.
 """
 
@@ -58,16 +59,20 @@ def until_end(tokens: list[int]) -> list[int]:
     return tokens[: tokens.index(needle.EOS)] if needle.EOS in tokens else tokens
 
 
+N_AGENTS, N_TURNS = 8, 8
+
+
 class Expected:
     """Prompts and the answers of contexts of their own: tokens; of chats, the text after each of them."""
 
-    def __init__(self, n_prompts: int, threads: int, lora: Path) -> None:
+    def __init__(self, n_prompts: int, threads: int, lora: Path, *, agents: bool = False) -> None:
         documents = [
             needle.make_document(random.Random(i), n_tokens=300 + 150 * i, kinds=[needle.KINDS[i % len(needle.KINDS)]])
             for i in range(n_prompts)
         ]
         self.messages = [document.messages() for document in documents]
         self.prompts: list[list[int]] = []
+        self.turns: list[list[int]] = []  # of one agent after the other
         self.answers: dict[tuple[str, int], list[Any]] = {}
         self.gaps: dict[tuple[str, int], list[float]] = {}  # largest minus second logit where each token of an answer was chosen
         settings: dict[str, dict[str, Any]] = {
@@ -77,7 +82,7 @@ class Expected:
             "whole": {"kv_size": N_CTX},
             "lora": {"lora_path": str(lora)},
         }
-        settings.update({f"sized {n}": {"kv_size": n} for n in SIZES})
+        settings.update({f"sized {n}": {"kv_size": n} for n in SIZES} | ({"agent": {}} if agents else {}))
         for what, options in settings.items():
             llm = Llama(
                 pyheadkv.embedded_model(),
@@ -97,6 +102,8 @@ class Expected:
             )
             prompts = [list(llm.tokenize(text.encode(), add_bos=not is_chat, special=True)) for text in texts]
             self.prompts = prompts if what == "completion" else self.prompts
+            if what == "agent":
+                prompts = self.turns = _turns(prompts)
             for i, prompt in enumerate(prompts):
                 llm.read_prompt(prompt)
                 tokens: list[int] = []
@@ -111,8 +118,23 @@ class Expected:
             llm.close()
 
 
+def _turns(prompts: list[list[int]]) -> list[list[int]]:
+    """Prompts of agents: tools, the same for all; then turn after turn, each of which begins with the one before."""
+    tools, turns = prompts[-1][:700], []
+    for agent in range(N_AGENTS):
+        rng, chat = random.Random(agent), tools
+        for _ in range(N_TURNS):
+            source = rng.choice(prompts)
+            start = rng.randrange(1, len(source) - 100)
+            chat = [*chat, *source[start : start + rng.randrange(20, 150)]]
+            turns.append(chat)
+    return turns
+
+
 class Soak:
     def __init__(self, server: Server, expected: Expected, n_requests: int, deadline: float) -> None:
+        self.kinds = KINDS + ("agent",) * len(KINDS) * bool(expected.turns)
+        self.next_turn = [0] * N_AGENTS
         self.server, self.expected, self.n_left, self.deadline = server, expected, n_requests, deadline
         self.lock = threading.Lock()
         self.counts: collections.Counter[str] = collections.Counter()
@@ -133,7 +155,7 @@ class Soak:
                 if self.n_left == 0 or time.monotonic() > self.deadline:
                     return
                 self.n_left -= 1
-            what = rng.choice(KINDS)
+            what = rng.choice(self.kinds)
             try:
                 wrong = self.one(what, rng)
             except Exception as e:  # any of them is a finding
@@ -154,6 +176,12 @@ class Soak:
         prompt, messages = self.expected.prompts[i], self.expected.messages[i]
         if what == "completion":
             return self.compare(self.complete(prompt), "completion", i)
+        if what == "agent":
+            with self.lock:
+                agent = rng.randrange(N_AGENTS)
+                i = agent * N_TURNS + self.next_turn[agent]
+                self.next_turn[agent] = (self.next_turn[agent] + 1) % N_TURNS
+            return self.compare(self.complete(self.expected.turns[i]), "agent", i)
         if what == "sized":
             n = rng.choice(SIZES)
             return self.compare(self.complete(prompt, kv_size=n), f"sized {n}", i)
@@ -234,6 +262,20 @@ def ledger(server: Server) -> list[str]:
     return left + [f"{name}: {server.metric(name)}" for name in ("kv_bytes_held", "kv_bytes_staging") if server.metric(name) != 0]
 
 
+def _archived(server: Server, folder: Path) -> list[str]:
+    """What the archive did and holds."""
+    number = {name: server.metric(f"kv_archive_{name}") for name in (
+        "tokens_restored_total", "tokens_computed_total", "evicted_blocks_total", "damaged_blocks_total", "failed_prompts_total", "bytes")}  # fmt: skip
+    n_restored, n_computed = number["tokens_restored_total"], number["tokens_computed_total"]
+    return [
+        f"archive: {n_restored / max(1, n_restored + n_computed):.1%} of {n_restored + n_computed:.0f} prompt tokens came from it; "
+        f"{number['evicted_blocks_total']:.0f} blocks evicted, {number['damaged_blocks_total']:.0f} damaged, "
+        f"{number['failed_prompts_total']:.0f} prompts that could not be written; {number['bytes'] / 2**20:.1f} MiB held, "
+        f"{sum(file.stat().st_size for file in folder.iterdir()) / 2**20:.1f} MiB in the folder",
+        "",
+    ]
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--requests", type=int, default=1500)
@@ -243,6 +285,7 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=1800, help="no request begins later")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--prefill", default="auto")
+    parser.add_argument("--archive", metavar="SIZE", help="read prompts from an archive of that size, and have agents (default: none)")
     parser.add_argument("--server", type=Path, metavar="FILE", help="another llama-server, such as that of make tsan")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
@@ -250,7 +293,8 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         log = Path(folder) / "log"
         lora = write_random_lora(Path(folder) / "lora.gguf", pyheadkv.embedded_model(), seed=5)
-        expected = Expected(args.prompts, args.threads, lora)
+        expected = Expected(args.prompts, args.threads, lora, agents=bool(args.archive))
+        archive = Path(folder) / "kv"
         flags = [
             "-m",
             pyheadkv.embedded_model(),
@@ -274,6 +318,7 @@ def main() -> int:
             args.prefill,
             "--lora-scaled",
             f"{lora}:0",  # applied where a request says so
+            *(["--kv-archive", archive, "--kv-archive-size", args.archive] if args.archive else []),
         ]
         with running(*flags, log=log, path=args.server) as server:
             start = time.monotonic()
@@ -285,6 +330,7 @@ def main() -> int:
             left = ledger(server)
             crashed = server.process.poll() is not None
             compressions = server.metric("kv_compressions_total")
+            archived = _archived(server, archive) if args.archive else []
         reports = re.findall(r"WARNING: ThreadSanitizer.*?SUMMARY[^\n]*", log.read_text(errors="replace"), re.S)
         races = [report for report in reports if re.search("headkv|ragged", report)]
         print(*races or reports[:1], sep="\n")
@@ -311,6 +357,7 @@ def main() -> int:
         "",
         f"resident memory of no file, largest: {first / 2**20:.1f} MiB after the first quarter, {last / 2**20:.1f} MiB at the end",
         "",
+        *archived,
         *soak.wrong[:20],
     ]
     print("\n".join(lines))
