@@ -88,7 +88,7 @@ def check_archive(kv_archive: ArchiveLike, kv_archive_size: int | str | None, kv
         if not isinstance(kv_archive, (str, PathLike)) or not fspath(kv_archive):
             raise ValueError(f"kv_archive={kv_archive!r}: it must be a folder, or True = memory")
         check_text("kv_archive", str(kv_archive))
-        params.folder = fsencode(os.path.abspath(kv_archive))
+        params.folder = fsencode(os.path.abspath(os.path.expanduser(kv_archive)))
     if kv_archive_size is not None:
         params.max_bytes = parse_bytes("kv_archive_size", kv_archive_size)
     if kv_archive_type is not None:

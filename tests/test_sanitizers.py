@@ -15,7 +15,7 @@ TESTS = Path(__file__).parent
 SELECTION = (
     "after_compression_equals_the_oracle or tail or prefix or quantised or shifting or removed_window or context_full or c_api or corrupt "
     "or abort or again_and_again or streaming_keeps or come_and_go or others_decode_on or part_of_the_budget or "
-    "moves_to_another_one or ends_early or forged_file or something_else or that_lie or adapters_that_change or gives_its_memory or "
+    "edits_other or (goes_while and remove) or cannot_be_written or moves_to_another_one or ends_early or forged_file or something_else or that_lie or adapters_that_change or gives_its_memory or "
     "(keeps_what_the_oracle and gqa7 and 300-40) or (kept_positions_equal_the_oracle and gqa7)"
 )
 

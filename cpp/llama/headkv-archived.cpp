@@ -125,7 +125,6 @@ void llama_kv_cache_ragged::take_archived(headkv_split & split, const headkv_arc
     }
     const llama_seq_id s = split.to_staging[0].seq_id_unq[0];
     const auto n_past = (uint32_t) seqs[s].n_pos;
-    the_staging.cache().seq_rm(s, (llama_pos) n_past, -1); // what a batch left that failed
     the_staging.occupy(s, n_past, hit.n_tokens);
     if (!layered) {
         try {
