@@ -32,7 +32,7 @@ from .file_tasks import FILES, check_files, n_answer, read_contexts
 from .journal import commit, sha256
 from .quiz import Ask, TaskOptions, Turn
 from .tasks import make_task
-from .trial import Copy, Held, Setting, Trial, log_softmax
+from .trial import ArchivedTrial, Copy, Held, Setting, Trial, log_softmax
 
 PROTOCOLS = ("query-aware", "query-agnostic", "archived")
 DEFAULT_PROTOCOLS = PROTOCOLS[:2]
@@ -113,19 +113,18 @@ class Worker:
         policy = self._reads(setting)
         if (policy, archived) not in self.trials:
             job = self.job
-            self.trials[policy, archived] = Trial(Llama(
+            several = {"prefill": "token", "n_seq_max": 1 + min(MAX_COPIES, len(job.settings))}
+            self.trials[policy, archived] = (ArchivedTrial if archived else Trial)(Llama(
                 job.model,
                 kv_size=64,
                 policy=policy or "snapkv",
-                prefill="token",
-                n_seq_max=1 + min(MAX_COPIES, len(job.settings)),
                 window=max(s.window or PRESETS[s.preset or "default"]["window"] for s in job.settings),
                 n_ctx=round_n_ctx(max(task.n_tokens + max(N_ROOM, n_answer(task)) for task in job.tasks)),
                 n_threads=job.n_threads,
                 n_threads_batch=job.n_threads,
                 n_gpu_layers=job.n_gpu_layers,
                 verbose=False,
-                kv_archive=archived or None,
+                **({"kv_archive": True} if archived else several),
                 **job.keep,
             ))  # fmt: skip
         return self.trials[policy, archived]

@@ -132,21 +132,17 @@ class Trial:
         self.llm = llm
         self.window: int = llm.kv_options.window
         self._by_all_tokens = llm.kv_options.policy in BY_ALL_TOKENS
-        self._has_archive = llm.kv_stats().archive is not None
         self._tokens: list[int] = []  # what is there uncompressed
         self._loaded: dict[str, Importance | None] = {}
         self._used: set[int] = set()  # sequences of copies
         llm.reset()
 
     def read(self, tokens: Sequence[int]) -> None:
-        """Have these tokens in the cache, uncompressed; a beginning that is there already is not read again.
-
-        With an archive, other tokens are begun anew, from there.
-        """
+        """Have these tokens in the cache, uncompressed; a beginning that is there already is not read again."""
         n = n_common(self._tokens, tokens)
-        if n < len(self._tokens) or (self._has_archive and n < len(tokens)):
+        if n < len(self._tokens):
             # a compression needs the queries of the last tokens, or of all, which are those that were read last
-            n = 0 if self._by_all_tokens or self._has_archive else min(n, max(0, len(tokens) - self.window))
+            n = 0 if self._by_all_tokens else min(n, max(0, len(tokens) - self.window))
             self._remove(0, n)
             self.llm.n_tokens = n
         if n < len(tokens):
@@ -161,23 +157,29 @@ class Trial:
         RuntimeError : there are as many copies as the context has sequences
         """
         self.read(prompt)
-        llm = self.llm
         seq_id = self._free()
-        if setting.policy == FULL:
-            llm.configure(policy="snapkv", kv_size=llm.n_ctx())
-        else:
-            preset = {"preset": setting.preset or "default", **setting.scoring}
-            recent = setting.recent or PRESETS[preset["preset"]]["recent"]
-            kv_size = share_of_prompt(setting.kv_ratio, len(prompt), recent=recent) if setting.kv_ratio else setting.kv_size
-            options: dict[str, Any] = {"policy": setting.policy, "kv_size": kv_size, "beta": setting.beta or None}
-            llm.configure(importance=self._importance(setting), **preset, **options)
-        before = llm.kv_stats().bytes_store
-        llm.compress_as(seq_id)
+        self._configure(setting, prompt)
+        before = self.llm.kv_stats().bytes_store
+        self.llm.compress_as(seq_id)
         self._used.add(seq_id)
-        stats = llm.kv_stats(seq_id)
+        return self._copy(seq_id, setting, before)
+
+    def _configure(self, setting: Setting, prompt: Sequence[int]) -> None:
+        if setting.policy == FULL:
+            self.llm.configure(policy="snapkv", kv_size=self.llm.n_ctx())
+            return
+        preset = {"preset": setting.preset or "default", **setting.scoring}
+        recent = setting.recent or PRESETS[preset["preset"]]["recent"]
+        kv_size = share_of_prompt(setting.kv_ratio, len(prompt), recent=recent) if setting.kv_ratio else setting.kv_size
+        options: dict[str, Any] = {"policy": setting.policy, "kv_size": kv_size, "beta": setting.beta or None}
+        self.llm.configure(importance=self._importance(setting), **preset, **options)
+
+    def _copy(self, seq_id: int, setting: Setting, before: int) -> Copy:
+        """What is held of a prompt that has just been compressed; ``before``: bytes that the store had."""
+        stats = self.llm.kv_stats(seq_id)
         per_head = float(stats.n_cells[stats.n_cells > 0].mean())
         held = Held(stats.n_past, per_head, round(stats.bytes_full * per_head / stats.n_past), stats.bytes_store - before)
-        return Copy(seq_id, setting, FULL if setting.policy == FULL else llm.policy, held, stats.n_past)
+        return Copy(seq_id, setting, FULL if setting.policy == FULL else self.llm.policy, held, stats.n_past)
 
     def read_alone(self, tokens: Sequence[int]) -> Copy:
         """Read other tokens beside the prompt, and keep them all: a question without its context."""
@@ -296,6 +298,24 @@ class Trial:
         n_vocab = self.llm.n_vocab()
         found = [np.ctypeslib.as_array(llama_cpp.llama_get_logits_ith(self.llm.ctx, i), shape=(n_vocab,)) for i in out]
         return np.stack(found) if found else np.zeros((0, n_vocab), np.float32)
+
+
+class ArchivedTrial(Trial):
+    """The same for one setting at a time: every prompt is read anew, from where it differs from those in the archive of ``llm``."""
+
+    def __init__(self, llm: Llama) -> None:
+        self.n_copies, self.llm = 1, llm
+        self._loaded = {}
+
+    def compress(self, setting: Setting, prompt: Sequence[int]) -> Copy:
+        """Read a prompt and compress it; it takes the place of the one before."""
+        self._configure(setting, prompt)
+        self.llm.read_prompt(prompt)
+        return self._copy(0, setting, 0)
+
+    def drop(self, copies: Sequence[Copy]) -> None:
+        """Free what the prompt holds."""
+        self.llm.reset()
 
 
 def log_softmax(logits: NDArray[np.float32]) -> NDArray[np.float64]:
