@@ -1,6 +1,7 @@
 # make        install into .venv        make demo    ask a small model in English
 # make test   everything CI runs        make clean   remove what it made
 # make check  lint and types, no build
+# make coverage   the tests with counters of lines and branches (docs/coverage.md), half an hour
 # make test STAGE=select   what belongs to one stage of the data path (cpp/README.md)
 #
 # Python >= 3.10 and a C++17 compiler are needed, ccache is used when present.
@@ -18,7 +19,7 @@ JOBS   ?= $(shell $(PYTHON) -c 'import os; print(len(os.sched_getaffinity(0)) if
 CMAKE  := PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/cmake
 SOURCES := $(shell find cpp patches -type f -not -name '*.pyc') CMakeLists.txt
 
-.PHONY: all demo check test clean stock sanitize tsan
+.PHONY: all demo check test coverage clean stock sanitize tsan
 all: $(VENV)/.installed $(LIBS)/.built
 
 $(VENV)/.tools: pyproject.toml
@@ -87,6 +88,22 @@ else
 test: check all stock sanitize
 	PYHEADKV_STOCK_LIB=$(CURDIR)/$(STOCK)/bin PYHEADKV_ASAN_DIR=$(CURDIR)/$(ASAN)/bin $(BIN)/pytest tests --durations=15
 endif
+
+# what the tests run, of our sources; a test that fails here alone is one that measures time
+COVERAGE := build/coverage
+
+coverage: all stock
+	$(PIP) install "coverage>=7.10" "gcovr>=8"
+	$(CMAKE) -G Ninja -S . -B $(COVERAGE) -DPYHEADKV_COVERAGE=ON -DPYHEADKV_TESTS=ON $(CMAKE_DEFINES) > $(COVERAGE).log
+	$(CMAKE) --build $(COVERAGE) --parallel $(JOBS) --target pyheadkv-libs pyheadkv-tests >> $(COVERAGE).log
+	find $(COVERAGE) -name '*.gcda' -delete
+	$(COVERAGE)/bin/test-headkv-ops > $(COVERAGE)/ops.log
+	$(COVERAGE)/bin/test-memory > $(COVERAGE)/memory.log
+	-PYHEADKV_LIB_PATH=$(CURDIR)/$(COVERAGE)/bin PYHEADKV_STOCK_LIB=$(CURDIR)/$(STOCK)/bin $(BIN)/coverage run -m pytest tests -q
+	$(BIN)/coverage combine --quiet
+	$(BIN)/coverage report
+	$(BIN)/gcovr --root cpp --object-directory $(COVERAGE) --txt --txt-metric line $(GCOVR)
+	$(BIN)/gcovr --root cpp --object-directory $(COVERAGE) --txt --txt-metric branch $(GCOVR)
 
 clean:
 	rm -rf $(VENV) build $(LIBS)

@@ -41,3 +41,16 @@ if (TARGET server-context)
     target_include_directories(server-context PRIVATE ${CMAKE_CURRENT_LIST_DIR} ${CMAKE_CURRENT_LIST_DIR}/common)
     target_include_directories(server-context PUBLIC  ${CMAKE_CURRENT_LIST_DIR}/server) # its headers include ours
 endif()
+
+# Counters of lines and branches, in our files alone; server-context.cpp is upstream's and includes headkv-slots.h.
+function(headkv_coverage target)
+    if (NOT PYHEADKV_COVERAGE OR NOT TARGET ${target})
+        return()
+    endif()
+    set_property(SOURCE ${ARGN} TARGET_DIRECTORY ${target} APPEND PROPERTY
+        COMPILE_OPTIONS --coverage -O1 -fprofile-update=prefer-atomic)
+    target_link_options(${target} PUBLIC --coverage)
+endfunction()
+headkv_coverage(llama          ${HEADKV_LLAMA_SOURCES})
+headkv_coverage(llama-common   ${HEADKV_COMMON_SOURCES})
+headkv_coverage(server-context ${HEADKV_SERVER_SOURCES} ${LLAMA_CPP_DIR}/tools/server/server-context.cpp)
