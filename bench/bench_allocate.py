@@ -19,7 +19,7 @@ import numpy as np
 
 from pyheadkv import _lib
 from pyheadkv.eval.journal import commit, machine
-from pyheadkv.gguf_keys import Importance
+from pyheadkv.importance_values import Importance
 from pyheadkv.options import Options
 from pyheadkv.testing import random_importance
 

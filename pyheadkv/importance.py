@@ -14,15 +14,18 @@ import hashlib
 import json
 import os
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from . import gguf_keys
-from .gguf_keys import Importance
+from .atomic_write import replace_file
+from .gguf_copy import write_fields
+from .gguf_header import STRING, once_per_file, read_header
+from .gguf_keys import importance_fields, read_importance
+from .importance_values import Importance, check_importance, fit_heads
+from .score_files import load_scores
 
 SIDECAR = ".importance.json"
 IN_METADATA = "metadata of the model"  # an origin
@@ -77,43 +80,37 @@ class Found:
 FACTS = ("context_length", "embedding_length", "feed_forward_length", "rope.freq_base")
 
 
-def fingerprint(model: str | os.PathLike[str]) -> Fingerprint:
+@once_per_file
+def fingerprint(path: Path) -> Fingerprint:
     """Fingerprint of a GGUF; reads its header and its norms.
 
     Raises
     ------
     ValueError : the file is damaged, or does not say how many heads it has
     """
-    path = Path(model)
-    stat = path.stat()
-    return _fingerprint(path, stat.st_mtime_ns, stat.st_size)
-
-
-@lru_cache(maxsize=8)
-def _fingerprint(path: Path, _mtime_ns: int, _size: int) -> Fingerprint:
-    with gguf_keys.open_header(path) as header:
-        heads = gguf_keys.heads_by_layer(header)
-        if heads is None:
-            raise ValueError(f"{path}: {header.arch}.block_count or attention.head_count is missing")
-        facts = {}
-        for name in FACTS:
-            pair = header.pairs.get(f"{header.arch}.{name}")
-            if pair is not None and isinstance(pair.value, (int, float)):
-                facts[name] = float(pair.value)
-        n_tokens, tokens = gguf_keys.strings_of(header, "tokenizer.ggml.tokens")
-        facts["n_tokens"] = float(n_tokens)
-        sha, sketch = hashlib.sha256(), []
-        for name, values in sorted(gguf_keys.f32_vectors(header, suffix="norm.weight")):
-            sha.update(name.encode() + b"\0" + values.tobytes())
-            sketch.append(values[:: max(1, len(values) // N_SKETCH)][:N_SKETCH])
-        return Fingerprint(
-            arch=header.arch,
-            heads=tuple(heads),
-            facts=facts,
-            tokens=hashlib.sha256(tokens).hexdigest(),
-            norms=sha.hexdigest(),
-            sketch=np.concatenate(sketch) if sketch else np.zeros(0, dtype=np.float32),
-        )
+    header = read_header(path)
+    heads = header.heads_by_layer()
+    if heads is None:
+        raise ValueError(f"{path}: {header.arch}.block_count or attention.head_count is missing")
+    facts = {}
+    for name in FACTS:
+        value = header.value(f"{header.arch}.{name}")
+        if isinstance(value, (int, float)):
+            facts[name] = float(value)
+    n_tokens, tokens = header.raw_strings("tokenizer.ggml.tokens")
+    facts["n_tokens"] = float(n_tokens)
+    sha, sketch = hashlib.sha256(), []
+    for name, values in sorted(header.f32_vectors(suffix="norm.weight")):
+        sha.update(name.encode() + b"\0" + values.tobytes())
+        sketch.append(values[:: max(1, len(values) // N_SKETCH)][:N_SKETCH])
+    return Fingerprint(
+        arch=header.arch,
+        heads=tuple(heads),
+        facts=facts,
+        tokens=hashlib.sha256(tokens).hexdigest(),
+        norms=sha.hexdigest(),
+        sketch=np.concatenate(sketch) if sketch else np.zeros(0, dtype=np.float32),
+    )
 
 
 def find_importance(model: str | os.PathLike[str]) -> Found | None:
@@ -124,7 +121,7 @@ def find_importance(model: str | os.PathLike[str]) -> Found | None:
     ValueError : what is there is damaged or of another model
     """
     path = Path(model)
-    stored = gguf_keys.read_importance(path)
+    stored = read_importance(path)
     if stored is not None:
         return Found(stored, IN_METADATA)
     for place, what in ((sidecar_path(path), "beside the model"), (cache_path(path), "user cache")):
@@ -161,14 +158,14 @@ def load_for(scores: Path, model: Path) -> Importance:
     ------
     ValueError : it is damaged, or was measured on another model
     """
-    found = gguf_keys.load_scores(scores)
+    found = load_scores(scores)
     measured_on = found.fingerprint
     if measured_on and measured_on != fingerprint(model).key:
         raise ValueError(
             f"{scores} was measured on a model with the fingerprint {measured_on}, {model} has {fingerprint(model).key}: "
             "remove the file, measure again with 'pyheadkv score --force', or name it with importance="
         )
-    return replace(found, values=gguf_keys.fit_heads(found.values, model))
+    return replace(found, values=fit_heads(found.values, model))
 
 
 # registry
@@ -191,7 +188,7 @@ def find_registered(model: str | os.PathLike[str]) -> Found | None:
     if best is None:
         return None
     distance, entry = best
-    values = gguf_keys.check_importance(entry["importance"], name=f"registry: {entry['name']}")
+    values = check_importance(entry["importance"], name=f"registry: {entry['name']}")
     relative = distance > SAME
     origin = f"registry: {entry['name']}"
     if relative:
@@ -217,24 +214,11 @@ def _distance(mine: Fingerprint, entry: dict[str, Any]) -> float | None:
 
 def write_gguf(model: str | os.PathLike[str], importance: Importance) -> Path:
     """A GGUF in the user's cache that holds nothing but this importance: what llama-server reads."""
-    import gguf
-
     mine = fingerprint(model)
     path = cache_folder() / "importance" / f"{mine.key}.gguf"
     path.parent.mkdir(parents=True, exist_ok=True)
-
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    writer = gguf.GGUFWriter(part, mine.arch)
-    n_layer, n_head = importance.values.shape
-    gguf_keys.add_importance_keys(
-        writer, importance.values, n_layer=n_layer, n_head=n_head, method=importance.method, source=importance.source
-    )
-    if importance.beta is not None:
-        writer.add_float64(gguf_keys.KEY_BETA.format(arch=mine.arch), importance.beta)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.close()
-    os.replace(part, path)
+    fields = importance_fields(importance.values, arch=mine.arch, method=importance.method, source=importance.source, beta=importance.beta)
+    replace_file(path, lambda out: write_fields(out, [("general.architecture", STRING, None, mine.arch), *fields]))
     return path
 
 

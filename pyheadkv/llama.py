@@ -20,9 +20,9 @@ from llama_cpp.llama import LlamaState
 
 from . import _lib
 from .archive import ArchiveLike, ArchiveStats, archive_stats, check_archive
-from .gguf_keys import Importance
 from .grammar import GrammarSampler, check_grammar
 from .importance import Found, find_importance
+from .importance_values import Importance
 from .model import read_shape
 from .options import (
     AUTO,

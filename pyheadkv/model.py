@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from . import gguf_keys
 from ._lib import embedded_model
+from .gguf_header import read_header
 from .options import MissingFileError
 
 BYTES_F16 = 2
@@ -81,13 +81,11 @@ def read_shape(path: str | os.PathLike[str]) -> ModelShape:
     ------
     ValueError : the file is damaged, or no model with a KV cache
     """
-    with gguf_keys.open_header(path) as header:
-        arch, pairs = header.arch, header.pairs
-        heads = gguf_keys.heads_by_layer(header)
+    header = read_header(path)
+    arch, heads = header.arch, header.heads_by_layer()
 
     def get(name: str, default: Any = None) -> int:
-        pair = pairs.get(f"{arch}.{name}")
-        return _one_int(default if pair is None else pair.value, f"{path}: {arch}.{name}")
+        return _one_int(header.value(f"{arch}.{name}", default), f"{path}: {arch}.{name}")
 
     n_layer = get("block_count")
     if heads is None:
@@ -96,10 +94,9 @@ def read_shape(path: str | os.PathLike[str]) -> ModelShape:
     if n_head < 1:
         raise ValueError(f"{path}: {arch}.attention.head_count = {n_head}: only models with attention have a KV cache")
     n_embd_head = get("embedding_length") // next(n for n, _ in heads if n)
-    name = pairs.get("general.name")
     return ModelShape(
         arch=arch,
-        name=Path(path).stem if name is None else str(name.value),
+        name=str(header.value("general.name", Path(path).stem)),
         n_layer=n_layer,
         n_head=n_head,
         n_head_kv=n_head_kv,

@@ -13,8 +13,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from . import _lib, gguf_keys
-from .gguf_keys import Importance
+from . import _lib
+from .gguf_keys import read_importance
+from .importance_values import Importance, check_beta, check_importance, fit_heads
+from .score_files import SCORE_SUFFIXES, load_scores
 
 _TRAITS = _lib.policies()
 POLICIES = tuple(_TRAITS)
@@ -158,18 +160,18 @@ def preset_changes(options: dict[str, Any]) -> dict[str, Any]:
 
 
 def load_importance(source: ImportanceLike, model: str | PathLike[str]) -> Importance | None:
-    """Importance for a model, from an array, a score file (see ``gguf_keys``) or a GGUF file; None = the model's own."""
+    """Importance for a model, from an array, a score file (see ``score_files``) or a GGUF file; None = the model's own."""
     if source is None or isinstance(source, Importance):
         return source
     if not isinstance(source, (str, PathLike)):
-        return Importance(gguf_keys.check_importance(source, name="importance"))
+        return Importance(check_importance(source, name="importance"))
     path = Path(source)
     if not path.is_file():
         raise MissingFileError(f"importance={str(source)!r}: no such file")
-    if path.suffix.lower() in gguf_keys.SCORE_SUFFIXES:
-        scores = gguf_keys.load_scores(path)
-        return replace(scores, values=gguf_keys.fit_heads(scores.values, model))
-    found = gguf_keys.read_importance(path)
+    if path.suffix.lower() in SCORE_SUFFIXES:
+        scores = load_scores(path)
+        return replace(scores, values=fit_heads(scores.values, model))
+    found = read_importance(path)
     if found is None:
         raise ValueError(f"importance={str(source)!r}: the file has no head importance")
     return found
@@ -226,7 +228,7 @@ class Options:
         if self.pool_kernel and self.pool_kernel % 2 == 0:
             raise ValueError(f"pool_kernel={self.pool_kernel}: it must be odd, so that the pooling is centred")
         if self.beta is not None:
-            gguf_keys.check_beta(self.beta, name="beta")
+            check_beta(self.beta, name="beta")
         check_int("n_tail", self.n_tail, 1, 1 << 20)
         check_int("n_buckets", self.n_buckets, 1, 8)
         if self.sinks is not None:

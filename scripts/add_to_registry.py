@@ -13,8 +13,9 @@ from pathlib import Path
 
 import numpy as np
 
-from pyheadkv import gguf_keys, importance
+from pyheadkv import importance
 from pyheadkv.score.measure import write_json
+from pyheadkv.score_files import load_scores
 
 
 def main() -> None:
@@ -25,7 +26,7 @@ def main() -> None:
     parser.add_argument("source", metavar="SOURCE", help="who made the model, and its licence")
     args = parser.parse_args()
     made = json.loads(args.scores.read_text(encoding="utf-8"))
-    found = gguf_keys.load_scores(args.scores)
+    found = load_scores(args.scores)
     rounded = [[float(f"{x:.6g}") for x in row] for row in found.values]
     how = f"{made['accepted']} examples up to {made['max_tokens']} tokens, reliability {made['reliability']}"
     source = f"{args.source}; measured by pyheadkv score, {how}, on the file with sha256 {made['model_sha256']}"

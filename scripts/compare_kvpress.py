@@ -43,11 +43,13 @@ except ImportError as error:
 
 from score_hf import exit_code, load_gguf
 
-from pyheadkv import Llama, _lib, gguf_keys
+from pyheadkv import Llama, _lib
+from pyheadkv.atomic_write import replace_file
 from pyheadkv.eval import journal, trial
 from pyheadkv.eval.quiz import Ask, TaskOptions
 from pyheadkv.eval.report import interval, row
 from pyheadkv.eval.tasks import PROSE, make_task
+from pyheadkv.gguf_header import Header, read_header
 from pyheadkv.options import PRESETS, check_int
 from pyheadkv.score import measure as score
 from pyheadkv.testing import reference
@@ -97,19 +99,33 @@ def make_settings(kv_sizes: Sequence[int]) -> tuple[Setting, ...]:
 # the weights
 
 
+def strings(header: Header, key: str) -> list[bytes]:
+    """Strings of an array."""
+    n, raw = header.raw_strings(key)
+    found: list[bytes] = []
+    begin = 0
+    for _ in range(n):
+        end = begin + 8 + int.from_bytes(raw[begin : begin + 8], "little")
+        found.append(raw[begin + 8 : end])
+        begin = end
+    return found
+
+
 def write_f32(source: Path, target: Path) -> None:
     """Copy a GGUF with all its weights as float32."""
-    reader = gguf.GGUFReader(source)
-    writer = gguf.GGUFWriter(target, reader.fields["general.architecture"].contents())
-    for name, field in reader.fields.items():
+    header = read_header(source)
+    writer = gguf.GGUFWriter(target, header.arch)
+    for name, pair in header.pairs.items():
         if name == "general.file_type":
             writer.add_file_type(gguf.LlamaFileType.ALL_F32)
-        elif name != "general.architecture" and not name.startswith("GGUF."):
-            kind = field.types[0]
-            items = field.types[-1] if kind == gguf.GGUFValueType.ARRAY else None
-            writer.add_key_value(name, field.contents(), kind, sub_type=items)
-    for tensor in reader.tensors:
-        writer.add_tensor(tensor.name, gguf.quants.dequantize(tensor.data, tensor.tensor_type).astype(np.float32))
+        elif name != "general.architecture":
+            items = None if pair.sub_type is None else gguf.GGUFValueType(pair.sub_type)
+            value = (
+                pair.value.tolist() if isinstance(pair.value, np.ndarray) else strings(header, name) if pair.value is None else pair.value
+            )
+            writer.add_key_value(name, value, gguf.GGUFValueType(pair.type), sub_type=items)
+    for name, values in header.weights():
+        writer.add_tensor(name, values)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -571,7 +587,7 @@ def write_report(path: Path, files: Sequence[Path], traces: Sequence[Path], *, c
     lines += ["## Answers", "", ANSWERS]
     lines += table(("model", "task", "setting", "cells", "pyheadkv", "kvpress", "same tokens", "logit NMSE, median", "largest"), answers)
     lines += [note, ""] if note else []
-    gguf_keys.replace_file(path, lambda file: file.write("\n".join(lines).encode()))
+    replace_file(path, lambda file: file.write("\n".join(lines).encode()))
 
 
 def made_by(header: dict[str, Any], entries: Sequence[dict[str, Any]]) -> str:

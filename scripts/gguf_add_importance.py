@@ -10,26 +10,18 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import importlib.util
 import sys
 from pathlib import Path
 from types import ModuleType
 
-ROOT = Path(__file__).resolve().parent.parent
+PACKAGE = Path(__file__).resolve().parent.parent / "pyheadkv"
+if "pyheadkv" not in sys.modules and PACKAGE.is_dir():  # its __init__ wants the compiled library, which this script does not need
+    sys.modules["pyheadkv"] = ModuleType("pyheadkv")
+    sys.modules["pyheadkv"].__path__ = [str(PACKAGE)]
 
-
-def load_gguf_keys() -> ModuleType:
-    """pyheadkv.gguf_keys alone: this script must not need the compiled library that the package loads."""
-    path = ROOT / "pyheadkv" / "gguf_keys.py"
-    if not path.exists():  # the script was copied out of the tree
-        return importlib.import_module("pyheadkv.gguf_keys")
-    spec = importlib.util.spec_from_file_location("_pyheadkv_gguf_keys", path)
-    if spec is None or spec.loader is None:
-        raise ImportError(f"{path} cannot be loaded: check out the repository again")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
+from pyheadkv.gguf_keys import write_importance  # noqa: E402
+from pyheadkv.importance_values import fit_heads  # noqa: E402
+from pyheadkv.score_files import load_scores  # noqa: E402
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -46,14 +38,13 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     """Exit code: 0 done, 1 refused with one line on stderr."""
     args = parse_args(argv)
-    gguf_keys = load_gguf_keys()
     try:
-        scores = gguf_keys.load_scores(args.scores)
-        values = gguf_keys.fit_heads(scores.values, args.model)
+        scores = load_scores(args.scores)
+        values = fit_heads(scores.values, args.model)
         source = args.source
         if source is None:
             source = f"{args.scores.name} sha256:{hashlib.sha256(args.scores.read_bytes()).hexdigest()}"
-        gguf_keys.write_importance(args.model, args.out, values, method=args.method, source=source, beta=scores.beta, force=args.force)
+        write_importance(args.model, args.out, values, method=args.method, source=source, beta=scores.beta, force=args.force)
     except (ValueError, OSError) as error:
         print(f"error: {error}".replace("\n", " "), file=sys.stderr)
         return 1

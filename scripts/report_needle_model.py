@@ -24,15 +24,14 @@ matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt
 import numpy as np
-from gguf import GGUFReader
 from needle import REPOSITORY, language
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from pyheadkv import Llama
+from pyheadkv import Llama, gguf_keys
+from pyheadkv.gguf_header import read_header
 
 N_DECILES = 10
-IMPORTANCE_KEY = "llama.attention.head_importance"
 
 
 @dataclass(frozen=True)
@@ -109,13 +108,14 @@ def ask_share(path: Path, options: ReportOptions, share: int) -> tuple[Tally, fl
 
 def read_importance(path: Path) -> tuple[NDArray[np.float32], str]:
     """Importance (n_layer, n_head) of a GGUF file and where it comes from."""
-    fields = GGUFReader(path).fields
-    values = np.array(fields[IMPORTANCE_KEY].contents(), dtype=np.float32)
-    return values.reshape(fields[f"{IMPORTANCE_KEY}.shape"].contents()), str(fields[f"{IMPORTANCE_KEY}.source"].contents())
+    found = gguf_keys.read_importance(path)
+    if found is None:
+        raise ValueError(f"{path} holds no importance: write it with scripts/needle/export.py")
+    return found.values.astype(np.float32), found.source
 
 
 def read_n_head_kv(path: Path) -> int:
-    return int(GGUFReader(path).fields["llama.attention.head_count_kv"].contents())
+    return int(read_header(path).value("llama.attention.head_count_kv"))
 
 
 def plot_importance(importance: NDArray[np.float32], path: Path) -> None:

@@ -34,10 +34,12 @@ try:
 except ImportError as error:
     raise SystemExit(f"error: {error}: install torch and transformers with pip install '.[hf]'") from None
 
-from pyheadkv import Llama, gguf_keys
+from pyheadkv import Llama
+from pyheadkv.atomic_write import replace_file
 from pyheadkv.cli import score as score_command
 from pyheadkv.eval import journal
 from pyheadkv.eval.needle import speaks_needle_language
+from pyheadkv.gguf_header import read_header
 from pyheadkv.options import check_int
 from pyheadkv.score import measure as score
 from pyheadkv.score.examples import METHODS, PROTOCOLS, Examples, make_examples
@@ -177,19 +179,17 @@ class LlamaConfig(transformers.LlamaConfig):  # type: ignore[no-untyped-call]
 
 def load_gguf(path: Path, *, dtype: torch.dtype) -> transformers.PreTrainedModel:
     """A GGUF as transformers reads it, dequantised."""
-    import gguf
-
-    reader = gguf.GGUFReader(path)
-    scaling = [name for name in reader.fields if ".rope.scaling." in name]
-    scaling += [tensor.name for tensor in reader.tensors if tensor.name.startswith("rope_")]
+    header = read_header(path)
+    scaling = [name for name in header.pairs if ".rope.scaling." in name]
+    scaling += [tensor.name for tensor in header.tensors if tensor.name.startswith("rope_")]
     if scaling:
         raise ValueError(f"{path} has {scaling[0]}: transformers ignores how a GGUF scales its RoPE, give the checkpoint instead")
-    is_llama = reader.fields["general.architecture"].contents() == "llama"
+    is_llama = header.arch == "llama"
     where: dict[str, Any] = {"gguf_file": path.name, "local_files_only": True}
     config = (LlamaConfig if is_llama else transformers.AutoConfig).from_pretrained(path.parent, **where)
-    for name, field in reader.fields.items():
-        if name.endswith(".attention.key_length"):  # which transformers does not read for every architecture
-            config.head_dim = int(field.contents())
+    head_dim = header.value(f"{header.arch}.attention.key_length")
+    if head_dim is not None:  # which transformers does not read for every architecture
+        config.head_dim = int(head_dim)
     load = (transformers.LlamaForCausalLM if is_llama else transformers.AutoModelForCausalLM).from_pretrained
     return load(path.parent, config=config, dtype=dtype, **where)
 
@@ -279,7 +279,7 @@ def write_report(path: Path, pairs: Sequence[tuple[Path, Path]], *, note: str) -
         *(("", note) if note else ()),
         "",
     )
-    gguf_keys.replace_file(path, lambda file: file.write("\n".join(lines).encode()))
+    replace_file(path, lambda file: file.write("\n".join(lines).encode()))
 
 
 # a run

@@ -17,9 +17,9 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from pyheadkv import gguf_keys
 from pyheadkv.eval.journal import read_lines
 from pyheadkv.eval.report import row
+from pyheadkv.gguf_header import read_header
 from pyheadkv.score.measure import kv_scores, rank_correlation
 
 SIZES = (4, 8, 12, 24)
@@ -39,8 +39,7 @@ def main() -> None:
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUN.json.part", help="of pyheadkv score --keep")
     parser.add_argument("-o", "--output", type=Path, metavar="FILE.md")
     args = parser.parse_args()
-    with gguf_keys.open_header(args.model) as header:
-        heads = gguf_keys.heads_by_layer(header)
+    heads = read_header(args.model).heads_by_layer()
     runs = [scores_of(path, heads) for path in args.runs]
     lines = [row(["first examples of a run, against the others", *map(str, SIZES)]), row(["---"] * (1 + len(SIZES)))]
     for name, _, scores in runs:

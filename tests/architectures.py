@@ -29,7 +29,7 @@ from conftest import nmse
 from llama_cpp import llama_cpp
 
 from pyheadkv import _lib  # before llama_cpp, which then loads our library
-from pyheadkv.gguf_keys import Importance
+from pyheadkv.importance_values import Importance
 from pyheadkv.llama import STATES
 from pyheadkv.options import Options
 

@@ -25,7 +25,7 @@ device_options: dict[str, Any] = {}
 
 # stages of the data path (cpp/README.md) -> parts of the files and names of their tests, beside the word itself
 STAGES = {
-    "importance": ("test_gguf_keys", "test_score_files", "without_importance", "authors_scores"),
+    "importance": ("test_gguf_header", "test_gguf_keys", "test_score_files", "without_importance", "authors_scores"),
     "budget": ("equals_golden", "test_policy_oracle", "add_up", "share_of_the_prompt", "bytes_are_kept"),
     "window": ("kept_positions_equal", "q_round", "has_no_prefix"),
     "score": ("kept_positions_equal", "keeps_what_the_oracle_keeps", "pool", "softmax", "test_attention", "kernel", "group_mean"),
@@ -210,8 +210,9 @@ def stop_process(process: subprocess.Popen[bytes]) -> None:
 
 def without_importance(source: Path, path: Path) -> None:
     """A copy of a model whose metadata has no importance."""
-    from pyheadkv import gguf_keys
+    from pyheadkv.gguf_copy import copy_with_fields
+    from pyheadkv.gguf_header import read_header
 
-    with gguf_keys.open_header(source) as header:
-        gone = {name for name in header.pairs if ".attention.head_importance" in name}
-        gguf_keys.replace_file(path, lambda out: gguf_keys._copy_with_fields(header, out, [], without=gone))
+    header = read_header(source)
+    with open(path, "wb") as out:
+        copy_with_fields(header, out, [], without={name for name in header.pairs if ".attention.head_importance" in name})

@@ -14,7 +14,8 @@ from llama_cpp import llama_cpp
 
 from pyheadkv import gguf_keys
 from pyheadkv.cli import inspect
-from pyheadkv.gguf_keys import Importance, write_importance
+from pyheadkv.gguf_keys import write_importance
+from pyheadkv.importance_values import Importance
 from pyheadkv.options import Options
 from pyheadkv.testing import reference
 

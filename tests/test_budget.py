@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from pyheadkv.gguf_keys import load_scores
+from pyheadkv.score_files import load_scores
 from pyheadkv.testing.reference import budget, budget_kv, uniform_budget
 
 GOLDEN = Path(__file__).parent / "golden"

@@ -20,7 +20,7 @@ import numpy.typing as npt
 import pytest
 from conftest import SHAPES, Shape, greedy, load, logits, nmse, read_prompt, rss, tokens
 
-from pyheadkv import gguf_keys
+from pyheadkv import gguf_header, gguf_keys, score_files
 from pyheadkv.cli import inspect
 from pyheadkv.options import Options
 from pyheadkv.testing import random_importance, reference, write_random_model
@@ -585,7 +585,7 @@ def test_the_authors_scores_go_through_gguf_and_engine_to_their_budgets(name: st
     scores, bare, path = tmp_path / "scores.json", tmp_path / "bare.gguf", tmp_path / "model.gguf"
     scores.write_bytes(gzip.decompress((golden / f"head_score_{name}.json.gz").read_bytes()))
     write_random_model(bare, n_layer=32, n_embd=256, n_head=32, n_head_kv=32, head_dim=8, n_ff=32, seed=1)
-    gguf_keys.write_importance(bare, path, gguf_keys.load_scores(scores).values)
+    gguf_keys.write_importance(bare, path, score_files.load_scores(scores).values)
     cases = [c for c in json.loads((golden / "head_capacity_r2.json").read_text())["cases"] if c["scores"] == name and c["kv_size"] <= 1024]
     assert len(cases) == 5 * 8
     llm = load(path, kv_size=64, n_ctx=1024)
@@ -626,9 +626,9 @@ def test_another_version_of_the_importance_is_refused_by_the_library(make_model:
 
     path, key = tmp_path / "m.gguf", b".attention.head_importance.version"
     raw = make_model(SHAPES[1]).read_bytes()
-    old = key + struct.pack("<II", gguf_keys.UINT32, 1)
+    old = key + struct.pack("<II", gguf_header.UINT32, 1)
     assert raw.count(old) == 1
-    path.write_bytes(raw.replace(old, key + struct.pack("<II", gguf_keys.UINT32, 2)))
+    path.write_bytes(raw.replace(old, key + struct.pack("<II", gguf_header.UINT32, 2)))
     with pytest.raises(ValueError, match="version is not 1"), _lib.creating(Options(kv_size=48).to_params(None, str(path))):
         pass
 
@@ -651,7 +651,7 @@ def test_a_damaged_beta_in_the_model_is_refused_by_python_and_library(
     values = random_importance(n_layer=SHAPES[1].n_layer, n_head=SHAPES[1].n_head, seed=3)
     gguf_keys.write_importance(make_model(SHAPES[1], importance=None), path, values, beta=2.5)
     raw = path.read_bytes()
-    old = struct.pack("<I", gguf_keys.FLOAT64) + struct.pack("<d", 2.5)
+    old = struct.pack("<I", gguf_header.FLOAT64) + struct.pack("<d", 2.5)
     new = struct.pack("<I", 10) + old[4:] if value is None else old[:4] + struct.pack("<d", value)  # 10 = u64
     assert raw.count(old) == 1
     path.write_bytes(raw.replace(old, new))

@@ -12,8 +12,9 @@ import pytest
 from conftest import without_importance
 
 import pyheadkv
-from pyheadkv import gguf_keys, importance
-from pyheadkv.gguf_keys import Importance
+from pyheadkv import gguf_keys, importance, importance_values
+from pyheadkv.gguf_header import read_header
+from pyheadkv.importance_values import Importance
 from pyheadkv.testing import random_importance, write_random_model
 
 SHAPE: dict[str, Any] = {"n_layer": 3, "n_embd": 128, "n_head": 4, "n_head_kv": 2, "n_ff": 160}
@@ -95,8 +96,8 @@ def altered(source: Path, path: Path, factor: float) -> Path:
     """A copy whose norms are scaled by factors around 1, as a fine-tune changes them."""
     shutil.copy(source, path)
     rng = np.random.default_rng(0)
-    with gguf_keys.open_header(source) as header:
-        places = [(header.data_begin + t.begin, t.shape[0]) for t in header.tensors if t.name.endswith("norm.weight")]
+    header = read_header(source)
+    places = [(header.data_begin + t.begin, t.shape[0]) for t in header.tensors if t.name.endswith("norm.weight")]
     data = bytearray(path.read_bytes())
     for begin, n in places:
         values = np.frombuffer(bytes(data[begin : begin + 4 * n]), dtype="<f4")
@@ -151,7 +152,7 @@ def test_registry_of_the_package_is_sound(monkeypatch: pytest.MonkeyPatch) -> No
         "Mistral-7B-Instruct-v0.2",
     }  # fmt: skip
     for entry in entries:
-        values = gguf_keys.check_importance(entry["importance"], name=entry["name"])
+        values = importance_values.check_importance(entry["importance"], name=entry["name"])
         assert values.shape == (len(entry["heads"]), entry["heads"][0][0])
         assert entry["source"] and entry["method"]
         assert entry["sketch"] is None or np.std(entry["sketch"]) > 0

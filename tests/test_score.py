@@ -24,7 +24,7 @@ try:
 except ImportError as error:
     pytest.skip(f"the library is not built: {error}", allow_module_level=True)
 
-from pyheadkv import cli, gguf_keys, importance
+from pyheadkv import cli, gguf_keys, importance, score_files
 from pyheadkv.eval import needle, prose
 from pyheadkv.eval.journal import Journal
 from pyheadkv.eval.metrics import token_f1, word_recall
@@ -511,7 +511,7 @@ def test_embedded_model_ranks_its_heads_as_its_metadata_does(method: str, tmp_pa
     assert run("-o", out, "--method", method, "--examples", "12", "--max-tokens", "1024") == 0
     inside = gguf_keys.read_importance(pyheadkv.embedded_model())
     assert inside is not None
-    found = gguf_keys.load_scores(out).values
+    found = score_files.load_scores(out).values
     if method == "r":  # most heads never copy, they have no rank among each other
         assert np.corrcoef(found.ravel(), inside.values.ravel())[0, 1] > 0.8
     else:
@@ -549,7 +549,7 @@ def test_kept_journal_says_how_many_examples_are_enough(tmp_path: Path) -> None:
         assert run("-o", tmp_path / f"{method}.json", "--method", method, *options) == 0
     parts = [tmp_path / "r2.json.part", tmp_path / "mix.json.part"]
     entries = [json.loads(line) for line in parts[0].read_text().splitlines()[1:]]
-    np.testing.assert_allclose(np.mean([e["scores"] for e in entries], axis=0), gguf_keys.load_scores(tmp_path / "r2.json").values)
+    np.testing.assert_allclose(np.mean([e["scores"] for e in entries], axis=0), score_files.load_scores(tmp_path / "r2.json").values)
     out = tmp_path / "a.md"
     assert script("score_stability.py", pyheadkv.embedded_model(), *parts, "-o", out) == out.read_text()
     table = dict(re.findall(r"^\| (\w+, forced[^|:]+) \|[ |]*(-?[01]\.\d+)", out.read_text(), re.MULTILINE))
@@ -643,7 +643,7 @@ def test_score_writes_file_and_model_and_resumes(
     assert len(content["model_sha256"]) == 64 and content["versions"]["pyheadkv"] == pyheadkv.__version__
     written = gguf_keys.read_importance(out)
     assert written is not None and written.method == "headkv-r2" and content["model_sha256"] in written.source
-    np.testing.assert_array_equal(written.values, gguf_keys.load_scores(first).values)
+    np.testing.assert_array_equal(written.values, score_files.load_scores(first).values)
 
     append, done = Journal.append, []
 

@@ -19,8 +19,10 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from pyheadkv import gguf_keys
-from pyheadkv.gguf_keys import fit_heads, load_scores, read_importance
+from pyheadkv import score_files
+from pyheadkv.gguf_keys import read_importance
+from pyheadkv.importance_values import fit_heads
+from pyheadkv.score_files import load_scores
 from pyheadkv.testing import random_importance, write_random_model
 
 SCRIPT = Path(__file__).parent.parent / "scripts" / "gguf_add_importance.py"
@@ -175,7 +177,7 @@ def test_a_hundred_damaged_files_are_value_errors_or_scores(name: str, tmp_path:
 def test_file_above_the_limit_is_refused_without_reading_all_of_it(tmp_path: Path) -> None:
     path = tmp_path / "big.csv"
     with open(path, "wb") as file:
-        file.truncate(gguf_keys.MAX_SCORE_BYTES + 1)
+        file.truncate(score_files.MAX_SCORE_BYTES + 1)
     with pytest.raises(ValueError, match="at most"):
         load_scores(path)
 

@@ -26,7 +26,7 @@ try:
 except ImportError as error:
     pytest.skip(f"the library is not built: {error}", allow_module_level=True)
 
-from pyheadkv import cli, gguf_keys  # noqa: E402
+from pyheadkv import cli, score_files  # noqa: E402
 from pyheadkv.eval.prose import HAYSTACK  # noqa: E402
 from pyheadkv.score import measure as score  # noqa: E402
 from pyheadkv.score.examples import METHODS, Example, Examples, make_examples  # noqa: E402
@@ -239,7 +239,7 @@ def test_embedded_model_scores_as_through_llama_cpp(
     assert found["model"] == model.name and found["model_files"] == {model.name: expected["model_sha256"]}
     assert found["versions"]["transformers"] == transformers.__version__ and found["logits_nmse"] < 1e-4
     assert found["accepted"] == expected["accepted"] and not score_hf.differing(found, expected)
-    gguf_keys.load_scores(theirs)
+    score_files.load_scores(theirs)
     cells = score_hf.compare(found, expected)
     assert float(cells["Pearson r"]) > 0.97
     n_common, n_top = map(int, cells["top heads"].split(" of "))

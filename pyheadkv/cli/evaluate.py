@@ -18,7 +18,7 @@ from ..eval.report import write_report
 from ..eval.run import DEFAULT_PROTOCOLS, PROTOCOLS, Job, count_quizzes, describe, run_job
 from ..eval.tasks import TASKS
 from ..eval.trial import Setting
-from ..gguf_keys import check_beta
+from ..importance_values import check_beta
 from ..llama import cells_in
 from ..model import model_path
 from ..options import AUTO, BY_IMPORTANCE, FULL, MAX_CELLS, NONE, POLICIES, POOLS, PRESETS, UNPOOLED, Options, check_choice, check_int

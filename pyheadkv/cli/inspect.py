@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .. import _lib, gguf_keys
+from .. import _lib
 from ..importance import Found, find_importance
+from ..importance_values import Importance
 from ..model import ModelShape, model_path, read_shape
 from ..options import (
     AUTO,
@@ -192,13 +193,13 @@ def _importance(path: str | os.PathLike[str], *, source: str | os.PathLike[str] 
     return None if given is None else Found(given, str(source))
 
 
-def policy_of(options: Options, importance: gguf_keys.Importance | None) -> str:
+def policy_of(options: Options, importance: Importance | None) -> str:
     """Name of the policy that contexts would use, never "auto"."""
     with _lib.creating(options.to_params(importance, None)):
         return str(_lib.lib.headkv_get_policy(None).decode())
 
 
-def _budget(shape: ModelShape, *, options: Options, importance: gguf_keys.Importance | None) -> NDArray[np.int32]:
+def _budget(shape: ModelShape, *, options: Options, importance: Importance | None) -> NDArray[np.int32]:
     cells = np.zeros((shape.n_layer, shape.n_head_kv), dtype=np.int32)
     params = options.to_params(importance, None)
     n_head, n_head_kv = (np.array(counts, dtype=np.int32) for counts in zip(*shape.heads, strict=True))

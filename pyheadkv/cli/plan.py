@@ -34,7 +34,8 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from .. import _lib, gguf_keys
+from .. import _lib
+from ..gguf_header import read_header
 from ..model import ModelShape, model_path, read_shape
 from ..options import MAX_CELLS, Options, check_choice, check_int
 from ..units import format_bytes, ggml_type, parse_bytes, round_n_ctx, row_bytes
@@ -334,8 +335,7 @@ class Probe:
         self.shape = read_shape(path)
         if not self.shape.is_uniform:
             raise ValueError(f"{path}: heads differ between layers, {list(self.shape.heads)}: only models with the same ones are planned")
-        with gguf_keys.open_header(path) as header:
-            self.n_bytes_header = header.data_begin
+        self.n_bytes_header = read_header(path).data_begin
         self.n_bytes_file = sum(part.stat().st_size for part in model_files(self.path))
         self._reserved: dict[tuple[int, ...], int] = {}
         self._contexts: dict[tuple[int, int], Any] = {}  # by type_k and type_v

@@ -12,11 +12,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .. import __version__, gguf_keys
+from .. import __version__
+from ..atomic_write import check_destination
 from ..eval.journal import Journal, sha256
 from ..eval.needle import speaks_needle_language
-from ..gguf_keys import Importance
+from ..gguf_keys import read_importance, write_importance
 from ..importance import cache_path, fingerprint, sidecar_path
+from ..importance_values import Importance
 from ..model import model_path, read_shape
 from ..options import check_int
 from ..score import calibrate
@@ -213,8 +215,8 @@ def _check_files(path: Path, args: argparse.Namespace) -> Path:
     if journal.exists() and not (args.resume or args.force):
         raise ValueError(f"{journal} holds an interrupted run: pass --resume to go on, or --force to begin again")
     if args.write is not None:
-        gguf_keys.check_destination(path, args.write, force=args.force)
-        if not args.force and gguf_keys.read_importance(path) is not None:
+        check_destination(path, args.write, force=args.force)
+        if not args.force and read_importance(path) is not None:
             raise ValueError(f"{path} has an importance already: pass --force to replace it in {args.write}")
     return journal
 
@@ -265,7 +267,7 @@ def _write_model(path: Path, args: argparse.Namespace, scores: dict[str, Any]) -
         f"pyheadkv {__version__} score, protocol {args.protocol}, {scores['accepted']} of {len(scores['examples'])} "
         f"examples up to {scores['max_tokens']} tokens, seed {args.seed}, measured on sha256:{scores['model_sha256']}"
     )
-    gguf_keys.write_importance(
+    write_importance(
         path,
         args.write,
         scores["importance"],

@@ -21,7 +21,7 @@ from ..llama import n_common
 from ..options import AUTO, BY_ALL_TOKENS, BY_IMPORTANCE, FULL, NONE, PRESETS, load_importance, share_of_prompt
 
 if TYPE_CHECKING:
-    from ..gguf_keys import Importance
+    from ..importance_values import Importance
     from ..llama import Llama
 
 

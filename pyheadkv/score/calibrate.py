@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from ..eval.journal import Journal
 from ..eval.trial import Setting, Trial
-from ..gguf_keys import Importance
+from ..importance_values import Importance
 from .examples import Example, Examples, Slot, make_examples
 
 if TYPE_CHECKING:

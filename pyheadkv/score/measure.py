@@ -33,8 +33,11 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from .. import __version__, gguf_keys
+from .. import __version__
+from ..atomic_write import replace_file
 from ..eval.journal import REMEDY, Journal
+from ..gguf_header import read_header
+from ..importance_values import check_importance
 from .calibrate import Calibration
 from .examples import N_QUESTION, Example, Examples, Slot
 
@@ -85,8 +88,7 @@ class LlamaReader:
         import llama_cpp
 
         self.llm = llm
-        with gguf_keys.open_header(llm.model_path) as header:
-            heads = gguf_keys.heads_by_layer(header)
+        heads = read_header(llm.model_path).heads_by_layer()
         n_layer, n_head, n_head_kv = (
             f(llm.model) for f in (llama_cpp.llama_model_n_layer, llama_cpp.llama_model_n_head, llama_cpp.llama_model_n_head_kv)
         )
@@ -210,7 +212,7 @@ def mean_importance(outcomes: Sequence[Outcome]) -> NDArray[np.float64]:
             f"the model answered none of {len(outcomes)} examples (best quality {best:.2f}, above {ACCEPT_ABOVE} is "
             "needed): try shorter ones with --max-tokens, or another protocol"
         )
-    return gguf_keys.check_importance(np.mean(accepted, axis=0), name="importance")
+    return check_importance(np.mean(accepted, axis=0), name="importance")
 
 
 def reliability(outcomes: Sequence[Outcome], heads: Sequence[tuple[int, int]]) -> float:
@@ -380,7 +382,7 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
     """One line per value, and per element of a list."""
     lines = [f"{json.dumps(name)}: {_json_lines(value)}" for name, value in content.items()]
     text = "{\n" + ",\n".join(lines) + "\n}\n"
-    gguf_keys.replace_file(path, lambda out: out.write(text.encode()))
+    replace_file(path, lambda out: out.write(text.encode()))
 
 
 def _json_lines(value: Any) -> str:

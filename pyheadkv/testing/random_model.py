@@ -16,6 +16,9 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from ..gguf_header import read_header
+from ..gguf_keys import add_importance_keys
+
 if TYPE_CHECKING:
     import gguf
 
@@ -234,8 +237,6 @@ def _add_tokenizer(writer: gguf.GGUFWriter, n_vocab: int) -> None:
 def _add_importance(writer: gguf.GGUFWriter, shape: _Shape, importance: ArrayLike | Literal["random"] | None, seed: int) -> None:
     if importance is None:
         return
-    from ..gguf_keys import add_importance_keys
-
     if isinstance(importance, str):
         if importance != "random":
             raise ValueError(f"importance = {importance!r} is unknown: use 'random', an array or None")
@@ -348,7 +349,7 @@ def write_random_lora(path: Path, model: Path, *, seed: int, invocation: Sequenc
     writer.add_float32("adapter.lora.alpha", 16.0)
     if invocation:
         writer.add_key_value("adapter.alora.invocation_tokens", list(invocation), gguf.GGUFValueType.ARRAY, gguf.GGUFValueType.UINT32)
-    shapes = {t.name: t.shape.tolist() for t in gguf.GGUFReader(model).tensors}
+    shapes = {t.name: t.shape for t in read_header(model).tensors}
     for name in (n for n in shapes if re.fullmatch(r"blk\.\d+\.(attn_q|attn_v|ffn_up)\.weight", n)):
         n_in, n_out = shapes[name]
         writer.add_tensor(f"{name}.lora_a", 0.1 * rng.standard_normal((4, n_in), dtype=np.float32))

@@ -12,13 +12,12 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
-if TYPE_CHECKING:
-    import gguf
+from ..gguf_header import Header, read_header
 
 Pool = Literal["max", "avg"]
 POOLS: tuple[str, ...] = ("max", "avg")
@@ -593,23 +592,22 @@ class ReferenceModel:
     """
 
     def __init__(self, path: str | os.PathLike[str], *, kv_round: DTypeLike | None = None) -> None:
-        import gguf
-
-        reader = gguf.GGUFReader(path)
+        header = read_header(path)
         self.kv_round = kv_round
-        self.arch: str = _field(reader, "general.architecture")
+        self.arch = header.arch
         if self.arch not in ("llama", "qwen2", "qwen3"):
             raise ValueError(f"general.architecture = {self.arch!r}: the oracle knows llama, qwen2 and qwen3")
-        self._read_hparams(reader)
-        self.weights: dict[str, NDArray[np.float64]] = {
-            t.name: gguf.quants.dequantize(t.data, t.tensor_type).astype(np.float64) for t in reader.tensors
-        }
+        self._read_hparams(header)
+        self.weights = {name: values.astype(np.float64) for name, values in header.weights()}
         self.n_vocab = len(self._weight("token_embd.weight"))
         self._reset()
 
-    def _read_hparams(self, reader: gguf.GGUFReader) -> None:
+    def _read_hparams(self, header: Header) -> None:
         def get(key: str, default: Any = None) -> Any:
-            return _field(reader, f"{self.arch}.{key}", default)
+            value = header.value(f"{self.arch}.{key}", default)
+            if value is None:
+                raise ValueError(f"key '{self.arch}.{key}' is missing in the GGUF: the oracle needs it, write the model again with it")
+            return value
 
         if get("rope.scaling.type", "none") != "none":
             raise ValueError(f"rope.scaling.type = {get('rope.scaling.type')!r}: the oracle has no RoPE scaling")
@@ -856,12 +854,3 @@ def _one_value(value: Any, name: str) -> int:
     if len(values) != 1:
         raise ValueError(f"{name} = {sorted(values)} differs between layers: the oracle wants one number")
     return int(values.pop())
-
-
-def _field(reader: gguf.GGUFReader, key: str, default: Any = None) -> Any:
-    field = reader.get_field(key)
-    if field is not None:
-        return field.contents()
-    if default is None:
-        raise ValueError(f"key {key!r} is missing in the GGUF: the oracle needs it, write the model again with it")
-    return default
