@@ -20,6 +20,7 @@ from typing import Any
 from pyheadkv.cli.demo import answer, make_asks, open_trial
 from pyheadkv.eval.journal import commit, machine
 from pyheadkv.eval.quiz import TaskOptions
+from pyheadkv.eval.report import table as markdown
 from pyheadkv.eval.tasks import make_task
 from pyheadkv.eval.trial import Setting
 from pyheadkv.options import AUTO, FULL
@@ -54,12 +55,12 @@ def table(rows: list[dict[str, Any]]) -> list[str]:
     for row in rows:
         right[row["task"], row["tokens"], row["kv_size"], row["method"]].append(row["right"])
     methods = list(dict.fromkeys(row["method"] for row in rows if row["method"] != FULL))
-    lines = ["| task | tokens | cells per head | full | " + " | ".join(methods) + " |", "|---" * (4 + len(methods)) + "|"]
+    lines = []
     for task, n_tokens, kv_size in dict.fromkeys(place[:3] for place in right if place[3] != FULL):
         places = [(task, n_tokens, 0, FULL), *((task, n_tokens, kv_size, method) for method in methods)]
         shares = [f"{100 * sum(right[place]) / len(right[place]):.0f} %" for place in places]
-        lines.append(f"| {task} | {n_tokens} | {kv_size} | " + " | ".join(shares) + " |")
-    return lines
+        lines.append([task, str(n_tokens), str(kv_size), *shares])
+    return markdown(["task", "tokens", "cells per head", "full", *methods], lines)
 
 
 def main() -> None:

@@ -47,7 +47,7 @@ from pyheadkv import Llama, _lib
 from pyheadkv.atomic_write import replace_file
 from pyheadkv.eval import journal, trial
 from pyheadkv.eval.quiz import Ask, TaskOptions
-from pyheadkv.eval.report import interval, row
+from pyheadkv.eval.report import interval, table
 from pyheadkv.eval.tasks import PROSE, make_task
 from pyheadkv.gguf_header import Header, read_header
 from pyheadkv.options import PRESETS, check_int
@@ -558,10 +558,6 @@ def percent(part: float, whole: float, *, digits: int = 2) -> str:
     return f"{100 * part / whole:.{digits}f} %"
 
 
-def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    return [row(list(header)), row(["---"] * len(header)), *(row(list(cells)) for cells in rows), ""]
-
-
 def write_report(path: Path, files: Sequence[Path], traces: Sequence[Path], *, command: str, note: str) -> None:
     """Tables of kept cells and of answers as Markdown, and what ``--exact`` found in the runs ``traces``."""
     runs, traced = ([journal.read_lines(file)[:2] for file in some] for some in (files, traces))
@@ -578,15 +574,16 @@ def write_report(path: Path, files: Sequence[Path], traces: Sequence[Path], *, c
         answers += rows_of_answers(name_of(header), entries)
     lines += table(("model", "asked", "setting", "cells", "heads with the same cells", "cells in common", "largest gap",
                     "cells of a head, largest difference", "not by our own scores"), cells)  # fmt: skip
-    lines += [f"What the floor of {FLOOR} changes on each side, in cells against its own floor 0:", ""]
+    lines += ["", f"What the floor of {FLOOR} changes on each side, in cells against its own floor 0:", ""]
     lines += table(("model", "asked", "cells", "pyheadkv", "kvpress"), moved)
-    lines += ["Scores of all cells before the window, difference as a share of kvpress':", ""]
+    lines += ["", "Scores of all cells before the window, difference as a share of kvpress':", ""]
     lines += table(("model", "asked", "prompts", "median", "largest"), errors)
+    lines += [""]
     if traced:
         lines += rows_of_traces(traced)
     lines += ["## Answers", "", ANSWERS]
     lines += table(("model", "task", "setting", "cells", "pyheadkv", "kvpress", "same tokens", "logit NMSE, median", "largest"), answers)
-    lines += [note, ""] if note else []
+    lines += ["", note, ""] if note else [""]
     replace_file(path, lambda file: file.write("\n".join(lines).encode()))
 
 
@@ -609,9 +606,9 @@ def rows_of_traces(runs: Sequence[tuple[dict[str, Any], Sequence[dict[str, Any]]
     logits = [[name, *(f"{x:.1e}" for x in e["logits"].values())] for name, e in found]
     return [
         "The same against a forward pass in float64 (`pyheadkv.testing.reference`), the first prompt alone:", "",
-        *table(("model", "scores", "median", "largest"), scores),
+        *table(("model", "scores", "median", "largest"), scores), "",
         "Logits after this prompt, the stock cache with float32 cells against transformers, NMSE:", "",
-        *table(("model", "flash attention", "no flash attention"), logits),
+        *table(("model", "flash attention", "no flash attention"), logits), "",
     ]  # fmt: skip
 
 

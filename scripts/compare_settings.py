@@ -13,7 +13,7 @@ import argparse
 from collections import defaultdict
 from pathlib import Path
 
-from pyheadkv.eval.report import Answers, interval, row
+from pyheadkv.eval.report import Answers, interval, table
 from pyheadkv.options import FULL
 
 Pairs = dict[str, list[tuple[float, float]]]  # by context: scores of a setting and of the base
@@ -33,7 +33,7 @@ def pairs_of(answers: Answers, base: str) -> dict[tuple[str, str, str], Pairs]:
     return out
 
 
-def compare(cells: list[str], several: list[Pairs], *, is_base: bool) -> str:
+def compare(cells: list[str], several: list[Pairs], *, is_base: bool) -> list[str]:
     """One line: what it is, the score, and the difference to the base."""
     scores, gains = defaultdict(list), defaultdict(list)
     for pairs in several:
@@ -42,7 +42,7 @@ def compare(cells: list[str], several: list[Pairs], *, is_base: bool) -> str:
             gains[place] += [a - b for a, b in found]
     mean, low, high = (100 * x for x in interval(scores))
     gain = "" if is_base else "{:+.1f} ({:+.1f} to {:+.1f})".format(*(100 * x for x in interval(gains)))
-    return row([*cells, f"{mean:.0f} ({low:.0f}-{high:.0f})", gain])
+    return [*cells, f"{mean:.0f} ({low:.0f}-{high:.0f})", gain]
 
 
 def main() -> None:
@@ -53,7 +53,7 @@ def main() -> None:
     )
     args = parser.parse_args()
     head = ["task", "protocol", "questions", "full", "budget", "setting", "score", f"points above {args.base}"]
-    print(row(head), row(["---"] * len(head)), sep="\n")
+    rows = []
     everything: dict[tuple[str, str], list[Pairs]] = defaultdict(list)
     for path in args.runs:
         answers = Answers(path)
@@ -68,13 +68,14 @@ def main() -> None:
             for some in [[budget] for budget in budgets] + [budgets] * (len(budgets) > 1):
                 for method in dict.fromkeys(m for p, budget, m in pairs if p == protocol and budget in some):
                     cells = [what, protocol, n, f"{100 * answers.full(protocol):.0f}", ", ".join(some), method]
-                    print(compare(cells, [pairs[protocol, budget, method] for budget in some], is_base=method == args.base))
+                    rows.append(compare(cells, [pairs[protocol, budget, method] for budget in some], is_base=method == args.base))
         for (protocol, _, method), found in pairs.items():
             everything[protocol, method].append({f"{path} {place}": scores for place, scores in found.items()})
     n_runs = {key: len(found) for key, found in everything.items()}
     for (protocol, method), several in everything.items():
         if len(args.runs) > 1 and n_runs[protocol, method] == n_runs[protocol, args.base]:
-            print(compare(["all", protocol, "", "", "all", method], several, is_base=method == args.base))
+            rows.append(compare(["all", protocol, "", "", "all", method], several, is_base=method == args.base))
+    print(*table(head, rows), sep="\n")
 
 
 if __name__ == "__main__":

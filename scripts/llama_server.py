@@ -6,16 +6,18 @@ import json
 import socket
 import subprocess
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import requests
+
 from pyheadkv.cli import serve
 
-DIRECTLY = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+HTTP = requests.Session()
+HTTP.trust_env = False  # no proxy
+HTTP.headers["Connection"] = "close"  # one that is kept open holds a thread of the server
 
 # no request, or one that is refused
 BAD_BODIES: list[Any] = [
@@ -54,17 +56,22 @@ class Server:
 
     def request(self, path: str, body: Any = None, *, timeout: float | None = None) -> tuple[int, Any]:
         """Status and parsed answer; GET without a body."""
-        data = None if body is None else body if isinstance(body, bytes) else json.dumps(body).encode()
-        request = urllib.request.Request(f"http://127.0.0.1:{self.port}{path}", data, {"Content-Type": "application/json"})
+        response = self.open(path, body, timeout=timeout)
         try:
-            with DIRECTLY.open(request, timeout=timeout or self.seconds) as response:
-                status, text = response.status, response.read().decode()
-        except urllib.error.HTTPError as e:
-            status, text = e.code, e.read().decode()
-        try:
-            return status, json.loads(text)
+            return response.status_code, response.json()
         except ValueError:
-            return status, text
+            return response.status_code, response.text
+
+    def open(self, path: str, body: Any = None, *, timeout: float | None = None, stream: bool = False) -> requests.Response:
+        """The answer, of a stream before its end."""
+        return HTTP.request(
+            "GET" if body is None else "POST",
+            f"http://127.0.0.1:{self.port}{path}",
+            data=body if body is None or isinstance(body, bytes) else json.dumps(body),
+            headers={"Content-Type": "application/json"},
+            timeout=timeout or self.seconds,
+            stream=stream,
+        )
 
     def complete(self, prompt: list[int], n: int, **more: Any) -> dict[str, Any]:
         """Answer to a greedy completion of n tokens."""
@@ -116,5 +123,5 @@ def running(*flags: Any, log: Path, seconds: float = 120, path: Path | None = No
 def is_healthy(server: Server) -> bool:
     try:
         return server.request("/health", timeout=5)[0] == 200
-    except (urllib.error.URLError, OSError):  # not listening yet
+    except OSError:  # not listening yet
         return False

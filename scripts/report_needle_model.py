@@ -26,9 +26,11 @@ import matplotlib.pyplot as plt
 import numpy as np
 from needle import REPOSITORY, language
 from numpy.typing import NDArray
+from scipy.stats import binomtest
 from tqdm import tqdm
 
 from pyheadkv import Llama, gguf_keys
+from pyheadkv.eval.report import table
 from pyheadkv.gguf_header import read_header
 
 N_DECILES = 10
@@ -68,16 +70,6 @@ class Tally:
         """(right, asked) over everything that matches."""
         keys = [key for key in self.asked if length in (None, key[0]) and kind in (None, key[1]) and decile in (None, key[2])]
         return sum(self.right[key] for key in keys), sum(self.asked[key] for key in keys)
-
-
-def wilson(right: int, asked: int, *, z: float = 1.96) -> tuple[float, float]:
-    """95 % interval of a share."""
-    if asked == 0:
-        return 0.0, 1.0
-    share = right / asked
-    middle = (share + z * z / (2 * asked)) / (1 + z * z / asked)
-    half = z / (1 + z * z / asked) * np.sqrt(share * (1 - share) / asked + z * z / (4 * asked**2))
-    return float(middle - half), float(middle + half)
 
 
 def answer(llm: Llama, document: language.Document) -> str:
@@ -160,31 +152,22 @@ def plot_accuracy(tallies: dict[str, Tally], options: ReportOptions, path: Path)
     plt.close(figure)
 
 
-def table_row(cells: list[str]) -> str:
-    """One row of a Markdown table."""
-    return "| " + " | ".join(cells) + " |"
-
-
 def _cell(rate: tuple[int, int], *, interval: bool = False) -> str:
     right, asked = rate
     if asked == 0:
         return "-"
-    low, high = wilson(right, asked)
+    low, high = binomtest(right, asked).proportion_ci(method="wilson")
     return f"{100 * right / asked:.1f}" + (f" ({100 * low:.0f}-{100 * high:.0f})" if interval else "")
 
 
 def _accuracy_lines(name: str, tally: Tally, options: ReportOptions) -> list[str]:
-    lines = [f"### {name}, by length: exact answers in % (95 % interval)", "", table_row(["kind", *map(str, options.lengths)])]
-    lines.append(table_row(["---"] * (1 + len(options.lengths))))
-    for kind in language.KINDS:
-        lines.append(table_row([kind, *(_cell(tally.rate(length=n, kind=kind), interval=True) for n in options.lengths)]))
+    rows = [[kind, *(_cell(tally.rate(length=n, kind=kind), interval=True) for n in options.lengths)] for kind in language.KINDS]
+    lines = [f"### {name}, by length: exact answers in % (95 % interval)", "", *table(["kind", *map(str, options.lengths)], rows)]
     n_asked = tally.rate(length=options.lengths[0], kind="direct")[1]
     lines += ["", f"{n_asked} direct questions per length, other kinds alike.", ""]
     lines += [f"### {name}, by depth of the value needle, all lengths: exact answers in %", ""]
-    lines.append(table_row(["kind", *(f"{10 * i}-{10 * i + 10} %" for i in range(N_DECILES))]))
-    lines.append(table_row(["---"] * (1 + N_DECILES)))
-    for kind in language.KINDS:
-        lines.append(table_row([kind, *(_cell(tally.rate(kind=kind, decile=i)) for i in range(N_DECILES))]))
+    rows = [[kind, *(_cell(tally.rate(kind=kind, decile=i)) for i in range(N_DECILES))] for kind in language.KINDS]
+    lines += table(["kind", *(f"{10 * i}-{10 * i + 10} %" for i in range(N_DECILES))], rows)
     lines += [
         "",
         "A list is entered at the depth of its first key. The lowest cell of one length and one tenth of the depth, of each kind:",
@@ -207,10 +190,8 @@ def _importance_lines(importance: NDArray[np.float32], source: str, n_head_kv: i
     ratio = by_kv.max(1) / np.maximum(by_kv.min(1), floor)
     busiest = int(by_kv.sum(1).argmax())
     lines = ["## Head importance", "", f"Source: `{source}`. Sums to 100 %.", "", f"![importance]({picture})", ""]
-    lines.append(table_row(["layer", *(f"head {h}" for h in range(importance.shape[1])), "max / min of its KV heads"]))
-    lines.append(table_row(["---"] * (2 + importance.shape[1])))
-    for layer, row in enumerate(importance):
-        lines.append(table_row([str(layer), *(f"{100 * x:.2f}" for x in row), f"{min(ratio[layer], 9999):.1f}"]))
+    head = ["layer", *(f"head {h}" for h in range(importance.shape[1])), "max / min of its KV heads"]
+    lines += table(head, [[str(il), *(f"{100 * x:.2f}" for x in row), f"{min(ratio[il], 9999):.1f}"] for il, row in enumerate(importance)])
     lines += [
         "",
         f"The top quarter of the KV heads ({n_quarter} of {len(top)}) holds {100 * top[:n_quarter].sum() / top.sum():.1f} % "

@@ -39,6 +39,7 @@ from pyheadkv.atomic_write import replace_file
 from pyheadkv.cli import score as score_command
 from pyheadkv.eval import journal
 from pyheadkv.eval.needle import speaks_needle_language
+from pyheadkv.eval.report import table
 from pyheadkv.gguf_header import read_header
 from pyheadkv.options import check_int
 from pyheadkv.score import measure as score
@@ -275,7 +276,7 @@ def write_report(path: Path, pairs: Sequence[tuple[Path, Path]], *, note: str) -
         "Pearson r and the largest difference are over all heads. Top heads: of the 10 best of each (of fewer if fewer",
         "score), those in both. Same answers: word for word. Logit NMSE: after the first prompt.",
         "",
-        *("| " + " | ".join(row) + " |" for row in (header, ["---"] * len(header), *rows)),
+        *table(header, rows),
         *(("", note) if note else ()),
         "",
     )

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pyheadkv.eval.journal import read_lines
-from pyheadkv.eval.report import row
+from pyheadkv.eval.report import table
 from pyheadkv.gguf_header import read_header
 from pyheadkv.score.measure import kv_scores, rank_correlation
 
@@ -41,18 +41,19 @@ def main() -> None:
     args = parser.parse_args()
     heads = read_header(args.model).heads_by_layer()
     runs = [scores_of(path, heads) for path in args.runs]
-    lines = [row(["first examples of a run, against the others", *map(str, SIZES)]), row(["---"] * (1 + len(SIZES)))]
+    rows = []
     for name, _, scores in runs:
         cells = [f"{rank_correlation(scores[:n].mean(0), scores[n:].mean(0)):.3f}" if n < len(scores) else "" for n in SIZES]
-        lines.append(row([name, *cells]))
-    lines += ["", "| runs against each other | |", "|---|---|"]
-    for (a, _, x), (b, _, y) in combinations(runs, 2):
-        lines.append(f"| {a} / {b} | {rank_correlation(x.mean(0), y.mean(0)):.3f} |")
-    lines += ["", "| kind of example | examples | against the other kinds |", "|---|---|---|"]
+        rows.append([name, *cells])
+    pairs = [[f"{a} / {b}", f"{rank_correlation(x.mean(0), y.mean(0)):.3f}"] for (a, _, x), (b, _, y) in combinations(runs, 2)]
+    others = []
     for name, kinds, scores in runs:
         for kind in dict.fromkeys(kinds) if len(set(kinds)) > 1 else ():
             mine = np.array([k == kind for k in kinds])
-            lines.append(f"| {name}: {kind} | {mine.sum()} | {rank_correlation(scores[mine].mean(0), scores[~mine].mean(0)):.3f} |")
+            others.append([f"{name}: {kind}", f"{mine.sum()}", f"{rank_correlation(scores[mine].mean(0), scores[~mine].mean(0)):.3f}"])
+    lines = table(["first examples of a run, against the others", *map(str, SIZES)], rows)
+    lines += ["", *table(["runs against each other", ""], pairs)]
+    lines += ["", *table(["kind of example", "examples", "against the other kinds"], others)]
     text = "\n".join(lines) + "\n"
     print(text, end="")
     if args.output is not None:

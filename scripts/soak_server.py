@@ -27,12 +27,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from llama_server import BAD_BODIES, DIRECTLY, Server, running
+from llama_server import BAD_BODIES, Server, running
 
 import pyheadkv
 from pyheadkv import Llama
 from pyheadkv.eval import needle
 from pyheadkv.eval.prose import render_chat_messages
+from pyheadkv.eval.report import table
 from pyheadkv.testing import write_random_lora
 
 N_CTX, KV_SIZE, SIZES, N_PREDICT = 2048, 128, (32, 64), 12
@@ -240,12 +241,9 @@ class Soak:
         return until_end(self.server.complete(prompt, N_PREDICT, **more)["tokens"])
 
     def events(self, path: str, body: dict[str, Any]) -> list[Any]:
-        import urllib.request
-
-        data = json.dumps({**body, "stream": True}).encode()
-        request = urllib.request.Request(f"http://127.0.0.1:{self.server.port}{path}", data, {"Content-Type": "application/json"})
-        with DIRECTLY.open(request, timeout=600) as response:
-            lines = [line[6:] for line in response.read().decode().splitlines() if line.startswith("data: ")]
+        with self.server.open(path, {**body, "stream": True}, timeout=600, stream=True) as response:
+            response.raise_for_status()
+            lines = [line[6:] for line in response.iter_lines(decode_unicode=True) if line.startswith("data: ")]
         return [json.loads(line) for line in lines if line != "[DONE]"]
 
 
@@ -346,9 +344,7 @@ def main() -> int:
         f"{n} requests from {args.clients} clients to {args.slots} slots in {seconds:.0f} s, {compressions:.0f} prompts compressed "
         f"({platform.machine()}, {args.threads} threads, commit {commit}, `python scripts/soak_server.py {' '.join(sys.argv[1:])}`)",
         "",
-        "| request | number |",
-        "|---|---|",
-        *(f"| {what} | {count} |" for what, count in sorted(soak.counts.items())),
+        *table(["request", "number"], [(what, str(count)) for what, count in sorted(soak.counts.items())]),
         "",
         f"crashed: {crashed}; wrong answers: {len(soak.wrong)}; answers that took the other one of two tokens whose logits differ by less than "
         f"{TIE}: {len(soak.ties)} (largest difference {max(soak.ties, default=0.0):.4f}); left at the end: {left or 'nothing'}; "

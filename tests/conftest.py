@@ -7,6 +7,7 @@ that the library does not have is a skip.
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -190,6 +191,11 @@ def nmse(a: npt.ArrayLike, b: npt.ArrayLike) -> float:
     """Mean squared error of a against b, relative to the mean square of b."""
     x, y = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)
     return float(np.mean((x - y) ** 2) / np.mean(y**2))
+
+
+def unpadded(text: str) -> str:
+    """Markdown whose columns are no longer as wide as their widest cell."""
+    return re.sub(r" +\|", " |", text)
 
 
 def rss() -> int:

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pytest
-from conftest import SHAPES, greedy, load, logits, nmse, tokens
+from conftest import SHAPES, greedy, load, logits, nmse, tokens, unpadded
 
 try:
     import pyheadkv
@@ -519,7 +519,7 @@ def test_evaluation_writes_resumes_and_reports(tmp_path: Path, capsys: pytest.Ca
     assert np.mean(full) > 0.9
     by_size = {s: {a["bytes"] for a in answers if a["setting"] == f"snapkv {s}"} for s in (32, 200)}
     assert by_size[200] == {b * 200 // 32 for b in by_size[32]}
-    table = (tmp_path / "e.md").read_text()
+    table = unpadded((tmp_path / "e.md").read_text())
     assert "query-agnostic" in table and "| headkv 32 |" in table and (tmp_path / "e_niah.png").stat().st_size > 1000
 
     assert evaluate(*options) == 1
@@ -580,7 +580,7 @@ def test_amounts_and_kept_cells_of_the_evaluation(tmp_path: Path) -> None:
         "full": n_prompt, "snapkv 30": 30, "snapkv 10%": round(0.1 * n_prompt), "snapkv 500KiB": 100,
         "streaming 30": 30, "streaming 10%": round(0.1 * n_prompt), "streaming 500KiB": 100,
     }  # fmt: skip
-    table = out.with_suffix(".md").read_text()
+    table = unpadded(out.with_suffix(".md").read_text())
     assert "Under all settings: sinks 2, protected 20:24, surplus redistribute." in table
     assert f"| snapkv 30 | 30 | {3000 / n_prompt:.1f} % | 150 | " in table
 
@@ -616,7 +616,7 @@ def test_numbers_of_the_scoring_are_settings(make_model: MakeModel, tmp_path: Pa
     names = ["snapkv window 8 power 1 kernel 7 40", "snapkv window 8 power 4 kernel 7 40", "snapkv window 96 power 1 kernel 7 40",
              "snapkv window 96 power 4 kernel 7 40", "streaming 40"]  # fmt: skip
     assert [s["name"] for s in header["settings"]] == ["full", *names] and [a["setting"] for a in entry["answers"]] == ["full", *names]
-    table = out.with_suffix(".md").read_text()
+    table = unpadded(out.with_suffix(".md").read_text())
     assert table.count("| streaming 40 |") == 2  # scores, and points above the first uniform one
     trial = open_trial(Path(path), n_copies=4, window=96)
     prompt = tokens(400)
@@ -705,7 +705,7 @@ def test_the_report_ranks_what_the_full_cache_can_do_and_names_the_least_cells(t
         ]  # fmt: skip
         lines.append({"task": "t", "length": 1000, "quiz": quiz, "answers": answers})
     out.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    table = evaluate_report.write_report(out, command="c", where="w").read_text()
+    table = unpadded(evaluate_report.write_report(out, command="c", where="w").read_text())
     assert "Not to be ranked, the full cache is not above no context by more than chance: guessed." in table
     assert "| setting | easy |" in table and "| snapkv | 64 / 128 |" in table
     assert table.count("| 7.39 | 0.250 |") == len(names)

@@ -133,7 +133,7 @@ def test_inference_does_without_matplotlib_and_commands_that_draw_name_the_extra
     res = run_python(INFERENCE, cwd=tmp_path, PYTHONPATH=os.pathsep.join(sys.path))
     assert res.returncode == 0 and res.stdout.endswith("0 1 1\n"), res.stderr
     for what in ("heat map", "report"):
-        assert f'the {what} is drawn with matplotlib, which is not installed: pip install "pyheadkv[eval]"' in res.stderr
+        assert f'the {what} is made with matplotlib, which is not installed: pip install "pyheadkv[eval]"' in res.stderr
     assert not list(tmp_path.iterdir())
 
 

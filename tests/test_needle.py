@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import random
 import re
-import socket
-import subprocess
-import time
-import urllib.error
-import urllib.request
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+import sys
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,18 +17,21 @@ try:
 except ImportError as error:
     pytest.skip(f"the library is not built: {error}", allow_module_level=True)
 
-from conftest import N_THREADS, load, stop_process
+from conftest import N_THREADS, load
 
-from pyheadkv import _lib, gguf_keys
+sys.path.append(str(Path(__file__).parent.parent / "scripts"))
+import llama_server
+
+from pyheadkv import gguf_keys
+from pyheadkv.cli import serve
 from pyheadkv.eval import needle
 from pyheadkv.model import read_shape
 
 PATH = pyheadkv.embedded_model()
 N_CTX, N_UBATCH = 2048, 512
 MAX_BYTES = 8 << 20
-SECONDS = 60  # for the server to start, and for one answer
+SECONDS = 60  # for the server to start
 SHARE_RIGHT = 0.8
-DIRECTLY = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
 pytestmark = pytest.mark.skipif(not PATH.is_file(), reason="the embedded model is not there yet")
 
@@ -156,55 +154,15 @@ def test_the_file_is_small_and_holds_importance_and_a_chat_template(llm: Any) ->
 # server
 
 
-@contextmanager
-def running_server() -> Iterator[str]:
-    """URL of the bundled llama-server with the embedded model."""
-    binary = next((p for p in _lib.library_path().glob("llama-server*") if p.is_file()), None)
-    if binary is None:
-        pytest.skip(f"this build has no llama-server in {_lib.library_path()}")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    options = {"--host": "127.0.0.1", "--port": port, "--ctx-size": N_CTX, "--batch-size": N_UBATCH, "--ubatch-size": N_UBATCH,
-               "--threads": N_THREADS, "--threads-batch": N_THREADS, "--parallel": 1, "--flash-attn": "on"}  # fmt: skip
-    command = [str(binary), "--model", str(PATH), *(str(part) for option in options.items() for part in option)]
-    process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+def test_the_server_answers_as_the_library(llm: Any, tmp_path: Path) -> None:
     try:
-        url = f"http://127.0.0.1:{port}"
-        wait_until_healthy(url, process)
-        yield url
-    finally:
-        stop_process(process)
-
-
-def wait_until_healthy(url: str, process: subprocess.Popen[bytes]) -> None:
-    deadline = time.monotonic() + SECONDS
-    while time.monotonic() < deadline:
-        assert process.poll() is None, f"llama-server ended with {process.returncode}"
-        try:
-            with DIRECTLY.open(f"{url}/health", timeout=5):
-                return
-        except (urllib.error.URLError, OSError):  # not listening yet, or loading
-            time.sleep(0.1)
-    raise TimeoutError(f"llama-server did not answer within {SECONDS} s")
-
-
-def answer_of_server(url: str, document: needle.Document) -> str:
-    body = {
-        "prompt": document.prompt(),
-        "n_predict": document.n_answer_tokens + 1,
-        "temperature": 0,
-        "cache_prompt": False,
-    }
-    headers = {"Content-Type": "application/json"}
-    request = urllib.request.Request(f"{url}/completion", json.dumps(body).encode(), headers)
-    with DIRECTLY.open(request, timeout=SECONDS) as response:
-        return str(json.load(response)["content"])
-
-
-def test_the_server_answers_as_the_library(llm: Any) -> None:
+        serve.server_path()
+    except ValueError as error:
+        pytest.skip(str(error))
     asked = documents(n_tokens=[1000], n_each=1)
     expected = [answer(llm, document.prompt(), document) for document in asked]
-    with running_server() as url:
-        assert [answer_of_server(url, document) for document in asked] == expected
+    flags = ["-m", PATH, "-c", N_CTX, "-b", N_UBATCH, "-ub", N_UBATCH, "-t", N_THREADS, "-tb", N_THREADS, "-np", 1, "-fa", "on"]
+    with llama_server.running(*flags, log=tmp_path / "log", seconds=SECONDS) as server:
+        answers = [server.complete(d.prompt(), d.n_answer_tokens + 1, cache_prompt=False)["content"] for d in asked]
+    assert answers == expected
     assert all(expected)

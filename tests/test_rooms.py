@@ -22,10 +22,11 @@ ROOMS = {  # and the rooms that each may use beside itself
     "cli": (RUNTIME, "eval", "score"),
 }
 NEEDED = {"numpy", "gguf", "llama_cpp", "platformdirs"}  # of other packages, at run time
+EXTRA = {"matplotlib", "scipy", "tabulate"}  # what the extra "eval" installs
 OTHERS = {
     RUNTIME: NEEDED,
     "testing": NEEDED,
-    "eval": NEEDED | {"jinja2", "matplotlib"},  # llama-cpp-python needs jinja2, matplotlib is that of the extra
+    "eval": NEEDED | {"jinja2", *EXTRA},  # llama-cpp-python needs jinja2
     "score": NEEDED | {"tqdm"},
     "cli": NEEDED | {"tqdm", "matplotlib"},
 }
@@ -94,7 +95,8 @@ def test_what_inference_imports_is_what_pip_installs_with_it() -> None:
     project = tomllib.loads((PACKAGE.parent / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     names = {re.split(r"[^\w-]", text)[0].replace("-", "_") for text in project["dependencies"]}
     assert {"llama_cpp_python", *NEEDED} - {"llama_cpp"} <= names
-    assert "tqdm" in names and any(text.startswith("matplotlib") for text in project["optional-dependencies"]["eval"])
+    assert "tqdm" in names
+    assert {re.split(r"[^\w-]", text)[0] for text in project["optional-dependencies"]["eval"]} == EXTRA
 
 
 LOADED = """
@@ -112,5 +114,5 @@ def test_a_fresh_interpreter_loads_no_command_and_no_evaluation(library: None) -
     loaded = modules.split()
     assert llama == "Llama" and "pyheadkv.llama" in loaded
     rooms = [f"pyheadkv.{room}" for room in ROOMS if room]
-    unwanted = re.compile("|".join(rf"{re.escape(name)}(\..*)?" for name in ("matplotlib", "tqdm", "pytest", *rooms)))
+    unwanted = re.compile("|".join(rf"{re.escape(name)}(\..*)?" for name in (*EXTRA, "tqdm", "pytest", *rooms)))
     assert [name for name in loaded if unwanted.fullmatch(name)] == []

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import SHAPES, load, tokens, without_importance
+from conftest import SHAPES, load, tokens, unpadded, without_importance
 from numpy.typing import NDArray
 
 try:
@@ -552,7 +552,7 @@ def test_kept_journal_says_how_many_examples_are_enough(tmp_path: Path) -> None:
     np.testing.assert_allclose(np.mean([e["scores"] for e in entries], axis=0), score_files.load_scores(tmp_path / "r2.json").values)
     out = tmp_path / "a.md"
     assert script("score_stability.py", pyheadkv.embedded_model(), *parts, "-o", out) == out.read_text()
-    table = dict(re.findall(r"^\| (\w+, forced[^|:]+) \|[ |]*(-?[01]\.\d+)", out.read_text(), re.MULTILINE))
+    table = dict(re.findall(r"^\| (\w+, forced[^|:]+) \|[ |]*(-?[01]\.\d+)", unpadded(out.read_text()), re.MULTILINE))
     assert set(table) == {"r2, forced, 9 of 9 count", "mix, forced, 9 of 9 count", "r2, forced, 9 of 9 count / mix, forced, 9 of 9 count"}
     assert all(-1 <= float(value) <= 1 for value in table.values()) and float(table["r2, forced, 9 of 9 count"]) > 0.5
 
@@ -562,7 +562,8 @@ def test_settings_are_compared_with_one_of_them(tmp_path: Path) -> None:
     out = tmp_path / "a.jsonl"
     options = ["--kv-size", "32,64", "--beta", "1.2,9", "--contexts", "3", "--tokens", "600", "--protocol", "query-aware"]
     assert cli.main(["eval", "niah", "--policy", "headkv,snapkv", *options, "-o", str(out)]) == 0
-    rows = [line.split(" | ") for line in script("compare_settings.py", out, "--base", "headkv beta 1.2").splitlines()]
+    lines = script("compare_settings.py", out, "--base", "headkv beta 1.2").splitlines()
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
     methods = ("headkv beta 1.2", "headkv beta 9", "snapkv")
     assert {(row[5], row[4]) for row in rows[2:]} == {(method, n) for method in methods for n in ("32", "64", "32, 64")}
     scores = {(row[5], row[4]): float(row[6].split()[0]) for row in rows[2:]}
@@ -570,7 +571,7 @@ def test_settings_are_compared_with_one_of_them(tmp_path: Path) -> None:
         assert scores[method, "32, 64"] == pytest.approx((scores[method, "32"] + scores[method, "64"]) / 2, abs=1.01)
     for row in rows[2:]:
         of, base = scores[row[5], row[4]], scores["headkv beta 1.2", row[4]]
-        assert (row[7] == " |") if row[5] == "headkv beta 1.2" else float(row[7].split()[0]) == pytest.approx(of - base, abs=1.01)
+        assert (row[7] == "") if row[5] == "headkv beta 1.2" else float(row[7].split()[0]) == pytest.approx(of - base, abs=1.01)
 
 
 def written_run(path: Path, scores: Sequence[tuple[float, float]], *, n_each: int) -> Path:
@@ -600,11 +601,11 @@ def test_runs_are_joined_and_questions_about_one_context_drawn_together(tmp_path
     first = written_run(tmp_path / "1.jsonl", scores, n_each=1)
     second = written_run(tmp_path / "2.jsonl", [(0.5, 0.0)] * 8, n_each=1)
     base = ["--base", "headkv a"]
-    alone = script("compare_settings.py", first, second, *base).splitlines()
+    alone = unpadded(script("compare_settings.py", first, second, *base)).splitlines()
     gains = [line.split(" | ")[-1] for line in alone if "headkv b" in line]
     assert gains[:2] == ["+50.0 (+12.5 to +87.5) |", "-50.0 (-50.0 to -50.0) |"]
     assert re.match(r"\+0\.0 \(-\d", gains[2]) and len(gains) == 3
-    together = script("compare_settings.py", written_run(tmp_path / "3.jsonl", scores, n_each=2), *base).splitlines()
+    together = unpadded(script("compare_settings.py", written_run(tmp_path / "3.jsonl", scores, n_each=2), *base)).splitlines()
     assert together[-1].endswith("| headkv b | 50 (50-50) | +50.0 (+50.0 to +50.0) |")  # every context has one of each
 
 

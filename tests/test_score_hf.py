@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import SHAPES, Shape, load, nmse, tokens
+from conftest import SHAPES, Shape, load, nmse, tokens, unpadded
 
 NEEDS = "needs pip install '.[hf]'"
 with warnings.catch_warnings():
@@ -248,7 +248,7 @@ def test_embedded_model_scores_as_through_llama_cpp(
 
     report = tmp_path / "report.md"
     assert command(score_hf, "--report", report, "--pair", theirs, ours) == 0
-    text = report.read_text()
+    text = unpadded(report.read_text())
     assert f"| {model.stem} | float32 | clean | {method} | {cells['Pearson r']} | {n_top} of {n_top} |" in text
     assert str(tmp_path) not in text
 

@@ -14,8 +14,6 @@ import subprocess
 import sys
 import threading
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager
@@ -34,7 +32,7 @@ from conftest import N_THREADS, greedy, load, stop_process, without_importance
 
 sys.path.append(str(Path(__file__).parent.parent / "scripts"))
 import llama_server
-from llama_server import DIRECTLY, free_port
+from llama_server import free_port
 
 from pyheadkv import gguf_keys, importance
 from pyheadkv.cli import serve
@@ -154,7 +152,7 @@ def wait_until_healthy(server: Server) -> None:
         try:
             if server.request("/health", timeout=5)[0] == 200:
                 return
-        except (urllib.error.URLError, OSError):  # not listening yet
+        except OSError:  # not listening yet
             pass
         time.sleep(0.05)
     raise TimeoutError(f"llama-server did not answer within {SECONDS} s")
@@ -438,16 +436,14 @@ SHORT, LONG = ([20 + seed + (7 * i) % 300 for i in range(n)] for seed, n in ((1,
 def stream_of(server: Server, prompt: Sequence[int], n: int, **more: Any) -> Iterator[Iterator[tuple[float, str]]]:
     """The lines of a streamed completion, each with the seconds since the request; the headers come first, as an empty line."""
     body = {"prompt": prompt, "n_predict": n, "temperature": 0, "stream": True, "return_tokens": True, "ignore_eos": True, **more}
-    request = urllib.request.Request(
-        f"http://127.0.0.1:{server.port}/completion", json.dumps(body).encode(), {"Content-Type": "application/json"}
-    )
     start = time.monotonic()
-    with DIRECTLY.open(request, timeout=SECONDS) as stream:
+    with server.open("/completion", body, stream=True) as response:
         seconds = time.monotonic() - start
+        response.raise_for_status()
 
         def lines() -> Iterator[tuple[float, str]]:
             yield seconds, ""
-            for line in stream:
+            for line in response.iter_lines():
                 yield time.monotonic() - start, line.decode().strip()
 
         yield lines()

@@ -70,15 +70,16 @@ def parse_span(text: str) -> tuple[int, int]:
     return int(found[1]), int(found[2])
 
 
-def check_drawing(what: str) -> None:
-    """``what`` can be drawn.
+def check_extra(what: str, *packages: str) -> None:
+    """``what`` can be made with these packages of the extra ``eval``, which inference does without.
 
     Raises
     ------
-    ValueError : matplotlib is missing, which inference does without
+    ValueError : one of them is missing
     """
-    if find_spec("matplotlib") is None:
-        raise ValueError(f'{what} is drawn with matplotlib, which is not installed: pip install "pyheadkv[eval]"')
+    for name in packages:
+        if find_spec(name) is None:
+            raise ValueError(f'{what} is made with {name}, which is not installed: pip install "pyheadkv[eval]"')
 
 
 def split(text: str | None) -> list[str]:

@@ -21,9 +21,23 @@ from ..eval.trial import Setting
 from ..importance_values import check_beta
 from ..llama import cells_in
 from ..model import model_path
-from ..options import AUTO, BY_IMPORTANCE, FULL, MAX_CELLS, NONE, POLICIES, POOLS, PRESETS, UNPOOLED, Options, check_choice, check_int
+from ..options import (
+    AUTO,
+    BY_IMPORTANCE,
+    DEFAULT_BETA,
+    FULL,
+    MAX_CELLS,
+    NONE,
+    POLICIES,
+    POOLS,
+    PRESETS,
+    UNPOOLED,
+    Options,
+    check_choice,
+    check_int,
+)
 from ..units import parse_bytes
-from .arguments import AMOUNTS, add_amount_arguments, add_keep_arguments, check_drawing, keep_kwargs, split
+from .arguments import AMOUNTS, add_amount_arguments, add_keep_arguments, check_extra, keep_kwargs, split
 
 KV_SIZES = "32,64,128"
 RECENT = Options(kv_size=64).recent
@@ -54,7 +68,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--pool", default="", metavar="LIST", help="max, avg (default: that of the preset)")
     for name, what in SCORING.items():
         group.add_argument(f"--{name.replace('_', '-')}", default="", metavar="LIST", help=f"{what} (default: that of the preset)")
-    group.add_argument("--beta", default="", metavar="LIST", help="(default: the one stored with the importance, else 1.2)")
+    group.add_argument("--beta", default="", metavar="LIST", help=f"(default: the one stored with the importance, else {DEFAULT_BETA})")
     group.add_argument("--importance", default="", metavar="LIST", help="score files or GGUFs (default: the importance of the model)")
     add_keep_arguments(parser.add_argument_group("cells that every head keeps, under all settings"))
     group = parser.add_argument_group("questions")
@@ -169,7 +183,7 @@ def run(args: argparse.Namespace) -> int:
     """Ask everything that is not answered yet, and write the report."""
     from tqdm import tqdm
 
-    check_drawing("the report")
+    check_extra("the report", "matplotlib", "scipy", "tabulate")
     path = model_path(args.model)
     if args.output.suffix != ".jsonl" or not args.output.parent.is_dir():
         raise ValueError(f"output {args.output}: name a file that ends in .jsonl, in a folder that exists")

@@ -28,7 +28,7 @@ from ..options import (
     load_importance,
 )
 from ..units import format_bytes
-from .arguments import check_drawing, given
+from .arguments import check_extra, given
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -131,7 +131,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Print the plan of a model and draw it when asked to."""
     if args.output is not None:
-        check_drawing("the heat map")
+        check_extra("the heat map", "matplotlib")
     options = Options(kv_size=args.kv_size, **given(args, *BUDGET_OPTIONS))
     plan = make_plan(model_path(args.model), options=options, importance=args.importance, n_ctx=args.n_ctx)
     print(format_plan(plan))

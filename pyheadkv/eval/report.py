@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -77,11 +78,23 @@ def interval(scores: dict[str, list[float]], *, seed: int = 0) -> tuple[float, f
     ----------
     scores : of each context
     """
+    from scipy.stats import bootstrap
+
     sums = np.array([sum(s) for s in scores.values()], dtype=float)
     counts = np.array([len(s) for s in scores.values()], dtype=float)
-    pick = np.random.default_rng(seed).integers(len(sums), size=(N_BOOTSTRAP, len(sums)))
-    low, high = np.quantile(sums[pick].sum(1) / counts[pick].sum(1), (0.025, 0.975))
-    return float(sums.sum() / counts.sum()), float(low), float(high)
+    mean = float(sums.sum() / counts.sum())
+    if len(sums) == 1:
+        return mean, mean, mean
+    found = bootstrap(
+        (sums, counts),
+        lambda s, c, axis: s.sum(axis) / c.sum(axis),
+        paired=True,
+        vectorized=True,
+        n_resamples=N_BOOTSTRAP,
+        method="percentile",
+        rng=np.random.default_rng(seed),
+    ).confidence_interval
+    return mean, float(found.low), float(found.high)
 
 
 def by_context(answers: list[Answer]) -> dict[str, list[float]]:
@@ -122,9 +135,12 @@ def write_report(path: Path, *, command: str, where: str) -> Path:
     return out
 
 
-def row(cells: list[str]) -> str:
-    """One row of a Markdown table."""
-    return "| " + " | ".join(cells) + " |"
+def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    """Lines of a Markdown table."""
+    from tabulate import tabulate
+
+    text: str = tabulate(list(rows), list(head), tablefmt="github", disable_numparse=True)
+    return text.splitlines()
 
 
 def _head(answers: Answers, command: str, where: str, pictures: list[Path]) -> list[str]:
@@ -158,7 +174,7 @@ def _scores(answers: Answers, protocol: str) -> list[str]:
     kinds = answers.kinds
     head = ["setting", "cells", "of prompt", "KiB", "held", *_labels(answers), "of full"]
     head += ["perplexity", "KL"] if _has_distances(answers) else []
-    lines = [f"## {protocol}", "", row(head), row(["---"] * len(head))]
+    rows = []
     for setting in answers.settings:
         name = setting["name"]
         cells = [_cell(interval(by_context(answers.of(protocol, name, kind)))) for kind in _columns(answers)]
@@ -168,7 +184,8 @@ def _scores(answers: Answers, protocol: str) -> list[str]:
         )
         share = np.mean([a.score for a in mine]) / max(answers.full(protocol), 1e-9)
         held = [f"{n_cells:.0f}", f"{100 * n_cells / n_prompt:.1f} %", f"{n_bytes / 1024:.0f}", f"{n_held / 1024:.0f}"]
-        lines.append(row([name, *held, *cells, f"{100 * share:.0f} %", *_distance(mine, is_wanted=_has_distances(answers))]))
+        rows.append([name, *held, *cells, f"{100 * share:.0f} %", *_distance(mine, is_wanted=_has_distances(answers))])
+    lines = [f"## {protocol}", "", *table(head, rows)]
     weak = [kind for kind in kinds if not _is_ranked(answers, protocol, kind)]
     if weak:
         why = "not above no context by more than chance" if _has_none(answers) else f"below {100 * RANKED_ABOVE:.0f} %"
@@ -226,7 +243,7 @@ def _least(answers: Answers, protocol: str) -> list[str]:
     curves = _curves(answers)
     if not kinds or max(map(len, curves.values()), default=0) < 2:
         return []
-    lines = []
+    rows = []
     for label, names in curves.items():
         cells = []
         for kind in kinds:
@@ -238,10 +255,10 @@ def _least(answers: Answers, protocol: str) -> list[str]:
                 for share in SHARES
             }
             cells.append(" / ".join(f"{min(r):.0f}" if r else "-" for r in reached.values()))
-        lines.append(row([label, *cells]))
+        rows.append([label, *cells])
     shares = " / ".join(f"{100 * share:.0f} %" for share in SHARES)
     text = f"Least cells per head of those above with {shares} of the full cache's score (point values, the intervals above are wide):"
-    return [text, "", row(["setting", *kinds]), row(["---"] * (1 + len(kinds))), *lines, ""]
+    return [text, "", *table(["setting", *kinds], rows), ""]
 
 
 def _cell(value: tuple[float, float, float]) -> str:
@@ -251,7 +268,7 @@ def _cell(value: tuple[float, float, float]) -> str:
 
 def _gains(answers: Answers, protocol: str) -> list[str]:
     """Every setting against snapkv with the same budget and scoring."""
-    lines = []
+    rows = []
     for setting in answers.settings:
         uniform = [s for s in answers.settings if s["policy"] == "snapkv" and s["budget"] == setting["budget"]]
         # policies that do not look at scores are set against the first of those that score in several ways
@@ -265,12 +282,11 @@ def _gains(answers: Answers, protocol: str) -> list[str]:
         for kind in _columns(answers):
             mean, low, high = gain(answers.of(protocol, setting["name"], kind), answers.of(protocol, name, kind))
             cells.append(f"{100 * mean:+.0f} ({100 * low:+.0f} to {100 * high:+.0f})")
-        lines.append(row([setting["name"], *cells]))
-    if not lines:
+        rows.append([setting["name"], *cells])
+    if not rows:
         return []
-    head = [row(["setting", *_labels(answers)]), row(["---"] * (1 + len(_labels(answers))))]
     text = "Points above uniform budgets (snapkv) of the same budget and scoring, same questions, 95 % interval:"
-    return [text, "", *head, *lines, ""]
+    return [text, "", *table(["setting", *_labels(answers)], rows), ""]
 
 
 def _scoring(setting: dict[str, Any]) -> dict[str, Any]:
