@@ -111,3 +111,45 @@ def test_the_full_cache_may_be_named_and_defaults_be_left_out(make_model: MakeMo
     assert load(make_model(SHAPES[1]), policy="full").kv_options is None
     plain, spelt = load(make_model(SHAPES[1]), kv_ratio=0.5), load(make_model(SHAPES[1]), kv_ratio=0.5, window=8, pool="max", protect=[])
     assert plain.kv_options == spelt.kv_options
+
+
+# the same limits in Python and in the library
+
+
+WHOLE = sorted({*range(-3, 41), *(sign + (1 << k) for k in range(3, 31) for sign in (-1, 0, 1))})
+NAMED = {"pool": "POOLS", "attend": "ATTENDS", "prefill": "PREFILLS", "surplus": "SURPLUSES"}
+
+
+@pytest.mark.parametrize(
+    "name", ["kv_size", "window", "recent", "power", "pool_kernel", "n_tail", "n_buckets", "sinks", "adakv_floor", "beta", *NAMED]
+)
+def test_limits_are_those_of_the_library(name: str) -> None:
+    """Both take the same values: Python has the better messages, the library is what servers and C callers ask."""
+    import ctypes
+
+    from pyheadkv import _lib, options
+
+    def library_takes(value: Any) -> bool:
+        params = options.Options(kv_size=options.MAX_CELLS, policy="snapkv").to_params(None, None)
+        setattr(params, name, value)
+        is_taken = bool(_lib.lib.headkv_set_params(ctypes.byref(params)) == 0)
+        _lib.lib.headkv_set_params(None)
+        return is_taken
+
+    def python_takes(value: Any) -> bool:
+        try:
+            options.Options(**{"kv_size": options.MAX_CELLS, "policy": "snapkv", name: value})
+        except ValueError as error:
+            assert name in str(error)
+            return False
+        return True
+
+    if name in NAMED:
+        numbers = getattr(options, NAMED[name])
+        assert [n for n in range(-2, 9) if library_takes(n)] == sorted(numbers.values())
+        assert all(python_takes(text) for text in numbers)
+        return
+    values = [-2.0, -0.5, 0.0, 0.5, 1.0, 1.0000001, 2.0, 1e30, float("inf"), float("nan")] if name in ("adakv_floor", "beta") else WHOLE
+    unset = {"sinks": -1, "adakv_floor": -1.0, "beta": 0.0}.get(name)  # of the C struct: nothing was said
+    taken = {value: library_takes(value) for value in values if value != unset}
+    assert {value: python_takes(value) for value in taken} == taken and set(taken.values()) == {True, False}

@@ -106,10 +106,10 @@ headkv_config headkv_config_from_params(const headkv_params & params, const head
 
     cfg.window = check_range("window", params.window, 1, 256);
     cfg.recent = check_range("recent", params.recent, 1, 1 << 20);
-    while (1 << cfg.n_square < params.power) {
+    while (cfg.n_square < 3 && 1 << cfg.n_square < params.power) {
         cfg.n_square++;
     }
-    if (params.power != 1 << cfg.n_square || cfg.n_square > 3) {
+    if (params.power != 1 << cfg.n_square) {
         throw std::invalid_argument(format("power is %d: it must be 1, 2, 4 or 8", params.power));
     }
     cfg.pool = (headkv_pool) check_range("pool", params.pool, HEADKV_POOL_MAX, HEADKV_POOL_AVG);
