@@ -36,8 +36,9 @@ ATTENDS = {"auto": 0, "fused": 1, "composed": 2}
 SURPLUSES = {"lost": 0, "redistribute": 1}
 PREFILLS = {"auto": 0, "token": 1, "layer": 2}
 
+_LIBRARY: _lib.Params = _lib.lib.headkv_default_params()  # where the numbers of defaults stand; tests/test_options.py compares the rest
 PRESETS: dict[str, dict[str, Any]] = {
-    "default": {"window": 64, "recent": 8, "power": 4, "pool": "max", "pool_kernel": 0},
+    "default": {"pool": "max", **{name: getattr(_LIBRARY, name) for name in ("window", "recent", "power", "pool_kernel")}},
     "paper": {"window": 8, "recent": 8, "power": 1, "pool": "max", "pool_kernel": 7},  # HeadKV's, and SnapKV's but for the window
 }
 POWERS = (1, 2, 4, 8)
@@ -196,9 +197,9 @@ class Options:
     power: int = None  # type: ignore[assignment]
     pool: str = None  # type: ignore[assignment]
     pool_kernel: int = None  # type: ignore[assignment]
-    n_tail: int = 16
+    n_tail: int = _LIBRARY.n_tail
     attend: str = "auto"
-    n_buckets: int = 1
+    n_buckets: int = _LIBRARY.n_buckets
     prefill: str = "auto"
     prefill_hidden: str = "f32"
     sinks: int | None = None

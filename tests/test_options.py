@@ -113,7 +113,23 @@ def test_the_full_cache_may_be_named_and_defaults_be_left_out(make_model: MakeMo
     assert plain.kv_options == spelt.kv_options
 
 
-# the same limits in Python and in the library
+# the same defaults and limits in Python and in the library
+
+
+def scalars(params: Any) -> dict[str, Any]:
+    """Values of the C struct that are no pointers."""
+    return {
+        name: getattr(params, name) for name, kind in params._fields_ if not name.endswith(("importance", "protect")) and name != "size"
+    }
+
+
+def test_defaults_are_those_of_the_library() -> None:
+    from pyheadkv import _lib
+    from pyheadkv.options import Options
+
+    theirs = _lib.lib.headkv_default_params()
+    ours = Options(kv_size=theirs.kv_size).to_params(None, None)
+    assert scalars(ours) == scalars(theirs) and len(scalars(ours)) > 15
 
 
 WHOLE = sorted({*range(-3, 41), *(sign + (1 << k) for k in range(3, 31) for sign in (-1, 0, 1))})
