@@ -26,9 +26,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 from conftest import nmse
+
+from pyheadkv import _lib  # isort: skip  # before llama_cpp, which then loads our library
 from llama_cpp import llama_cpp
 
-from pyheadkv import _lib  # before llama_cpp, which then loads our library
 from pyheadkv.importance_values import Importance
 from pyheadkv.llama import STATES
 from pyheadkv.options import Options

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import io
+import os
 import re
 import signal
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -360,3 +362,13 @@ def test_ctrl_c_exits_with_130(model: Path, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(generate_command.Meter, "_counted_decode", interrupt)
     assert generate(model, "-p", PROMPT, "--kv-size", "16") == 130
     assert generate(model, "-p", PROMPT) == 130
+
+
+def test_a_reader_that_leaves_is_no_traceback(model: Path) -> None:
+    command = [sys.executable, "-m", "pyheadkv.cli", "inspect", str(model)]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    ) as run:
+        assert run.stdout is not None and run.stderr is not None
+        run.stdout.close()
+        assert "Traceback" not in run.stderr.read().decode() and run.wait() == 1

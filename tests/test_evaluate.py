@@ -711,6 +711,18 @@ def test_the_report_ranks_what_the_full_cache_can_do_and_names_the_least_cells(t
     assert table.count("| 7.39 | 0.250 |") == len(names)
 
 
+def test_interval_is_that_of_the_committed_tables() -> None:
+    """They were drawn by these lines, before scipy drew."""
+    rng = np.random.default_rng(3)
+    for n in (2, 20, 48):
+        scores = {str(i): rng.integers(2, size=1 + i % 4).tolist() for i in range(n)}
+        sums, counts = (np.array([f(s) for s in scores.values()], dtype=float) for f in (sum, len))
+        pick = np.random.default_rng(0).integers(n, size=(evaluate_report.N_BOOTSTRAP, n))
+        low, high = np.quantile(sums[pick].sum(1) / counts[pick].sum(1), (0.025, 0.975))
+        assert evaluate_report.interval(scores) == pytest.approx((sums.sum() / counts.sum(), low, high), abs=1e-12)
+    assert evaluate_report.interval({"one": [1, 0]}) == (0.5, 0.5, 0.5)
+
+
 def test_interval_covers_the_mean_and_shrinks() -> None:
     rng = np.random.default_rng(2)
     widths = []

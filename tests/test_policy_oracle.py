@@ -405,6 +405,19 @@ def test_h2o_in_batches_of_any_size_keeps_nearly_the_same(make_model: MakeModel)
     assert all(len(kept[0] ^ other) <= 0.02 * len(kept[0]) for other in kept[1:])
 
 
+def test_sums_of_h2o_move_with_a_prompt_whose_staging_grows(make_model: MakeModel) -> None:
+    """A prompt that was not announced; what is summed for its first tokens is copied into the next staging."""
+    prompt, kept, sizes = tokens(1500), [], set()
+    for n_batch in (len(prompt), 250):
+        llm = load(make_model(SHAPES[1]), kv_size=40, policy="h2o", n_ubatch=250, prefill="token")
+        for i in range(0, len(prompt), n_batch):
+            llm.eval(prompt[i : i + n_batch])
+            sizes.add(llm.kv_stats().bytes_staging)
+        llm.end_prompt()
+        kept.append([llm.kv_positions(il, ih).tolist() for il in range(SHAPES[1].n_layer) for ih in range(SHAPES[1].n_head_kv)])
+    assert kept[0] == kept[1] and len(sizes) > 2
+
+
 def test_h2o_refuses_what_its_sums_do_not_tell(make_model: MakeModel) -> None:
     path, prompt = make_model(SHAPES[1]), tokens(200)
     llm = load(path, kv_size=40, policy="h2o", prefill="token")

@@ -63,6 +63,7 @@ def test_engine_is_clean(asan_dir: Path) -> None:
         "-s",
         "-p",
         "no:cacheprovider",
+        "test_c_api.py",
         "test_engine.py",
         "test_prefill_layer.py",
         "test_policies.py",

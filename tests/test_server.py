@@ -228,6 +228,8 @@ def test_the_help_has_every_flag_its_variable_and_its_default() -> None:
         (["--kv-pool-kernel", "4"], "pool_kernel is 4: it must be odd"),
         (["--kv-prefill", "row"], "'row': it must be one of auto, token, layer"),
         (["--kv-importance", "missing.gguf"], "missing.gguf"),
+        (["--kv-recent", "0"], "recent is 0: it must be in [1, 1048576]"),
+        (["--kv-size-max", "0"], "'0': it must be at least --kv-size"),
         (["--kv-size-max", "63"], "--kv-size-max 63: it must be at least --kv-size 64"),
         (["--kv-size-max", "513"], "kv_size is 513: it must not be larger than n_ctx = 512"),
         (["--kv-archive", ""], "an empty name: it must be a folder, or ram"),
