@@ -89,8 +89,9 @@ test: check all stock sanitize
 	PYHEADKV_STOCK_LIB=$(CURDIR)/$(STOCK)/bin PYHEADKV_ASAN_DIR=$(CURDIR)/$(ASAN)/bin $(BIN)/pytest tests --durations=15
 endif
 
-# what the tests run, of our sources; a test that fails here alone is one that measures time
+# what the tests run of our sources; a test that fails here alone is one that measures time
 COVERAGE := build/coverage
+GCOVR := $(BIN)/gcovr --root cpp --merge-lines --merge-mode-functions merge-use-line-min
 
 coverage: all stock
 	$(PIP) install "coverage>=7.10" "gcovr>=8"
@@ -99,11 +100,14 @@ coverage: all stock
 	find $(COVERAGE) -name '*.gcda' -delete
 	$(COVERAGE)/bin/test-headkv-ops > $(COVERAGE)/ops.log
 	$(COVERAGE)/bin/test-memory > $(COVERAGE)/memory.log
+	$(BIN)/coverage erase
 	-PYHEADKV_LIB_PATH=$(CURDIR)/$(COVERAGE)/bin PYHEADKV_STOCK_LIB=$(CURDIR)/$(STOCK)/bin $(BIN)/coverage run -m pytest tests -q
 	$(BIN)/coverage combine --quiet
-	$(BIN)/coverage report
-	$(BIN)/gcovr --root cpp --object-directory $(COVERAGE) --txt --txt-metric line $(GCOVR)
-	$(BIN)/gcovr --root cpp --object-directory $(COVERAGE) --txt --txt-metric branch $(GCOVR)
+	$(BIN)/coverage report --show-missing --skip-covered
+	$(GCOVR) --exclude-throw-branches --exclude-unreachable-branches --gcov-suspicious-hits-threshold 0 \
+		--object-directory $(COVERAGE) --json $(COVERAGE)/cpp.json $(COVERAGE)
+	$(GCOVR) --add-tracefile $(COVERAGE)/cpp.json --txt --txt-metric line
+	$(GCOVR) --add-tracefile $(COVERAGE)/cpp.json --txt --txt-metric branch
 
 clean:
 	rm -rf $(VENV) build $(LIBS)
