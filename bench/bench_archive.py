@@ -172,6 +172,7 @@ def report(rows: list[dict[str, Any]], args: argparse.Namespace) -> str:
 def draw(rows: list[dict[str, Any]], path: Path, title: str) -> None:
     """Seconds, and bytes of K and V, over the turns."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     figure = Figure(figsize=(9, 3.2), layout="constrained")
     times, sizes = figure.subplots(1, 2)
@@ -188,6 +189,7 @@ def draw(rows: list[dict[str, Any]], path: Path, title: str) -> None:
     times.set_title(title, loc="left", fontsize=10)
     times.legend(fontsize=8, frameon=False)
     for axes in (times, sizes):
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(alpha=0.25)
     figure.savefig(path, dpi=120)
