@@ -50,7 +50,7 @@ class ArchiveStats:
 
 @dataclass(frozen=True)
 class Block:
-    """A block of a folder: K and V of 256 tokens in all layers.
+    """A block of a folder: K and V of 256 tokens in all layers, or of 64, 128 or 192 at the end of a prompt.
 
     Attributes
     ----------
@@ -88,6 +88,8 @@ def check_archive(kv_archive: ArchiveLike, kv_archive_size: int | str | None, kv
         if not isinstance(kv_archive, (str, PathLike)) or not fspath(kv_archive):
             raise ValueError(f"kv_archive={kv_archive!r}: it must be a folder, or True = memory")
         check_text("kv_archive", str(kv_archive))
+        if "\0" in str(kv_archive):
+            raise ValueError(f"kv_archive={kv_archive!r}: a zero byte ends the name of a folder")
         params.folder = fsencode(os.path.abspath(os.path.expanduser(kv_archive)))
     if kv_archive_size is not None:
         params.max_bytes = parse_bytes("kv_archive_size", kv_archive_size)

@@ -36,8 +36,12 @@ int32_t headkv_set_archive(struct llama_context * ctx, const struct headkv_archi
         if (params->max_bytes < 0) {
             return fail(format("an archive of %lld bytes: it must be 1 at least, or 0 for the default", (long long) params->max_bytes));
         }
-        if (params->type < -1 || params->type >= GGML_TYPE_COUNT || (params->type >= 0 && (!ggml_get_type_traits((ggml_type) params->type)->from_float_ref || ggml_quantize_requires_imatrix((ggml_type) params->type)))) {
+        const auto * traits = params->type >= 0 && params->type < GGML_TYPE_COUNT ? ggml_get_type_traits((ggml_type) params->type) : nullptr;
+        if (params->type != -1 && !(traits && traits->from_float_ref && traits->to_float && !ggml_quantize_requires_imatrix((ggml_type) params->type))) {
             return fail(format("archive type %d: it must be one that numbers can be rounded to, such as f16 or q8_0", params->type));
+        }
+        if (params->folder && !*params->folder) {
+            return fail("the name of the folder is empty");
         }
         auto blocks = params->folder ? headkv_blocks_in_folder(params->folder) : headkv_blocks_in_memory();
         const int64_t max_bytes = params->max_bytes > 0 ? params->max_bytes : default_bytes(!params->folder);

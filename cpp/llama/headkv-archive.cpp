@@ -135,6 +135,13 @@ headkv_archive::named_t headkv_archive::next_block(uint64_t & chain, const std::
 // reading
 //
 
+void headkv_archive_hit::cut(uint32_t n) {
+    n_tokens = n;
+    while (!blocks.empty() && blocks.back().n_tokens - blocks.back().n_rows >= n) {
+        blocks.pop_back();
+    }
+}
+
 headkv_archive_hit headkv_archive::find(const std::vector<llama_token> & tokens, uint32_t n_max, uint64_t adapters) {
     headkv_archive_hit res;
     std::vector<std::string> names;
@@ -280,8 +287,7 @@ void headkv_archive::make_room(int64_t n_bytes, const std::vector<std::string> &
         if (n_held + n_bytes <= limit) {
             return;
         }
-        if (used.count(file.name) == 0) {
-            blocks->remove(file.name);
+        if (used.count(file.name) == 0 && blocks->remove(file.name)) {
             numbers.n_evicted++;
             n_held -= file.n_bytes;
         }
@@ -309,7 +315,8 @@ void headkv_archive::note_failure(const std::string & what) {
 // writing
 //
 
-headkv_archive_writer::headkv_archive_writer(headkv_archive & archive, const std::vector<llama_token> & tokens, uint64_t adapters) :
+headkv_archive_writer::headkv_archive_writer(headkv_archive & archive, const std::vector<llama_token> & tokens, uint64_t adapters,
+        const headkv_archive_hit & in_use) :
     archive(archive) {
     const timer t(archive.numbers.t_write_us);
     try {
@@ -343,7 +350,9 @@ headkv_archive_writer::headkv_archive_writer(headkv_archive & archive, const std
             todo.push_back({ block.name, block.sum, n, n_rows });
             named.push_back(std::move(block));
         }
-        archive.make_room(n_new, chain);
+        auto stay = chain;
+        std::transform(in_use.blocks.begin(), in_use.blocks.end(), std::back_inserter(stay), [](const auto & block) { return block.name; });
+        archive.make_room(n_new, stay);
         for (size_t i = 0; i < todo.size(); ++i) {
             archive.blocks->begin(todo[i].name, (int64_t) archive.layout.n_bytes_block(todo[i].n_tokens, todo[i].n_rows));
             archive.blocks->write(todo[i].name, 0, named[i].header.data(), named[i].header.size());
@@ -485,7 +494,11 @@ void headkv_list_blocks(const headkv_blocks & blocks, bool deep, const std::func
     for (const auto & file : files) {
         headkv_archive_entry entry;
         entry.file = file;
-        entry.damaged = why_damaged(blocks, entry, deep);
+        try {
+            entry.damaged = why_damaged(blocks, entry, deep);
+        } catch (const std::exception & e) {
+            entry.damaged = format("it cannot be read: %s", e.what());
+        }
         if (!tell(entry)) {
             return;
         }
@@ -504,9 +517,10 @@ int64_t headkv_prune_blocks(headkv_blocks & blocks, int64_t max_bytes) {
         if (n_held <= max_bytes) {
             break;
         }
-        blocks.remove(file.name);
-        n_held -= file.n_bytes;
-        res++;
+        if (blocks.remove(file.name)) {
+            n_held -= file.n_bytes;
+            res++;
+        }
     }
     return res;
 }

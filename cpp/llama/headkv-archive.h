@@ -57,6 +57,8 @@ struct headkv_archive_hit {
     };
     std::vector<block_t> blocks;
     uint32_t n_tokens = 0; // that are used; the last block may have more
+
+    void cut(uint32_t n); // to n tokens
 };
 
 class headkv_archive {
@@ -124,7 +126,8 @@ private:
 // without it. What is not committed is discarded.
 class headkv_archive_writer {
 public:
-    headkv_archive_writer(headkv_archive & archive, const std::vector<llama_token> & tokens, uint64_t adapters);
+    // in_use: blocks that have to stay meanwhile
+    headkv_archive_writer(headkv_archive & archive, const std::vector<llama_token> & tokens, uint64_t adapters, const headkv_archive_hit & in_use);
     ~headkv_archive_writer();
 
     // all layers in any order; cells: of the tensors, by position

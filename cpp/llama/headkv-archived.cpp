@@ -14,6 +14,7 @@
 #include <stdexcept>
 
 // Parts of every tensor, as it lies in memory: backends rearrange matrices, and what another one has computed is another prompt.
+// Of the token embeddings all: single rows of them are trained and edited.
 static void add_weights(headkv_checksum & sum, const llama_model & model) {
     constexpr size_t n_parts = 16;
     constexpr size_t n_part = 256;
@@ -26,6 +27,10 @@ static void add_weights(headkv_checksum & sum, const llama_model & model) {
         const size_t n = std::min(n_bytes, n_part);
         const ggml_backend_dev_t dev = ggml_backend_buft_get_device(ggml_backend_buffer_get_type(t->buffer));
         const bool is_here = ggml_backend_buffer_is_host(t->buffer) || !dev || ggml_backend_dev_type(dev) == GGML_BACKEND_DEVICE_TYPE_CPU;
+        if (t == model.tok_embd && is_here) {
+            sum.add(headkv_checksum_words(0, t->data, n_bytes));
+            continue;
+        }
         for (size_t i = 0; i < n_parts; ++i) {
             const size_t offset = (n_bytes - n) / (n_parts - 1) * i;
             if (is_here) {
@@ -57,9 +62,16 @@ void llama_kv_cache_ragged::set_archive(std::unique_ptr<headkv_blocks> blocks, i
     if (is_called_back || the_pass || running) {
         throw std::invalid_argument("a prompt is being read: end or remove it first");
     }
+    if (n_staged() > 0) {
+        throw std::invalid_argument("a prompt is held that is not compressed: end or remove it first");
+    }
     if (!blocks) {
         the_archive.reset();
         return;
+    }
+    if (cparams.n_ubatch < HEADKV_N_STEP) {
+        throw std::invalid_argument(format("n_ubatch is %u: with an archive it must be at least %u, fewer tokens are computed in another way",
+                cparams.n_ubatch, HEADKV_N_STEP));
     }
     headkv_archive_layout layout;
     layout.type = type;
@@ -101,6 +113,16 @@ std::vector<llama_token> llama_kv_cache_ragged::known_tokens(const headkv_split 
     return more.size() == split.n_staging() ? res : std::vector<llama_token>();
 }
 
+// whether the cells are the positions: attention sums in the order of the cells
+static bool is_in_order(const std::vector<int32_t> & cells) {
+    for (size_t i = 0; i < cells.size(); ++i) {
+        if (cells[i] != (int32_t) i) {
+            return false;
+        }
+    }
+    return true;
+}
+
 headkv_archive_hit llama_kv_cache_ragged::find_archived(const headkv_split & split, const std::vector<llama_token> & tokens) const {
     if (!the_archive || tokens.empty() || n_lost_blocks > 1) {
         return {};
@@ -115,7 +137,21 @@ headkv_archive_hit llama_kv_cache_ragged::find_archived(const headkv_split & spl
     // the queries of the last ones score, and an output is computed
     const int64_t n_all = std::max<int64_t>(seq.n_next, tokens.size());
     const int64_t n_max = std::min<int64_t>({ n_all - the_staging.n_ring(), (int64_t) tokens.size() - HEADKV_N_STEP, seq.n_pos + (int64_t) split.n_silent() });
-    headkv_archive_hit res = the_archive->find(tokens, (uint32_t) std::max<int64_t>(0, n_max), adapters);
+    const auto cells = seq.n_pos > 0 ? the_staging.cells_of(split.to_staging[0].seq_id_unq[0], seq.n_pos) : std::vector<int32_t>();
+    if (!is_in_order(cells)) {
+        return {};
+    }
+    headkv_archive_hit res;
+    try {
+        res = the_archive->find(tokens, (uint32_t) std::max<int64_t>(0, n_max), adapters);
+    } catch (const std::exception & e) {
+        LLAMA_LOG_WARN("headkv: the archive cannot be read: %s\n", headkv_reason(e));
+        return {};
+    }
+    // what is left of a ubatch is computed as the whole of it
+    while (res.n_tokens > (uint32_t) seq.n_pos && split.n_left(res.n_tokens - (uint32_t) seq.n_pos) < HEADKV_N_STEP) {
+        res.cut(res.n_tokens - HEADKV_N_STEP);
+    }
     return res.n_tokens > (uint32_t) seq.n_pos ? res : headkv_archive_hit();
 }
 
@@ -152,6 +188,12 @@ void llama_kv_cache_ragged::restore_layer(const headkv_archive_hit & hit, int32_
     }
 }
 
+void llama_kv_cache_ragged::drop_left_cells() {
+    for (llama_seq_id s = 0; s < (llama_seq_id) seqs.size() && the_staging.n_cells() > 0; ++s) {
+        the_staging.cache().seq_rm(s, seqs[s].n_pos, -1);
+    }
+}
+
 void llama_kv_cache_ragged::drop_unbegun() {
     the_pass.reset();
     if (the_staging.n_cells() > 0) {
@@ -165,9 +207,11 @@ void llama_kv_cache_ragged::drop_unbegun() {
 
 void llama_kv_cache_ragged::begin_archiving(const headkv_seq & prompt) {
     writing.reset();
-    if (the_archive && prompt.tokens.size() >= (size_t) prompt.n_pos && prompt.adapters != HEADKV_SEVERAL_ADAPTERS) {
+    const bool is_known = prompt.tokens.size() >= (size_t) prompt.n_pos && prompt.adapters != HEADKV_SEVERAL_ADAPTERS;
+    if (the_archive && is_known && is_in_order(running->cells_of_prompt())) {
         writing = std::make_unique<headkv_archive_writer>(*the_archive,
-                std::vector<llama_token>(prompt.tokens.begin(), prompt.tokens.begin() + prompt.n_pos), prompt.adapters);
+                std::vector<llama_token>(prompt.tokens.begin(), prompt.tokens.begin() + prompt.n_alike), prompt.adapters,
+                the_pass ? the_pass->archived : headkv_archive_hit());
     }
 }
 
@@ -184,5 +228,5 @@ void llama_kv_cache_ragged::end_archiving(const headkv_seq & compressed) {
     }
     writing->commit();
     writing.reset();
-    the_archive->note_prompt(compressed.n_archived, compressed.n_prompt - compressed.n_archived);
+    the_archive->note_prompt(compressed.n_archived, (uint32_t) compressed.n_prompt - compressed.n_archived);
 }

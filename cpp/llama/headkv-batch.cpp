@@ -140,6 +140,16 @@ static llama_ubatch tail_of(const llama_ubatch & ubatch, uint32_t n_first) {
     return with_data(res, std::move(data));
 }
 
+uint32_t headkv_split::n_left(uint32_t n) const {
+    for (const auto & ubatch : to_staging) {
+        if (n < ubatch.n_tokens) {
+            return n > 0 ? ubatch.n_tokens - n : UINT32_MAX;
+        }
+        n -= ubatch.n_tokens;
+    }
+    return UINT32_MAX;
+}
+
 void headkv_split::drop(uint32_t n) {
     size_t i = 0;
     for (; i < to_staging.size() && n >= to_staging[i].n_tokens; ++i) {

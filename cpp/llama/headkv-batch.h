@@ -28,6 +28,7 @@ struct headkv_split {
 
     // Leaves out the first n tokens of its only prompt, whose cells come from the archive.
     void drop(uint32_t n);
+    uint32_t n_left(uint32_t n) const; // tokens that this leaves of the ubatch that it cuts; a lot if it cuts none
     uint32_t n_outputs() const; // of prompts
 };
 

@@ -4,7 +4,6 @@
 
 #include <algorithm>
 #include <atomic>
-#include <cctype>
 #include <cerrno>
 #include <chrono>
 #include <cstdio>
@@ -69,9 +68,22 @@ static bool is_own(const fs::path & path) {
     return own_parts.count(path) > 0;
 }
 
-// as the archive gives them: hexadecimal numbers and what joins them
+// as the archive gives them: two numbers of 16 hexadecimal digits
 static bool is_name(const std::string & stem) {
-    return !stem.empty() && std::all_of(stem.begin(), stem.end(), [](unsigned char c) { return std::isxdigit(c) != 0 || c == '-'; });
+    const auto is_digit = [](char c) { return (c >= '0' && c <= '9') || (c >= 'a' && c <= 'f'); };
+    return stem.size() == 33 && stem[16] == '-' && std::all_of(stem.begin(), stem.begin() + 16, is_digit) && std::all_of(stem.begin() + 17, stem.end(), is_digit);
+}
+
+// NAME.PID-NUMBER; the process, 0 = it is none
+static int64_t process_of(const std::string & stem) {
+    const size_t dot = stem.find('.');
+    if (dot == std::string::npos || !is_name(stem.substr(0, dot))) {
+        return 0;
+    }
+    const size_t dash = stem.find('-', dot);
+    const auto is_number = [](const std::string & s) { return !s.empty() && s.size() < 19 && s.find_first_not_of("0123456789") == std::string::npos; };
+    const bool is_part = dash != std::string::npos && is_number(stem.substr(dot + 1, dash - dot - 1)) && is_number(stem.substr(dash + 1));
+    return is_part ? std::atoll(stem.c_str() + dot + 1) : 0;
 }
 
 static bool ends_with(const std::string & text, const std::string & end) {
@@ -85,8 +97,9 @@ using file_ptr = std::unique_ptr<FILE, int (*)(FILE *)>;
 class folder : public headkv_blocks {
 public:
     explicit folder(const std::string & path) :
-        root(fs::u8path(path)) {
+        root(fs::absolute(fs::u8path(path))) {
         make();
+        root = fs::canonical(root); // other spellings of it have the same parts
         remove_stale();
     }
 
@@ -104,6 +117,7 @@ public:
 
     bool read(const std::string & name, int64_t offset, void * dst, size_t n) const override {
         const file_ptr file = open(block(name), "rb");
+        check(file || errno == ENOENT || errno == ENOTDIR, block(name));
         return file && seek(file.get(), offset) && std::fread(dst, 1, n, file.get()) == n;
     }
 
@@ -133,7 +147,7 @@ public:
         const int fd = ::open(path.c_str(), O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0600);
         file.reset(fd < 0 ? nullptr : fdopen(fd, "wb"));
 #endif
-        check(file != nullptr, path);
+        check(file != nullptr, root); // not its own name, which is another one each time: what is said already is not said again
         file.reset();
         std::error_code error;
         fs::resize_file(path, (uintmax_t) n_bytes, error);
@@ -145,8 +159,8 @@ public:
     void write(const std::string & name, int64_t offset, const void * src, size_t n) override {
         const fs::path & path = parts.at(name);
         file_ptr file = open(path, "r+b");
-        check(file && seek(file.get(), offset) && std::fwrite(src, 1, n, file.get()) == n, path);
-        check(std::fclose(file.release()) == 0, path);
+        check(file && seek(file.get(), offset) && std::fwrite(src, 1, n, file.get()) == n, root);
+        check(std::fclose(file.release()) == 0, root);
     }
 
     void commit(const std::string & name) override {
@@ -174,9 +188,10 @@ public:
         fs::last_write_time(block(name), fs::file_time_type::clock::now(), error);
     }
 
-    void remove(const std::string & name) override {
+    bool remove(const std::string & name) override {
         std::error_code error;
         fs::remove(block(name), error);
+        return !error;
     }
 
     std::vector<headkv_block_file> list() const override {
@@ -205,16 +220,16 @@ public:
 
     int64_t bytes_begun() const override {
         int64_t res = 0;
-        each(SUFFIX_PART, [&](const fs::directory_entry & entry, const std::string &) {
+        each(SUFFIX_PART, [&](const fs::directory_entry & entry, const std::string & stem) {
             std::error_code error;
-            const auto n_bytes = entry.file_size(error);
+            const auto n_bytes = process_of(stem) > 0 ? entry.file_size(error) : 0;
             res += error ? 0 : (int64_t) n_bytes;
         });
         return res;
     }
 
 private:
-    const fs::path root;
+    fs::path root;
     std::map<std::string, fs::path> parts; // in the making, by name
 
     fs::path block(const std::string & name) const { return root / (name + SUFFIX); }
@@ -261,6 +276,9 @@ private:
                 f(*it, name.substr(0, name.size() - suffix.size()));
             }
         }
+        if (error && error != std::errc::no_such_file_or_directory) {
+            throw std::runtime_error(root.u8string() + ": " + error.message());
+        }
     }
 
     // what a process left that was killed
@@ -269,11 +287,10 @@ private:
         each(SUFFIX_PART, [&](const fs::directory_entry & entry, const std::string & stem) {
             std::error_code error;
             const auto age = now - entry.last_write_time(error);
-            const size_t dot = stem.find('.');
-            if (dot == std::string::npos || !is_name(stem.substr(0, dot))) {
+            const int64_t pid = process_of(stem);
+            if (pid == 0) {
                 return;
             }
-            const int64_t pid = std::atoll(stem.c_str() + dot + 1);
             const bool is_left = pid == process_id() ? !is_own(entry.path()) : !is_running(pid) || age > std::chrono::hours(24);
             if (!error && is_left) {
                 fs::remove(entry.path(), error);
@@ -332,7 +349,10 @@ public:
         }
     }
 
-    void remove(const std::string & name) override { blocks.erase(name); }
+    bool remove(const std::string & name) override {
+        blocks.erase(name);
+        return true;
+    }
 
     std::vector<headkv_block_file> list() const override {
         std::vector<headkv_block_file> res;

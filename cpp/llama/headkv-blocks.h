@@ -20,7 +20,7 @@ public:
     // Bytes of a block; -1 = it is not there.
     virtual int64_t size(const std::string & name) const = 0;
 
-    // Whether n bytes at an offset are there and were read.
+    // Whether n bytes at an offset are there and were read. Throws std::runtime_error when nobody knows: it may not be opened, for one.
     virtual bool read(const std::string & name, int64_t offset, void * dst, size_t n) const = 0;
 
     virtual void will_read(const std::string & name, int64_t offset, size_t n) const = 0; // soon
@@ -33,7 +33,7 @@ public:
     virtual void discard(const std::string & name) = 0; // one in the making
 
     virtual void touch(const std::string & name) = 0; // it was used
-    virtual void remove(const std::string & name) = 0;
+    virtual bool remove(const std::string & name) = 0; // false: it is still there
 
     virtual std::vector<headkv_block_file> list() const = 0; // those that are there
     virtual std::vector<std::string> names(const std::string & beginning) const = 0; // of those whose name begins so

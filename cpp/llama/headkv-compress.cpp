@@ -92,13 +92,13 @@ headkv_compression::headkv_compression(llama_context * lctx, headkv_staging & st
     slots = seq.window_slots(seq_id, (llama_pos) cfg->window);
     cells = staging.cells_of(seq_id, seq.n_pos);
     if (cfg->policy->needs_sums && !keep_all && !seq.has_sums) {
-        throw std::runtime_error(format("tokens were removed from the end of the prompt, whose attention policy '%s' has counted: "
-                                        "evaluate the prompt again",
+        throw std::runtime_error(format("tokens were removed from the end of the prompt, or came from the archive, whose attention policy '%s' counts: "
+                                        "configure the policy before the prompt, and evaluate it again",
                 cfg->policy->name));
     }
     if (!cfg->policy->score && !cfg->policy->needs_sums && !keep_all && (int64_t) slots.size() != n_window) {
-        throw std::runtime_error(format("queries of the last %d tokens are missing, because tokens were removed from the end of the prompt: "
-                                        "evaluate the prompt again",
+        throw std::runtime_error(format("queries of the last %d tokens are missing, because tokens were removed from the end of the prompt, or it is "
+                                        "shorter than it was said to be and came from the archive: evaluate the prompt again, announced as it is",
                 (int) n_window));
     }
     if (std::find(cells.begin(), cells.end(), -1) != cells.end()) {

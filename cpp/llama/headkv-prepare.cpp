@@ -93,6 +93,9 @@ llama_memory_context_ptr llama_kv_cache_ragged::prepare(llama_batch_allocr & bal
     const bool too_short = want_tails(split, resumed);
     const bool layered = resumed || (reads && is_layered(split, compresses));
     const auto tokens = reads && !resumed ? known_tokens(split) : std::vector<llama_token>();
+    if (reads && !resumed) {
+        drop_left_cells();
+    }
     const headkv_archive_hit archived = find_archived(split, tokens);
     const bool no_room = reads && !resumed && want_staging(split, compresses, layered ? split.n_staging() - archived.n_tokens : 0);
     if (compresses || too_short || no_room) {
@@ -256,6 +259,10 @@ bool llama_kv_cache_ragged::next_step(const std::vector<llama_ubatch> & ubatches
 }
 
 void llama_kv_cache_ragged::add_tokens(const llama_ubatch & ubatch, headkv_seq_event event) {
+    headkv_seq & first = seqs[ubatch.seq_id[0][0]];
+    if (event != HEADKV_EV_DECODE && ubatch.n_tokens >= HEADKV_N_STEP && first.n_alike == first.n_pos) {
+        first.n_alike = ubatch.pos[ubatch.n_tokens - 1] + 1;
+    }
     for (uint32_t i = 0; i < ubatch.n_tokens; ++i) {
         seqs[ubatch.seq_id[i][0]].add(event, ubatch.pos[i], adapters, the_staging.n_ring());
     }

@@ -56,6 +56,7 @@ void headkv_seq::add(headkv_seq_event event, llama_pos pos, uint64_t adapters_se
     on(event);
     adapters = n_pos == 0 || adapters == adapters_set ? adapters_set : HEADKV_SEVERAL_ADAPTERS;
     n_archived += std::max(0, pos - n_pos); // nothing else is left out
+    has_sums = has_sums && pos <= n_pos; // archived cells have no attention
     n_pos = pos + 1;
     if (is_staged()) {
         window.resize(n_ring, -1);
@@ -82,6 +83,8 @@ llama_pos headkv_seq::cut(llama_pos p0) {
         has_sums = false; // they have the attention of the removed tokens
     }
     n_pos = p0;
+    n_archived = std::min(n_archived, (uint32_t) p0);
+    n_alike = std::min(n_alike, p0);
     return n_gone;
 }
 

@@ -66,6 +66,7 @@ struct headkv_seq {
     std::vector<std::pair<int32_t, int32_t>> spans; // of its prompt before the last n_whole tokens, that every head kept as protected
     std::vector<llama_token> tokens; // of a prompt that goes to the archive, n_pos or more
     uint32_t n_archived = 0; // first tokens of the prompt whose cells came from there
+    llama_pos n_alike = 0; // first tokens that were computed as every reading computes them, and may be archived
     uint64_t adapters = 0; // that its tokens were computed with, HEADKV_SEVERAL_ADAPTERS = one after the other
 
     // what the next update has to do

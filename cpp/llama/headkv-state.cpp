@@ -130,6 +130,9 @@ static uint64_t make_fingerprint(const llama_model & model, const llama_cparams 
     }
     sum.add(cparams.n_ctx_orig_yarn);
     sum.add(cparams.rope_scaling_type);
+    if (!model.layers.empty() && model.layers[0].rope_long) { // contexts of other sizes rotate by other factors
+        sum.add(model.get_rope_factors(cparams, 0) == model.layers[0].rope_long);
+    }
     return sum.value;
 }
 

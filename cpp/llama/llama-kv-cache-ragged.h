@@ -282,6 +282,7 @@ private:
 
     bool end_layer(int32_t il); // all ubatches of the pass went through it
     void drop_unbegun(); // pass
+    void drop_left_cells(); // of the staging, of batches that failed
 
     uint64_t archive_seed() const; // what its rows depend on besides tokens and adapters
     std::vector<llama_token> known_tokens(const headkv_split & split) const; // of its only prompt; empty = not all have an id

@@ -72,6 +72,9 @@ static std::string refusal(const common_params & params) {
     if (headkv_get_args().has_archive() && headkv_server_reuses()) {
         return "--kv-archive: with --kv-reuse prompts continue on the compressed past and are not read again, leave one of them out";
     }
+    if (headkv_get_args().has_archive() && std::min(params.n_ubatch, params.n_batch) < 64) {
+        return "--kv-archive: it needs -ub and -b of 64 at least, fewer tokens are computed in another way";
+    }
     if (!headkv_get_args().has_archive() && (headkv_get_args().archive_params.max_bytes > 0 || headkv_get_args().archive_params.type >= 0)) {
         return "--kv-archive-size, --kv-archive-type: there is no archive, use --kv-archive DIR";
     }
