@@ -142,6 +142,53 @@ def test_a_model_with_another_embedding_of_one_token_shares_nothing(make_model: 
     assert n_archived(llm) == 0
 
 
+@pytest.mark.parametrize(
+    ("case", "key", "value"),
+    [
+        ("olmo", "attention.clamp_kqv", 0.05),
+        ("mistral3 (attention temperature)", "attention.temperature_scale", 2.0),
+        ("glm4moe", "expert_weights_scale", 3.0),
+    ],
+)
+def test_a_model_with_other_metadata_beside_its_file_shares_nothing(case: str, key: str, value: float, tmp_path: Path) -> None:
+    import architectures
+    import llama_cpp
+
+    from pyheadkv import _lib
+    from pyheadkv.options import Options
+
+    arch, keys = architectures.cases()[case]
+    path = tmp_path / "model.gguf"
+    save = architectures._function("llama_model_save_to_file", None, ctypes.c_void_p, ctypes.c_char_p)
+    save(architectures.make_model(arch, keys), str(path).encode())
+
+    def read(is_changed: bool) -> int:
+        params = llama_cpp.llama_model_default_params()
+        overrides = (llama_cpp.llama_model_kv_override * 2)()
+        overrides[0].key, overrides[0].tag, overrides[0].value.val_f64 = f"{arch}.{key}".encode(), 1, value
+        if is_changed:
+            params.kv_overrides = overrides
+        model = llama_cpp.llama_model_load_from_file(str(path).encode(), params)
+        of_ctx = llama_cpp.llama_context_default_params()
+        of_ctx.n_ctx = of_ctx.n_batch = 512
+        of_ctx.n_threads = of_ctx.n_threads_batch = of_ctx.flash_attn_type = 1
+        with _lib.creating(Options(kv_size=64, policy="snapkv", window=8).to_params(None, None)):
+            ctx = llama_cpp.llama_init_from_model(model, of_ctx)
+        archive = _lib.lib.headkv_default_archive_params()
+        archive.folder = str(tmp_path / "kv").encode()
+        _lib.check(_lib.lib.headkv_set_archive(ctx, ctypes.byref(archive)))
+        ids = (ctypes.c_int32 * 400)(*range(3, 103), *range(3, 103), *range(3, 103), *range(3, 103))
+        assert _lib.lib.headkv_read_prompt(ctx, 0, ids, 400) == 0
+        _lib.check(_lib.lib.headkv_end_prompt(ctx, 0))
+        stats = _lib.Stats(size=ctypes.sizeof(_lib.Stats))
+        _lib.check(_lib.lib.headkv_get_stats(ctx, 0, ctypes.byref(stats)))
+        llama_cpp.llama_free(ctx)
+        llama_cpp.llama_model_free(model)
+        return int(stats.n_archived)
+
+    assert [read(is_changed) for is_changed in (False, True, False, True)] == [0, 0, 320, 320]
+
+
 def test_attention_that_was_not_summed_is_not_believed(make_model: MakeModel) -> None:
     """A context of h2o that reads by another policy takes cells from the archive."""
     llm = load(make_model(SHAPE), kv_size=48, policy="h2o", prefill="token", kv_archive=True)
