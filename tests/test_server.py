@@ -616,8 +616,8 @@ def test_every_turn_of_a_chat_is_read_from_where_it_differs(prefill: str, llm: A
                 n_restored, n_all = n_restored + n, n_all + len(turns[i])
             assert server.metric("kv_archive_tokens_restored_total") == n_restored > 0
             assert server.metric("kv_archive_tokens_computed_total") == n_all - n_restored
-            if prefill == "layer":
-                assert server.metric("prompt_tokens_total") == n_all - n_restored
+            assert server.metric("prompt_tokens_total") == n_all - n_restored
+            assert server.metric("prompt_tokens_cached_total") == n_restored
             archive = server.get("/props")["kv"]["archive"]
             assert archive["blocks"] == len(list((tmp_path / "kv").glob("*.kv"))) == server.metric("kv_archive_blocks")
             assert (archive["damaged"], archive["failed"]) == (0, 0)

@@ -142,9 +142,14 @@ static int32_t headkv_server_n_read(const server_slot & slot, int32_t n) {
 }
 
 // After the last token of the slot's prompt was decoded, before its first token is sampled.
-static void headkv_server_end(server_slot & slot) {
+static void headkv_server_end(server_slot & slot, server_metrics & metrics) {
     if (headkv_server_is_on() && slot.state == SLOT_STATE_DONE_PROMPT) {
+        const bool is_noted = slot.stats.headkv_info.by_layer; // when it was read ahead
         slot.stats.headkv_info = headkv_server_compress(slot.ctx_tgt, slot.id);
+        if (!is_noted) {
+            metrics.add_prompt_cached(slot.stats.headkv_info.n_archived);
+            metrics.add_prompt(-(uint64_t) slot.stats.headkv_info.n_archived, 0);
+        }
         // upstream counts the tokens of a batch, which is the whole prompt
         slot.stats.n_prompt_cached += slot.stats.headkv_info.n_archived;
         slot.stats.n_prompt_processed -= slot.stats.headkv_info.n_archived;
