@@ -10,6 +10,7 @@
 
 #include <algorithm>
 #include <stdexcept>
+#include <utility>
 
 std::vector<std::vector<uint32_t>> llama_kv_cache_ragged::checked_budgets(const headkv_config & b) const {
     const auto & a = *cfg;
@@ -96,9 +97,10 @@ llama_memory_context_ptr llama_kv_cache_ragged::prepare(llama_batch_allocr & bal
     if (reads && !resumed) {
         drop_left_cells();
     }
-    const headkv_archive_hit archived = find_archived(split, tokens);
+    const headkv_archive_hit archived = found.blocks.empty() ? find_archived(split, tokens) : std::exchange(found, {});
     const bool no_room = reads && !resumed && want_staging(split, compresses, layered ? split.n_staging() - archived.n_tokens : 0);
     if (compresses || too_short || no_room) {
+        found = archived; // what goes meanwhile is found to be gone when it is restored
         return nullptr; // after the update that follows
     }
 

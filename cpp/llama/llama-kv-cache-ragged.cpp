@@ -397,6 +397,7 @@ private:
 llama_memory_context_ptr llama_kv_cache_ragged::init_update(llama_context * lctx, bool optimize) {
     if (!optimize) {
         forget_updates(); // the beginning of a batch: what the one before has left failed with it
+        found = headkv_archive_hit();
     }
     this->lctx = lctx;
     return std::make_unique<llama_kv_cache_ragged_update>(this, lctx);

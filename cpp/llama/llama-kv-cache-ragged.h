@@ -227,6 +227,7 @@ private:
     std::unique_ptr<headkv_archive> the_archive;
     std::unique_ptr<headkv_archive_writer> writing; // what is compressed, on its way there
     int32_t n_lost_blocks = 0;
+    headkv_archive_hit found; // for the batch that waits for an update, whose memory was sized by it
 
     // what was announced
     struct announced_t {
