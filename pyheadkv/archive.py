@@ -9,7 +9,7 @@ from os import PathLike, fsencode, fspath
 from typing import Any
 
 from . import _lib
-from .options import check_choice, check_text
+from .options import check_choice, check_int, check_text
 from .units import ggml_type, parse_bytes
 
 TYPES = ("f16", "bf16", "q8_0", "q4_0")
@@ -92,7 +92,7 @@ def check_archive(kv_archive: ArchiveLike, kv_archive_size: int | str | None, kv
             raise ValueError(f"kv_archive={kv_archive!r}: a zero byte ends the name of a folder")
         params.folder = fsencode(os.path.abspath(os.path.expanduser(kv_archive)))
     if kv_archive_size is not None:
-        params.max_bytes = parse_bytes("kv_archive_size", kv_archive_size)
+        params.max_bytes = check_int("kv_archive_size", parse_bytes("kv_archive_size", kv_archive_size), 1, (1 << 62) - 1)
     if kv_archive_type is not None:
         params.type = ggml_type(check_choice("kv_archive_type", kv_archive_type, TYPES))
     return params

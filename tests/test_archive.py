@@ -212,6 +212,7 @@ def test_wrong_options_are_errors(make_model: MakeModel, tmp_path: Path) -> None
         ({"kv_archive": tmp_path / "file" / "below"}, "Not a directory|not a folder"),
         ({"kv_archive": True, "kv_archive_size": "much"}, "positive size such as"),
         ({"kv_archive": True, "kv_archive_size": 0}, "positive size such as"),
+        ({"kv_archive": True, "kv_archive_size": "9000000TiB"}, "must be in"),
         ({"kv_archive": True, "kv_archive_type": "q9"}, "must be one of 'f16', 'bf16', 'q8_0', 'q4_0'"),
         ({"kv_archive_size": "1GiB"}, "there is no archive"),
         ({"kv_archive_type": "q8_0"}, "there is no archive"),

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import ctypes
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from conftest import SHAPES, load, logits, tokens
+from conftest import SHAPES, Shape, load, logits, tokens
 from test_archive import ORDERS, blocks, n_archived, outcome
 
 pytestmark = pytest.mark.usefixtures("library")
@@ -187,6 +188,37 @@ def test_a_model_with_other_metadata_beside_its_file_shares_nothing(case: str, k
         return int(stats.n_archived)
 
     assert [read(is_changed) for is_changed in (False, True, False, True)] == [0, 0, 320, 320]
+
+
+def test_adapters_that_differ_far_behind_share_nothing(tmp_path: Path) -> None:
+    """Behind the first 4096 bytes of their tensors; a saved sequence knows it too."""
+    from gguf import GGUFReader
+
+    from pyheadkv.testing import write_random_lora, write_random_model
+
+    path, prompt, shape = tmp_path / "model.gguf", tokens(600), Shape("large", "llama", 8, 4, n_layer=2, head_dim=128)
+    write_random_model(path, n_layer=2, n_embd=1024, n_head=8, n_head_kv=4, head_dim=128, n_ff=512, seed=3, importance="random")
+    first, second = write_random_lora(tmp_path / "a.gguf", path, seed=5), tmp_path / "b.gguf"
+    shutil.copy(first, second)
+    reader = GGUFReader(second, "r+")
+    for tensor in reader.tensors:
+        values = tensor.data.reshape(-1)
+        values[4096 // values.itemsize :] *= 3
+    reader.data.flush()
+    one, other = (load(path, kv_size=48, lora_path=str(lora), kv_archive=tmp_path / "kv") for lora in (first, second))
+    one.read_prompt(prompt)
+    state = one.save_state()
+    assert outcome(other, prompt, shape) == outcome(load(path, kv_size=48, lora_path=str(second)), prompt, shape)
+    assert n_archived(other) == 0
+    with pytest.raises(ValueError, match="other adapters"):
+        other.load_state(state)
+
+
+def test_an_archive_that_holds_no_block_says_so(make_model: MakeModel, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    llm = load(make_model(SHAPE), kv_size=48, kv_archive=tmp_path, kv_archive_size=1000, verbose=True)
+    llm.read_prompt(tokens(600))
+    assert (llm.kv_stats().archive.n_failed, blocks(tmp_path)) == (1, [])
+    assert "and all of it may take 1000" in capfd.readouterr().err
 
 
 def test_attention_that_was_not_summed_is_not_believed(make_model: MakeModel) -> None:

@@ -334,6 +334,9 @@ headkv_archive_writer::headkv_archive_writer(headkv_archive & archive, const std
             }
             headkv_archive::named_t block = archive.next_block(state, tokens, n, n_rows);
             const int64_t n_bytes = (int64_t) archive.layout.n_bytes_block(n, n_rows);
+            if (n_bytes > archive.limit) {
+                throw std::runtime_error(format("a block takes %lld bytes, and all of it may take %lld", (long long) n_bytes, (long long) archive.limit));
+            }
             if (n_chain + n_bytes > archive.limit) {
                 break; // a longer prompt than the archive holds: its beginning
             }

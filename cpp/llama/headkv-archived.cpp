@@ -47,25 +47,6 @@ uint64_t llama_kv_cache_ragged::archive_seed() const {
     headkv_checksum sum;
     sum.add(get_fingerprint());
     add_weights(sum, model);
-    // what can be set beside the file
-    const auto & h = hparams;
-    for (float x : { h.f_norm_eps, h.f_norm_rms_eps, h.f_norm_group_eps, h.f_attention_scale, h.f_residual_scale, h.f_embedding_scale, h.f_clamp_kqv,
-                 h.f_attn_out_scale, h.f_attn_value_scale, h.f_attn_temp_scale, h.f_attn_temp_offset, h.f_attn_logit_softcapping,
-                 h.f_router_logit_softcapping, h.expert_group_scale, h.expert_weights_scale, h.rope_attn_factor, h.rope_scaling_alpha,
-                 h.rope_yarn_log_mul, h.situ_beta, h.situ_linear_beta }) {
-        sum.add(x);
-    }
-    for (uint32_t x : { h.n_rot_full, h.n_norm_groups, h.n_expert_groups, h.n_group_used, h.n_group_experts, h.expert_gating_func, h.moe_every_n_layers,
-                 h.n_layer_dense_lead, h.n_moe_layer_step, h.n_no_rope_layer_step, h.n_attn_temp_floor_scale, h.attn_temp_length,
-                 (uint32_t) h.expert_weights_norm, (uint32_t) h.use_par_res, (uint32_t) h.swin_norm, (uint32_t) h.use_kq_norm, (uint32_t) h.attn_soft_cap }) {
-        sum.add(x);
-    }
-    for (uint32_t il = 0; il < h.n_layer(); ++il) {
-        sum.add(h.n_expert_used(il));
-        for (float x : { h.xielu_alpha_n[il], h.xielu_alpha_p[il], h.xielu_beta[il], h.xielu_eps[il] }) {
-            sum.add(x);
-        }
-    }
     sum.add(cfg->hidden_f16);
     return sum.value;
 }

@@ -2,6 +2,7 @@
 
 #include "headkv-hooks.h"
 
+#include "headkv-error.h"
 #include "headkv-stages.h"
 #include "llama-kv-cache-ragged.h"
 
@@ -11,6 +12,36 @@
 
 #include <algorithm>
 #include <map>
+#include <stdexcept>
+
+//
+// what the memory class learns of it
+//
+
+void llama_kv_cache_ragged::refuse(const std::string & why) const {
+    const std::string what = format("KV compression is not possible for architecture %s: %s", model.arch_name().c_str(), why.c_str());
+    headkv_set_error(what);
+    throw std::runtime_error(what);
+}
+
+std::string llama_kv_cache_ragged::why_no_values(const headkv_config & c) const {
+    for (const auto & layer : the_store.layers) {
+        if (c.policy->needs_values && !layer.wo) {
+            return format("policy '%s' needs the output matrix of layer %d, which is not applied to the attention as it is: use policy 'snapkv'",
+                    c.policy->name, layer.il);
+        }
+    }
+    return "";
+}
+
+void llama_kv_cache_ragged::note_graph(const std::vector<int32_t> & built) {
+    std::vector<int32_t> sorted(built), ils;
+    std::sort(sorted.begin(), sorted.end());
+    for (const auto & layer : the_store.layers) {
+        ils.push_back(layer.il);
+    }
+    graph_complete = sorted == ils;
+}
 
 //
 // graph input

@@ -110,9 +110,6 @@ llama_memory_context_ptr llama_kv_cache_ragged::prepare(llama_batch_allocr & bal
             for (const auto & ubatch : split.to_staging) {
                 seqs[ubatch.seq_id_unq[0]].tokens = the_archive ? tokens : std::vector<llama_token>();
             }
-            for (llama_seq_id s = 0; s < (llama_seq_id) seqs.size(); ++s) {
-                the_staging.cache().seq_rm(s, seqs[s].is_staged() ? seqs[s].n_pos : 0, -1); // what was restored for a batch that failed
-            }
             take_archived(split, archived, layered);
             sinfos = the_staging.cache().prepare(split.to_staging);
             if (sinfos.empty()) {

@@ -27,7 +27,7 @@
 #include <stdexcept>
 
 static constexpr uint32_t STATE_MAGIC = 0x76736b68; // "hksv"
-static constexpr uint32_t STATE_VERSION = 3;
+static constexpr uint32_t STATE_VERSION = 4;
 
 enum state_kind_t : uint32_t { STATE_SEQUENCE = 1,
     STATE_CONTEXT = 2 };
@@ -128,6 +128,25 @@ static uint64_t make_fingerprint(const llama_model & model, const llama_cparams 
                  cparams.yarn_beta_fast, cparams.yarn_beta_slow }) {
         sum.add(x);
     }
+    // what can be set beside the file
+    const auto & h = model.hparams;
+    for (float x : { h.f_norm_eps, h.f_norm_rms_eps, h.f_norm_group_eps, h.f_attention_scale, h.f_residual_scale, h.f_embedding_scale, h.f_clamp_kqv,
+                 h.f_attn_out_scale, h.f_attn_value_scale, h.f_attn_temp_scale, h.f_attn_temp_offset, h.f_attn_logit_softcapping,
+                 h.f_router_logit_softcapping, h.expert_group_scale, h.expert_weights_scale, h.rope_attn_factor, h.rope_scaling_alpha,
+                 h.rope_yarn_log_mul, h.situ_beta, h.situ_linear_beta }) {
+        sum.add(x);
+    }
+    for (uint32_t x : { h.n_rot_full, h.n_norm_groups, h.n_expert_groups, h.n_group_used, h.n_group_experts, h.expert_gating_func, h.moe_every_n_layers,
+                 h.n_layer_dense_lead, h.n_moe_layer_step, h.n_no_rope_layer_step, h.n_attn_temp_floor_scale, h.attn_temp_length,
+                 (uint32_t) h.expert_weights_norm, (uint32_t) h.use_par_res, (uint32_t) h.swin_norm, (uint32_t) h.use_kq_norm, (uint32_t) h.attn_soft_cap }) {
+        sum.add(x);
+    }
+    for (uint32_t il = 0; il < h.n_layer(); ++il) {
+        sum.add(h.n_expert_used(il));
+        for (float x : { h.xielu_alpha_n[il], h.xielu_alpha_p[il], h.xielu_beta[il], h.xielu_eps[il] }) {
+            sum.add(x);
+        }
+    }
     sum.add(cparams.n_ctx_orig_yarn);
     sum.add(cparams.rope_scaling_type);
     if (!model.layers.empty() && model.layers[0].rope_long) { // contexts of other sizes rotate by other factors
@@ -136,15 +155,15 @@ static uint64_t make_fingerprint(const llama_model & model, const llama_cparams 
     return sum.value;
 }
 
-// Of the adapters, which change more often, the beginning of every tensor. Whatever the order in which they were set.
+// Of the adapters all of every tensor: parts of them can be trained. Whatever the order in which they were set.
 static uint64_t make_fingerprint(const llama_adapter_loras & loras, const llama_adapter_cvec & cvec, int32_t n_layer) {
     std::vector<uint8_t> raw;
     const auto add_tensor = [&](headkv_checksum & sum, const ggml_tensor * t) {
-        raw.resize(std::min<size_t>(ggml_nbytes(t), 4096));
+        raw.resize(ggml_nbytes(t));
         ggml_backend_tensor_get(t, raw.data(), 0, raw.size());
         sum.add(t->type);
         sum.add(t->ne);
-        sum.add(raw.data(), raw.size());
+        sum.add(headkv_checksum_words(0, raw.data(), raw.size()));
     };
     std::vector<uint64_t> parts;
     for (const auto & [lora, scale] : loras) {

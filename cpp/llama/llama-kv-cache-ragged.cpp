@@ -141,6 +141,7 @@ int32_t llama_kv_cache_ragged::n_head_max() const {
     }
     return res;
 }
+
 size_t llama_kv_cache_ragged::bytes_cell() const {
     size_t res = 0;
     for (const auto & layer : the_store.layers) {
@@ -165,31 +166,6 @@ std::map<ggml_backend_buffer_type_t, size_t> llama_kv_cache_ragged::memory_break
         }
     }
     return res;
-}
-
-void llama_kv_cache_ragged::refuse(const std::string & why) const {
-    const std::string what = format("KV compression is not possible for architecture %s: %s", model.arch_name().c_str(), why.c_str());
-    headkv_set_error(what);
-    throw std::runtime_error(what);
-}
-
-std::string llama_kv_cache_ragged::why_no_values(const headkv_config & c) const {
-    for (const auto & layer : the_store.layers) {
-        if (c.policy->needs_values && !layer.wo) {
-            return format("policy '%s' needs the output matrix of layer %d, which is not applied to the attention as it is: use policy 'snapkv'",
-                    c.policy->name, layer.il);
-        }
-    }
-    return "";
-}
-
-void llama_kv_cache_ragged::note_graph(const std::vector<int32_t> & built) {
-    std::vector<int32_t> sorted(built), ils;
-    std::sort(sorted.begin(), sorted.end());
-    for (const auto & layer : the_store.layers) {
-        ils.push_back(layer.il);
-    }
-    graph_complete = sorted == ils;
 }
 
 //
