@@ -127,15 +127,17 @@ def test_contexts_that_rotate_by_other_factors_share_nothing(tmp_path: Path) -> 
     assert [read(n_ctx, tmp_path) for n_ctx in (512, 1024, 512, 1024)] == [short, long, (short[0], 320), (long[0], 320)]
 
 
-def test_a_model_with_another_embedding_of_one_token_shares_nothing(make_model: MakeModel, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["token_embd.weight", "blk.1.ffn_up.weight", "blk.0.attn_k.weight"])
+def test_a_model_that_differs_in_one_row_shares_nothing(name: str, make_model: MakeModel, tmp_path: Path) -> None:
     import gguf
 
     path, prompt = tmp_path / "changed.gguf", tokens(600)
     prompt[100:103] = [200] * 3
     path.write_bytes(make_model(SHAPE).read_bytes())
     reader = gguf.GGUFReader(path, "r+")
-    (embeddings,) = (t.data for t in reader.tensors if t.name == "token_embd.weight")
-    embeddings[200] = embeddings[200][::-1].copy()
+    (rows,) = (t.data for t in reader.tensors if t.name == name)
+    i = 200 if name.startswith("token") else 37
+    rows[i] = rows[i][::-1].copy()
     reader.data.flush()
     load(make_model(SHAPE), kv_size=48, kv_archive=tmp_path / "kv").read_prompt(prompt)
     llm = load(path, kv_size=48, kv_archive=tmp_path / "kv")
@@ -309,6 +311,16 @@ def test_numbers_are_those_of_what_is_left_of_a_prompt(make_model: MakeModel) ->
     stats = llm.kv_stats()
     assert (stats.n_prompt, stats.n_archived) == (299, 100)
     assert (stats.archive.n_restored, stats.archive.n_computed) == (100, 1000 + 199)
+
+
+def test_copies_of_a_prompt_count_once(make_model: MakeModel) -> None:
+    llm = load(make_model(SHAPE), kv_size=48, prefill="token", n_seq_max=3, kv_archive=True)
+    llm.eval(tokens(600))
+    llm.compress_as(1)
+    llm.compress_as(2)
+    assert llm.kv_stats().archive.n_computed == 0 and llm.kv_stats().archive.n_blocks == 3
+    llm.end_prompt()
+    assert llm.kv_stats().archive.n_computed == 600
 
 
 @pytest.mark.parametrize("where", ["folder", "memory"])

@@ -540,6 +540,19 @@ def test_progress_is_that_of_the_layers_read(beside: bool, slow_model: Path, log
             assert not any("prompt_progress" in event for _, event in data_of(stream))
 
 
+def test_progress_says_what_came_from_the_archive(slow_model: Path, log: Path) -> None:
+    longer = [*LONG, *SHORT]
+    with running(log, "--kv-size", KV_SIZE, "--kv-archive", "ram", "-t", 1, "-tb", 1, model=slow_model) as server:
+        server.complete(LONG, 1)
+        with stream_of(server, longer, 2, return_progress=True) as stream:
+            events = [event for _, event in data_of(stream)]
+        n = events[-1]["timings"]["cache_n"]
+        assert n >= len(LONG) - 64 and events[-1]["timings"]["kv"]["n_archived"] == n
+        progress = [event["prompt_progress"] for event in events if "prompt_progress" in event]
+        assert progress[-1]["cache"] == n and progress[-1]["processed"] == len(longer)
+        assert all(p["cache"] in (0, n) for p in progress)
+
+
 def test_slots_share_one_pool_of_positions(llm: Any, log: Path) -> None:
     """Upstream's default: every slot may use the whole context. Prompts that do not fit together are read in turn."""
     prompts = [prompt_ids(llm, seed, 1400) for seed in range(4)]

@@ -13,32 +13,25 @@
 #include <map>
 #include <stdexcept>
 
-// Parts of every tensor, as it lies in memory: backends rearrange matrices, and what another one has computed is another prompt.
-// Of the token embeddings all: single rows of them are trained and edited.
+// All bytes of all tensors, as they lie in memory: backends rearrange matrices, and what another one has computed is another prompt.
 static void add_weights(headkv_checksum & sum, const llama_model & model) {
-    constexpr size_t n_parts = 16;
-    constexpr size_t n_part = 256;
-    std::vector<uint8_t> raw(n_part);
+    constexpr size_t n_piece = 16 << 20; // of what is on another device
+    std::vector<uint8_t> raw;
     for (const auto & [name, t] : model.tensors_by_name) {
         if (!t->buffer || !t->data) {
             continue;
         }
-        const size_t n_bytes = ggml_nbytes(t);
-        const size_t n = std::min(n_bytes, n_part);
-        const ggml_backend_dev_t dev = ggml_backend_buft_get_device(ggml_backend_buffer_get_type(t->buffer));
-        const bool is_here = ggml_backend_buffer_is_host(t->buffer) || !dev || ggml_backend_dev_type(dev) == GGML_BACKEND_DEVICE_TYPE_CPU;
-        if (t == model.tok_embd && is_here) {
-            sum.add(headkv_checksum_words(0, t->data, n_bytes));
+        const ggml_backend_buffer_type_t buft = ggml_backend_buffer_get_type(t->buffer);
+        const ggml_backend_dev_t dev = ggml_backend_buft_get_device(buft);
+        const size_t n_bytes = std::min(ggml_nbytes(t), ggml_backend_buft_get_alloc_size(buft, t));
+        if (ggml_backend_buffer_is_host(t->buffer) || !dev || ggml_backend_dev_type(dev) == GGML_BACKEND_DEVICE_TYPE_CPU) {
+            sum.add(headkv_checksum_words(0, t->data, n_bytes)); // a rearranged one cannot be asked for
             continue;
         }
-        for (size_t i = 0; i < n_parts; ++i) {
-            const size_t offset = (n_bytes - n) / (n_parts - 1) * i;
-            if (is_here) {
-                sum.add((const uint8_t *) t->data + offset, n); // a rearranged one cannot be asked for
-            } else {
-                ggml_backend_tensor_get(t, raw.data(), offset, n);
-                sum.add(raw.data(), n);
-            }
+        for (size_t i = 0; i < n_bytes; i += n_piece) {
+            raw.resize(std::min(n_piece, n_bytes - i));
+            ggml_backend_tensor_get(t, raw.data(), i, raw.size());
+            sum.add(headkv_checksum_words(0, raw.data(), raw.size()));
         }
     }
 }
@@ -214,12 +207,14 @@ void llama_kv_cache_ragged::archive_layer(const headkv_store_layer & layer) {
     }
 }
 
-void llama_kv_cache_ragged::end_archiving(const headkv_seq & compressed) {
+void llama_kv_cache_ragged::end_archiving(const headkv_seq & compressed, bool counts) {
     n_lost_blocks = 0;
     if (!writing) {
         return;
     }
     writing->commit();
     writing.reset();
-    the_archive->note_prompt(compressed.n_archived, (uint32_t) compressed.n_prompt - compressed.n_archived);
+    if (counts) {
+        the_archive->note_prompt(compressed.n_archived, (uint32_t) compressed.n_prompt - compressed.n_archived);
+    }
 }

@@ -559,7 +559,7 @@ void llama_kv_cache_ragged::end_compression() {
     dst.on(HEADKV_EV_STORE);
     dst = std::move(res);
     running.reset();
-    end_archiving(dst);
+    end_archiving(dst, &dst == &prompt);
     if (n_staged() == 0) {
         the_staging.release();
     }

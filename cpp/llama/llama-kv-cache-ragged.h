@@ -292,7 +292,7 @@ private:
     void restore_layer(const headkv_archive_hit & hit, int32_t il, uint32_t n_skip); // throws
     void begin_archiving(const headkv_seq & prompt);
     void archive_layer(const headkv_store_layer & layer);
-    void end_archiving(const headkv_seq & compressed);
+    void end_archiving(const headkv_seq & compressed, bool counts); // a copy of a prompt does not
 
     void forget_updates();
     bool has_update() const;

@@ -119,6 +119,7 @@ static bool headkv_server_read(server_slot & slot, const server_batch & batch, i
     common_set_adapter_lora(slot.ctx_tgt, slot.lora); // upstream sets those of the batch, when it is complete
     const bool is_ahead = headkv_server_read_ahead(slot.ctx_tgt, slot.id, slot.task->tokens.get_text_tokens(), info.n_read);
     slot.stats.update_prompt_last();
+    slot.stats.n_prompt_cached = headkv_server_n_archived(slot.id);
     metrics.add_prompt(0, slot.stats.t_prompt_last - t_start); // its tokens are counted with the batch
     if (!is_ahead || batch.size() + n_tokens > n_batch) {
         if (slot.stats.t_prompt_last - std::max(slot.t_print_last, slot.stats.t_start) > 3 * 1000 * 1000) {
@@ -149,9 +150,9 @@ static void headkv_server_end(server_slot & slot, server_metrics & metrics) {
         if (!is_noted) {
             metrics.add_prompt_cached(slot.stats.headkv_info.n_archived);
             metrics.add_prompt(-(uint64_t) slot.stats.headkv_info.n_archived, 0);
+            slot.stats.n_prompt_cached += slot.stats.headkv_info.n_archived;
         }
         // upstream counts the tokens of a batch, which is the whole prompt
-        slot.stats.n_prompt_cached += slot.stats.headkv_info.n_archived;
         slot.stats.n_prompt_processed -= slot.stats.headkv_info.n_archived;
     }
 }
