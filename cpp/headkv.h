@@ -165,7 +165,8 @@ LLAMA_API struct headkv_params headkv_default_params(void);
 // The policies, in the order in which they are listed to users. Returns their number; dst may be NULL to ask for it.
 LLAMA_API int32_t headkv_policies(struct headkv_policy_info * dst, int32_t n);
 
-// Checks the parameters and makes them the ones of the contexts that this thread creates next. NULL = off.
+// Checks the parameters and makes them the ones of the contexts that this thread creates next. NULL = off. A context that another
+// thread creates meanwhile has the stock cache, with a warning in the log.
 LLAMA_API int32_t headkv_set_params(const struct headkv_params * params);
 
 // Reason of the last failure on this thread; never NULL.
@@ -199,7 +200,8 @@ LLAMA_API int32_t headkv_read_prompt(struct llama_context * ctx, llama_seq_id se
 // Reads on in a whole prompt, layer by layer, for about max_ms, 0 = one step, but not its last step (one ubatch through one layer).
 // Returns how many steps are left, 1 or more: when it is 1, headkv_read_prompt() or llama_decode() of the same whole prompt
 // finishes it. In between the sequence counts as empty and other compressed ones can be decoded; the outcome is that of
-// one call. llama_memory_seq_rm(.., -1, -1) gives up. Negative: failed, and the sequence is empty.
+// one call. llama_memory_seq_rm() of all of it gives up, but not from 0 on behind headkv_begin_prompt(), which announces its end:
+// upstream's server removes what is there before the batch. Negative: failed, and the sequence is empty.
 LLAMA_API int32_t headkv_read_ahead(struct llama_context * ctx, llama_seq_id seq_id, const llama_token * tokens, int32_t n_tokens, int32_t max_ms);
 
 // Why prompts are not read layer by layer in this context; empty = they are.

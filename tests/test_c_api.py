@@ -5,6 +5,8 @@ from __future__ import annotations
 import ctypes
 import re
 import struct
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -222,3 +224,30 @@ def test_states_of_sequences_that_are_none_are_refused(two: Sequences) -> None:
     two.remove(1)
     assert two.read_ahead(1, tokens(1500), max_ms=0) > 0
     assert two.c.llama_state_seq_get_data(two.ctx, state, n, 1) == 0 and "sequence 1 is being read layer by layer" in _lib.last_error()
+
+
+def test_a_context_of_another_thread_is_a_stock_one_with_a_word(make_model: MakeModel) -> None:
+    """Parameters are those of a thread: what another one creates meanwhile is not compressed, and the log says so."""
+    code = """
+import sys, threading
+from conftest import load
+from pyheadkv import _lib
+import llama_cpp
+from pyheadkv.options import Options
+path = sys.argv[1]
+def create():
+    llm = llama_cpp.Llama(path, n_ctx=256, verbose=True)
+    print("compressed:", bool(_lib.lib.headkv_enabled(llm.ctx)), flush=True)
+load(path, kv_size=48).close()
+create()
+with _lib.creating(Options(kv_size=48, policy="snapkv").to_params(None, None)):
+    thread = threading.Thread(target=create)
+    thread.start()
+    thread.join()
+create()
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code, make_model(SHAPES[1])], cwd=Path(__file__).parent, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.splitlines()[:3] == ["compressed: False"] * 3
+    assert done.stderr.count("this context has the stock cache: headkv_set_params() was called on another thread") == 1

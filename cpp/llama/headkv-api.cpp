@@ -68,11 +68,13 @@ int32_t headkv_policies(struct headkv_policy_info * dst, int32_t n) {
 int32_t headkv_set_params(const struct headkv_params * params) {
     return guarded([&]() -> int32_t {
         headkv_thread_config().reset();
+        headkv_note_thread(false);
         if (!params) {
             return 0; // the reason of a failed llama_init_from_model() stays
         }
         headkv_set_error("");
         headkv_thread_config() = std::make_shared<const headkv_config>(headkv_config_from_params(*params));
+        headkv_note_thread(true);
         return 0;
     });
 }

@@ -8,6 +8,7 @@
 #include "llama-impl.h"
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <cstring>
 #include <stdexcept>
@@ -152,4 +153,27 @@ headkv_config headkv_config_from_params(const headkv_params & params, const head
 headkv_config_ptr & headkv_thread_config() {
     static thread_local headkv_config_ptr cfg;
     return cfg;
+}
+
+static std::atomic<int> n_threads_on{ 0 };
+
+// of the thread; goes with it
+struct headkv_thread_note {
+    bool is_on = false;
+
+    void set(bool on) {
+        n_threads_on += (int) on - (int) is_on;
+        is_on = on;
+    }
+    ~headkv_thread_note() { set(false); }
+};
+
+static thread_local headkv_thread_note thread_note;
+
+void headkv_note_thread(bool is_on) {
+    thread_note.set(is_on);
+}
+
+bool headkv_is_for_another_thread() {
+    return !thread_note.is_on && n_threads_on > 0;
 }

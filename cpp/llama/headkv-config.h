@@ -58,3 +58,8 @@ void headkv_config_check_ctx(const headkv_config & cfg, uint32_t n_ctx);
 
 // the configuration of the contexts that this thread creates; null = off
 headkv_config_ptr & headkv_thread_config();
+
+// Says whether this thread has one, between the creations of its contexts too.
+void headkv_note_thread(bool is_on);
+
+bool headkv_is_for_another_thread(); // another one has, and this one has not

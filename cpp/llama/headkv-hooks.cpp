@@ -65,6 +65,9 @@ static std::string refusal(const llama_model & model, const llama_memory_params 
 llama_memory_i * headkv_create_memory(const llama_model & model, const llama_memory_params & params, const llama_cparams & cparams) {
     const headkv_config_ptr cfg = headkv_thread_config();
     if (!cfg) {
+        if (headkv_is_for_another_thread()) {
+            LLAMA_LOG_WARN("headkv: this context has the stock cache: headkv_set_params() was called on another thread, and counts for the contexts that are created there\n");
+        }
         return nullptr;
     }
     try {

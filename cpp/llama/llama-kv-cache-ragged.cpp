@@ -228,8 +228,8 @@ bool llama_kv_cache_ragged::seq_rm(llama_seq_id seq_id, llama_pos p0, llama_pos 
     if (is_called_back) {
         return headkv_fail(format("sequence %d cannot be removed while the progress is told: return false and remove it then", seq_id));
     }
-    if (p0 >= 0 && is_reading(seq_id) && the_pass->paused) {
-        return true; // it counts as empty; only the removal of everything gives the prompt up
+    if (is_reading(seq_id) && the_pass->paused && (p0 > 0 || (p0 == 0 && announced.seq_id == seq_id))) {
+        return true; // it counts as empty, and upstream removes what is there before the batch that was announced
     }
     const bool gives_up = p0 < 0; // upstream clears with 0 what it is about to fill
     p0 = std::max<llama_pos>(p0, 0);
