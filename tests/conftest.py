@@ -177,6 +177,16 @@ def read_prompt(llm: Any, prompt: list[int]) -> npt.NDArray[np.float32]:
     return logits(llm)
 
 
+def outcome(llm: Any, prompt: list[int], shape: Shape) -> tuple[list[bytes], list[list[int]]]:
+    """Logits of the prompt's end and of three more tokens, and the kept positions of every head."""
+    out = [read_prompt(llm, prompt).tobytes()]
+    kept = [llm.kv_positions(il, ih).tolist() for il in range(shape.n_layer) for ih in range(shape.n_head_kv)]
+    for token in (9, 10, 11):
+        llm.eval([token])
+        out.append(logits(llm).tobytes())
+    return out, kept
+
+
 def greedy(llm: Any, prompt: list[int], n: int) -> list[int]:
     """n greedy tokens after the prompt."""
     out: list[int] = []

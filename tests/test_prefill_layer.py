@@ -12,21 +12,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import SHAPES, Shape, load, logits, nmse, read_prompt, tokens
+from conftest import SHAPES, Shape, load, nmse, outcome, read_prompt, tokens
 
 pytestmark = pytest.mark.usefixtures("library")
 MakeModel = Callable[..., Path]
 ALL_SHAPES = pytest.mark.parametrize("shape", SHAPES, ids=lambda s: s.name)
-
-
-def outcome(llm: Any, prompt: list[int], shape: Shape) -> tuple[list[bytes], list[list[int]]]:
-    """Logits of the prompt's end and of three more tokens, and the kept positions of every head."""
-    out = [read_prompt(llm, prompt).tobytes()]
-    kept = [llm.kv_positions(il, ih).tolist() for il in range(shape.n_layer) for ih in range(shape.n_head_kv)]
-    for token in (9, 10, 11):
-        llm.eval([token])
-        out.append(logits(llm).tobytes())
-    return out, kept
 
 
 @ALL_SHAPES
