@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <stdexcept>
 
 // Larger key = better cell: the score in an order-preserving integer code, then the lower position. No two keys
 // are equal, so the outcome does not depend on the algorithm. NaN counts as the lowest score.
@@ -72,6 +73,9 @@ ggml_tensor * headkv_build_select_composed(ggml_context * ctx, ggml_tensor * sco
     ggml_tensor * kept = recent;
     if (n_keep > 0) {
         const int64_t n = scores->ne[0];
+        if (n > HEADKV_MAX_SELECT_COMPOSED) {
+            throw std::length_error("a prompt of more than 4194304 tokens cannot be compressed on this device: its positions are not exact there, use the CPU");
+        }
 
         // The smallest score to keep. Which of several cells with this score top_k takes is up to the backend.
         ggml_tensor * top = ggml_top_k(ctx, scores, (int) n_keep); // unordered

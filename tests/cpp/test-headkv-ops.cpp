@@ -24,6 +24,7 @@
 #include <cstring>
 #include <functional>
 #include <random>
+#include <stdexcept>
 #include <string>
 #include <vector>
 
@@ -545,6 +546,19 @@ static bool test_kept(int n_kv, int n_window) {
 }
 
 // composed of ggml ops, one head: the same cells, ties included
+// more cells than its keys are exact for; nothing is allocated
+static bool test_select_composed_refuses(int64_t n_prefix, bool is_refused) {
+    ggml_init_params init = { /*.mem_size =*/64 * ggml_tensor_overhead(), /*.mem_buffer =*/nullptr, /*.no_alloc =*/true };
+    ggml_context_ptr ctx(ggml_init(init));
+    ggml_tensor * scores = ggml_new_tensor_1d(ctx.get(), GGML_TYPE_F32, n_prefix);
+    try {
+        headkv_build_select_composed(ctx.get(), scores, 8, ggml_new_tensor_1d(ctx.get(), GGML_TYPE_F32, 2));
+    } catch (const std::length_error &) {
+        return is_refused;
+    }
+    return !is_refused;
+}
+
 static bool test_select_composed(int n_prefix, int n_keep, int n_values) {
     std::vector<float> scores((size_t) n_prefix);
     for (float & s : scores) {
@@ -750,6 +764,10 @@ int main(int argc, char ** argv) {
     const std::string only = argc > 2 && strcmp(argv[1], "-c") == 0 ? argv[2] : "";
 
     std::vector<std::pair<std::string, std::function<bool()>>> cases;
+    for (bool is_refused : { false, true }) {
+        cases.push_back({ is_refused ? "select_composed,refused" : "select_composed,longest",
+                [=]() { return test_select_composed_refuses(HEADKV_MAX_SELECT_COMPOSED + is_refused, is_refused); } });
+    }
     const auto add = [&](const attend_case & c) { cases.push_back({ c.name(), [c]() { return test_attend(c); } }); };
 
     const std::vector<std::vector<int>> lens = { { 0, 1, 31, 255 }, { 256, 257, 1, 0 }, { 3, 3000 }, { 127, 128, 129, 64 }, { 500 } };
