@@ -21,7 +21,7 @@ import pytest
 N_THREADS = 1  # small models are fastest so, and more threads than free cores wait for each other
 
 # tests of the engine: what load() loads in them goes to the device at hand
-ENGINE = ("test_attention", "test_engine", "test_policies", "test_policy_oracle", "test_prefill_layer", "test_sequences")
+ENGINE = ("test_archive", "test_attention", "test_engine", "test_policies", "test_policy_oracle", "test_prefill_layer", "test_sequences")
 device_options: dict[str, Any] = {}
 
 # stages of the data path (cpp/README.md) -> parts of the files and names of their tests, beside the word itself
