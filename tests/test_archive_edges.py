@@ -74,6 +74,23 @@ def test_ubatches_of_any_size_are_those_of_a_fresh_context(n_ubatch: int, prefil
     assert n_archived(llm) > 700
 
 
+@ORDERS
+@pytest.mark.parametrize("seed", range(3))
+def test_prompts_of_any_length_are_those_of_a_fresh_context(seed: int, prefill: str, make_model: MakeModel) -> None:
+    """Of a growing text with edits, against a context without an archive."""
+    rng, path = np.random.default_rng(seed), make_model(SHAPE)
+    n_ubatch = int(rng.integers(64, 300))
+    llm, fresh = (load(path, kv_size=48, prefill=prefill, n_ubatch=n_ubatch, n_batch=512, kv_archive=kv) for kv in (True, None))
+    text = tokens(1500, seed=seed)
+    n_restored = 0
+    for _ in range(8):
+        prompt = text[: int(rng.integers(64, 1500))]
+        assert outcome(llm, prompt) == outcome(fresh, prompt), (n_ubatch, len(prompt))
+        n_restored += n_archived(llm)
+        text[int(rng.integers(1, 1500))] = 7
+    assert n_restored > 0
+
+
 @pytest.mark.parametrize("n_piece", [1, 30, 200])
 def test_pieces_are_archived_only_as_a_whole_prompt_would_be(n_piece: int, make_model: MakeModel, tmp_path: Path) -> None:
     path, prompt = make_model(SHAPE), tokens(600)
