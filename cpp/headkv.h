@@ -224,12 +224,14 @@ LLAMA_API int32_t headkv_compress_as(struct llama_context * ctx, llama_seq_id se
 
 LLAMA_API struct headkv_archive_params headkv_default_archive_params(void);
 
-// Sets the archive of a context with an n_ubatch of 64 or more while no prompt is being read or held; NULL = none, the default. From then on K and V of all tokens of a
-// prompt go there when it is compressed, and prompts that begin like an archived one (same weights, adapters, rotary
-// embedding, types) take them from there: llama_decode() of a whole prompt, or of one from its beginning, computes what differs,
-// and at least the last `window` tokens. The outcome is that of reading all of it. Policies that look at all tokens ("h2o") only write; tokens that were
-// computed in ubatches of fewer than 64, or while other prompts were held, are not archived, since their cells differ in the last bits. What is damaged is
-// removed and read; what cannot be written is logged. Generated tokens are not archived.
+// Sets the archive of a context with an n_ubatch of 64 or more while no prompt is being read or held; NULL = none, the default. From
+// then on K and V of all tokens of a prompt go there when it is compressed, and prompts that begin like an archived one (same weights,
+// adapters, rotary embedding, types) take them from there: llama_decode() of a whole prompt, or of one from its beginning, computes
+// what differs, and at least the last `window` tokens. The outcome is that of reading all of it. Policies that look at all tokens
+// ("h2o") only write; tokens that were computed in ubatches of fewer than 64, or while other prompts were held, are not archived,
+// since their cells differ in the last bits. What is damaged is removed and read; llama_decode() of a whole prompt that finds it in
+// the middle fails once with the reason, and headkv_read_prompt() and headkv_read_ahead() begin it again. What cannot be written is
+// logged. Generated tokens are not archived.
 LLAMA_API int32_t headkv_set_archive(struct llama_context * ctx, const struct headkv_archive_params * params);
 
 LLAMA_API int32_t headkv_get_archive_stats(const struct llama_context * ctx, struct headkv_archive_stats * stats);

@@ -59,9 +59,7 @@ int32_t headkv_get_archive_stats(const struct llama_context * ctx, struct headkv
         if (!kv.archive()) {
             return fail("the context has no archive");
         }
-        const auto & s = kv.archive()->stats();
-        *stats = { sizeof(struct headkv_archive_stats), kv.archive()->max_bytes(), s.n_blocks, s.n_bytes, s.n_restored, s.n_computed,
-            s.n_bytes_read, s.n_bytes_written, s.t_read_us, s.t_write_us, s.n_evicted, s.n_damaged, s.n_failed };
+        *stats = kv.archive()->stats();
         return 0;
     });
 }

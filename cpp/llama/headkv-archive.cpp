@@ -7,7 +7,7 @@
 
 #include <algorithm>
 #include <cstring>
-#include <set>
+#include <numeric>
 #include <stdexcept>
 
 static constexpr uint32_t MAGIC = 0x62616b68; // "hkab"
@@ -91,7 +91,9 @@ static void convert(ggml_type from, const uint8_t * src, ggml_type to, uint8_t *
 //
 
 headkv_archive::headkv_archive(std::unique_ptr<headkv_blocks> blocks, int64_t max_bytes, headkv_archive_layout layout) :
-    blocks(std::move(blocks)), limit(max_bytes), layout(std::move(layout)) {
+    blocks(std::move(blocks)), layout(std::move(layout)) {
+    numbers.size = sizeof(numbers);
+    numbers.max_bytes = max_bytes;
     count();
 }
 
@@ -228,7 +230,7 @@ void headkv_archive::restore(const headkv_archive_hit & hit, size_t i_layer, uin
             note_damaged(block.name);
             throw std::runtime_error(format("block %s of the archive is %s", block.name.c_str(), is_there ? "damaged" : "gone"));
         }
-        numbers.n_bytes_read += (int64_t) raw.size();
+        numbers.bytes_read += (int64_t) raw.size();
         for (bool is_v : { false, true }) {
             ggml_tensor * to = is_v ? v : k;
             const ggml_type type = is_v ? layer.type_v : layer.type_k;
@@ -275,32 +277,35 @@ static void sort_by_use(std::vector<headkv_block_file> & files) {
     std::sort(files.begin(), files.end(), [](const auto & a, const auto & b) { return std::tie(a.t_used_us, a.name) < std::tie(b.t_used_us, b.name); });
 }
 
-void headkv_archive::make_room(int64_t n_bytes, const std::vector<std::string> & chain) {
-    const std::set<std::string> used(chain.begin(), chain.end());
-    auto files = blocks->list();
-    int64_t n_held = blocks->bytes_begun();
-    for (const auto & file : files) {
-        n_held += file.n_bytes;
-    }
+static int64_t sum_bytes(const std::vector<headkv_block_file> & files) {
+    return std::accumulate(files.begin(), files.end(), (int64_t) 0, [](int64_t sum, const auto & file) { return sum + file.n_bytes; });
+}
+
+int64_t headkv_prune_blocks(headkv_blocks & blocks, int64_t max_bytes, const std::set<std::string> & stay) {
+    auto files = blocks.list();
+    int64_t n_held = sum_bytes(files);
+    int64_t res = 0;
     sort_by_use(files);
     for (const auto & file : files) {
-        if (n_held + n_bytes <= limit) {
-            return;
+        if (n_held <= max_bytes) {
+            break;
         }
-        if (used.count(file.name) == 0 && blocks->remove(file.name)) {
-            numbers.n_evicted++;
+        if (stay.count(file.name) == 0 && blocks.remove(file.name)) {
             n_held -= file.n_bytes;
+            res++;
         }
     }
+    return res;
+}
+
+void headkv_archive::make_room(int64_t n_bytes, const std::vector<std::string> & chain) {
+    numbers.n_evicted += headkv_prune_blocks(*blocks, numbers.max_bytes - n_bytes - blocks->bytes_begun(), { chain.begin(), chain.end() });
 }
 
 void headkv_archive::count() {
     const auto files = blocks->list();
     numbers.n_blocks = (int64_t) files.size();
-    numbers.n_bytes = 0;
-    for (const auto & file : files) {
-        numbers.n_bytes += file.n_bytes;
-    }
+    numbers.bytes = sum_bytes(files);
 }
 
 void headkv_archive::note_failure(const std::string & what) {
@@ -334,10 +339,10 @@ headkv_archive_writer::headkv_archive_writer(headkv_archive & archive, const std
             }
             headkv_archive::named_t block = archive.next_block(state, tokens, n, n_rows);
             const int64_t n_bytes = (int64_t) archive.layout.n_bytes_block(n, n_rows);
-            if (n_bytes > archive.limit) {
-                throw std::runtime_error(format("a block takes %lld bytes, and all of it may take %lld", (long long) n_bytes, (long long) archive.limit));
+            if (n_bytes > archive.numbers.max_bytes) {
+                throw std::runtime_error(format("a block takes %lld bytes, and all of it may take %lld", (long long) n_bytes, (long long) archive.numbers.max_bytes));
             }
-            if (n_chain + n_bytes > archive.limit) {
+            if (n_chain + n_bytes > archive.numbers.max_bytes) {
                 break; // a longer prompt than the archive holds: its beginning
             }
             n_chain += n_bytes;
@@ -366,32 +371,23 @@ headkv_archive_writer::headkv_archive_writer(headkv_archive & archive, const std
 }
 
 headkv_archive_writer::~headkv_archive_writer() {
-    for (const auto & block : todo) {
-        archive.blocks->discard(block.name);
-    }
+    discard();
 }
 
-void headkv_archive_writer::fail(const std::string & what) {
-    archive.note_failure(what);
+void headkv_archive_writer::discard() {
     for (const auto & block : todo) {
         archive.blocks->discard(block.name);
     }
     todo.clear();
+}
+
+void headkv_archive_writer::fail(const std::string & what) {
+    archive.note_failure(what);
+    discard();
     failed = true;
 }
 
-// rows of some cells
-static void get_rows(const ggml_tensor * t, const int32_t * cells, uint32_t n_rows, uint8_t * dst) {
-    uint32_t n = 1; // of consecutive cells
-    for (uint32_t i = 0; i < n_rows; i += n) {
-        for (n = 1; i + n < n_rows && cells[i + n] == cells[i] + (int32_t) n;) {
-            n++;
-        }
-        ggml_backend_tensor_get(t, dst + i * t->nb[1], cells[i] * t->nb[1], n * t->nb[1]);
-    }
-}
-
-void headkv_archive_writer::layer(size_t i_layer, const ggml_tensor * k, const ggml_tensor * v, const std::vector<int32_t> & cells) {
+void headkv_archive_writer::layer(size_t i_layer, const ggml_tensor * k, const ggml_tensor * v) {
     const timer t(archive.numbers.t_write_us);
     const auto & layout = archive.layout;
     const auto & shape = layout.layers[i_layer];
@@ -403,14 +399,14 @@ void headkv_archive_writer::layer(size_t i_layer, const ggml_tensor * k, const g
                 const ggml_type type = is_v ? shape.type_v : shape.type_k;
                 uint8_t * to = raw.data() + (is_v ? block.n_rows * layout.n_bytes(i_layer, false) : 0);
                 staged.resize(block.n_rows * layout.n_bytes_staged(i_layer, is_v));
-                get_rows(is_v ? v : k, cells.data() + block.n_tokens - block.n_rows, block.n_rows, staged.data());
+                ggml_backend_tensor_get(is_v ? v : k, staged.data(), (block.n_tokens - block.n_rows) * layout.n_bytes_staged(i_layer, is_v), staged.size());
                 convert(type, staged.data(), layout.kept_as(type), to, block.n_rows, is_v ? shape.n_v : shape.n_k);
             }
             const size_t n_rows = raw.size() - sizeof(uint64_t); // bytes
             const uint64_t sum = headkv_checksum_words(block.sum + i_layer, raw.data(), n_rows);
             std::memcpy(raw.data() + n_rows, &sum, sizeof(sum));
             archive.blocks->write(block.name, (int64_t) layout.offset(i_layer, block.n_tokens, block.n_rows), raw.data(), raw.size());
-            archive.numbers.n_bytes_written += (int64_t) raw.size();
+            archive.numbers.bytes_written += (int64_t) raw.size();
         }
     } catch (const std::exception & e) {
         fail(e.what());
@@ -506,24 +502,4 @@ void headkv_list_blocks(const headkv_blocks & blocks, bool deep, const std::func
             return;
         }
     }
-}
-
-int64_t headkv_prune_blocks(headkv_blocks & blocks, int64_t max_bytes) {
-    auto files = blocks.list();
-    sort_by_use(files);
-    int64_t n_held = 0;
-    for (const auto & file : files) {
-        n_held += file.n_bytes;
-    }
-    int64_t res = 0;
-    for (const auto & file : files) {
-        if (n_held <= max_bytes) {
-            break;
-        }
-        if (blocks.remove(file.name)) {
-            n_held -= file.n_bytes;
-            res++;
-        }
-    }
-    return res;
 }

@@ -3,8 +3,9 @@
 // It is made of blocks of 256 tokens, all layers of them, and for the end of a prompt one of 64, 128 or 192, which goes when
 // the whole one comes. A block is named PARENT-OWN, by a chain of checksums over what its rows depend on and over all tokens
 // up to its beginning and up to its end, which it also holds: two prompts share the blocks of what they share, of the first one in
-// which they differ the tokens before that, and no name is believed. What is not exactly the block that is asked for is no block and is removed. Rows are what the staging holds (K behind the
-// rotary embedding, quantised values rotated), or of another type. All integers as they are in memory:
+// which they differ the tokens before that, and no name is believed. What is not exactly the block that is asked for is no block
+// and is removed. Rows are what the staging holds (K behind the rotary embedding, quantised values rotated), or of another type.
+// All integers as they are in memory:
 //
 //   header   u32 magic, version, tokens of it, layers; u64 seed; u64 tokens up to its end; char model[64];
 //            of each layer i64 bytes of K, of V; i32 tokens[]; u64 checksum of all that
@@ -12,6 +13,7 @@
 #pragma once
 
 #include "headkv-blocks.h"
+#include "headkv.h"
 
 #include "ggml.h"
 #include "llama.h"
@@ -19,6 +21,7 @@
 #include <cstdint>
 #include <functional>
 #include <memory>
+#include <set>
 #include <string>
 #include <vector>
 
@@ -28,7 +31,6 @@ constexpr uint32_t HEADKV_N_STEP = 64; // so many are used at a time, and left t
 // what the rows depend on besides the tokens, and of which layers they are
 struct headkv_archive_layout {
     struct layer_t {
-        int32_t il;
         ggml_type type_k; // as staged
         ggml_type type_v;
         int64_t n_k; // elements of a row
@@ -63,20 +65,6 @@ struct headkv_archive_hit {
 
 class headkv_archive {
 public:
-    struct stats_t {
-        int64_t n_restored = 0; // tokens that did not have to be read
-        int64_t n_computed = 0; // tokens of the same prompts that had
-        int64_t n_bytes_read = 0;
-        int64_t n_bytes_written = 0;
-        int64_t t_read_us = 0;
-        int64_t t_write_us = 0;
-        int64_t n_evicted = 0; // blocks
-        int64_t n_damaged = 0;
-        int64_t n_failed = 0; // prompts that could not be written
-        int64_t n_blocks = 0; // held, as last counted
-        int64_t n_bytes = 0;
-    };
-
     headkv_archive(std::unique_ptr<headkv_blocks> blocks, int64_t max_bytes, headkv_archive_layout layout);
 
     // What is there of the first n_max tokens, computed with these adapters; tokens: those behind them too.
@@ -88,17 +76,15 @@ public:
     void will_restore(const headkv_archive_hit & hit, size_t i_layer) const;
 
     size_t n_layers() const { return layout.layers.size(); }
-    int64_t max_bytes() const { return limit; }
-    const stats_t & stats() const { return numbers; }
+    const headkv_archive_stats & stats() const { return numbers; }
     void note_prompt(uint32_t n_restored, uint32_t n_computed);
 
 private:
     friend class headkv_archive_writer;
 
     const std::unique_ptr<headkv_blocks> blocks;
-    const int64_t limit;
     const headkv_archive_layout layout;
-    stats_t numbers;
+    headkv_archive_stats numbers = {};
     std::string last_failure;
 
     struct named_t {
@@ -130,8 +116,8 @@ public:
     headkv_archive_writer(headkv_archive & archive, const std::vector<llama_token> & tokens, uint64_t adapters, const headkv_archive_hit & in_use);
     ~headkv_archive_writer();
 
-    // all layers in any order; cells: of the tensors, by position
-    void layer(size_t i_layer, const ggml_tensor * k, const ggml_tensor * v, const std::vector<int32_t> & cells);
+    // all layers in any order; the rows of the tensors are the positions
+    void layer(size_t i_layer, const ggml_tensor * k, const ggml_tensor * v);
 
     void commit();
 
@@ -143,6 +129,7 @@ private:
     std::vector<std::string> chain; // of the prompt, as far as it is or will be there
     bool failed = false;
 
+    void discard();
     void fail(const std::string & what);
 };
 
@@ -156,5 +143,5 @@ struct headkv_archive_entry {
 };
 void headkv_list_blocks(const headkv_blocks & blocks, bool deep, const std::function<bool(const headkv_archive_entry &)> & tell);
 
-// Removes the blocks that were not used for the longest time, until the others take n_bytes at most. Returns how many.
-int64_t headkv_prune_blocks(headkv_blocks & blocks, int64_t max_bytes);
+// Removes the blocks that were not used for the longest time, but for some, until the others take max_bytes at most. Returns how many.
+int64_t headkv_prune_blocks(headkv_blocks & blocks, int64_t max_bytes, const std::set<std::string> & stay = {});

@@ -10,7 +10,6 @@
 #include "llama-model.h"
 
 #include <algorithm>
-#include <map>
 #include <stdexcept>
 
 // All bytes of all tensors, as they lie in memory: backends rearrange matrices, and what another one has computed is another prompt.
@@ -66,7 +65,7 @@ void llama_kv_cache_ragged::set_archive(std::unique_ptr<headkv_blocks> blocks, i
     sum.add(archive_seed());
     for (const auto & layer : the_store.layers) {
         const int64_t n = (int64_t) layer.n_embd_head * layer.n_head_kv;
-        layout.layers.push_back({ layer.il, layer.type_k, layer.type_v, n, n });
+        layout.layers.push_back({ layer.type_k, layer.type_v, n, n });
         for (ggml_type staged : { layer.type_k, layer.type_v }) {
             const ggml_type kept = layout.kept_as(staged);
             if (n % ggml_blck_size(kept) != 0) {
@@ -203,7 +202,7 @@ void llama_kv_cache_ragged::begin_archiving(const headkv_seq & prompt) {
 
 void llama_kv_cache_ragged::archive_layer(const headkv_store_layer & layer) {
     if (writing) {
-        writing->layer(&layer - the_store.layers.data(), the_staging.rows(layer.il, false), the_staging.rows(layer.il, true), running->cells_of_prompt());
+        writing->layer(&layer - the_store.layers.data(), the_staging.rows(layer.il, false), the_staging.rows(layer.il, true));
     }
 }
 

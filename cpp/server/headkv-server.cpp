@@ -329,22 +329,18 @@ void headkv_server_announce_end(llama_context * ctx, llama_seq_id seq_id, int32_
     check(headkv_begin_prompt(ctx, seq_id, n_tokens, true, nullptr));
 }
 
-bool headkv_server_read_ahead(llama_context * ctx, llama_seq_id seq_id, const std::vector<llama_token> & tokens, int32_t & n_read) {
+bool headkv_server_read_ahead(llama_context * ctx, llama_seq_id seq_id, const std::vector<llama_token> & tokens, headkv_slot_info & info) {
     static constexpr int32_t MAX_MS = 250; // a step, one ubatch through one layer, may take longer
 
     const int32_t n_left = headkv_read_ahead(ctx, seq_id, tokens.data(), (int32_t) tokens.size(), MAX_MS);
     check(n_left);
     const int64_t n_tokens = (int64_t) tokens.size();
     const int64_t n_ubatch = llama_n_ubatch(ctx);
-    const int64_t n_archived = headkv_server_note(ctx, seq_id).n_archived;
+    info.n_archived = headkv_server_note(ctx, seq_id).n_archived;
+    const int64_t n_archived = info.n_archived;
     const int64_t n_steps = llama_model_n_layer(llama_get_model(ctx)) * ((n_tokens + n_ubatch - 1) / n_ubatch - n_archived / n_ubatch);
-    n_read = (int32_t) (n_archived + (n_tokens - n_archived) * std::max<int64_t>(0, n_steps - n_left) / n_steps);
+    info.n_read = (int32_t) (n_archived + (n_tokens - n_archived) * std::max<int64_t>(0, n_steps - n_left) / n_steps);
     return n_left == 1;
-}
-
-int32_t headkv_server_n_archived(llama_seq_id seq_id) {
-    std::lock_guard<std::mutex> lock(server.mutex);
-    return server.slots.at(seq_id).n_archived;
 }
 
 headkv_slot_info headkv_server_compress(llama_context * ctx, llama_seq_id seq_id) {
@@ -539,19 +535,20 @@ std::string headkv_server_metrics() {
         { "counter", "kv_compress_seconds_total", "Time spent compressing prompts", server.t_compress_us / 1e6 },
     };
     if (headkv_get_args().has_archive()) {
-        items.insert(items.end(), {
-                                          { "counter", "kv_archive_tokens_restored_total", "Prompt tokens that came from the archive", (double) archive.n_restored },
-                                          { "counter", "kv_archive_tokens_computed_total", "Prompt tokens that were read", (double) archive.n_computed },
-                                          { "counter", "kv_archive_read_bytes_total", "Bytes read from the archive", (double) archive.bytes_read },
-                                          { "counter", "kv_archive_written_bytes_total", "Bytes written to the archive", (double) archive.bytes_written },
-                                          { "counter", "kv_archive_read_seconds_total", "Time spent reading from the archive", archive.t_read_us / 1e6 },
-                                          { "counter", "kv_archive_write_seconds_total", "Time spent writing to the archive", archive.t_write_us / 1e6 },
-                                          { "counter", "kv_archive_evicted_blocks_total", "Blocks removed to make room", (double) archive.n_evicted },
-                                          { "counter", "kv_archive_damaged_blocks_total", "Blocks removed because they were damaged", (double) archive.n_damaged },
-                                          { "counter", "kv_archive_failed_prompts_total", "Prompts that could not be written", (double) archive.n_failed },
-                                          { "gauge", "kv_archive_blocks", "Blocks held by the archive", (double) archive.n_blocks },
-                                          { "gauge", "kv_archive_bytes", "Bytes held by the archive", (double) archive.bytes },
-                                  });
+        const std::vector<item_t> more = {
+            { "counter", "kv_archive_tokens_restored_total", "Prompt tokens that came from the archive", (double) archive.n_restored },
+            { "counter", "kv_archive_tokens_computed_total", "Prompt tokens that were read", (double) archive.n_computed },
+            { "counter", "kv_archive_read_bytes_total", "Bytes read from the archive", (double) archive.bytes_read },
+            { "counter", "kv_archive_written_bytes_total", "Bytes written to the archive", (double) archive.bytes_written },
+            { "counter", "kv_archive_read_seconds_total", "Time spent reading from the archive", archive.t_read_us / 1e6 },
+            { "counter", "kv_archive_write_seconds_total", "Time spent writing to the archive", archive.t_write_us / 1e6 },
+            { "counter", "kv_archive_evicted_blocks_total", "Blocks removed to make room", (double) archive.n_evicted },
+            { "counter", "kv_archive_damaged_blocks_total", "Blocks removed because they were damaged", (double) archive.n_damaged },
+            { "counter", "kv_archive_failed_prompts_total", "Prompts that could not be written", (double) archive.n_failed },
+            { "gauge", "kv_archive_blocks", "Blocks held by the archive", (double) archive.n_blocks },
+            { "gauge", "kv_archive_bytes", "Bytes held by the archive", (double) archive.bytes },
+        };
+        items.insert(items.end(), more.begin(), more.end());
     }
     std::string res;
     for (const auto & item : items) {

@@ -60,10 +60,8 @@ void headkv_server_announce(llama_context * ctx, llama_seq_id seq_id, int32_t n_
 void headkv_server_announce_end(llama_context * ctx, llama_seq_id seq_id, int32_t n_tokens);
 
 // Reads on in a whole prompt, for as long as other slots may have to wait. false: more is to be read; true: the batch with
-// the whole prompt has one step left to do. n_read: set to the share of the steps that are done, in tokens.
-bool headkv_server_read_ahead(llama_context * ctx, llama_seq_id seq_id, const std::vector<llama_token> & tokens, int32_t & n_read);
-
-int32_t headkv_server_n_archived(llama_seq_id seq_id); // first tokens of the prompt of a slot, as last noted
+// the whole prompt has one step left to do. info: of what is read, and what of it was archived.
+bool headkv_server_read_ahead(llama_context * ctx, llama_seq_id seq_id, const std::vector<llama_token> & tokens, headkv_slot_info & info);
 
 headkv_slot_info headkv_server_compress(llama_context * ctx, llama_seq_id seq_id);
 

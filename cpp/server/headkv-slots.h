@@ -117,9 +117,9 @@ static bool headkv_server_read(server_slot & slot, const server_batch & batch, i
     const int32_t n_tokens = slot.task->n_tokens();
     const int64_t t_start = ggml_time_us();
     common_set_adapter_lora(slot.ctx_tgt, slot.lora); // upstream sets those of the batch, when it is complete
-    const bool is_ahead = headkv_server_read_ahead(slot.ctx_tgt, slot.id, slot.task->tokens.get_text_tokens(), info.n_read);
+    const bool is_ahead = headkv_server_read_ahead(slot.ctx_tgt, slot.id, slot.task->tokens.get_text_tokens(), info);
     slot.stats.update_prompt_last();
-    slot.stats.n_prompt_cached = headkv_server_n_archived(slot.id);
+    slot.stats.n_prompt_cached = info.n_archived;
     metrics.add_prompt(0, slot.stats.t_prompt_last - t_start); // its tokens are counted with the batch
     if (!is_ahead || batch.size() + n_tokens > n_batch) {
         if (slot.stats.t_prompt_last - std::max(slot.t_print_last, slot.stats.t_start) > 3 * 1000 * 1000) {
@@ -132,8 +132,8 @@ static bool headkv_server_read(server_slot & slot, const server_batch & batch, i
         return false;
     }
     headkv_server_announce_end(slot.ctx_tgt, slot.id, n_tokens);
-    metrics.add_prompt_cached(headkv_server_n_archived(slot.id));
-    metrics.add_prompt(-(uint64_t) headkv_server_n_archived(slot.id), 0); // they are counted with the batch, which is the whole prompt
+    metrics.add_prompt_cached(info.n_archived);
+    metrics.add_prompt(-(uint64_t) info.n_archived, 0); // they are counted with the batch, which is the whole prompt
     return true;
 }
 
