@@ -287,6 +287,12 @@ LLAMA_API int32_t headkv_get_footprint(const struct llama_context * ctx, const s
 LLAMA_API int32_t headkv_read_attention(struct llama_context * ctx, llama_seq_id seq_id, int32_t n_queries, const int32_t * spans,
         int32_t n_spans, int32_t n_top, float * mass, int32_t * top, int32_t n);
 
+// Attention of the same tokens to the first n_positions positions: the largest probability that one of them gives to a position in
+// one of the query heads of a group, [n_layer][n_head_kv_max][n_positions]; 0 where a layer has fewer heads. Returns the number of
+// values; dst may be NULL to ask for it.
+LLAMA_API int32_t headkv_read_attention_max(struct llama_context * ctx, llama_seq_id seq_id, int32_t n_queries, int32_t n_positions,
+        float * dst, int32_t n);
+
 #ifdef __cplusplus
 }
 #endif

@@ -194,6 +194,9 @@ _PROTOTYPES: dict[str, tuple[list[Any], Any]] = {
         [_CTX, ctypes.c_int32, ctypes.c_int32, _I32, ctypes.c_int32, ctypes.c_int32, _F32, _I32, ctypes.c_int32],
         ctypes.c_int32,
     ),
+    # int32_t headkv_read_attention_max(struct llama_context * ctx, llama_seq_id seq_id, int32_t n_queries, int32_t n_positions,
+    #                                   float * dst, int32_t n);
+    "headkv_read_attention_max": ([_CTX] + [ctypes.c_int32] * 3 + [_F32, ctypes.c_int32], ctypes.c_int32),
     # int32_t headkv_read_prompt(struct llama_context * ctx, llama_seq_id seq_id, const llama_token * tokens, int32_t n_tokens);
     "headkv_read_prompt": ([_CTX, ctypes.c_int32, _I32, ctypes.c_int32], ctypes.c_int32),
     # int32_t headkv_read_ahead(struct llama_context * ctx, llama_seq_id seq_id, const llama_token * tokens, int32_t n_tokens, int32_t max_ms);

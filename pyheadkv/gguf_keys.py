@@ -130,32 +130,32 @@ def _importance_of(header: Header) -> Importance | None:
     prefix = KEY_IMPORTANCE.format(arch=header.arch)
     if not any(name == prefix or name.startswith(prefix + ".") for name in header.pairs):
         return None
-    version = _typed(header, KEY_VERSION, (UINT32,))
+    version = typed(header, KEY_VERSION, (UINT32,))
     if version != VERSION:
         raise ValueError(f"{header.path}: {prefix}.version = {version}, readable is {VERSION}: update pyheadkv or {REMEDY_WRITE}")
-    flat = _typed(header, KEY_IMPORTANCE, (FLOAT32, FLOAT64), array=True)
-    shape = tuple(_typed(header, KEY_SHAPE, (UINT32,), array=True).tolist())
+    flat = typed(header, KEY_IMPORTANCE, (FLOAT32, FLOAT64), array=True)
+    shape = tuple(typed(header, KEY_SHAPE, (UINT32,), array=True).tolist())
     if len(shape) != 2 or math.prod(shape) != len(flat):
         raise ValueError(f"{header.path}: {prefix}.shape = {list(shape)} does not fit {len(flat)} values: {REMEDY_WRITE}")
     values = check_importance(flat.reshape(shape), name=f"{header.path}: {prefix}")
     check_model_heads(header, values)
-    method, source = (_typed(header, key, (STRING,)) for key in (KEY_METHOD, KEY_SOURCE))
+    method, source = (typed(header, key, (STRING,)) for key in (KEY_METHOD, KEY_SOURCE))
     beta = None
     if KEY_BETA.format(arch=header.arch) in header.pairs:
-        beta = check_beta(_typed(header, KEY_BETA, (FLOAT64,)), name=f"{header.path}: {prefix}.beta")
+        beta = check_beta(typed(header, KEY_BETA, (FLOAT64,)), name=f"{header.path}: {prefix}.beta")
     return Importance(values, method, source, version, header.arch, beta)
 
 
-def _typed(header: Header, key: str, types: tuple[int, ...], *, array: bool = False) -> Any:
+def typed(header: Header, key: str, types: tuple[int, ...], *, array: bool = False, remedy: str = REMEDY_WRITE) -> Any:
     """Value of a key that must be there with one of these types (of its elements, for an array)."""
     name = key.format(arch=header.arch)
     pair = header.pairs.get(name)
     wanted = " or ".join(TYPE_NAMES[t] for t in types)
     if pair is None:
-        raise ValueError(f"{header.path}: key {name} is missing, expected {wanted}: {REMEDY_WRITE}")
+        raise ValueError(f"{header.path}: key {name} is missing, expected {wanted}: {remedy}")
     found = pair.sub_type if pair.type == ARRAY else pair.type
     if found not in types or (pair.type == ARRAY) != array:
         kind = "array of " if pair.type == ARRAY else ""
         want_kind = "array of " if array else ""
-        raise ValueError(f"{header.path}: key {name} is {kind}{TYPE_NAMES[found or 0]}, expected {want_kind}{wanted}: {REMEDY_WRITE}")
+        raise ValueError(f"{header.path}: key {name} is {kind}{TYPE_NAMES[found or 0]}, expected {want_kind}{wanted}: {remedy}")
     return pair.value

@@ -21,10 +21,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .atomic_write import replace_file
-from .gguf_copy import write_fields
+from .gguf_copy import Field, write_fields
 from .gguf_header import STRING, once_per_file, read_header
 from .gguf_keys import importance_fields, read_importance
 from .importance_values import Importance, check_importance, fit_heads
+from .replay_values import ReplayTable, replay_fields
 from .score_files import load_scores
 
 SIDECAR = ".importance.json"
@@ -178,23 +179,37 @@ def registered() -> list[Path]:
 
 def find_registered(model: str | os.PathLike[str]) -> Found | None:
     """What the registry has for a model: that of the same weights, else the nearest one that is related to it."""
+    nearest = find_entry(model, "importance")
+    if nearest is None:
+        return None
+    entry, origin, relative = nearest
+    values = check_importance(entry["importance"], name=f"registry: {entry['name']}")
+    found = Importance(values, method=entry["method"], source=entry["source"], arch=entry["arch"], beta=entry.get("beta"))
+    return Found(found, origin, relative)
+
+
+def find_entry(model: str | os.PathLike[str], member: str) -> tuple[dict[str, Any], str, bool] | None:
+    """Of the entries that have a member, that of the same weights, else the nearest one that is related to a model.
+
+    Returns
+    -------
+    the entry; its origin, for people; whether it is of other weights
+    """
     mine = fingerprint(model)
     best: tuple[float, dict[str, Any]] | None = None
     for file in registered():
         entry = json.loads(file.read_text(encoding="utf-8"))
-        distance = _distance(mine, entry)
+        distance = _distance(mine, entry) if member in entry else None
         if distance is not None and (best is None or distance < best[0]):
             best = distance, entry
     if best is None:
         return None
     distance, entry = best
-    values = check_importance(entry["importance"], name=f"registry: {entry['name']}")
     relative = distance > SAME
     origin = f"registry: {entry['name']}"
     if relative:
         origin += " (a relative of this model: the weights differ)" if entry["sketch"] else " (by shape: the weights were not compared)"
-    found = Importance(values, method=entry["method"], source=entry["source"], arch=mine.arch, beta=entry.get("beta"))
-    return Found(found, origin, relative)
+    return entry, origin, relative
 
 
 def _distance(mine: Fingerprint, entry: dict[str, Any]) -> float | None:
@@ -212,13 +227,19 @@ def _distance(mine: Fingerprint, entry: dict[str, Any]) -> float | None:
     return distance if distance <= RELATIVE else None
 
 
-def write_gguf(model: str | os.PathLike[str], importance: Importance) -> Path:
-    """A GGUF in the user's cache that holds nothing but this importance: what llama-server reads."""
+def write_gguf(model: str | os.PathLike[str], importance: Importance | None, replay: ReplayTable | None = None) -> Path:
+    """A GGUF in the user's cache that holds nothing but this importance and this table: what llama-server reads."""
     mine = fingerprint(model)
     path = cache_folder() / "importance" / f"{mine.key}.gguf"
     path.parent.mkdir(parents=True, exist_ok=True)
-    fields = importance_fields(importance.values, arch=mine.arch, method=importance.method, source=importance.source, beta=importance.beta)
-    replace_file(path, lambda out: write_fields(out, [("general.architecture", STRING, None, mine.arch), *fields]))
+    fields: list[Field] = [("general.architecture", STRING, None, mine.arch)]
+    if importance is not None:
+        fields += importance_fields(
+            importance.values, arch=mine.arch, method=importance.method, source=importance.source, beta=importance.beta
+        )
+    if replay is not None:
+        fields += replay_fields(replay, arch=mine.arch)
+    replace_file(path, lambda out: write_fields(out, fields))
     return path
 
 

@@ -866,6 +866,33 @@ class Llama(llama_cpp.Llama):
         _lib.check(_lib.lib.headkv_read_attention(*head, mass.ctypes.data_as(f32), top.ctypes.data_as(i32), n), ValueError)
         return mass, top
 
+    def read_attention_max(self, n_positions: int, *, n_queries: int = 1) -> npt.NDArray[np.float32]:
+        """The most that the last evaluated tokens attend to each of the first positions of a prompt that is not compressed yet.
+
+        Parameters
+        ----------
+        n_positions : how many
+        n_queries : of the last so many tokens, at most ``window``
+
+        Returns
+        -------
+        float32 (n_layer, n_head_kv, n_positions), the largest probability over the tokens and the query heads of each KV head; 0
+            where a layer has no such head
+
+        Raises
+        ------
+        ValueError
+            the prompt is compressed or empty, or ``n_positions`` or ``n_queries`` exceeds it
+        """
+        self._need_options()
+        head = (self.ctx, 0, n_queries, n_positions)
+        n = _lib.check(_lib.lib.headkv_read_attention_max(*head, None, 0), ValueError)
+        n_layer = llama_cpp.llama_model_n_layer(self.model)
+        best = np.zeros((n_layer, n // n_layer // n_positions, n_positions), dtype=np.float32)
+        data = best.ctypes.data_as(ctypes.POINTER(ctypes.c_float))
+        _lib.check(_lib.lib.headkv_read_attention_max(*head, data, n), ValueError)
+        return best
+
     def _read_floats(self, func: Any, n_row: int, n_max: int, *args: Any) -> npt.NDArray[np.float32]:
         values = np.zeros((n_max, n_row), dtype=np.float32)
         n = _lib.check(func(self.ctx, 0, *args, values.ctypes.data_as(ctypes.POINTER(ctypes.c_float)), values.size), ValueError)

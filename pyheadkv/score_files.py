@@ -49,7 +49,7 @@ def load_scores(path: PathLike) -> Importance:
 
 def _load_json(raw: bytes, path: Path) -> Importance:
     try:
-        data = json.loads(raw, object_pairs_hook=_no_duplicates)
+        data = json.loads(raw, object_pairs_hook=no_duplicates)
     except ValueError as error:  # also what a byte that is not UTF-8 and broken JSON raise
         raise ValueError(f"{path}: not readable as JSON: {error}; {REMEDY_DAMAGED}") from None
     except RecursionError:
@@ -102,7 +102,8 @@ def _load_text(raw: bytes, path: Path) -> Importance:
     return Importance(check_importance(rows, name=str(path)))
 
 
-def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of a JSON file, for ``object_pairs_hook``; ValueError where a key is there twice."""
     result = dict(pairs)
     if len(result) != len(pairs):
         seen: set[str] = set()

@@ -89,7 +89,7 @@ static std::vector<bool> mark_spans(const std::vector<std::pair<int32_t, int32_t
     return res;
 }
 
-static void check_attention(const headkv_seq & seq, llama_seq_id seq_id, llama_pos n_ring, int32_t n_queries, int32_t n_top) {
+static void check_attention(const headkv_seq & seq, llama_seq_id seq_id, llama_pos n_ring, int32_t n_queries) {
     if (seq.state != HEADKV_SEQ_STAGED) {
         throw std::invalid_argument(format("sequence %d is not staged: attention is that of a prompt before its compression", seq_id));
     }
@@ -97,63 +97,100 @@ static void check_attention(const headkv_seq & seq, llama_seq_id seq_id, llama_p
     if (n_queries < 1 || n_queries > n_window) {
         throw std::invalid_argument(format("attention of the last %d tokens: it must be in [1, %d], those whose queries the window has", n_queries, n_window));
     }
-    if (n_top < 1 || n_top > seq.n_pos - n_queries + 1) {
-        throw std::invalid_argument(format("%d largest probabilities of %d: it must be in [1, %d]", n_top, seq.n_pos, seq.n_pos - n_queries + 1));
+}
+
+// the probabilities that one query of one query head gives to the cells of a sequence, in the order of their positions
+struct attention_row {
+    int32_t il;
+    int64_t ih_kv;
+    int64_t ih;
+    int64_t i_query;
+    const float * probs;
+};
+
+static constexpr int64_t N_QUERIES_AT_ONCE = 64; // of a group: what the probabilities take at a time
+
+// all rows of the last n_queries tokens of a staged sequence
+static void each_row(llama_kv_cache_ragged & kv, llama_context * lctx, llama_seq_id seq_id, int32_t n_queries, const std::function<void(const attention_row &)> & see) {
+    const headkv_seq & seq = kv.seq(seq_id);
+    const int64_t n = seq.n_pos;
+    const auto slots = seq.window_slots(seq_id, n_queries);
+    if (slots.empty()) {
+        throw std::runtime_error("the queries of the last tokens are missing: evaluate them again");
+    }
+    const std::vector<int32_t> cells = kv.staging().cells_of(seq_id, seq.n_pos);
+    const auto mask = headkv_causal_mask(n, n_queries);
+
+    lctx->synchronize();
+    headkv_runner runner(lctx);
+    for (const auto & layer : kv.store().layers) {
+        const int64_t D = layer.n_embd_head;
+        const int64_t G = layer.n_group();
+        ggml_tensor * k_all = kv.staging().rows(layer.il, false);
+        for (int64_t first = 0; first < n_queries; first += N_QUERIES_AT_ONCE) {
+            const int64_t m = std::min<int64_t>(N_QUERIES_AT_ONCE, n_queries - first);
+
+            headkv_scratch scratch;
+            ggml_tensor * t_cells = scratch.new_tensor(GGML_TYPE_I32, n);
+            ggml_tensor * t_slots = scratch.new_tensor(GGML_TYPE_I32, m);
+            ggml_tensor * t_mask = scratch.new_tensor(GGML_TYPE_F16, n, m);
+            ggml_tensor * t_probs = scratch.new_tensor(GGML_TYPE_F32, n, m, G);
+            scratch.alloc(layer.buft);
+            headkv_set_data(t_cells, cells);
+            headkv_set_data(t_slots, std::vector<int32_t>(slots.begin() + first, slots.begin() + first + m));
+            headkv_set_data(t_mask, std::vector<ggml_fp16_t>(mask.begin() + first * n, mask.begin() + (first + m) * n));
+
+            for (int64_t ih = 0; ih < layer.n_head_kv; ++ih) {
+                runner.begin();
+                ggml_context * ctx = runner.ctx.get();
+                ggml_tensor * q = headkv_queries_of_head(ctx, kv.staging().ring(layer.il), t_slots, layer, ih);
+                ggml_tensor * k = ggml_view_2d(ctx, k_all, D, k_all->ne[1], k_all->nb[1], ih * ggml_row_size(k_all->type, D));
+                ggml_tensor * p = ggml_mul_mat(ctx, ggml_get_rows(ctx, k, t_cells), ggml_reshape_2d(ctx, q, D, m * G));
+                ggml_prec_set_acc(p, GGML_PREC_F32);
+                p = headkv_build_soft_max(ctx, ggml_reshape_3d(ctx, p, n, m, G), t_mask, layer.attend->scale, layer.attend->softcap);
+                ggml_build_forward_expand(runner.gf, ggml_cpy(ctx, p, t_probs));
+                runner.run();
+                const auto probs = headkv_get_data<float>(t_probs, n * m * G);
+                for (int64_t j = 0; j < m * G; ++j) {
+                    see({ layer.il, ih, ih * G + j / m, first + j % m, probs.data() + j * n });
+                }
+            }
+        }
     }
 }
 
 void headkv_attention_of(llama_kv_cache_ragged & kv, llama_context * lctx, llama_seq_id seq_id, int32_t n_queries,
         const std::vector<std::pair<int32_t, int32_t>> & spans, int32_t n_top, float * mass, int32_t * top) {
     const headkv_seq & seq = kv.seq(seq_id);
-    check_attention(seq, seq_id, kv.staging().n_ring(), n_queries, n_top);
-    const int64_t n = seq.n_pos;
-    const std::vector<bool> inside = mark_spans(spans, seq.n_pos);
-    const auto slots = seq.window_slots(seq_id, n_queries);
-    if (slots.empty()) {
-        throw std::runtime_error("the queries of the last tokens are missing: evaluate them again");
+    check_attention(seq, seq_id, kv.staging().n_ring(), n_queries);
+    if (n_top < 1 || n_top > seq.n_pos - n_queries + 1) {
+        throw std::invalid_argument(format("%d largest probabilities of %d: it must be in [1, %d]", n_top, seq.n_pos, seq.n_pos - n_queries + 1));
     }
-    const std::vector<int32_t> cells = kv.staging().cells_of(seq_id, seq.n_pos);
-
+    const std::vector<bool> inside = mark_spans(spans, seq.n_pos);
     const size_t n_row = kv.n_head_max();
     const size_t n_all = n_row * kv.n_layer(); // of one query
     std::fill(mass, mass + n_queries * n_all, 0.0f);
     std::fill(top, top + n_queries * n_all, -1);
-
-    lctx->synchronize();
-    headkv_runner runner(lctx);
     std::vector<float> best;
-    for (const auto & layer : kv.store().layers) {
-        const int64_t D = layer.n_embd_head;
-        const int64_t G = layer.n_group();
+    each_row(kv, lctx, seq_id, n_queries, [&](const attention_row & row) {
+        const size_t i = row.i_query * n_all + row.il * n_row + row.ih;
+        std::tie(mass[i], top[i]) = reduce_row(row.probs, inside, n_top, best);
+    });
+}
 
-        headkv_scratch scratch;
-        ggml_tensor * t_cells = scratch.new_tensor(GGML_TYPE_I32, n);
-        ggml_tensor * t_slots = scratch.new_tensor(GGML_TYPE_I32, n_queries);
-        ggml_tensor * t_mask = scratch.new_tensor(GGML_TYPE_F16, n, n_queries);
-        ggml_tensor * t_probs = scratch.new_tensor(GGML_TYPE_F32, n, n_queries, G);
-        scratch.alloc(layer.buft);
-        headkv_set_data(t_cells, cells);
-        headkv_set_data(t_slots, slots);
-        headkv_set_data(t_mask, headkv_causal_mask(n, n_queries));
-
-        ggml_tensor * k_all = kv.staging().rows(layer.il, false);
-        for (int64_t ih = 0; ih < layer.n_head_kv; ++ih) {
-            runner.begin();
-            ggml_context * ctx = runner.ctx.get();
-            ggml_tensor * q = headkv_queries_of_head(ctx, kv.staging().ring(layer.il), t_slots, layer, ih);
-            ggml_tensor * k = ggml_view_2d(ctx, k_all, D, k_all->ne[1], k_all->nb[1], ih * ggml_row_size(k_all->type, D));
-            ggml_tensor * p = ggml_mul_mat(ctx, ggml_get_rows(ctx, k, t_cells), ggml_reshape_2d(ctx, q, D, n_queries * G));
-            ggml_prec_set_acc(p, GGML_PREC_F32);
-            p = headkv_build_soft_max(ctx, ggml_reshape_3d(ctx, p, n, n_queries, G), t_mask, layer.attend->scale, layer.attend->softcap);
-            ggml_build_forward_expand(runner.gf, ggml_cpy(ctx, p, t_probs));
-            runner.run();
-            const auto probs = headkv_get_data<float>(t_probs, n * n_queries * G);
-            for (int64_t j = 0; j < n_queries * G; ++j) {
-                const size_t i = (j % n_queries) * n_all + layer.il * n_row + ih * G + j / n_queries;
-                std::tie(mass[i], top[i]) = reduce_row(probs.data() + j * n, inside, n_top, best);
-            }
-        }
+void headkv_attention_max_of(llama_kv_cache_ragged & kv, llama_context * lctx, llama_seq_id seq_id, int32_t n_queries, int32_t n_positions, float * dst) {
+    const headkv_seq & seq = kv.seq(seq_id);
+    check_attention(seq, seq_id, kv.staging().n_ring(), n_queries);
+    if (n_positions < 1 || n_positions > seq.n_pos) {
+        throw std::invalid_argument(format("attention to the first %d positions: it must be in [1, %d]", n_positions, seq.n_pos));
     }
+    std::fill(dst, dst + (size_t) kv.n_layer() * kv.n_head_kv_max() * n_positions, 0.0f);
+    each_row(kv, lctx, seq_id, n_queries, [&](const attention_row & row) {
+        float * best = dst + ((size_t) row.il * kv.n_head_kv_max() + row.ih_kv) * n_positions;
+        for (int32_t i = 0; i < n_positions; ++i) {
+            best[i] = std::max(best[i], row.probs[i]);
+        }
+    });
 }
 
 //

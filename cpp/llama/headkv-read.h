@@ -17,6 +17,9 @@ bool headkv_fill(llama_kv_cache_ragged & kv, llama_context * lctx, llama_seq_id 
 void headkv_attention_of(llama_kv_cache_ragged & kv, llama_context * lctx, llama_seq_id seq_id, int32_t n_queries,
         const std::vector<std::pair<int32_t, int32_t>> & spans, int32_t n_top, float * mass, int32_t * top);
 
+// The largest probabilities of the first positions, see headkv_read_attention_max().
+void headkv_attention_max_of(llama_kv_cache_ragged & kv, llama_context * lctx, llama_seq_id seq_id, int32_t n_queries, int32_t n_positions, float * dst);
+
 // Rows converted to float into dst, which has room for n values. Return their number.
 int32_t headkv_window_of(const llama_kv_cache_ragged & kv, llama_seq_id seq_id, int32_t il, float * dst, int64_t n);
 int32_t headkv_cells_of(const llama_kv_cache_ragged & kv, llama_seq_id seq_id, int32_t il, int32_t ih, bool v, float * dst, int64_t n);

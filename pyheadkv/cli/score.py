@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 import time
 from dataclasses import asdict
@@ -13,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .. import __version__
-from ..atomic_write import check_destination
 from ..eval.journal import Journal, sha256
 from ..eval.needle import speaks_needle_language
 from ..gguf_keys import read_importance, write_importance
@@ -21,6 +19,7 @@ from ..importance import cache_path, fingerprint, sidecar_path
 from ..importance_values import Importance
 from ..model import model_path, read_shape
 from ..options import check_int
+from ..replay_values import METHOD
 from ..score import calibrate
 from ..score.calibrate import N_COPIES, HeldOut
 from ..score.examples import METHODS, N_QUESTION, PROTOCOLS, make_examples
@@ -41,8 +40,10 @@ from ..score.measure import (
     write_json,
 )
 from ..units import round_n_ctx
+from . import score_replay
 from .arguments import threads_kwargs
 from .inspect import gini
+from .score_outputs import check_files, default_output
 
 if TYPE_CHECKING:
     from ..llama import Llama
@@ -63,14 +64,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=Path,
         metavar="FILE.json",
         help="score file to write (default: MODEL.importance.json beside the model, or in the user's cache where its folder "
-        "cannot be written; there it is found)",
+        "cannot be written; there it is found; with replay MODEL.replay.json)",
     )
     parser.add_argument("--write", type=Path, metavar="OUT.gguf", help="also write a copy of the model with the importance")
     parser.add_argument(
         "--method",
-        choices=METHODS,
+        choices=(*METHODS, METHOD),
         default="r2",
-        help="r2 retrieval and reasoning, er retrieval, r retrieval heads by copying, mix five kinds of questions (default: %(default)s)",
+        help="r2 retrieval and reasoning, er retrieval, r retrieval heads by copying, mix five kinds of questions; replay: no questions, the "
+        "share of a text that each KV head needs to repeat it, for prompts whose questions come later (default: %(default)s)",
     )
     parser.add_argument(
         "--protocol",
@@ -88,16 +90,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--examples",
         type=int,
         metavar="N",
-        help=f"of protocol clean (default: until the ranks of the KV heads are stable, {N_STABLE} to 60)",
+        help=f"of protocol clean (default: until the ranks of the KV heads are stable, {N_STABLE} to 60), or texts to repeat (default: all)",
     )
     parser.add_argument(
         "--max-tokens",
         type=int,
         metavar="N",
-        help=f"longest prompt (default: {CLEAN_MAX_TOKENS}, {CORPUS_MAX_TOKENS} for the embedded model, "
+        help=f"longest prompt, or text to repeat (default: {CLEAN_MAX_TOKENS}, {CORPUS_MAX_TOKENS} for the embedded model, "
         f"{MAX_TOKENS} with protocol authors)",
     )
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the haystacks (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the haystacks or texts (default: %(default)s)")
     parser.add_argument("--calibrate", action="store_true", help="also choose beta on held-out examples and store it with the importance")
     parser.add_argument(
         "--kv-size",
@@ -107,8 +109,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"cells per KV head that --calibrate compresses to (default: {' '.join(map(str, calibrate.KV_SIZES))})",
     )
     parser.add_argument("--resume", action="store_true", help="go on with a run that was interrupted")
-    parser.add_argument("--force", action="store_true", help="replace files that exist and importance in the model")
-    parser.add_argument("--keep", action="store_true", help="leave FILE.json.part, which has the scores of every example")
+    parser.add_argument("--force", action="store_true", help="replace files that exist and what the model has of it")
+    parser.add_argument("--keep", action="store_true", help="leave FILE.json.part, which has the scores of every example or text")
     group = parser.add_argument_group("engine")
     group.add_argument("--n-batch", type=int, default=512, metavar="N", help="tokens per step (default: %(default)s)")
     group.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: half of the CPUs, all for the prompts)")
@@ -117,13 +119,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Measure, write the score file and the model when asked to, and report."""
+    if args.method == METHOD:
+        return score_replay.run(args)
     path = model_path(args.model)
     if args.output is None:
-        args.output = default_output(path)
-        if args.output == cache_path(path):
-            args.output.parent.mkdir(parents=True, exist_ok=True)
+        args.output = default_output(path, sidecar_path(path), cache_path(path))
     answers = choose_answers(args)
-    journal_path = _check_files(path, args)
+    journal_path = check_files(path, args, "an importance", read_importance)
     max_tokens = choose_max_tokens(args, n_ctx_train=read_shape(path).n_ctx_train)
     if args.examples is not None:
         check_int("--examples", args.examples, 1, 1 << 20)
@@ -202,29 +204,6 @@ def report(scores: dict[str, Any], *, n_read: int, seconds: float) -> str:
         f"importance  Gini {gini(importance):.3f}; largest, as layer-head: {heads}",
     )
     return "\n".join(lines)
-
-
-def _check_files(path: Path, args: argparse.Namespace) -> Path:
-    """Refuse now what would fail after hours; the path of the journal."""
-    journal: Path = args.output.with_name(args.output.name + ".part")
-    if args.output.exists() and not args.force:
-        state = "is complete, there is nothing to go on with" if args.resume and not journal.exists() else "exists"
-        raise ValueError(f"output {args.output} {state}: pass --force to replace it, or choose another name")
-    if not args.output.parent.is_dir():
-        raise ValueError(f"output {args.output} is in a folder that does not exist: choose an existing one")
-    if journal.exists() and not (args.resume or args.force):
-        raise ValueError(f"{journal} holds an interrupted run: pass --resume to go on, or --force to begin again")
-    if args.write is not None:
-        check_destination(path, args.write, force=args.force)
-        if not args.force and read_importance(path) is not None:
-            raise ValueError(f"{path} has an importance already: pass --force to replace it in {args.write}")
-    return journal
-
-
-def default_output(model: Path) -> Path:
-    """Beside the model, or in the user's cache where its folder cannot be written."""
-    beside = sidecar_path(model)
-    return beside if os.access(beside.parent, os.W_OK) else cache_path(model)
 
 
 def choose_answers(args: argparse.Namespace) -> str:

@@ -13,6 +13,7 @@ from .._lib import library_path
 from ..importance import IN_METADATA, find_importance, write_gguf
 from ..model import model_path
 from ..options import AUTO, BY_IMPORTANCE
+from ..replay import find_replay
 
 #: flags of llama-server that name a model
 MODEL_FLAGS = frozenset("-m --model -mu --model-url -hf -hfr --hf-repo -dr --docker-repo --models-dir --models-preset".split())
@@ -62,7 +63,8 @@ def _importance_flags(model: Sequence[str], rest: Sequence[str]) -> list[str]:
     if found is None or found.origin == IN_METADATA:
         return []
     print(f"pyheadkv: importance from {found.origin}", file=sys.stderr)
-    return ["--kv-importance", str(write_gguf(path, found.importance))]
+    replay = find_replay(path)
+    return ["--kv-importance", str(write_gguf(path, found.importance, None if replay is None else replay.table))]
 
 
 def run(args: argparse.Namespace) -> int:

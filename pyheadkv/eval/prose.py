@@ -238,9 +238,16 @@ class Prose:
             text = _split_chat(text)[1]
         return self.llm.tokenize(text.encode(), add_bos=False, special=True)
 
-    def wrap(self, *, chat: bool = True) -> tuple[list[int], list[int]]:
-        """Tokens before and after one message, in the chat template of the model if it has one and ``chat``."""
-        return self._around(MARK if self._template is None or not chat else render_chat(self.llm, self._template, MARK))
+    def wrap(self, *, chat: bool = True, after: str = "") -> tuple[list[int], list[int]]:
+        """Tokens before and after one message, in the chat template of the model if it has one and ``chat``.
+
+        Parameters
+        ----------
+        after : text at the end of the message
+        """
+        if self._template is None or not chat:
+            return self._around(MARK + after + ("\n\n" if after else ""))
+        return self._around(render_chat(self.llm, self._template, MARK + after))
 
     def _around(self, whole: str) -> tuple[list[int], list[int]]:
         prefix, suffix = _split_chat(whole)

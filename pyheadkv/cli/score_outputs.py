@@ -1,0 +1,42 @@
+"""Files that ``pyheadkv score`` writes: where they go, and what is refused before hours are spent."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from ..atomic_write import check_destination
+
+
+def default_output(model: Path, beside: Path, cached: Path) -> Path:
+    """Beside the model, or in the user's cache where its folder cannot be written."""
+    if os.access(model.parent, os.W_OK):
+        return beside
+    cached.parent.mkdir(parents=True, exist_ok=True)
+    return cached
+
+
+def check_files(path: Path, args: argparse.Namespace, what: str, read: Callable[[Path], Any]) -> Path:
+    """Refuse now what would fail after hours; the path of the journal.
+
+    Parameters
+    ----------
+    what : is measured, with its article
+    read : what a model has of it in its metadata, None for nothing
+    """
+    journal: Path = args.output.with_name(args.output.name + ".part")
+    if args.output.exists() and not args.force:
+        state = "is complete, there is nothing to go on with" if args.resume and not journal.exists() else "exists"
+        raise ValueError(f"output {args.output} {state}: pass --force to replace it, or choose another name")
+    if not args.output.parent.is_dir():
+        raise ValueError(f"output {args.output} is in a folder that does not exist: choose an existing one")
+    if journal.exists() and not (args.resume or args.force):
+        raise ValueError(f"{journal} holds an interrupted run: pass --resume to go on, or --force to begin again")
+    if args.write is not None:
+        check_destination(path, args.write, force=args.force)
+        if not args.force and read(path) is not None:
+            raise ValueError(f"{path} has {what} already: pass --force to replace it in {args.write}")
+    return journal

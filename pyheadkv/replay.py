@@ -1,0 +1,84 @@
+"""Where the replay table of a model comes from: the same places as its importance (``pyheadkv.importance``).
+
+In this order: the metadata of the model, ``MODEL.replay.json`` beside it, the user's cache, and the registry of the package.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from .gguf_header import read_header
+from .importance import IN_METADATA, cache_folder, find_entry, fingerprint
+from .replay_values import ReplayTable, check_model_replay, load_replay, read_replay, replay_of
+
+SIDECAR = ".replay.json"
+
+
+@dataclass(frozen=True)
+class FoundReplay:
+    """A table and where it is from.
+
+    Attributes
+    ----------
+    table : the values
+    origin : for people, such as "registry: SmolLM2-135M-Instruct"
+    relative : measured on another model of the same family, not on these weights
+    """
+
+    table: ReplayTable
+    origin: str
+    relative: bool = False
+
+
+def find_replay(model: str | os.PathLike[str]) -> FoundReplay | None:
+    """Table of a model for which none was given; None = nothing is known of it.
+
+    Raises
+    ------
+    ValueError : what is there is damaged or of another model
+    """
+    path = Path(model)
+    stored = read_replay(path)
+    if stored is not None:
+        return FoundReplay(stored, IN_METADATA)
+    for place, what in ((sidecar_path(path), "beside the model"), (cache_path(path), "user cache")):
+        if place.is_file():
+            return FoundReplay(load_for(place, path), f"{what}: {place}")
+    found = find_entry(path, "replay")
+    if found is None:
+        return None
+    entry, origin, relative = found
+    table = replay_of(entry["replay"], name=f"registry: {entry['name']}")
+    check_model_replay(read_header(path), table)
+    return FoundReplay(table, origin, relative)
+
+
+def sidecar_path(model: str | os.PathLike[str]) -> Path:
+    """Where the table of a model stands: ``MODEL.replay.json`` beside ``MODEL.gguf``."""
+    path = Path(model)
+    return path.with_name(path.name.removesuffix(".gguf") + SIDECAR)
+
+
+def cache_path(model: str | os.PathLike[str]) -> Path:
+    """Where it stands when the folder of the model cannot be written; ``PYHEADKV_CACHE`` names another folder."""
+    return cache_folder() / "replay" / f"{fingerprint(Path(model)).key}.json"
+
+
+def load_for(scores: Path, model: Path) -> ReplayTable:
+    """A file with a table, for a model.
+
+    Raises
+    ------
+    ValueError : it is damaged, or was measured on another model
+    """
+    table = load_replay(scores)
+    mine = fingerprint(model).key
+    if table.fingerprint and table.fingerprint != mine:
+        raise ValueError(
+            f"{scores} was measured on a model with the fingerprint {table.fingerprint}, {model} has {mine}: remove the file, or "
+            "measure again with 'pyheadkv score --method replay --force'"
+        )
+    check_model_replay(read_header(model), table)
+    return replace(table, source=table.source or str(scores.name))
