@@ -54,13 +54,18 @@ enum headkv_surplus {
 
 struct headkv_params {
     size_t size;        // sizeof(struct headkv_params)
-    const char * policy;      // "auto" (headkv when the importance of the heads is known, else adakv), "headkv" (importance decides), "snapkv" (uniform), "streaming" (4 sinks and the last cells),
-                              // "pyramidkv" (fewer cells in deeper layers), "adakv" (the prompt decides within a layer),
-                              // "headkv+adakv" (importance decides for the layers, both within a layer), "criticalkv" (uniform;
-                              // half of the cells by attention times what their value does to the output of the layer), "h2o"
-                              // (uniform, by the attention of all tokens of the prompt), "razor" (the most important heads keep
-                              // all, the others 4 sinks, the recent cells and one for what they drop), "lossless" (all cells of
-                              // all heads, kv_size does not count)
+    const char * policy;      // "auto" (what is best for what is known of the heads and for the question), the name of a policy, see
+                              // headkv_policies(), or "budget/rank" or "budget/rank/fit"
+    const char * budget;      // how many cells each head keeps, instead of the policy's own; NULL = that one. "uniform",
+                              // "importance" (of the query heads), "replay" (a table of shares), "mix" (the mean of both), "adaptive"
+                              // (uniform, but the prompt decides within a layer), "importance+adaptive", "pyramid" (fewer in deeper
+                              // layers), "whole" (the most important heads keep all, the others what is protected and one), "all"
+    const char * rank;        // which ones, same: "attention" (of the window), "value" (norm of the value), "attention*value", "output"
+                              // (of what the value adds to the output of the layer), "critical" (half by attention, half by attention
+                              // times output), "sums" (attention of all tokens of the prompt), "recent" (the last ones)
+    const char * fit;         // what becomes of their values, same: "none", "mean" (one cell stands for those that are dropped), "values"
+                              // (fitted to the answers that the prompt's own queries get from the full cache)
+    const char * question;    // for "auto": "known" (the prompt ends with it) or "later" (a document for questions to come)
     int32_t kv_size;     // mean cells per KV head, recent ones included
     int32_t window;      // queries of the last tokens, which score the prompt: 1..256; the paper's numbers of this and of
                               // the next four are 8, 8, 1, max, 7
@@ -87,14 +92,24 @@ struct headkv_params {
     const double * importance;
     int32_t n_layer;
     int32_t n_head;
-    const char * importance_gguf; // GGUF file with {arch}.attention.head_importance, usually the model itself; may be NULL
+    const char * importance_gguf; // GGUF file with {arch}.attention.head_importance and .head_replay, usually the model itself; may be NULL
+    // share of a prompt that each KV head needs when the mean over the heads is shares[i], row-major [n_shares][n_layer][n_head_kv]; 0
+    // for a head that is not there; NULL = read it from importance_gguf
+    const double * replay;
+    const double * shares; // ascending, between 0 and 1
+    int32_t n_shares;
+    int32_t n_head_kv;     // of the layer that has most
 };
 
-// What a policy looks at.
+// What a policy is, and what it looks at. Names live as long as the library.
 struct headkv_policy_info {
-    const char * name;     // lives as long as the library
+    const char * name;
+    const char * budget;
+    const char * rank;
+    const char * fit;
     bool by_importance;    // budgets by the importance of the heads, without which it is refused
     bool by_beta;          // of them, a share that beta says
+    bool by_replay;        // budgets by the replay table, without which it is refused
     bool by_window;        // cells by the attention of the last queries; window, power, pool and pool_kernel count
     bool by_all_tokens;    // cells by the attention of all tokens while they are read: a context has to be made for it
     bool keeps_all;        // nothing is dropped; kv_size does not count
@@ -164,6 +179,9 @@ LLAMA_API struct headkv_params headkv_default_params(void);
 
 // The policies, in the order in which they are listed to users. Returns their number; dst may be NULL to ask for it.
 LLAMA_API int32_t headkv_policies(struct headkv_policy_info * dst, int32_t n);
+
+// One of them, by its name or as "budget/rank/fit", with choices that replace its own; any of the last three may be NULL.
+LLAMA_API int32_t headkv_find_policy(const char * policy, const char * budget, const char * rank, const char * fit, struct headkv_policy_info * dst);
 
 // Checks the parameters and makes them the ones of the contexts that this thread creates next. NULL = off. A context that another
 // thread creates meanwhile has the stock cache, with a warning in the log.

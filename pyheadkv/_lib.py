@@ -63,6 +63,10 @@ class Params(ctypes.Structure):
     _fields_ = [
         ("size", ctypes.c_size_t),
         ("policy", ctypes.c_char_p),
+        ("budget", ctypes.c_char_p),
+        ("rank", ctypes.c_char_p),
+        ("fit", ctypes.c_char_p),
+        ("question", ctypes.c_char_p),
         ("kv_size", ctypes.c_int32),
         ("window", ctypes.c_int32),
         ("recent", ctypes.c_int32),
@@ -86,6 +90,10 @@ class Params(ctypes.Structure):
         ("n_layer", ctypes.c_int32),
         ("n_head", ctypes.c_int32),
         ("importance_gguf", ctypes.c_char_p),
+        ("replay", ctypes.POINTER(ctypes.c_double)),
+        ("shares", ctypes.POINTER(ctypes.c_double)),
+        ("n_shares", ctypes.c_int32),
+        ("n_head_kv", ctypes.c_int32),
     ]
 
 
@@ -93,8 +101,12 @@ class Params(ctypes.Structure):
 class PolicyInfo(ctypes.Structure):
     _fields_ = [
         ("name", ctypes.c_char_p),
+        ("budget", ctypes.c_char_p),
+        ("rank", ctypes.c_char_p),
+        ("fit", ctypes.c_char_p),
         ("by_importance", ctypes.c_bool),
         ("by_beta", ctypes.c_bool),
+        ("by_replay", ctypes.c_bool),
         ("by_window", ctypes.c_bool),
         ("by_all_tokens", ctypes.c_bool),
         ("keeps_all", ctypes.c_bool),
@@ -238,6 +250,8 @@ _PROTOTYPES: dict[str, tuple[list[Any], Any]] = {
     # int32_t headkv_plan(const struct headkv_params * params, int32_t n_layer, const int32_t * n_head, const int32_t * n_head_kv,
     #         int32_t * dst);
     "headkv_plan": ([ctypes.POINTER(Params), ctypes.c_int32] + [_I32] * 3, ctypes.c_int32),
+    # int32_t headkv_find_policy(const char * policy, const char * budget, const char * rank, const char * fit, struct headkv_policy_info * dst);
+    "headkv_find_policy": ([ctypes.c_char_p] * 4 + [ctypes.POINTER(PolicyInfo)], ctypes.c_int32),
     # int32_t headkv_policies(struct headkv_policy_info * dst, int32_t n);
     "headkv_policies": ([ctypes.POINTER(PolicyInfo), ctypes.c_int32], ctypes.c_int32),
     # int32_t headkv_get_footprint(const struct llama_context * ctx, const struct headkv_params * params, int32_t n_prompt,
@@ -300,6 +314,14 @@ def policies() -> dict[str, PolicyInfo]:
     found = (PolicyInfo * check(lib.headkv_policies(None, 0)))()
     check(lib.headkv_policies(found, len(found)))
     return {info.name.decode(): info for info in found}
+
+
+def find_policy(policy: str, budget: str | None = None, rank: str | None = None, fit: str | None = None) -> PolicyInfo:
+    """What a policy looks at, with choices that replace its own; ValueError names what is known."""
+    found = PolicyInfo()
+    names = [None if name is None else name.encode() for name in (policy, budget, rank, fit)]
+    check(lib.headkv_find_policy(*names, ctypes.byref(found)), ValueError)
+    return found
 
 
 def _gpus() -> list[int]:

@@ -27,24 +27,25 @@ from .model import read_shape
 from .options import (
     AUTO,
     BY_BETA,
-    BY_IMPORTANCE,
     FULL,
     LOSSLESS,
     MAX_CELLS,
-    POLICIES,
     ImportanceLike,
     MissingFileError,
     Options,
-    check_choice,
     check_int,
     check_names,
+    check_policy,
     check_share,
     check_text,
     check_tokens,
     load_importance,
+    policy_traits,
     preset_changes,
     share_of_prompt,
 )
+from .replay import FoundReplay, ReplayLike, find_replay, replay_for
+from .replay_values import ReplayTable
 from .units import parse_bytes, row_bytes
 
 PIECE_MS = 250  # of reading a prompt layer by layer, before Python has its turn
@@ -127,19 +128,25 @@ class Llama(llama_cpp.Llama):
         most 1
     kv_bytes : instead of ``kv_size``, bytes of K and V that the cells of all heads take
         after the prompt, a number or such as "64MiB"; generated tokens come on top
-    policy : "auto" (the default: "headkv" when the importance of the heads is known, else "adakv";
-        ``policy`` of the object says which), "headkv" (budgets by head importance), "snapkv" (uniform budgets), "streaming"
-        (uniform budgets: the first cells and the last ones, whatever the queries look at),
-        "pyramidkv" (budgets fall with the depth of the layer), "adakv" (within a layer, the
-        prompt decides which heads get how many cells), "headkv+adakv" (a layer has the
-        cells that "headkv" gives it; a head is sure of half of its own, and the prompt
-        divides the rest within the layer), "criticalkv" (uniform budgets, half of the
-        cells by attention times what their value does to the output of the layer), "h2o"
-        (uniform budgets, by the attention of all tokens of the prompt; reading it takes
-        n_ctx * n_ubatch * n_head * 4 bytes more) or "razor" (the most important heads keep
-        all, as many as the budget has room for, the others 4 sinks, the recent cells and one
-        for what they drop); without an amount "full", the stock cache, and "lossless": every
-        head keeps all, in the store that decoding reads faster than the stock cache
+    policy : which cells each head keeps: three choices, budget, rank and fit, by one name. "auto" (the default; the attribute
+        ``policy`` says what it chose): with ``question="known"`` "headkv" when the importance of the heads is known, else "adakv";
+        with "later" "mix/value", "replay/value", "importance/value" or "adaptive/value", by what is known.
+        "headkv" (importance/attention), "snapkv" (uniform/attention), "streaming" (uniform/recent), "pyramidkv"
+        (pyramid/attention), "adakv" (adaptive/attention), "headkv+adakv" (importance+adaptive/attention), "criticalkv"
+        (uniform/critical), "h2o" (uniform/sums; reading a prompt takes n_ctx * n_ubatch * n_head * 4 bytes more), "razor"
+        (whole/recent/mean), or any "budget/rank" or "budget/rank/fit"; without an amount "full", the stock cache, and "lossless":
+        every head keeps all, in the store that decoding reads faster than the stock cache
+    budget : how many cells a head keeps, in place of the policy's own: "uniform", "importance" (of the query heads), "replay" (by a
+        table of shares, see ``replay``), "mix" (the mean of these two), "adaptive" (uniform, but within a layer the prompt decides),
+        "importance+adaptive" (a head is sure of half of its own, and the prompt divides the rest within the layer), "pyramid" (fewer
+        in deeper layers), "whole" (the most important heads keep all, as many as there is room for, the others what is protected,
+        and one)
+    rank : which cells, in place of the policy's own: "attention" (of the last queries), "value" (L2 norm of the value, the first 4
+        cells are kept), "attention*value", "output" (L1 norm of what the value adds to the output of the layer), "critical" (half
+        by attention, half by attention times output), "sums" (attention of all tokens), "recent" (the last ones)
+    fit : what becomes of their values, in place of the policy's own: "none", "mean" (one cell stands for those that are dropped)
+        or "values" (fitted, so that the prompt's own queries get the answers of the full cache)
+    question : for "auto": "known" (prompts end with it, the default) or "later" (a document for questions to come)
     beta : > 1; a share 1/beta of the budget is given out by importance, the rest evenly;
         None = the one stored with the importance (``pyheadkv score --calibrate``), else 1.2
     preset : what the five options below are when they are not given: "default", or "paper"
@@ -153,6 +160,8 @@ class Llama(llama_cpp.Llama):
     importance : a path (score file, GGUF), or a (n_layer, n_head) array; None = the model's
         metadata, ``MODEL.importance.json`` beside it, the user's cache, or the registry of known
         models, in this order
+    replay : a path (score file of ``pyheadkv score --method replay``), or a ``ReplayTable``; None = the model's metadata,
+        ``MODEL.replay.json`` beside it, the user's cache, or the registry, in this order
     prefill : order in which prompts are read: "layer" (one layer's full cache is alive
         at a time), "token" (every layer's, as upstream) or "auto" (layer where it
         applies; the default). The results are the same; ``prefill_mode`` says what was chosen
@@ -214,6 +223,10 @@ class Llama(llama_cpp.Llama):
         kv_ratio: float | None = None,
         kv_bytes: int | str | None = None,
         policy: str | None = None,
+        budget: str | None = None,
+        rank: str | None = None,
+        fit: str | None = None,
+        question: str | None = None,
         beta: float | None = None,
         preset: str | None = None,
         window: int | None = None,
@@ -222,6 +235,7 @@ class Llama(llama_cpp.Llama):
         pool: str | None = None,
         pool_kernel: int | None = None,
         importance: ImportanceLike = None,
+        replay: ReplayLike = None,
         prefill: str | None = None,
         prefill_hidden: str | None = None,
         kv_reuse: bool | None = None,
@@ -241,12 +255,12 @@ class Llama(llama_cpp.Llama):
         **kwargs: Any,
     ) -> None:
         given: dict[str, Any] = {name: value for name, value in dict(
-            policy=policy, beta=beta, preset=preset, window=window, recent=recent, power=power, pool=pool, pool_kernel=pool_kernel, n_tail=n_tail, attend=attend, n_buckets=n_buckets,
+            policy=policy, budget=budget, rank=rank, fit=fit, question=question, beta=beta, preset=preset, window=window, recent=recent, power=power, pool=pool, pool_kernel=pool_kernel, n_tail=n_tail, attend=attend, n_buckets=n_buckets,
             prefill=prefill, prefill_hidden=prefill_hidden, sinks=sinks, protect=protect, surplus=surplus,
             pyramid_exact=pyramid_exact, adakv_floor=adakv_floor, adakv_normalize=adakv_normalize).items() if value is not None}  # fmt: skip
         amount = {name: value for name, value in dict(kv_size=kv_size, kv_ratio=kv_ratio, kv_bytes=kv_bytes).items() if value is not None}
         more = {name: value for name, value in dict(
-            importance=importance, kv_reuse=kv_reuse, n_seq_max=n_seq_max,
+            importance=importance, replay=replay, kv_reuse=kv_reuse, n_seq_max=n_seq_max,
             kv_archive=kv_archive, kv_archive_size=kv_archive_size, kv_archive_type=kv_archive_type).items() if value is not None}  # fmt: skip
         self._kv_args: dict[str, Any] = {**given, **amount, **more}
         self._kv_reuse = bool(kv_reuse)
@@ -266,17 +280,18 @@ class Llama(llama_cpp.Llama):
         if not os.path.exists(model_path):
             raise MissingFileError(f"Model path does not exist: {model_path}")
         check_names("Llama()", kwargs, PARAMETERS)
-        check_choice("policy", given.get("policy", FULL), (AUTO, FULL, *POLICIES))
+        check_policy("policy", given.get("policy", FULL), (AUTO, FULL))
         if len(amount) > 1:
             raise ValueError(f"{_assigned(amount)}: give one of them, they are three ways to say how much is kept")
         if amount and policy in (FULL, LOSSLESS):
             raise ValueError(f"policy={policy!r}, {_assigned(amount)}: it keeps all cells, leave the amount out or choose another policy")
-        if beta is not None and policy not in (None, AUTO, *BY_BETA):
+        if beta is not None and policy != FULL and not policy_traits(policy or AUTO, budget, rank, fit).by_beta:
             raise ValueError(
                 f"policy={policy!r}, beta={beta!r}: it does not look at beta, which {', '.join(BY_BETA)} do: leave one of them out"
             )
         self._kv_ratio = kv_ratio
-        self._found: Found | None = None  # the importance in use
+        self._found: Found | None = None  # the importance that is known
+        self._found_replay: FoundReplay | None = None  # the replay table that is known
         if not amount and policy != LOSSLESS:
             idle = {name: value for name, value in {**given, **more}.items() if (name, value) != ("policy", FULL)}
             if idle:
@@ -309,12 +324,12 @@ class Llama(llama_cpp.Llama):
         self.kv_options = options
         if n_ctx and options.kv_size > n_ctx and options.policy != LOSSLESS:
             raise ValueError(f"kv_size={options.kv_size}: it must not be larger than n_ctx = {n_ctx}")
-        self._find_importance(importance)
+        self._find_known(importance, replay)
         if kwargs.get("embedding"):
             raise ValueError("embedding=True: embeddings have no generation to speed up, use kv_size=None")
         kwargs["flash_attn"] = True
 
-        params = options.to_params(self._importance, model_path)
+        params = options.to_params(self._importance, model_path, self._replay)
         try:
             with _lib.creating(params):
                 super().__init__(model_path, **kwargs)
@@ -338,9 +353,7 @@ class Llama(llama_cpp.Llama):
             raise ValueError(f"kv_archive={kv_archive!r}: {e}") from None
         self._has_archive = archive is not None
         if self.verbose:
-            print(
-                f"pyheadkv: policy {self.policy}{'' if self._found is None else ', importance from ' + self._found.origin}", file=sys.stderr
-            )
+            print(f"pyheadkv: policy {self.policy}{self._origins()}", file=sys.stderr)
 
     def _check_adapter(self) -> None:
         if self.lora_path and not self._lora_adapter:  # a null pointer, which llama_cpp takes for an adapter
@@ -348,26 +361,49 @@ class Llama(llama_cpp.Llama):
             self.close()
             raise ValueError(f"lora_path={self.lora_path!r}: it is not an adapter of this model that llama.cpp can load")
 
-    def _find_importance(self, importance: ImportanceLike) -> None:
+    def _find_known(self, importance: ImportanceLike, replay: ReplayLike) -> None:
+        """What is known of the heads, as far as the choices look at it."""
+        traits = self._need_options().traits
         if importance is not None:
             given = load_importance(importance, self._kv_path)
             self._found = None if given is None else Found(given, "the argument importance=")
-        elif self._found is None and self._need_options().policy in (AUTO, *BY_IMPORTANCE):
+        elif self._found is None and traits.by_importance:
             self._found = find_importance(self._kv_path)
+        if replay is not None:
+            self._found_replay = FoundReplay(replay_for(replay, self._kv_path), "the argument replay=")
+        elif self._found_replay is None and traits.by_replay:
+            self._found_replay = find_replay(self._kv_path)
 
     @property
     def _importance(self) -> Importance | None:
         return None if self._found is None else self._found.importance
 
     @property
+    def _replay(self) -> ReplayTable | None:
+        return None if self._found_replay is None else self._found_replay.table
+
+    def _origins(self) -> str:
+        parts = [("importance", self.importance_origin), ("replay table", self.replay_origin)]
+        return "".join(f", {name} from {origin}" for name, origin in parts if origin)
+
+    @property
     def policy(self) -> str:
-        """The policy in use, never "auto"; "full" for the stock cache."""
+        """The policy in use, never "auto"; "full" for the stock cache; "budget/rank" or "budget/rank/fit" if it has no name."""
         return str(_lib.lib.headkv_get_policy(self.ctx).decode())
 
     @property
     def importance_origin(self) -> str:
         """Where the importance that the policy uses is from; empty when it uses none."""
-        return self._found.origin if self._found is not None and self.policy in BY_IMPORTANCE else ""
+        return self._found.origin if self._found is not None and self._traits.by_importance else ""
+
+    @property
+    def replay_origin(self) -> str:
+        """Where the replay table that the policy uses is from; empty when it uses none."""
+        return self._found_replay.origin if self._found_replay is not None and self._traits.by_replay else ""
+
+    @property
+    def _traits(self) -> _lib.PolicyInfo:
+        return policy_traits(self.policy)
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "context_params" and self.kv_options is not None:
@@ -517,14 +553,14 @@ class Llama(llama_cpp.Llama):
         finally:
             self._prompt_pending = False
 
-    def configure(self, *, importance: ImportanceLike = None, **options: Any) -> None:
+    def configure(self, *, importance: ImportanceLike = None, replay: ReplayLike = None, **options: Any) -> None:
         """Change how the prompts to come are compressed; a copy (``pickle``, ``deepcopy``) has the change too.
 
         ``kv_size`` takes the place of ``kv_ratio`` and ``kv_bytes``.
 
         Parameters
         ----------
-        importance : as for the constructor; None = what was used until now
+        importance, replay : as for the constructor; None = what was used until now
         **options : any of the constructor's, with a ``window`` up to its one, but ``n_tail, attend, n_buckets, prefill,
             prefill_hidden, n_seq_max``; those that are not given stay
 
@@ -534,23 +570,22 @@ class Llama(llama_cpp.Llama):
             wrong value, or an option that sizes what the context owns; nothing has changed then
         """
         check_names("configure()", options, [field.name for field in fields(Options)])
-        self._configure(importance, **options)
+        self._configure(importance, replay, **options)
         self._kv_args |= options
-        if importance is not None:
-            self._kv_args["importance"] = importance
+        self._kv_args |= {name: value for name, value in dict(importance=importance, replay=replay).items() if value is not None}
         if "kv_size" in options:  # in place of what said how much is kept
             self._kv_ratio = None
             self._kv_args |= {"kv_ratio": None, "kv_bytes": None}
 
-    def _configure(self, importance: ImportanceLike = None, **options: Any) -> None:
-        before = self._need_options(), self._found
+    def _configure(self, importance: ImportanceLike = None, replay: ReplayLike = None, **options: Any) -> None:
+        before = self._need_options(), self._found, self._found_replay
         self.kv_options = replace(before[0], **preset_changes(options))
         try:
-            self._find_importance(importance)
-            params = self.kv_options.to_params(self._importance, self.model_path)
+            self._find_known(importance, replay)
+            params = self.kv_options.to_params(self._importance, self.model_path, self._replay)
             _lib.check(_lib.lib.headkv_configure(self.ctx, ctypes.byref(params)), ValueError)
         except BaseException:
-            self.kv_options, self._found = before
+            self.kv_options, self._found, self._found_replay = before
             raise
         if STATES[self._stats().state] == "compressed":
             self._requires_eval = True  # the same prompt would be compressed in another way now

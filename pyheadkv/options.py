@@ -6,6 +6,7 @@ import ctypes
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
+from functools import lru_cache
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -16,21 +17,18 @@ import numpy.typing as npt
 from . import _lib
 from .gguf_keys import read_importance
 from .importance_values import Importance, check_beta, check_importance, fit_heads
+from .replay_values import ReplayTable
 from .score_files import SCORE_SUFFIXES, load_scores
 
 _TRAITS = _lib.policies()
 POLICIES = tuple(_TRAITS)
-AUTO = "auto"  # the best one for what is known of the model
+AUTO = "auto"  # the best one for what is known of the model and the question
 FULL = "full"  # not one of them: the stock cache
 NONE = "none"  # nor this: the question without its context, for comparison
 LOSSLESS = "lossless"  # needs no amount
 BY_IMPORTANCE = tuple(name for name, policy in _TRAITS.items() if policy.by_importance)  # policies that need the importance of the heads
 BY_BETA = tuple(name for name, policy in _TRAITS.items() if policy.by_beta)  # of them, those that give out a share of the budget by it
-# policies that look at a prompt while it is read: their context is made for them
-BY_ALL_TOKENS = tuple(name for name, policy in _TRAITS.items() if policy.by_all_tokens)
-UNPOOLED = tuple(
-    name for name, policy in _TRAITS.items() if not policy.by_window
-)  # policies that do not score by the queries of the window
+QUESTIONS = ("known", "later")
 POOLS = {"max": 0, "avg": 1}
 ATTENDS = {"auto": 0, "fused": 1, "composed": 2}
 SURPLUSES = {"lost": 0, "redistribute": 1}
@@ -123,6 +121,35 @@ def check_choice(name: str, value: Any, choices: Any) -> str:
     return value
 
 
+@lru_cache(maxsize=256)
+def policy_traits(policy: str, budget: str | None = None, rank: str | None = None, fit: str | None = None) -> _lib.PolicyInfo:
+    """What a policy looks at, by its name or as "budget/rank" or "budget/rank/fit", with choices that replace its own.
+
+    "auto" without them looks at all that may be known.
+
+    Raises
+    ------
+    ValueError : one of the names is unknown; those that are known are named
+    """
+    if policy != AUTO:
+        return _lib.find_policy(policy, budget, rank, fit)
+    traits = _lib.find_policy(BY_IMPORTANCE[0], budget, rank, fit)
+    if budget is None:
+        traits.by_importance = traits.by_beta = traits.by_replay = True
+    return traits
+
+
+def check_policy(name: str, value: Any, more: Sequence[str] = (AUTO,)) -> str:
+    """``value``, if it is the name of a policy, one of ``more``, or "budget/rank" or "budget/rank/fit"; else ValueError."""
+    if isinstance(value, str) and "/" in value:
+        try:
+            policy_traits(value)
+        except ValueError as e:
+            raise ValueError(f"{name}={value!r}: {e}") from None
+        return value
+    return check_choice(name, value, (*more, *POLICIES))
+
+
 def check_bool(name: str, value: Any) -> bool:
     """``value``, if it is True or False; else ValueError."""
     if not isinstance(value, (bool, np.bool_)):
@@ -190,6 +217,10 @@ class Options:
 
     kv_size: int
     policy: str = AUTO
+    budget: str | None = None  # this and the next two: None = that of the policy
+    rank: str | None = None
+    fit: str | None = None
+    question: str = "known"
     beta: float | None = None
     preset: str = "default"
     window: int = None  # type: ignore[assignment]  # from here to pool_kernel None = that of the preset, which replaces it
@@ -210,7 +241,9 @@ class Options:
     adakv_normalize: bool = False
 
     def __post_init__(self) -> None:
-        check_choice("policy", self.policy, (AUTO, *POLICIES))
+        check_policy("policy", self.policy)
+        policy_traits(self.policy, self.budget, self.rank, self.fit)
+        check_choice("question", self.question, QUESTIONS)
         check_choice("preset", self.preset, tuple(PRESETS))
         for name, value in PRESETS[self.preset].items():
             if getattr(self, name) is None:
@@ -241,10 +274,18 @@ class Options:
         if self.adakv_floor is not None:
             check_share("adakv_floor", self.adakv_floor)
 
-    def to_params(self, importance: Importance | None, model_path: str | None) -> _lib.Params:
-        """The C struct. It refers to the values of ``importance``, which must outlive it."""
+    @property
+    def traits(self) -> _lib.PolicyInfo:
+        """What the choices look at."""
+        return policy_traits(self.policy, self.budget, self.rank, self.fit)
+
+    def to_params(self, importance: Importance | None, model_path: str | None, replay: ReplayTable | None = None) -> _lib.Params:
+        """The C struct. It refers to the values of ``importance`` and ``replay``, which must outlive it."""
         params: _lib.Params = _lib.lib.headkv_default_params()
         params.policy = self.policy.encode()
+        for name in ("budget", "rank", "fit", "question"):
+            value = getattr(self, name)
+            setattr(params, name, None if value is None else value.encode())
         params.kv_size = self.kv_size
         params.window = self.window
         params.recent = self.recent
@@ -268,5 +309,9 @@ class Options:
         if importance is not None:
             params.importance = importance.values.ctypes.data_as(ctypes.POINTER(ctypes.c_double))
             params.n_layer, params.n_head = importance.values.shape
+        if replay is not None:
+            params.replay = replay.values.ctypes.data_as(ctypes.POINTER(ctypes.c_double))
+            params.shares = replay.shares.ctypes.data_as(ctypes.POINTER(ctypes.c_double))
+            params.n_shares, params.n_layer, params.n_head_kv = replay.values.shape
         params.importance_gguf = model_path.encode() if model_path else None
         return params

@@ -82,3 +82,27 @@ def load_for(scores: Path, model: Path) -> ReplayTable:
         )
     check_model_replay(read_header(model), table)
     return replace(table, source=table.source or str(scores.name))
+
+
+ReplayLike = str | os.PathLike[str] | ReplayTable | None
+
+
+def replay_for(source: str | os.PathLike[str] | ReplayTable, model: str | os.PathLike[str]) -> ReplayTable:
+    """A table that was named for a model: itself, or a path of a score file or a GGUF that has one.
+
+    Raises
+    ------
+    ValueError : there is no such file or no table in it, or it does not fit the model
+    """
+    if isinstance(source, ReplayTable):
+        table = source
+    else:
+        path = Path(source)
+        if not path.is_file():
+            raise ValueError(f"replay={str(source)!r}: no such file")
+        found = load_replay(path) if path.suffix.lower() == ".json" else read_replay(path)
+        if found is None:
+            raise ValueError(f"replay={str(source)!r}: the file has no replay table")
+        table = found
+    check_model_replay(read_header(model), table)
+    return table

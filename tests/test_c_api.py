@@ -125,7 +125,7 @@ U32, I32_TYPE, F64 = 4, 5, 12
         (
             KEY + b".shape" + struct.pack("<II", 9, U32),
             KEY + b".shape" + struct.pack("<II", 9, I32_TYPE),
-            ".shape must be two uint32 values",
+            ".shape must be 2 uint32 values",
         ),
         (KEY + struct.pack("<II", 9, F64), KEY + struct.pack("<II", 9, 10), "must be an array of float32 or float64"),
         (struct.pack("<QII", 2, N_LAYER, 8), struct.pack("<QII", 2, N_LAYER, 9), f"24 values, .shape says {N_LAYER} layers x 9 heads"),

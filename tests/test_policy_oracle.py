@@ -14,7 +14,8 @@ import pytest
 from conftest import SHAPES, Shape, load, nmse, tokens
 
 from pyheadkv import _lib, gguf_keys
-from pyheadkv.options import BY_BETA, BY_IMPORTANCE, POLICIES, Options
+from pyheadkv.options import BY_BETA, BY_IMPORTANCE, POLICIES, Options, policy_traits
+from pyheadkv.replay_values import ReplayTable
 from pyheadkv.testing import reference
 
 pytestmark = pytest.mark.usefixtures("library")
@@ -25,8 +26,8 @@ ALL_SHAPES = pytest.mark.parametrize("shape", GQA, ids=lambda s: s.name)
 # budgets far below the prompt, near it, and above it
 SIZES = pytest.mark.parametrize(("n_prompt", "kv_size"), [(300, 9), (300, 40), (701, 96), (120, 80), (60, 40), (40, 39), (5, 32)])
 
-SINKS = {"streaming": 4, "razor": 4}
-FLOORS = {"adakv": 0.2, "headkv+adakv": 0.5}  # policies by which the prompt moves cells within a layer
+SINKS = {"recent": 4, "value": 4, "attention*value": 4, "output": 4}  # of the ranks
+FLOORS = {"adaptive": 0.2, "importance+adaptive": 0.5}  # budgets by which the prompt moves cells within a layer
 
 Kept = list[list[npt.NDArray[np.int32]]]
 
@@ -38,22 +39,39 @@ def head_rows(llm: Any, shape: Shape, il: int, *, v: bool) -> npt.NDArray[np.flo
 
 
 def scores_of(llm: Any, shape: Shape, il: int) -> npt.NDArray[np.float64]:
-    """Scores of a layer by the oracle, from the engine's own queries and keys."""
-    if llm.kv_options.policy in ("streaming", "razor"):
-        return np.tile(np.arange(llm.n_tokens - WINDOW, dtype=np.float64), (shape.n_head_kv, 1))
-    if llm.kv_options.policy == "h2o":
+    """Scores of a layer by the oracle, from the engine's own queries, keys and values."""
+    rank, n_prefix = choices(llm)[1], llm.n_tokens - WINDOW
+    if rank == "recent":
+        return np.tile(np.arange(n_prefix, dtype=np.float64), (shape.n_head_kv, 1))
+    if rank == "value":
+        return lengths_of(llm, shape, il, n_prefix)
+    if rank == "output":
+        return norms_of(llm, shape, il, n_prefix)
+    if rank == "sums":
         sums = reference.attention_sums(
             all_queries(llm, shape)[il], head_rows(llm, shape, il, v=False), scale=shape.head_dim**-0.5, q_round=np.float16
         )
         return sums[:, : llm.n_tokens - WINDOW]
     q = llm._read_floats(_lib.lib.headkv_read_window, shape.n_head * shape.head_dim, WINDOW, il)
-    return reference.score(
+    attention = reference.score(
         q.reshape(-1, shape.n_head, shape.head_dim),
         head_rows(llm, shape, il, v=False),
         scale=shape.head_dim**-0.5,
         pool=llm.kv_options.pool,
         pool_kernel=llm.kv_options.pool_kernel,
     )
+    return attention * lengths_of(llm, shape, il, n_prefix) if rank == "attention*value" else attention
+
+
+def choices(llm: Any) -> tuple[str, str, str]:
+    """Budget, rank and fit in use."""
+    traits = policy_traits(llm.policy)
+    return traits.budget.decode(), traits.rank.decode(), traits.fit.decode()
+
+
+def lengths_of(llm: Any, shape: Shape, il: int, n_prefix: int) -> npt.NDArray[np.float64]:
+    """L2 norms of the engine's own values of a layer, (n_head_kv, n_prefix)."""
+    return np.linalg.norm(head_rows(llm, shape, il, v=True)[:n_prefix].astype(np.float64), axis=-1).T
 
 
 def all_queries(llm: Any, shape: Shape) -> list[npt.NDArray[np.float32]]:
@@ -97,8 +115,9 @@ def norms_of(llm: Any, shape: Shape, il: int, n_prefix: int) -> npt.NDArray[np.f
 
 def budget_of(llm: Any, shape: Shape, n_prefix: int) -> npt.NDArray[np.int64]:
     """Prefix cells of each head under the policy, before the prompt limits them."""
-    options = llm.kv_options
-    if options.policy == "pyramidkv":
+    options, budget = llm.kv_options, choices(llm)[0]
+    n_protected = int(protected_by(llm, n_prefix).sum())
+    if budget == "pyramid":
         return reference.pyramid_budget(
             n_layer=shape.n_layer,
             n_head_kv=shape.n_head_kv,
@@ -107,7 +126,7 @@ def budget_of(llm: Any, shape: Shape, n_prefix: int) -> npt.NDArray[np.int64]:
             n_prefix=n_prefix,
             exact=options.pyramid_exact,
         )
-    if options.policy == "razor":
+    if budget == "whole":
         values = gguf_keys.read_importance(llm.model_path).values
         return reference.razor_budget(
             values,
@@ -115,8 +134,17 @@ def budget_of(llm: Any, shape: Shape, n_prefix: int) -> npt.NDArray[np.int64]:
             kv_size=options.kv_size,
             recent=WINDOW,
             n_prefix=n_prefix,
-            n_protected=int(protected_by(llm, n_prefix).sum()),
+            n_protected=n_protected,
         )
+    if budget in ("replay", "mix"):
+        table, sizes = llm._replay, {"kv_size": options.kv_size, "recent": WINDOW}
+        cells = reference.replay_budget(table.shares, table.values, n_prefix=n_prefix, n_protected=n_protected, **sizes)
+        if budget == "replay":
+            return cells
+        importance = gguf_keys.read_importance(llm.model_path)
+        heads = reference.budget(importance.values, beta=options.beta or 1.2, **sizes)
+        by_importance = reference.budget_kv(heads, n_head_kv=shape.n_head_kv, recent=0)
+        return reference.mix_budget(by_importance, cells, n_prefix=n_prefix, n_protected=n_protected)
     return llm.kv_budget.astype(np.int64) - WINDOW  # checked in test_engine.py
 
 
@@ -125,7 +153,8 @@ def protected_by(llm: Any, n_prefix: int) -> npt.NDArray[np.bool_]:
     options = llm.kv_options
     sinks = options.sinks
     if sinks is None:
-        sinks = min(SINKS.get(options.policy, 0), options.kv_size - WINDOW - (options.policy == "razor"))
+        _, rank, fit = choices(llm)
+        sinks = min(SINKS.get(rank, 0), options.kv_size - WINDOW - (fit == "mean"))
     return reference.protected(options.protect, sinks=sinks, n_prefix=n_prefix)
 
 
@@ -135,20 +164,20 @@ def oracle(llm: Any, shape: Shape) -> Kept:
     n_prefix = max(0, n_tokens - WINDOW)
     if options.kv_size - WINDOW > n_prefix:
         return [[np.arange(n_tokens, dtype=np.int32)] * shape.n_head_kv] * shape.n_layer
-    sure = protected_by(llm, n_prefix)
+    sure, (budget, rank, fit) = protected_by(llm, n_prefix), choices(llm)
     cells = reference.fit_budget(
         budget_of(llm, shape, n_prefix), n_prefix=n_prefix, n_protected=int(sure.sum()), redistribute=options.surplus == "redistribute"
     )
     kept = []
     for il in range(shape.n_layer):
         scores = scores_of(llm, shape, il)
-        if options.policy in FLOORS:
-            floor = FLOORS[options.policy] if options.adakv_floor is None else options.adakv_floor
-            cells[il] = reference.adapt_budget(scores, cells[il], floor=floor, normalize=options.adakv_normalize, protected=sure)
-        if options.policy == "criticalkv":
+        if rank == "critical":
             scores = reference.critical_scores(scores, norms_of(llm, shape, il, n_prefix), cells[il], protected=sure)
+        if budget in FLOORS:
+            floor = FLOORS[budget] if options.adakv_floor is None else options.adakv_floor
+            cells[il] = reference.adapt_budget(scores, cells[il], floor=floor, normalize=options.adakv_normalize, protected=sure)
         scores = np.where(sure, np.inf, scores)
-        stands = (options.policy == "razor") & (0 < cells[il]) & (cells[il] < n_prefix)
+        stands = (fit == "mean") & (0 < cells[il]) & (cells[il] < n_prefix)
         rows = reference.keep(scores, cells[il] - stands + WINDOW, kv_size=options.kv_size, recent=WINDOW, n_tokens=n_tokens)
         kept.append([np.append(np.full(n, -1, dtype=np.int32), row) for n, row in zip(stands.astype(int), rows)])
     return kept
@@ -585,6 +614,124 @@ def test_the_library_checks_spans_itself() -> None:
         assert _lib.lib.headkv_set_params(ctypes.byref(other)) < 0 and message in _lib.last_error()
     params.protect[1] = 3
     assert _lib.lib.headkv_set_params(ctypes.byref(params)) < 0 and "the span [3, 3)" in _lib.last_error()
+
+
+# ---------------------------------------------------------------- budget x rank
+
+
+def random_table(shape: Shape, seed: int = 0) -> ReplayTable:
+    """Some heads need nearly all of a text, some nothing."""
+    rng, shares = np.random.default_rng(seed), np.array([1 / 32, 1 / 8, 1 / 2])
+    rows = []
+    for share in shares:
+        row = rng.permutation(np.linspace(0, 1, shape.n_layer * shape.n_head_kv)) ** 4 if not rows else rows[0].ravel() ** 0.5
+        for _ in range(200):  # up to one each, with the mean of the share
+            row = np.clip(row * share / row.mean(), 0, 1)
+        rows.append(row.reshape(shape.n_layer, shape.n_head_kv))
+    return ReplayTable(shares, np.maximum.accumulate(rows))
+
+
+COMPOSED = ["replay/value", "mix/value", "mix/attention*value", "replay/attention", "importance/output", "adaptive/value",
+            "importance+adaptive/attention*value", "pyramid/value", "uniform/recent/mean", "replay/value/mean", "adaptive/critical"]  # fmt: skip
+
+
+@pytest.mark.parametrize("policy", COMPOSED)
+@pytest.mark.parametrize("shape", [SHAPES[1], SHAPES[4]], ids=lambda s: s.name)
+@SIZES
+def test_every_budget_goes_with_every_rank(shape: Shape, policy: str, n_prompt: int, kv_size: int, make_model: MakeModel) -> None:
+    check_kept(shape, make_model, n_prompt, kv_size=kv_size, policy=policy, replay=random_table(shape))
+
+
+@pytest.mark.parametrize("policy", ["replay/value", "mix/attention*value"])
+@pytest.mark.parametrize("options", [{"sinks": 0}, {"protect": SPANS, "sinks": 3}, {"surplus": "redistribute"}], ids=str)
+def test_replay_budgets_count_what_is_protected(policy: str, options: dict[str, Any], make_model: MakeModel) -> None:
+    shape = SHAPES[4]
+    kept = check_kept(shape, make_model, 300, kv_size=40, policy=policy, replay=random_table(shape), **options)
+    if policy == "replay/value" and "protect" not in options:
+        assert n_cells(kept) == 40 * shape.n_layer * shape.n_head_kv
+
+
+@pytest.mark.parametrize("type_v", [1, 8, 2], ids=["f16", "q8_0", "q4_0"])
+def test_norms_of_quantised_values(type_v: int, make_model: MakeModel) -> None:
+    shape = Shape("lengths", "llama", 8, 2, n_layer=2, head_dim=64)
+    check_kept(shape, make_model, 301, kv_size=40, policy="uniform/value", type_k=1, type_v=type_v)
+
+
+def test_choices_replace_those_of_the_policy(make_model: MakeModel) -> None:
+    shape = SHAPES[4]
+    table = random_table(shape)
+    llm = load(make_model(shape), kv_size=40, policy="headkv", rank="value", budget="mix", replay=table)
+    assert llm.policy == "mix/value" and llm.replay_origin == "the argument replay=" and llm.importance_origin
+    llm.configure(budget=None)
+    assert llm.policy == "importance/value" and llm.replay_origin == ""
+    llm.configure(rank="attention", fit="none")
+    assert llm.policy == "headkv"
+    other = load(make_model(shape), kv_size=40, policy="mix/value", replay=table)
+    llm.configure(policy="mix/value", rank=None)
+    for model in (llm, other):
+        model.read_prompt(tokens(300))
+    assert as_lists(kept_by(llm, shape)) == as_lists(kept_by(other, shape))
+
+
+@pytest.mark.parametrize("has_importance", [True, False], ids=["importance", "nothing"])
+@pytest.mark.parametrize("has_table", [True, False], ids=["table", "no table"])
+def test_auto_knows_the_two_situations(has_importance: bool, has_table: bool, make_model: MakeModel) -> None:
+    shape = SHAPES[4]
+    path = make_model(shape) if has_importance else make_model(shape, importance=None)
+    replay = random_table(shape) if has_table else None
+    later = {(True, True): "mix/value", (False, True): "replay/value", (True, False): "importance/value", (False, False): "adaptive/value"}
+    llm = load(path, kv_size=40, policy="auto", replay=replay)
+    assert llm.policy == ("headkv" if has_importance else "adakv")
+    llm.configure(question="later")
+    assert llm.policy == later[has_importance, has_table]
+    with pytest.raises(ValueError, match="question='never': it must be one of 'known', 'later'"):
+        llm.configure(question="never")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"policy": "mix/values"}, "rank is 'values': it must be one of attention, value, attention.value, output, critical, sums, recent"),
+        ({"policy": "mixed/value"}, "budget is 'mixed': it must be one of uniform, importance, replay, mix, adaptive"),
+        ({"policy": "snapkv", "fit": "value"}, "fit is 'value': it must be one of none, mean, values"),
+        ({"policy": "uniform/value/none/x"}, "fit is 'none/x'"),
+        ({"policy": "lossless", "rank": "value"}, "policy 'lossless' keeps all cells: it takes no rank and no fit"),
+        ({"policy": "replay/value"}, "needs the replay table of each head .*pyheadkv score MODEL.gguf --method replay"),
+        ({"policy": "replay/value", "beta": 1.5}, "it does not look at beta"),
+    ],
+    ids=str,
+)
+def test_wrong_choices_are_value_errors(options: dict[str, Any], message: str, make_model: MakeModel) -> None:
+    amount = {} if options["policy"] == "lossless" else {"kv_size": 40}
+    with pytest.raises(ValueError, match=message):
+        load(make_model(SHAPES[4]), **amount, **options)
+
+
+def test_the_library_checks_tables_itself() -> None:
+    shape = Shape("table", "llama", 8, 2, n_layer=2)
+    for change, message in (
+        (lambda t: np.copyto(t.values[0], 2.0), "the replay table has 2 for layer 0, KV head 0: it must be in"),
+        (lambda t: np.copyto(t.values[0], np.nan), "the replay table has"),
+        (lambda t: np.copyto(t.values[1], 0.0), "all zero at the share 0.125"),
+        (lambda t: np.copyto(t.shares, 0.5), "the share 0.5 after 0.5: shares must ascend between 0 and 1"),
+    ):
+        table = random_table(shape)
+        change(table)
+        params = Options(kv_size=64, policy="replay/value").to_params(None, None, table)
+        assert _lib.lib.headkv_set_params(ctypes.byref(params)) < 0 and message in _lib.last_error()
+    _lib.lib.headkv_set_params(None)
+
+
+def test_replay_budgets_by_hand() -> None:
+    shares, values = [0.25], [[[1.0, 0.25], [0.0, 0.0]]]  # mean 0.3125, brought to what is asked for
+    table = {"kv_size": 28, "recent": 8, "n_prefix": 80}
+    got = reference.replay_budget(shares, values, **table)
+    assert got.tolist() == [[64, 16], [0, 0]]
+    # 4 of each head are protected, 16 of 76 go by the table at a share of 0.2105: 51.2, 12.8, and the cell that is left
+    assert reference.replay_budget(shares, values, n_protected=4, **table).tolist() == [[56, 16], [4, 4]]
+    full = reference.replay_budget(shares, values, kv_size=88, recent=8, n_prefix=80)
+    assert full.tolist() == [[80, 80], [80, 80]]
+    assert reference.mix_budget([[100, 20], [0, 0]], [[64, 15], [0, 0]], n_prefix=80).tolist() == [[72, 27], [0, 0]]
 
 
 # ---------------------------------------------------------------- criticalkv

@@ -21,6 +21,16 @@ headkv_args & headkv_get_args() {
     return args;
 }
 
+headkv_params headkv_args::named() const {
+    headkv_params res = params;
+    res.policy = policy.c_str();
+    res.budget = budget.c_str();
+    res.rank = rank.c_str();
+    res.fit = fit.c_str();
+    res.question = question.c_str();
+    return res;
+}
+
 // ranges are checked by headkv_set_params()
 static int32_t to_int(const std::string & value) {
     char * end = nullptr;
@@ -123,11 +133,27 @@ void headkv_add_args(const std::function<void(common_arg)> & add_opt) {
                 [](common_params &, const std::string & value) { set("--kv-sinks").params.sinks = to_int(value); }),
             "LLAMA_ARG_KV_SINKS");
     add(common_arg({ "--kv-policy" }, "NAME",
-                with_default("which cells of a prompt each KV head keeps: auto = headkv when the importance of the heads is known, else adakv; headkv, headkv+adakv, razor = by importance; "
-                             "snapkv, streaming, pyramidkv, adakv, criticalkv, h2o need none; lossless = all, without --kv-size",
+                with_default("which cells of a prompt each KV head keeps: auto = what is best for what is known of the heads and the question; headkv, headkv+adakv, razor = by importance; "
+                             "snapkv, streaming, pyramidkv, adakv, criticalkv, h2o need none; lossless = all, without --kv-size; or BUDGET/RANK or BUDGET/RANK/FIT",
                         def.policy),
                 [](common_params &, const std::string & value) { set("--kv-policy").policy = value; }),
             "LLAMA_ARG_KV_POLICY");
+    add(common_arg({ "--kv-budget" }, "NAME",
+                "how many cells each KV head keeps: uniform, importance, replay, mix (of both), adaptive, importance+adaptive, pyramid, whole (default: that of the policy)",
+                [](common_params &, const std::string & value) { set("--kv-budget").budget = value; }),
+            "LLAMA_ARG_KV_BUDGET");
+    add(common_arg({ "--kv-rank" }, "NAME",
+                "which ones: attention (of the window), value (norm), attention*value, output (of value x output matrix), critical, sums, recent (default: that of the policy)",
+                [](common_params &, const std::string & value) { set("--kv-rank").rank = value; }),
+            "LLAMA_ARG_KV_RANK");
+    add(common_arg({ "--kv-fit" }, "none|mean|values",
+                "what becomes of their values: mean = one cell stands for those that are dropped, values = fitted to the answers of the full cache (default: that of the policy)",
+                [](common_params &, const std::string & value) { set("--kv-fit").fit = value; }),
+            "LLAMA_ARG_KV_FIT");
+    add(common_arg({ "--kv-question" }, "known|later",
+                "for --kv-policy auto: prompts end with the question, or are documents for questions to come (default: known)",
+                [](common_params &, const std::string & value) { set("--kv-question").question = value; }),
+            "LLAMA_ARG_KV_QUESTION");
     add(common_arg({ "--kv-beta" }, "X",
                 "a share 1/X of the budget is given out by importance, X > 1 (default: the one stored with the importance, else 1.2)",
                 [](common_params &, const std::string & value) { set("--kv-beta").params.beta = to_double(value); }),
@@ -153,7 +179,7 @@ void headkv_add_args(const std::function<void(common_arg)> & add_opt) {
                 [](common_params &, const std::string & value) { set("--kv-pool-kernel").params.pool_kernel = to_int(value); }),
             "LLAMA_ARG_KV_POOL_KERNEL");
     add(common_arg({ "--kv-importance" }, "FILE",
-                "GGUF with the importance of each head (default: the model)",
+                "GGUF with the importance of each head, or the replay table (default: the model)",
                 [](common_params &, const std::string & value) { set("--kv-importance").importance = value; }),
             "LLAMA_ARG_KV_IMPORTANCE");
     add(common_arg({ "--kv-prefill" }, "auto|layer|token",

@@ -12,8 +12,12 @@ struct common_arg;
 constexpr const char * HEADKV_ARCHIVE_RAM = "ram";
 
 struct headkv_args {
-    struct headkv_params params; // kv_size 0 = off; policy and importance_gguf are those below
+    struct headkv_params params; // kv_size 0 = off; names and importance_gguf are those below
     std::string policy;
+    std::string budget; // this and the next three: empty = the policy's own
+    std::string rank;
+    std::string fit;
+    std::string question = "known";
     std::string importance; // GGUF file, empty = the model
     bool reuse = false;
     int32_t kv_size_max = 0; // of a request, 0 = kv_size
@@ -22,7 +26,10 @@ struct headkv_args {
     std::vector<std::string> given; // flags that were set, other than --kv-size
 
     bool has_archive() const { return !archive.empty(); }
-    bool is_lossless() const { return policy == "lossless"; }
+    // parameters that point to the names above
+    headkv_params named() const;
+
+    bool is_lossless() const { return policy == "lossless" || budget == "all"; }
     std::string amount() const { return is_lossless() ? "--kv-policy lossless" : "--kv-size " + std::to_string(params.kv_size); }
 };
 

@@ -4,6 +4,7 @@
 #include "headkv-budget.h"
 #include "headkv-config.h"
 #include "headkv-error.h"
+#include "headkv-policy.h"
 #include "headkv-read.h"
 #include "llama-kv-cache-ragged.h"
 
@@ -11,7 +12,9 @@
 #include "llama-impl.h"
 
 #include <algorithm>
+#include <mutex>
 #include <numeric>
+#include <set>
 #include <stdexcept>
 
 static void check_head(const llama_kv_cache_ragged & kv, int32_t il, int32_t ih) {
@@ -24,6 +27,10 @@ struct headkv_params headkv_default_params(void) {
     struct headkv_params params = {
         /*.size            =*/sizeof(struct headkv_params),
         /*.policy          =*/"auto",
+        /*.budget          =*/nullptr,
+        /*.rank            =*/nullptr,
+        /*.fit             =*/nullptr,
+        /*.question        =*/"known",
         /*.kv_size         =*/128,
         /*.window          =*/64,
         /*.recent          =*/8,
@@ -47,8 +54,31 @@ struct headkv_params headkv_default_params(void) {
         /*.n_layer         =*/0,
         /*.n_head          =*/0,
         /*.importance_gguf =*/nullptr,
+        /*.replay          =*/nullptr,
+        /*.shares          =*/nullptr,
+        /*.n_shares        =*/0,
+        /*.n_head_kv       =*/0,
     };
     return params;
+}
+
+// cfg has what headkv_policy_set() sets
+static headkv_policy_info info_of(const headkv_config & cfg) {
+    static std::set<std::string> names;
+    static std::mutex mutex;
+    const std::lock_guard<std::mutex> lock(mutex);
+    const auto & b = *cfg.budget;
+    return { names.insert(cfg.policy).first->c_str(), b.name, cfg.rank->name, headkv_fit_name(cfg.fit), b.by_importance, b.by_beta, b.by_replay,
+        cfg.rank->by_window, cfg.rank->by_sums || cfg.fit == HEADKV_FIT_VALUES, b.keeps_all };
+}
+
+int32_t headkv_find_policy(const char * policy, const char * budget, const char * rank, const char * fit, struct headkv_policy_info * dst) {
+    return guarded([&]() -> int32_t {
+        headkv_config cfg = {};
+        headkv_policy_set(cfg, policy ? policy : "", budget, rank, fit);
+        *dst = info_of(cfg);
+        return 0;
+    });
 }
 
 int32_t headkv_policies(struct headkv_policy_info * dst, int32_t n) {
@@ -58,8 +88,9 @@ int32_t headkv_policies(struct headkv_policy_info * dst, int32_t n) {
             return fail(format("room for %d policies, %zu are needed", n, policies.size()));
         }
         for (size_t i = 0; dst && i < policies.size(); ++i) {
-            const auto & p = policies[i];
-            dst[i] = { p.name, p.needs_importance, p.uses_beta, !p.score && !p.needs_sums && !p.keeps_all, p.needs_sums, p.keeps_all };
+            headkv_config cfg = {};
+            headkv_policy_set(cfg, policies[i].name, nullptr, nullptr, nullptr);
+            dst[i] = info_of(cfg);
         }
         return (int32_t) policies.size();
     });
@@ -102,9 +133,9 @@ bool headkv_enabled(const struct llama_context * ctx) {
     return get_kv(ctx) != nullptr;
 }
 
-// the configuration that parameters describe, with the importance of the context if they name none; null = none are given
+// the configuration that parameters describe, with what the context knows of the heads if they say nothing; null = none are given
 static headkv_config_ptr config_of(const llama_kv_cache_ragged & kv, const headkv_params * params) {
-    return params ? std::make_shared<const headkv_config>(headkv_config_from_params(*params, &kv.config().importance)) : nullptr;
+    return params ? std::make_shared<const headkv_config>(headkv_config_from_params(*params, &kv.config().known)) : nullptr;
 }
 
 static void announce(llama_context * ctx, llama_seq_id seq_id, int32_t n_tokens, bool whole, const headkv_params * params, bool keep = false) {
@@ -277,10 +308,10 @@ int32_t headkv_get_stats(const struct llama_context * ctx, llama_seq_id seq_id, 
 
 const char * headkv_get_policy(const struct llama_context * ctx) {
     if (!ctx) {
-        return headkv_thread_config() ? headkv_thread_config()->policy->name : "full";
+        return headkv_thread_config() ? headkv_thread_config()->policy.c_str() : "full";
     }
     const llama_kv_cache_ragged * kv = get_kv(ctx);
-    return kv ? kv->config().policy->name : "full";
+    return kv ? kv->config().policy.c_str() : "full";
 }
 
 int32_t headkv_get_budget(const struct llama_context * ctx, int32_t * dst, int32_t n) {
@@ -295,7 +326,7 @@ int32_t headkv_get_budget(const struct llama_context * ctx, int32_t * dst, int32
             std::fill(dst, dst + n_values, 0);
             for (int32_t il = 0; il < kv.n_layer(); ++il) {
                 std::transform(kv.budget(il).begin(), kv.budget(il).end(), dst + il * n_head_kv, [&](uint32_t x) {
-                    return kv.config().policy->keeps_all ? (int32_t) kv.n_ctx_seq_max() : (int32_t) x;
+                    return kv.config().budget->keeps_all ? (int32_t) kv.n_ctx_seq_max() : (int32_t) x;
                 });
             }
         }

@@ -45,7 +45,7 @@ static std::vector<double> normalized(const std::vector<double> & v) {
     return res;
 }
 
-headkv_cells headkv_budget_uniform(const headkv_config & cfg, const headkv_heads & heads) {
+headkv_cells headkv_budget_uniform(const headkv_config & cfg, const headkv_heads & heads, int64_t) {
     headkv_cells res;
     for (int32_t n : heads.n_head_kv) {
         res.emplace_back(n, (int64_t) cfg.kv_size - cfg.recent);
@@ -88,7 +88,15 @@ std::vector<double> headkv_budget_query_importance(const headkv_config & cfg, co
     return importance;
 }
 
-headkv_cells headkv_budget_importance(const headkv_config & cfg, const headkv_heads & heads) {
+headkv_cells headkv_budget_all(const headkv_config &, const headkv_heads & heads, int64_t n_prefix) {
+    headkv_cells res;
+    for (int32_t n : heads.n_head_kv) {
+        res.emplace_back(n, n_prefix);
+    }
+    return res;
+}
+
+headkv_cells headkv_budget_importance(const headkv_config & cfg, const headkv_heads & heads, int64_t) {
     const std::vector<int64_t> values = budget_query_heads(cfg, headkv_budget_query_importance(cfg, heads));
 
     headkv_cells res(heads.n_head.size());
@@ -236,7 +244,7 @@ void headkv_budget_adapt(headkv_scored & layer, double floor, bool normalize) {
 
 std::vector<std::vector<uint32_t>> headkv_budget(const headkv_config & cfg, const headkv_heads & heads) {
     std::vector<std::vector<uint32_t>> res;
-    for (const auto & layer : cfg.policy->budget(cfg, heads, std::numeric_limits<int64_t>::max())) {
+    for (const auto & layer : cfg.budget->cells(cfg, heads, std::numeric_limits<int64_t>::max())) {
         res.emplace_back();
         for (int64_t n : layer) {
             res.back().push_back((uint32_t) std::min<int64_t>(n, HEADKV_MAX_CELLS) + cfg.recent);
@@ -246,7 +254,7 @@ std::vector<std::vector<uint32_t>> headkv_budget(const headkv_config & cfg, cons
 }
 
 bool headkv_keeps_all(const headkv_config & cfg, int64_t n_prompt) {
-    return cfg.policy->keeps_all || (int64_t) cfg.kv_size - cfg.recent > std::max<int64_t>(0, n_prompt - cfg.recent);
+    return cfg.budget->keeps_all || (int64_t) cfg.kv_size - cfg.recent > std::max<int64_t>(0, n_prompt - cfg.recent);
 }
 
 uint32_t headkv_n_tail(const headkv_config & cfg, int64_t n_prompt) {

@@ -1,10 +1,10 @@
-// Stage 2, budget: how many cells each KV head may keep after the prompt. The parts that policies put together.
+// Stage 2, budget: how many cells each KV head may keep after the prompt. The kinds of budgets, and what is done with each.
 #pragma once
 
 #include "headkv-policy.h"
 
 // kv_size without the recent cells for every head
-headkv_cells headkv_budget_uniform(const headkv_config & cfg, const headkv_heads & heads);
+headkv_cells headkv_budget_uniform(const headkv_config & cfg, const headkv_heads & heads, int64_t n_prefix);
 
 // Importance of the query heads that exist, layer after layer.
 // Throws std::invalid_argument when the importance does not fit the layers.
@@ -13,7 +13,22 @@ std::vector<double> headkv_budget_query_importance(const headkv_config & cfg, co
 // By importance: the authors' formula bit for bit, float floor division and half-even rounding included (HeadKV, Eq. 4 and
 // its code); then the mean over the GQA group, rounded half to even.
 // Throws std::invalid_argument when the importance does not fit the layers.
-headkv_cells headkv_budget_importance(const headkv_config & cfg, const headkv_heads & heads);
+headkv_cells headkv_budget_importance(const headkv_config & cfg, const headkv_heads & heads, int64_t n_prefix);
+
+// By the table of shares (KVzip's threshold for a whole model, measured once): between two of its rows linearly, and from
+// nothing at 0 to everything at 1. What every head keeps anyway comes first, the sum is that of kv_size.
+// Throws std::invalid_argument when the table does not fit the layers.
+headkv_cells headkv_budget_replay(const headkv_config & cfg, const headkv_heads & heads, int64_t n_prefix);
+
+// The mean of the two.
+headkv_cells headkv_budget_mix(const headkv_config & cfg, const headkv_heads & heads, int64_t n_prefix);
+
+// The authors fix the budgets with the first prompt of a process; here each prompt has its own.
+headkv_cells headkv_budget_pyramid(const headkv_config & cfg, const headkv_heads & heads, int64_t n_prefix);
+
+headkv_cells headkv_budget_whole(const headkv_config & cfg, const headkv_heads & heads, int64_t n_prefix);
+
+headkv_cells headkv_budget_all(const headkv_config & cfg, const headkv_heads & heads, int64_t n_prefix);
 
 // Gives n more cells (fewer if negative) to the heads, the same number to each that has less than limit (more than 0), what
 // does not divide to the first ones; as often as it takes. Returns what no head could take.

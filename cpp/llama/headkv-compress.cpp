@@ -91,12 +91,12 @@ headkv_compression::headkv_compression(llama_context * lctx, headkv_staging & st
 
     slots = seq.window_slots(seq_id, (llama_pos) cfg->window);
     cells = staging.cells_of(seq_id, seq.n_pos);
-    if (cfg->policy->needs_sums && !keep_all && !seq.has_sums) {
+    if (cfg->rank->by_sums && !keep_all && !seq.has_sums) {
         throw std::runtime_error(format("tokens were removed from the end of the prompt, or came from the archive, whose attention policy '%s' counts: "
                                         "configure the policy before the prompt, and evaluate it again",
-                cfg->policy->name));
+                cfg->policy.c_str()));
     }
-    if (!cfg->policy->score && !cfg->policy->needs_sums && !keep_all && (int64_t) slots.size() != n_window) {
+    if (cfg->rank->by_window && !keep_all && (int64_t) slots.size() != n_window) {
         throw std::runtime_error(format("queries of the last %d tokens are missing, because tokens were removed from the end of the prompt, or it is "
                                         "shorter than it was said to be and came from the archive: evaluate the prompt again, announced as it is",
                 (int) n_window));
@@ -106,11 +106,11 @@ headkv_compression::headkv_compression(llama_context * lctx, headkv_staging & st
     }
     contiguous = cells.back() - cells.front() == n - 1 && std::is_sorted(cells.begin(), cells.end());
 
-    n_keep = cfg->policy->budget(*cfg, heads, n_prefix);
+    n_keep = cfg->budget->cells(*cfg, heads, n_prefix);
     n_protected = headkv_n_protected(*cfg, n_prefix);
     headkv_budget_fit(n_keep, n_prefix, keep_all ? n_prefix : n_protected, cfg->surplus);
-    if (cfg->policy->score) {
-        scores = cfg->policy->score(n_prefix);
+    if (cfg->rank->score) {
+        scores = cfg->rank->score(n_prefix);
     }
 }
 
@@ -170,15 +170,15 @@ ggml_tensor * headkv_compression::head_cells(work_t & w, ggml_tensor * all, int6
 //
 
 void headkv_compression::score(work_t & w) {
-    if (cfg->policy->score) {
+    if (cfg->rank->score) {
         for (int64_t ih = 0; ih < w.H && n_prefix > 0; ++ih) {
             ggml_backend_tensor_set(w.t_scores, scores.data(), ih * w.t_scores->nb[1], n_prefix * sizeof(float));
         }
     } else if (keep_all) {
         return;
-    } else if (cfg->policy->needs_sums) {
+    } else if (cfg->rank->by_sums) {
         score_by_sums(w);
-    } else {
+    } else if (cfg->rank->by_window) {
         headkv_set_data(w.t_slots, slots);
         if (!score_fused(w)) {
             score_composed(w);
@@ -256,15 +256,24 @@ void headkv_compression::protect(work_t & w) {
     }
 }
 
+// scores that look at the values too, and cells that move to where the scores are high
 void headkv_compression::refine(work_t & w) {
-    if (!cfg->policy->refine || keep_all) {
+    if (keep_all || !(cfg->rank->refine || cfg->budget->adapts)) {
         return;
     }
     headkv_scored scored = { n_prefix, n_protected, headkv_get_data<float>(w.t_scores, n_prefix * w.H), {}, std::move(w.n_keep) };
-    if (cfg->policy->needs_values) {
-        scored.values = value_norms(w);
+    if (cfg->rank->refine) {
+        scored.values = cfg->rank->values == HEADKV_VALUES_NORM ? value_norms(w) : value_outputs(w);
+        cfg->rank->refine(scored);
+        for (const auto & [start, end] : headkv_protected(*cfg, n_prefix)) {
+            for (int64_t ih = 0; ih < w.H; ++ih) {
+                std::fill(scored.scores.begin() + ih * n_prefix + start, scored.scores.begin() + ih * n_prefix + end, HEADKV_PROTECTED);
+            }
+        }
     }
-    cfg->policy->refine(*cfg, scored);
+    if (cfg->budget->adapts) {
+        headkv_budget_adapt(scored, cfg->adakv_floor, cfg->adakv_normalize);
+    }
     w.n_keep = std::move(scored.n_keep);
     headkv_set_data(w.t_scores, scored.scores);
 }
@@ -284,7 +293,26 @@ void headkv_compression::output_columns(work_t & w, int64_t ih, ggml_tensor * t_
     runner.run();
 }
 
+// L2 norms; quantised values are rotated, which does not change them
 std::vector<float> headkv_compression::value_norms(work_t & w) {
+    headkv_scratch scratch;
+    ggml_tensor * t_values = scratch.new_tensor(GGML_TYPE_F32, 1, n_prefix * w.H);
+    scratch.alloc(w.layer.buft);
+    for (int64_t ih = 0; ih < w.H; ++ih) {
+        runner.begin();
+        ggml_context * ctx = runner.ctx.get();
+        ggml_tensor * v_head = ggml_view_2d(ctx, w.v_all, w.D, w.v_all->ne[1], w.v_all->nb[1], ih * ggml_row_size(w.v_all->type, w.D));
+        ggml_tensor * v = ggml_get_rows(ctx, v_head, ggml_view_1d(ctx, w.t_cells, n_prefix, 0)); // F32
+        ggml_tensor * norms = ggml_sqrt(ctx, ggml_sum_rows(ctx, ggml_sqr(ctx, v)));
+        ggml_tensor * to = ggml_view_2d(ctx, t_values, 1, n_prefix, t_values->nb[1], ih * n_prefix * t_values->nb[1]);
+        ggml_build_forward_expand(runner.gf, ggml_cpy(ctx, norms, to));
+        runner.run();
+    }
+    note_peak(w.scratch.n_bytes() + scratch.n_bytes() + runner.n_bytes());
+    return headkv_get_data<float>(t_values, n_prefix * w.H);
+}
+
+std::vector<float> headkv_compression::value_outputs(work_t & w) {
     // cells at a time: what their values add to the output takes 4 MiB
     const int64_t n_out = w.layer.wo->ne[1] * w.G;
     const int64_t n_step = std::max<int64_t>(64, (1 << 20) / n_out);
@@ -334,7 +362,7 @@ void headkv_compression::make_room(work_t & w) {
     int32_t n_before = 0;
     for (int64_t ih = 0; ih < w.H; ++ih) {
         n_kept.push_back((uint32_t) (w.n_keep[ih] + n_recent));
-        w.n_comp.push_back(cfg->policy->compensates && w.n_keep[ih] > 0 && w.n_keep[ih] < n_prefix);
+        w.n_comp.push_back(cfg->fit == HEADKV_FIT_MEAN && w.n_keep[ih] > 0 && w.n_keep[ih] < n_prefix);
         w.n_keep[ih] -= w.n_comp[ih];
         w.plan_select.insert(w.plan_select.end(), { n_before + w.n_comp[ih], (int32_t) w.n_keep[ih] });
         n_before += (int32_t) n_kept[ih];

@@ -10,7 +10,6 @@
 #include <algorithm>
 #include <atomic>
 #include <cmath>
-#include <cstring>
 #include <stdexcept>
 
 static int32_t check_range(const char * name, int32_t value, int32_t lo, int32_t hi) {
@@ -51,7 +50,7 @@ static std::vector<std::pair<int32_t, int32_t>> spans_of(const headkv_params & p
 }
 
 void headkv_config_check_ctx(const headkv_config & cfg, uint32_t n_ctx) {
-    if (cfg.kv_size > n_ctx && !cfg.policy->keeps_all) {
+    if (cfg.kv_size > n_ctx && !cfg.budget->keeps_all) {
         throw std::invalid_argument(format("kv_size is %u: it must not be larger than n_ctx = %u", cfg.kv_size, n_ctx));
     }
     if (!cfg.spans.empty() && (uint32_t) cfg.spans.back().second > n_ctx) {
@@ -62,48 +61,114 @@ void headkv_config_check_ctx(const headkv_config & cfg, uint32_t n_ctx) {
 
 static uint64_t fingerprint(const headkv_config & cfg) {
     headkv_checksum sum;
-    sum.add(cfg.policy->name, strlen(cfg.policy->name) + 1);
+    sum.add(cfg.policy.c_str(), cfg.policy.size() + 1);
     for (double x : { (double) cfg.window, (double) cfg.recent, (double) cfg.n_square, (double) cfg.pool, (double) cfg.pool_kernel, cfg.beta,
                  (double) cfg.surplus, (double) cfg.pyramid_exact, cfg.adakv_floor, (double) cfg.adakv_normalize }) {
         sum.add(x);
     }
     sum.add(cfg.importance.values.data(), cfg.importance.values.size() * sizeof(double));
+    sum.add(cfg.replay.shares.data(), cfg.replay.shares.size() * sizeof(double));
+    sum.add(cfg.replay.values.data(), cfg.replay.values.size() * sizeof(double));
     return sum.value | 1;
 }
 
-headkv_config headkv_config_from_params(const headkv_params & params, const headkv_importance * known_importance) {
+// what the parameters say of the heads
+static headkv_known known_of(const headkv_params & params) {
+    headkv_known res;
+    if (params.importance) {
+        res.importance.n_layer = check_range("n_layer of the importance", params.n_layer, 1, 65536);
+        res.importance.n_head = check_range("n_head of the importance", params.n_head, 1, 65536);
+        res.importance.values.assign(params.importance, params.importance + (size_t) params.n_layer * params.n_head);
+        headkv_importance_check(res.importance);
+    }
+    if (params.replay) {
+        res.replay.n_layer = check_range("n_layer of the replay table", params.n_layer, 1, 65536);
+        res.replay.n_head_kv = check_range("n_head_kv of the replay table", params.n_head_kv, 1, 65536);
+        const size_t n_shares = check_range("n_shares of the replay table", params.shares ? params.n_shares : 0, 1, 1024);
+        res.replay.shares.assign(params.shares, params.shares + n_shares);
+        res.replay.values.assign(params.replay, params.replay + n_shares * params.n_layer * params.n_head_kv);
+        headkv_replay_check(res.replay);
+    }
+    return res;
+}
+
+static std::string text_of(const char * name) {
+    return name ? name : "";
+}
+
+// whether the choices that were made need it
+static bool may_need(const headkv_params & params, bool headkv_budget_kind::*what) {
+    if (text_of(params.policy) == "auto" && text_of(params.budget).empty()) {
+        return true;
+    }
+    headkv_config cfg = {};
+    headkv_policy_set(cfg, text_of(params.policy) == "auto" ? HEADKV_AUTO_UNKNOWN : text_of(params.policy), params.budget, params.rank, params.fit);
+    return cfg.budget->*what;
+}
+
+// what they do not say is in their file, or the context knows it
+static void complete_known(headkv_known & known, const headkv_params & params, const headkv_known * of_context) {
+    if (known.importance.values.empty() && params.importance_gguf && may_need(params, &headkv_budget_kind::by_importance)) {
+        known.importance = headkv_importance_from_gguf(params.importance_gguf);
+    } else if (known.importance.values.empty() && !params.importance_gguf && of_context) {
+        known.importance = of_context->importance;
+    }
+    if (known.replay.values.empty() && params.importance_gguf && may_need(params, &headkv_budget_kind::by_replay)) {
+        known.replay = headkv_replay_from_gguf(params.importance_gguf);
+    } else if (known.replay.values.empty() && !params.importance_gguf && of_context) {
+        known.replay = of_context->replay;
+    }
+}
+
+static const char * choose_auto(const headkv_known & known, bool later) {
+    const bool has_importance = !known.importance.values.empty();
+    const bool has_replay = !known.replay.values.empty();
+    if (!later) {
+        return has_importance ? HEADKV_AUTO_IMPORTANCE : HEADKV_AUTO_UNKNOWN;
+    }
+    return has_importance && has_replay ? HEADKV_LATER_BOTH
+            : has_replay                ? HEADKV_LATER_REPLAY
+            : has_importance            ? HEADKV_LATER_IMPORTANCE
+                                        : HEADKV_LATER_UNKNOWN;
+}
+
+// budget, rank and fit, and what they look at
+static void choose_policy(headkv_config & cfg, const headkv_params & params, const headkv_known * of_context) {
+    const std::string question = text_of(params.question);
+    if (question != "known" && question != "later") {
+        throw std::invalid_argument(format("question is '%s': it must be one of known, later", question.c_str()));
+    }
+    complete_known(cfg.known, params, of_context);
+    const std::string name = text_of(params.policy);
+    headkv_policy_set(cfg, name == "auto" ? choose_auto(cfg.known, question == "later") : name, params.budget, params.rank, params.fit);
+
+    if (cfg.budget->by_importance) {
+        cfg.importance = cfg.known.importance;
+        if (cfg.importance.values.empty()) {
+            throw std::invalid_argument(format("policy '%s' needs the importance of each head and nothing is known of this model's: measure it with "
+                                               "'pyheadkv score MODEL.gguf --write OUT.gguf', pass importance=, or use policy 'auto'",
+                    cfg.policy.c_str()));
+        }
+    }
+    if (cfg.budget->by_replay) {
+        cfg.replay = cfg.known.replay;
+        if (cfg.replay.values.empty()) {
+            throw std::invalid_argument(format("policy '%s' needs the replay table of each head and nothing is known of this model's: measure it with "
+                                               "'pyheadkv score MODEL.gguf --method replay', pass replay=, or use policy 'auto'",
+                    cfg.policy.c_str()));
+        }
+    }
+}
+
+headkv_config headkv_config_from_params(const headkv_params & params, const headkv_known * known) {
     if (params.size != sizeof(headkv_params)) {
         throw std::invalid_argument(format("headkv_params.size is %zu, this library expects %zu", params.size, sizeof(headkv_params)));
     }
 
     headkv_config cfg = {};
 
-    if (params.importance) {
-        cfg.importance.n_layer = check_range("n_layer of the importance", params.n_layer, 1, 65536);
-        cfg.importance.n_head = check_range("n_head of the importance", params.n_head, 1, 65536);
-        cfg.importance.values.assign(params.importance, params.importance + (size_t) params.n_layer * params.n_head);
-        headkv_importance_check(cfg.importance);
-    }
-    const std::string name = params.policy ? params.policy : "";
-    const bool is_auto = name == "auto";
-    if (!is_auto) {
-        cfg.policy = &headkv_policy_find(name);
-    }
-    if (cfg.importance.values.empty() && params.importance_gguf && (is_auto || cfg.policy->needs_importance)) {
-        cfg.importance = headkv_importance_from_gguf(params.importance_gguf);
-    } else if (cfg.importance.values.empty() && !params.importance_gguf && known_importance) {
-        cfg.importance = *known_importance;
-    }
-    if (is_auto) {
-        cfg.policy = &headkv_policy_find(cfg.importance.values.empty() ? HEADKV_AUTO_UNKNOWN : HEADKV_AUTO_IMPORTANCE);
-    }
-    if (!cfg.policy->needs_importance) {
-        cfg.importance = {};
-    } else if (cfg.importance.values.empty()) {
-        throw std::invalid_argument(format("policy '%s' needs the importance of each head and nothing is known of this model's: measure it with "
-                                           "'pyheadkv score MODEL.gguf --write OUT.gguf', pass importance=, or use policy 'auto'",
-                cfg.policy->name));
-    }
+    cfg.known = known_of(params);
+    choose_policy(cfg, params, known);
 
     cfg.window = check_range("window", params.window, 1, 256);
     cfg.recent = check_range("recent", params.recent, 1, 1 << 20);
@@ -118,11 +183,11 @@ headkv_config headkv_config_from_params(const headkv_params & params, const head
     if (cfg.pool_kernel > 0 && cfg.pool_kernel % 2 == 0) {
         throw std::invalid_argument(format("pool_kernel is %d: it must be odd, so that the pooling is centred", params.pool_kernel));
     }
-    if (!cfg.policy->keeps_all && (params.kv_size < params.recent + 1 || params.kv_size > HEADKV_MAX_CELLS)) {
+    if (!cfg.budget->keeps_all && (params.kv_size < params.recent + 1 || params.kv_size > HEADKV_MAX_CELLS)) {
         throw std::invalid_argument(format("kv_size is %d: it counts the %d recent cells, so it must be at least %d (and at most %d)",
                 params.kv_size, params.recent, params.recent + 1, HEADKV_MAX_CELLS));
     }
-    cfg.kv_size = cfg.policy->keeps_all ? HEADKV_MAX_CELLS : params.kv_size;
+    cfg.kv_size = cfg.budget->keeps_all ? HEADKV_MAX_CELLS : params.kv_size;
     cfg.n_tail = check_range("n_tail", params.n_tail, 1, 1 << 20);
     cfg.attend = (headkv_attend) check_range("attend", params.attend, HEADKV_ATTEND_AUTO, HEADKV_ATTEND_COMPOSED);
     cfg.n_buckets = check_range("n_buckets", params.n_buckets, 1, 8);
@@ -131,17 +196,17 @@ headkv_config headkv_config_from_params(const headkv_params & params, const head
     cfg.hidden_f16 = check_range("hidden_f16", params.hidden_f16, 0, 1) == 1;
     cfg.surplus = (headkv_surplus) check_range("surplus", params.surplus, HEADKV_SURPLUS_LOST, HEADKV_SURPLUS_REDISTRIBUTE);
     const int32_t n_sinks = check_range("sinks", params.sinks, -1, 1 << 26);
-    cfg.spans = spans_of(params, n_sinks >= 0 ? n_sinks : std::min(cfg.policy->n_sinks, params.kv_size - params.recent - (cfg.policy->compensates ? 1 : 0)));
+    cfg.spans = spans_of(params, n_sinks >= 0 ? n_sinks : std::min(cfg.rank->n_sinks, params.kv_size - params.recent - (cfg.fit == HEADKV_FIT_MEAN ? 1 : 0)));
 
     cfg.pyramid_exact = check_range("pyramid_exact", params.pyramid_exact, 0, 1) == 1;
     cfg.adakv_normalize = check_range("adakv_normalize", params.adakv_normalize, 0, 1) == 1;
-    cfg.adakv_floor = params.adakv_floor == -1.0 ? cfg.policy->adakv_floor : params.adakv_floor;
+    cfg.adakv_floor = params.adakv_floor == -1.0 ? cfg.budget->adakv_floor : params.adakv_floor;
     if (!(cfg.adakv_floor >= 0.0 && cfg.adakv_floor <= 1.0)) {
         throw std::invalid_argument(format("adakv_floor is %g: it must be in [0, 1], or -1 for the default of the policy", params.adakv_floor));
     }
 
-    const double known = cfg.importance.beta != 0.0 ? cfg.importance.beta : 1.2;
-    cfg.beta = params.beta != 0.0 ? params.beta : known;
+    const double of_scores = cfg.importance.beta != 0.0 ? cfg.importance.beta : 1.2;
+    cfg.beta = params.beta != 0.0 ? params.beta : of_scores;
     if (!std::isfinite(cfg.beta) || !(cfg.beta > 1.0)) {
         throw std::invalid_argument(format("beta is %g: it must be a finite number > 1 (larger = more uniform budgets)", cfg.beta));
     }

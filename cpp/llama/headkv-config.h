@@ -15,12 +15,37 @@ struct headkv_importance {
     std::vector<double> values; // [n_layer*n_head], query heads, finite, >= 0, sum > 0; empty = none given
 };
 
-struct headkv_policy; // headkv-policy.h
+// Share of a prompt that each KV head needs, when the mean over all of them is shares[i].
+struct headkv_replay {
+    int32_t n_layer = 0;
+    int32_t n_head_kv = 0; // of the layer with most
+    std::vector<double> shares; // ascending, in (0, 1)
+    std::vector<double> values; // [n_shares][n_layer][n_head_kv], in [0, 1]; empty = none given
+};
+
+// what is known of the heads of a model
+struct headkv_known {
+    headkv_importance importance;
+    headkv_replay replay;
+};
+
+// what becomes of the values of kept cells
+enum headkv_fit {
+    HEADKV_FIT_NONE,
+    HEADKV_FIT_MEAN,   // one of a head's cells stands for all that it drops, if it drops any: their mean
+    HEADKV_FIT_VALUES, // they answer the prompt's own queries as the full cache does, as nearly as they can
+};
+
+struct headkv_budget_kind; // headkv-policy.h
+struct headkv_rank_kind;
 
 constexpr int32_t HEADKV_MAX_CELLS = 1 << 26; // of a head
 
 struct headkv_config {
-    const headkv_policy * policy;
+    std::string policy; // name of the three, or "budget/rank/fit"
+    const headkv_budget_kind * budget;
+    const headkv_rank_kind * rank;
+    headkv_fit fit;
     uint32_t kv_size;
     uint32_t window;
     uint32_t recent;
@@ -38,7 +63,9 @@ struct headkv_config {
     double adakv_floor; // in [0, 1]
     bool adakv_normalize;
 
-    headkv_importance importance;
+    headkv_importance importance; // empty where the budget does not look at it
+    headkv_replay replay; // same
+    headkv_known known; // of the heads, used or not
 
     // Fingerprint of what decides which cells are kept, but for kv_size and spans; never 0.
     uint64_t selection;
@@ -50,8 +77,8 @@ struct headkv_config {
 using headkv_config_ptr = std::shared_ptr<const headkv_config>;
 
 // Throws std::invalid_argument naming value, limit and remedy.
-// known: the importance that is taken where the parameters name none
-headkv_config headkv_config_from_params(const headkv_params & params, const headkv_importance * known = nullptr);
+// known: what is taken where the parameters say nothing of the heads
+headkv_config headkv_config_from_params(const headkv_params & params, const headkv_known * known = nullptr);
 
 // throws std::invalid_argument when a prompt in a sequence of n_ctx tokens cannot be what the configuration asks for
 void headkv_config_check_ctx(const headkv_config & cfg, uint32_t n_ctx);

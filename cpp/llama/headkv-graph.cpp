@@ -26,9 +26,9 @@ void llama_kv_cache_ragged::refuse(const std::string & why) const {
 
 std::string llama_kv_cache_ragged::why_no_values(const headkv_config & c) const {
     for (const auto & layer : the_store.layers) {
-        if (c.policy->needs_values && !layer.wo) {
+        if (c.rank->values == HEADKV_VALUES_OUTPUT && !layer.wo) {
             return format("policy '%s' needs the output matrix of layer %d, which is not applied to the attention as it is: use policy 'snapkv'",
-                    c.policy->name, layer.il);
+                    c.policy.c_str(), layer.il);
         }
     }
     return "";
@@ -255,7 +255,7 @@ llm_graph_input_attn_kv * headkv_build_inp(const llm_graph_context & gctx) {
         if (kv->store().has_fused()) {
             inp->ranges = new_input(ctx, GGML_TYPE_I32, inp->n_head_kv_all * inp->n_seqs * 2, "headkv_ranges");
             // ranges do not change without a new generation
-            if (mctx->is_full() ? kv->config().policy->compensates : kv->store().compensates()) {
+            if (mctx->is_full() ? kv->config().fit == HEADKV_FIT_MEAN : kv->store().compensates()) {
                 inp->bias = new_input(ctx, GGML_TYPE_F32, inp->n_head_kv_all * inp->n_seqs, "headkv_bias");
             }
         }

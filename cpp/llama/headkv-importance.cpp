@@ -22,65 +22,129 @@ void headkv_importance_check(const headkv_importance & importance) {
     }
 }
 
+void headkv_replay_check(const headkv_replay & replay) {
+    double last = 0.0;
+    for (double share : replay.shares) {
+        if (!(share > last && share < 1.0)) {
+            throw std::invalid_argument(format("the replay table has the share %g after %g: shares must ascend between 0 and 1", share, last));
+        }
+        last = share;
+    }
+    const size_t n_row = (size_t) replay.n_layer * replay.n_head_kv;
+    for (size_t i = 0; i < replay.shares.size(); ++i) {
+        double sum = 0.0;
+        for (size_t j = 0; j < n_row; ++j) {
+            const double v = replay.values[i * n_row + j];
+            if (!(v >= 0.0 && v <= 1.0)) {
+                throw std::invalid_argument(format("the replay table has %g for layer %d, KV head %d: it must be in [0, 1]",
+                        v, (int) (j / replay.n_head_kv), (int) (j % replay.n_head_kv)));
+            }
+            sum += v;
+        }
+        if (sum == 0.0) {
+            throw std::invalid_argument(format("the replay table is all zero at the share %g: measure it again", replay.shares[i]));
+        }
+    }
+}
+
+namespace {
+
+// keys of one kind of table in a GGUF
+struct table_keys {
+    std::unique_ptr<gguf_context, void (*)(gguf_context *)> gguf;
+    std::string key; // empty = there is none
+
+    table_keys(const char * path, const char * name) :
+        gguf(gguf_init_from_file(path, { /*.no_alloc =*/true, /*.ctx =*/nullptr }), gguf_free) {
+        if (!gguf) {
+            throw std::invalid_argument(format("%s is not a readable GGUF file", path));
+        }
+        const int64_t id = gguf_find_key(gguf.get(), "general.architecture");
+        if (id >= 0 && gguf_get_kv_type(gguf.get(), id) == GGUF_TYPE_STRING) {
+            key = std::string(gguf_get_val_str(gguf.get(), id)) + ".attention." + name;
+        }
+        if (gguf_find_key(gguf.get(), key.c_str()) < 0) {
+            key = "";
+            return;
+        }
+        const int64_t id_version = gguf_find_key(gguf.get(), (key + ".version").c_str());
+        if (id_version < 0 || gguf_get_kv_type(gguf.get(), id_version) != GGUF_TYPE_UINT32 || gguf_get_val_u32(gguf.get(), id_version) != 1) {
+            throw std::invalid_argument(key + ".version is not 1, the only one that is readable: update pyheadkv, or measure it again");
+        }
+    }
+
+    std::vector<uint32_t> shape(size_t n, const char * what) const {
+        const int64_t id = gguf_find_key(gguf.get(), (key + ".shape").c_str());
+        if (id < 0 || gguf_get_kv_type(gguf.get(), id) != GGUF_TYPE_ARRAY || gguf_get_arr_type(gguf.get(), id) != GGUF_TYPE_UINT32 ||
+                gguf_get_arr_n(gguf.get(), id) != n) {
+            throw std::invalid_argument(format("%s.shape must be %zu uint32 values, %s", key.c_str(), n, what));
+        }
+        const uint32_t * data = (const uint32_t *) gguf_get_arr_data(gguf.get(), id);
+        return { data, data + n };
+    }
+
+    std::vector<double> numbers(const std::string & name) const {
+        const int64_t id = gguf_find_key(gguf.get(), name.c_str());
+        const gguf_type type = id >= 0 && gguf_get_kv_type(gguf.get(), id) == GGUF_TYPE_ARRAY ? gguf_get_arr_type(gguf.get(), id) : GGUF_TYPE_STRING;
+        if (type != GGUF_TYPE_FLOAT32 && type != GGUF_TYPE_FLOAT64) {
+            throw std::invalid_argument(name + " must be an array of float32 or float64");
+        }
+        const void * data = gguf_get_arr_data(gguf.get(), id);
+        std::vector<double> res;
+        for (size_t i = 0; i < gguf_get_arr_n(gguf.get(), id); ++i) {
+            res.push_back(type == GGUF_TYPE_FLOAT32 ? ((const float *) data)[i] : ((const double *) data)[i]);
+        }
+        return res;
+    }
+};
+
+} // namespace
+
 headkv_importance headkv_importance_from_gguf(const char * path) {
-    gguf_init_params params = { /*.no_alloc =*/true, /*.ctx =*/nullptr };
-    std::unique_ptr<gguf_context, void (*)(gguf_context *)> gguf(gguf_init_from_file(path, params), gguf_free);
-    if (!gguf) {
-        throw std::invalid_argument(format("%s is not a readable GGUF file", path));
-    }
-
+    const table_keys keys(path, "head_importance");
     headkv_importance res;
-
-    const int64_t id_arch = gguf_find_key(gguf.get(), "general.architecture");
-    if (id_arch < 0 || gguf_get_kv_type(gguf.get(), id_arch) != GGUF_TYPE_STRING) {
+    if (keys.key.empty()) {
         return res;
     }
-    const std::string key = std::string(gguf_get_val_str(gguf.get(), id_arch)) + ".attention.head_importance";
-
-    const int64_t id = gguf_find_key(gguf.get(), key.c_str());
-    if (id < 0) {
-        return res;
-    }
-    const int64_t id_version = gguf_find_key(gguf.get(), (key + ".version").c_str());
-    if (id_version < 0 || gguf_get_kv_type(gguf.get(), id_version) != GGUF_TYPE_UINT32 || gguf_get_val_u32(gguf.get(), id_version) != 1) {
-        throw std::invalid_argument(key + ".version is not 1, the only one that is readable: update pyheadkv, or measure the importance again");
-    }
-    const int64_t id_shape = gguf_find_key(gguf.get(), (key + ".shape").c_str());
-    if (id_shape < 0 || gguf_get_kv_type(gguf.get(), id_shape) != GGUF_TYPE_ARRAY ||
-            gguf_get_arr_type(gguf.get(), id_shape) != GGUF_TYPE_UINT32 || gguf_get_arr_n(gguf.get(), id_shape) != 2) {
-        throw std::invalid_argument(key + ".shape must be two uint32 values, [n_layer, n_head]");
-    }
-    const uint32_t * shape = (const uint32_t *) gguf_get_arr_data(gguf.get(), id_shape);
-
-    const bool is_arr = gguf_get_kv_type(gguf.get(), id) == GGUF_TYPE_ARRAY;
-    const gguf_type type = is_arr ? gguf_get_arr_type(gguf.get(), id) : gguf_get_kv_type(gguf.get(), id);
-    if (!is_arr || (type != GGUF_TYPE_FLOAT32 && type != GGUF_TYPE_FLOAT64)) {
-        throw std::invalid_argument(key + " must be an array of float32 or float64");
-    }
-    const size_t n = gguf_get_arr_n(gguf.get(), id);
+    const auto shape = keys.shape(2, "[n_layer, n_head]");
+    res.values = keys.numbers(keys.key);
     // both factors are bounded before they are multiplied
-    if (shape[0] == 0 || shape[1] == 0 || shape[0] > 65536 || shape[1] > 65536 || n != (size_t) shape[0] * shape[1]) {
-        throw std::invalid_argument(format("%s has %zu values, .shape says %u layers x %u heads", key.c_str(), n, shape[0], shape[1]));
+    if (shape[0] == 0 || shape[1] == 0 || shape[0] > 65536 || shape[1] > 65536 || res.values.size() != (size_t) shape[0] * shape[1]) {
+        throw std::invalid_argument(format("%s has %zu values, .shape says %u layers x %u heads", keys.key.c_str(), res.values.size(), shape[0], shape[1]));
     }
-
     res.n_layer = shape[0];
     res.n_head = shape[1];
-    const void * data = gguf_get_arr_data(gguf.get(), id);
-    for (size_t i = 0; i < n; ++i) {
-        res.values.push_back(type == GGUF_TYPE_FLOAT32 ? ((const float *) data)[i] : ((const double *) data)[i]);
-    }
     headkv_importance_check(res);
 
-    const int64_t id_beta = gguf_find_key(gguf.get(), (key + ".beta").c_str());
+    const int64_t id_beta = gguf_find_key(keys.gguf.get(), (keys.key + ".beta").c_str());
     if (id_beta >= 0) {
-        if (gguf_get_kv_type(gguf.get(), id_beta) != GGUF_TYPE_FLOAT64) {
-            throw std::invalid_argument(key + ".beta must be a float64");
+        if (gguf_get_kv_type(keys.gguf.get(), id_beta) != GGUF_TYPE_FLOAT64) {
+            throw std::invalid_argument(keys.key + ".beta must be a float64");
         }
-        res.beta = gguf_get_val_f64(gguf.get(), id_beta);
+        res.beta = gguf_get_val_f64(keys.gguf.get(), id_beta);
         if (!std::isfinite(res.beta) || !(res.beta > 1.0)) {
-            throw std::invalid_argument(format("%s.beta is %g: it must be a finite number > 1", key.c_str(), res.beta));
+            throw std::invalid_argument(format("%s.beta is %g: it must be a finite number > 1", keys.key.c_str(), res.beta));
         }
     }
+    return res;
+}
 
+headkv_replay headkv_replay_from_gguf(const char * path) {
+    const table_keys keys(path, "head_replay");
+    headkv_replay res;
+    if (keys.key.empty()) {
+        return res;
+    }
+    const auto shape = keys.shape(3, "[n_shares, n_layer, n_head_kv]");
+    res.shares = keys.numbers(keys.key + ".shares");
+    res.values = keys.numbers(keys.key);
+    if (shape[0] == 0 || shape[0] > 1024 || shape[1] == 0 || shape[2] == 0 || shape[1] > 65536 || shape[2] > 65536 ||
+            res.shares.size() != shape[0] || res.values.size() != (size_t) shape[0] * shape[1] * shape[2]) {
+        throw std::invalid_argument(format("%s has %zu values and %zu shares, .shape says %u shares x %u layers x %u KV heads",
+                keys.key.c_str(), res.values.size(), res.shares.size(), shape[0], shape[1], shape[2]));
+    }
+    res.n_layer = shape[1];
+    res.n_head_kv = shape[2];
+    headkv_replay_check(res);
     return res;
 }

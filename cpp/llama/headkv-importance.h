@@ -1,4 +1,4 @@
-// Stage 1, importance: one number per query head, from the metadata of a GGUF file.
+// Stage 1, importance: what is known of the heads of a model, from the metadata of a GGUF file.
 #pragma once
 
 #include "headkv-config.h"
@@ -6,6 +6,12 @@
 // {arch}.attention.head_importance (F32 or F64, row-major) with .shape [n_layer, n_head].
 // An empty result = the file has none. Throws std::invalid_argument when it is damaged.
 headkv_importance headkv_importance_from_gguf(const char * path);
+
+// {arch}.attention.head_replay (F32, row-major) with .shape [n_shares, n_layer, n_head_kv] and .shares; same.
+headkv_replay headkv_replay_from_gguf(const char * path);
+
+// throws std::invalid_argument unless shares ascend in (0, 1), all values are in [0, 1] and no row is all zero
+void headkv_replay_check(const headkv_replay & replay);
 
 // throws std::invalid_argument unless all values are finite, >= 0 and not all zero
 void headkv_importance_check(const headkv_importance & importance);

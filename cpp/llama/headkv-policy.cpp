@@ -1,30 +1,138 @@
 #include "headkv-policy.h"
 
+#include "headkv-budget.h"
+#include "headkv-rank.h"
+
 #include "llama-impl.h"
 
-#include <numeric>
 #include <stdexcept>
 
+static const char * const FITS[] = { "none", "mean", "values" }; // enum headkv_fit
+
+const char * headkv_fit_name(headkv_fit fit) {
+    return FITS[fit];
+}
+
+const std::vector<headkv_budget_kind> & headkv_budget_list() {
+    static const std::vector<headkv_budget_kind> kinds = [] {
+        std::vector<headkv_budget_kind> res(9);
+        res[0].name = "uniform";
+        res[0].cells = headkv_budget_uniform;
+        res[1].name = "importance";
+        res[1].by_importance = res[1].by_beta = true;
+        res[1].cells = headkv_budget_importance;
+        res[2].name = "replay";
+        res[2].by_replay = true;
+        res[2].cells = headkv_budget_replay;
+        res[3].name = "mix";
+        res[3].by_importance = res[3].by_beta = res[3].by_replay = true;
+        res[3].cells = headkv_budget_mix;
+        res[4].name = "adaptive";
+        res[4].adapts = true;
+        res[4].adakv_floor = 0.2;
+        res[4].cells = headkv_budget_uniform;
+        res[5].name = "importance+adaptive";
+        res[5].by_importance = res[5].by_beta = res[5].adapts = true;
+        res[5].adakv_floor = 0.5;
+        res[5].cells = headkv_budget_importance;
+        res[6].name = "pyramid";
+        res[6].cells = headkv_budget_pyramid;
+        res[7].name = "whole";
+        res[7].by_importance = true;
+        res[7].cells = headkv_budget_whole;
+        res[8].name = "all";
+        res[8].keeps_all = true;
+        res[8].cells = headkv_budget_all;
+        return res;
+    }();
+    return kinds;
+}
+
+const std::vector<headkv_rank_kind> & headkv_rank_list() {
+    static const std::vector<headkv_rank_kind> kinds = {
+        // name, window, sums, values, sinks
+        { "attention", true, false, HEADKV_VALUES_NONE, 0, nullptr, nullptr },
+        { "value", false, false, HEADKV_VALUES_NORM, 4, nullptr, headkv_rank_value },
+        { "attention*value", true, false, HEADKV_VALUES_NORM, 4, nullptr, headkv_rank_product },
+        { "output", false, false, HEADKV_VALUES_OUTPUT, 4, nullptr, headkv_rank_value },
+        { "critical", true, false, HEADKV_VALUES_OUTPUT, 0, nullptr, headkv_rank_critical },
+        { "sums", false, true, HEADKV_VALUES_NONE, 0, nullptr, nullptr },
+        { "recent", false, false, HEADKV_VALUES_NONE, 4, headkv_rank_recent, nullptr },
+    };
+    return kinds;
+}
+
 const std::vector<headkv_policy> & headkv_policy_list() {
-#define HEADKV_CALL_POLICY(name) headkv_policy_##name(),
-    static const std::vector<headkv_policy> policies = { HEADKV_POLICIES(HEADKV_CALL_POLICY) };
-#undef HEADKV_CALL_POLICY
+    static const std::vector<headkv_policy> policies = {
+        { "headkv", "importance", "attention", HEADKV_FIT_NONE },                // ICLR 2025
+        { "snapkv", "uniform", "attention", HEADKV_FIT_NONE },                   // SnapKV
+        { "streaming", "uniform", "recent", HEADKV_FIT_NONE },                   // StreamingLLM
+        { "pyramidkv", "pyramid", "attention", HEADKV_FIT_NONE },                // PyramidKV
+        { "adakv", "adaptive", "attention", HEADKV_FIT_NONE },                   // Ada-KV
+        { "headkv+adakv", "importance+adaptive", "attention", HEADKV_FIT_NONE }, // ours
+        { "criticalkv", "uniform", "critical", HEADKV_FIT_NONE },                // CriticalKV
+        { "h2o", "uniform", "sums", HEADKV_FIT_NONE },                           // H2O; nothing is evicted while tokens are generated
+        { "razor", "whole", "recent", HEADKV_FIT_MEAN },                         // RazorAttention
+        { "lossless", "all", "recent", HEADKV_FIT_NONE },
+    };
     return policies;
 }
 
-const headkv_policy & headkv_policy_find(const std::string & name) {
+template <class T>
+static const T & find(const std::vector<T> & kinds, const char * what, const std::string & name) {
     std::string known;
-    for (const auto & policy : headkv_policy_list()) {
-        if (name == policy.name) {
-            return policy;
+    for (const T & kind : kinds) {
+        if (name == kind.name) {
+            return kind;
         }
-        known += (known.empty() ? "" : ", ") + std::string(policy.name);
+        known += (known.empty() ? "" : ", ") + std::string(kind.name);
     }
-    throw std::invalid_argument(format("policy is '%s': it must be one of %s", name.c_str(), known.c_str()));
+    throw std::invalid_argument(format("%s is '%s': it must be one of %s", what, name.c_str(), known.c_str()));
 }
 
-std::vector<float> headkv_score_recent(int64_t n_prefix) {
-    std::vector<float> res(n_prefix);
-    std::iota(res.begin(), res.end(), 0.0f); // exact below 2^24
-    return res;
+static headkv_fit find_fit(const std::string & name) {
+    for (size_t i = 0; i < std::size(FITS); ++i) {
+        if (name == FITS[i]) {
+            return (headkv_fit) i;
+        }
+    }
+    throw std::invalid_argument(format("fit is '%s': it must be one of none, mean, values", name.c_str()));
+}
+
+void headkv_policy_set(headkv_config & cfg, const std::string & name, const char * budget, const char * rank, const char * fit) {
+    const size_t first = name.find('/');
+    if (first == std::string::npos) {
+        const headkv_policy & policy = find(headkv_policy_list(), "policy", name);
+        cfg.budget = &find(headkv_budget_list(), "budget", policy.budget);
+        cfg.rank = &find(headkv_rank_list(), "rank", policy.rank);
+        cfg.fit = policy.fit;
+    } else {
+        const size_t second = name.find('/', first + 1);
+        cfg.budget = &find(headkv_budget_list(), "budget", name.substr(0, first));
+        cfg.rank = &find(headkv_rank_list(), "rank", name.substr(first + 1, second - first - 1));
+        cfg.fit = second == std::string::npos ? HEADKV_FIT_NONE : find_fit(name.substr(second + 1));
+    }
+    if (cfg.budget->keeps_all && ((rank && *rank) || (fit && *fit))) {
+        throw std::invalid_argument(format("policy '%s' keeps all cells: it takes no rank and no fit", name.c_str()));
+    }
+    if (budget && *budget) {
+        cfg.budget = &find(headkv_budget_list(), "budget", budget);
+    }
+    if (rank && *rank) {
+        cfg.rank = &find(headkv_rank_list(), "rank", rank);
+    }
+    if (fit && *fit) {
+        cfg.fit = find_fit(fit);
+    }
+    if (cfg.budget->keeps_all) { // whatever they would do
+        cfg.rank = &find(headkv_rank_list(), "rank", "recent");
+        cfg.fit = HEADKV_FIT_NONE;
+    }
+
+    cfg.policy = format("%s/%s", cfg.budget->name, cfg.rank->name) + (cfg.fit == HEADKV_FIT_NONE ? "" : format("/%s", FITS[cfg.fit]));
+    for (const headkv_policy & policy : headkv_policy_list()) {
+        if (cfg.budget->name == std::string(policy.budget) && cfg.rank->name == std::string(policy.rank) && cfg.fit == policy.fit) {
+            cfg.policy = policy.name;
+        }
+    }
 }

@@ -1,5 +1,5 @@
-// A policy decides which cells of a prompt each KV head keeps: how many (budget), which ones are best (score), and what
-// only the scores of the prompt at hand can tell (refine). One file headkv-policy-<name>.cpp and one line here for each.
+// A policy is three choices: how many cells of a prompt each KV head keeps (budget), which ones (rank), and what becomes of
+// the values of those it keeps (fit). Each choice has a table; a name that users know is one row of the third table.
 #pragma once
 
 #include "headkv-config.h"
@@ -8,19 +8,6 @@
 #include <limits>
 #include <string>
 #include <vector>
-
-// in the order in which they are listed to users
-#define HEADKV_POLICIES(X) \
-    X(headkv)              \
-    X(snapkv)              \
-    X(streaming)           \
-    X(pyramidkv)           \
-    X(adakv)               \
-    X(headkv_adakv)        \
-    X(criticalkv)          \
-    X(h2o)                 \
-    X(razor)               \
-    X(lossless)
 
 // heads of each layer, both 0 where a layer has no KV heads
 struct headkv_heads {
@@ -31,55 +18,76 @@ struct headkv_heads {
 // [il][ih] cells before the recent ones
 using headkv_cells = std::vector<std::vector<int64_t>>;
 
-// what is known of a layer when its cells are scored
+// what is known of a layer when its cells are ranked
 struct headkv_scored {
     int64_t n_prefix;
     int64_t n_protected; // cells of each head that it keeps whatever they score
     std::vector<float> scores; // [n_head_kv][n_prefix], HEADKV_PROTECTED for these
-    std::vector<float> values; // [n_head_kv][n_prefix], L1 norm of the value projected by the layer's output matrix, mean over
-                                 // the query heads; empty unless the policy needs it
+    std::vector<float> values; // [n_head_kv][n_prefix], see headkv_values; empty unless the rank needs them
     std::vector<int64_t> n_keep; // [n_head_kv], at least n_protected, at most n_prefix
 };
 
 // above every other score
 constexpr float HEADKV_PROTECTED = std::numeric_limits<float>::max();
 
-struct headkv_policy {
+struct headkv_budget_kind {
     const char * name;
-    bool needs_importance; // of the query heads, in the configuration
-    bool uses_beta;        // a share of the budget that it says is given out by importance
-    bool needs_values;     // headkv_scored has them
-    bool needs_sums;       // scores are the attention that all queries of the prompt pay to a cell, not pooled
-    bool keeps_all;        // every cell of every head; kv_size does not count
-    bool compensates;      // one of a head's cells stands for all that it drops, if it drops any: their mean
-    double adakv_floor;      // default of the option
-    int32_t n_sinks;          // same
+    bool by_importance; // of the query heads, in the configuration
+    bool by_beta;       // a share of the budget that it says is given out by importance
+    bool by_replay;     // by the table of shares in the configuration
+    bool keeps_all;     // every cell of every head; kv_size does not count
+    bool adapts;        // the scores of a prompt move cells between the heads of a layer
+    double adakv_floor; // default of the option
 
     // Cells of each KV head, for prompts of n_prefix cells before the recent ones. May be more than that.
-    // Throws std::invalid_argument when the importance does not fit the layers.
-    headkv_cells (*budget)(const headkv_config & cfg, const headkv_heads & heads, int64_t n_prefix);
-
-    // Scores [n_prefix] of a policy that does not look at the queries, the same for all heads; null = the attention that
-    // the window pays to each cell.
-    std::vector<float> (*score)(int64_t n_prefix);
-
-    // May move cells between the heads of a layer and change scores; not called for a prompt that is kept as a whole.
-    // The sum of n_keep must stay, and protected cells too. null = nothing of that.
-    void (*refine)(const headkv_config & cfg, headkv_scored & layer);
+    // Throws std::invalid_argument when importance or table do not fit the layers.
+    headkv_cells (*cells)(const headkv_config & cfg, const headkv_heads & heads, int64_t n_prefix);
 };
 
-// what policy "auto" means when the importance of the heads is known, and when it is not
+// a number for each value
+enum headkv_values {
+    HEADKV_VALUES_NONE,
+    HEADKV_VALUES_NORM,   // its L2 norm
+    HEADKV_VALUES_OUTPUT, // L1 norm of what it adds to the output of the layer, mean over the query heads
+};
+
+struct headkv_rank_kind {
+    const char * name;
+    bool by_window; // scores begin as the attention that the window pays to each cell
+    bool by_sums;   // same, of all queries of the prompt, not pooled
+    headkv_values values;
+    int32_t n_sinks; // default of the option
+
+    // Scores [n_prefix] that look at nothing, the same for all heads; or null.
+    std::vector<float> (*score)(int64_t n_prefix);
+
+    // Scores out of scores and values; what is protected may lose its mark. null = they stay.
+    void (*refine)(headkv_scored & layer);
+};
+
+struct headkv_policy {
+    const char * name;
+    const char * budget;
+    const char * rank;
+    headkv_fit fit;
+};
+
+const std::vector<headkv_budget_kind> & headkv_budget_list();
+const std::vector<headkv_rank_kind> & headkv_rank_list();
+const std::vector<headkv_policy> & headkv_policy_list(); // in the order in which they are listed to users
+
+// what policy "auto" means when the question is known, by what is known of the heads
 constexpr const char * HEADKV_AUTO_IMPORTANCE = "headkv";
 constexpr const char * HEADKV_AUTO_UNKNOWN = "adakv";
 
-const std::vector<headkv_policy> & headkv_policy_list();
+// and when it comes later
+constexpr const char * HEADKV_LATER_BOTH = "mix/value";
+constexpr const char * HEADKV_LATER_REPLAY = "replay/value";
+constexpr const char * HEADKV_LATER_IMPORTANCE = "importance/value";
+constexpr const char * HEADKV_LATER_UNKNOWN = "adaptive/value";
 
-// by name; throws std::invalid_argument with the known ones
-const headkv_policy & headkv_policy_find(const std::string & name);
+// Sets budget, rank, fit and name of the configuration from the name of a policy, or "budget/rank" or "budget/rank/fit", and
+// choices that replace its own; null or empty = none. Throws std::invalid_argument with what is known.
+void headkv_policy_set(headkv_config & cfg, const std::string & name, const char * budget, const char * rank, const char * fit);
 
-// a headkv_policy::score: later cells score higher
-std::vector<float> headkv_score_recent(int64_t n_prefix);
-
-#define HEADKV_DECLARE_POLICY(name) headkv_policy headkv_policy_##name();
-HEADKV_POLICIES(HEADKV_DECLARE_POLICY)
-#undef HEADKV_DECLARE_POLICY
+const char * headkv_fit_name(headkv_fit fit);

@@ -23,8 +23,8 @@ std::vector<std::vector<uint32_t>> llama_kv_cache_ragged::checked_budgets(const 
         throw std::invalid_argument("n_tail, attend, n_buckets, prefill and hidden_f16 cannot change: create another context");
     }
     headkv_config_check_ctx(b, n_ctx_seq);
-    if (b.policy->needs_sums && !the_staging.sums(the_store.layers[0].il, true)) {
-        throw std::invalid_argument(format("policy '%s' looks at all tokens while they are read: create the context with it", b.policy->name));
+    if (b.rank->by_sums && !the_staging.sums(the_store.layers[0].il, true)) {
+        throw std::invalid_argument(format("policy '%s' looks at all tokens while they are read: create the context with it", b.policy.c_str()));
     }
     const std::string why_not = why_no_values(b);
     if (!why_not.empty()) {

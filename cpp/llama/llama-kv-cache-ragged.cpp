@@ -45,7 +45,7 @@ llama_kv_cache_ragged::llama_kv_cache_ragged(
 llama_kv_cache_ragged::~llama_kv_cache_ragged() = default;
 
 headkv_staging::params_t llama_kv_cache_ragged::staging_params() const {
-    return { type_k, type_v, cparams.offload_kqv, cparams.n_ctx, cparams.n_seq_max, (llama_pos) cfg->window, cfg->policy->needs_sums, cfg->hidden_f16 };
+    return { type_k, type_v, cparams.offload_kqv, cparams.n_ctx, cparams.n_seq_max, (llama_pos) cfg->window, cfg->rank->by_sums, cfg->hidden_f16 };
 }
 
 std::vector<headkv_layer_shape> llama_kv_cache_ragged::shapes() const {
@@ -93,10 +93,10 @@ void llama_kv_cache_ragged::make_twin() {
         for (int32_t ih = 0; ih < layer.n_head_kv; ++ih) {
             // the fused op's scratch grows with the rows, the composed graph with the longest range
             const auto & b = budgets[layer.il];
-            const bool moves = c.policy->refine || c.surplus != HEADKV_SURPLUS_LOST;
+            const bool moves = c.budget->adapts || c.budget->by_replay || c.surplus != HEADKV_SURPLUS_LOST;
             const uint32_t n_most = moves ? std::accumulate(b.begin(), b.end(), 0u) : b[ih];
             const uint32_t n_sure = (uint32_t) headkv_n_protected(c, n_ctx_seq) + c.recent;
-            n_kept.push_back(layer.fused || c.policy->compensates ? n_ctx_seq : std::min(n_ctx_seq, std::max(n_most, n_sure)));
+            n_kept.push_back(layer.fused || c.fit == HEADKV_FIT_MEAN ? n_ctx_seq : std::min(n_ctx_seq, std::max(n_most, n_sure)));
         }
         for (size_t s = 0; s < seqs.size(); ++s) {
             the_store_twin.relayout(layer, { { (int32_t) s, { n_kept, headkv_n_tail(c, n_ctx_seq), {} } } }, c.n_buckets);
@@ -114,7 +114,7 @@ void llama_kv_cache_ragged::log_created() const {
     const auto & layers = the_store.layers;
     const int n_fused = (int) std::count_if(layers.begin(), layers.end(), [](const headkv_store_layer & l) { return l.fused; });
     LLAMA_LOG_INFO("%s: policy %s, kv_size %u: %.1f cells per KV head of %llu, window %u, power %d, recent %u, beta %g, attend fused in %d of %d layers, else composed\n", "llama_kv_cache_ragged",
-            cfg->policy->name, cfg->kv_size, (double) n_cells / n_heads, (unsigned long long) n_heads,
+            cfg->policy.c_str(), cfg->kv_size, (double) n_cells / n_heads, (unsigned long long) n_heads,
             cfg->window, 1 << cfg->n_square, cfg->recent, cfg->beta, n_fused, (int) layers.size());
 }
 

@@ -99,7 +99,7 @@ public:
     explicit request_params(const headkv_request & request) {
         const headkv_args & args = headkv_get_args();
         params = args.params;
-        params.policy = server.policy.c_str();
+        params.policy = server.policy.c_str(); // with budget, rank and fit
         params.kv_size = request.kv_size > 0 ? request.kv_size : args.is_lossless() ? MAX_CELLS
                                                                                     : args.params.kv_size;
         for (const auto & [start, end] : request.protect) {
@@ -134,8 +134,7 @@ bool headkv_server_open(common_params & params) {
         SRV_ERR("--kv-size-max %d: it must be at least --kv-size %d\n", args.kv_size_max, args.params.kv_size);
         return false;
     }
-    headkv_params p = args.params;
-    p.policy = args.policy.c_str();
+    headkv_params p = args.named();
     p.kv_size = kv_size_max(); // the context is made for the largest request
     p.importance_gguf = args.importance.empty() ? params.model.path.c_str() : args.importance.c_str();
     if (headkv_set_params(&p) != 0) {

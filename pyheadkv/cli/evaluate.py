@@ -23,18 +23,17 @@ from ..llama import cells_in
 from ..model import model_path
 from ..options import (
     AUTO,
-    BY_IMPORTANCE,
     DEFAULT_BETA,
     FULL,
     MAX_CELLS,
     NONE,
-    POLICIES,
     POOLS,
     PRESETS,
-    UNPOOLED,
     Options,
     check_choice,
     check_int,
+    check_policy,
+    policy_traits,
 )
 from ..units import parse_bytes
 from .arguments import AMOUNTS, add_amount_arguments, add_keep_arguments, check_extra, keep_kwargs, split
@@ -117,7 +116,7 @@ def make_settings(args: argparse.Namespace, model: Path, *, n_ctx: int) -> tuple
     ----------
     n_ctx : tokens that no budget exceeds
     """
-    policies = [check_choice("--policy", p, (AUTO, FULL, NONE, *POLICIES)) for p in split(args.policy)]
+    policies = [check_policy("--policy", p, (AUTO, FULL, NONE)) for p in split(args.policy)]
     presets = [check_choice("--preset", p, tuple(PRESETS)) for p in split(args.preset)] or [""]
     pools = [check_choice("--pool", p, tuple(POOLS)) for p in split(args.pool)] or [""]
     scorings: list[dict[str, Any]] = [
@@ -132,20 +131,21 @@ def make_settings(args: argparse.Namespace, model: Path, *, n_ctx: int) -> tuple
         if policy in (FULL, NONE):
             out += [Setting(policy)]
             continue
-        by_importance, by_score = policy in (AUTO, *BY_IMPORTANCE), policy not in UNPOOLED
+        traits = policy_traits(policy)
         setting = replace(amount, policy=policy)
-        if by_score:
+        if traits.by_window:
             setting = replace(setting, preset=preset, pool=pool, **scoring)
             Options(
                 kv_size=setting.kv_size or MAX_CELLS, preset=preset or "default", **setting.scoring
             )  # or an error that names what is wrong
-        out.append(replace(setting, beta=beta, importance=file) if by_importance else setting)
+        out.append(replace(setting, beta=beta, importance=file) if traits.by_importance else setting)
     return tuple(dict.fromkeys(out))
 
 
 def _check_used(args: argparse.Namespace, policies: Sequence[str]) -> None:
     compressed = [p for p in policies if p not in (FULL, NONE)]
-    by_importance, by_score = any(p in (AUTO, *BY_IMPORTANCE) for p in compressed), any(p not in UNPOOLED for p in compressed)
+    traits = [policy_traits(p) for p in compressed]
+    by_importance, by_score = any(t.by_importance for t in traits), any(t.by_window for t in traits)
     used = {"preset": by_score, "pool": by_score, **dict.fromkeys(SCORING, by_score), "beta": by_importance, "importance": by_importance}
     used |= dict.fromkeys((*AMOUNTS, "sinks", "protect", "surplus"), bool(compressed))
     for name, is_used in used.items():

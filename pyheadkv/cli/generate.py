@@ -131,7 +131,7 @@ def _open_model(path: Path, args: argparse.Namespace, *, n_ctx: int) -> Llama:
 
     return Llama(
         path,
-        **given(args, *AMOUNTS, *BUDGET_OPTIONS, "pool", "pool_kernel", "importance", "prefill", "sinks", "surplus", *ARCHIVE),
+        **given(args, *AMOUNTS, *BUDGET_OPTIONS, "pool", "pool_kernel", "importance", "replay", "prefill", "sinks", "surplus", *ARCHIVE),
         protect=[parse_span(text) for text in args.protect] or None,
         n_ctx=n_ctx,
         n_batch=args.n_batch,

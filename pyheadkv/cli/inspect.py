@@ -23,10 +23,13 @@ from ..options import (
     LOSSLESS,
     POLICIES,
     PRESETS,
+    QUESTIONS,
     Options,
     check_int,
     load_importance,
 )
+from ..replay import find_replay, replay_for
+from ..replay_values import ReplayTable
 from ..units import format_bytes
 from .arguments import check_extra, given
 
@@ -34,7 +37,18 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-BUDGET_OPTIONS = ("policy", "beta", "preset", "window", "recent", "power")  # of add_budget_arguments, beside kv_size
+BUDGET_OPTIONS = (
+    "policy",
+    "budget",
+    "rank",
+    "fit",
+    "question",
+    "beta",
+    "preset",
+    "window",
+    "recent",
+    "power",
+)  # of add_budget_arguments, beside kv_size
 TOP_SHARES = (0.01, 0.05, 0.10, 0.25)  # of all query heads
 BARS, BARS_ASCII = "▁▂▃▄▅▆▇█", "12345678"
 
@@ -87,8 +101,26 @@ def add_budget_arguments(parser: argparse._ActionsContainer, *, kv_size: int | N
     )
     parser.add_argument(
         "--policy",
-        choices=(AUTO, *POLICIES),
-        help=f"{', '.join(BY_IMPORTANCE)} need the importance of the heads, the others do not (default: {Options.policy})",
+        metavar="NAME",
+        help=f"{', '.join((AUTO, *POLICIES))}, or BUDGET/RANK or BUDGET/RANK/FIT; {', '.join(BY_IMPORTANCE)} need the importance of the "
+        f"heads, the others named do not (default: {Options.policy})",
+    )
+    parser.add_argument(
+        "--budget",
+        metavar="NAME",
+        help="how many cells each head keeps: uniform, importance, replay, mix, adaptive, importance+adaptive, pyramid, whole "
+        "(default: that of the policy)",
+    )
+    parser.add_argument(
+        "--rank",
+        metavar="NAME",
+        help="which ones: attention, value, attention*value, output, critical, sums, recent (default: that of the policy)",
+    )
+    parser.add_argument("--fit", metavar="NAME", help="what becomes of their values: none, mean, values (default: that of the policy)")
+    parser.add_argument(
+        "--question",
+        choices=QUESTIONS,
+        help=f"for policy auto: the prompt ends with the question, or it comes later (default: {Options.question})",
     )
     parser.add_argument(
         "--beta",
@@ -97,6 +129,9 @@ def add_budget_arguments(parser: argparse._ActionsContainer, *, kv_size: int | N
         help=f"> 1, larger is more uniform (default: the one stored with the importance, else {DEFAULT_BETA})",
     )
     preset = PRESETS["default"]
+    parser.add_argument(
+        "--replay", metavar="FILE", help="score file of 'score --method replay', or a GGUF with its table (default: the model's own)"
+    )
     parser.add_argument("--preset", choices=tuple(PRESETS), help="defaults of the options below (default: default)")
     parser.add_argument(
         "--window", type=int, metavar="N", help=f"queries of the last tokens of the prompt, which score it (default: {preset['window']})"
@@ -133,7 +168,7 @@ def run(args: argparse.Namespace) -> int:
     if args.output is not None:
         check_extra("the heat map", "matplotlib")
     options = Options(kv_size=args.kv_size, **given(args, *BUDGET_OPTIONS))
-    plan = make_plan(model_path(args.model), options=options, importance=args.importance, n_ctx=args.n_ctx)
+    plan = make_plan(model_path(args.model), options=options, importance=args.importance, replay=args.replay, n_ctx=args.n_ctx)
     print(format_plan(plan))
     if args.output is not None:
         draw(plan).savefig(args.output, dpi=150)
@@ -149,6 +184,7 @@ def make_plan(
     *,
     options: Options,
     importance: str | os.PathLike[str] | None = None,
+    replay: str | os.PathLike[str] | None = None,
     n_ctx: int | None = None,
 ) -> Plan:
     """Budgets of a model, by the function that contexts use.
@@ -156,7 +192,7 @@ def make_plan(
     Parameters
     ----------
     path : GGUF; only its header is read
-    importance : score file (JSON) or GGUF; None = the model's own
+    importance, replay : score file (JSON) or GGUF; None = the model's own
     n_ctx : tokens; None = the model's context length
 
     Raises
@@ -170,10 +206,11 @@ def make_plan(
     if options.kv_size > n_ctx and options.policy != LOSSLESS:
         raise ValueError(f"kv_size={options.kv_size} is above n_ctx={n_ctx}: use a smaller kv_size or a larger n_ctx")
     found = _importance(path, source=importance)
-    if found is None and options.policy in BY_IMPORTANCE:
+    if found is None and options.policy != AUTO and options.traits.by_importance:
         raise ValueError(f"{path}: nothing is known of the importance of its heads: {REMEDY_IMPORTANCE}")
     values = None if found is None else found.importance
-    policy = policy_of(options, values)
+    table = _replay(path, source=replay) if options.traits.by_replay else None
+    policy = policy_of(options, values, table)
     options = replace(options, beta=options.beta or (values and values.beta) or DEFAULT_BETA)
     return Plan(
         shape=shape,
@@ -181,7 +218,7 @@ def make_plan(
         policy=policy,
         importance=None if values is None else values.values,
         origin="" if found is None else found.origin,
-        budget=_budget(shape, options=options, importance=values),
+        budget=_budget(shape, options=options, importance=values, replay=table),
         n_ctx=n_ctx,
     )
 
@@ -193,15 +230,22 @@ def _importance(path: str | os.PathLike[str], *, source: str | os.PathLike[str] 
     return None if given is None else Found(given, str(source))
 
 
-def policy_of(options: Options, importance: Importance | None) -> str:
+def _replay(path: str | os.PathLike[str], *, source: str | os.PathLike[str] | None) -> ReplayTable | None:
+    if source is not None:
+        return replay_for(source, path)
+    found = find_replay(path)
+    return None if found is None else found.table
+
+
+def policy_of(options: Options, importance: Importance | None, replay: ReplayTable | None) -> str:
     """Name of the policy that contexts would use, never "auto"."""
-    with _lib.creating(options.to_params(importance, None)):
+    with _lib.creating(options.to_params(importance, None, replay)):
         return str(_lib.lib.headkv_get_policy(None).decode())
 
 
-def _budget(shape: ModelShape, *, options: Options, importance: Importance | None) -> NDArray[np.int32]:
+def _budget(shape: ModelShape, *, options: Options, importance: Importance | None, replay: ReplayTable | None) -> NDArray[np.int32]:
     cells = np.zeros((shape.n_layer, shape.n_head_kv), dtype=np.int32)
-    params = options.to_params(importance, None)
+    params = options.to_params(importance, None, replay)
     n_head, n_head_kv = (np.array(counts, dtype=np.int32) for counts in zip(*shape.heads, strict=True))
     pointers = (x.ctypes.data_as(ctypes.POINTER(ctypes.c_int32)) for x in (n_head, n_head_kv, cells))
     _lib.check(_lib.lib.headkv_plan(ctypes.byref(params), shape.n_layer, *pointers), ValueError)

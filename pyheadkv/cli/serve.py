@@ -12,7 +12,7 @@ from pathlib import Path
 from .._lib import library_path
 from ..importance import IN_METADATA, find_importance, write_gguf
 from ..model import model_path
-from ..options import AUTO, BY_IMPORTANCE
+from ..options import AUTO, policy_traits
 from ..replay import find_replay
 
 #: flags of llama-server that name a model
@@ -54,17 +54,20 @@ def _importance_flags(model: Sequence[str], rest: Sequence[str]) -> list[str]:
     """``--kv-importance`` with what is known of the model beside its metadata, which the server reads itself."""
     flags = dict(zip(rest, [*rest[1:], ""], strict=False))
     path = model[-1] if model else flags.get("-m") or flags.get("--model") or os.environ.get("LLAMA_ARG_MODEL")
-    policy = flags.get("--kv-policy") or os.environ.get("LLAMA_ARG_KV_POLICY") or AUTO
+    choices = [flags.get(f"--kv-{name}") or os.environ.get(f"LLAMA_ARG_KV_{name.upper()}") for name in ("policy", "budget", "rank", "fit")]
     is_on = "--kv-size" in flags or os.environ.get("LLAMA_ARG_KV_SIZE")
     is_given = "--kv-importance" in flags or os.environ.get("LLAMA_ARG_KV_IMPORTANCE")
-    if not path or not is_on or is_given or policy not in (AUTO, *BY_IMPORTANCE) or not Path(path).is_file():
+    if not path or not is_on or is_given or not Path(path).is_file():
         return []
-    found = find_importance(path)
-    if found is None or found.origin == IN_METADATA:
+    traits = policy_traits(choices[0] or AUTO, *(name or None for name in choices[1:]))
+    found = find_importance(path) if traits.by_importance else None
+    table = find_replay(path) if traits.by_replay else None
+    origins = [(what, known.origin) for what, known in (("importance", found), ("replay table", table)) if known is not None]
+    if all(origin == IN_METADATA for _, origin in origins):
         return []
-    print(f"pyheadkv: importance from {found.origin}", file=sys.stderr)
-    replay = find_replay(path)
-    return ["--kv-importance", str(write_gguf(path, found.importance, None if replay is None else replay.table))]
+    for what, origin in origins:
+        print(f"pyheadkv: {what} from {origin}", file=sys.stderr)
+    return ["--kv-importance", str(write_gguf(path, None if found is None else found.importance, None if table is None else table.table))]
 
 
 def run(args: argparse.Namespace) -> int:

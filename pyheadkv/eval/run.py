@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 
 from .. import __version__
 from ..llama import Llama
-from ..options import BY_ALL_TOKENS, FULL, NONE, PRESETS
+from ..options import FULL, NONE, PRESETS, policy_traits
 from ..units import round_n_ctx
 from .file_tasks import FILES, check_files, n_answer, read_contexts
 from .journal import commit, sha256
@@ -132,7 +132,7 @@ class Worker:
     @staticmethod
     def _reads(setting: Setting) -> str:
         """The policy that a prompt has to be read with, "" = any."""
-        return setting.policy if setting.policy in BY_ALL_TOKENS else ""
+        return setting.policy if setting.policy not in (FULL, NONE) and policy_traits(setting.policy).by_all_tokens else ""
 
     def run(self, i_task: int, i_quiz: int) -> dict[str, Any]:
         """All answers about one context: one line of the output."""
@@ -166,7 +166,7 @@ class Worker:
         for i_ask, ask in enumerate(asks):
             by_context.setdefault(ask.prompt[: ask.n_context], []).append((i_ask, ask, Expected(ask.follows)))
         for context, some in by_context.items():
-            for trial, copies in self._copies(context):
+            for trial, copies in self._copies(context, question="later"):
                 for i_ask, ask, expected in some:
                     rest = (*ask.prompt[ask.n_context :], *ask.more)
                     yield from self._answers(trial, copies, i_ask, ask, ask.n_context, rest, stop, expected)
@@ -203,7 +203,7 @@ class Worker:
         yield from self._answers(trial, [copy], i_ask, ask, len(ask.alone) - 1, ask.alone[-1:], stop, expected)
         trial.drop([copy])
 
-    def _copies(self, prompt: Sequence[int], *, archived: bool = False) -> Iterator[tuple[Trial, list[Copy]]]:
+    def _copies(self, prompt: Sequence[int], *, archived: bool = False, question: str = "known") -> Iterator[tuple[Trial, list[Copy]]]:
         """The prompt under all settings, as many at a time as a context takes; the full cache comes first."""
         groups: dict[str, list[Setting]] = {}
         for setting in self.job.settings:
@@ -212,7 +212,7 @@ class Worker:
         for settings in groups.values():
             trial = self.trial(settings[0], archived=archived)
             for i in range(0, len(settings), trial.n_copies):
-                copies = [trial.compress(setting, prompt) for setting in settings[i : i + trial.n_copies]]
+                copies = [trial.compress(setting, prompt, question=question) for setting in settings[i : i + trial.n_copies]]
                 yield trial, copies
                 trial.drop(copies)
 

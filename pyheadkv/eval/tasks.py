@@ -173,6 +173,33 @@ class ProseChat(ProseTask):
         )]  # fmt: skip
 
 
+class QuotationTask(ProseTask):
+    """How sentences of the text go on, of which the first words are given: nothing in it is special."""
+
+    N_BEGIN, N_FOLLOWS, N_SENTENCES = 7, 12, 4
+
+    def __init__(self, llm: Llama, options: TaskOptions) -> None:
+        super().__init__(llm, options, lambda *_: ([], []))
+
+    def quiz(self, i: int) -> list[Ask]:
+        rng, prose, n_least = self.rng(i), self._prose, self.N_BEGIN + self.N_FOLLOWS + 1
+        frames: dict[tuple[int, ...], tuple[list[int], list[int]]] = {}
+        for sentence in prose.haystack(rng, self.options.n_tokens):
+            if len(sentence) >= n_least and len(frames) < self.N_SENTENCES * self.options.n_each:
+                begin = self.llm.detokenize(sentence[: self.N_BEGIN]).decode("utf-8", "ignore").strip()
+                frames[tuple(sentence)] = prose.frame(f"Continue this quotation from the text: {begin}", how="")
+        prefix = next(iter(frames.values()))[0]
+        n_rest = len(prefix) + max(len(suffix) for _, suffix in frames.values()) + sum(map(len, frames))
+        sentences = [s for s in prose.haystack(rng, self.options.n_tokens - n_rest) if tuple(s) not in frames]
+        context = [*prefix, *_interleave(sentences, [(_depth(rng), list(sentence)) for sentence in frames])]
+        asks = []
+        for quoted, (_, suffix) in frames.items():
+            follows = quoted[self.N_BEGIN : self.N_BEGIN + self.N_FOLLOWS]
+            prompt, alone = (*context, *suffix), (*prefix, *suffix)
+            asks.append(Ask("quotation", prompt, len(context), alone, 0, lambda text: 0.0, 0.5, follows=follows))
+        return asks
+
+
 class WordsTask(Task):
     """Words in random order; asked for those that come most often. Each kind of question has a list of its own."""
 
@@ -370,6 +397,48 @@ def ruler_keys(rng: random.Random, i: int, options: TaskOptions) -> _Said:
     return facts, asked
 
 
+NAMES = "Ada Boris Clara Dmitri Elena Farid Greta Hugo Ines Jonas Katya Lorenz Mira Nils Olga Pavel Rosa Sven Tilda Viktor".split()
+DOES = "carving painting repairing collecting polishing drawing counting selling".split()
+LIKE = "wooden striped broken silver tiny painted woollen hollow".split()
+THINGS = "owls kettles lanterns kites violins boots clocks baskets".split()
+WHERE = "by candlelight,in the cellar,on the roof,behind the mill,at the harbour,under the stairs,near the well,in a barn".split(",")
+TOWNS = ("Ald Bram Cor Dun Esk Fal Gren Har".split(), "wick moor stead haven bury ford dale mere".split())
+MONTHS = "January February March April May June July August September October November December".split()
+
+
+def _hobby(rng: random.Random) -> str:
+    return " ".join(rng.choice(words) for words in (DOES, LIKE, THINGS, WHERE))
+
+
+def _town(rng: random.Random) -> str:
+    return "".join(rng.choice(parts) for parts in TOWNS)
+
+
+def _date(rng: random.Random) -> str:
+    return f"{rng.randrange(1, 29)} {rng.choice(MONTHS)} {rng.randrange(1700, 2000)}"
+
+
+# kind, sentence, question, value
+FACTS: tuple[tuple[str, str, str, Callable[[random.Random], str]], ...] = (
+    ("number", "The secret number of {} is {}.", "What is the secret number of {}?", lambda rng: str(rng.randrange(1000000, 10000000))),
+    ("hobby", "The favourite hobby of {} is {}.", "What is the favourite hobby of {}?", _hobby),
+    ("town", "{} was born in the town of {}.", "In which town was {} born?", _town),
+    ("date", "The house of {} was built on {}.", "When was the house of {} built?", _date),
+)
+
+
+def facts(rng: random.Random, i: int, options: TaskOptions) -> _Said:
+    """Sentences that say something of a person, of four kinds, and a question about each."""
+    names = iter(rng.sample(NAMES, min(len(NAMES), len(FACTS) * options.n_each)))
+    said, asked = [], []
+    for kind, sentence, question, make in FACTS:
+        for name in [next(names) for _ in range(min(options.n_each, len(NAMES) // len(FACTS)))]:
+            value, depth = make(rng), _depth(rng)
+            said.append(Fact(sentence.format(name, value), depth))
+            asked.append(Asked(kind, question.format(name), value, _has_all([value]), _steps(value) + 8, depth))
+    return said, asked
+
+
 def ruler_variables(rng: random.Random, i: int, options: TaskOptions) -> _Said:
     """Chains of assignments; asked for the variables that have the value at the start of one."""
     facts, asked = [], []
@@ -399,6 +468,7 @@ PROSE: dict[str, Callable[[random.Random, int, TaskOptions], _Said]] = {
     "second-question": second_question,
     "multi-turn": multi_turn,
     "instruction": instruction,
+    "facts": facts,
     "passkey": passkey,
     "ruler-keys": ruler_keys,
     "ruler-variables": ruler_variables,
@@ -406,7 +476,8 @@ PROSE: dict[str, Callable[[random.Random, int, TaskOptions], _Said]] = {
 CORPUS_TASKS: dict[str, type[Task]] = {"niah": CorpusDepths, "multi-turn": CorpusChat}
 WORDS = "ruler-words"
 TEXT = "text"
-TASKS = tuple(dict.fromkeys(("needle", "niah", *CORPUS, *PROSE, WORDS, TEXT, *FILES)))
+QUOTATION = "quotation"
+TASKS = tuple(dict.fromkeys(("needle", "niah", *CORPUS, *PROSE, QUOTATION, WORDS, TEXT, *FILES)))
 
 
 def make_task(llm: Llama, options: TaskOptions) -> Task:
@@ -434,9 +505,11 @@ def make_task(llm: Llama, options: TaskOptions) -> Task:
             return (ProseChat if name == "multi-turn" else ProseTask)(llm, options, PROSE[name])
         if name == WORDS:
             return WordsTask(llm, options)
+        if name == QUOTATION:
+            return QuotationTask(llm, options)
         if name == TEXT:
             return TextTask(llm, options)
         if name in FILES:
             return CLASSES[name](llm, options)
-        known = (*PROSE, WORDS, TEXT, *FILES)
+        known = (*PROSE, QUOTATION, WORDS, TEXT, *FILES)
     raise ValueError(f"task={name!r}: for this model it must be one of {', '.join(known)}")

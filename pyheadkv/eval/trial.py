@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from .. import _lib
 from ..importance import find_importance
 from ..llama import n_common
-from ..options import AUTO, BY_ALL_TOKENS, BY_IMPORTANCE, FULL, NONE, PRESETS, load_importance, share_of_prompt
+from ..options import FULL, NONE, PRESETS, load_importance, policy_traits, share_of_prompt
 
 if TYPE_CHECKING:
     from ..importance_values import Importance
@@ -120,7 +120,7 @@ class Trial:
     Parameters
     ----------
     llm : made with ``prefill="token"`` and ``n_seq_max`` above 1, which is how many copies there can be at a time, and with
-        the policy of the settings if it is one of ``BY_ALL_TOKENS``
+        the policy of the settings if it looks at all tokens
     """
 
     N_LOGITS = 1 << 23  # that ``follow`` asks for at a time
@@ -131,7 +131,7 @@ class Trial:
             raise ValueError("a trial compresses copies of a prompt: it needs Llama(..., kv_size=N, prefill='token', n_seq_max=2 or more)")
         self.llm = llm
         self.window: int = llm.kv_options.window
-        self._by_all_tokens = llm.kv_options.policy in BY_ALL_TOKENS
+        self._by_all_tokens = llm.kv_options.traits.by_all_tokens
         self._tokens: list[int] = []  # what is there uncompressed
         self._loaded: dict[str, Importance | None] = {}
         self._used: set[int] = set()  # sequences of copies
@@ -149,7 +149,7 @@ class Trial:
             self.llm.eval(list(tokens[n:]))
         self._tokens = list(tokens)
 
-    def compress(self, setting: Setting, prompt: Sequence[int]) -> Copy:
+    def compress(self, setting: Setting, prompt: Sequence[int], *, question: str = "known") -> Copy:
         """Read the rest of a prompt, uncompressed, and compress a copy of it.
 
         Raises
@@ -158,20 +158,20 @@ class Trial:
         """
         self.read(prompt)
         seq_id = self._free()
-        self._configure(setting, prompt)
+        self._configure(setting, prompt, question)
         before = self.llm.kv_stats().bytes_store
         self.llm.compress_as(seq_id)
         self._used.add(seq_id)
         return self._copy(seq_id, setting, before)
 
-    def _configure(self, setting: Setting, prompt: Sequence[int]) -> None:
+    def _configure(self, setting: Setting, prompt: Sequence[int], question: str) -> None:
         if setting.policy == FULL:
             self.llm.configure(policy="snapkv", kv_size=self.llm.n_ctx())
             return
         preset = {"preset": setting.preset or "default", **setting.scoring}
         recent = setting.recent or PRESETS[preset["preset"]]["recent"]
         kv_size = share_of_prompt(setting.kv_ratio, len(prompt), recent=recent) if setting.kv_ratio else setting.kv_size
-        options: dict[str, Any] = {"policy": setting.policy, "kv_size": kv_size, "beta": setting.beta or None}
+        options: dict[str, Any] = {"policy": setting.policy, "kv_size": kv_size, "beta": setting.beta or None, "question": question}
         self.llm.configure(importance=self._importance(setting), **preset, **options)
 
     def _copy(self, seq_id: int, setting: Setting, before: int) -> Copy:
@@ -260,7 +260,7 @@ class Trial:
 
     def _importance(self, setting: Setting) -> Importance | None:
         source = setting.importance or self.llm.model_path
-        if setting.policy not in (AUTO, *BY_IMPORTANCE):
+        if not policy_traits(setting.policy).by_importance:
             return None
         if source not in self._loaded and setting.importance:
             self._loaded[source] = load_importance(source, self.llm.model_path)
@@ -307,9 +307,9 @@ class ArchivedTrial(Trial):
         self.n_copies, self.llm = 1, llm
         self._loaded = {}
 
-    def compress(self, setting: Setting, prompt: Sequence[int]) -> Copy:
+    def compress(self, setting: Setting, prompt: Sequence[int], *, question: str = "known") -> Copy:
         """Read a prompt and compress it; it takes the place of the one before."""
-        self._configure(setting, prompt)
+        self._configure(setting, prompt, question)
         self.llm.read_prompt(prompt)
         return self._copy(0, setting, 0)
 

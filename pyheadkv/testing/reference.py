@@ -189,6 +189,57 @@ def razor_budget(importance: ArrayLike, *, n_head_kv: int, kv_size: int, recent:
     return cells.reshape(len(values), n_head_kv)
 
 
+def replay_budget(
+    shares: ArrayLike, values: ArrayLike, *, kv_size: int, recent: int, n_prefix: int, n_protected: int = 0
+) -> NDArray[np.int64]:
+    """Prefix cells of each KV head by a replay table: between its rows linearly, from nothing at 0 to everything at 1.
+
+    What is protected comes first. Parts of cells are left out, and what is missing to ``kv_size`` per head goes evenly to the heads
+    that have room.
+
+    Parameters
+    ----------
+    shares : (n_share,) means over the heads, ascending
+    values : (n_share, n_layer, n_head_kv) share of a text that a head needs then
+    n_prefix : cells before the recent ones
+    n_protected : of them, of every head
+
+    Returns
+    -------
+    (n_layer, n_head_kv) int64
+    """
+    _check_sizes(kv_size=kv_size, recent=recent)
+    table = np.asarray(values, dtype=np.float64)
+    heads = table[0].shape
+    mean, most = min(n_prefix, kv_size - recent) - n_protected, n_prefix - n_protected
+    if mean <= 0:
+        return np.full(heads, n_protected, dtype=np.int64)
+    xs = np.concatenate([[0.0], np.asarray(shares, dtype=np.float64), [1.0]])
+    rows = np.concatenate([np.zeros((1, *heads)), table, np.ones((1, *heads))])
+    i = min(int(np.searchsorted(xs, mean / most)), len(xs) - 1)
+    found = rows[i - 1] + (rows[i] - rows[i - 1]) * (mean / most - xs[i - 1]) / (xs[i] - xs[i - 1])
+    total = mean * found.size
+    cells = np.minimum(float(most), found / found.sum() * float(total)).astype(np.int64)
+    spread_cells, _ = spread(cells + n_protected, total - int(cells.sum()), limit=n_prefix)
+    return spread_cells
+
+
+def mix_budget(by_importance: ArrayLike, by_replay: ArrayLike, *, n_prefix: int, n_protected: int = 0) -> NDArray[np.int64]:
+    """Prefix cells of each KV head: the mean of two budgets, of which the first one is fitted to the prompt before.
+
+    Parameters
+    ----------
+    by_importance, by_replay : (n_layer, n_head_kv) prefix cells
+
+    Returns
+    -------
+    (n_layer, n_head_kv) int64
+    """
+    both = fit_budget(by_importance, n_prefix=n_prefix, n_protected=n_protected, redistribute=True) + np.asarray(by_replay, dtype=np.int64)
+    cells, _ = spread(both // 2, int((both % 2).sum()) // 2, limit=n_prefix)
+    return cells
+
+
 def fit_budget(cells: ArrayLike, *, n_prefix: int, n_protected: int = 0, redistribute: bool = False) -> NDArray[np.int64]:
     """Prefix cells of each KV head for a prompt of ``n_prefix`` cells before the recent ones.
 

@@ -1,4 +1,4 @@
-// RazorAttention: the most important heads keep everything, the others their sinks, the window, and one cell for the rest.
+// RazorAttention: the most important heads keep everything, the others what is protected, and one cell.
 //
 // Its authors choose a share of the heads; here kv_size says how many there are: what the others leave of the budget. The
 // head that gets the last of it keeps its last cells.
@@ -7,7 +7,7 @@
 #include <algorithm>
 #include <numeric>
 
-static headkv_cells budget(const headkv_config & cfg, const headkv_heads & heads, int64_t n_prefix) {
+headkv_cells headkv_budget_whole(const headkv_config & cfg, const headkv_heads & heads, int64_t n_prefix) {
     const int64_t n_few = std::min(n_prefix, headkv_n_protected(cfg, n_prefix) + 1);
 
     headkv_cells res;
@@ -36,16 +36,5 @@ static headkv_cells budget(const headkv_config & cfg, const headkv_heads & heads
         *cells[i] += n;
         rest -= n;
     }
-    return res;
-}
-
-headkv_policy headkv_policy_razor() {
-    headkv_policy res = {};
-    res.name = "razor";
-    res.needs_importance = true;
-    res.compensates = true;
-    res.n_sinks = 4; // as its authors
-    res.budget = budget;
-    res.score = headkv_score_recent;
     return res;
 }

@@ -1,17 +1,25 @@
-// CriticalKV: half of a head's cells by attention alone, the other half by attention times what the value moves the output
-// of the layer. Uniform budgets.
-#include "headkv-budget.h"
+#include "headkv-rank.h"
 
 #include <algorithm>
 #include <cmath>
-#include <limits>
 #include <numeric>
 
-static headkv_cells budget(const headkv_config & cfg, const headkv_heads & heads, int64_t) {
-    return headkv_budget_uniform(cfg, heads);
+std::vector<float> headkv_rank_recent(int64_t n_prefix) {
+    std::vector<float> res(n_prefix);
+    std::iota(res.begin(), res.end(), 0.0f); // exact below 2^24
+    return res;
 }
 
-static void refine(const headkv_config &, headkv_scored & layer) {
+void headkv_rank_value(headkv_scored & layer) {
+    layer.scores = layer.values;
+}
+
+void headkv_rank_product(headkv_scored & layer) {
+    std::transform(layer.scores.begin(), layer.scores.end(), layer.values.begin(), layer.scores.begin(),
+            [](float s, float v) { return s < HEADKV_PROTECTED ? s * v : s; });
+}
+
+void headkv_rank_critical(headkv_scored & layer) {
     const int64_t n = layer.n_prefix;
     std::vector<int64_t> order(n);
     for (size_t ih = 0; ih < layer.n_keep.size(); ++ih) {
@@ -27,13 +35,4 @@ static void refine(const headkv_config &, headkv_scored & layer) {
             scores[order[i]] = i < n_first ? HEADKV_PROTECTED : scores[order[i]] * values[order[i]];
         }
     }
-}
-
-headkv_policy headkv_policy_criticalkv() {
-    headkv_policy res = {};
-    res.name = "criticalkv";
-    res.needs_values = true;
-    res.budget = budget;
-    res.refine = refine;
-    return res;
 }

@@ -6,8 +6,7 @@
 // the last layer is meant to get this part of the mean, the paper's beta; its authors' code ignores other values too
 static constexpr int64_t BETA = 20;
 
-// The authors fix the budgets with the first prompt of a process; here each prompt has its own.
-static headkv_cells budget(const headkv_config & cfg, const headkv_heads & heads, int64_t n_prefix) {
+headkv_cells headkv_budget_pyramid(const headkv_config & cfg, const headkv_heads & heads, int64_t n_prefix) {
     const int64_t base = (int64_t) cfg.kv_size - cfg.recent;
 
     int64_t n_layer = 0; // with KV heads
@@ -40,12 +39,5 @@ static headkv_cells budget(const headkv_config & cfg, const headkv_heads & heads
     if (cfg.pyramid_exact) {
         headkv_budget_spread(res, rest, std::max(n_prefix, base));
     }
-    return res;
-}
-
-headkv_policy headkv_policy_pyramidkv() {
-    headkv_policy res = {};
-    res.name = "pyramidkv";
-    res.budget = budget;
     return res;
 }
