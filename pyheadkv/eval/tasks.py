@@ -112,7 +112,7 @@ class Fact:
 
 @dataclass(frozen=True)
 class Asked:
-    """A question in English; ``answer`` is shown, ``grade`` decides."""
+    """A question in English; ``answer`` is shown, ``grade`` decides; ``opening``: first words of the answer, which are given."""
 
     kind: str
     question: str
@@ -121,6 +121,7 @@ class Asked:
     n_steps: int
     depth: float
     how: str = "Answer with the words of the text."
+    opening: str = ""
 
 
 class ProseTask(Task):
@@ -144,6 +145,7 @@ class ProseTask(Task):
                 a.n_steps,
                 a.grade,
                 a.depth,
+                more=tuple(self.llm.tokenize(a.opening.encode(), add_bos=False)) if a.opening else (),
                 question=a.question,
                 answer=a.answer,
             )
@@ -428,14 +430,16 @@ FACTS: tuple[tuple[str, str, str, Callable[[random.Random], str]], ...] = (
 
 
 def facts(rng: random.Random, i: int, options: TaskOptions) -> _Said:
-    """Sentences that say something of a person, of four kinds, and a question about each."""
+    """Sentences that say something of a person, of four kinds, and a question about each; the answer is given up to the value."""
     names = iter(rng.sample(NAMES, min(len(NAMES), len(FACTS) * options.n_each)))
     said, asked = [], []
     for kind, sentence, question, make in FACTS:
         for name in [next(names) for _ in range(min(options.n_each, len(NAMES) // len(FACTS)))]:
             value, depth = make(rng), _depth(rng)
-            said.append(Fact(sentence.format(name, value), depth))
-            asked.append(Asked(kind, question.format(name), value, _has_all([value]), _steps(value) + 8, depth))
+            text = sentence.format(name, value)
+            said.append(Fact(text, depth))
+            n_steps, opening = _steps(value) + 8, text[: text.index(value)].rstrip()
+            asked.append(Asked(kind, question.format(name), value, _has_all([value]), n_steps, depth, opening=opening))
     return said, asked
 
 
