@@ -10,8 +10,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pytest
-from conftest import SHAPES, Shape, load, logits, nmse, tokens
-from test_sequences import params_of, sequences
+from conftest import SHAPES, Shape, logits, nmse, tokens
+from conftest import load as load_plain
+from test_sequences import params_of
+from test_sequences import sequences as sequences_plain
 
 from pyheadkv import _lib
 from pyheadkv.testing import reference
@@ -23,10 +25,12 @@ ALL_SHAPES = pytest.mark.parametrize("shape", SHAPES, ids=lambda s: s.name)
 F32, F16, Q4_0, Q8_0 = 0, 1, 2, 8
 
 
-@pytest.fixture(autouse=True)
-def fit(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
-    monkeypatch.setenv("PYHEADKV_FIT", "values")
-    return monkeypatch
+def load(path: Path, **options: Any) -> Any:
+    return load_plain(path, **{"fit": "values", **options})
+
+
+def sequences(path: Path, **options: Any) -> Any:
+    return sequences_plain(path, fit="values", **options)
 
 
 def heads(shape: Shape) -> list[tuple[int, int]]:
@@ -98,7 +102,7 @@ def test_values_equal_the_oracle(shape: Shape, n_prompt: int, kv_size: int, type
     assert 0 < stats.fit_after < stats.fit_before and 0 < stats.fit_ms < stats.compress_ms
 
 
-@pytest.mark.parametrize("policy", ["streaming", "adakv", "criticalkv", "h2o"])
+@pytest.mark.parametrize("policy", ["streaming", "adakv", "criticalkv", "h2o", "uniform/value", "whole/recent"])
 def test_every_policy_can_have_it(policy: str, make_model: MakeModel) -> None:
     shape = SHAPES[1]
     llm = load(make_model(shape), kv_size=40, policy=policy, prefill="token")
@@ -143,12 +147,11 @@ def test_what_does_not_help_is_not_taken(make_model: MakeModel) -> None:
     assert n_kept > 2 and n_fitted > 2
 
 
-def test_generation_is_closer_to_that_of_the_whole_prompt(fit: pytest.MonkeyPatch, make_model: MakeModel) -> None:
+def test_generation_is_closer_to_that_of_the_whole_prompt(make_model: MakeModel) -> None:
     path, prompt = make_model(SHAPES[1]), tokens(1500)
     out = {}
     for name, options in {"whole": {"kv_size": 2000}, "none": {"kv_size": 48}, "values": {"kv_size": 48}}.items():
-        fit.setenv("PYHEADKV_FIT", name)
-        llm = load(path, **options)
+        llm = load(path, fit="values" if name == "values" else "none", **options)
         llm.read_prompt(prompt)
         rows_of_logits = []
         for token in range(10, 30):
@@ -188,14 +191,14 @@ def test_ubatches_of_another_size_change_no_more_than_their_rounding(prefill: st
         np.testing.assert_allclose([stats.fit_before, stats.fit_after], [outcomes[0][1].fit_before, outcomes[0][1].fit_after], rtol=1e-2)
 
 
-def test_kernels_of_all_instruction_sets_agree(fit: pytest.MonkeyPatch, make_model: MakeModel) -> None:
+def test_kernels_of_all_instruction_sets_agree(monkeypatch: pytest.MonkeyPatch, make_model: MakeModel) -> None:
     shape, outcomes = SHAPES[3], []
     path = make_model(shape)
     for kernel in ("portable", None):
         if kernel:
-            fit.setenv("HEADKV_KERNEL", kernel)
+            monkeypatch.setenv("HEADKV_KERNEL", kernel)
         else:
-            fit.delenv("HEADKV_KERNEL")
+            monkeypatch.delenv("HEADKV_KERNEL")
         llm = load(path, kv_size=80, policy="streaming")
         llm.read_prompt(tokens(900))
         outcomes.append(rows(llm, shape, v=True))
@@ -220,12 +223,11 @@ def test_saved_values_come_back(make_model: MakeModel) -> None:
     assert all((before[head] == after[head]).all() for head in heads(shape))
 
 
-def test_bytes_are_counted(fit: pytest.MonkeyPatch, make_model: MakeModel) -> None:
+def test_bytes_are_counted(make_model: MakeModel) -> None:
     shape, staged, planned, n = SHAPES[1], [], [], 1900
     path = make_model(shape)
     for name in ("none", "values"):
-        fit.setenv("PYHEADKV_FIT", name)
-        llm = load(path, kv_size=48, prefill="token")
+        llm = load(path, kv_size=48, prefill="token", fit=name)
         out = _lib.Footprint(size=ctypes.sizeof(_lib.Footprint))
         params = llm.kv_options.to_params(llm._importance, llm.model_path)
         _lib.check(_lib.lib.headkv_get_footprint(llm.ctx, ctypes.byref(params), n, 16, 512, False, ctypes.byref(out)))
@@ -309,7 +311,7 @@ def test_copies_of_a_prompt_are_fitted_on_their_own(make_model: MakeModel) -> No
         many.announce(0, len(prompt), whole=False)
         many.decode({0: prompt})
         for s, kv_size in ((1, 24), (2, 100)):
-            params = params_of(kv_size=kv_size, prefill="token")
+            params = params_of(kv_size=kv_size, prefill="token", fit="values")
             _lib.check(_lib.lib.headkv_configure(many.ctx, ctypes.byref(params)))
             _lib.check(_lib.lib.headkv_compress_as(many.ctx, 0, s))
         copies = [Fitted(many, s, shape) for s in (1, 2)]
@@ -353,7 +355,7 @@ def test_a_prompt_that_was_cut(make_model: MakeModel) -> None:
 
 
 @pytest.mark.parametrize("prefill", ["token", "layer"])
-def test_with_an_archive_such_prompts_only_write(prefill: str, fit: pytest.MonkeyPatch, make_model: MakeModel, tmp_path: Path) -> None:
+def test_with_an_archive_such_prompts_only_write(prefill: str, make_model: MakeModel, tmp_path: Path) -> None:
     path, prompt = make_model(SHAPES[1]), tokens(1500)
     llm = load(path, kv_size=48, prefill=prefill, kv_archive=str(tmp_path))
     outcomes = []
@@ -362,15 +364,13 @@ def test_with_an_archive_such_prompts_only_write(prefill: str, fit: pytest.Monke
         assert llm.kv_stats().n_archived == 0 and llm.kv_stats().n_heads_fitted > 0
         outcomes.append({head: x.tobytes() for head, x in rows(llm, SHAPES[1], v=True).items()})
     assert outcomes[0] == outcomes[1]
-    fit.setenv("PYHEADKV_FIT", "none")
-    llm.configure()
+    llm.configure(fit="none")
     llm.read_prompt(prompt)
     assert llm.kv_stats().n_archived > 1000 and llm.kv_stats().n_heads_fitted == 0
     if prefill == "token":
         llm.reset()
         llm.eval(prompt)
-        fit.setenv("PYHEADKV_FIT", "values")
-        llm.configure()
+        llm.configure(fit="values")
         with pytest.raises(RuntimeError, match="came from the archive: configure the fit before the prompt"):
             llm.end_prompt()
 
@@ -378,18 +378,15 @@ def test_with_an_archive_such_prompts_only_write(prefill: str, fit: pytest.Monke
 # ---------------------------------------------------------------- refused
 
 
-def test_a_context_that_was_made_without_cannot(fit: pytest.MonkeyPatch, make_model: MakeModel) -> None:
-    fit.setenv("PYHEADKV_FIT", "none")
-    llm = load(make_model(SHAPES[1]), kv_size=48)
-    fit.setenv("PYHEADKV_FIT", "values")
+def test_a_context_that_was_made_without_cannot(make_model: MakeModel) -> None:
+    llm = load(make_model(SHAPES[1]), kv_size=48, fit="none")
     with pytest.raises(ValueError, match="fit 'values' looks at queries of the whole prompt while it is read: create the context with it"):
-        llm.configure()
+        llm.configure(fit="values")
 
 
-def test_what_was_fitted_is_not_what_was_not(fit: pytest.MonkeyPatch, make_model: MakeModel) -> None:
+def test_what_was_fitted_is_not_what_was_not(make_model: MakeModel) -> None:
     llm = load(make_model(SHAPES[1]), kv_size=48)
     llm.read_prompt(tokens(300))
     assert _lib.lib.headkv_can_continue(llm.ctx, 0, None) == 0
-    fit.setenv("PYHEADKV_FIT", "none")
-    llm.configure()
+    llm.configure(fit="none")
     assert _lib.lib.headkv_can_continue(llm.ctx, 0, None) < 0 and "other options" in _lib.last_error()

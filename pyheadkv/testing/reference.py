@@ -616,8 +616,8 @@ def reference_heads(positions: ArrayLike, *, n_head: int, n_head_kv: int) -> NDA
     """
     group = n_head // n_head_kv
     i = np.asarray(positions, dtype=np.uint64)[:, None] * np.uint64(n_head_kv) + np.arange(1, n_head_kv + 1, dtype=np.uint64)
-    mixed: NDArray[np.uint64] = i * np.uint64(0x9E3779B97F4A7C15)
-    of_group = (np.right_shift(mixed, np.uint64(40)) % np.uint64(group)).astype(np.int64)
+    mixed = np.right_shift(np.multiply(i, np.uint64(0x9E3779B97F4A7C15)), np.uint64(40))
+    of_group = np.remainder(mixed, np.uint64(group)).astype(np.int64)
     heads: NDArray[np.int64] = np.arange(n_head_kv, dtype=np.int64) * group + of_group
     return heads
 
