@@ -13,6 +13,9 @@ LLAMA_API int32_t headkv_fill_prompt(struct llama_context * ctx, llama_seq_id se
 // The window queries of a sequence in position order, [n_window][n_head][n_embd_head]; returns n_window.
 LLAMA_API int32_t headkv_read_window(const struct llama_context * ctx, llama_seq_id seq_id, int32_t il, float * dst, int64_t n);
 
+// The reference queries of a sequence in position order, [n_refs][n_head_kv][n_embd_head]; returns n_refs.
+LLAMA_API int32_t headkv_read_refs(const struct llama_context * ctx, llama_seq_id seq_id, int32_t il, float * dst, int64_t n);
+
 // K (or V) of one head: of the whole prompt while it is staged, else of the cells that the head holds,
 // [n_cells][n_embd_head]; returns n_cells.
 LLAMA_API int32_t headkv_read_cells(const struct llama_context * ctx, llama_seq_id seq_id, int32_t il, int32_t ih, bool v, float * dst, int64_t n);

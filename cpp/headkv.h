@@ -128,6 +128,10 @@ struct headkv_stats {
     int64_t n_compress;       // compressions since the context was created
     int32_t kv_size;          // with which the sequence was compressed, 0 before
     int32_t n_archived;       // first tokens of the prompt whose K and V came from the archive
+    int32_t n_heads_fitted;   // KV heads whose values were fitted, of those that dropped cells
+    double fit_before;        // what the kept cells miss of the answers of all, mean squares relative to these, of queries that the
+    double fit_after;         // fit does not know, mean over these heads
+    int64_t t_fit_us;         // of t_compress_us, the fit
 };
 
 // Bytes of a prompt and what is generated behind it, as allocated.
@@ -136,7 +140,7 @@ struct headkv_footprint {
     int64_t compute;          // compute buffers of the context, as it was created
     int64_t staging;          // K and V of the prompt while it is read
     int64_t hidden;           // hidden states and mask of a prompt that is read layer by layer
-    int64_t ring;             // window queries
+    int64_t ring;             // queries that are noted
     int64_t scratch;          // what a compression has besides, at most
     int64_t store;            // what is kept, and rows for generated tokens
 };

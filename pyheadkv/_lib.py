@@ -141,6 +141,10 @@ class Stats(ctypes.Structure):
         ("n_compress", ctypes.c_int64),
         ("kv_size", ctypes.c_int32),
         ("n_archived", ctypes.c_int32),
+        ("n_heads_fitted", ctypes.c_int32),
+        ("fit_before", ctypes.c_double),
+        ("fit_after", ctypes.c_double),
+        ("t_fit_us", ctypes.c_int64),
     ]
 
 
@@ -275,6 +279,8 @@ _PROTOTYPES: dict[str, tuple[list[Any], Any]] = {
     "headkv_fill_prompt": ([_CTX, ctypes.c_int32, ctypes.c_int32, ctypes.c_uint32], ctypes.c_int32),
     # int32_t headkv_read_window(const struct llama_context * ctx, llama_seq_id seq_id, int32_t il, float * dst, int64_t n);
     "headkv_read_window": ([_CTX, ctypes.c_int32, ctypes.c_int32, _F32, ctypes.c_int64], ctypes.c_int32),
+    # int32_t headkv_read_refs(const struct llama_context * ctx, llama_seq_id seq_id, int32_t il, float * dst, int64_t n);
+    "headkv_read_refs": ([_CTX, ctypes.c_int32, ctypes.c_int32, _F32, ctypes.c_int64], ctypes.c_int32),
     # int32_t headkv_read_cells(const struct llama_context * ctx, llama_seq_id seq_id,
     #                           int32_t il, int32_t ih, bool v, float * dst, int64_t n);
     "headkv_read_cells": ([_CTX] + [ctypes.c_int32] * 3 + [ctypes.c_bool, _F32, ctypes.c_int64], ctypes.c_int32),

@@ -70,6 +70,10 @@ class KVStats:
     bytes_full : bytes that n_past cells of an uncompressed cache take
     compress_ms : duration of the last compression in ms
     n_archived : first tokens of the prompt whose K and V came from the archive
+    n_heads_fitted : KV heads whose values were fitted, of those that dropped cells
+    fit_before, fit_after : what the kept cells miss of the answers of all cells to queries of the prompt that the fit does not
+        know: mean squares, relative to these answers, mean over the heads that dropped cells; 0 without a fit
+    fit_ms : of ``compress_ms``, the fit
     archive : what the archive did since it was opened; None without one
     """
 
@@ -83,6 +87,10 @@ class KVStats:
     bytes_full: int
     compress_ms: float
     n_archived: int
+    n_heads_fitted: int
+    fit_before: float
+    fit_after: float
+    fit_ms: float
     archive: ArchiveStats | None
 
 
@@ -858,6 +866,10 @@ class Llama(llama_cpp.Llama):
             bytes_full=s.bytes_full,
             compress_ms=s.t_compress_us / 1000,
             n_archived=s.n_archived,
+            n_heads_fitted=s.n_heads_fitted,
+            fit_before=s.fit_before,
+            fit_after=s.fit_after,
+            fit_ms=s.t_fit_us / 1000,
             archive=archive_stats(self.ctx) if self._has_archive else None,
         )
 

@@ -301,6 +301,10 @@ int32_t headkv_get_stats(const struct llama_context * ctx, llama_seq_id seq_id, 
         stats->t_compress_us = kv.t_compress_us();
         stats->n_compress = kv.n_compress();
         stats->kv_size = seq.kv_size;
+        stats->n_heads_fitted = seq.fit.n_heads;
+        stats->fit_before = seq.fit.before;
+        stats->fit_after = seq.fit.after;
+        stats->t_fit_us = seq.fit.t_us;
         stats->n_archived = kv.is_reading(seq_id) ? kv.n_archived() : seq.n_archived;
         return 0;
     });
@@ -490,5 +494,13 @@ int32_t headkv_read_cells(const struct llama_context * ctx, llama_seq_id seq_id,
         llama_kv_cache_ragged & kv = cache_of(ctx, seq_id);
         check_head(kv, il, ih);
         return headkv_cells_of(kv, seq_id, il, ih, v, dst, n);
+    });
+}
+
+int32_t headkv_read_refs(const struct llama_context * ctx, llama_seq_id seq_id, int32_t il, float * dst, int64_t n) {
+    return guarded([&]() -> int32_t {
+        llama_kv_cache_ragged & kv = cache_of(ctx, seq_id);
+        check_head(kv, il, 0);
+        return headkv_refs_of(kv, seq_id, il, dst, n);
     });
 }

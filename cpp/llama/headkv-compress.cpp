@@ -1,6 +1,7 @@
 #include "headkv-compress.h"
 
 #include "headkv-budget.h"
+#include "headkv-refs.h"
 #include "headkv-stages.h"
 
 #include "llama-context.h"
@@ -104,6 +105,14 @@ headkv_compression::headkv_compression(llama_context * lctx, headkv_staging & st
     if (std::find(cells.begin(), cells.end(), -1) != cells.end()) {
         throw std::runtime_error("the prompt has holes: evaluate it again");
     }
+    if (cfg->fit == HEADKV_FIT_VALUES && !keep_all) {
+        auto of_refs = seq.ref_slots(seq_id);
+        if (of_refs.empty()) {
+            throw std::runtime_error("queries that fit 'values' looks at are missing, because tokens were removed from the end of the prompt, or came "
+                                     "from the archive: configure the fit before the prompt, and evaluate it again");
+        }
+        fit = std::make_unique<headkv_values_fit>(headkv_ref_positions(seq.n_pos), std::move(of_refs), lctx->n_threads_batch());
+    }
     contiguous = cells.back() - cells.front() == n - 1 && std::is_sorted(cells.begin(), cells.end());
 
     n_keep = cfg->budget->cells(*cfg, heads, n_prefix);
@@ -128,6 +137,7 @@ void headkv_compression::layer(headkv_store_layer & layer) {
         keep_composed(w);
     }
     note_kept(w);
+    fit_values(w);
     compensate(w);
     note_peak(w.scratch.n_bytes() + runner.n_bytes());
 
@@ -149,6 +159,7 @@ headkv_seq headkv_compression::finish(const headkv_seq & seq) const {
     res.kv_size = cfg->kv_size;
     res.selection = cfg->selection;
     res.spans = headkv_protected(*cfg, seq.n_pos - res.n_whole);
+    res.fit = fit ? fit->stats() : headkv_fit_stats();
     res.adapters = seq.adapters;
     res.n_archived = seq.n_archived;
     return res;
@@ -421,6 +432,13 @@ void headkv_compression::note_kept(work_t & w) {
     for (int64_t ih = 0; ih < w.H; ++ih) {
         ranges[ih].pos.assign(w.n_comp[ih], -1);
         ranges[ih].pos.insert(ranges[ih].pos.end(), kept.begin() + w.plan[3 * ih], kept.begin() + w.plan[3 * ih] + w.plan[3 * ih + 1]);
+    }
+}
+
+void headkv_compression::fit_values(work_t & w) {
+    if (fit) {
+        fit->layer(runner, w.layer, dst, staging.refs(w.layer.il), w.k_all, w.v_all, cells);
+        note_peak(w.scratch.n_bytes() + runner.n_bytes() + fit->n_bytes());
     }
 }
 

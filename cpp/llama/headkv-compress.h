@@ -2,6 +2,7 @@
 // the store. All or nothing: abort() gives back what it has written.
 #pragma once
 
+#include "headkv-fit.h"
 #include "headkv-policy.h"
 #include "headkv-runner.h"
 #include "headkv-seq.h"
@@ -49,6 +50,7 @@ private:
     void keep_on_cpu(work_t & w);
     void keep_composed(work_t & w);
     void note_kept(work_t & w);
+    void fit_values(work_t & w);
     void compensate(work_t & w); // writes the means of the cells that heads drop
     std::vector<float> value_norms(work_t & w);
     std::vector<float> value_outputs(work_t & w); // headkv_scored::values of the layer
@@ -79,6 +81,8 @@ private:
     int64_t n_protected; // of them, of every head
 
     std::vector<float> scores; // [n_prefix] of a policy that does not look at the queries
+
+    std::unique_ptr<headkv_values_fit> fit; // of the values, if they are fitted
 
     int64_t t_us_ = 0;
     size_t n_peak_ = 0;

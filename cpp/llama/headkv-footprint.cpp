@@ -5,6 +5,7 @@
 
 #include "headkv-budget.h"
 #include "headkv-op.h"
+#include "headkv-refs.h"
 
 #include <algorithm>
 #include <set>
@@ -23,7 +24,7 @@ static int64_t sum_bytes(const headkv_store & store, bool shared, const F & byte
 }
 
 // the most that a compression has besides, in one layer: its tensors, and either the score op or the select op
-static int64_t scratch_bytes(const headkv_layer_shape & layer, const headkv_config & cfg, int64_t n) {
+static int64_t scratch_bytes(const headkv_layer_shape & layer, const headkv_config & cfg, int64_t n, int n_threads) {
     const int64_t H = layer.n_head_kv;
     const int64_t n_window = std::min<int64_t>(cfg.window, n);
     const int64_t n_kept = H * std::min<int64_t>(cfg.kv_size, n) * sizeof(int32_t);
@@ -33,7 +34,8 @@ static int64_t scratch_bytes(const headkv_layer_shape & layer, const headkv_conf
     const int64_t tensors = n * (H + 1) * sizeof(float) + n_kept + (n_window + cfg.recent + 5 * H) * sizeof(int32_t) + 10 * 64; // and what aligns them
     const int64_t score = n_window * sizeof(float) * (n_query + 2 * layer.n_head * n_chunk) + n * H * sizeof(float); // queries, sums, result
     const int64_t select = 2 * n * H * sizeof(int32_t) + n_kept; // sort keys, result
-    return tensors + std::max(score, select);
+    const int64_t fit = cfg.fit == HEADKV_FIT_VALUES ? headkv_fit_bytes(layer, n, n_threads) : 0;
+    return tensors + std::max(score, select) + fit;
 }
 
 headkv_footprint llama_kv_cache_ragged::footprint(const headkv_config & with, uint32_t n_prompt, uint32_t n_predict, bool layered, int64_t n_ubatch) const {
@@ -43,15 +45,17 @@ headkv_footprint llama_kv_cache_ragged::footprint(const headkv_config & with, ui
     const int64_t n_tail = std::max<int64_t>(headkv_n_tail(with, n_prompt), n_predict);
 
     const int64_t n_slots = (int64_t) with.window * seqs.size() + 1;
+    const int64_t n_refs = with.fit == HEADKV_FIT_VALUES ? std::min<int64_t>(HEADKV_REF_SLOTS, n_ctx_seq) * seqs.size() + 1 : 0;
 
     headkv_footprint res = {};
     res.size = sizeof(res);
     res.staging = n_cells * sum_bytes(the_store, layered, [](const headkv_layer_shape & s) { return (int64_t) s.n_bytes_cell(); });
     res.ring = sum_bytes(the_store, layered, [n_slots](const headkv_layer_shape & s) { return (int64_t) s.n_embd_head * s.n_head * n_slots * (int64_t) sizeof(float); });
+    res.ring += sum_bytes(the_store, layered, [n_refs](const headkv_layer_shape & s) { return (int64_t) s.n_embd_head * s.n_head_kv * n_refs * (int64_t) sizeof(ggml_fp16_t); });
     res.hidden = layered ? the_staging.hidden_bytes(n_prompt, n_ubatch, with.hidden_f16) : 0;
     res.store = (n_kept + n_tail) * (int64_t) bytes_cell();
     for (const auto & layer : the_store.layers) {
-        res.scratch = std::max(res.scratch, scratch_bytes(layer, with, n_prompt));
+        res.scratch = std::max(res.scratch, scratch_bytes(layer, with, n_prompt, (int) cparams.n_threads_batch));
     }
     return res;
 }

@@ -3,6 +3,7 @@
 #include "headkv-hooks.h"
 
 #include "headkv-error.h"
+#include "headkv-refs.h"
 #include "headkv-stages.h"
 #include "llama-kv-cache-ragged.h"
 
@@ -58,6 +59,12 @@ public:
         if (!store) {
             llm_graph_input_attn_kv::set_input(ubatch);
             mctx_ragged->set_input_window(tokens, slots, ubatch);
+            for (const auto & [heads, r] : refs) {
+                const headkv_staging & staging = mctx_ragged->get_kv()->staging();
+                const auto [from, to] = headkv_ref_rows(*ubatch, r.rows->ne[0] / heads.second, heads.first, heads.second, staging.n_refs(), staging.n_ref_slots());
+                ggml_backend_tensor_set(r.rows, from.data(), 0, from.size() * sizeof(int32_t));
+                ggml_backend_tensor_set(r.slots, to.data(), 0, to.size() * sizeof(int64_t));
+            }
             if (banded) {
                 const size_t nb = mctx_ragged->get_kv()->staging().band()->nb[1];
                 banded->nb[1] = nb;
@@ -154,6 +161,11 @@ public:
     // prompt: which tokens of the ubatch go to which slots of the window
     ggml_tensor * tokens = nullptr; // I32 [n]
     ggml_tensor * slots = nullptr; // I64 [n]
+    struct refs_t {
+        ggml_tensor * rows; // I32 [n], see headkv_build_refs()
+        ggml_tensor * slots; // I64 [n]
+    };
+    std::map<std::pair<int32_t, int32_t>, refs_t> refs; // of layers with so many query and KV heads
     ggml_tensor * banded = nullptr; // the mask, if it is a window into the band
 
     // decode: where the new rows go and what each head sees, all layers one after the other
@@ -397,11 +409,24 @@ static void note_layer(const llm_graph_context & gctx, headkv_input & inp, ggml_
     layer->attend->softcap = gctx.hparams.attn_soft_cap ? gctx.hparams.f_attn_logit_softcapping : 0.0f;
 }
 
-// while a prompt is read: its last queries go to the ring, its attention to the sums
+static const headkv_input::refs_t & refs_of(const llm_graph_context & gctx, headkv_input & inp, const headkv_layer_shape & layer) {
+    const auto heads = std::make_pair(layer.n_head, layer.n_head_kv);
+    if (!inp.refs.count(heads)) {
+        const int64_t n = std::min<int64_t>(gctx.ubatch.n_tokens, inp.mctx_ragged->get_kv()->staging().n_refs() * gctx.ubatch.n_seqs_unq) * layer.n_head_kv;
+        inp.refs[heads] = { new_input(gctx.ctx0, GGML_TYPE_I32, n, "headkv_ref_rows"), new_input(gctx.ctx0, GGML_TYPE_I64, n, "headkv_ref_slots") };
+    }
+    return inp.refs.at(heads);
+}
+
+// while a prompt is read: its last queries go to the ring, some of all to the references, its attention to the sums
 static void build_capture(const llm_graph_context & gctx, headkv_input & inp, ggml_tensor * q_cur, ggml_tensor * k_cur, int il) {
     ggml_context * ctx = gctx.ctx0;
     const auto * mctx = inp.mctx_ragged;
     ggml_build_forward_expand(gctx.gf, headkv_build_window(ctx, q_cur, inp.self_k_rot, mctx->get_ring(il), inp.tokens, inp.slots));
+    if (ggml_tensor * refs = mctx->get_kv()->staging().refs(il, mctx->is_full())) {
+        const auto & to = refs_of(gctx, inp, *mctx->get_layer(il));
+        ggml_build_forward_expand(gctx.gf, headkv_build_refs(ctx, q_cur, inp.self_k_rot, refs, to.rows, to.slots));
+    }
     if (ggml_tensor * sums = mctx->get_sums(il)) {
         const auto * staging = mctx->get_staging();
         const auto & attend = *mctx->get_kv()->store().find(il)->attend;

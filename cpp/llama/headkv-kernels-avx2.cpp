@@ -1,4 +1,5 @@
 #include "headkv-attend-kernel.h"
+#include "headkv-fit-kernel.h"
 #include "headkv-score-kernel.h"
 
 #if defined(HEADKV_SIMD) && defined(__AVX2__) && !defined(__AVX512F__)
@@ -23,6 +24,15 @@ const headkv_score_kernel * headkv_score_kernel_avx2() {
 #if defined(HEADKV_SIMD) && defined(__AVX2__) && !defined(__AVX512F__)
     if (is_available()) {
         return &score_kernel;
+    }
+#endif
+    return nullptr;
+}
+
+const headkv_fit_kernel * headkv_fit_kernel_avx2() {
+#if defined(HEADKV_SIMD) && defined(__AVX2__) && !defined(__AVX512F__)
+    if (is_available()) {
+        return &fit_kernel;
     }
 #endif
     return nullptr;

@@ -1,4 +1,5 @@
 #include "headkv-attend-kernel.h"
+#include "headkv-fit-kernel.h"
 #include "headkv-score-kernel.h"
 
 headkv_attend_kernel headkv_attend_kernel_neon(ggml_type type_k, ggml_type type_v, int n_embd_head) {
@@ -15,6 +16,14 @@ headkv_attend_kernel headkv_attend_kernel_neon(ggml_type type_k, ggml_type type_
 const headkv_score_kernel * headkv_score_kernel_neon() {
 #if defined(HEADKV_SIMD) && defined(__ARM_NEON)
     return &score_kernel;
+#else
+    return nullptr;
+#endif
+}
+
+const headkv_fit_kernel * headkv_fit_kernel_neon() {
+#if defined(HEADKV_SIMD) && defined(__ARM_NEON)
+    return &fit_kernel;
 #else
     return nullptr;
 #endif

@@ -26,6 +26,9 @@ std::vector<std::vector<uint32_t>> llama_kv_cache_ragged::checked_budgets(const 
     if (b.rank->by_sums && !the_staging.sums(the_store.layers[0].il, true)) {
         throw std::invalid_argument(format("policy '%s' looks at all tokens while they are read: create the context with it", b.policy.c_str()));
     }
+    if (b.fit == HEADKV_FIT_VALUES && the_staging.n_refs() == 0) {
+        throw std::invalid_argument("fit 'values' looks at queries of the whole prompt while it is read: create the context with it");
+    }
     const std::string why_not = why_no_values(b);
     if (!why_not.empty()) {
         throw std::invalid_argument(why_not);
@@ -263,7 +266,7 @@ void llama_kv_cache_ragged::add_tokens(const llama_ubatch & ubatch, headkv_seq_e
         first.n_alike = ubatch.pos[ubatch.n_tokens - 1] + 1;
     }
     for (uint32_t i = 0; i < ubatch.n_tokens; ++i) {
-        seqs[ubatch.seq_id[i][0]].add(event, ubatch.pos[i], adapters, the_staging.n_ring());
+        seqs[ubatch.seq_id[i][0]].add(event, ubatch.pos[i], adapters, the_staging.n_ring(), the_staging.n_refs());
     }
 }
 

@@ -50,10 +50,13 @@ bool headkv_fill(llama_kv_cache_ragged & kv, llama_context * lctx, llama_seq_id 
         fill_rows(staging.rows(layer.il, false), n_tokens, next);
         fill_rows(staging.rows(layer.il, true), n_tokens, next);
         fill_rows(staging.ring(layer.il), staging.n_slots(), next);
+        if (ggml_tensor * refs = staging.refs(layer.il)) {
+            fill_rows(refs, refs->ne[1], next);
+        }
     }
     for (uint32_t i = 0; i < n_tokens; ++i) {
         staging.occupy(seq_id, i, i + 1);
-        seq.add(HEADKV_EV_STAGE, (llama_pos) i, seq.adapters, staging.n_ring());
+        seq.add(HEADKV_EV_STAGE, (llama_pos) i, seq.adapters, staging.n_ring(), staging.n_refs());
     }
     return true;
 }
@@ -224,6 +227,20 @@ int32_t headkv_window_of(const llama_kv_cache_ragged & kv, llama_seq_id seq_id, 
     check_room(n, (int64_t) slots.size() * ring->ne[0]);
     for (size_t i = 0; i < slots.size(); ++i) {
         read_rows(ring, slots[i] * ring->nb[1], ring->nb[1], ring->ne[0], 1, dst + i * ring->ne[0]);
+    }
+    return (int32_t) slots.size();
+}
+
+int32_t headkv_refs_of(const llama_kv_cache_ragged & kv, llama_seq_id seq_id, int32_t il, float * dst, int64_t n) {
+    const auto slots = kv.seq(seq_id).ref_slots(seq_id);
+    ggml_tensor * refs = kv.staging().refs(il);
+    if (slots.empty() || !refs) {
+        throw std::runtime_error("no reference queries: values are not fitted, or the sequence is not being read");
+    }
+    const int64_t n_head_kv = kv.store().find(il)->n_head_kv;
+    check_room(n, (int64_t) slots.size() * n_head_kv * refs->ne[0]);
+    for (size_t i = 0; i < slots.size(); ++i) {
+        read_rows(refs, slots[i] * n_head_kv * refs->nb[1], refs->nb[1], refs->ne[0], n_head_kv, dst + i * n_head_kv * refs->ne[0]);
     }
     return (int32_t) slots.size();
 }

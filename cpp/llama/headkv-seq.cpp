@@ -1,6 +1,7 @@
 #include "headkv-seq.h"
 
 #include "headkv-budget.h"
+#include "headkv-refs.h"
 
 #include "llama-impl.h"
 
@@ -52,7 +53,7 @@ void headkv_seq::on(headkv_seq_event event) {
     state = (headkv_seq_state) next;
 }
 
-void headkv_seq::add(headkv_seq_event event, llama_pos pos, uint64_t adapters_set, llama_pos n_ring) {
+void headkv_seq::add(headkv_seq_event event, llama_pos pos, uint64_t adapters_set, llama_pos n_ring, int64_t n_refs) {
     on(event);
     adapters = n_pos == 0 || adapters == adapters_set ? adapters_set : HEADKV_SEVERAL_ADAPTERS;
     n_archived += std::max(0, pos - n_pos); // nothing else is left out
@@ -61,6 +62,11 @@ void headkv_seq::add(headkv_seq_event event, llama_pos pos, uint64_t adapters_se
     if (is_staged()) {
         window.resize(n_ring, -1);
         window[pos % n_ring] = pos;
+        const int32_t slot = headkv_ref_slot(pos);
+        if (n_refs > 0 && slot >= 0) {
+            refs.resize(n_refs, -1);
+            refs[slot] = pos;
+        }
     }
 }
 
@@ -77,8 +83,8 @@ llama_pos headkv_seq::cut(llama_pos p0) {
         n_tail += n_gone;
     } else {
         // the queries that these overwrote in the ring are gone: a compression will say so if it needs them
-        for (llama_pos & pos : window) {
-            pos = pos >= p0 ? -1 : pos;
+        for (auto * queries : { &window, &refs }) {
+            std::replace_if(queries->begin(), queries->end(), [p0](llama_pos pos) { return pos >= p0; }, -1);
         }
         has_sums = false; // they have the attention of the removed tokens
     }
@@ -104,6 +110,18 @@ std::vector<int32_t> headkv_seq::window_slots(llama_seq_id id, llama_pos n) cons
             return {};
         }
         res.push_back(id * n_ring + pos % n_ring);
+    }
+    return res;
+}
+
+std::vector<int32_t> headkv_seq::ref_slots(llama_seq_id id) const {
+    std::vector<int32_t> res;
+    for (llama_pos pos : headkv_ref_positions(n_pos)) {
+        const int32_t slot = headkv_ref_slot(pos);
+        if ((size_t) slot >= refs.size() || refs[slot] != pos) {
+            return {};
+        }
+        res.push_back(id * (int32_t) refs.size() + slot);
     }
     return res;
 }

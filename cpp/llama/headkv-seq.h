@@ -48,6 +48,14 @@ enum headkv_seq_event { HEADKV_EV_STAGE,
 const char * headkv_seq_name(headkv_seq_state state);
 const char * headkv_seq_name(headkv_seq_event event);
 
+// what the fit of values did
+struct headkv_fit_stats {
+    int32_t n_heads = 0; // with new values
+    double before = 0.0; // residual of the held-out queries, relative, mean over the heads that dropped cells
+    double after = 0.0;  // same
+    int64_t t_us = 0;
+};
+
 struct headkv_seq {
     headkv_seq_state state = HEADKV_SEQ_EMPTY;
 
@@ -67,6 +75,7 @@ struct headkv_seq {
     std::vector<llama_token> tokens; // of a prompt that goes to the archive, n_pos or more
     uint32_t n_archived = 0; // first tokens of the prompt whose cells came from there
     llama_pos n_alike = 0; // first tokens that were computed as every reading computes them, and may be archived
+    headkv_fit_stats fit; // of its compression
     uint64_t adapters = 0; // that its tokens were computed with, HEADKV_SEVERAL_ADAPTERS = one after the other
 
     // what the next update has to do
@@ -74,6 +83,7 @@ struct headkv_seq {
     uint32_t n_tail_next = 0;  // rows reserved per head, 0 = enough
 
     std::vector<llama_pos> window; // [queries that the ring has room for] position whose query is in a slot, -1 = none
+    std::vector<llama_pos> refs; // [references that there is room for] same, headkv-refs.h
     bool has_sums = true;     // the sums of attention are those of its tokens
 
     // Takes the sequence from one state to the next. Throws std::logic_error where the table has none.
@@ -84,7 +94,7 @@ struct headkv_seq {
     llama_pos n_generated() const { return n_pos - n_prompt; } // tokens, of a compressed sequence
 
     // A token at a position was computed: into the staging (STAGE or PASS), or behind what is stored (DECODE).
-    void add(headkv_seq_event event, llama_pos pos, uint64_t adapters_set, llama_pos n_ring);
+    void add(headkv_seq_event event, llama_pos pos, uint64_t adapters_set, llama_pos n_ring, int64_t n_refs = 0);
 
     // Removes what is at p0 and behind it, 0 < p0 < n_pos. Returns how many prompt tokens of a compressed sequence went, or -1 and nothing has
     // changed: most heads have lost the cells in between.
@@ -95,6 +105,9 @@ struct headkv_seq {
 
     // Slots of the last n queries in the ring [window.size() per sequence], in position order; empty = one is missing.
     std::vector<int32_t> window_slots(llama_seq_id id, llama_pos n) const;
+
+    // Slots of the references of its tokens [refs.size() per sequence], in position order; empty = one is missing.
+    std::vector<int32_t> ref_slots(llama_seq_id id) const;
 
     // Why it is not what the configuration and the adapters would leave that are set now; empty = it is.
     std::string why_not_continued(llama_seq_id id, const headkv_config & cfg, uint64_t adapters_set) const;

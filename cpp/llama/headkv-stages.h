@@ -18,6 +18,12 @@
 ggml_tensor * headkv_build_window(ggml_context * ctx, ggml_tensor * q_cur, ggml_tensor * rot, ggml_tensor * ring,
         ggml_tensor * tokens, ggml_tensor * slots);
 
+// The same for references: one query head of each group, rounded to F16 as flash attention on the CPU does.
+//   refs  F16 [n_embd_head, n_head_kv*n_slots]
+//   rows  I32 [n] of q_cur [n_head*n_tokens], slots I64 [n]: refs[slots[i]] = q_cur[rows[i]]
+ggml_tensor * headkv_build_refs(ggml_context * ctx, ggml_tensor * q_cur, ggml_tensor * rot, ggml_tensor * refs,
+        ggml_tensor * rows, ggml_tensor * slots);
+
 // Probabilities out of the products of keys and queries kq [n_kv, ..]; mask F16 [n_kv, ..] or null, softcap 0 = none.
 ggml_tensor * headkv_build_soft_max(ggml_context * ctx, ggml_tensor * kq, ggml_tensor * mask, float scale, float softcap);
 

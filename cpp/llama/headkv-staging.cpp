@@ -17,6 +17,7 @@ headkv_staging::headkv_staging(const llama_model & model, const params_t & param
 
     plan.cache = make_cache(params.n_ctx, true, false);
     plan.rings = make_rings(true, false);
+    plan.refs = make_refs(true, false);
     plan.sums = make_sums(true, params.n_ctx);
 }
 
@@ -58,8 +59,17 @@ std::unique_ptr<llama_kv_cache> headkv_staging::make_cache(uint32_t n_cells, boo
 }
 
 headkv_staging::tensors_t headkv_staging::make_rings(bool is_plan, bool share) const {
-    return make_tensors("headkv_window", is_plan, share, [this](const headkv_layer_shape & s) {
+    return make_tensors("headkv_window", GGML_TYPE_F32, is_plan, share, [this](const headkv_layer_shape & s) {
         return std::array<int64_t, 3>{ (int64_t) s.n_embd_head * s.n_head, n_slots(), 1 };
+    });
+}
+
+headkv_staging::tensors_t headkv_staging::make_refs(bool is_plan, bool share) const {
+    if (params.n_refs == 0) {
+        return {};
+    }
+    return make_tensors("headkv_refs", GGML_TYPE_F16, is_plan, share, [this](const headkv_layer_shape & s) {
+        return std::array<int64_t, 3>{ s.n_embd_head, s.n_head_kv * n_ref_slots(), 1 };
     });
 }
 
@@ -67,12 +77,12 @@ headkv_staging::tensors_t headkv_staging::make_sums(bool is_plan, uint32_t n_cel
     if (!params.with_sums) {
         return {};
     }
-    return make_tensors("headkv_sums", is_plan, false, [n_cells](const headkv_layer_shape & s) {
+    return make_tensors("headkv_sums", GGML_TYPE_F32, is_plan, false, [n_cells](const headkv_layer_shape & s) {
         return std::array<int64_t, 3>{ 1, n_cells, s.n_head_kv };
     });
 }
 
-headkv_staging::tensors_t headkv_staging::make_tensors(const char * name, bool is_plan, bool share,
+headkv_staging::tensors_t headkv_staging::make_tensors(const char * name, ggml_type type, bool is_plan, bool share,
         const std::function<std::array<int64_t, 3>(const headkv_layer_shape &)> & shape) const {
     std::map<ggml_backend_buffer_type_t, buffer_t> by_buft;
     tensors_t res;
@@ -91,7 +101,7 @@ headkv_staging::tensors_t headkv_staging::make_tensors(const char * name, bool i
             }
         }
         if (!mine) {
-            mine = ggml_new_tensor_3d(buffer.ctx.get(), GGML_TYPE_F32, ne[0], ne[1], ne[2]);
+            mine = ggml_new_tensor_3d(buffer.ctx.get(), type, ne[0], ne[1], ne[2]);
             ggml_format_name(mine, "%s_l%d", name, layer.il);
         }
     }
@@ -127,7 +137,9 @@ void headkv_staging::alloc(uint32_t n_tokens, bool keep, uint32_t n_hidden, int6
         release_hidden();
     }
     if (live.rings.of_layer.empty()) {
+        auto refs = make_refs(false, share);
         live.rings = make_rings(false, share);
+        live.refs = std::move(refs);
     }
     auto cache = make_cache(n_cells, false, share);
     auto sums = make_sums(false, n_cells);
@@ -251,6 +263,11 @@ ggml_tensor * headkv_staging::ring(int32_t il, bool of_twin) const {
     return of_layer.empty() ? nullptr : of_layer[il];
 }
 
+ggml_tensor * headkv_staging::refs(int32_t il, bool of_twin) const {
+    const auto & of_layer = (of_twin ? plan : live).refs.of_layer;
+    return of_layer.empty() ? nullptr : of_layer[il];
+}
+
 ggml_tensor * headkv_staging::sums(int32_t il, bool of_twin) const {
     const auto & of_layer = (of_twin ? plan : live).sums.of_layer;
     return of_layer.empty() ? nullptr : of_layer[il];
@@ -282,7 +299,7 @@ void headkv_staging::add_to(std::map<ggml_backend_buffer_type_t, size_t> & break
             breakdown[buft] += n;
         }
     }
-    for (const auto * tensors : { &live.rings, &live.sums }) {
+    for (const auto * tensors : { &live.rings, &live.refs, &live.sums }) {
         for (const auto & it : tensors->buffers) {
             breakdown[ggml_backend_buffer_get_type(it.buf.get())] += ggml_backend_buffer_get_size(it.buf.get());
         }

@@ -1,5 +1,5 @@
 // The staging: full K and V of the prompts that are being read, in a stock cache, and what is noted beside them: the
-// queries of the last tokens (ring), attention sums, and the hidden states between the layers of a layer-major prompt.
+// queries of the last tokens (ring) and of tokens all over (references), attention sums, and the hidden states between the layers of a layer-major prompt.
 // It is there only while a prompt is read, and has a twin without memory for worst-case graphs.
 #pragma once
 
@@ -23,6 +23,7 @@ public:
         uint32_t n_ctx;      // cells at most
         uint32_t n_seq_max;
         llama_pos n_ring;     // queries of a sequence that the ring has room for
+        int64_t n_refs;      // references of a sequence, 0 = none
         bool with_sums;  // attention that each cell got from all queries is summed
         bool hidden_f16; // hidden states in f16
     };
@@ -49,10 +50,13 @@ public:
 
     ggml_tensor * rows(int32_t il, bool v) const; // K or V of a layer, [n_embd_head*n_head_kv, n_cells]
     ggml_tensor * ring(int32_t il, bool of_twin = false) const; // F32 [n_embd_head*n_head, n_slots()], null while nothing is staged
+    ggml_tensor * refs(int32_t il, bool of_twin = false) const; // F16 [n_embd_head, n_head_kv*n_ref_slots()], null unless there are references
     ggml_tensor * sums(int32_t il, bool of_twin = false) const; // F32 [1, n_cells, n_head_kv], null unless attention is summed
 
     int64_t n_slots() const { return (int64_t) params.n_ring * params.n_seq_max + 1; } // rows of the ring, the last one takes what nobody needs
     llama_pos n_ring() const { return params.n_ring; }
+    int64_t n_ref_slots() const { return params.n_refs * params.n_seq_max + 1; } // same
+    int64_t n_refs() const { return params.n_refs; }
 
     // layer-major: the hidden states of the tokens that are computed, F32 or F16 [n_embd, n_hidden]; null else
     ggml_tensor * hidden() const { return t_hidden; }
@@ -68,7 +72,7 @@ public:
 
     size_t n_bytes() const; // as allocated
     int64_t hidden_bytes(int64_t n_tokens, int64_t n_ubatch, bool f16) const; // of hidden states and mask of such a prompt
-    void add_to(std::map<ggml_backend_buffer_type_t, size_t> & breakdown) const; // of K, V, ring and sums
+    void add_to(std::map<ggml_backend_buffer_type_t, size_t> & breakdown) const; // of K, V, queries and sums
 
     // changes whenever memory is replaced, so that graphs over the old one are not reused
     uint64_t generation = 1;
@@ -88,6 +92,7 @@ private:
     struct parts_t {
         std::unique_ptr<llama_kv_cache> cache;
         tensors_t rings;
+        tensors_t refs;
         tensors_t sums;
     };
 
@@ -108,9 +113,10 @@ private:
     int64_t n_before = 0;
 
     std::unique_ptr<llama_kv_cache> make_cache(uint32_t n_cells, bool is_plan, bool one_layer) const;
-    // of the type F32; share: layers of one shape share a tensor
-    tensors_t make_tensors(const char * name, bool is_plan, bool share, const std::function<std::array<int64_t, 3>(const headkv_layer_shape &)> & shape) const;
+    // share: layers of one shape share a tensor
+    tensors_t make_tensors(const char * name, ggml_type type, bool is_plan, bool share, const std::function<std::array<int64_t, 3>(const headkv_layer_shape &)> & shape) const;
     tensors_t make_rings(bool is_plan, bool share) const;
+    tensors_t make_refs(bool is_plan, bool share) const;
     tensors_t make_sums(bool is_plan, uint32_t n_cells) const;
 
     int64_t n_columns(int64_t n_tokens, int64_t n_ubatch) const; // of the mask

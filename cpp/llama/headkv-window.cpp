@@ -17,3 +17,11 @@ ggml_tensor * headkv_build_window(ggml_context * ctx, ggml_tensor * q_cur, ggml_
     }
     return ggml_set_rows(ctx, ring, q, slots);
 }
+
+ggml_tensor * headkv_build_refs(ggml_context * ctx, ggml_tensor * q_cur, ggml_tensor * rot, ggml_tensor * refs,
+        ggml_tensor * rows, ggml_tensor * slots) {
+    const int64_t n_rows = q_cur->ne[1] * q_cur->ne[2];
+    ggml_tensor * q = ggml_is_contiguous(q_cur) ? ggml_reshape_2d(ctx, q_cur, q_cur->ne[0], n_rows) : ggml_cont_2d(ctx, q_cur, q_cur->ne[0], n_rows);
+    q = ggml_get_rows(ctx, q, rows);
+    return ggml_set_rows(ctx, refs, rot ? llama_mul_mat_hadamard(ctx, q, rot) : q, slots);
+}

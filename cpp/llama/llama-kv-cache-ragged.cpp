@@ -2,6 +2,7 @@
 
 #include "headkv-budget.h"
 #include "headkv-error.h"
+#include "headkv-refs.h"
 #include "headkv-runner.h"
 
 #include "llama-context.h"
@@ -39,13 +40,17 @@ llama_kv_cache_ragged::llama_kv_cache_ragged(
     make_layers(the_store);
     make_layers(the_store_twin);
     make_twin();
+    if (const std::string why_not = headkv_why_no_fit(the_store.layers); this->cfg->fit == HEADKV_FIT_VALUES && !why_not.empty()) {
+        throw std::invalid_argument(why_not);
+    }
     log_created();
 }
 
 llama_kv_cache_ragged::~llama_kv_cache_ragged() = default;
 
 headkv_staging::params_t llama_kv_cache_ragged::staging_params() const {
-    return { type_k, type_v, cparams.offload_kqv, cparams.n_ctx, cparams.n_seq_max, (llama_pos) cfg->window, cfg->rank->by_sums, cfg->hidden_f16 };
+    return { type_k, type_v, cparams.offload_kqv, cparams.n_ctx, cparams.n_seq_max, (llama_pos) cfg->window,
+        cfg->fit == HEADKV_FIT_VALUES ? std::min<int64_t>(HEADKV_REF_SLOTS, n_ctx_seq) : 0, cfg->rank->by_sums, cfg->hidden_f16 };
 }
 
 std::vector<headkv_layer_shape> llama_kv_cache_ragged::shapes() const {

@@ -586,6 +586,91 @@ def compact(x: NDArray[Any], positions: Sequence[NDArray[np.integer]]) -> list[N
     return [x[rows, ih] for ih, rows in enumerate(positions)]
 
 
+# fit
+
+N_REFERENCES = 512  # of a prompt at most
+N_REFERENCES_HELD = 1024  # the engine has room for
+HELD_OUT = 4  # every so many references one is not fitted
+
+
+def reference_positions(n_tokens: int) -> NDArray[np.int32]:
+    """Positions of the queries by which values are fitted: spread evenly over a prompt, ascending.
+
+    The engine does not know how long a prompt will be. It holds the queries of every token at first, of every second one when
+    these have become too many, and so on, and looks at 512 of those that it holds at the end.
+    """
+    step = 1
+    while n_tokens > N_REFERENCES_HELD * step:
+        step *= 2
+    held = n_tokens // step
+    n = min(held, N_REFERENCES)
+    return ((np.arange(1, n + 1) * held // max(n, 1)) * step - 1).astype(np.int32)
+
+
+def reference_heads(positions: ArrayLike, *, n_head: int, n_head_kv: int) -> NDArray[np.int64]:
+    """Query head of each group whose query is taken at each position: multiples of the golden ratio spread over the group.
+
+    Returns
+    -------
+    (n_positions, n_head_kv) int64
+    """
+    group = n_head // n_head_kv
+    i = np.asarray(positions, dtype=np.uint64)[:, None] * np.uint64(n_head_kv) + np.arange(1, n_head_kv + 1, dtype=np.uint64)
+    mixed = np.right_shift(np.multiply(i, np.uint64(0x9E3779B97F4A7C15)), np.uint64(40))
+    of_group = np.remainder(mixed, np.uint64(group)).astype(np.int64)
+    heads: NDArray[np.int64] = np.arange(n_head_kv, dtype=np.int64) * group + of_group
+    return heads
+
+
+def fit_values(
+    q: ArrayLike,
+    positions: ArrayLike,
+    k: ArrayLike,
+    v: ArrayLike,
+    kept: ArrayLike,
+    *,
+    scale: float,
+    softcap: float = 0.0,
+    ridge: float = 0.1,
+) -> tuple[NDArray[np.float64], float, float]:
+    """New values for the kept cells of one KV head, by which they answer the prompt's own queries as all cells do.
+
+    Ridge regression that is pulled to the old values. Every fourth query is held out and decides whether the fit is taken.
+
+    Parameters
+    ----------
+    q : (n, head_dim) reference queries, after RoPE
+    positions : (n,) theirs, ascending; a query sees the cells up to its own
+    k, v : (n_tokens, head_dim) of the head
+    kept : ascending positions of its cells
+
+    Returns
+    -------
+    (n_kept, head_dim) float64 values, and the mean squared residual of the queries that are held out, relative to their answers, before
+    and after; as before, and the old values, where the fit makes it no smaller
+    """
+    queries, keys, values = (np.asarray(x, dtype=np.float64) for x in (q, k, v))
+    at, cells = np.asarray(positions), np.asarray(kept)
+    is_held = np.arange(len(queries)) % HELD_OUT == HELD_OUT - 1
+    sees = at >= cells[0]  # what sees no kept cell has nothing to say
+    queries, at, is_held = queries[sees], at[sees], is_held[sees]
+
+    def probs(rows: NDArray[Any]) -> NDArray[np.float64]:
+        return softmax(np.where(rows <= at[:, None], _logits(queries, keys[rows], scale=scale, softcap=softcap), -np.inf))
+
+    y, x = probs(np.arange(len(keys))) @ values, probs(cells)
+    residual = y - x @ values[cells]
+    own, rest = x[~is_held], residual[~is_held]
+    gram = own.T @ own
+    change = np.linalg.solve(gram + ridge * np.trace(gram) / len(gram) * np.eye(len(gram)), own.T @ rest)
+    whole = (y[is_held] ** 2).sum()
+    before = (residual[is_held] ** 2).sum()
+    after = ((residual - x @ change)[is_held] ** 2).sum()
+    if not after < before:
+        return values[cells], before / whole if whole else 0.0, before / whole if whole else 0.0
+    return values[cells] + change, before / whole, after / whole
+
+
 # attend
 
 

@@ -8,6 +8,7 @@
 //   test-headkv-ops device    on the first GPU: the composed paths and, if it is CUDA, our kernels
 
 #include "headkv-attend.h"
+#include "headkv-fit.h"
 #include "headkv-score.h"
 #include "headkv-stages.h"
 #include "headkv-store.h"
@@ -23,6 +24,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <functional>
+#include <numeric>
 #include <random>
 #include <stdexcept>
 #include <string>
@@ -742,6 +744,112 @@ static void perf_score() {
     }
 }
 
+//
+// the loops of the fit
+//
+
+static bool is_close(const char * what, double err, double ref, double limit) {
+    if (err <= limit * ref) {
+        return true;
+    }
+    printf("  %s: error %.3g\n", what, err / ref);
+    return false;
+}
+
+// the solution of a positive definite system, put in again; one that is not is refused
+static bool test_solve(const headkv_fit_kernel & kernel, int n, int n_columns) {
+    const int n_rank = std::max(1, n / 2); // the diagonal makes up for the rest
+    const auto x = random_floats((size_t) n_rank * n), right = random_floats((size_t) n * n_columns);
+    std::vector<double> full((size_t) n * n, 0.0), half, b(right.begin(), right.end());
+    for (int i = 0; i < n; ++i) {
+        for (int j = 0; j < n; ++j) {
+            full[i * n + j] = i == j ? 0.01 : 0.0;
+            for (int r = 0; r < n_rank; ++r) {
+                full[i * n + j] += (double) x[r * n + i] * x[r * n + j];
+            }
+        }
+        half.insert(half.end(), full.begin() + i * n, full.begin() + i * n + i + 1);
+    }
+    std::vector<double> broken = half;
+    broken[(size_t) (n - 1) * (n + 2) / 2] = -1.0;
+    if (kernel.cholesky(broken.data(), n) || !kernel.cholesky(half.data(), n)) {
+        printf("  what is positive definite is not told\n");
+        return false;
+    }
+    kernel.solve(half.data(), n, b.data(), n_columns);
+    double err = 0.0;
+    double ref = 0.0;
+    for (int i = 0; i < n; ++i) {
+        for (int d = 0; d < n_columns; ++d) {
+            double sum = 0.0;
+            for (int j = 0; j < n; ++j) {
+                sum += full[i * n + j] * b[j * n_columns + d];
+            }
+            err += std::pow(sum - right[i * n_columns + d], 2);
+            ref += std::pow(right[i * n_columns + d], 2);
+        }
+    }
+    return is_close("solve", std::sqrt(err), std::sqrt(ref), 1e-9);
+}
+
+// a as it is and transposed
+static bool test_add_product(const headkv_fit_kernel & kernel, int n_rows, int n_i, int n, bool transposed) {
+    const int a_row = transposed ? 1 : n_i + 3, a_i = transposed ? n_rows + 5 : 1, b_i = n + 16, y_row = n + 8;
+    const auto a = random_floats((size_t) n_rows * a_row + (size_t) n_i * a_i), b = random_floats((size_t) n_i * b_i), before = random_floats((size_t) n_rows * y_row);
+    auto y = before;
+    kernel.add_product(a.data(), a_row, a_i, n_rows, b.data(), b_i, n_i, n, y.data(), y_row);
+    double err = 0.0;
+    for (int j = 0; j < n_rows; ++j) {
+        for (int d = 0; d < y_row; ++d) {
+            double sum = before[j * y_row + d];
+            for (int i = 0; i < n_i && d < n; ++i) {
+                sum += (double) a[j * a_row + i * a_i] * b[i * b_i + d];
+            }
+            err = std::max(err, std::abs(sum - y[j * y_row + d]));
+        }
+    }
+    return is_close("add_product", err, std::sqrt((double) n_i), 1e-5);
+}
+
+// keys block by block, whose largest logits grow and fall; some of a block, or all of it, are not seen
+static bool test_soften(const headkv_fit_kernel & kernel, int n) {
+    constexpr int N = headkv_fit_kernel::N_KEYS;
+    const std::vector<int> n_seen = { 0, 1, N, N, 7, 0, N };
+    float m = -INFINITY, s = 0.0f;
+    std::vector<float> y(n, 0.0f), all;
+    double err = 0.0;
+    for (size_t i = 0; i < n_seen.size(); ++i) {
+        auto x = random_floats(N, 5.0f + 5.0f * (i % 3));
+        std::fill(x.begin() + n_seen[i], x.end(), -INFINITY);
+        all.insert(all.end(), x.begin(), x.begin() + n_seen[i]);
+        const auto logits = x;
+        kernel.soften(x.data(), &m, &s, y.data(), n);
+        for (int j = 0; j < n_seen[i]; ++j) {
+            err = std::max<double>(err, std::abs(x[j] - std::exp(logits[j] - m)));
+        }
+        std::transform(y.begin(), y.end(), y.begin(), [&](float v) { return v + std::accumulate(x.begin(), x.begin() + n_seen[i], 0.0f); });
+    }
+    double sum = 0.0;
+    for (float x : all) {
+        sum += std::exp((double) x - m);
+    }
+    const bool is_largest = m == *std::max_element(all.begin(), all.end());
+    return is_close("largest", !is_largest, 1.0, 0.5) && is_close("probabilities", err, 1.0, 1e-6) && is_close("sum", std::abs(s - sum), sum, 1e-5) &&
+            is_close("what is scaled", std::abs(y[0] - sum) + std::abs(y[n - 1] - sum), sum, 1e-5);
+}
+
+static bool test_fit(const char * name, int n) {
+    const headkv_fit_kernel * kernel = headkv_fit_kernel_find(name);
+    if (!kernel) {
+        return true; // not on this machine
+    }
+    bool res = test_solve(*kernel, n, 64) && test_solve(*kernel, n, 32) && test_soften(*kernel, GGML_PAD(n, 32));
+    for (bool transposed : { false, true }) {
+        res = res && test_add_product(*kernel, GGML_PAD(n, 4), n + 1, 96, transposed) && test_add_product(*kernel, 32, n, GGML_PAD(n, 32), transposed);
+    }
+    return res;
+}
+
 int main(int argc, char ** argv) {
     if (argc > 1 && strcmp(argv[1], "perf") == 0) {
         if (argc > 2 && strcmp(argv[2], "score") == 0) {
@@ -826,6 +934,11 @@ int main(int argc, char ** argv) {
             add_score({ kernel, type, 64, 4, 64, 300, 31, HEADKV_POOL_MAX, 0.0f, 8, 2 });
             add_score({ kernel, type, 64, 3, 5, 300, 7, HEADKV_POOL_AVG, 0.0f, 20, 1 });
             add_score({ kernel, type, 64, 2, 40, 90, 1, HEADKV_POOL_MAX, 30.0f, 1, 3 });
+        }
+    }
+    for (const char * kernel : { "portable", "avx2", "avx512", "neon" }) {
+        for (int n : { 1, 2, 15, 16, 17, 33, 129, 384 }) {
+            cases.push_back({ std::string("fit,") + kernel + ",n=" + std::to_string(n), [=]() { return test_fit(kernel, n); } });
         }
     }
     for (int n_prefix : { 1, 2, 31, 257, 5000 }) {

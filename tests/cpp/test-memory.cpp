@@ -3,6 +3,7 @@
 //
 //   test-memory [STEPS]    exit code 1 if something is not as it has to be
 
+#include "headkv-refs.h"
 #include "headkv-seq.h"
 #include "headkv-store.h"
 
@@ -10,6 +11,7 @@
 #include "ggml-backend.h"
 #include "ggml-cpp.h"
 
+#include <cmath>
 #include <cstdio>
 #include <cstdlib>
 #include <fstream>
@@ -138,6 +140,27 @@ static void test_a_prompt_that_is_cut() {
     check(kept.cut(31) == -1 && kept.n_pos == 41 && kept.n_prompt == 40, "below the recent cells nothing can be cut", "compressed");
     check(kept.pos_min() == 32 && kept.cut(40) == 0 && kept.n_generated() == 0, "a generated token", "compressed, cut");
     check(kept.cut(35) == 5 && kept.n_prompt == 35 && kept.n_whole == 3 && kept.n_tail == 21, "five of the prompt, whose rows wait", "compressed, cut");
+}
+
+// prompts of every length, read token by token
+static void test_references_are_there_whatever_the_length() {
+    headkv_seq seq;
+    for (llama_pos pos = 0; pos < 20'000; ++pos) {
+        seq.add(HEADKV_EV_STAGE, pos, 0, 8, HEADKV_REF_SLOTS);
+        const bool is_told = pos < 2100 || pos % 97 == 0;
+        if (!is_told) {
+            continue;
+        }
+        const auto refs = headkv_ref_positions(pos + 1);
+        const auto slots = seq.ref_slots(0);
+        check((int32_t) refs.size() == std::min(pos + 1, HEADKV_MAX_REFS) && slots.size() == refs.size(), "references", std::to_string(pos + 1) + " tokens");
+        for (size_t i = 0; i < refs.size(); ++i) {
+            const double far = std::abs(refs[i] + 1 - (double) (i + 1) * (pos + 1) / refs.size()); // from where it would be if all were there
+            check(seq.refs[slots[i]] == refs[i] && far <= std::max(1.0, (pos + 1.0) / HEADKV_REF_SLOTS * 4), "evenly", std::to_string(pos + 1) + " tokens");
+        }
+    }
+    check(seq.cut(19'990) == 0 && seq.ref_slots(0).size() == HEADKV_MAX_REFS, "as close as before", "cut a little");
+    check(seq.cut(8'000) == 0 && seq.ref_slots(0).empty(), "closer than they are there", "cut to less than half");
 }
 
 //
@@ -353,6 +376,7 @@ int main(int argc, char ** argv) {
     test_table();
     test_what_is_pending_dies_with_its_sequence();
     test_a_prompt_that_is_cut();
+    test_references_are_there_whatever_the_length();
     for (const auto & [fused, n_buckets] : std::vector<std::pair<bool, uint32_t>>{ { true, 1 }, { false, 1 }, { false, 3 } }) {
         walk_t(1 + (int) n_buckets + fused, fused, n_buckets).run(n_steps);
     }
