@@ -40,6 +40,9 @@ MAX_COPIES = 32  # of a prompt at a time; each has window queries in the memory 
 N_ROOM = 512  # tokens of the context for follow-up questions and answers
 
 
+FITTING = "uniform/value/values"  # a policy that fits values
+
+
 @dataclass(frozen=True)
 class Job:
     """What a worker needs; ``keep``: sinks, protected spans and surplus, the same for all settings."""
@@ -129,10 +132,12 @@ class Worker:
             ))  # fmt: skip
         return self.trials[policy, archived]
 
-    @staticmethod
-    def _reads(setting: Setting) -> str:
-        """The policy that a prompt has to be read with, "" = any."""
-        return setting.policy if setting.policy not in (FULL, NONE) and policy_traits(setting.policy).by_all_tokens else ""
+    def _reads(self, setting: Setting) -> str:
+        """The policy that a prompt has to be read with, "" = any; those that fit values share a context, and others take part."""
+        compressed = [s.policy for s in self.job.settings if s.policy not in (FULL, NONE)]
+        if setting.policy in compressed and policy_traits(setting.policy).rank == b"sums":
+            return setting.policy
+        return FITTING if any(policy_traits(policy).fit == b"values" for policy in compressed) else ""
 
     def run(self, i_task: int, i_quiz: int) -> dict[str, Any]:
         """All answers about one context: one line of the output."""
