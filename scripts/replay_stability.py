@@ -4,7 +4,7 @@
     python scripts/replay_stability.py MODEL.gguf,RUN.json,RUN.log ... -o stability.md
 
 RUN.json.part, which --keep leaves, has the table of every text. Spreads are those between texts, in percent of a head's mean, median over
-the heads that keep so much. Correlations are of ranks (Spearman), over the KV heads.
+the heads that keep so much (their number). Correlations are of ranks (Spearman), over the KV heads.
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ from pyheadkv.eval.journal import read_lines
 from pyheadkv.eval.report import table
 from pyheadkv.gguf_header import read_header
 from pyheadkv.importance import find_importance
-from pyheadkv.model import read_shape
 from pyheadkv.score.measure import kv_scores, rank_correlation
 from pyheadkv.score.replay import SHARES, head_shares, outcomes_of_entries
 
@@ -66,7 +65,7 @@ def report(model: Path, run: Path, log: Path | None) -> list[str]:
         user = re.search(r"^user\s+(?:(\d+)m)?([\d.]+)s?$", log.read_text(encoding="utf-8"), flags=re.MULTILINE)
         what += f"; {time[1]}" if time else ""
         what += f"; {60 * int(user[1] or 0) + float(user[2]):.0f} s of one core" if user else ""
-    title = f"## {read_shape(model).name}"
+    title = f"## {model.stem}"
     how = "" if found is None else f" Importance: {found.origin}."
     return [title, "", f"{what}.{how}", "", *lines, "", "Kinds of text against each other, at 1/8:", "", *table(["", *names], against), ""]
 
