@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from pyheadkv.eval.journal import read_lines
+from pyheadkv.eval.journal import commit, machine, read_lines
 from pyheadkv.eval.report import table
 from pyheadkv.gguf_header import read_header
 from pyheadkv.importance import find_importance
@@ -76,6 +76,7 @@ def main() -> None:
     parser.add_argument("-o", "--output", type=Path, metavar="FILE.md")
     args = parser.parse_args()
     lines = ["# Replay tables: texts, kinds of text, importance", "", *(__doc__ or "").split("\n\n")[-1].strip().splitlines(), ""]
+    lines += [f"Commit {commit()}, {machine()}. Seconds are those of the clock; other work may have run beside it.", ""]
     for run in args.runs:
         model, made, *log = map(Path, run.split(","))
         lines += report(model, made, log[0] if log else None)
