@@ -243,10 +243,12 @@ def write_gguf(model: str | os.PathLike[str], importance: Importance | None, rep
     return path
 
 
-def registry_entry(model: str | os.PathLike[str], importance: Importance, *, name: str, source: str) -> dict[str, Any]:
+def registry_entry(
+    model: str | os.PathLike[str], importance: Importance, *, name: str, source: str, replay: ReplayTable | None = None
+) -> dict[str, Any]:
     """An entry of the registry, a JSON file in ``REGISTRY``."""
     mine = fingerprint(model)
-    return {
+    entry = {
         "name": name,
         "source": source,
         "method": importance.method,
@@ -258,3 +260,6 @@ def registry_entry(model: str | os.PathLike[str], importance: Importance, *, nam
         "sketch": [float(f"{x:.9g}") for x in mine.sketch],
         "importance": importance.values.tolist(),
     }
+    if replay is not None:
+        entry["replay"] = {"shares": replay.shares.tolist(), "values": replay.values.tolist(), "source": replay.source}
+    return entry

@@ -63,6 +63,19 @@ def test_mass_and_top_equal_numpy(n_queries: int, shape: Shape, spans: list[tupl
         np.testing.assert_allclose(mass[0], 1, rtol=1e-5)
 
 
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda s: s.name)
+@pytest.mark.parametrize(("n_queries", "n_positions"), [(1, 200), (8, 1), (100, 60), (130, 71)])
+def test_the_most_that_is_attended_equals_numpy(n_queries: int, n_positions: int, shape: Shape, make_model: MakeModel) -> None:
+    llm = load(make_model(shape), kv_size=64, window=130, prefill="token")
+    llm.eval(tokens(70))
+    llm.eval(tokens(130, seed=1))
+    p = probabilities(llm, shape, n_queries)[..., :n_positions]
+    expected = p.reshape(n_queries, shape.n_layer, shape.n_head_kv, -1, n_positions).max((0, 3))
+    found = llm.read_attention_max(n_positions, n_queries=n_queries)
+    assert found.shape == (shape.n_layer, shape.n_head_kv, n_positions) and found.dtype == np.float32
+    np.testing.assert_allclose(found, expected, rtol=2e-3, atol=1e-7)
+
+
 def test_reading_attention_changes_nothing(make_model: MakeModel) -> None:
     results = []
     for read in (False, True):
@@ -70,6 +83,7 @@ def test_reading_attention_changes_nothing(make_model: MakeModel) -> None:
         llm.eval(tokens(200))
         if read:
             llm.read_attention([(0, 5)], 5)
+            llm.read_attention_max(200, n_queries=8)
         llm.end_prompt()
         results.append([llm.kv_positions(il, ih).tolist() for il in range(3) for ih in range(2)])
     assert results[0] == results[1]
@@ -79,6 +93,8 @@ def test_what_cannot_be_read_is_an_error(make_model: MakeModel) -> None:
     llm = load(make_model(SHAPES[1]), kv_size=48, prefill="token")
     with pytest.raises(ValueError, match="not staged"):
         llm.read_attention([(0, 1)], 1)
+    with pytest.raises(ValueError, match="not staged"):
+        llm.read_attention_max(1)
     llm.eval(tokens(100))
     for spans, n_top, message in [
         ([(0, 101)], 1, r"span \[0, 101\) of 100"),
@@ -92,6 +108,16 @@ def test_what_cannot_be_read_is_an_error(make_model: MakeModel) -> None:
     for n_queries, n_top, message in [(0, 1, r"in \[1, 8\]"), (9, 1, r"in \[1, 8\]"), (8, 94, r"in \[1, 93\]")]:
         with pytest.raises(ValueError, match=message):
             llm.read_attention([(0, 1)], n_top, n_queries=n_queries)
+    for n_positions, n_queries, message in [
+        (0, 1, r"first 0 positions: it must be in \[1, n_ctx = 2048\]"),
+        (101, 1, r"first 101 positions: it must be in \[1, 100\]"),
+        (9, 0, r"last 0 tokens: it must be in \[1, 8\]"),
+        (9, 9, r"last 9 tokens: it must be in \[1, 8\]"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            llm.read_attention_max(n_positions, n_queries=n_queries)
     llm.end_prompt()
     with pytest.raises(ValueError, match="not staged"):
         llm.read_attention([(0, 1)], 1)
+    with pytest.raises(ValueError, match="not staged"):
+        llm.read_attention_max(1)

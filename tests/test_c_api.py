@@ -74,6 +74,9 @@ def refused(call: Callable[[Any], int]) -> str:
         (lambda lib, ctx: lib.headkv_read_cells(ctx, 0, 0, 0, False, F32(), 8), r"room for 8 values, \d+ are needed"),
         (lambda lib, ctx: lib.headkv_read_attention(ctx, 0, 0, None, 0, 1, None, None, 0), r"the last 0 tokens: it must be in \[1, 32\]"),
         (lambda lib, ctx: lib.headkv_read_attention(ctx, 0, 1, None, 0, 1, F32(), I32(), 8), r"room for 8 values, \d+ are needed, and no pointer"),
+        (lambda lib, ctx: lib.headkv_read_attention_max(ctx, 0, 33, 9, None, 0), r"the last 33 tokens: it must be in \[1, 32\]"),
+        (lambda lib, ctx: lib.headkv_read_attention_max(ctx, 0, 1, -1, None, 0), r"the first -1 positions: it must be in \[1, n_ctx"),
+        (lambda lib, ctx: lib.headkv_read_attention_max(ctx, 0, 1, 9, F32(), 8), r"room for 8 values, \d+ are needed"),
         (lambda lib, ctx: lib.headkv_limit_restore(ctx, 1, -1, 1), "must not be negative"),
     ],
 )  # fmt: skip
@@ -171,6 +174,9 @@ def test_what_a_sequence_is_not_ready_for_is_refused(two: Sequences) -> None:
     two.decode({1: tokens(191, seed=1)})
     assert two.c.llama_memory_seq_rm(memory(two), 1, 150, -1)  # their queries have taken the place of older ones
     why = refused(lambda lib: lib.headkv_read_attention(two.ctx, 1, 16, None, 0, 1, mass, top, n))
+    assert "the queries of the last tokens are missing: evaluate them again" in why
+    best = (ctypes.c_float * (9 * N_LAYER * N_HEAD_KV))()
+    why = refused(lambda lib: lib.headkv_read_attention_max(two.ctx, 1, 16, 9, best, len(best)))
     assert "the queries of the last tokens are missing: evaluate them again" in why
     two.c.llama_memory_seq_add(memory(two), 1, 0, -1, 5)
     assert "positions of sequence 1 were shifted" in refused(lambda lib: lib.headkv_end_prompt(two.ctx, 1))

@@ -39,3 +39,9 @@ inline llama_kv_cache_ragged & cache_of(const llama_context * ctx, llama_seq_id 
     }
     return *kv;
 }
+
+inline void check_head(const llama_kv_cache_ragged & kv, int32_t il, int32_t ih) {
+    if (il < 0 || il >= kv.n_layer() || ih < 0 || (size_t) ih >= kv.budget(il).size()) {
+        throw std::invalid_argument(format("layer %d, KV head %d: the model has %d layers with up to %d KV heads", il, ih, kv.n_layer(), kv.n_head_kv_max()));
+    }
+}

@@ -126,7 +126,7 @@ def _open_model(path: Path, args: argparse.Namespace, *, n_ctx: int) -> Any:
     # any compressed cache: texts are read and never compressed
     return Llama(
         path,
-        kv_size=2 * replay.N_CHUNK,
+        kv_size=64,
         window=replay.N_CHUNK,
         policy="snapkv",
         prefill="token",

@@ -194,10 +194,20 @@ class Settings:
 
 def outcomes_of(journal: Journal) -> list[Outcome]:
     """The texts that a journal has."""
+    return outcomes_of_entries(journal.entries, name=str(journal.path))
+
+
+def outcomes_of_entries(entries: Sequence[dict[str, Any]], *, name: str) -> list[Outcome]:
+    """The texts of a journal that was read.
+
+    Raises
+    ------
+    ValueError : it is damaged
+    """
     try:
-        return [Outcome(**entry) for entry in journal.entries]
+        return [Outcome(**entry) for entry in entries]
     except TypeError as error:
-        raise ValueError(f"{journal.path} is damaged ({error}): {REMEDY}") from None
+        raise ValueError(f"{name} is damaged ({error}): {REMEDY}") from None
 
 
 def measure(reader: Reader, replays: Sequence[Replay], journal: Journal) -> int:
