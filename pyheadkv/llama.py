@@ -138,7 +138,7 @@ class Llama(llama_cpp.Llama):
         after the prompt, a number or such as "64MiB"; generated tokens come on top
     policy : which cells each head keeps: three choices, budget, rank and fit, by one name. "auto" (the default; the attribute
         ``policy`` says what it chose): with ``question="known"`` "headkv" when the importance of the heads is known, else "adakv";
-        with "later" "mix/value", "replay/value", "importance/value" or "adaptive/value", by what is known.
+        with "later" "replay/value", "importance/value" or "adaptive/value", the first for which enough is known.
         "headkv" (importance/attention), "snapkv" (uniform/attention), "streaming" (uniform/recent), "pyramidkv"
         (pyramid/attention), "adakv" (adaptive/attention), "headkv+adakv" (importance+adaptive/attention), "criticalkv"
         (uniform/critical), "h2o" (uniform/sums; reading a prompt takes n_ctx * n_ubatch * n_head * 4 bytes more), "razor"
@@ -154,7 +154,8 @@ class Llama(llama_cpp.Llama):
         by attention, half by attention times output), "sums" (attention of all tokens), "recent" (the last ones)
     fit : what becomes of their values, in place of the policy's own: "none", "mean" (one cell stands for those that are dropped)
         or "values" (fitted, so that the prompt's own queries get the answers of the full cache)
-    question : for "auto": "known" (prompts end with it, the default) or "later" (a document for questions to come)
+    question : for "auto": "known" (prompts end with it) or "later" (a document for questions to come); None = later with
+        ``kv_reuse``, else known
     beta : > 1; a share 1/beta of the budget is given out by importance, the rest evenly;
         None = the one stored with the importance (``pyheadkv score --calibrate``), else 1.2
     preset : what the five options below are when they are not given: "default", or "paper"
@@ -262,6 +263,8 @@ class Llama(llama_cpp.Llama):
         n_buckets: int | None = None,
         **kwargs: Any,
     ) -> None:
+        if kv_reuse and question is None and policy in (None, AUTO):
+            question = "later"
         given: dict[str, Any] = {name: value for name, value in dict(
             policy=policy, budget=budget, rank=rank, fit=fit, question=question, beta=beta, preset=preset, window=window, recent=recent, power=power, pool=pool, pool_kernel=pool_kernel, n_tail=n_tail, attend=attend, n_buckets=n_buckets,
             prefill=prefill, prefill_hidden=prefill_hidden, sinks=sinks, protect=protect, surplus=surplus,

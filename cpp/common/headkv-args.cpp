@@ -27,7 +27,7 @@ headkv_params headkv_args::named() const {
     res.budget = budget.c_str();
     res.rank = rank.c_str();
     res.fit = fit.c_str();
-    res.question = question.c_str();
+    res.question = question.empty() ? params.question : question.c_str();
     return res;
 }
 
@@ -79,6 +79,8 @@ static int32_t to_type(const std::string & value) {
 
 static const char * const POOLS[] = { "max", "avg" };            // enum headkv_pool
 static const char * const PREFILLS[] = { "auto", "token", "layer" }; // enum headkv_prefill
+
+static const char * const QUESTIONS[] = { "known", "later" };
 
 template <size_t N>
 static int32_t to_choice(const std::string & value, const char * const (&names)[N]) {
@@ -151,8 +153,11 @@ void headkv_add_args(const std::function<void(common_arg)> & add_opt) {
                 [](common_params &, const std::string & value) { set("--kv-fit").fit = value; }),
             "LLAMA_ARG_KV_FIT");
     add(common_arg({ "--kv-question" }, "known|later",
-                "for --kv-policy auto: prompts end with the question, or are documents for questions to come (default: known)",
-                [](common_params &, const std::string & value) { set("--kv-question").question = value; }),
+                "for --kv-policy auto: prompts end with the question, or are documents for questions to come (default: later with --kv-reuse, else known)",
+                [](common_params &, const std::string & value) {
+                    to_choice(value, QUESTIONS);
+                    set("--kv-question").question = value;
+                }),
             "LLAMA_ARG_KV_QUESTION");
     add(common_arg({ "--kv-beta" }, "X",
                 "a share 1/X of the budget is given out by importance, X > 1 (default: the one stored with the importance, else 1.2)",

@@ -14,10 +14,10 @@ constexpr const char * HEADKV_ARCHIVE_RAM = "ram";
 struct headkv_args {
     struct headkv_params params; // kv_size 0 = off; names and importance_gguf are those below
     std::string policy;
-    std::string budget; // this and the next three: empty = the policy's own
+    std::string budget; // this and the next two: empty = the policy's own
     std::string rank;
     std::string fit;
-    std::string question = "known";
+    std::string question; // empty = later with reuse, else known
     std::string importance; // GGUF file, empty = the model
     bool reuse = false;
     int32_t kv_size_max = 0; // of a request, 0 = kv_size

@@ -122,12 +122,10 @@ static void complete_known(headkv_known & known, const headkv_params & params, c
 
 static const char * choose_auto(const headkv_known & known, bool later) {
     const bool has_importance = !known.importance.values.empty();
-    const bool has_replay = !known.replay.values.empty();
     if (!later) {
         return has_importance ? HEADKV_AUTO_IMPORTANCE : HEADKV_AUTO_UNKNOWN;
     }
-    return has_importance && has_replay ? HEADKV_LATER_BOTH
-            : has_replay                ? HEADKV_LATER_REPLAY
+    return !known.replay.values.empty() ? HEADKV_LATER_REPLAY
             : has_importance            ? HEADKV_LATER_IMPORTANCE
                                         : HEADKV_LATER_UNKNOWN;
 }

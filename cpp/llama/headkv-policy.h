@@ -80,8 +80,7 @@ const std::vector<headkv_policy> & headkv_policy_list(); // in the order in whic
 constexpr const char * HEADKV_AUTO_IMPORTANCE = "headkv";
 constexpr const char * HEADKV_AUTO_UNKNOWN = "adakv";
 
-// and when it comes later
-constexpr const char * HEADKV_LATER_BOTH = "mix/value";
+// and when it comes later; a table is better than the mean of both
 constexpr const char * HEADKV_LATER_REPLAY = "replay/value";
 constexpr const char * HEADKV_LATER_IMPORTANCE = "importance/value";
 constexpr const char * HEADKV_LATER_UNKNOWN = "adaptive/value";

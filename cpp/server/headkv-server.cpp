@@ -22,7 +22,8 @@ static struct {
     headkv_archive_stats archive = {};
 
     int32_t n_batch = 0; // that was asked for
-    std::string policy;  // never "auto"
+    std::string policy;  // never "auto"; of prompts that end with the question
+    std::string policy_later; // of the others
 } server;
 
 static const char * const STATES[] = { "empty", "staged", "compressed", "layered" }; // as in headkv_stats
@@ -93,13 +94,19 @@ static int32_t kv_size_max() {
                                                                  : args.params.kv_size;
 }
 
+// whether questions come later where a request does not say so
+static bool asks_later() {
+    const headkv_args & args = headkv_get_args();
+    return args.question.empty() ? args.reuse : args.question == "later";
+}
+
 // What the prompt of a request is compressed by. The importance is that of the context.
 class request_params {
 public:
     explicit request_params(const headkv_request & request) {
         const headkv_args & args = headkv_get_args();
         params = args.params;
-        params.policy = server.policy.c_str(); // with budget, rank and fit
+        params.policy = (request.later ? server.policy_later : server.policy).c_str(); // with budget, rank and fit
         params.kv_size = request.kv_size > 0 ? request.kv_size : args.is_lossless() ? MAX_CELLS
                                                                                     : args.params.kv_size;
         for (const auto & [start, end] : request.protect) {
@@ -137,11 +144,14 @@ bool headkv_server_open(common_params & params) {
     headkv_params p = args.named();
     p.kv_size = kv_size_max(); // the context is made for the largest request
     p.importance_gguf = args.importance.empty() ? params.model.path.c_str() : args.importance.c_str();
-    if (headkv_set_params(&p) != 0) {
-        SRV_ERR("%s: %s\n", args.amount().c_str(), headkv_last_error());
-        return false;
+    for (const bool later : { !asks_later(), asks_later() }) { // contexts are made with the last ones
+        p.question = later ? "later" : "known";
+        if (headkv_set_params(&p) != 0) {
+            SRV_ERR("%s: %s\n", args.amount().c_str(), headkv_last_error());
+            return false;
+        }
+        (later ? server.policy_later : server.policy) = headkv_get_policy(nullptr);
     }
-    server.policy = headkv_get_policy(nullptr);
     if (args.has_archive() && args.archive != HEADKV_ARCHIVE_RAM && headkv_archive_list(args.archive.c_str(), false, nullptr, nullptr) < 0) {
         SRV_ERR("--kv-archive: %s\n", headkv_last_error());
         return false;
@@ -165,7 +175,8 @@ bool headkv_server_open(common_params & params) {
         // a prompt that is read layer by layer comes in one batch; the context limits it to its own size
         params.n_batch = std::max(server.n_batch, params.n_ctx > 0 ? params.n_ctx : 1 << 20);
     }
-    SRV_INF("compression: policy %s, %s, %s\n", server.policy.c_str(), args.amount().c_str(),
+    SRV_INF("compression: policy %s (question %s), %s, %s\n", (asks_later() ? server.policy_later : server.policy).c_str(), asks_later() ? "later" : "known",
+            args.amount().c_str(),
             args.reuse ? "prompts continue on the compressed past (--kv-reuse)" : args.has_archive() ? "prompts are read from where they differ from archived ones (--kv-archive)"
                                                                                                      : "every prompt is read from its beginning");
 
@@ -224,6 +235,14 @@ static int32_t get_kv_size(const common_json & value, int32_t n_tokens) {
     return (int32_t) n;
 }
 
+static bool get_later(const common_json & value) {
+    const std::string name = value.is_string() ? value.get<std::string>() : "";
+    if (name != "known" && name != "later") {
+        throw std::invalid_argument(string_format("kv_question is %.32s: it must be known or later", safe_json_to_str(value).c_str()));
+    }
+    return name == "later";
+}
+
 static std::vector<std::pair<int32_t, int32_t>> get_spans(const common_json & value, int32_t n_tokens) {
     const auto refuse = [&](const std::string & why) {
         throw std::invalid_argument(string_format("kv_protect is %.64s: %s", safe_json_to_str(value).c_str(), why.c_str()));
@@ -258,7 +277,7 @@ static std::vector<std::pair<int32_t, int32_t>> get_spans(const common_json & va
 }
 
 void headkv_server_keep_fields(common_json & body, const common_json & request) {
-    for (const char * name : { "kv_size", "kv_protect" }) {
+    for (const char * name : { "kv_size", "kv_protect", "kv_question" }) {
         if (request.contains(name)) {
             body[name] = request.at(name);
         }
@@ -276,6 +295,7 @@ headkv_request headkv_server_check_request(const common_json & body, int32_t n_c
     if (body.contains("kv_size") && !body.at("kv_size").is_null()) {
         res.kv_size = get_kv_size(body.at("kv_size"), n_tokens);
     }
+    res.later = body.contains("kv_question") && !body.at("kv_question").is_null() ? get_later(body.at("kv_question")) : asks_later();
     if (body.contains("kv_protect") && !body.at("kv_protect").is_null()) {
         res.protect = get_spans(body.at("kv_protect"), n_tokens);
     }
@@ -493,7 +513,9 @@ void headkv_server_add_props(common_json & props) {
     }
     props["kv"] = {
         { "size", args.params.kv_size }, // 0 with the policy lossless
-        { "policy", server.policy },
+        { "policy", asks_later() ? server.policy_later : server.policy },
+        { "policy_known", server.policy },
+        { "policy_later", server.policy_later },
         { "window", args.params.window },
         { "recent", args.params.recent },
         { "power", args.params.power },

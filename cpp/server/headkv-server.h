@@ -32,6 +32,7 @@ struct headkv_slot_info {
 // What a request may choose.
 struct headkv_request {
     int32_t kv_size = 0; // 0 = that of the server
+    bool later = false; // questions about the prompt come later
     std::vector<std::pair<int32_t, int32_t>> protect; // [start, end) positions of the prompt that every head keeps
 };
 
