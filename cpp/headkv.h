@@ -250,7 +250,7 @@ LLAMA_API struct headkv_archive_params headkv_default_archive_params(void);
 // then on K and V of all tokens of a prompt go there when it is compressed, and prompts that begin like an archived one (same weights,
 // adapters, rotary embedding, types) take them from there: llama_decode() of a whole prompt, or of one from its beginning, computes
 // what differs, and at least the last `window` tokens. The outcome is that of reading all of it. Policies that look at all tokens
-// ("h2o") only write; tokens that were computed in ubatches of fewer than 64, or while other prompts were held, are not archived,
+// ("h2o", any with fit "values") only write; tokens that were computed in ubatches of fewer than 64, or while other prompts were held, are not archived,
 // since their cells differ in the last bits. What is damaged is removed and read; llama_decode() of a whole prompt that finds it in
 // the middle fails once with the reason, and headkv_read_prompt() and headkv_read_ahead() begin it again. What cannot be written is
 // logged. Generated tokens are not archived.

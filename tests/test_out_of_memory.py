@@ -163,7 +163,9 @@ def fail_alloc(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize(
-    "options", [{"prefill": "token"}, {"prefill": "layer"}, {"prefill": "token", "attend": "composed"}], ids=["token", "layer", "composed"]
+    "options",
+    [{"prefill": "token"}, {"prefill": "layer"}, {"prefill": "token", "attend": "composed"}, {"fit": "values"}],
+    ids=["token", "layer", "composed", "fit"],
 )
 def test_each_failed_allocation_is_an_error_and_the_next_prompt_works(
     options: dict[str, Any], fail_alloc: Path, make_model: MakeModel

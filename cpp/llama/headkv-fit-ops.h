@@ -77,6 +77,25 @@ struct workspace_t {
     }
 };
 
+// what a thread needs to answer some references, same
+struct answers_t {
+    std::vector<float> q;      // [N_ANSWERED][D] times the scale
+    std::vector<float> keys;   // [D][N_KEYS]
+    std::vector<float> values; // [N_KEYS][n_value]
+    std::vector<float> x;      // [N_ANSWERED][N_KEYS] logits, then probabilities but for the sum
+    std::vector<float> y;      // [N_ANSWERED][n_value]
+    std::vector<float> largest; // [N_ANSWERED] logit
+    std::vector<float> sum;    // [N_ANSWERED] of exponentials
+
+    explicit answers_t(const sizes_t & s) :
+        q(N_ANSWERED * s.D), keys(s.D * N_KEYS), values(N_KEYS * s.n_value), x(N_ANSWERED * N_KEYS), y(N_ANSWERED * s.n_value), largest(N_ANSWERED), sum(N_ANSWERED) {
+    }
+
+    size_t n_bytes() const {
+        return (q.size() + keys.size() + values.size() + x.size() + y.size() + largest.size() + sum.size()) * sizeof(float);
+    }
+};
+
 // what both ops share; they take jobs in turn
 struct job_t {
     const headkv_fit_layer & layer;
@@ -84,6 +103,7 @@ struct job_t {
     const int64_t n_head_kv;
     const headkv_score_kernel & score;
     const headkv_fit_kernel & fit;
+    std::vector<answers_t> answers;  // [n_threads]
     std::vector<workspace_t> spaces; // as many heads are fitted at a time
     std::vector<headkv_fit_outcome> outcomes; // [n_head_kv]
     std::atomic<int64_t> n_answered{ 0 }; // jobs taken
@@ -92,10 +112,13 @@ struct job_t {
     job_t(const headkv_fit_layer & l, int n_threads) :
         layer(l), sizes(l.k->ne[0], (int64_t) l.pos.size(), most_kept(l)), n_head_kv((int64_t) l.ranges.size()),
         score(of_env(headkv_score_kernel_find)), fit(of_env(headkv_fit_kernel_find)), outcomes(n_head_kv) {
-        const auto n_spaces = (size_t) std::min<int64_t>(n_threads, n_head_kv);
-        spaces.reserve(n_spaces);
-        while (spaces.size() < n_spaces) {
-            spaces.emplace_back(sizes);
+        answers.reserve(n_threads);
+        spaces.reserve(std::min<int64_t>(n_threads, n_head_kv));
+        for (int i = 0; i < n_threads; ++i) {
+            answers.emplace_back(sizes);
+            if (i < n_head_kv) {
+                spaces.emplace_back(sizes);
+            }
         }
     }
 
@@ -115,7 +138,7 @@ struct job_t {
         return *res;
     }
 
-    size_t n_bytes() const { return spaces.size() * spaces[0].n_bytes(); }
+    size_t n_bytes() const { return answers.size() * answers[0].n_bytes() + spaces.size() * spaces[0].n_bytes(); }
 
     const ggml_fp16_t * query(int64_t i, int64_t ih) const {
         return (const ggml_fp16_t *) ((const char *) layer.refs->data + (layer.slots[i] * n_head_kv + ih) * layer.refs->nb[1]);
