@@ -80,7 +80,7 @@ struct headkv_params {
     int32_t n_buckets;   // attention calls per layer of the composed path, 1..8
     int32_t prefill;     // enum headkv_prefill
     int32_t hidden_f16;  // 1 = hidden states between layers in f16: half the memory, rounded results
-    int32_t sinks;       // first cells of a prompt that every head keeps; -1 = the policy's own (4 of "streaming", as far
+    int32_t sinks;       // first cells of a prompt that every head keeps; -1 = the rank's own (4 of all but attention, critical and sums, as far
                               // as kv_size reaches, else 0)
     const int32_t * protect;  // n_protect spans [start, end) of positions whose cells every head keeps, sinks too: they count
     int32_t n_protect;   // as part of its budget, and a head whose budget they exceed grows

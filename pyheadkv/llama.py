@@ -155,7 +155,7 @@ class Llama(llama_cpp.Llama):
     fit : what becomes of their values, in place of the policy's own: "none", "mean" (one cell stands for those that are dropped)
         or "values" (fitted, so that the prompt's own queries get the answers of the full cache)
     question : for "auto": "known" (prompts end with it) or "later" (a document for questions to come); None = later with
-        ``kv_reuse``, else known
+        ``kv_reuse`` where the replay table is known, else known
     beta : > 1; a share 1/beta of the budget is given out by importance, the rest evenly;
         None = the one stored with the importance (``pyheadkv score --calibrate``), else 1.2
     preset : what the five options below are when they are not given: "default", or "paper"
@@ -190,7 +190,7 @@ class Llama(llama_cpp.Llama):
         as the cache has them
     n_seq_max : sequences of the context; this object reads and generates in the first one, the others take copies of its
         prompt, see ``compress_as`` (1)
-    sinks : first cells of a prompt that every head keeps; None = 4 under "streaming", as far as
+    sinks : first cells of a prompt that every head keeps; None = 4 with ranks "recent", "value", "output", "attention*value", as far as
         ``kv_size`` reaches, else 0
     protect : (start, end) spans of prompt positions whose cells every head keeps; what lies
         behind the end of a prompt is no matter. Sinks and protected cells are part of a
@@ -263,8 +263,6 @@ class Llama(llama_cpp.Llama):
         n_buckets: int | None = None,
         **kwargs: Any,
     ) -> None:
-        if kv_reuse and question is None and policy in (None, AUTO):
-            question = "later"
         given: dict[str, Any] = {name: value for name, value in dict(
             policy=policy, budget=budget, rank=rank, fit=fit, question=question, beta=beta, preset=preset, window=window, recent=recent, power=power, pool=pool, pool_kernel=pool_kernel, n_tail=n_tail, attend=attend, n_buckets=n_buckets,
             prefill=prefill, prefill_hidden=prefill_hidden, sinks=sinks, protect=protect, surplus=surplus,
@@ -336,6 +334,8 @@ class Llama(llama_cpp.Llama):
         if n_ctx and options.kv_size > n_ctx and options.policy != LOSSLESS:
             raise ValueError(f"kv_size={options.kv_size}: it must not be larger than n_ctx = {n_ctx}")
         self._find_known(importance, replay)
+        if kv_reuse and question is None and self._found_replay is not None:
+            self.kv_options = options = replace(options, question="later")
         if kwargs.get("embedding"):
             raise ValueError("embedding=True: embeddings have no generation to speed up, use kv_size=None")
         kwargs["flash_attn"] = True

@@ -679,7 +679,12 @@ def test_auto_knows_the_two_situations(has_importance: bool, has_table: bool, ma
     shape = SHAPES[4]
     path = make_model(shape) if has_importance else make_model(shape, importance=None)
     replay = random_table(shape) if has_table else None
-    later = {(True, True): "replay/value", (False, True): "replay/value", (True, False): "importance/value", (False, False): "adaptive/value"}
+    later = {
+        (True, True): "replay/value",
+        (False, True): "replay/value",
+        (True, False): "importance/value",
+        (False, False): "adaptive/value",
+    }
     llm = load(path, kv_size=40, policy="auto", replay=replay)
     assert llm.policy == ("headkv" if has_importance else "adakv")
     llm.configure(question="later")

@@ -34,7 +34,7 @@ sys.path.append(str(Path(__file__).parent.parent / "scripts"))
 import llama_server
 from llama_server import free_port
 
-from pyheadkv import gguf_keys, importance
+from pyheadkv import gguf_keys, importance, replay_values
 from pyheadkv.cli import serve
 from pyheadkv.eval import needle
 from pyheadkv.testing import write_random_lora, write_random_model
@@ -52,6 +52,10 @@ SECONDS = 60  # for the server to start, and for one answer
 FLAGS = {
     "--kv-size": "0",
     "--kv-policy": "auto",
+    "--kv-budget": "that of the policy",
+    "--kv-rank": "that of the policy",
+    "--kv-fit": "that of the policy",
+    "--kv-question": "later with --kv-reuse where the replay table is known, else known",
     "--kv-beta": "1.2",
     "--kv-window": "64",
     "--kv-recent": "8",
@@ -65,7 +69,7 @@ FLAGS = {
     "--kv-archive": "off",
     "--kv-archive-size": "20GiB, of ram a quarter of it",
     "--kv-archive-type": "as the cache has them",
-    "--kv-sinks": "4 with the policy streaming, else 0",
+    "--kv-sinks": "4 with the ranks recent, value, output and attention*value, else 0",
 }  # and their defaults
 
 
@@ -277,7 +281,65 @@ def test_auto_says_what_it_chose(llm: Any, log: Path, tmp_path: Path) -> None:
     for model, policy in ((MODEL, "headkv"), (plain, "adakv")):
         with running(log, "--kv-size", KV_SIZE, model=model) as server:
             assert server.get("/props")["kv"]["policy"] == policy
-            assert f"compression: policy {policy}, --kv-size {KV_SIZE}" in server.output()
+            assert f"compression: policy {policy} (question known), --kv-size {KV_SIZE}" in server.output()
+
+
+def with_table(path: Path) -> Path:
+    """The model with a replay table in its metadata, by which the first layer needs most."""
+    heads, shares = importance.fingerprint(MODEL).heads, np.array([1 / 16, 1 / 4])
+    values = np.ones((2, len(heads), heads[0][1]))
+    values[:, 0] = 3
+    values *= (shares / values.mean(axis=(1, 2)))[:, None, None]
+    replay_values.write_replay(MODEL, path, replay_values.ReplayTable(shares, values))
+    return path
+
+
+def test_a_request_says_when_its_question_comes(llm: Any, log: Path, tmp_path: Path) -> None:
+    prompt, n = prompt_ids(llm, 1), 12
+    options = {"preset": "default", "kv_size": KV_SIZE, "n_ctx": N_CTX, "n_batch": N_UBATCH, "n_ubatch": N_UBATCH, "question": "later"}
+    both = with_table(tmp_path / "both.gguf")
+    with closing(load(MODEL, **options)) as later, closing(load(both, **options)) as by_table:
+        answers = expected(llm, prompt, n), expected(later, prompt, n), expected(by_table, prompt, n)
+        assert (later.policy, by_table.policy) == ("importance/value", "replay/value")
+    for model, flags, policy, other, default in (
+        (MODEL, (), "importance/value", answers[1], answers[0]),
+        (both, (), "replay/value", answers[2], answers[0]),
+        (both, ("--kv-question", "later"), "replay/value", answers[2], answers[2]),
+    ):
+        with running(log, "--kv-size", KV_SIZE, *flags, model=model) as server:
+            props = server.get("/props")["kv"]
+            assert (props["policy_known"], props["policy_later"]) == ("headkv", policy)
+            assert props["policy"] == (policy if flags else "headkv")
+            assert server.tokens(prompt, n) == server.tokens(prompt, n, kv_question=None) == default
+            assert server.tokens(prompt, n, kv_question="later") == other
+            assert server.tokens(prompt, n, kv_question="known") == answers[0]
+            for wrong in ("never", 1, ["later"], ""):
+                status, answer = server.request("/completion", {"prompt": prompt, "n_predict": 1, "kv_question": wrong})
+                assert status == 400 and answer["error"]["message"].startswith("kv_question is ")
+
+
+def test_later_is_what_reuse_means_where_the_table_is_known(log: Path, tmp_path: Path) -> None:
+    for model, flags, policy in (
+        (MODEL, (), "headkv"),
+        (with_table(tmp_path / "both.gguf"), (), "replay/value"),
+        (tmp_path / "both.gguf", ("--kv-question", "known"), "headkv"),
+    ):
+        with running(log, "--kv-size", KV_SIZE, "--kv-reuse", *flags, model=model) as server:
+            assert server.get("/props")["kv"]["policy"] == policy
+        with closing(load(model, kv_size=KV_SIZE, policy="auto", kv_reuse=True, question=flags[1] if flags else None)) as llm:
+            assert llm.policy == policy
+
+
+def test_wrong_choices_end_the_server_with_what_is_known(log: Path) -> None:
+    for flags, message in (
+        (("--kv-rank", "values"), "rank is 'values': it must be one of attention, value"),
+        (("--kv-budget", "none"), "budget is 'none': it must be one of uniform, importance"),
+        (("--kv-policy", "mix/value/values/x"), "fit is 'values/x'"),
+        (("--kv-policy", "replay/value"), "needs the replay table of each head"),
+        (("--kv-question", "never"), "'never': it must be one of known, later"),
+    ):
+        done = subprocess.run([SERVER, "-m", MODEL, "--kv-size", "64", *flags], capture_output=True, text=True, timeout=SECONDS)
+        assert done.returncode != 0 and message in done.stdout + done.stderr
 
 
 def test_serve_finds_the_importance_that_python_finds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -131,7 +131,7 @@ void headkv_add_args(const std::function<void(common_arg)> & add_opt) {
                 }),
             "LLAMA_ARG_KV_SIZE_MAX");
     add(common_arg({ "--kv-sinks" }, "N",
-                "first tokens of each prompt that every KV head keeps (default: 4 with the policy streaming, else 0)",
+                "first tokens of each prompt that every KV head keeps (default: 4 with the ranks recent, value, output and attention*value, else 0)",
                 [](common_params &, const std::string & value) { set("--kv-sinks").params.sinks = to_int(value); }),
             "LLAMA_ARG_KV_SINKS");
     add(common_arg({ "--kv-policy" }, "NAME",
@@ -153,7 +153,7 @@ void headkv_add_args(const std::function<void(common_arg)> & add_opt) {
                 [](common_params &, const std::string & value) { set("--kv-fit").fit = value; }),
             "LLAMA_ARG_KV_FIT");
     add(common_arg({ "--kv-question" }, "known|later",
-                "for --kv-policy auto: prompts end with the question, or are documents for questions to come (default: later with --kv-reuse, else known)",
+                "for --kv-policy auto: prompts end with the question, or are documents for questions to come (default: later with --kv-reuse where the replay table is known, else known)",
                 [](common_params &, const std::string & value) {
                     to_choice(value, QUESTIONS);
                     set("--kv-question").question = value;

@@ -17,7 +17,7 @@ struct headkv_args {
     std::string budget; // this and the next two: empty = the policy's own
     std::string rank;
     std::string fit;
-    std::string question; // empty = later with reuse, else known
+    std::string question; // empty = later with reuse where the replay table is known, else known
     std::string importance; // GGUF file, empty = the model
     bool reuse = false;
     int32_t kv_size_max = 0; // of a request, 0 = kv_size

@@ -24,6 +24,7 @@ static struct {
     int32_t n_batch = 0; // that was asked for
     std::string policy;  // never "auto"; of prompts that end with the question
     std::string policy_later; // of the others
+    bool asks_later = false; // where a request does not say which they are
 } server;
 
 static const char * const STATES[] = { "empty", "staged", "compressed", "layered" }; // as in headkv_stats
@@ -94,12 +95,6 @@ static int32_t kv_size_max() {
                                                                  : args.params.kv_size;
 }
 
-// whether questions come later where a request does not say so
-static bool asks_later() {
-    const headkv_args & args = headkv_get_args();
-    return args.question.empty() ? args.reuse : args.question == "later";
-}
-
 // What the prompt of a request is compressed by. The importance is that of the context.
 class request_params {
 public:
@@ -144,13 +139,20 @@ bool headkv_server_open(common_params & params) {
     headkv_params p = args.named();
     p.kv_size = kv_size_max(); // the context is made for the largest request
     p.importance_gguf = args.importance.empty() ? params.model.path.c_str() : args.importance.c_str();
-    for (const bool later : { !asks_later(), asks_later() }) { // contexts are made with the last ones
-        p.question = later ? "later" : "known";
+    for (const char * question : { "later", "known" }) {
+        p.question = question;
         if (headkv_set_params(&p) != 0) {
             SRV_ERR("%s: %s\n", args.amount().c_str(), headkv_last_error());
             return false;
         }
-        (later ? server.policy_later : server.policy) = headkv_get_policy(nullptr);
+        (question == std::string("later") ? server.policy_later : server.policy) = headkv_get_policy(nullptr);
+    }
+    headkv_policy_info later = {};
+    headkv_find_policy(server.policy_later.c_str(), nullptr, nullptr, nullptr, &later);
+    server.asks_later = args.question.empty() ? args.reuse && later.by_replay : args.question == "later";
+    if (server.asks_later) {
+        p.question = "later";
+        headkv_set_params(&p);
     }
     if (args.has_archive() && args.archive != HEADKV_ARCHIVE_RAM && headkv_archive_list(args.archive.c_str(), false, nullptr, nullptr) < 0) {
         SRV_ERR("--kv-archive: %s\n", headkv_last_error());
@@ -175,7 +177,7 @@ bool headkv_server_open(common_params & params) {
         // a prompt that is read layer by layer comes in one batch; the context limits it to its own size
         params.n_batch = std::max(server.n_batch, params.n_ctx > 0 ? params.n_ctx : 1 << 20);
     }
-    SRV_INF("compression: policy %s (question %s), %s, %s\n", (asks_later() ? server.policy_later : server.policy).c_str(), asks_later() ? "later" : "known",
+    SRV_INF("compression: policy %s (question %s), %s, %s\n", (server.asks_later ? server.policy_later : server.policy).c_str(), server.asks_later ? "later" : "known",
             args.amount().c_str(),
             args.reuse ? "prompts continue on the compressed past (--kv-reuse)" : args.has_archive() ? "prompts are read from where they differ from archived ones (--kv-archive)"
                                                                                                      : "every prompt is read from its beginning");
@@ -295,7 +297,7 @@ headkv_request headkv_server_check_request(const common_json & body, int32_t n_c
     if (body.contains("kv_size") && !body.at("kv_size").is_null()) {
         res.kv_size = get_kv_size(body.at("kv_size"), n_tokens);
     }
-    res.later = body.contains("kv_question") && !body.at("kv_question").is_null() ? get_later(body.at("kv_question")) : asks_later();
+    res.later = body.contains("kv_question") && !body.at("kv_question").is_null() ? get_later(body.at("kv_question")) : server.asks_later;
     if (body.contains("kv_protect") && !body.at("kv_protect").is_null()) {
         res.protect = get_spans(body.at("kv_protect"), n_tokens);
     }
@@ -513,7 +515,7 @@ void headkv_server_add_props(common_json & props) {
     }
     props["kv"] = {
         { "size", args.params.kv_size }, // 0 with the policy lossless
-        { "policy", asks_later() ? server.policy_later : server.policy },
+        { "policy", server.asks_later ? server.policy_later : server.policy },
         { "policy_known", server.policy },
         { "policy_later", server.policy_later },
         { "window", args.params.window },

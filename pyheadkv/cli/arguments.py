@@ -23,7 +23,10 @@ def add_amount_arguments(group: argparse._ActionsContainer, *, several: bool = F
 def add_keep_arguments(group: argparse._ActionsContainer) -> None:
     """``--sinks``, ``--protect`` and ``--surplus``; ``keep_kwargs`` reads them."""
     group.add_argument(
-        "--sinks", type=int, metavar="N", help="first cells of a prompt that every head keeps (default: 4 under streaming, else 0)"
+        "--sinks",
+        type=int,
+        metavar="N",
+        help="first cells of a prompt that every head keeps (default: 4 with ranks recent, value, output, attention*value, else 0)",
     )
     group.add_argument(
         "--protect",
