@@ -274,7 +274,7 @@ void headkv_compression::refine(work_t & w) {
     }
     headkv_scored scored = { n_prefix, n_protected, headkv_get_data<float>(w.t_scores, n_prefix * w.H), {}, std::move(w.n_keep) };
     if (cfg->rank->refine) {
-        scored.values = cfg->rank->values == HEADKV_VALUES_NORM ? value_norms(w) : value_outputs(w);
+        scored.values = number_values(w);
         cfg->rank->refine(scored);
         for (const auto & [start, end] : headkv_protected(*cfg, n_prefix)) {
             for (int64_t ih = 0; ih < w.H; ++ih) {
@@ -304,46 +304,30 @@ void headkv_compression::output_columns(work_t & w, int64_t ih, ggml_tensor * t_
     runner.run();
 }
 
-// L2 norms; quantised values are rotated, which does not change them
-std::vector<float> headkv_compression::value_norms(work_t & w) {
-    headkv_scratch scratch;
-    ggml_tensor * t_values = scratch.new_tensor(GGML_TYPE_F32, 1, n_prefix * w.H);
-    scratch.alloc(w.layer.buft);
-    for (int64_t ih = 0; ih < w.H; ++ih) {
-        runner.begin();
-        ggml_context * ctx = runner.ctx.get();
-        ggml_tensor * v_head = ggml_view_2d(ctx, w.v_all, w.D, w.v_all->ne[1], w.v_all->nb[1], ih * ggml_row_size(w.v_all->type, w.D));
-        ggml_tensor * v = ggml_get_rows(ctx, v_head, ggml_view_1d(ctx, w.t_cells, n_prefix, 0)); // F32
-        ggml_tensor * norms = ggml_sqrt(ctx, ggml_sum_rows(ctx, ggml_sqr(ctx, v)));
-        ggml_tensor * to = ggml_view_2d(ctx, t_values, 1, n_prefix, t_values->nb[1], ih * n_prefix * t_values->nb[1]);
-        ggml_build_forward_expand(runner.gf, ggml_cpy(ctx, norms, to));
-        runner.run();
-    }
-    note_peak(w.scratch.n_bytes() + scratch.n_bytes() + runner.n_bytes());
-    return headkv_get_data<float>(t_values, n_prefix * w.H);
-}
-
-std::vector<float> headkv_compression::value_outputs(work_t & w) {
-    // cells at a time: what their values add to the output takes 4 MiB
-    const int64_t n_out = w.layer.wo->ne[1] * w.G;
+std::vector<float> headkv_compression::number_values(work_t & w) {
+    // cells at a time: what is made of their values takes 4 MiB
+    const bool by_output = cfg->rank->values == HEADKV_VALUES_OUTPUT;
+    const int64_t n_out = by_output ? w.layer.wo->ne[1] * w.G : w.D;
     const int64_t n_step = std::max<int64_t>(64, (1 << 20) / n_out);
 
     headkv_scratch scratch;
-    ggml_tensor * t_columns = scratch.new_tensor(GGML_TYPE_F32, w.D * w.G * w.H, w.D * w.G);
-    ggml_tensor * t_wo = scratch.new_tensor(GGML_TYPE_F32, w.D, n_out);
     ggml_tensor * t_values = scratch.new_tensor(GGML_TYPE_F32, 1, n_prefix * w.H);
+    ggml_tensor * t_columns = by_output ? scratch.new_tensor(GGML_TYPE_F32, w.D * w.G * w.H, w.D * w.G) : nullptr;
+    ggml_tensor * t_wo = by_output ? scratch.new_tensor(GGML_TYPE_F32, w.D, n_out) : nullptr;
     scratch.alloc(w.layer.buft);
 
-    // quantised values are rotated
+    // quantised values are rotated, which does not change their norms
     headkv_scratch scratch_rot;
-    ggml_tensor * t_rot = staging.twin().build_input_v_rot(scratch_rot.ctx.get());
+    ggml_tensor * t_rot = by_output ? staging.twin().build_input_v_rot(scratch_rot.ctx.get()) : nullptr;
     if (t_rot) {
         scratch_rot.alloc(ggml_backend_cpu_buffer_type());
         staging.twin().set_input_v_rot(t_rot);
     }
 
     for (int64_t ih = 0; ih < w.H; ++ih) {
-        output_columns(w, ih, t_columns, t_wo);
+        if (by_output) {
+            output_columns(w, ih, t_columns, t_wo);
+        }
         for (int64_t i = 0; i < n_prefix; i += n_step) {
             const int64_t n_now = std::min(n_step, n_prefix - i);
             runner.begin();
@@ -353,7 +337,7 @@ std::vector<float> headkv_compression::value_outputs(work_t & w) {
             if (t_rot) {
                 v = llama_mul_mat_hadamard(ctx, v, t_rot);
             }
-            ggml_tensor * norms = headkv_build_value_norm(ctx, v, t_wo, w.G);
+            ggml_tensor * norms = by_output ? headkv_build_output_norm(ctx, v, t_wo, w.G) : headkv_build_value_norm(ctx, v);
             ggml_tensor * to = ggml_view_2d(ctx, t_values, 1, n_now, t_values->nb[1], (ih * n_prefix + i) * t_values->nb[1]);
             ggml_build_forward_expand(runner.gf, ggml_cpy(ctx, norms, to));
             runner.run();

@@ -52,8 +52,7 @@ private:
     void note_kept(work_t & w);
     void fit_values(work_t & w);
     void compensate(work_t & w); // writes the means of the cells that heads drop
-    std::vector<float> value_norms(work_t & w);
-    std::vector<float> value_outputs(work_t & w); // headkv_scored::values of the layer
+    std::vector<float> number_values(work_t & w); // headkv_scored::values of the layer
     void output_columns(work_t & w, int64_t ih, ggml_tensor * t_columns, ggml_tensor * t_wo);
 
     // keys or values of one head in position order, [n_embd_head, n]

@@ -350,9 +350,13 @@ ggml_tensor * headkv_build_score_fused(ggml_context * ctx, ggml_tensor * q, ggml
     return res;
 }
 
-ggml_tensor * headkv_build_value_norm(ggml_context * ctx, ggml_tensor * v, ggml_tensor * wo, int64_t n_group) {
+ggml_tensor * headkv_build_output_norm(ggml_context * ctx, ggml_tensor * v, ggml_tensor * wo, int64_t n_group) {
     ggml_tensor * out = ggml_mul_mat(ctx, wo, v); // [n_embd*n_group, n]
     return ggml_scale(ctx, ggml_sum_rows(ctx, ggml_abs_inplace(ctx, out)), 1.0f / n_group);
+}
+
+ggml_tensor * headkv_build_value_norm(ggml_context * ctx, ggml_tensor * v) {
+    return ggml_sqrt(ctx, ggml_sum_rows(ctx, ggml_sqr_inplace(ctx, v)));
 }
 
 ggml_tensor * headkv_build_output_matrix(ggml_context * ctx, ggml_tensor * wo, ggml_tensor * wo_s, ggml_tensor * columns, int64_t n_embd_head) {

@@ -65,7 +65,10 @@ void headkv_build_sums(ggml_context * ctx, ggml_cgraph * gf, ggml_tensor * q, gg
 //   v        [n_embd_head, n] values of one KV head
 //   wo   F32 [n_embd_head, n_embd*n_group] output matrix of its query heads
 // Returns F32 [1, n].
-ggml_tensor * headkv_build_value_norm(ggml_context * ctx, ggml_tensor * v, ggml_tensor * wo, int64_t n_group);
+ggml_tensor * headkv_build_output_norm(ggml_context * ctx, ggml_tensor * v, ggml_tensor * wo, int64_t n_group);
+
+// L2 norm of each value, of the same shapes.
+ggml_tensor * headkv_build_value_norm(ggml_context * ctx, ggml_tensor * v);
 
 // wo for it, out of the matrix of the layer, in any type and any kind of memory that ggml_mul_mat() reads
 //   wo           [n_embd_head*n_head, n_embd]
