@@ -43,7 +43,7 @@ from ..units import round_n_ctx
 from . import score_replay
 from .arguments import threads_kwargs
 from .inspect import gini
-from .score_outputs import check_files, default_output
+from .score_outputs import check_files, default_output, engine_of
 
 if TYPE_CHECKING:
     from ..llama import Llama
@@ -155,12 +155,7 @@ def run(args: argparse.Namespace) -> int:
             seed=args.seed,
             model_sha256=sha256(path),
             fingerprint=fingerprint(path).key,
-            engine={
-                "n_threads": llm.n_threads,
-                "n_threads_batch": llm.n_threads_batch,
-                "n_batch": args.n_batch,
-                "n_gpu_layers": args.n_gpu_layers,
-            },
+            engine=engine_of(llm, args),
             versions=versions(),
             calibration={"n_examples": calibrate.N_EXAMPLES, "kv_sizes": kv_sizes} if args.calibrate else {},
         )

@@ -1,4 +1,4 @@
-"""Files that ``pyheadkv score`` writes: where they go, and what is refused before hours are spent."""
+"""What the methods of ``pyheadkv score`` share: where files go, what is refused before hours are spent, what a run depends on."""
 
 from __future__ import annotations
 
@@ -6,9 +6,18 @@ import argparse
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..atomic_write import check_destination
+
+if TYPE_CHECKING:
+    from ..llama import Llama
+
+
+def engine_of(llm: Llama, args: argparse.Namespace) -> dict[str, int]:
+    """What decides how sums are rounded."""
+    threads = {"n_threads": llm.n_threads, "n_threads_batch": llm.n_threads_batch}
+    return {**threads, "n_batch": args.n_batch, "n_gpu_layers": args.n_gpu_layers}
 
 
 def default_output(model: Path, beside: Path, cached: Path) -> Path:

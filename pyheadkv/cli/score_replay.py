@@ -23,7 +23,7 @@ from ..score.measure import versions, write_json
 from ..score.replay_texts import make_replays
 from ..units import round_n_ctx
 from .arguments import threads_kwargs
-from .score_outputs import check_files, default_output
+from .score_outputs import check_files, default_output, engine_of
 
 MAX_TOKENS = 1536
 N_FRAME = 128  # tokens for the instruction and a chat template, at most
@@ -50,12 +50,7 @@ def run(args: argparse.Namespace) -> int:
             seed=args.seed,
             model_sha256=sha256(path),
             fingerprint=fingerprint(path).key,
-            engine={
-                "n_threads": llm.n_threads,
-                "n_threads_batch": llm.n_threads_batch,
-                "n_batch": args.n_batch,
-                "n_gpu_layers": args.n_gpu_layers,
-            },
+            engine=engine_of(llm, args),
             versions=versions(),
         )
         journal = Journal(journal_path, asdict(settings), resume=args.resume)
