@@ -30,11 +30,11 @@ def times_ms(*, n_layer: int, n_head: int, n_head_kv: int, kv_size: int, n_calls
     params = Options(kv_size=kv_size).to_params(Importance(importance), None)
     cells = np.zeros((n_layer, n_head_kv), dtype=np.int32)
     counts = [np.full(n_layer, n, dtype=np.int32) for n in (n_head, n_head_kv)]
-    pointers = [x.ctypes.data_as(ctypes.POINTER(ctypes.c_int32)) for x in (*counts, cells)]
+    *heads, dst = [x.ctypes.data_as(ctypes.POINTER(ctypes.c_int32)) for x in (*counts, cells)]
     times = []
     for _ in range(n_calls):
         begin = time.perf_counter()
-        _lib.check(_lib.lib.headkv_plan(ctypes.byref(params), n_layer, *pointers), ValueError)
+        _lib.check(_lib.lib.headkv_plan(ctypes.byref(params), n_layer, *heads, 0, dst), ValueError)
         times.append(1000 * (time.perf_counter() - begin))
     return times
 

@@ -291,9 +291,9 @@ LLAMA_API int32_t headkv_get_n_cells(const struct llama_context * ctx, llama_seq
 // Prompt positions that a head kept, ascending; a first -1 is the cell that stands for all that were dropped. Returns their number; dst may be NULL to ask for it.
 LLAMA_API int32_t headkv_get_positions(const struct llama_context * ctx, llama_seq_id seq_id, int32_t il, int32_t ih, int32_t * dst, int32_t n);
 
-// Budgets without a context: the same function that contexts use. n_head and n_head_kv: of each layer, both may be 0;
+// Budgets without a context, of prompts of n_tokens, 0 = long ones: the same function that contexts use. n_head and n_head_kv: of each layer, both may be 0;
 // dst is [n_layer][largest n_head_kv], with 0 where a layer has fewer heads.
-LLAMA_API int32_t headkv_plan(const struct headkv_params * params, int32_t n_layer, const int32_t * n_head, const int32_t * n_head_kv, int32_t * dst);
+LLAMA_API int32_t headkv_plan(const struct headkv_params * params, int32_t n_layer, const int32_t * n_head, const int32_t * n_head_kv, int32_t n_tokens, int32_t * dst);
 
 // What a prompt of n_prompt tokens, read in ubatches of n_ubatch, and n_predict generated ones would take in a context of this
 // model and these types of K and V, but for the compute buffers, which are those of this one. layered: read layer by layer.

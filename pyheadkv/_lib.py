@@ -252,8 +252,8 @@ _PROTOTYPES: dict[str, tuple[list[Any], Any]] = {
     #                              int32_t il, int32_t ih, int32_t * dst, int32_t n);
     "headkv_get_positions": ([_CTX] + [ctypes.c_int32] * 3 + [_I32, ctypes.c_int32], ctypes.c_int32),
     # int32_t headkv_plan(const struct headkv_params * params, int32_t n_layer, const int32_t * n_head, const int32_t * n_head_kv,
-    #         int32_t * dst);
-    "headkv_plan": ([ctypes.POINTER(Params), ctypes.c_int32] + [_I32] * 3, ctypes.c_int32),
+    #         int32_t n_tokens, int32_t * dst);
+    "headkv_plan": ([ctypes.POINTER(Params), ctypes.c_int32, _I32, _I32, ctypes.c_int32, _I32], ctypes.c_int32),
     # int32_t headkv_find_policy(const char * policy, const char * budget, const char * rank, const char * fit, struct headkv_policy_info * dst);
     "headkv_find_policy": ([ctypes.c_char_p] * 4 + [ctypes.POINTER(PolicyInfo)], ctypes.c_int32),
     # int32_t headkv_policies(struct headkv_policy_info * dst, int32_t n);

@@ -96,9 +96,9 @@ def test_a_footprint_of_no_prompt_is_refused(llm: Any) -> None:
 @pytest.mark.parametrize(("heads", "heads_kv"), [((4, 4), (2, 0)), ((4, 4), (2, 3)), ((4, 0), (2, -1)), ((1 << 17, 4), (1, 1))])
 def test_a_plan_of_heads_that_are_no_groups_is_refused(heads: tuple[int, int], heads_kv: tuple[int, int]) -> None:
     a, b, out = ((ctypes.c_int32 * 2)(*x) for x in (heads, heads_kv, (7, 7)))
-    assert "both 0, or heads a multiple of KV heads" in refused(lambda lib: lib.headkv_plan(params_of(), 2, a, b, out))
-    assert "no pointer NULL" in refused(lambda lib: lib.headkv_plan(params_of(), 2, a, None, out))
-    assert "0 layers" in refused(lambda lib: lib.headkv_plan(params_of(), 0, a, b, out))
+    assert "both 0, or heads a multiple of KV heads" in refused(lambda lib: lib.headkv_plan(params_of(), 2, a, b, 0, out))
+    assert "no pointer NULL" in refused(lambda lib: lib.headkv_plan(params_of(), 2, a, None, 0, out))
+    assert "0 layers" in refused(lambda lib: lib.headkv_plan(params_of(), 0, a, b, 0, out))
     assert list(out) == [7, 7]
 
 

@@ -571,9 +571,8 @@ def test_c_budgets_equal_the_oracle_on_the_golden_cases() -> None:
         for n_head_kv in (32, 8):  # 32: the authors' own granularity
             got = np.zeros((32, n_head_kv), dtype=np.int32)
             counts = [np.full(32, n, dtype=np.int32) for n in (32, n_head_kv)]
-            _lib.check(
-                _lib.lib.headkv_plan(ctypes.byref(params), 32, *(x.ctypes.data_as(ctypes.POINTER(ctypes.c_int32)) for x in (*counts, got)))
-            )
+            *heads, dst = (x.ctypes.data_as(ctypes.POINTER(ctypes.c_int32)) for x in (*counts, got))
+            _lib.check(_lib.lib.headkv_plan(ctypes.byref(params), 32, *heads, 0, dst))
             caps = reference.budget(scores, kv_size=case["kv_size"], recent=WINDOW, beta=case["beta"])
             np.testing.assert_array_equal(got, reference.budget_kv(caps, n_head_kv=n_head_kv, recent=WINDOW))
 

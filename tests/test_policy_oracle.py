@@ -228,8 +228,8 @@ def plan(policy: str, *, n_layer: int, n_head: int, n_head_kv: int, **options: A
     params = Options(policy=policy, **options).to_params(None, None)
     got = np.zeros((n_layer, n_head_kv), dtype=np.int32)
     counts = [np.full(n_layer, n, dtype=np.int32) for n in (n_head, n_head_kv)]
-    pointers = (x.ctypes.data_as(ctypes.POINTER(ctypes.c_int32)) for x in (*counts, got))
-    _lib.check(_lib.lib.headkv_plan(ctypes.byref(params), n_layer, *pointers))
+    *heads, dst = (x.ctypes.data_as(ctypes.POINTER(ctypes.c_int32)) for x in (*counts, got))
+    _lib.check(_lib.lib.headkv_plan(ctypes.byref(params), n_layer, *heads, 0, dst))
     return got
 
 

@@ -11,6 +11,7 @@
 #include "llama-impl.h"
 
 #include <algorithm>
+#include <limits>
 #include <mutex>
 #include <numeric>
 #include <set>
@@ -374,7 +375,7 @@ int32_t headkv_get_positions(const struct llama_context * ctx, llama_seq_id seq_
     });
 }
 
-int32_t headkv_plan(const struct headkv_params * params, int32_t n_layer, const int32_t * n_head, const int32_t * n_head_kv, int32_t * dst) {
+int32_t headkv_plan(const struct headkv_params * params, int32_t n_layer, const int32_t * n_head, const int32_t * n_head_kv, int32_t n_tokens, int32_t * dst) {
     return guarded([&]() -> int32_t {
         if (!params || !n_head || !n_head_kv || !dst || n_layer < 1 || n_layer > 65536) {
             throw std::invalid_argument(format("%d layers: it must be in [1, 65536], and no pointer NULL", n_layer));
@@ -389,7 +390,9 @@ int32_t headkv_plan(const struct headkv_params * params, int32_t n_layer, const 
         }
         const size_t n_row = *std::max_element(heads_kv.begin(), heads_kv.end());
         std::fill(dst, dst + n_layer * n_row, 0);
-        for (const auto & layer : headkv_budget(headkv_config_from_params(*params), { heads, heads_kv })) {
+        const headkv_config cfg = headkv_config_from_params(*params);
+        const int64_t n_prefix = n_tokens > 0 ? std::max<int64_t>(0, (int64_t) n_tokens - cfg.recent) : std::numeric_limits<int64_t>::max();
+        for (const auto & layer : headkv_budget(cfg, { heads, heads_kv }, n_prefix)) {
             std::copy(layer.begin(), layer.end(), dst);
             dst += n_row;
         }

@@ -242,9 +242,9 @@ void headkv_budget_adapt(headkv_scored & layer, double floor, bool normalize) {
     }
 }
 
-std::vector<std::vector<uint32_t>> headkv_budget(const headkv_config & cfg, const headkv_heads & heads) {
+std::vector<std::vector<uint32_t>> headkv_budget(const headkv_config & cfg, const headkv_heads & heads, int64_t n_prefix) {
     std::vector<std::vector<uint32_t>> res;
-    for (const auto & layer : cfg.budget->cells(cfg, heads, std::numeric_limits<int64_t>::max())) {
+    for (const auto & layer : cfg.budget->cells(cfg, heads, n_prefix)) {
         res.emplace_back();
         for (int64_t n : layer) {
             res.back().push_back((uint32_t) std::min<int64_t>(n, HEADKV_MAX_CELLS) + cfg.recent);

@@ -50,8 +50,8 @@ int64_t headkv_n_protected(const headkv_config & cfg, int64_t n_prefix);
 // up, ties to the lower head, and the sum stays.
 void headkv_budget_adapt(headkv_scored & layer, double floor, bool normalize);
 
-// Budgets of the policy for long prompts, recent ones included, [il][ih].
-std::vector<std::vector<uint32_t>> headkv_budget(const headkv_config & cfg, const headkv_heads & heads);
+// Budgets of the policy, recent ones included, [il][ih]; those of long prompts may be more than a shorter one has.
+std::vector<std::vector<uint32_t>> headkv_budget(const headkv_config & cfg, const headkv_heads & heads, int64_t n_prefix = std::numeric_limits<int64_t>::max());
 
 // Whether every head keeps all of a prompt: the authors' test, it fits into the average budget; or the policy says so.
 bool headkv_keeps_all(const headkv_config & cfg, int64_t n_prompt);

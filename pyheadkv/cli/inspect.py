@@ -218,7 +218,7 @@ def make_plan(
         policy=policy,
         importance=None if values is None else values.values,
         origin="" if found is None else found.origin,
-        budget=_budget(shape, options=options, importance=values, replay=table),
+        budget=_budget(shape, options=options, importance=values, replay=table, n_tokens=n_ctx),
         n_ctx=n_ctx,
     )
 
@@ -243,12 +243,14 @@ def policy_of(options: Options, importance: Importance | None, replay: ReplayTab
         return str(_lib.lib.headkv_get_policy(None).decode())
 
 
-def _budget(shape: ModelShape, *, options: Options, importance: Importance | None, replay: ReplayTable | None) -> NDArray[np.int32]:
+def _budget(
+    shape: ModelShape, *, options: Options, importance: Importance | None, replay: ReplayTable | None, n_tokens: int
+) -> NDArray[np.int32]:
     cells = np.zeros((shape.n_layer, shape.n_head_kv), dtype=np.int32)
     params = options.to_params(importance, None, replay)
     n_head, n_head_kv = (np.array(counts, dtype=np.int32) for counts in zip(*shape.heads, strict=True))
-    pointers = (x.ctypes.data_as(ctypes.POINTER(ctypes.c_int32)) for x in (n_head, n_head_kv, cells))
-    _lib.check(_lib.lib.headkv_plan(ctypes.byref(params), shape.n_layer, *pointers), ValueError)
+    heads, heads_kv, dst = (x.ctypes.data_as(ctypes.POINTER(ctypes.c_int32)) for x in (n_head, n_head_kv, cells))
+    _lib.check(_lib.lib.headkv_plan(ctypes.byref(params), shape.n_layer, heads, heads_kv, n_tokens, dst), ValueError)
     return cells
 
 
