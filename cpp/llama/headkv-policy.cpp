@@ -14,37 +14,18 @@ const char * headkv_fit_name(headkv_fit fit) {
 }
 
 const std::vector<headkv_budget_kind> & headkv_budget_list() {
-    static const std::vector<headkv_budget_kind> kinds = [] {
-        std::vector<headkv_budget_kind> res(9);
-        res[0].name = "uniform";
-        res[0].cells = headkv_budget_uniform;
-        res[1].name = "importance";
-        res[1].by_importance = res[1].by_beta = true;
-        res[1].cells = headkv_budget_importance;
-        res[2].name = "replay";
-        res[2].by_replay = true;
-        res[2].cells = headkv_budget_replay;
-        res[3].name = "mix";
-        res[3].by_importance = res[3].by_beta = res[3].by_replay = true;
-        res[3].cells = headkv_budget_mix;
-        res[4].name = "adaptive";
-        res[4].adapts = true;
-        res[4].adakv_floor = 0.2;
-        res[4].cells = headkv_budget_uniform;
-        res[5].name = "importance+adaptive";
-        res[5].by_importance = res[5].by_beta = res[5].adapts = true;
-        res[5].adakv_floor = 0.5;
-        res[5].cells = headkv_budget_importance;
-        res[6].name = "pyramid";
-        res[6].cells = headkv_budget_pyramid;
-        res[7].name = "whole";
-        res[7].by_importance = true;
-        res[7].cells = headkv_budget_whole;
-        res[8].name = "all";
-        res[8].keeps_all = true;
-        res[8].cells = headkv_budget_all;
-        return res;
-    }();
+    static const std::vector<headkv_budget_kind> kinds = {
+        // name, by importance, beta, replay, keeps all, adapts, floor, cells
+        { "uniform", false, false, false, false, false, 0.0, headkv_budget_uniform },
+        { "importance", true, true, false, false, false, 0.0, headkv_budget_importance },
+        { "replay", false, false, true, false, false, 0.0, headkv_budget_replay },
+        { "mix", true, true, true, false, false, 0.0, headkv_budget_mix },
+        { "adaptive", false, false, false, false, true, 0.2, headkv_budget_uniform },
+        { "importance+adaptive", true, true, false, false, true, 0.5, headkv_budget_importance },
+        { "pyramid", false, false, false, false, false, 0.0, headkv_budget_pyramid },
+        { "whole", true, false, false, false, false, 0.0, headkv_budget_whole },
+        { "all", false, false, false, true, false, 0.0, headkv_budget_all },
+    };
     return kinds;
 }
 
