@@ -17,6 +17,7 @@ from test_sequences import sequences as sequences_plain
 
 from pyheadkv import _lib
 from pyheadkv.testing import reference
+from pyheadkv.testing.oracle import fit_of, heads, references, rows
 
 pytestmark = pytest.mark.usefixtures("library")
 MakeModel = Callable[..., Path]
@@ -31,36 +32,6 @@ def load(path: Path, **options: Any) -> Any:
 
 def sequences(path: Path, **options: Any) -> Any:
     return sequences_plain(path, fit="values", **options)
-
-
-def heads(shape: Shape) -> list[tuple[int, int]]:
-    return [(il, ih) for il in range(shape.n_layer) for ih in range(shape.n_head_kv)]
-
-
-def rows(llm: Any, shape: Shape, *, v: bool) -> Values:
-    """K or V of every head, as the cache holds them."""
-    return {head: llm._read_floats(_lib.lib.headkv_read_cells, shape.head_dim, llm.n_ctx(), *head, v) for head in heads(shape)}
-
-
-def references(llm: Any, shape: Shape, il: int) -> npt.NDArray[np.float32]:
-    """(n, n_head_kv, head_dim) of a prompt that is not compressed yet."""
-    n_row = shape.n_head_kv * shape.head_dim
-    return llm._read_floats(_lib.lib.headkv_read_refs, n_row, reference.N_REFERENCES, il).reshape(-1, shape.n_head_kv, shape.head_dim)
-
-
-def oracle(llm: Any, shape: Shape, prompt: list[int]) -> tuple[dict[tuple[int, int], tuple[Any, float, float]], Values]:
-    """What :func:`reference.fit_values` makes of a prompt that is read and then compressed, and the values that it began with."""
-    llm.eval(prompt)
-    at = reference.reference_positions(len(prompt))
-    k, v = rows(llm, shape, v=False), rows(llm, shape, v=True)
-    q = [references(llm, shape, il) for il in range(shape.n_layer)]
-    llm.end_prompt()
-    kept = {head: llm.kv_positions(*head) for head in heads(shape)}
-    fitted = {
-        (il, ih): reference.fit_values(q[il][:, ih], at, k[il, ih], v[il, ih], kept[il, ih], scale=shape.head_dim**-0.5)
-        for il, ih in heads(shape)
-    }
-    return fitted, {head: v[head][kept[head]] for head in heads(shape)}
 
 
 def dropped(llm: Any, shape: Shape, n_prompt: int) -> list[tuple[int, int]]:
@@ -91,7 +62,7 @@ def test_references_are_queries_of_the_prompt(shape: Shape, n_prompt: int, make_
 @pytest.mark.parametrize(("n_prompt", "kv_size", "type_kv"), [(100, 24, F16), (700, 48, F32), (1700, 100, F16), (1700, 450, F32)])
 def test_values_equal_the_oracle(shape: Shape, n_prompt: int, kv_size: int, type_kv: int, make_model: MakeModel) -> None:
     llm = load(make_model(shape), kv_size=kv_size, prefill="token", type_k=type_kv, type_v=type_kv)
-    expected, _ = oracle(llm, shape, tokens(n_prompt))
+    expected, _ = fit_of(llm, shape, tokens(n_prompt))
     ours = rows(llm, shape, v=True)
     for head, (values, *_) in expected.items():
         assert nmse(ours[head], values) < (1e-9 if type_kv == F32 else 1e-7)
@@ -106,7 +77,7 @@ def test_values_equal_the_oracle(shape: Shape, n_prompt: int, kv_size: int, type
 def test_every_policy_can_have_it(policy: str, make_model: MakeModel) -> None:
     shape = SHAPES[1]
     llm = load(make_model(shape), kv_size=40, policy=policy, prefill="token")
-    expected, _ = oracle(llm, shape, tokens(600))
+    expected, _ = fit_of(llm, shape, tokens(600))
     ours = rows(llm, shape, v=True)
     assert all(nmse(ours[head], values) < 1e-7 for head, (values, *_) in expected.items())
 
@@ -115,7 +86,7 @@ def test_every_policy_can_have_it(policy: str, make_model: MakeModel) -> None:
 def test_values_of_a_quantised_cache_are_fitted(type_v: int, error: float, make_model: MakeModel) -> None:
     shape = Shape("quant", "llama", 4, 2, n_layer=2, head_dim=64)
     llm = load(make_model(shape), kv_size=48, prefill="token", type_k=Q8_0, type_v=type_v)
-    expected, before = oracle(llm, shape, tokens(700))
+    expected, before = fit_of(llm, shape, tokens(700))
     ours = rows(llm, shape, v=True)
     for head, (values, *_) in expected.items():
         assert nmse(ours[head], values) < error < nmse(before[head], values)
@@ -125,7 +96,7 @@ def test_values_of_a_quantised_cache_are_fitted(type_v: int, error: float, make_
 def test_heads_of_any_size(head_dim: int, make_model: MakeModel) -> None:
     shape = Shape(f"size{head_dim}", "llama", 4, 2, n_layer=2, head_dim=head_dim)
     llm = load(make_model(shape), kv_size=48, prefill="token")
-    expected, _ = oracle(llm, shape, tokens(300))
+    expected, _ = fit_of(llm, shape, tokens(300))
     ours = rows(llm, shape, v=True)
     assert all(nmse(ours[head], values) < 1e-7 for head, (values, *_) in expected.items())
 
@@ -136,7 +107,7 @@ def test_what_does_not_help_is_not_taken(make_model: MakeModel) -> None:
     path = make_model(shape)
     for seed in range(12):
         llm = load(path, kv_size=12, prefill="token", n_ctx=256)
-        expected, before = oracle(llm, shape, tokens(17 + seed, seed=seed))
+        expected, before = fit_of(llm, shape, tokens(17 + seed, seed=seed))
         ours = rows(llm, shape, v=True)
         for head, (values, residual_before, residual_after) in expected.items():
             is_fitted = residual_after < residual_before

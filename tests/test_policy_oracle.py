@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,10 +12,11 @@ import numpy.typing as npt
 import pytest
 from conftest import SHAPES, Shape, load, nmse, tokens
 
-from pyheadkv import _lib, gguf_keys
-from pyheadkv.options import BY_BETA, BY_IMPORTANCE, POLICIES, Options, policy_traits
+from pyheadkv import _lib
+from pyheadkv.options import BY_BETA, BY_IMPORTANCE, POLICIES, Options
 from pyheadkv.replay_values import ReplayTable
 from pyheadkv.testing import reference
+from pyheadkv.testing.oracle import Kept, head_rows, kept_by, kept_of
 
 pytestmark = pytest.mark.usefixtures("library")
 MakeModel = Callable[..., Path]
@@ -25,166 +25,6 @@ GQA = SHAPES[1:]
 ALL_SHAPES = pytest.mark.parametrize("shape", GQA, ids=lambda s: s.name)
 # budgets far below the prompt, near it, and above it
 SIZES = pytest.mark.parametrize(("n_prompt", "kv_size"), [(300, 9), (300, 40), (701, 96), (120, 80), (60, 40), (40, 39), (5, 32)])
-
-SINKS = {"recent": 4, "value": 4, "attention*value": 4, "output": 4}  # of the ranks
-FLOORS = {"adaptive": 0.2, "importance+adaptive": 0.5}  # budgets by which the prompt moves cells within a layer
-
-Kept = list[list[npt.NDArray[np.int32]]]
-
-
-def head_rows(llm: Any, shape: Shape, il: int, *, v: bool) -> npt.NDArray[np.float32]:
-    """K or V of a staged prompt, (n_tokens, n_head_kv, head_dim)."""
-    rows = [llm._read_floats(_lib.lib.headkv_read_cells, shape.head_dim, llm.n_ctx(), il, ih, v) for ih in range(shape.n_head_kv)]
-    return np.stack(rows, axis=1)
-
-
-def scores_of(llm: Any, shape: Shape, il: int) -> npt.NDArray[np.float64]:
-    """Scores of a layer by the oracle, from the engine's own queries, keys and values."""
-    rank, n_prefix = choices(llm)[1], llm.n_tokens - WINDOW
-    if rank == "recent":
-        return np.tile(np.arange(n_prefix, dtype=np.float64), (shape.n_head_kv, 1))
-    if rank == "value":
-        return lengths_of(llm, shape, il, n_prefix)
-    if rank == "output":
-        return norms_of(llm, shape, il, n_prefix)
-    if rank == "sums":
-        sums = reference.attention_sums(
-            all_queries(llm, shape)[il], head_rows(llm, shape, il, v=False), scale=shape.head_dim**-0.5, q_round=np.float16
-        )
-        return sums[:, : llm.n_tokens - WINDOW]
-    q = llm._read_floats(_lib.lib.headkv_read_window, shape.n_head * shape.head_dim, WINDOW, il)
-    attention = reference.score(
-        q.reshape(-1, shape.n_head, shape.head_dim),
-        head_rows(llm, shape, il, v=False),
-        scale=shape.head_dim**-0.5,
-        pool=llm.kv_options.pool,
-        pool_kernel=llm.kv_options.pool_kernel,
-    )
-    return attention * lengths_of(llm, shape, il, n_prefix) if rank == "attention*value" else attention
-
-
-def choices(llm: Any) -> tuple[str, str, str]:
-    """Budget, rank and fit in use."""
-    traits = policy_traits(llm.policy)
-    return traits.budget.decode(), traits.rank.decode(), traits.fit.decode()
-
-
-def lengths_of(llm: Any, shape: Shape, il: int, n_prefix: int) -> npt.NDArray[np.float64]:
-    """L2 norms of the engine's own values of a layer, (n_head_kv, n_prefix)."""
-    return np.linalg.norm(head_rows(llm, shape, il, v=True)[:n_prefix].astype(np.float64), axis=-1).T
-
-
-def all_queries(llm: Any, shape: Shape) -> list[npt.NDArray[np.float32]]:
-    """Queries of a staged prompt, (n_tokens, n_head, head_dim) by layer, seen through a window that moves with the ubatches."""
-    n_ubatch = llm.context_params.n_ubatch
-    seen = load(
-        llm.model_path,
-        kv_size=n_ubatch + 1,
-        window=n_ubatch,
-        policy="snapkv",
-        prefill="token",
-        n_ubatch=n_ubatch,
-        type_k=llm.context_params.type_k,
-        type_v=llm.context_params.type_v,
-    )
-    parts: list[list[npt.NDArray[np.float32]]] = [[] for _ in range(shape.n_layer)]
-    prompt = llm.input_ids[: llm.n_tokens].tolist()
-    for i in range(0, len(prompt), n_ubatch):
-        seen.eval(prompt[i : i + n_ubatch])
-        n = min(n_ubatch, len(prompt) - i)
-        for il, rows in enumerate(parts):
-            rows.append(seen._read_floats(_lib.lib.headkv_read_window, shape.n_head * shape.head_dim, n_ubatch, il)[-n:])
-    return [np.concatenate(rows).reshape(-1, shape.n_head, shape.head_dim) for rows in parts]
-
-
-@functools.lru_cache(maxsize=4)
-def model_of(path: str) -> reference.ReferenceModel:
-    return reference.ReferenceModel(path)
-
-
-def norms_of(llm: Any, shape: Shape, il: int, n_prefix: int) -> npt.NDArray[np.float64]:
-    """Norms of the projected values of a layer by the oracle, from the engine's own values."""
-    v = head_rows(llm, shape, il, v=True)[:n_prefix].astype(np.float64)
-    if llm.context_params.type_v != 1:  # quantised values are rotated, 64 at a time
-        rotation = np.ones((1, 1))
-        while len(rotation) < 64:
-            rotation = np.kron([[1, 1], [1, -1]], rotation) / 2**0.5
-        v = (v.reshape(*v.shape[:2], -1, 64) @ rotation).reshape(v.shape)
-    return reference.value_norms(v, model_of(llm.model_path).weights[f"blk.{il}.attn_output.weight"], n_head=shape.n_head)
-
-
-def budget_of(llm: Any, shape: Shape, n_prefix: int) -> npt.NDArray[np.int64]:
-    """Prefix cells of each head under the policy, before the prompt limits them."""
-    options, budget = llm.kv_options, choices(llm)[0]
-    n_protected = int(protected_by(llm, n_prefix).sum())
-    if budget == "pyramid":
-        return reference.pyramid_budget(
-            n_layer=shape.n_layer,
-            n_head_kv=shape.n_head_kv,
-            kv_size=options.kv_size,
-            recent=WINDOW,
-            n_prefix=n_prefix,
-            exact=options.pyramid_exact,
-        )
-    if budget == "whole":
-        values = gguf_keys.read_importance(llm.model_path).values
-        return reference.razor_budget(
-            values,
-            n_head_kv=shape.n_head_kv,
-            kv_size=options.kv_size,
-            recent=WINDOW,
-            n_prefix=n_prefix,
-            n_protected=n_protected,
-        )
-    if budget in ("replay", "mix"):
-        table, sizes = llm._replay, {"kv_size": options.kv_size, "recent": WINDOW}
-        cells = reference.replay_budget(table.shares, table.values, n_prefix=n_prefix, n_protected=n_protected, **sizes)
-        if budget == "replay":
-            return cells
-        importance = gguf_keys.read_importance(llm.model_path)
-        heads = reference.budget(importance.values, beta=options.beta or 1.2, **sizes)
-        by_importance = reference.budget_kv(heads, n_head_kv=shape.n_head_kv, recent=0)
-        return reference.mix_budget(by_importance, cells, n_prefix=n_prefix, n_protected=n_protected)
-    return llm.kv_budget.astype(np.int64) - WINDOW  # checked in test_engine.py
-
-
-def protected_by(llm: Any, n_prefix: int) -> npt.NDArray[np.bool_]:
-    """Prefix cells that every head keeps."""
-    options = llm.kv_options
-    sinks = options.sinks
-    if sinks is None:
-        _, rank, fit = choices(llm)
-        sinks = min(SINKS.get(rank, 0), options.kv_size - WINDOW - (fit == "mean"))
-    return reference.protected(options.protect, sinks=sinks, n_prefix=n_prefix)
-
-
-def oracle(llm: Any, shape: Shape) -> Kept:
-    """Cells that the policy of a staged context keeps; -1 = one that stands for those that are dropped."""
-    options, n_tokens = llm.kv_options, llm.n_tokens
-    n_prefix = max(0, n_tokens - WINDOW)
-    if options.kv_size - WINDOW > n_prefix:
-        return [[np.arange(n_tokens, dtype=np.int32)] * shape.n_head_kv] * shape.n_layer
-    sure, (budget, rank, fit) = protected_by(llm, n_prefix), choices(llm)
-    cells = reference.fit_budget(
-        budget_of(llm, shape, n_prefix), n_prefix=n_prefix, n_protected=int(sure.sum()), redistribute=options.surplus == "redistribute"
-    )
-    kept = []
-    for il in range(shape.n_layer):
-        scores = scores_of(llm, shape, il)
-        if rank == "critical":
-            scores = reference.critical_scores(scores, norms_of(llm, shape, il, n_prefix), cells[il], protected=sure)
-        if budget in FLOORS:
-            floor = FLOORS[budget] if options.adakv_floor is None else options.adakv_floor
-            cells[il] = reference.adapt_budget(scores, cells[il], floor=floor, normalize=options.adakv_normalize, protected=sure)
-        scores = np.where(sure, np.inf, scores)
-        stands = (fit == "mean") & (0 < cells[il]) & (cells[il] < n_prefix)
-        rows = reference.keep(scores, cells[il] - stands + WINDOW, kv_size=options.kv_size, recent=WINDOW, n_tokens=n_tokens)
-        kept.append([np.append(np.full(n, -1, dtype=np.int32), row) for n, row in zip(stands.astype(int), rows)])
-    return kept
-
-
-def kept_by(llm: Any, shape: Shape) -> Kept:
-    return [[llm.kv_positions(il, ih) for ih in range(shape.n_head_kv)] for il in range(shape.n_layer)]
 
 
 def as_lists(kept: Kept) -> list[list[list[int]]]:
@@ -196,7 +36,7 @@ def check_kept(shape: Shape, make_model: MakeModel, n_prompt: int, *, ftype: str
     path, prompt = make_model(shape, ftype=ftype), tokens(n_prompt, seed=n_prompt)
     llm = load(path, prefill="token", attend="fused", n_ubatch=64, **options)
     llm.eval(prompt)
-    expected = oracle(llm, shape)
+    expected = kept_of(llm, shape)
     rows = [[head_rows(llm, shape, il, v=v) for v in (False, True)] for il in range(shape.n_layer)]
     llm.end_prompt()
     assert as_lists(kept_by(llm, shape)) == as_lists(expected)
@@ -223,9 +63,11 @@ def n_cells(kept: Kept) -> int:
     return sum(len(rows) for heads in kept for rows in heads)
 
 
-def plan(policy: str, *, n_layer: int, n_head: int, n_head_kv: int, **options: Any) -> npt.NDArray[np.int32]:
+def plan(
+    policy: str, *, n_layer: int, n_head: int, n_head_kv: int, replay: ReplayTable | None = None, **options: Any
+) -> npt.NDArray[np.int32]:
     """Budgets without a context."""
-    params = Options(policy=policy, **options).to_params(None, None)
+    params = Options(policy=policy, **options).to_params(None, None, replay)
     got = np.zeros((n_layer, n_head_kv), dtype=np.int32)
     counts = [np.full(n_layer, n, dtype=np.int32) for n in (n_head, n_head_kv)]
     *heads, dst = (x.ctypes.data_as(ctypes.POINTER(ctypes.c_int32)) for x in (*counts, got))
@@ -592,6 +434,29 @@ def test_fitted_budget_by_hand() -> None:
     assert reference.fit_budget(cells, n_prefix=5, n_protected=4).tolist() == [[5, 4, 4], [5, 4, 4], [4, 4, 4]]
 
 
+@pytest.mark.parametrize("policy", ["uniform/value/mean", "replay/value/mean", "adaptive/attention/mean", "pyramid/recent/mean"])
+@pytest.mark.parametrize("options", [{}, {"protect": [(30, 90)]}, {"protect": SPANS, "sinks": 3}], ids=str)
+def test_the_cell_for_what_is_dropped_takes_no_protected_one(policy: str, options: dict[str, Any], make_model: MakeModel) -> None:
+    shape = SHAPES[4]
+    kept = check_kept(shape, make_model, 300, kv_size=12, policy=policy, replay=random_table(shape), **options)
+    sure = [i for start, end in options.get("protect", ()) for i in range(start, min(end, 300))]
+    assert all(set(sure) <= set(rows.tolist()) for heads in kept for rows in heads)
+
+
+def test_what_a_rank_is_certain_of_takes_no_protected_cell(make_model: MakeModel) -> None:
+    """Cells move away from a head that is certain of half of them."""
+    shape, rng = Shape("many heads", "llama", 32, 16, n_layer=2), np.random.default_rng(0)
+    importance = rng.dirichlet(np.full(64, 0.05)).reshape(2, 32) + 1e-9
+    llm = load(make_model(shape), kv_size=60, policy="importance+adaptive/critical", importance=importance,
+               adakv_floor=0.0, beta=1.01, protect=[(150, 180)], prefill="token")  # fmt: skip
+    llm.eval(tokens(250))
+    expected = kept_of(llm, shape)
+    llm.end_prompt()
+    kept = kept_by(llm, shape)
+    assert as_lists(kept) == as_lists(expected)
+    assert all(set(range(150, 180)) <= set(rows.tolist()) for heads in kept for rows in heads)
+
+
 def test_spans_beyond_the_context_are_refused(make_model: MakeModel) -> None:
     path = make_model(SHAPES[1])
     for options in ({"protect": [(10, 513)]}, {"sinks": 513}):
@@ -701,15 +566,53 @@ def test_auto_knows_the_two_situations(has_importance: bool, has_table: bool, ma
         ({"policy": "snapkv", "fit": "value"}, "fit is 'value': it must be one of none, mean, values"),
         ({"policy": "uniform/value/none/x"}, "fit is 'none/x'"),
         ({"policy": "lossless", "rank": "value"}, "policy 'lossless' keeps all cells: it takes no rank and no fit"),
+        ({"budget": "all", "fit": "values"}, "budget 'all' keeps all cells: it takes no rank and no fit"),
+        ({"budget": "all", "kv_size": 40}, "budget='all', kv_size=40: it keeps all cells, leave the amount out"),
+        ({"policy": "all/recent", "kv_ratio": 0.5}, "policy='all/recent', kv_ratio=0.5: it keeps all cells, leave the amount out"),
+        ({"policy": "lossless", "budget": "uniform"}, "policy='lossless', budget='uniform': nothing says how much is kept"),
+        ({"budget": 3}, "budget=3: it must be a name, or None"),
+        ({"rank": ["value"]}, r"rank=\['value'\]: it must be a name, or None"),
+        ({"policy": "uniform/value\0s"}, r"policy='uniform/value.x00s': it must be a name"),
         ({"policy": "replay/value"}, "needs the replay table of each head .*pyheadkv score MODEL.gguf --method replay"),
         ({"policy": "replay/value", "beta": 1.5}, "it does not look at beta"),
     ],
     ids=str,
 )
 def test_wrong_choices_are_value_errors(options: dict[str, Any], message: str, make_model: MakeModel) -> None:
-    amount = {} if options["policy"] == "lossless" else {"kv_size": 40}
+    is_all = {"lossless", "all", "all/recent"} & {options.get("policy"), options.get("budget")}
+    amount = {"preset": None} if is_all else {"kv_size": 40}
     with pytest.raises(ValueError, match=message):
-        load(make_model(SHAPES[4]), **amount, **options)
+        load(make_model(SHAPES[4]), **{**amount, **options})
+
+
+@pytest.mark.parametrize("options", [{"policy": "all/recent"}, {"budget": "all"}], ids=str)
+def test_a_budget_of_all_is_lossless(options: dict[str, str], make_model: MakeModel) -> None:
+    llm = load(make_model(SHAPES[4]), **options)
+    llm.read_prompt(tokens(100))
+    assert llm.policy == "lossless" and (llm.kv_stats().n_cells == 100).all()
+
+
+def test_a_table_is_read_however_it_lies_in_memory(make_model: MakeModel) -> None:
+    shape = SHAPES[4]
+    table, path = random_table(shape), make_model(shape)
+    expected = load(path, kv_size=40, policy="replay/value", replay=table).kv_budget
+    values = table.values
+    for other in (np.asfortranarray(values), np.repeat(values, 2, axis=2)[:, :, ::2], values.tolist()):
+        llm = load(path, kv_size=40, policy="replay/value", replay=ReplayTable(table.shares, other))
+        np.testing.assert_array_equal(llm.kv_budget, expected)
+    rounded = ReplayTable(table.shares.astype(np.float32), values.astype(np.float32))
+    np.testing.assert_allclose(load(path, kv_size=40, policy="replay/value", replay=rounded).kv_budget, expected, atol=1)
+    with pytest.raises(ValueError, match="they must ascend"):
+        load(path, kv_size=40, policy="replay/value", replay=ReplayTable(table.shares[::-1], values[::-1]))
+    with pytest.raises(ValueError, match="it must be a path or a ReplayTable"):
+        load(path, kv_size=40, policy="replay/value", replay=values)
+
+
+@pytest.mark.parametrize("n_layer", [1, 3])
+def test_importance_and_table_of_different_models_are_refused(n_layer: int, make_model: MakeModel) -> None:
+    shape = SHAPES[4]
+    with pytest.raises(ValueError, match=f"importance is for {n_layer} layers, the replay table for 2"):
+        load(make_model(shape), kv_size=40, policy="mix/value", importance=np.ones((n_layer, shape.n_head)), replay=random_table(shape))
 
 
 def test_the_library_checks_tables_itself() -> None:
@@ -718,6 +621,7 @@ def test_the_library_checks_tables_itself() -> None:
         (lambda t: np.copyto(t.values[0], 2.0), "the replay table has 2 for layer 0, KV head 0: it must be in"),
         (lambda t: np.copyto(t.values[0], np.nan), "the replay table has"),
         (lambda t: np.copyto(t.values[1], 0.0), "all zero at the share 0.125"),
+        (lambda t: np.copyto(t.values[1], t.values[0] / 2), "at the share 0.125: it must not be below that of a smaller one"),
         (lambda t: np.copyto(t.shares, 0.5), "the share 0.5 after 0.5: shares must ascend between 0 and 1"),
     ):
         table = random_table(shape)
@@ -725,6 +629,16 @@ def test_the_library_checks_tables_itself() -> None:
         params = Options(kv_size=64, policy="replay/value").to_params(None, None, table)
         assert _lib.lib.headkv_set_params(ctypes.byref(params)) < 0 and message in _lib.last_error()
     _lib.lib.headkv_set_params(None)
+
+
+def test_the_library_refuses_a_table_of_another_mean() -> None:
+    shape = Shape("table", "llama", 8, 2, n_layer=2)
+    table = random_table(shape)
+    plan("replay/value", n_layer=2, n_head=8, n_head_kv=2, replay=table, kv_size=64)
+    for values, n_head_kv in ((table.values / 2, 2), (table.values, 1)):
+        other = ReplayTable(table.shares, values)
+        with pytest.raises(RuntimeError, match="measure it on this model"):
+            plan("replay/value", n_layer=2, n_head=8, n_head_kv=n_head_kv, replay=other, kv_size=64)
 
 
 def test_replay_budgets_by_hand() -> None:

@@ -182,7 +182,7 @@ int64_t headkv_n_protected(const headkv_config & cfg, int64_t n_prefix) {
 // the factor of a head's scores that makes heads with concentrated attention count more; protected cells do not matter
 static double concentration(const float * scores, int64_t n, int64_t n_best) {
     std::vector<float> free;
-    std::copy_if(scores, scores + n, std::back_inserter(free), [](float s) { return s < HEADKV_PROTECTED; }); // nor NaN
+    std::copy_if(scores, scores + n, std::back_inserter(free), [](float s) { return s < HEADKV_CERTAIN; }); // nor NaN
     const double sum = std::accumulate(free.begin(), free.end(), 0.0);
 
     std::vector<float> best(n_best);
@@ -206,9 +206,9 @@ void headkv_budget_adapt(headkv_scored & layer, double floor, bool normalize) {
         const double factor = normalize ? concentration(layer.scores.data() + ih * n, n, n_total / H) : 1.0;
         for (int64_t i = ih * n; i < (ih + 1) * n; ++i) {
             const float s = layer.scores[i];
-            scores[i] = s == HEADKV_PROTECTED ? std::numeric_limits<double>::infinity()
-                    : std::isnan(s)           ? -std::numeric_limits<double>::infinity()
-                                              : s * factor;
+            scores[i] = s >= HEADKV_CERTAIN ? std::numeric_limits<double>::infinity()
+                    : std::isnan(s)         ? -std::numeric_limits<double>::infinity()
+                                            : s * factor;
         }
     }
     std::iota(order.begin(), order.end(), 0);

@@ -357,7 +357,7 @@ void headkv_compression::make_room(work_t & w) {
     int32_t n_before = 0;
     for (int64_t ih = 0; ih < w.H; ++ih) {
         n_kept.push_back((uint32_t) (w.n_keep[ih] + n_recent));
-        w.n_comp.push_back(cfg->fit == HEADKV_FIT_MEAN && w.n_keep[ih] > 0 && w.n_keep[ih] < n_prefix);
+        w.n_comp.push_back(cfg->fit == HEADKV_FIT_MEAN && w.n_keep[ih] > n_protected && w.n_keep[ih] < n_prefix); // beside what is protected
         w.n_keep[ih] -= w.n_comp[ih];
         w.plan_select.insert(w.plan_select.end(), { n_before + w.n_comp[ih], (int32_t) w.n_keep[ih] });
         n_before += (int32_t) n_kept[ih];

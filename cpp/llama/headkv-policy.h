@@ -29,6 +29,8 @@ struct headkv_scored {
 
 // above every other score
 constexpr float HEADKV_PROTECTED = std::numeric_limits<float>::max();
+// what a rank is certain of: above every score, but a cell may move away from it
+constexpr float HEADKV_CERTAIN = HEADKV_PROTECTED / 2;
 
 struct headkv_budget_kind {
     const char * name;

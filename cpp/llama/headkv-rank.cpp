@@ -32,7 +32,7 @@ void headkv_rank_critical(headkv_scored & layer) {
         std::nth_element(order.begin(), order.begin() + n_first, order.end(),
                 [&](int64_t a, int64_t b) { return scores[a] != scores[b] ? scores[a] > scores[b] : a < b; });
         for (int64_t i = 0; i < n; ++i) {
-            scores[order[i]] = i < n_first ? HEADKV_PROTECTED : scores[order[i]] * values[order[i]];
+            scores[order[i]] = i < n_first ? HEADKV_CERTAIN : scores[order[i]] * values[order[i]];
         }
     }
 }

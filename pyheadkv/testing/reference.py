@@ -502,14 +502,14 @@ def critical_scores(scores: ArrayLike, norms: ArrayLike, cells: ArrayLike, *, pr
 
     Returns
     -------
-    (n_head_kv, n_prefix) float64, inf where a cell is certain
+    (n_head_kv, n_prefix) float64, the largest number where a cell is certain: protected ones, inf, stay where there is no room for both
     """
     scores, cells = np.asarray(scores, dtype=np.float64), np.asarray(cells)
     mask = np.zeros(scores.shape[1], dtype=np.bool_) if protected is None else np.asarray(protected)
     first = select(np.where(mask, np.inf, scores), np.maximum(cells - cells // 2, mask.sum()))
     res = scores * np.asarray(norms, dtype=np.float64)
     for row, certain in zip(res, first):
-        row[certain] = np.inf
+        row[certain] = np.finfo(np.float64).max
     return res
 
 
