@@ -8,10 +8,11 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass, replace
 from pathlib import Path
+from reprlib import repr as short_repr
 
 from .gguf_header import read_header
 from .importance import IN_METADATA, cache_folder, find_entry, fingerprint
-from .replay_values import ReplayTable, check_model_replay, load_replay, read_replay, replay_of
+from .replay_values import ReplayTable, check_model_replay, check_replay, load_replay, read_replay, replay_of
 
 SIDECAR = ".replay.json"
 
@@ -92,10 +93,13 @@ def replay_for(source: str | os.PathLike[str] | ReplayTable, model: str | os.Pat
 
     Raises
     ------
-    ValueError : there is no such file or no table in it, or it does not fit the model
+    ValueError : there is no such file or no table in it, it is none, or it does not fit the model
     """
     if isinstance(source, ReplayTable):
-        table = source
+        shares, values = check_replay(source.shares, source.values, name="replay")
+        table = replace(source, shares=shares, values=values)
+    elif not isinstance(source, (str, os.PathLike)):
+        raise ValueError(f"replay={short_repr(source)}: it must be a path or a ReplayTable")
     else:
         path = Path(source)
         if not path.is_file():

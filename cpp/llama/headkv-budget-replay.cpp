@@ -4,8 +4,31 @@
 #include "llama-impl.h"
 
 #include <algorithm>
+#include <cmath>
 #include <numeric>
 #include <stdexcept>
+
+static const double MEAN_WITHIN = 0.02; // of a share
+
+// throws std::invalid_argument unless heads that are not there have nothing, and the mean of the others is the share
+static void check_rows(const headkv_replay & table, const headkv_heads & heads) {
+    const size_t n_heads = std::accumulate(heads.n_head_kv.begin(), heads.n_head_kv.end(), (size_t) 0);
+    auto v = table.values.begin();
+    for (double share : table.shares) {
+        double sum = 0.0;
+        double others = 0.0;
+        for (int32_t n : heads.n_head_kv) {
+            for (int32_t ih = 0; ih < table.n_head_kv; ++ih) {
+                (ih < n ? sum : others) += *v++;
+            }
+        }
+        if (others > 0.0 || std::abs(sum / n_heads - share) > MEAN_WITHIN * share) {
+            throw std::invalid_argument(format("the replay table of the share %g has a mean of %g over the KV heads of the model, and %g for others: "
+                                               "measure it on this model",
+                    share, sum / n_heads, others));
+        }
+    }
+}
 
 // share of each KV head, layer after layer, when the mean of them is the given one
 static std::vector<double> shares_at(const headkv_replay & table, const headkv_heads & heads, double mean) {
@@ -15,6 +38,7 @@ static std::vector<double> shares_at(const headkv_replay & table, const headkv_h
         throw std::invalid_argument(format("the replay table is for %d layers x %d KV heads, the model has %d x %d: measure it on this model",
                 table.n_layer, table.n_head_kv, n_layer, n_head_kv));
     }
+    check_rows(table, heads);
     const size_t n_row = (size_t) n_layer * n_head_kv;
     const size_t i = std::lower_bound(table.shares.begin(), table.shares.end(), mean) - table.shares.begin();
     const double lo = i > 0 ? table.shares[i - 1] : 0.0;

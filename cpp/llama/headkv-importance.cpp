@@ -44,6 +44,12 @@ void headkv_replay_check(const headkv_replay & replay) {
         if (sum == 0.0) {
             throw std::invalid_argument(format("the replay table is all zero at the share %g: measure it again", replay.shares[i]));
         }
+        for (size_t j = 0; i > 0 && j < n_row; ++j) {
+            if (replay.values[i * n_row + j] < replay.values[(i - 1) * n_row + j]) {
+                throw std::invalid_argument(format("the replay table has %g for layer %d, KV head %d at the share %g: it must not be below that of a smaller one",
+                        replay.values[i * n_row + j], (int) (j / replay.n_head_kv), (int) (j % replay.n_head_kv), replay.shares[i]));
+            }
+        }
     }
 }
 
@@ -64,6 +70,11 @@ struct table_keys {
             key = std::string(gguf_get_val_str(gguf.get(), id)) + ".attention." + name;
         }
         if (gguf_find_key(gguf.get(), key.c_str()) < 0) {
+            for (const char * part : { ".shape", ".version", ".shares" }) {
+                if (gguf_find_key(gguf.get(), (key + part).c_str()) >= 0) {
+                    throw std::invalid_argument(format("%s is missing beside %s: measure it again", key.c_str(), (key + part).c_str()));
+                }
+            }
             key = "";
             return;
         }

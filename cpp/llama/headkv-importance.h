@@ -10,7 +10,7 @@ headkv_importance headkv_importance_from_gguf(const char * path);
 // {arch}.attention.head_replay (F32, row-major) with .shape [n_shares, n_layer, n_head_kv] and .shares; same.
 headkv_replay headkv_replay_from_gguf(const char * path);
 
-// throws std::invalid_argument unless shares ascend in (0, 1), all values are in [0, 1] and no row is all zero
+// throws std::invalid_argument unless shares ascend in (0, 1), all values are in [0, 1] and ascend with them, and no row is all zero
 void headkv_replay_check(const headkv_replay & replay);
 
 // throws std::invalid_argument unless all values are finite, >= 0 and not all zero
