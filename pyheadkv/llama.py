@@ -28,7 +28,6 @@ from .options import (
     AUTO,
     BY_BETA,
     FULL,
-    LOSSLESS,
     MAX_CELLS,
     ImportanceLike,
     MissingFileError,
@@ -292,8 +291,10 @@ class Llama(llama_cpp.Llama):
         check_policy("policy", given.get("policy", FULL), (AUTO, FULL))
         if len(amount) > 1:
             raise ValueError(f"{_assigned(amount)}: give one of them, they are three ways to say how much is kept")
-        if amount and policy in (FULL, LOSSLESS):
-            raise ValueError(f"policy={policy!r}, {_assigned(amount)}: it keeps all cells, leave the amount out or choose another policy")
+        keeps_all = policy != FULL and policy_traits(policy or AUTO, budget, rank, fit).keeps_all
+        if amount and (policy == FULL or keeps_all):
+            which = _assigned({name: given[name] for name in ("policy", "budget") if name in given} | amount)
+            raise ValueError(f"{which}: it keeps all cells, leave the amount out or choose another policy")
         if beta is not None and policy != FULL and not policy_traits(policy or AUTO, budget, rank, fit).by_beta:
             raise ValueError(
                 f"policy={policy!r}, beta={beta!r}: it does not look at beta, which {', '.join(BY_BETA)} do: leave one of them out"
@@ -301,7 +302,7 @@ class Llama(llama_cpp.Llama):
         self._kv_ratio = kv_ratio
         self._found: Found | None = None  # the importance that is known
         self._found_replay: FoundReplay | None = None  # the replay table that is known
-        if not amount and policy != LOSSLESS:
+        if not amount and not keeps_all:
             idle = {name: value for name, value in {**given, **more}.items() if (name, value) != ("policy", FULL)}
             if idle:
                 raise ValueError(
@@ -331,7 +332,7 @@ class Llama(llama_cpp.Llama):
                 ),
             )
         self.kv_options = options
-        if n_ctx and options.kv_size > n_ctx and options.policy != LOSSLESS:
+        if n_ctx and options.kv_size > n_ctx and not keeps_all:
             raise ValueError(f"kv_size={options.kv_size}: it must not be larger than n_ctx = {n_ctx}")
         self._find_known(importance, replay)
         if kv_reuse and question is None and self._found_replay is not None:

@@ -121,7 +121,6 @@ def check_choice(name: str, value: Any, choices: Any) -> str:
     return value
 
 
-@lru_cache(maxsize=256)
 def policy_traits(policy: str, budget: str | None = None, rank: str | None = None, fit: str | None = None) -> _lib.PolicyInfo:
     """What a policy looks at, by its name or as "budget/rank" or "budget/rank/fit", with choices that replace its own.
 
@@ -131,6 +130,14 @@ def policy_traits(policy: str, budget: str | None = None, rank: str | None = Non
     ------
     ValueError : one of the names is unknown; those that are known are named
     """
+    for name, value in dict(policy=policy, budget=budget, rank=rank, fit=fit).items():
+        if value is not None and not (isinstance(value, str) and value.isascii() and value.isprintable() and value):
+            raise ValueError(f"{name}={value!r}: it must be a name, or None")
+    return _traits(policy, budget, rank, fit)
+
+
+@lru_cache(maxsize=256)
+def _traits(policy: str, budget: str | None, rank: str | None, fit: str | None) -> _lib.PolicyInfo:
     if policy != AUTO:
         return _lib.find_policy(policy, budget, rank, fit)
     traits = _lib.find_policy(BY_IMPORTANCE[0], budget, rank, fit)
@@ -306,6 +313,10 @@ class Options:
         params.pyramid_exact = self.pyramid_exact
         params.adakv_floor = -1.0 if self.adakv_floor is None else self.adakv_floor
         params.adakv_normalize = self.adakv_normalize
+        if importance is not None and replay is not None and len(importance.values) != replay.values.shape[1]:
+            raise ValueError(
+                f"the importance is for {len(importance.values)} layers, the replay table for {replay.values.shape[1]}: measure both on this model"
+            )
         if importance is not None:
             params.importance = importance.values.ctypes.data_as(ctypes.POINTER(ctypes.c_double))
             params.n_layer, params.n_head = importance.values.shape

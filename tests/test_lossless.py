@@ -65,3 +65,12 @@ def test_an_amount_beside_lossless_is_an_error(make_model: MakeModel) -> None:
 
 def test_the_budget_is_the_context(make_model: MakeModel) -> None:
     assert (load(make_model(SHAPES[1]), policy="lossless", n_ctx=512).kv_budget == 512).all()
+
+
+def test_the_plan_says_what_a_prompt_can_have(make_model: MakeModel) -> None:
+    from pyheadkv.cli import inspect
+    from pyheadkv.options import Options
+
+    for options in ({"policy": "lossless"}, {"budget": "all"}):
+        plan = inspect.make_plan(make_model(SHAPES[1]), options=Options(kv_size=64, **options), n_ctx=512)
+        assert plan.policy == "lossless" and (plan.budget == 512).all()

@@ -31,6 +31,12 @@ headkv_params headkv_args::named() const {
     return res;
 }
 
+bool headkv_args::is_lossless() const {
+    headkv_policy_info info = {};
+    const std::string name = policy == "auto" ? "snapkv" : policy; // any that drops cells
+    return headkv_find_policy(name.c_str(), budget.c_str(), rank.c_str(), fit.c_str(), &info) >= 0 && info.keeps_all;
+}
+
 // ranges are checked by headkv_set_params()
 static int32_t to_int(const std::string & value) {
     char * end = nullptr;

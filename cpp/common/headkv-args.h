@@ -29,7 +29,7 @@ struct headkv_args {
     // parameters that point to the names above
     headkv_params named() const;
 
-    bool is_lossless() const { return policy == "lossless" || budget == "all"; }
+    bool is_lossless() const; // nothing is dropped, without an amount
     std::string amount() const { return is_lossless() ? "--kv-policy lossless" : "--kv-size " + std::to_string(params.kv_size); }
 };
 

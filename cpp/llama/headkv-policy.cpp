@@ -93,11 +93,12 @@ void headkv_policy_set(headkv_config & cfg, const std::string & name, const char
         cfg.rank = &find(headkv_rank_list(), "rank", name.substr(first + 1, second - first - 1));
         cfg.fit = second == std::string::npos ? HEADKV_FIT_NONE : find_fit(name.substr(second + 1));
     }
-    if (cfg.budget->keeps_all && ((rank && *rank) || (fit && *fit))) {
-        throw std::invalid_argument(format("policy '%s' keeps all cells: it takes no rank and no fit", name.c_str()));
-    }
     if (budget && *budget) {
         cfg.budget = &find(headkv_budget_list(), "budget", budget);
+    }
+    if (cfg.budget->keeps_all && ((rank && *rank) || (fit && *fit))) {
+        throw std::invalid_argument(format("%s '%s' keeps all cells: it takes no rank and no fit", budget && *budget ? "budget" : "policy",
+                budget && *budget ? budget : name.c_str()));
     }
     if (rank && *rank) {
         cfg.rank = &find(headkv_rank_list(), "rank", rank);

@@ -20,7 +20,6 @@ from ..options import (
     AUTO,
     BY_IMPORTANCE,
     DEFAULT_BETA,
-    LOSSLESS,
     POLICIES,
     PRESETS,
     QUESTIONS,
@@ -203,7 +202,7 @@ def make_plan(
     if n_ctx is None and shape.n_ctx_train < 1:
         raise ValueError(f"{path}: {shape.arch}.context_length is missing: give --n-ctx")
     n_ctx = shape.n_ctx_train if n_ctx is None else check_int("n_ctx", n_ctx, 1, 1 << 30)
-    if options.kv_size > n_ctx and options.policy != LOSSLESS:
+    if options.kv_size > n_ctx and not options.traits.keeps_all:
         raise ValueError(f"kv_size={options.kv_size} is above n_ctx={n_ctx}: use a smaller kv_size or a larger n_ctx")
     found = _importance(path, source=importance)
     if found is None and options.policy != AUTO and options.traits.by_importance:
