@@ -434,8 +434,8 @@ def test_the_embedded_model_repeats_its_language_and_is_found(tmp_path: Path, re
         (["--protocol", "authors"], "--method replay --protocol authors"),
         (["--max-tokens", "9"], "--max-tokens=9"),
         (["--max-tokens", "20000"], "--max-tokens=20000"),
-        (["--examples", "0"], "0 texts to repeat"),
-        (["--examples", "3", "--max-tokens", "64"], "3 texts were repeated, at least 4"),
+        (["--examples", "11"], "11 texts to repeat"),
+        (["--examples", "3"], r"--examples=3: it must be in [4, 1048576], so many texts are needed"),
         (["--n-batch", "0"], "--n-batch=0"),
         (["--write", "{folder}/none/out.gguf"], "does not exist"),
     ],
@@ -465,3 +465,5 @@ def test_a_server_is_given_both(model: Path, tmp_path: Path, registry: Path) -> 
     line = serve.command_line([str(path), "--kv-size", "64"])
     pairs = read_header(line[-1]).pairs
     assert line[-2] == "--kv-importance" and {"qwen2.attention.head_importance", "qwen2.attention.head_replay"} <= set(pairs)
+    assert serve.command_line([str(path), "--kv_size", "64", "--kv_policy", "auto"])[-2] == "--kv-importance"
+    assert "--kv-importance" not in serve.command_line([str(path), "--kv_size", "64", "--kv_policy", "snapkv"])

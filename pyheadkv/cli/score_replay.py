@@ -35,6 +35,8 @@ def run(args: argparse.Namespace) -> int:
     """Measure, write the table and the model when asked to, and report."""
     path = model_path(args.model)
     _refuse_others(args)
+    if args.examples is not None:
+        check_int("--examples", args.examples, replay.N_COUNTED, 1 << 20, ", so many texts are needed")
     if args.output is None:
         args.output = default_output(path, sidecar_path(path), cache_path(path))
     journal_path = check_files(path, args, "a replay table", read_replay)
