@@ -302,6 +302,7 @@ class Llama(llama_cpp.Llama):
         self._kv_ratio = kv_ratio
         self._found: Found | None = None  # the importance that is known
         self._found_replay: FoundReplay | None = None  # the replay table that is known
+        self._unknown: set[str] = set()  # what was looked for in vain, which takes long
         if not amount and not keeps_all:
             idle = {name: value for name, value in {**given, **more}.items() if (name, value) != ("policy", FULL)}
             if idle:
@@ -341,7 +342,7 @@ class Llama(llama_cpp.Llama):
             raise ValueError("embedding=True: embeddings have no generation to speed up, use kv_size=None")
         kwargs["flash_attn"] = True
 
-        params = options.to_params(self._importance, model_path, self._replay)
+        params = options.to_params(self._importance, None, self._replay)
         try:
             with _lib.creating(params):
                 super().__init__(model_path, **kwargs)
@@ -379,12 +380,16 @@ class Llama(llama_cpp.Llama):
         if importance is not None:
             given = load_importance(importance, self._kv_path)
             self._found = None if given is None else Found(given, "the argument importance=")
-        elif self._found is None and traits.by_importance:
+        elif self._found is None and traits.by_importance and "importance" not in self._unknown:
             self._found = find_importance(self._kv_path)
+            if self._found is None:
+                self._unknown.add("importance")
         if replay is not None:
             self._found_replay = FoundReplay(replay_for(replay, self._kv_path), "the argument replay=")
-        elif self._found_replay is None and traits.by_replay:
+        elif self._found_replay is None and traits.by_replay and "replay" not in self._unknown:
             self._found_replay = find_replay(self._kv_path)
+            if self._found_replay is None:
+                self._unknown.add("replay")
 
     @property
     def _importance(self) -> Importance | None:
@@ -594,7 +599,7 @@ class Llama(llama_cpp.Llama):
         self.kv_options = replace(before[0], **preset_changes(options))
         try:
             self._find_known(importance, replay)
-            params = self.kv_options.to_params(self._importance, self.model_path, self._replay)
+            params = self.kv_options.to_params(self._importance, None, self._replay)
             _lib.check(_lib.lib.headkv_configure(self.ctx, ctypes.byref(params)), ValueError)
         except BaseException:
             self.kv_options, self._found, self._found_replay = before

@@ -608,6 +608,20 @@ def test_a_table_is_read_however_it_lies_in_memory(make_model: MakeModel) -> Non
         load(path, kv_size=40, policy="replay/value", replay=values)
 
 
+def test_what_is_not_known_is_looked_for_once(make_model: MakeModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not for each prompt: it takes as long as reading the header."""
+    from pyheadkv import llama
+
+    calls: list[str] = []
+    for name in ("find_replay", "find_importance"):
+        monkeypatch.setattr(llama, name, lambda path, name=name: calls.append(name))
+    llm = load(make_model(SHAPES[4]), kv_ratio=0.5, policy="auto")
+    for n in (50, 60):
+        llm.read_prompt(tokens(n))
+    llm.configure(question="later")
+    assert llm.policy == "adaptive/value" and sorted(calls) == ["find_importance", "find_replay"]
+
+
 @pytest.mark.parametrize("n_layer", [1, 3])
 def test_importance_and_table_of_different_models_are_refused(n_layer: int, make_model: MakeModel) -> None:
     shape = SHAPES[4]
