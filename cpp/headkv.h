@@ -267,7 +267,7 @@ LLAMA_API int32_t headkv_archive_prune(const char * folder, int64_t max_bytes);
 
 // Whether a compressed sequence is what a prompt read now with these parameters (NULL = those of the context) would have left:
 // 0, or negative with the reason in headkv_last_error(), which can be another kv_size, other protected cells, another policy or
-// other options of it, which a restored sequence does not know, or other adapters (LoRA, control vector). llama_decode() continues on it in either case.
+// other options of it, or other adapters (LoRA, control vector). llama_decode() continues on it in either case.
 LLAMA_API int32_t headkv_can_continue(const struct llama_context * ctx, llama_seq_id seq_id, const struct headkv_params * params);
 
 // Limits of the sequences that llama_state_*() restores from now on, which are refused beyond them; 0 = that of the context.

@@ -18,6 +18,7 @@ import pytest
 from conftest import SHAPES, Shape, greedy, load, nmse, tokens
 from test_sequences import sequences
 
+from pyheadkv import _lib
 from pyheadkv.testing import write_random_lora, write_random_model
 
 pytestmark = pytest.mark.usefixtures("library")
@@ -321,6 +322,21 @@ def test_adapters_that_change_are_noticed(make_model: MakeModel, tmp_path: Path)
             assert not set_seq(c, ctx, 1, get_seq(c, ctx, 0))
 
 
+def test_a_restored_sequence_knows_what_it_was_compressed_by(make_model: MakeModel) -> None:
+    """Requests for one server can ask for different policies, so that a file can be of another one than that of now."""
+    llm = load(make_model(GQA4), kv_size=40, policy="snapkv", kv_reuse=True)
+    can_continue, prompt = _lib.lib.headkv_can_continue, tokens(200)
+    llm.read_prompt(prompt)
+    state = llm.save_state()
+    llm.load_state(state)
+    assert can_continue(llm.ctx, 0, None) == 0
+    llm.configure(policy="adaptive/attention")
+    llm.load_state(state)
+    assert can_continue(llm.ctx, 0, None) < 0 and "another policy" in _lib.last_error()
+    next(llm.generate([*prompt, 5, 6], temp=0.0))
+    assert llm.kv_stats().n_prompt == 202
+
+
 @pytest.fixture(scope="module")
 def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("state") / "small.gguf"
@@ -389,7 +405,7 @@ def test_numbers_that_lie_are_refused(small: Path) -> None:
         many.read(0, tokens(n_prompt))
         state = get_seq(c, ctx, 0)
         head = 8 + 3 * 4 + 8 + 3 * 4 + n_layer * 16 + 4 + 4  # of the file, up to n_pos
-        numbers = dict(n_pos=0, n_prompt=4, n_whole=8, kv_size=12, n_spans=24, first=28, last=40)
+        numbers = dict(n_pos=0, n_prompt=4, n_whole=8, kv_size=12, n_spans=32, first=36, last=48)
 
         def forged(**changes: int) -> bytes:
             data = bytearray(state[:-8])

@@ -70,7 +70,7 @@ struct headkv_seq {
     llama_pos n_whole = 0; // last tokens of the prompt that every head kept
     uint32_t n_tail = 0; // rows reserved per head for generated tokens
     uint32_t kv_size = 0; // that it was compressed with
-    uint64_t selection = 0; // same, of the configuration; 0 = not known, of a file
+    uint64_t selection = 0; // same, of the configuration
     std::vector<std::pair<int32_t, int32_t>> spans; // of its prompt before the last n_whole tokens, that every head kept as protected
     std::vector<llama_token> tokens; // of a prompt that goes to the archive, n_pos or more
     uint32_t n_archived = 0; // first tokens of the prompt whose cells came from there

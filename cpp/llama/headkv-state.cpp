@@ -3,7 +3,8 @@
 //   u32 magic, u32 version, u32 kind (1 = one sequence, 2 = the whole context)
 //   u64 fingerprint of the model; u32 type_k, u32 type_v, u32 layers; of each layer: i32 il, n_head, n_head_kv, n_embd_head
 //   u32 sequences; of each one:
-//     u32 seq_id, i32 n_pos, n_prompt, n_whole, u32 kv_size, u64 fingerprint of the adapters, u32 spans, i32 [start, end) of each
+//     u32 seq_id, i32 n_pos, n_prompt, n_whole, u32 kv_size, u64 fingerprints of the options and of the
+//     adapters, u32 spans, i32 [start, end) of each
 //     of each layer and KV head: u32 n_kept, i32 pos[n_kept], rows of K and then of V, [n_kept + n_pos - n_prompt]
 //   u64 checksum of all that
 //
@@ -27,7 +28,7 @@
 #include <stdexcept>
 
 static constexpr uint32_t STATE_MAGIC = 0x76736b68; // "hksv"
-static constexpr uint32_t STATE_VERSION = 4;
+static constexpr uint32_t STATE_VERSION = 5;
 
 enum state_kind_t : uint32_t { STATE_SEQUENCE = 1,
     STATE_CONTEXT = 2 };
@@ -252,6 +253,7 @@ void llama_kv_cache_ragged::state_write(llama_io_write_i & io, llama_seq_id seq_
         to.number(seq.n_prompt);
         to.number(seq.n_whole);
         to.number(seq.kv_size);
+        to.number(seq.selection);
         to.number(seq.adapters);
         to.number((uint32_t) seq.spans.size());
         for (const auto & [start, end] : seq.spans) {
@@ -282,6 +284,7 @@ static saved_seq read_seq(reader_t & from, const headkv_store & store, uint32_t 
     seq.n_prompt = from.number<llama_pos>();
     seq.n_whole = from.number<llama_pos>();
     seq.kv_size = from.number<uint32_t>();
+    seq.selection = from.number<uint64_t>();
     seq.adapters = from.number<uint64_t>();
     seq.state = HEADKV_SEQ_COMPRESSED;
     if (seq.n_pos > (llama_pos) n_ctx_seq) {

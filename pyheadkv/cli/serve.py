@@ -52,7 +52,7 @@ def command_line(arguments: Sequence[str]) -> list[str]:
 
 def _importance_flags(model: Sequence[str], rest: Sequence[str]) -> list[str]:
     """``--kv-importance`` with what is known of the model beside its metadata, which the server reads itself."""
-    flags = {flag.replace("_", "-"): value for flag, value in zip(rest, [*rest[1:], ""], strict=True)}  # as llama-server takes them
+    flags = {flag.replace("_", "-"): value for flag, value in zip(rest, [*rest[1:], ""], strict=False)}  # as llama-server takes them
     path = model[-1] if model else flags.get("-m") or flags.get("--model") or os.environ.get("LLAMA_ARG_MODEL")
     choices = [flags.get(f"--kv-{name}") or os.environ.get(f"LLAMA_ARG_KV_{name.upper()}") for name in ("policy", "budget", "rank", "fit")]
     is_on = "--kv-size" in flags or os.environ.get("LLAMA_ARG_KV_SIZE")
