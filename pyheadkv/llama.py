@@ -596,6 +596,8 @@ class Llama(llama_cpp.Llama):
 
     def _configure(self, importance: ImportanceLike = None, replay: ReplayLike = None, **options: Any) -> None:
         before = self._need_options(), self._found, self._found_replay
+        if options.get("policy", AUTO) != AUTO:
+            options.setdefault("question", None)  # which is for "auto"
         self.kv_options = replace(before[0], **preset_changes(options))
         try:
             self._find_known(importance, replay)

@@ -227,7 +227,7 @@ class Options:
     budget: str | None = None  # this and the next two: None = that of the policy
     rank: str | None = None
     fit: str | None = None
-    question: str = "known"
+    question: str | None = None  # for "auto"; None = known
     beta: float | None = None
     preset: str = "default"
     window: int = None  # type: ignore[assignment]  # from here to pool_kernel None = that of the preset, which replaces it
@@ -250,7 +250,12 @@ class Options:
     def __post_init__(self) -> None:
         check_policy("policy", self.policy)
         policy_traits(self.policy, self.budget, self.rank, self.fit)
-        check_choice("question", self.question, QUESTIONS)
+        if self.question is not None:
+            check_choice("question", self.question, QUESTIONS)
+            if self.policy != AUTO:
+                raise ValueError(
+                    f"policy={self.policy!r}, question={self.question!r}: a policy that is named does not look at it, leave one of them out"
+                )
         check_choice("preset", self.preset, tuple(PRESETS))
         for name, value in PRESETS[self.preset].items():
             if getattr(self, name) is None:
@@ -291,8 +296,8 @@ class Options:
         params: _lib.Params = _lib.lib.headkv_default_params()
         params.policy = self.policy.encode()
         for name in ("budget", "rank", "fit", "question"):
-            value = getattr(self, name)
-            setattr(params, name, None if value is None else value.encode())
+            if getattr(self, name) is not None:
+                setattr(params, name, getattr(self, name).encode())
         params.kv_size = self.kv_size
         params.window = self.window
         params.recent = self.recent

@@ -554,6 +554,10 @@ def test_auto_knows_the_two_situations(has_importance: bool, has_table: bool, ma
     assert llm.policy == ("headkv" if has_importance else "adakv")
     llm.configure(question="later")
     assert llm.policy == later[has_importance, has_table]
+    llm.configure(policy="snapkv")
+    assert llm.policy == "snapkv"
+    with pytest.raises(ValueError, match="policy='snapkv', question='later': a policy that is named does not look at it"):
+        llm.configure(question="later")
     with pytest.raises(ValueError, match="question='never': it must be one of 'known', 'later'"):
         llm.configure(question="never")
 

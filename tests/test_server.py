@@ -337,6 +337,7 @@ def test_wrong_choices_end_the_server_with_what_is_known(log: Path) -> None:
         (("--kv-policy", "mix/value/values/x"), "fit is 'values/x'"),
         (("--kv-policy", "replay/value"), "needs the replay table of each head"),
         (("--kv-question", "never"), "'never': it must be one of known, later"),
+        (("--kv-question", "later", "--kv-policy", "snapkv"), "--kv-question: a policy that is named does not look at it"),
     ):
         done = subprocess.run([SERVER, "-m", MODEL, "--kv-size", "64", *flags], capture_output=True, text=True, timeout=SECONDS)
         assert done.returncode != 0 and message in done.stdout + done.stderr

@@ -70,7 +70,9 @@ int32_t headkv_find_policy(const char * policy, const char * budget, const char 
     return guarded([&]() -> int32_t {
         headkv_config cfg = {};
         headkv_policy_set(cfg, policy ? policy : "", budget, rank, fit);
-        *dst = info_of(cfg);
+        if (dst) {
+            *dst = info_of(cfg);
+        }
         return 0;
     });
 }

@@ -133,7 +133,7 @@ static const char * choose_auto(const headkv_known & known, bool later) {
 // budget, rank and fit, and what they look at
 static void choose_policy(headkv_config & cfg, const headkv_params & params, const headkv_known * of_context) {
     const std::string question = text_of(params.question);
-    if (question != "known" && question != "later") {
+    if (question != "" && question != "known" && question != "later") {
         throw std::invalid_argument(format("question is '%s': it must be one of known, later", question.c_str()));
     }
     complete_known(cfg.known, params, of_context);

@@ -71,6 +71,9 @@ static std::string refusal(const common_params & params) {
     if (headkv_get_args().is_lossless() && headkv_get_args().params.kv_size > 0) {
         return "--kv-policy lossless: it keeps all cells, leave --kv-size out";
     }
+    if (!headkv_get_args().question.empty() && headkv_get_args().policy != "auto") {
+        return "--kv-question: a policy that is named does not look at it, use --kv-policy auto";
+    }
     if (headkv_get_args().has_archive() && headkv_server_reuses()) {
         return "--kv-archive: with --kv-reuse prompts continue on the compressed past and are not read again, leave one of them out";
     }
@@ -296,6 +299,9 @@ headkv_request headkv_server_check_request(const common_json & body, int32_t n_c
     }
     if (body.contains("kv_size") && !body.at("kv_size").is_null()) {
         res.kv_size = get_kv_size(body.at("kv_size"), n_tokens);
+    }
+    if (body.contains("kv_question") && !body.at("kv_question").is_null() && headkv_get_args().policy != "auto") {
+        throw std::invalid_argument(string_format("kv_question: the server has --kv-policy %s, which does not look at it, leave it out", headkv_get_args().policy.c_str()));
     }
     res.later = body.contains("kv_question") && !body.at("kv_question").is_null() ? get_later(body.at("kv_question")) : server.asks_later;
     if (body.contains("kv_protect") && !body.at("kv_protect").is_null()) {

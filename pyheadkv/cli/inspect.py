@@ -119,7 +119,7 @@ def add_budget_arguments(parser: argparse._ActionsContainer, *, kv_size: int | N
     parser.add_argument(
         "--question",
         choices=QUESTIONS,
-        help=f"for policy auto: the prompt ends with the question, or it comes later (default: {Options.question})",
+        help="for policy auto: the prompt ends with the question, or it comes later (default: known)",
     )
     parser.add_argument(
         "--beta",

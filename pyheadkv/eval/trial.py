@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from .. import _lib
 from ..importance import find_importance
 from ..llama import n_common
-from ..options import FULL, NONE, PRESETS, load_importance, policy_traits, share_of_prompt
+from ..options import AUTO, FULL, NONE, PRESETS, load_importance, policy_traits, share_of_prompt
 
 if TYPE_CHECKING:
     from ..importance_values import Importance
@@ -171,7 +171,8 @@ class Trial:
         preset = {"preset": setting.preset or "default", **setting.scoring}
         recent = setting.recent or PRESETS[preset["preset"]]["recent"]
         kv_size = share_of_prompt(setting.kv_ratio, len(prompt), recent=recent) if setting.kv_ratio else setting.kv_size
-        options: dict[str, Any] = {"policy": setting.policy, "kv_size": kv_size, "beta": setting.beta or None, "question": question}
+        options: dict[str, Any] = {"policy": setting.policy, "kv_size": kv_size, "beta": setting.beta or None}
+        options["question"] = question if setting.policy == AUTO else None
         self.llm.configure(importance=self._importance(setting), **preset, **options)
 
     def _copy(self, seq_id: int, setting: Setting, before: int) -> Copy:
