@@ -232,6 +232,14 @@ class Fitted:
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Fitted) and self.values == other.values and self.numbers == other.numbers
 
+    def check_near(self, other: Fitted) -> None:
+        """But for the rounding of tokens that were computed beside others."""
+        for head, (positions, values) in self.values.items():
+            theirs, their_values = other.values[head]
+            assert positions == theirs
+            assert nmse(np.frombuffer(values, np.float32), np.frombuffer(their_values, np.float32)) < 1e-4
+        np.testing.assert_allclose(self.numbers, other.numbers, rtol=1e-3)
+
 
 def alone(path: Path, shape: Shape, prompt: list[int], **options: Any) -> Fitted:
     with sequences(path, n_seq_max=1, **options) as one:
@@ -260,7 +268,8 @@ def test_prompts_that_are_read_side_by_side(make_model: MakeModel) -> None:
             many.decode({s: prompt[i : i + 128] for s, prompt in enumerate(prompts) if prompt[i : i + 128]})
         for s in range(2):
             many.end_prompt(s)
-        assert [Fitted(many, s, shape) for s in range(2)] == expected
+        for s in range(2):
+            Fitted(many, s, shape).check_near(expected[s])
 
 
 def test_a_paused_prompt_goes_on(make_model: MakeModel) -> None:
