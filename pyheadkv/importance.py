@@ -13,9 +13,10 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,6 +29,7 @@ from .importance_values import Importance, check_importance, fit_heads
 from .replay_values import ReplayTable, replay_fields
 from .score_files import load_scores
 
+T = TypeVar("T")
 SIDECAR = ".importance.json"
 IN_METADATA = "metadata of the model"  # an origin
 REGISTRY = Path(__file__).resolve().parent / "data" / "importance"
@@ -122,13 +124,36 @@ def find_importance(model: str | os.PathLike[str]) -> Found | None:
     ValueError : what is there is damaged or of another model
     """
     path = Path(model)
-    stored = read_importance(path)
+    known = search(path, read_importance, (sidecar_path, cache_path), load_for)
+    return find_registered(path) if known is None else Found(*known)
+
+
+def search(
+    model: Path, read: Callable[[Path], T | None], places: tuple[Callable[[Path], Path], ...], load: Callable[[Path, Path], T]
+) -> tuple[T, str] | None:
+    """What is measured of the heads of a model, and where it is from, but for the registry; None = nothing.
+
+    Parameters
+    ----------
+    read : what its metadata have, None for nothing
+    places : of a score file beside the model, and in the user's cache
+    load : a score file for a model
+    """
+    stored = read(model)
     if stored is not None:
-        return Found(stored, IN_METADATA)
-    for place, what in ((sidecar_path(path), "beside the model"), (cache_path(path), "user cache")):
+        return stored, IN_METADATA
+    for place, what in zip([place_of(model) for place_of in places], ("beside the model", "user cache"), strict=True):
         if place.is_file():
-            return Found(load_for(place, path), f"{what}: {place}")
-    return find_registered(path)
+            return load(place, model), f"{what}: {place}"
+    return None
+
+
+def check_measured_on(scores: Path, measured_on: str, model: Path, remedy: str) -> None:
+    """The fingerprint of a score file is that of the model, or none; else ValueError."""
+    if measured_on and measured_on != fingerprint(model).key:
+        raise ValueError(
+            f"{scores} was measured on a model with the fingerprint {measured_on}, {model} has {fingerprint(model).key}: {remedy}"
+        )
 
 
 def sidecar_path(model: str | os.PathLike[str]) -> Path:
@@ -160,12 +185,8 @@ def load_for(scores: Path, model: Path) -> Importance:
     ValueError : it is damaged, or was measured on another model
     """
     found = load_scores(scores)
-    measured_on = found.fingerprint
-    if measured_on and measured_on != fingerprint(model).key:
-        raise ValueError(
-            f"{scores} was measured on a model with the fingerprint {measured_on}, {model} has {fingerprint(model).key}: "
-            "remove the file, measure again with 'pyheadkv score --force', or name it with importance="
-        )
+    remedy = "remove the file, measure again with 'pyheadkv score --force', or name it with importance="
+    check_measured_on(scores, found.fingerprint, model, remedy)
     return replace(found, values=fit_heads(found.values, model))
 
 

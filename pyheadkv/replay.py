@@ -11,7 +11,7 @@ from pathlib import Path
 from reprlib import repr as short_repr
 
 from .gguf_header import read_header
-from .importance import IN_METADATA, cache_folder, find_entry, fingerprint
+from .importance import cache_folder, check_measured_on, find_entry, fingerprint, search
 from .replay_values import ReplayTable, check_model_replay, check_replay, load_replay, read_replay, replay_of
 
 SIDECAR = ".replay.json"
@@ -41,12 +41,9 @@ def find_replay(model: str | os.PathLike[str]) -> FoundReplay | None:
     ValueError : what is there is damaged or of another model
     """
     path = Path(model)
-    stored = read_replay(path)
-    if stored is not None:
-        return FoundReplay(stored, IN_METADATA)
-    for place, what in ((sidecar_path(path), "beside the model"), (cache_path(path), "user cache")):
-        if place.is_file():
-            return FoundReplay(load_for(place, path), f"{what}: {place}")
+    known = search(path, read_replay, (sidecar_path, cache_path), load_for)
+    if known is not None:
+        return FoundReplay(*known)
     found = find_entry(path, "replay")
     if found is None:
         return None
@@ -75,12 +72,7 @@ def load_for(scores: Path, model: Path) -> ReplayTable:
     ValueError : it is damaged, or was measured on another model
     """
     table = load_replay(scores)
-    mine = fingerprint(model).key
-    if table.fingerprint and table.fingerprint != mine:
-        raise ValueError(
-            f"{scores} was measured on a model with the fingerprint {table.fingerprint}, {model} has {mine}: remove the file, or "
-            "measure again with 'pyheadkv score --method replay --force'"
-        )
+    check_measured_on(scores, table.fingerprint, model, "remove the file, or measure again with 'pyheadkv score --method replay --force'")
     check_model_replay(read_header(model), table)
     return replace(table, source=table.source or str(scores.name))
 

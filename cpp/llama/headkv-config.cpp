@@ -108,15 +108,23 @@ static bool may_need(const headkv_params & params, bool headkv_budget_kind::*wha
 
 // what they do not say is in their file, or the context knows it
 static void complete_known(headkv_known & known, const headkv_params & params, const headkv_known * of_context) {
-    if (known.importance.values.empty() && params.importance_gguf && may_need(params, &headkv_budget_kind::by_importance)) {
-        known.importance = headkv_importance_from_gguf(params.importance_gguf);
-    } else if (known.importance.values.empty() && !params.importance_gguf && of_context) {
-        known.importance = of_context->importance;
+    const bool no_importance = known.importance.values.empty();
+    const bool no_replay = known.replay.values.empty();
+    headkv_known more;
+    if (params.importance_gguf) {
+        const bool importance = no_importance && may_need(params, &headkv_budget_kind::by_importance);
+        const bool replay = no_replay && may_need(params, &headkv_budget_kind::by_replay);
+        if (importance || replay) {
+            more = headkv_known_from_gguf(params.importance_gguf, importance, replay);
+        }
+    } else if (of_context) {
+        more = *of_context;
     }
-    if (known.replay.values.empty() && params.importance_gguf && may_need(params, &headkv_budget_kind::by_replay)) {
-        known.replay = headkv_replay_from_gguf(params.importance_gguf);
-    } else if (known.replay.values.empty() && !params.importance_gguf && of_context) {
-        known.replay = of_context->replay;
+    if (no_importance) {
+        known.importance = std::move(more.importance);
+    }
+    if (no_replay) {
+        known.replay = std::move(more.replay);
     }
 }
 

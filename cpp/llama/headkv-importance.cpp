@@ -57,62 +57,57 @@ namespace {
 
 // keys of one kind of table in a GGUF
 struct table_keys {
-    std::unique_ptr<gguf_context, void (*)(gguf_context *)> gguf;
+    const gguf_context * gguf;
     std::string key; // empty = there is none
 
-    table_keys(const char * path, const char * name) :
-        gguf(gguf_init_from_file(path, { /*.no_alloc =*/true, /*.ctx =*/nullptr }), gguf_free) {
-        if (!gguf) {
-            throw std::invalid_argument(format("%s is not a readable GGUF file", path));
+    table_keys(const gguf_context * gguf, const char * name) :
+        gguf(gguf) {
+        const int64_t id = gguf_find_key(gguf, "general.architecture");
+        if (id >= 0 && gguf_get_kv_type(gguf, id) == GGUF_TYPE_STRING) {
+            key = std::string(gguf_get_val_str(gguf, id)) + ".attention." + name;
         }
-        const int64_t id = gguf_find_key(gguf.get(), "general.architecture");
-        if (id >= 0 && gguf_get_kv_type(gguf.get(), id) == GGUF_TYPE_STRING) {
-            key = std::string(gguf_get_val_str(gguf.get(), id)) + ".attention." + name;
-        }
-        if (gguf_find_key(gguf.get(), key.c_str()) < 0) {
+        if (gguf_find_key(gguf, key.c_str()) < 0) {
             for (const char * part : { ".shape", ".version", ".shares" }) {
-                if (gguf_find_key(gguf.get(), (key + part).c_str()) >= 0) {
+                if (gguf_find_key(gguf, (key + part).c_str()) >= 0) {
                     throw std::invalid_argument(format("%s is missing beside %s: measure it again", key.c_str(), (key + part).c_str()));
                 }
             }
             key = "";
             return;
         }
-        const int64_t id_version = gguf_find_key(gguf.get(), (key + ".version").c_str());
-        if (id_version < 0 || gguf_get_kv_type(gguf.get(), id_version) != GGUF_TYPE_UINT32 || gguf_get_val_u32(gguf.get(), id_version) != 1) {
+        const int64_t id_version = gguf_find_key(gguf, (key + ".version").c_str());
+        if (id_version < 0 || gguf_get_kv_type(gguf, id_version) != GGUF_TYPE_UINT32 || gguf_get_val_u32(gguf, id_version) != 1) {
             throw std::invalid_argument(key + ".version is not 1, the only one that is readable: update pyheadkv, or measure it again");
         }
     }
 
     std::vector<uint32_t> shape(size_t n, const char * what) const {
-        const int64_t id = gguf_find_key(gguf.get(), (key + ".shape").c_str());
-        if (id < 0 || gguf_get_kv_type(gguf.get(), id) != GGUF_TYPE_ARRAY || gguf_get_arr_type(gguf.get(), id) != GGUF_TYPE_UINT32 ||
-                gguf_get_arr_n(gguf.get(), id) != n) {
+        const int64_t id = gguf_find_key(gguf, (key + ".shape").c_str());
+        if (id < 0 || gguf_get_kv_type(gguf, id) != GGUF_TYPE_ARRAY || gguf_get_arr_type(gguf, id) != GGUF_TYPE_UINT32 ||
+                gguf_get_arr_n(gguf, id) != n) {
             throw std::invalid_argument(format("%s.shape must be %zu uint32 values, %s", key.c_str(), n, what));
         }
-        const uint32_t * data = (const uint32_t *) gguf_get_arr_data(gguf.get(), id);
+        const uint32_t * data = (const uint32_t *) gguf_get_arr_data(gguf, id);
         return { data, data + n };
     }
 
     std::vector<double> numbers(const std::string & name) const {
-        const int64_t id = gguf_find_key(gguf.get(), name.c_str());
-        const gguf_type type = id >= 0 && gguf_get_kv_type(gguf.get(), id) == GGUF_TYPE_ARRAY ? gguf_get_arr_type(gguf.get(), id) : GGUF_TYPE_STRING;
+        const int64_t id = gguf_find_key(gguf, name.c_str());
+        const gguf_type type = id >= 0 && gguf_get_kv_type(gguf, id) == GGUF_TYPE_ARRAY ? gguf_get_arr_type(gguf, id) : GGUF_TYPE_STRING;
         if (type != GGUF_TYPE_FLOAT32 && type != GGUF_TYPE_FLOAT64) {
             throw std::invalid_argument(name + " must be an array of float32 or float64");
         }
-        const void * data = gguf_get_arr_data(gguf.get(), id);
+        const void * data = gguf_get_arr_data(gguf, id);
         std::vector<double> res;
-        for (size_t i = 0; i < gguf_get_arr_n(gguf.get(), id); ++i) {
+        for (size_t i = 0; i < gguf_get_arr_n(gguf, id); ++i) {
             res.push_back(type == GGUF_TYPE_FLOAT32 ? ((const float *) data)[i] : ((const double *) data)[i]);
         }
         return res;
     }
 };
 
-} // namespace
-
-headkv_importance headkv_importance_from_gguf(const char * path) {
-    const table_keys keys(path, "head_importance");
+headkv_importance importance_of(const gguf_context * gguf) {
+    const table_keys keys(gguf, "head_importance");
     headkv_importance res;
     if (keys.key.empty()) {
         return res;
@@ -127,12 +122,12 @@ headkv_importance headkv_importance_from_gguf(const char * path) {
     res.n_head = shape[1];
     headkv_importance_check(res);
 
-    const int64_t id_beta = gguf_find_key(keys.gguf.get(), (keys.key + ".beta").c_str());
+    const int64_t id_beta = gguf_find_key(keys.gguf, (keys.key + ".beta").c_str());
     if (id_beta >= 0) {
-        if (gguf_get_kv_type(keys.gguf.get(), id_beta) != GGUF_TYPE_FLOAT64) {
+        if (gguf_get_kv_type(keys.gguf, id_beta) != GGUF_TYPE_FLOAT64) {
             throw std::invalid_argument(keys.key + ".beta must be a float64");
         }
-        res.beta = gguf_get_val_f64(keys.gguf.get(), id_beta);
+        res.beta = gguf_get_val_f64(keys.gguf, id_beta);
         if (!std::isfinite(res.beta) || !(res.beta > 1.0)) {
             throw std::invalid_argument(format("%s.beta is %g: it must be a finite number > 1", keys.key.c_str(), res.beta));
         }
@@ -140,8 +135,8 @@ headkv_importance headkv_importance_from_gguf(const char * path) {
     return res;
 }
 
-headkv_replay headkv_replay_from_gguf(const char * path) {
-    const table_keys keys(path, "head_replay");
+headkv_replay replay_of(const gguf_context * gguf) {
+    const table_keys keys(gguf, "head_replay");
     headkv_replay res;
     if (keys.key.empty()) {
         return res;
@@ -157,5 +152,22 @@ headkv_replay headkv_replay_from_gguf(const char * path) {
     res.n_layer = shape[1];
     res.n_head_kv = shape[2];
     headkv_replay_check(res);
+    return res;
+}
+
+} // namespace
+
+headkv_known headkv_known_from_gguf(const char * path, bool importance, bool replay) {
+    const std::unique_ptr<gguf_context, void (*)(gguf_context *)> gguf(gguf_init_from_file(path, { /*.no_alloc =*/true, /*.ctx =*/nullptr }), gguf_free);
+    if (!gguf) {
+        throw std::invalid_argument(format("%s is not a readable GGUF file", path));
+    }
+    headkv_known res;
+    if (importance) {
+        res.importance = importance_of(gguf.get());
+    }
+    if (replay) {
+        res.replay = replay_of(gguf.get());
+    }
     return res;
 }

@@ -3,12 +3,10 @@
 
 #include "headkv-config.h"
 
-// {arch}.attention.head_importance (F32 or F64, row-major) with .shape [n_layer, n_head].
-// An empty result = the file has none. Throws std::invalid_argument when it is damaged.
-headkv_importance headkv_importance_from_gguf(const char * path);
-
-// {arch}.attention.head_replay (F32, row-major) with .shape [n_shares, n_layer, n_head_kv] and .shares; same.
-headkv_replay headkv_replay_from_gguf(const char * path);
+// importance: {arch}.attention.head_importance (F32 or F64, row-major) with .shape [n_layer, n_head].
+// replay: {arch}.attention.head_replay (F32, row-major) with .shape [n_shares, n_layer, n_head_kv] and .shares.
+// What is empty in the result is not in the file, or was not asked for. Throws std::invalid_argument when it is damaged.
+headkv_known headkv_known_from_gguf(const char * path, bool importance, bool replay);
 
 // throws std::invalid_argument unless shares ascend in (0, 1), all values are in [0, 1] and ascend with them, and no row is all zero
 void headkv_replay_check(const headkv_replay & replay);

@@ -142,20 +142,25 @@ bool headkv_server_open(common_params & params) {
     headkv_params p = args.named();
     p.kv_size = kv_size_max(); // the context is made for the largest request
     p.importance_gguf = args.importance.empty() ? params.model.path.c_str() : args.importance.c_str();
-    for (const char * question : { "later", "known" }) {
+    // contexts are made with what is set last
+    const auto set = [&](const char * question, std::string & policy) {
         p.question = question;
         if (headkv_set_params(&p) != 0) {
             SRV_ERR("%s: %s\n", args.amount().c_str(), headkv_last_error());
             return false;
         }
-        (question == std::string("later") ? server.policy_later : server.policy) = headkv_get_policy(nullptr);
+        policy = headkv_get_policy(nullptr);
+        return true;
+    };
+    if (!set("later", server.policy_later)) {
+        return false;
     }
     headkv_policy_info later = {};
     headkv_find_policy(server.policy_later.c_str(), nullptr, nullptr, nullptr, &later);
     server.asks_later = args.question.empty() ? args.reuse && later.by_replay : args.question == "later";
-    if (server.asks_later) {
-        p.question = "later";
-        headkv_set_params(&p);
+    server.policy = server.policy_later; // of a policy that is named
+    if (args.policy == "auto" && !(set("known", server.policy) && (!server.asks_later || set("later", server.policy_later)))) {
+        return false;
     }
     if (args.has_archive() && args.archive != HEADKV_ARCHIVE_RAM && headkv_archive_list(args.archive.c_str(), false, nullptr, nullptr) < 0) {
         SRV_ERR("--kv-archive: %s\n", headkv_last_error());
