@@ -132,6 +132,7 @@ struct headkv_stats {
     double fit_before;        // what the kept cells miss of the answers of all, mean squares relative to these, of queries that the
     double fit_after;         // fit does not know, mean over these heads
     int64_t t_fit_us;         // of t_compress_us, the fit
+    int64_t bytes_beside;     // allocated for layers that are not compressed: windows and recurrent states of all sequences
 };
 
 // Bytes of a prompt and what is generated behind it, as allocated.
@@ -143,6 +144,7 @@ struct headkv_footprint {
     int64_t ring;             // queries that are noted
     int64_t scratch;          // what a compression has besides, at most
     int64_t store;            // what is kept, and rows for generated tokens
+    int64_t beside;           // layers that are not compressed: windows and recurrent states
 };
 
 // Where K and V of prompts are kept, so that one which begins like an earlier one is read from where it differs.

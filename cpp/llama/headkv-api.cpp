@@ -301,6 +301,7 @@ int32_t headkv_get_stats(const struct llama_context * ctx, llama_seq_id seq_id, 
         stats->fit_before = seq.fit.before;
         stats->fit_after = seq.fit.after;
         stats->t_fit_us = seq.fit.t_us;
+        stats->bytes_beside = kv.bytes_beside();
         stats->n_archived = kv.is_reading(seq_id) ? kv.n_archived() : seq.n_archived;
         return 0;
     });

@@ -54,6 +54,10 @@ void llama_kv_cache_ragged::set_archive(std::unique_ptr<headkv_blocks> blocks, i
         the_archive.reset();
         return;
     }
+    if (the_beside) {
+        throw std::invalid_argument("the archive holds K and V of global attention, and this model has layers with windows or recurrent states, "
+                                    "which it would have to read again: use it without an archive");
+    }
     if (cparams.n_ubatch < HEADKV_N_STEP) {
         throw std::invalid_argument(format("n_ubatch is %u: with an archive it must be at least %u, fewer tokens are computed in another way",
                 cparams.n_ubatch, HEADKV_N_STEP));
@@ -176,6 +180,11 @@ void llama_kv_cache_ragged::restore_layer(const headkv_archive_hit & hit, int32_
 void llama_kv_cache_ragged::drop_left_cells() {
     for (llama_seq_id s = 0; s < (llama_seq_id) seqs.size() && the_staging.n_cells() > 0; ++s) {
         the_staging.cache().seq_rm(s, seqs[s].n_pos, -1);
+    }
+    for (llama_seq_id s = 0; s < (llama_seq_id) seqs.size() && the_beside; ++s) {
+        if (seqs[s].state == HEADKV_SEQ_EMPTY && !is_reading(s)) {
+            the_beside->remove(s, 0);
+        }
     }
 }
 

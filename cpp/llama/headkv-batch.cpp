@@ -72,6 +72,13 @@ bool headkv_split_batch(headkv_split & res, llama_batch_allocr & balloc, uint32_
         if (ubatch.n_seqs_unq != 1) {
             throw std::runtime_error("a token belongs to more than one sequence, which the ragged cache cannot do");
         }
+        if (ubatch.n_pos > 1 && ubatch.embd) {
+            throw std::runtime_error("the batch holds embeddings with positions of several dimensions, as those of an image are: with compression a prompt "
+                                     "is text, use a context without it");
+        }
+        ubatch.data->pos.resize(ubatch.n_tokens); // that of a text is the same in all dimensions, which upstream does again
+        ubatch.n_pos = 1;
+        ubatch.b_equal_seqs = 1; // it is one, which recurrent layers ask for
         const llama_seq_id s = ubatch.seq_id_unq[0];
         res.n_new[s] += ubatch.n_tokens;
         (is_stored(s) ? res.to_store : res.to_staging).push_back(std::move(ubatch)); // NOLINT
@@ -109,7 +116,7 @@ static llama_ubatch concat_ubatches(const std::vector<llama_ubatch> & parts) {
     for (const auto & part : parts) {
         append(data->token, part.data->token);
         append(data->embd, part.data->embd);
-        append(data->pos, part.data->pos); // one position per token: others are refused
+        append(data->pos, part.data->pos);
         append(data->n_seq_id, part.data->n_seq_id);
         append(data->output, part.data->output);
         append(data->batch_idxs, part.data->batch_idxs);
@@ -161,7 +168,8 @@ void headkv_split::drop(uint32_t n) {
     }
 }
 
-std::vector<llama_ubatch> headkv_merge(const std::vector<llama_ubatch> & ubatches, bool one_by_one, uint32_t n_ubatch) {
+std::vector<llama_ubatch> headkv_merge(const std::vector<llama_ubatch> & ubatches, uint32_t n_ubatch,
+        const std::function<bool(llama_seq_id before, llama_seq_id next)> & fits_behind) {
     // (how many of its sequence came before, tokens) -> ubatches in order of their sequences
     std::map<std::pair<uint32_t, uint32_t>, std::map<llama_seq_id, llama_ubatch>> groups;
     std::map<llama_seq_id, uint32_t> n_before;
@@ -173,15 +181,13 @@ std::vector<llama_ubatch> headkv_merge(const std::vector<llama_ubatch> & ubatche
     for (const auto & [key, of_seq] : groups) {
         std::vector<llama_ubatch> parts;
         for (const auto & [s, ubatch] : of_seq) {
-            parts.push_back(ubatch);
-            if (one_by_one || ubatch.n_tokens * (parts.size() + 1) > n_ubatch) {
+            if (!parts.empty() && (ubatch.n_tokens * (parts.size() + 1) > n_ubatch || !fits_behind(parts.back().seq_id_unq[0], s))) {
                 res.push_back(concat_ubatches(parts));
                 parts.clear();
             }
+            parts.push_back(ubatch);
         }
-        if (!parts.empty()) {
-            res.push_back(concat_ubatches(parts));
-        }
+        res.push_back(concat_ubatches(parts));
     }
     return res;
 }
@@ -209,8 +215,8 @@ static std::unique_ptr<llama_kv_cache_context> staging_context(llama_kv_cache & 
 }
 
 headkv_pass::headkv_pass(llama_seq_id seq_id, llama_kv_cache & cache, const std::vector<llama_ubatch> & ubatches,
-        const llama_kv_cache::slot_info_vec_t & sinfos, std::vector<llama_token> tokens, headkv_archive_hit archived) :
-    seq_id(seq_id), tokens(std::move(tokens)), archived(std::move(archived)), n_tokens(n_archived()), i_token(n_archived()) {
+        const llama_kv_cache::slot_info_vec_t & sinfos, std::vector<headkv_beside_context> beside, std::vector<llama_token> tokens, headkv_archive_hit archived) :
+    seq_id(seq_id), tokens(std::move(tokens)), archived(std::move(archived)), n_tokens(n_archived()), beside_ctxs(std::move(beside)), i_token(n_archived()) {
     for (size_t i = 0; i < ubatches.size(); ++i) {
         n_tokens += ubatches[i].n_tokens;
         staging_ctxs.push_back(staging_context(cache, ubatches[i], sinfos[i]));
@@ -252,14 +258,18 @@ llama_kv_cache_ragged_context::llama_kv_cache_ragged_context(llama_memory_status
 llama_kv_cache_ragged_context::llama_kv_cache_ragged_context(llama_kv_cache_ragged * kv) :
     kv(kv), status(LLAMA_MEMORY_STATUS_SUCCESS), full(true) {
     staging_ctxs.push_back(std::make_unique<llama_kv_cache_context>(&kv->staging().twin()));
+    if (kv->beside()) {
+        beside_ctxs.push_back(kv->beside()->full());
+    }
 }
 
 llama_kv_cache_ragged_context::llama_kv_cache_ragged_context(
         llama_kv_cache_ragged * kv,
         headkv_split split,
         llama_kv_cache::slot_info_vec_t sinfos,
+        std::vector<headkv_beside_context> beside,
         bool layered) :
-    kv(kv), status(LLAMA_MEMORY_STATUS_SUCCESS), layered(layered),
+    kv(kv), status(LLAMA_MEMORY_STATUS_SUCCESS), layered(layered), beside_ctxs(std::move(beside)),
     to_store(std::move(split.to_store)), to_staging(std::move(split.to_staging)) {
     for (size_t i = 0; i < sinfos.size() && !layered; ++i) {
         staging_ctxs.push_back(staging_context(kv->staging().cache(), to_staging[i], sinfos[i]));
@@ -300,10 +310,13 @@ bool llama_kv_cache_ragged_context::apply() {
     if (!is_store() && !kv->begin_step(ubatch, layered)) {
         return headkv_fail("aborted");
     }
+    if (is_layered() && !kv->begin_layer()) {
+        return false;
+    }
+    if (kv->beside() && !apply_beside()) {
+        return headkv_fail("the layers that are not compressed have no room for the batch");
+    }
     if (is_layered()) {
-        if (!kv->begin_layer()) {
-            return false;
-        }
         if (layer_step() > 0) {
             return true; // cells and positions are those of the first layer
         }
@@ -320,6 +333,13 @@ bool llama_kv_cache_ragged_context::apply() {
     return true;
 }
 
+bool llama_kv_cache_ragged_context::apply_beside() const {
+    if (is_layered() && i_staging() == 0) {
+        kv->beside()->rewind(get_ubatch().seq_id_unq[0]); // for the next layer
+    }
+    return get_beside().apply();
+}
+
 llama_memory_status llama_kv_cache_ragged_context::get_status() const {
     return status;
 }
@@ -333,6 +353,10 @@ const llama_ubatch & llama_kv_cache_ragged_context::get_ubatch() const {
 
 const llama_kv_cache_context * llama_kv_cache_ragged_context::get_staging() const {
     return (layered ? kv->pass()->staging_ctxs : staging_ctxs).at(i_staging()).get();
+}
+
+const headkv_beside_context & llama_kv_cache_ragged_context::get_beside() const {
+    return is_layered() ? kv->pass()->beside_ctxs.at(i_staging()) : beside_ctxs.at(i_cur);
 }
 
 headkv_store_layer * llama_kv_cache_ragged_context::get_layer(int32_t il) const {

@@ -4,6 +4,7 @@
 #include "llama-kv-cache.h"
 
 #include "headkv-archive.h"
+#include "headkv-beside.h"
 #include "headkv-config.h"
 #include "headkv-seq.h"
 #include "headkv-store.h"
@@ -32,12 +33,13 @@ struct headkv_split {
     uint32_t n_outputs() const; // of prompts
 };
 
-// Throws when a token belongs to several sequences; false: upstream could not split it.
+// Throws when a token belongs to several sequences or has several positions; false: upstream could not split it.
 bool headkv_split_batch(headkv_split & res, llama_batch_allocr & balloc, uint32_t n_ubatch, const std::function<bool(llama_seq_id)> & is_stored);
 
 // The fused op attends for all sequences of a ubatch at once, the composed path for one. Sequences with as many tokens
-// share a ubatch of at most n_ubatch; a sequence keeps the order of its own ubatches.
-std::vector<llama_ubatch> headkv_merge(const std::vector<llama_ubatch> & ubatches, bool one_by_one, uint32_t n_ubatch);
+// share a ubatch of at most n_ubatch if each fits behind the one before it; a sequence keeps the order of its own ubatches.
+std::vector<llama_ubatch> headkv_merge(const std::vector<llama_ubatch> & ubatches, uint32_t n_ubatch,
+        const std::function<bool(llama_seq_id before, llama_seq_id next)> & fits_behind);
 
 // upstream reads the outputs in the order in which the ubatches are computed
 void headkv_order_outputs(llama_batch_allocr & balloc, const std::vector<llama_ubatch> & first, const std::vector<llama_ubatch> & second);
@@ -51,6 +53,7 @@ struct headkv_pass {
     int64_t n_tokens; // of the whole prompt
 
     std::vector<std::unique_ptr<llama_kv_cache_context>> staging_ctxs; // of its ubatches
+    std::vector<headkv_beside_context> beside_ctxs; // same; empty = all layers are ours
 
     bool begun = false;
     bool paused = false;
@@ -60,7 +63,7 @@ struct headkv_pass {
     int32_t i_ready = -1; // layer whose cells before the first ubatch are there
 
     headkv_pass(llama_seq_id seq_id, llama_kv_cache & cache, const std::vector<llama_ubatch> & ubatches,
-            const llama_kv_cache::slot_info_vec_t & sinfos, std::vector<llama_token> tokens, headkv_archive_hit archived);
+            const llama_kv_cache::slot_info_vec_t & sinfos, std::vector<headkv_beside_context> beside, std::vector<llama_token> tokens, headkv_archive_hit archived);
 
     uint32_t n_archived() const { return archived.n_tokens; }
 
@@ -82,10 +85,12 @@ public:
     llama_kv_cache_ragged_context(llama_kv_cache_ragged * kv);
 
     // used to create a batch processing context from a batch; layered: its prompt is the pass of the cache
+    // beside: of the ubatches to the store and then, unless layered, of those to the staging
     llama_kv_cache_ragged_context(
             llama_kv_cache_ragged * kv,
             headkv_split split,
             llama_kv_cache::slot_info_vec_t sinfos,
+            std::vector<headkv_beside_context> beside,
             bool layered);
 
     bool next() override;
@@ -110,6 +115,9 @@ public:
 
     // stock context of the current ubatch in the staging
     const llama_kv_cache_context * get_staging() const;
+
+    // contexts of the current ubatch for the layers that are not ours, if there are any
+    const headkv_beside_context & get_beside() const;
 
     headkv_store_layer * get_layer(int32_t il) const;
     ggml_tensor * get_ring(int32_t il) const;
@@ -139,10 +147,14 @@ private:
     // one stock context per ubatch, each with the number of cells that its ubatch attends; layer-major: in the pass
     std::vector<std::unique_ptr<llama_kv_cache_context>> staging_ctxs;
 
+    std::vector<headkv_beside_context> beside_ctxs; // of all ubatches; layer-major: those of the staging are in the pass
+
     std::vector<llama_ubatch> to_store;
     std::vector<llama_ubatch> to_staging;
 
     size_t i_staging() const;
+
+    bool apply_beside() const;
 
     // layer-major: the ubatches without outputs, for all layers but the last
     std::vector<llama_ubatch> silent;

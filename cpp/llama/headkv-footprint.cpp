@@ -54,6 +54,7 @@ headkv_footprint llama_kv_cache_ragged::footprint(const headkv_config & with, ui
     res.ring += sum_bytes(the_store, layered, [n_refs](const headkv_layer_shape & s) { return (int64_t) s.n_embd_head * s.n_head_kv * n_refs * (int64_t) sizeof(ggml_fp16_t); });
     res.hidden = layered ? the_staging.hidden_bytes(n_prompt, n_ubatch, with.hidden_f16) : 0;
     res.store = (n_kept + n_tail) * (int64_t) bytes_cell();
+    res.beside = (int64_t) bytes_beside();
     for (const auto & layer : the_store.layers) {
         res.scratch = std::max(res.scratch, scratch_bytes(layer, with, n_prompt, (int) cparams.n_threads_batch));
     }

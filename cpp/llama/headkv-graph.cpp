@@ -1,5 +1,6 @@
 // The attention of a graph: its inputs, and how a layer attends while a prompt is read and while tokens are generated.
 
+#include "headkv-graph.h"
 #include "headkv-hooks.h"
 
 #include "headkv-error.h"
@@ -242,7 +243,7 @@ static ggml_tensor * build_mask_of_step(ggml_context * ctx, headkv_input & inp, 
     return mask;
 }
 
-llm_graph_input_attn_kv * headkv_build_inp(const llm_graph_context & gctx) {
+std::unique_ptr<llm_graph_input_attn_kv> headkv_new_input(const llm_graph_context & gctx) {
     const auto * mctx = dynamic_cast<const llama_kv_cache_ragged_context *>(gctx.mctx);
     if (!mctx) {
         return nullptr;
@@ -279,7 +280,7 @@ llm_graph_input_attn_kv * headkv_build_inp(const llm_graph_context & gctx) {
         inp->self_v_idxs = staging->build_input_v_idxs(ctx, ubatch);
         inp->self_kq_mask = ggml_new_tensor_4d(ctx, gctx.cparams.flash_attn ? GGML_TYPE_F16 : GGML_TYPE_F32, staging->get_n_kv(), ubatch.n_tokens, 1, 1);
         ggml_set_input(inp->self_kq_mask);
-        ggml_set_name(inp->self_kq_mask, "attn_inp_kq_mask");
+        ggml_set_name(inp->self_kq_mask, HEADKV_MASK_NAME);
         inp->self_kq_mask_cnv = inp->self_kq_mask;
         if (mctx->is_layered()) {
             if (ggml_tensor * mask = build_mask_of_step(ctx, *inp, *mctx, ubatch.n_tokens, inp->self_kq_mask, gctx.sched)) {
@@ -296,7 +297,12 @@ llm_graph_input_attn_kv * headkv_build_inp(const llm_graph_context & gctx) {
         inp->slots = new_input(ctx, GGML_TYPE_I64, n, "headkv_window_slots");
     }
 
-    return (llm_graph_input_attn_kv *) gctx.res->add_input(std::move(inp));
+    return inp;
+}
+
+llm_graph_input_attn_kv * headkv_build_inp(const llm_graph_context & gctx) {
+    auto inp = headkv_new_input(gctx);
+    return inp ? (llm_graph_input_attn_kv *) gctx.res->add_input(std::move(inp)) : nullptr;
 }
 
 //

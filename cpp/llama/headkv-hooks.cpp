@@ -1,13 +1,14 @@
 #include "headkv-hooks.h"
 
+#include "headkv-beside.h"
 #include "headkv-error.h"
 #include "llama-kv-cache-ragged.h"
 
 #include "llama-impl.h"
 #include "llama-model.h"
 
+#include <algorithm>
 #include <stdexcept>
-#include <typeinfo>
 
 //
 // memory
@@ -38,14 +39,11 @@ static std::string refusal(const llama_model & model, const llama_memory_params 
     if (hparams.is_mla()) {
         return "MLA caches one latent vector for all heads, there is nothing per head to budget";
     }
-    if (hparams.swa_type != LLAMA_SWA_TYPE_NONE || hparams.is_swa_any()) {
-        return "sliding-window layers are not supported";
+    if (hparams.swa_type == LLAMA_SWA_TYPE_SYMMETRIC) {
+        return "its windows reach to tokens that come later";
     }
     if (hparams.use_alibi || hparams.f_max_alibi_bias > 0.0f) {
         return "ALiBi biases scores by the distance in the cache, which eviction changes";
-    }
-    if (hparams.n_pos_per_embd() > 1) {
-        return "multi-dimensional positions (M-RoPE) are not supported";
     }
     if (hparams.ple_n_heads > 0) {
         return "n-gram embeddings read earlier tokens from the cache";
@@ -54,12 +52,60 @@ static std::string refusal(const llama_model & model, const llama_memory_params 
         if (!hparams.has_kv(il)) {
             return format("layer %u attends to the cache of another layer", il);
         }
-        if (hparams.n_head_kv(il) > 0 && (hparams.n_embd_head_k(il) != hparams.n_embd_head_v(il) || hparams.n_head(il) % hparams.n_head_kv(il) != 0)) {
+    }
+    return "";
+}
+
+// why the layers that would be ours cannot be; empty = they can
+static std::string refusal(const llama_hparams & hparams, const headkv_layer_owners & owners) {
+    if (std::find(owners.ours.begin(), owners.ours.end(), true) == owners.ours.end()) {
+        return "none of its layers attends to all tokens";
+    }
+    for (uint32_t il = 0; il < hparams.n_layer(); ++il) {
+        if (owners.ours[il] && (hparams.n_embd_head_k(il) != hparams.n_embd_head_v(il) || hparams.n_head(il) % hparams.n_head_kv(il) != 0)) {
             return format("layer %u has K heads of %u and V heads of %u elements, %u query and %u KV heads",
                     il, hparams.n_embd_head_k(il), hparams.n_embd_head_v(il), hparams.n_head(il), hparams.n_head_kv(il));
         }
     }
     return "";
+}
+
+static std::string not_possible(const llama_model & model, const std::string & why) {
+    return format("KV compression is not possible for this context (architecture %s): %s", model.arch_name().c_str(), why.c_str());
+}
+
+// Asks upstream, on a small context, which memory the model gets.
+static headkv_layer_owners ask_owners(const llama_model & model, const llama_memory_params & params, const llama_cparams & cparams) {
+    llama_cparams cparams_probe = cparams;
+    cparams_probe.n_ctx = 256;
+    cparams_probe.n_ctx_seq = 256;
+    cparams_probe.n_seq_max = 1;
+
+    const headkv_config_ptr cfg = headkv_thread_config();
+    headkv_thread_config() = nullptr;
+    std::unique_ptr<llama_memory_i> probe;
+    try {
+        probe.reset(model.create_memory(params, cparams_probe));
+    } catch (...) {
+        headkv_thread_config() = cfg;
+        throw;
+    }
+    headkv_thread_config() = cfg;
+    if (!probe) {
+        throw std::runtime_error(not_possible(model, "it has no cache"));
+    }
+    headkv_layer_owners res;
+    std::string why;
+    try {
+        res = headkv_owners_of(*probe, model.hparams);
+        why = refusal(model.hparams, res);
+    } catch (const std::runtime_error & e) {
+        why = e.what();
+    }
+    if (!why.empty()) {
+        throw std::runtime_error(not_possible(model, why));
+    }
+    return res;
 }
 
 llama_memory_i * headkv_create_memory(const llama_model & model, const llama_memory_params & params, const llama_cparams & cparams) {
@@ -73,29 +119,11 @@ llama_memory_i * headkv_create_memory(const llama_model & model, const llama_mem
     try {
         const std::string why = refusal(model, params, cparams);
         if (!why.empty()) {
-            throw std::runtime_error(format("KV compression is not possible for this context (architecture %s): %s", model.arch_name().c_str(), why.c_str()));
+            throw std::runtime_error(not_possible(model, why));
         }
         headkv_config_check_ctx(*cfg, cparams.n_ctx_seq);
 
-        // Ask upstream, on a small context, which memory the architecture gets: anything but the plain cache is not ours.
-        llama_cparams cparams_probe = cparams;
-        cparams_probe.n_ctx = 256;
-        cparams_probe.n_ctx_seq = 256;
-        headkv_thread_config() = nullptr;
-        std::unique_ptr<llama_memory_i> probe;
-        try {
-            probe.reset(model.create_memory(params, cparams_probe));
-        } catch (...) {
-            headkv_thread_config() = cfg;
-            throw;
-        }
-        headkv_thread_config() = cfg;
-        if (!probe || typeid(*probe) != typeid(llama_kv_cache)) {
-            throw std::runtime_error(format("KV compression is not possible for architecture %s: it does not use the plain KV cache", model.arch_name().c_str()));
-        }
-        probe.reset();
-
-        return new llama_kv_cache_ragged(model, params.type_k, params.type_v, cparams, cfg);
+        return new llama_kv_cache_ragged(model, ask_owners(model, params, cparams), params.type_k, params.type_v, cparams, cfg);
     } catch (const std::exception & e) {
         headkv_set_error(e.what());
         throw;

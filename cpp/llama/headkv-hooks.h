@@ -12,6 +12,9 @@ struct llama_memory_params;
 struct llm_graph_context;
 struct llm_graph_params;
 class llm_graph_input_attn_kv;
+class llm_graph_input_attn_kv_iswa;
+class llm_graph_input_mem_hybrid;
+class llm_graph_input_mem_hybrid_iswa;
 class llm_graph_result;
 
 // called first by llama_model::create_memory(); null = not ours. Throws when compression was asked for and the
@@ -23,6 +26,14 @@ void headkv_note_adapters(llama_memory_i * memory, const llama_adapter_loras & l
 
 // called first by llm_graph_context::build_attn_inp_kv(); null = not ours
 llm_graph_input_attn_kv * headkv_build_inp(const llm_graph_context & gctx);
+
+// the same by build_attn_inp_kv_iswa(), build_inp_mem_hybrid() and build_inp_mem_hybrid_iswa(), for models in which some layers are not ours
+llm_graph_input_attn_kv_iswa * headkv_build_inp_iswa(const llm_graph_context & gctx);
+llm_graph_input_mem_hybrid * headkv_build_inp_hybrid(const llm_graph_context & gctx);
+llm_graph_input_mem_hybrid_iswa * headkv_build_inp_hybrid_iswa(const llm_graph_context & gctx);
+
+// called first by build_attn(llm_graph_input_attn_kv_iswa *, ..): the input of the layer alone, to build its attention with; null = not ours
+llm_graph_input_attn_kv * headkv_inp_of_layer(llm_graph_input_attn_kv_iswa * inp, int il);
 
 // called first by llm_graph_context::build_attn(llm_graph_input_attn_kv *, ..); null = upstream builds the attention,
 // which it also does while a prompt is read (the queries have been captured then)

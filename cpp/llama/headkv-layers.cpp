@@ -1,15 +1,18 @@
 // Layer-major prefill: the graph of a ubatch is cut at the outputs of its layers.
 //
-// Upstream builds the whole graph of the ubatch. The nodes between l_out-<il - 1> and l_out-<il> are kept; the former
-// becomes a leaf over the hidden states of the prompt, the latter is copied there. No model file knows about it.
+// Upstream builds the whole graph of the ubatch. Kept are the output of layer il, what the layer writes into its cells or
+// states, and all that they are computed of, up to the output of layer il - 1; that one becomes a leaf over the hidden states
+// of the prompt, and the output of layer il is copied there. No model file knows about it.
 
+#include "headkv-graph.h"
 #include "headkv-hooks.h"
-
 #include "llama-kv-cache-ragged.h"
 
 #include "llama-graph.h"
 #include "llama-impl.h"
 
+#include <algorithm>
+#include <cstring>
 #include <string>
 #include <unordered_map>
 #include <unordered_set>
@@ -23,68 +26,169 @@ static std::vector<ggml_tensor *> graph_nodes(ggml_cgraph * gf) {
     return res;
 }
 
-// index of the output of layer il, -1 = none
-static int find_l_out(const std::vector<ggml_tensor *> & nodes, int32_t il) {
-    const std::string name = "l_out-" + std::to_string(il);
-    for (size_t i = 0; i < nodes.size(); ++i) {
-        if (name == nodes[i]->name) {
-            return (int) i;
+// what a node is computed of
+template <typename F>
+static void for_sources(const ggml_tensor * node, const F & f) {
+    for (const ggml_tensor * src : node->src) {
+        if (src) {
+            f(src);
         }
     }
-    return -1;
+    if (node->view_src) {
+        f(node->view_src);
+    }
 }
 
-// why the layers of a graph cannot be computed one by one; empty = they can
-static std::string why_not_separable(const std::vector<ggml_tensor *> & nodes, int32_t n_layer, int64_t n_embd, int64_t n_tokens) {
-    std::unordered_map<const ggml_tensor *, int> index;
-    int i_first_write = (int) nodes.size(); // into the cache
-    for (size_t i = 0; i < nodes.size(); ++i) {
-        index[nodes[i]] = (int) i;
-        if (nodes[i]->op == GGML_OP_SET_ROWS && i_first_write == (int) nodes.size()) {
-            i_first_write = (int) i;
+// whether a node writes into memory that outlives the graph: cells, states of recurrent layers, what is captured
+static bool is_kept(const ggml_tensor * node) {
+    switch (node->op) {
+        case GGML_OP_NONE:
+        case GGML_OP_VIEW:
+        case GGML_OP_RESHAPE:
+        case GGML_OP_PERMUTE:
+        case GGML_OP_TRANSPOSE:
+            return false;
+        default:
+            return node->view_src && node->view_src->buffer; // nothing else is allocated when a graph is complete
+    }
+}
+
+// The nodes of a graph by layers.
+class layers_of_graph {
+public:
+    layers_of_graph(std::vector<ggml_tensor *> all, int32_t n_layer, const headkv_beside * beside) :
+        nodes(std::move(all)), n_layer(n_layer), beside(beside) {
+        for (size_t i = 0; i < nodes.size(); ++i) {
+            index[nodes[i]] = (int) i;
+        }
+        find_outputs();
+        of_node.assign(nodes.size(), 0);
+        std::vector<int32_t> leads_to(nodes.size(), 0); // layer of what is computed of it
+        for (size_t i = 0; i < nodes.size(); ++i) {
+            for_sources(nodes[i], [&](const ggml_tensor * src) {
+                const auto it = index.find(src);
+                of_node[i] = it != index.end() ? std::max(of_node[i], leads_to[it->second]) : of_node[i];
+            });
+            const int32_t il = beside && is_kept(nodes[i]) ? beside->layer_of_state(nodes[i]->view_src) : -1;
+            of_node[i] = il >= 0 ? il : of_node[i]; // a state that is cleared or moved asks for nothing of its layer
+            const auto out = std::find(outputs.begin() + std::min<size_t>(of_node[i], outputs.size()), outputs.end(), (int) i);
+            leads_to[i] = out != outputs.end() ? (int32_t) (out - outputs.begin()) + 1 : of_node[i];
         }
     }
-    int prev = -1;
-    for (int32_t il = 0; il < n_layer - 1; ++il) {
-        const int cur = find_l_out(nodes, il);
-        if (cur < 0) {
-            return format("the graph has no node 'l_out' for layer %d", il);
-        }
-        const ggml_tensor * t = nodes[cur];
-        if (t->type != GGML_TYPE_F32 || t->view_src || !ggml_is_contiguous(t) || t->ne[0] != n_embd || t->ne[1] != n_tokens || ggml_nrows(t) != n_tokens) {
-            return format("the output of layer %d is not one F32 row of %lld elements per token", il, (long long) n_embd);
-        }
-        if (cur <= prev) {
-            return format("layer %d is computed before layer %d", il, il - 1);
-        }
-        prev = cur;
-    }
-    // a layer may use the residual stream and what is computed from the inputs alone, before anything was cached
-    int begin = find_l_out(nodes, 0);
-    for (int32_t il = 1; il < n_layer; ++il) {
-        const int end = il < n_layer - 1 ? find_l_out(nodes, il) : (int) nodes.size() - 1;
-        for (int i = begin + 1; i <= end; ++i) {
-            std::vector<const ggml_tensor *> used(nodes[i]->src, nodes[i]->src + GGML_MAX_SRC);
-            used.push_back(nodes[i]->view_src);
-            for (const ggml_tensor * src : used) {
-                const auto it = src ? index.find(src) : index.end();
-                if (it != index.end() && it->second < begin && it->second >= i_first_write) {
-                    return format("layer %d uses '%s' of an earlier layer", il, src->name);
-                }
+
+    // of all layers but the last
+    ggml_tensor * output(int32_t il) const { return nodes.at(outputs.at(il)); }
+
+    // What layer il computes, in order; only_kept: what it writes, and what that is computed of.
+    std::vector<ggml_tensor *> of_layer(int32_t il, bool only_kept) const {
+        std::vector<int> todo;
+        for (size_t i = 0; i < nodes.size(); ++i) {
+            const bool wanted = is_kept(nodes[i]) || (!only_kept && (il < n_layer - 1 ? (int) i == outputs[il] : true));
+            if (of_node[i] == il && wanted && (nodes[i]->flags & GGML_TENSOR_FLAG_COMPUTE)) {
+                todo.push_back((int) i);
             }
         }
-        begin = end;
+        std::vector<bool> seen(nodes.size());
+        while (!todo.empty()) {
+            const int i = todo.back();
+            todo.pop_back();
+            if (seen[i] || (il > 0 && i == outputs[il - 1])) {
+                continue;
+            }
+            seen[i] = true;
+            for_sources(nodes[i], [&](const ggml_tensor * src) {
+                const auto it = index.find(src);
+                if (it != index.end()) {
+                    todo.push_back(it->second);
+                }
+            });
+        }
+        std::vector<ggml_tensor *> res;
+        for (size_t i = 0; i < nodes.size(); ++i) {
+            if (seen[i]) {
+                res.push_back(nodes[i]);
+            }
+        }
+        return res;
     }
-    return "";
-}
 
-// inputs of all nodes; those of layers that are cut away stay, because all of them are set
+    // why the layers cannot be computed one by one; empty = they can
+    std::string why_not_separable(int64_t n_embd, int64_t n_tokens) const {
+        for (int32_t il = 0; il < n_layer - 1; ++il) {
+            if (outputs[il] < 0) {
+                return format("the graph has no node 'l_out' for layer %d", il);
+            }
+            const ggml_tensor * t = output(il);
+            if (t->type != GGML_TYPE_F32 || t->view_src || !ggml_is_contiguous(t) || t->ne[0] != n_embd || t->ne[1] != n_tokens || ggml_nrows(t) != n_tokens) {
+                return format("the output of layer %d is not one F32 row of %lld elements per token", il, (long long) n_embd);
+            }
+            if (of_node[outputs[il]] != il) {
+                return format("the output of layer %d is not computed of that of the one before", il);
+            }
+        }
+        // what a layer uses of earlier ones beside their output, it computes again: that must not touch what they write
+        std::unordered_map<const ggml_tensor *, int32_t> writer;
+        for (size_t i = 0; i < nodes.size(); ++i) {
+            if (is_kept(nodes[i])) {
+                writer[nodes[i]->view_src] = of_node[i];
+            }
+        }
+        std::string res;
+        for (int32_t il = 0; il < n_layer && res.empty(); ++il) {
+            for (const ggml_tensor * node : of_layer(il, false)) {
+                for_sources(node, [&](const ggml_tensor * src) {
+                    const auto it = writer.find(src->view_src ? src->view_src : src);
+                    if (it != writer.end() && it->second != il && res.empty()) {
+                        res = format("layer %d uses '%s' of layer %d", il, node->name, it->second);
+                    }
+                });
+            }
+        }
+        return res;
+    }
+
+private:
+    const std::vector<ggml_tensor *> nodes;
+    const int32_t n_layer;
+    const headkv_beside * beside;
+
+    std::unordered_map<const ggml_tensor *, int> index;
+    std::vector<int> outputs; // [n_layer - 1] index, -1 = none
+    std::vector<int32_t> of_node; // the first layer whose input it does not need
+
+    void find_outputs() {
+        // what model files call the output of layer il; the last name is that of the input of the next one
+        std::unordered_map<std::string, int> by_name;
+        for (size_t i = 0; i < nodes.size(); ++i) {
+            by_name.insert({ nodes[i]->name, (int) i });
+        }
+        for (const auto & [name, shift] : { std::make_pair("l_out", 0), std::make_pair("nemotron_h_block_out", 0), std::make_pair("attn_norm_in", 1) }) {
+            std::vector<int> found;
+            for (int32_t il = 0; il < n_layer - 1; ++il) {
+                const auto it = by_name.find(format("%s-%d", name, il + shift));
+                found.push_back(it != by_name.end() ? it->second : -1);
+            }
+            const bool complete = std::find(found.begin(), found.end(), -1) == found.end();
+            if (complete || outputs.empty()) {
+                outputs = found;
+            }
+            if (complete) {
+                return;
+            }
+        }
+    }
+};
+
+// Inputs of all nodes: those of layers that are cut away stay, because all of them are set. Masks of attention do not: they
+// grow from step to step while the nodes of the layer keep their sizes, which is all that the allocator looks at, and one
+// without memory is not set.
 static std::vector<ggml_tensor *> graph_inputs(const std::vector<ggml_tensor *> & nodes) {
     std::vector<ggml_tensor *> res;
     std::unordered_set<ggml_tensor *> seen;
     for (ggml_tensor * node : nodes) {
         for (ggml_tensor * src : node->src) {
-            if (src && src->op == GGML_OP_NONE && (src->flags & GGML_TENSOR_FLAG_INPUT) && seen.insert(src).second) {
+            const bool is_input = src && src->op == GGML_OP_NONE && (src->flags & GGML_TENSOR_FLAG_INPUT);
+            if (is_input && strncmp(src->name, HEADKV_MASK_NAME, strlen(HEADKV_MASK_NAME)) != 0 && seen.insert(src).second) {
                 res.push_back(src);
             }
         }
@@ -119,13 +223,15 @@ void headkv_cut_graph(const llm_graph_params & params, llm_graph_result & res) {
     const std::vector<ggml_tensor *> nodes = graph_nodes(gf);
     const int64_t n_tokens = params.ubatch.n_tokens;
 
+    if (mctx->is_full() && !kv->is_graph_complete()) {
+        kv->refuse("it does not pass every layer's attention through the cache exactly once");
+    }
+    if (mctx->is_full() && params.ubatch.n_tokens == params.ubatch.n_seqs) {
+        return; // the graph of decode
+    }
+    const layers_of_graph layers(nodes, kv->n_layer(), kv->beside());
     if (mctx->is_full()) {
-        if (!kv->is_graph_complete()) {
-            kv->refuse("it does not pass every layer's attention through the cache exactly once");
-        }
-        if (params.ubatch.n_tokens > params.ubatch.n_seqs) {
-            kv->note_layers(why_not_separable(nodes, kv->n_layer(), params.hparams.n_embd, n_tokens));
-        }
+        kv->note_layers(layers.why_not_separable(params.hparams.n_embd, n_tokens));
         return;
     }
 
@@ -135,16 +241,14 @@ void headkv_cut_graph(const llm_graph_params & params, llm_graph_result & res) {
     ggml_tensor * hidden = kv->staging().hidden();
     const size_t offset = mctx->hidden_step() * hidden->nb[1];
 
-    const int begin = il == 0 ? -1 : find_l_out(nodes, il - 1);
-    const int end = last ? (int) nodes.size() - 1 : find_l_out(nodes, il);
-    GGML_ASSERT((il == 0 || begin >= 0) && end > begin && "the graph differs from the one that was examined");
-
+    // of the last layer, tokens without output leave nothing but their cells or state, and the attention they paid if it is counted
+    const std::vector<ggml_tensor *> kept = layers.of_layer(il, last && params.n_outputs == 0 && !mctx->get_sums(il));
     const std::vector<ggml_tensor *> inputs = graph_inputs(nodes);
 
     ggml_context * ctx = res.get_ctx();
     ggml_tensor * slice = ggml_view_2d(ctx, hidden, hidden->ne[0], n_tokens, hidden->nb[1], offset);
 
-    ggml_tensor * x = begin >= 0 ? nodes[begin] : nullptr;
+    ggml_tensor * x = il > 0 ? layers.output(il - 1) : nullptr;
     if (x) {
         make_leaf(x, hidden, slice, offset);
     }
@@ -156,20 +260,10 @@ void headkv_cut_graph(const llm_graph_params & params, llm_graph_result & res) {
     if (x && x->op != GGML_OP_NONE) {
         ggml_build_forward_expand(gf, x);
     }
-    // of the last layer, tokens without output leave nothing but their cells, and the attention they paid if it is counted
-    const bool only_cells = last && params.n_outputs == 0 && !mctx->get_sums(il);
-    for (int i = begin + 1; i <= end; ++i) {
-        if (only_cells && nodes[i]->op != GGML_OP_SET_ROWS) {
-            continue;
-        }
-        // upstream keeps branches in the graph that it does not compute
-        if (nodes[i]->flags & GGML_TENSOR_FLAG_COMPUTE) {
-            ggml_build_forward_expand(gf, nodes[i]);
-        } else {
-            ggml_build_forward_order(gf, nodes[i]);
-        }
+    for (ggml_tensor * node : kept) {
+        ggml_build_forward_expand(gf, node);
     }
     if (!last) {
-        ggml_build_forward_expand(gf, ggml_cpy(ctx, nodes[end], slice));
+        ggml_build_forward_expand(gf, ggml_cpy(ctx, layers.output(il), slice));
     }
 }

@@ -9,6 +9,7 @@
 #include "llama-impl.h"
 
 #include <algorithm>
+#include <iterator>
 #include <stdexcept>
 #include <utility>
 
@@ -135,15 +136,33 @@ llama_memory_context_ptr llama_kv_cache_ragged::prepare(llama_batch_allocr & bal
         note_peak();
     }
     if (layered && !resumed) {
-        the_pass = std::make_unique<headkv_pass>(split.to_staging[0].seq_id_unq[0], the_staging.cache(), split.to_staging, sinfos, tokens, archived);
+        auto beside = the_beside ? the_beside->prepare(split.to_staging) : std::vector<headkv_beside_context>();
+        the_pass = std::make_unique<headkv_pass>(split.to_staging[0].seq_id_unq[0], the_staging.cache(), split.to_staging, sinfos, std::move(beside), tokens, archived);
     } else if (resumed) {
         split.drop(the_pass->n_archived());
     }
     if (!split.to_store.empty()) {
-        split.to_store = headkv_merge(split.to_store, !the_store.is_all_fused(), lctx->n_ubatch());
+        const bool all_fused = the_store.is_all_fused();
+        split.to_store = headkv_merge(split.to_store, lctx->n_ubatch(), [&](llama_seq_id before, llama_seq_id next) {
+            return all_fused && (!the_beside || the_beside->fits_behind(before, next));
+        });
     }
+    auto beside = prepare_beside(split, layered);
     headkv_order_outputs(balloc, split.to_store, split.to_staging);
-    return std::make_unique<llama_kv_cache_ragged_context>(this, std::move(split), std::move(sinfos), layered);
+    return std::make_unique<llama_kv_cache_ragged_context>(this, std::move(split), std::move(sinfos), std::move(beside), layered);
+}
+
+std::vector<headkv_beside_context> llama_kv_cache_ragged::prepare_beside(const headkv_split & split, bool layered) const {
+    if (!the_beside) {
+        return {};
+    }
+    auto res = the_beside->prepare(split.to_store);
+    if (!layered) {
+        // of other sequences, which have rings of their own
+        auto of_staging = the_beside->prepare(split.to_staging);
+        std::move(of_staging.begin(), of_staging.end(), std::back_inserter(res));
+    }
+    return res;
 }
 
 void llama_kv_cache_ragged::check_usable() const {

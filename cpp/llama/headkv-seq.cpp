@@ -70,8 +70,12 @@ void headkv_seq::add(headkv_seq_event event, llama_pos pos, uint64_t adapters_se
     }
 }
 
+bool headkv_seq::can_cut(llama_pos p0) const {
+    return state != HEADKV_SEQ_COMPRESSED || p0 >= n_prompt - n_whole;
+}
+
 llama_pos headkv_seq::cut(llama_pos p0) {
-    if (state == HEADKV_SEQ_COMPRESSED && p0 < n_prompt - n_whole) {
+    if (!can_cut(p0)) {
         return -1;
     }
     on(HEADKV_EV_CUT);

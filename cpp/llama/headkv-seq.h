@@ -96,8 +96,10 @@ struct headkv_seq {
     // A token at a position was computed: into the staging (STAGE or PASS), or behind what is stored (DECODE).
     void add(headkv_seq_event event, llama_pos pos, uint64_t adapters_set, llama_pos n_ring, int64_t n_refs = 0);
 
-    // Removes what is at p0 and behind it, 0 < p0 < n_pos. Returns how many prompt tokens of a compressed sequence went, or -1 and nothing has
-    // changed: most heads have lost the cells in between.
+    // Whether what is at p0 and behind it, 0 < p0 < n_pos, can be removed: most heads have lost the cells before the last ones.
+    bool can_cut(llama_pos p0) const;
+
+    // Removes it. Returns how many prompt tokens of a compressed sequence went, or -1 and nothing has changed.
     llama_pos cut(llama_pos p0);
 
     // the first position from which it can be continued

@@ -26,8 +26,8 @@ headkv_staging::headkv_staging(const llama_model & model, const params_t & param
 //
 
 std::unique_ptr<llama_kv_cache> headkv_staging::make_cache(uint32_t n_cells, bool is_plan, bool share) const {
-    // layers after the last one belong to draft heads (MTP)
-    const int32_t n_layer = (int32_t) hparams.n_layer();
+    // not those of draft heads (MTP), nor those whose cells are upstream's
+    const auto is_ours = [this](int32_t il) { return std::any_of(shapes.begin(), shapes.end(), [il](const headkv_layer_shape & s) { return s.il == il; }); };
 
     // in a staging for one layer, each layer maps to the first one of its kind on its device
     const auto physical = [this](int32_t il) {
@@ -49,10 +49,10 @@ std::unique_ptr<llama_kv_cache> headkv_staging::make_cache(uint32_t n_cells, boo
     llama_memory_i::layer_filter_cb filter = nullptr;
     llama_memory_i::layer_reuse_cb reuse = nullptr;
     if (share) {
-        filter = [&](int32_t il) { return il < n_layer && (!allocating || physical(il) == il); };
-        reuse = [&](int32_t il) { allocating = false; return il < n_layer && physical(il) != il ? physical(il) : -1; };
-    } else if (hparams.n_layer_nextn > 0) {
-        filter = [n_layer](int32_t il) { return il < n_layer; };
+        filter = [&](int32_t il) { return is_ours(il) && (!allocating || physical(il) == il); };
+        reuse = [&](int32_t il) { allocating = false; return is_ours(il) && physical(il) != il ? physical(il) : -1; };
+    } else {
+        filter = is_ours;
     }
     return std::make_unique<llama_kv_cache>(model, is_plan ? hparams_plan : hparams, params.type_k, params.type_v, /*v_trans =*/false, params.offload,
             /*unified =*/true, n_cells, params.n_seq_max, /*n_pad =*/1, /*n_swa =*/0, LLAMA_SWA_TYPE_NONE, nullptr, filter, reuse, nullptr);

@@ -6,6 +6,7 @@
 //     u32 seq_id, i32 n_pos, n_prompt, n_whole, u32 kv_size, u64 fingerprints of the options and of the
 //     adapters, u32 spans, i32 [start, end) of each
 //     of each layer and KV head: u32 n_kept, i32 pos[n_kept], rows of K and then of V, [n_kept + n_pos - n_prompt]
+//     where the model has layers that are not ours: u64 n, u8 [n] what upstream writes of them
 //   u64 checksum of all that
 //
 // A sequence is saved when it is compressed; one that is being read cannot be. Everything is read, bounded by what the context
@@ -29,6 +30,7 @@
 
 static constexpr uint32_t STATE_MAGIC = 0x76736b68; // "hksv"
 static constexpr uint32_t STATE_VERSION = 5;
+static constexpr uint32_t STATE_VERSION_BESIDE = 6; // with layers that are not ours
 
 enum state_kind_t : uint32_t { STATE_SEQUENCE = 1,
     STATE_CONTEXT = 2 };
@@ -100,6 +102,7 @@ struct saved_seq {
     llama_seq_id seq_id;
     headkv_seq seq;
     std::vector<std::vector<saved_head>> heads; // [i_layer][ih]
+    std::vector<uint8_t> beside;
 };
 
 } // namespace
@@ -234,7 +237,7 @@ void llama_kv_cache_ragged::state_write(llama_io_write_i & io, llama_seq_id seq_
 
     writer_t to = { io, {}, {} };
     to.number(STATE_MAGIC);
-    to.number(STATE_VERSION);
+    to.number(the_beside ? STATE_VERSION_BESIDE : STATE_VERSION);
     to.number(seq_id < 0 ? STATE_CONTEXT : STATE_SEQUENCE);
     to.number(get_fingerprint());
     to.number((uint32_t) type_k);
@@ -268,6 +271,11 @@ void llama_kv_cache_ragged::state_write(llama_io_write_i & io, llama_seq_id seq_
                 to.rows(layer.k, range.off, n_rows);
                 to.rows(layer.v, range.off, n_rows);
             }
+        }
+        if (the_beside) {
+            const auto beside = the_beside->save(s);
+            to.number((uint64_t) beside.size());
+            to.bytes(beside.data(), beside.size());
         }
     }
     const uint64_t sum = to.sum.value;
@@ -382,7 +390,7 @@ void llama_kv_cache_ragged::state_read(llama_io_read_i & io, llama_seq_id seq_id
         if (from.number<uint32_t>() != STATE_MAGIC) {
             throw std::runtime_error("it is not one of a compressed cache");
         }
-        from.expect(STATE_VERSION, "its version");
+        from.expect(the_beside ? STATE_VERSION_BESIDE : STATE_VERSION, "its version");
         if (from.number<uint32_t>() != (one ? STATE_SEQUENCE : STATE_CONTEXT)) {
             throw std::runtime_error(one ? "it is one of a whole context, not of a sequence" : "it is one of a sequence, not of a whole context");
         }
@@ -407,6 +415,9 @@ void llama_kv_cache_ragged::state_read(llama_io_read_i & io, llama_seq_id seq_id
         std::vector<bool> seen(seqs.size(), false);
         for (uint32_t i = 0; i < n_seqs; ++i) {
             saved.push_back(read_seq(from, the_store, n_ctx_seq, adapters, limits));
+            if (the_beside) {
+                saved.back().beside = from.array<uint8_t>(from.number<uint64_t>());
+            }
             llama_seq_id & s = saved.back().seq_id;
             s = one ? seq_id : s;
             if (s < 0 || s >= (llama_seq_id) seqs.size() || seen[s]) {
@@ -433,6 +444,9 @@ void llama_kv_cache_ragged::state_read(llama_io_read_i & io, llama_seq_id seq_id
             for (size_t i = 0; i < the_store.layers.size(); ++i) {
                 put_layer(the_store, the_store.layers[i], it.seq_id, it.heads[i], n_tail, cfg->n_buckets);
             }
+            if (the_beside) {
+                the_beside->restore(it.seq_id, it.beside);
+            }
             seqs[it.seq_id] = it.seq;
             seqs[it.seq_id].n_tail = n_tail;
         }
@@ -440,6 +454,9 @@ void llama_kv_cache_ragged::state_read(llama_io_read_i & io, llama_seq_id seq_id
         if (changed && one) {
             seqs[seq_id] = headkv_seq();
             drop_rows(seq_id);
+            if (the_beside) {
+                the_beside->remove(seq_id, 0);
+            }
         } else if (changed) {
             clear(true);
         }

@@ -19,27 +19,31 @@
 // construction
 //
 
-static headkv_heads heads_of(const llama_hparams & hparams) {
+static headkv_heads heads_of(const llama_hparams & hparams, const headkv_layer_owners & owners) {
     headkv_heads res;
     for (uint32_t il = 0; il < hparams.n_layer(); ++il) {
-        res.n_head_kv.push_back(hparams.n_head_kv(il));
-        res.n_head.push_back(hparams.n_head_kv(il) > 0 ? hparams.n_head(il) : 0);
+        res.n_head_kv.push_back(owners.ours[il] ? hparams.n_head_kv(il) : 0);
+        res.n_head.push_back(owners.ours[il] ? hparams.n_head(il) : 0);
     }
     return res;
 }
 
 llama_kv_cache_ragged::llama_kv_cache_ragged(
         const llama_model & model,
+        headkv_layer_owners owners,
         ggml_type type_k,
         ggml_type type_v,
         const llama_cparams & cparams,
         headkv_config_ptr cfg) :
     model(model), hparams(model.hparams), cfg(std::move(cfg)), n_ctx_seq(cparams.n_ctx_seq), cparams(cparams), type_k(type_k), type_v(type_v),
-    heads(heads_of(hparams)), budgets(headkv_budget(*this->cfg, heads)), seqs(cparams.n_seq_max),
+    owners(std::move(owners)), heads(heads_of(hparams, this->owners)), budgets(headkv_budget(*this->cfg, heads)), seqs(cparams.n_seq_max),
     the_staging(model, staging_params(), shapes()) {
     make_layers(the_store);
     make_layers(the_store_twin);
     make_twin();
+    if (this->owners.any_beside()) {
+        the_beside = std::make_unique<headkv_beside>(model, this->owners, type_k, type_v, cparams);
+    }
     if (const std::string why_not = headkv_why_no_fit(the_store.layers); this->cfg->fit == HEADKV_FIT_VALUES && !why_not.empty()) {
         throw std::invalid_argument(why_not);
     }
@@ -56,7 +60,7 @@ headkv_staging::params_t llama_kv_cache_ragged::staging_params() const {
 std::vector<headkv_layer_shape> llama_kv_cache_ragged::shapes() const {
     std::vector<headkv_layer_shape> res;
     for (uint32_t il = 0; il < hparams.n_layer(); ++il) {
-        if (hparams.n_head_kv(il) == 0) {
+        if (!owners.ours[il]) {
             continue;
         }
         headkv_layer_shape shape;
@@ -161,9 +165,16 @@ void llama_kv_cache_ragged::note_peak() {
 
 std::map<ggml_backend_buffer_type_t, size_t> llama_kv_cache_ragged::memory_breakdown() const {
     if (hparams.no_alloc) {
-        return const_cast<headkv_staging &>(the_staging).twin().memory_breakdown(); // the peak while a prompt of n_ctx tokens is read
+        auto res = const_cast<headkv_staging &>(the_staging).twin().memory_breakdown(); // the peak while a prompt of n_ctx tokens is read
+        if (the_beside) {
+            the_beside->add_to(res);
+        }
+        return res;
     }
     std::map<ggml_backend_buffer_type_t, size_t> res;
+    if (the_beside) {
+        the_beside->add_to(res);
+    }
     the_staging.add_to(res);
     for (const auto & layer : the_store.layers) {
         if (layer.buf) {
@@ -200,6 +211,9 @@ void llama_kv_cache_ragged::clear(bool data) {
     for (auto & seq : seqs) {
         seq.on(HEADKV_EV_REMOVE);
     }
+    if (the_beside) {
+        the_beside->clear();
+    }
     broken.clear();
     release_idle();
 }
@@ -208,6 +222,9 @@ void llama_kv_cache_ragged::drop_pass(llama_seq_id seq_id, bool gives_up) {
     the_pass.reset();
     abort_compression();
     the_staging.cache().clear(false);
+    if (the_beside) {
+        the_beside->remove(seq_id, 0);
+    }
     headkv_seq & seq = seqs[seq_id];
     const auto announced_cfg = std::make_pair(seq.cfg_next, seq.n_next);
     seq.on(HEADKV_EV_REMOVE);
@@ -261,15 +278,18 @@ bool llama_kv_cache_ragged::seq_rm(llama_seq_id seq_id, llama_pos p0, llama_pos 
         if (seq.is_staged()) {
             the_staging.cache().seq_rm(seq_id, -1, -1);
         }
+        if (the_beside) {
+            the_beside->remove(seq_id, 0);
+        }
         seq.on(HEADKV_EV_REMOVE);
         release_idle();
         drop_rows(seq_id);
         return true;
     }
-    const llama_pos n_gone = seq.cut(p0);
-    if (n_gone < 0) {
+    if (!seq.can_cut(p0) || (the_beside && !the_beside->remove(seq_id, p0))) {
         return false;
     }
+    const llama_pos n_gone = seq.cut(p0);
     if (seq.is_staged()) {
         the_staging.cache().seq_rm(seq_id, p0, -1);
     } else {
@@ -315,7 +335,11 @@ void llama_kv_cache_ragged::seq_div(llama_seq_id seq_id, llama_pos p0, llama_pos
 
 llama_pos llama_kv_cache_ragged::seq_pos_min(llama_seq_id seq_id) const {
     const bool is_known = seq_id >= 0 && (size_t) seq_id < seqs.size();
-    return !is_known || is_reading(seq_id) ? -1 : seqs[seq_id].pos_min(); // nothing of upstream's catches an exception here
+    if (!is_known || is_reading(seq_id) || seqs[seq_id].n_pos == 0) {
+        return -1; // nothing of upstream's catches an exception here
+    }
+    const llama_pos beside = the_beside ? std::min(the_beside->pos_min(seq_id), seqs[seq_id].n_pos - 1) : 0;
+    return std::max(seqs[seq_id].pos_min(), beside);
 }
 
 llama_pos llama_kv_cache_ragged::seq_pos_max(llama_seq_id seq_id) const {
@@ -494,6 +518,9 @@ bool llama_kv_cache_ragged::compress(llama_context * lctx, llama_seq_id seq_id, 
         return headkv_fail(format("sequence %d is being read layer by layer: give its whole prompt again until it is read, or remove it", seq_id));
     }
     if (seq_id_dst != seq_id) {
+        if (the_beside) {
+            return headkv_fail("a model with windowed or recurrent layers holds a prompt once: compress it as itself, or read it again");
+        }
         if (seq.state != HEADKV_SEQ_STAGED) {
             return headkv_fail(format("sequence %d is not a prompt that is held as a whole: read it in upstream's order, do not compress it", seq_id));
         }

@@ -5,6 +5,7 @@
 
 #include "headkv-archive.h"
 #include "headkv-batch.h"
+#include "headkv-beside.h"
 #include "headkv-compress.h"
 #include "headkv-config.h"
 #include "headkv-policy.h"
@@ -34,6 +35,9 @@
 // Sequences are independent of each other: some can be read while others are decoded, in one batch. Tokens of compressed
 // sequences share their ubatches. One sequence at a time is read layer by layer, and only while no other one is staged.
 //
+// Layers with windowed attention or a recurrent state are upstream's: every ubatch goes through them as well, and what they
+// hold of a sequence goes with it.
+//
 // Positions always are the logical ones. A compressed sequence can be truncated as far as every head still has its last
 // cells: those that are kept because they are recent.
 
@@ -41,6 +45,7 @@ class llama_kv_cache_ragged : public llama_memory_i {
 public:
     llama_kv_cache_ragged(
             const llama_model & model,
+            headkv_layer_owners owners,
             ggml_type type_k,
             ggml_type type_v,
             const llama_cparams & cparams,
@@ -161,6 +166,8 @@ public:
     headkv_store & store_twin() { return the_store_twin; } // without memory, for worst-case graphs
     headkv_staging & staging() { return the_staging; }
     const headkv_staging & staging() const { return the_staging; }
+    headkv_beside * beside() { return the_beside.get(); } // null = all layers are ours
+    size_t bytes_beside() const { return the_beside ? the_beside->n_bytes() : 0; }
 
     bool is_reading(llama_seq_id seq_id) const { return the_pass && the_pass->seq_id == seq_id; } // layer by layer, between its first and its last step
 
@@ -212,6 +219,7 @@ private:
     const ggml_type type_k;
     const ggml_type type_v;
 
+    const headkv_layer_owners owners;
     const headkv_heads heads; // of the layers with KV heads
     std::vector<std::vector<uint32_t>> budgets; // [il][ih] window included, of long prompts
 
@@ -220,6 +228,7 @@ private:
     headkv_staging the_staging;
     headkv_store the_store;
     headkv_store the_store_twin;
+    std::unique_ptr<headkv_beside> the_beside;
 
     std::unique_ptr<headkv_pass> the_pass; // the layer-major prompt in progress
     std::unique_ptr<headkv_compression> running;  // the compression in progress, of its layers or of one prompt
@@ -280,6 +289,8 @@ private:
     bool want_tails(const headkv_split & split, bool resumed); // whether one is too short
     bool is_layered(const headkv_split & split, bool compresses) const; // whether a prompt is read layer by layer
     bool want_staging(const headkv_split & split, bool compresses, uint32_t n_hidden); // whether it has to be allocated
+
+    std::vector<headkv_beside_context> prepare_beside(const headkv_split & split, bool layered) const; // throws
 
     bool end_layer(int32_t il); // all ubatches of the pass went through it
     void drop_unbegun(); // pass
