@@ -9,6 +9,7 @@
 
 #include "llama-context.h"
 #include "llama-impl.h"
+#include "llama-model.h"
 
 #include <algorithm>
 #include <limits>
@@ -313,6 +314,29 @@ const char * headkv_get_policy(const struct llama_context * ctx) {
     }
     const llama_kv_cache_ragged * kv = get_kv(ctx);
     return kv ? kv->config().policy.c_str() : "full";
+}
+
+int32_t headkv_get_heads(const struct llama_model * model, int32_t * n_head, int32_t * n_head_kv, int32_t * n_embd_head, int32_t n) {
+    return guarded([&]() -> int32_t {
+        if (!model) {
+            return fail("the model is null");
+        }
+        const auto & hparams = model->hparams;
+        const auto n_layer = (int32_t) hparams.n_layer();
+        if (!n_head || !n_head_kv || !n_embd_head || n == 0) {
+            return n_layer;
+        }
+        if (n < n_layer) {
+            return fail(format("room for %d values, %d are needed", n, n_layer));
+        }
+        const headkv_layer_owners owners = headkv_owners_of_model(*model);
+        for (int32_t il = 0; il < n_layer; ++il) {
+            n_head[il] = owners.ours[il] ? (int32_t) hparams.n_head(il) : 0;
+            n_head_kv[il] = owners.ours[il] ? (int32_t) hparams.n_head_kv(il) : 0;
+            n_embd_head[il] = owners.ours[il] ? (int32_t) hparams.n_embd_head_k(il) : 0;
+        }
+        return n_layer;
+    });
 }
 
 int32_t headkv_get_budget(const struct llama_context * ctx, int32_t * dst, int32_t n) {

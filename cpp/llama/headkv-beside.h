@@ -28,6 +28,9 @@ struct headkv_layer_owners {
 // that has no K and V per head.
 headkv_layer_owners headkv_owners_of(const llama_memory_i & memory, const llama_hparams & hparams);
 
+// The same of a model that no context was made for yet. Throws with the reason where none can be compressed; headkv-hooks.cpp.
+headkv_layer_owners headkv_owners_of_model(const llama_model & model);
+
 // the contexts of one ubatch; what the model has not is null
 struct headkv_beside_context {
     std::unique_ptr<llama_kv_cache_context> windowed;

@@ -108,6 +108,21 @@ static headkv_layer_owners ask_owners(const llama_model & model, const llama_mem
     return res;
 }
 
+headkv_layer_owners headkv_owners_of_model(const llama_model & model) {
+    llama_cparams cparams = {};
+    cparams.n_ubatch = 32;
+    cparams.flash_attn = true;
+    cparams.causal_attn = model.hparams.causal_attn;
+    llama_memory_params params = {};
+    params.type_k = params.type_v = GGML_TYPE_F16;
+    params.ctx_type = LLAMA_CONTEXT_TYPE_DEFAULT;
+    const std::string why = refusal(model, params, cparams);
+    if (!why.empty()) {
+        throw std::runtime_error(not_possible(model, why));
+    }
+    return ask_owners(model, params, cparams);
+}
+
 llama_memory_i * headkv_create_memory(const llama_model & model, const llama_memory_params & params, const llama_cparams & cparams) {
     const headkv_config_ptr cfg = headkv_thread_config();
     if (!cfg) {
