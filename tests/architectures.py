@@ -251,6 +251,7 @@ VARIANTS: list[tuple[str, str, Keys]] = [
     *((arch, "M-RoPE", MROPE) for arch in ("glm4", "glm4moe", "hunyuan_vl")),
     *((arch, "sliding window", SWA_PERIOD) for arch in ("gemma3", "olmo2", "plamo3", "smallthinker", "mellum", "laguna")),
     *((arch, "MTP head", MTP) for arch in ("glm4moe", "hy_v3")),
+    ("gemma4", "shared cells", {"block_count": 4, "attention.sliding_window_pattern": [1, 0, 1, 0], "attention.shared_kv_layers": 2}),
     ("exaone4", "sliding window", {"block_count": 64}),
     ("mpt", "no ALiBi", {"attention.max_alibi_bias": 0.0}),
     ("jais", "no ALiBi", {"attention.max_alibi_bias": 0.0}),

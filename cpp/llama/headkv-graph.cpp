@@ -471,26 +471,57 @@ static ggml_tensor * build_attend(const llm_graph_context & gctx, headkv_input &
             : build_attend_composed(gctx, inp, layer, q, k, v, kq_scale);
 }
 
+// A layer without cells of its own: to those of another one, which has been computed before, in the staging, the store, or a ring.
+static ggml_tensor * build_attend_shared(const llm_graph_context & gctx, llm_graph_input_attn_kv * inp_kv, ggml_tensor * q_cur,
+        ggml_tensor * kq_b, ggml_tensor * sinks, float kq_scale, int il) {
+    ggml_context * ctx = gctx.ctx0;
+    if (inp_kv->self_k_rot) {
+        q_cur = llama_mul_mat_hadamard(ctx, q_cur, inp_kv->self_k_rot);
+    }
+    ggml_build_forward_expand(gctx.gf, q_cur);
+
+    auto * inp = dynamic_cast<headkv_input *>(inp_kv);
+    if (!inp || !inp->store) {
+        ggml_tensor * k = inp_kv->mctx->get_k(ctx, il);
+        ggml_tensor * v = inp_kv->mctx->get_v(ctx, il);
+        return gctx.build_attn_mha(q_cur, k, v, kq_b, inp_kv->get_kq_mask(), sinks, nullptr, 0, kq_scale, il);
+    }
+    const auto * mctx = inp->mctx_ragged;
+    const headkv_store_layer & layer = *mctx->get_layer(mctx->get_kv()->layer_seen_by(il));
+    auto * attend = mctx->get_kv()->store().find(layer.il)->attend.get();
+    if (kq_b || attend->scale != kq_scale) {
+        mctx->get_kv()->refuse(format("layer %d attends to cells of layer %d in another way than that one", il, layer.il));
+    }
+    ggml_tensor * q = ggml_is_contiguous(q_cur) ? q_cur : ggml_cont(ctx, q_cur);
+    return layer.fused
+            ? headkv_build_attend_fused(ctx, attend, q, layer.k, layer.v, inp->ranges_of_layer(gctx, layer), inp->bias_of_layer(gctx, layer))
+            : build_attend_composed(gctx, *inp, layer, q, layer.k, layer.v, kq_scale);
+}
+
 ggml_tensor * headkv_build_attn(const llm_graph_context & gctx, llm_graph_input_attn_kv * inp_kv,
         ggml_tensor * wo, ggml_tensor * wo_b, ggml_tensor * wo_s,
         ggml_tensor * q_cur, ggml_tensor * k_cur, ggml_tensor * v_cur,
         ggml_tensor * kq_b, ggml_tensor * sinks, float kq_scale, int il) {
     auto * inp = dynamic_cast<headkv_input *>(inp_kv);
-    if (!inp) {
-        return nullptr;
-    }
-    note_layer(gctx, *inp, wo, wo_s, kq_b, sinks, kq_scale, il);
-    if (!inp->store) {
-        build_capture(gctx, *inp, q_cur, k_cur, il);
-        return nullptr;
-    }
     ggml_context * ctx = gctx.ctx0;
-    ggml_tensor * cur = build_attend(gctx, *inp, *inp->mctx_ragged->get_layer(il), q_cur, k_cur, v_cur, kq_scale);
+    ggml_tensor * cur;
+    if (!k_cur) {
+        cur = build_attend_shared(gctx, inp_kv, q_cur, kq_b, sinks, kq_scale, il);
+    } else if (!inp) {
+        return nullptr;
+    } else {
+        note_layer(gctx, *inp, wo, wo_s, kq_b, sinks, kq_scale, il);
+        if (!inp->store) {
+            build_capture(gctx, *inp, q_cur, k_cur, il);
+            return nullptr;
+        }
+        cur = build_attend(gctx, *inp, *inp->mctx_ragged->get_layer(il), q_cur, k_cur, v_cur, kq_scale);
+    }
     gctx.cb(cur, "kqv_out", il);
 
     // from here on as upstream's build_attn()
-    if (inp->self_v_rot) {
-        cur = llama_mul_mat_hadamard(ctx, cur, inp->self_v_rot);
+    if (inp_kv->self_v_rot) {
+        cur = llama_mul_mat_hadamard(ctx, cur, inp_kv->self_v_rot);
     }
     if (wo) {
         const bool acc_f32 = gctx.arch == LLM_ARCH_GLM4 || gctx.arch == LLM_ARCH_GLM4_MOE || gctx.arch == LLM_ARCH_JAIS2;

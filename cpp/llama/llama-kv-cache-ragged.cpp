@@ -37,7 +37,7 @@ llama_kv_cache_ragged::llama_kv_cache_ragged(
         headkv_config_ptr cfg) :
     model(model), hparams(model.hparams), cfg(std::move(cfg)), n_ctx_seq(cparams.n_ctx_seq), cparams(cparams), type_k(type_k), type_v(type_v),
     owners(std::move(owners)), heads(heads_of(hparams, this->owners)), budgets(headkv_budget(*this->cfg, heads)), seqs(cparams.n_seq_max),
-    the_staging(model, staging_params(), shapes()) {
+    the_staging(model, staging_params(), shapes(), this->owners.shared) {
     make_layers(the_store);
     make_layers(the_store_twin);
     make_twin();
