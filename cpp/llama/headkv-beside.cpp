@@ -120,9 +120,7 @@ headkv_beside::headkv_beside(const llama_model & model, const headkv_layer_owner
     if (has_any(owners.windowed)) {
         // as many cells as upstream gives a sequence of its own
         const uint32_t n_cells = GGML_PAD(std::min(cparams.n_ctx_seq, n_swa + cparams.n_ubatch), 256);
-        windowed = std::make_unique<llama_kv_cache>(model, model.hparams, type_k, type_v, /*v_trans =*/false, cparams.offload_kqv, /*unified =*/false,
-                n_cells, cparams.n_seq_max, /*n_pad =*/1, n_swa, swa_type, nullptr, [&](int32_t il) { return filter_of(owners.windowed)(il) || sharing(il); },
-                [&](int32_t il) { return sharing(il) ? owners.shared[il] : -1; }, nullptr);
+        windowed = std::make_unique<llama_kv_cache>(model, model.hparams, type_k, type_v, /*v_trans =*/false, cparams.offload_kqv, /*unified =*/false, n_cells, cparams.n_seq_max, /*n_pad =*/1, n_swa, swa_type, nullptr, [&](int32_t il) { return filter_of(owners.windowed)(il) || sharing(il); }, [&](int32_t il) { return sharing(il) ? owners.shared[il] : -1; }, nullptr);
     }
     if (has_any(owners.recurrent)) {
         recurrent = std::make_unique<llama_memory_recurrent>(model, GGML_TYPE_F32, GGML_TYPE_F32, cparams.offload_kqv, cparams.n_seq_max, cparams.n_seq_max,
