@@ -150,7 +150,8 @@ static void each_row(llama_kv_cache_ragged & kv, llama_context * lctx, llama_seq
                 ggml_tensor * k = ggml_view_2d(ctx, k_all, D, k_all->ne[1], k_all->nb[1], ih * ggml_row_size(k_all->type, D));
                 ggml_tensor * p = ggml_mul_mat(ctx, ggml_get_rows(ctx, k, t_cells), ggml_reshape_2d(ctx, q, D, m * G));
                 ggml_prec_set_acc(p, GGML_PREC_F32);
-                p = headkv_build_soft_max(ctx, ggml_reshape_3d(ctx, p, n, m, G), t_mask, layer.attend->scale, layer.attend->softcap);
+                p = headkv_build_soft_max(ctx, ggml_reshape_3d(ctx, p, n, m, G), t_mask, layer.attend->scale, layer.attend->softcap,
+                        headkv_sinks_of_head(ctx, layer.sinks, G, ih));
                 ggml_build_forward_expand(runner.gf, ggml_cpy(ctx, p, t_probs));
                 runner.run();
                 const auto probs = headkv_get_data<float>(t_probs, n * m * G);
