@@ -115,6 +115,11 @@ def test_prompt_logits_have_the_bits_of_the_stock_cache(ran: list[Result]) -> No
     assert [r.name for r in ran if not (r.same_prompt and r.finite)] == []
 
 
+def test_kept_cells_are_those_of_the_definition(ran: list[Result]) -> None:
+    """Out of the engine's own queries and keys, with the scale, the cap and the sinks of each layer."""
+    assert {r.name: r.n_other for r in ran if r.n_other} == {}
+
+
 def test_every_head_keeps_its_budget_or_the_whole_prompt(ran: list[Result]) -> None:
     assert {r.n_kept for r in ran} == {(architectures.KV_SIZE, architectures.N_PROMPT)}
 

@@ -18,7 +18,7 @@ from llama_cpp import llama_cpp
 from test_sequences import Sequences
 
 N_SHORT, N_LONG = 150, 700  # a ring holds 256 tokens, and the window is 32
-WINDOWED = ["gemma3 (sliding window)", "gemma2", "cohere2", "llama4", "gemma4 (shared cells)"]
+WINDOWED = ["gemma3 (sliding window)", "gemma2", "cohere2", "llama4", "gpt-oss", "gemma4 (shared cells)"]
 RECURRENT = ["jamba", "falcon-h1", "qwen3next", "lfm2", "granitehybrid", "nemotron_h"]
 ALL = pytest.mark.parametrize("name", WINDOWED + RECURRENT)
 

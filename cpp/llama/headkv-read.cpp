@@ -232,6 +232,18 @@ int32_t headkv_window_of(const llama_kv_cache_ragged & kv, llama_seq_id seq_id, 
     return (int32_t) slots.size();
 }
 
+int32_t headkv_softmax_of(const llama_kv_cache_ragged & kv, int32_t il, float * dst, int64_t n) {
+    const headkv_store_layer & layer = *kv.store().find(il);
+    const int64_t n_values = 2 + (layer.sinks ? layer.n_head : 0);
+    check_room(n, n_values);
+    dst[0] = layer.attend->scale;
+    dst[1] = layer.attend->softcap;
+    if (layer.sinks) {
+        ggml_backend_tensor_get(layer.sinks, dst + 2, 0, layer.n_head * sizeof(float));
+    }
+    return (int32_t) n_values;
+}
+
 int32_t headkv_refs_of(const llama_kv_cache_ragged & kv, llama_seq_id seq_id, int32_t il, float * dst, int64_t n) {
     const auto slots = kv.seq(seq_id).ref_slots(seq_id);
     ggml_tensor * refs = kv.staging().refs(il);
