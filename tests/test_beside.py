@@ -221,18 +221,34 @@ def test_what_went_through_a_recurrent_layer_cannot_be_taken_back(name: str, mod
 
 
 @pytest.mark.parametrize("name", [WINDOWED[0], RECURRENT[0]])
-def test_what_is_not_possible_says_so(name: str, models: dict[str, Lent], tmp_path: Path) -> None:
-    with sequences(models[name], n_seq_max=2, prefill="token") as many:
-        many.decode({0: prompt_of(N_SHORT, 1)})
-        lib = many.headkv.lib
-        assert lib.headkv_compress_as(many.ctx, 0, 1) < 0
-        assert "a model with windowed or recurrent layers holds a prompt once" in many.headkv.last_error()
-        many.end_prompt(0)
-        many.decode({0: [3]})
+def test_an_archive_is_refused(name: str, models: dict[str, Lent], tmp_path: Path) -> None:
+    with sequences(models[name]) as one:
+        lib = one.headkv.lib
         params = lib.headkv_default_archive_params()
         params.folder = str(tmp_path).encode()
-        assert lib.headkv_set_archive(many.ctx, ctypes.byref(params)) < 0
-        assert "layers with windows or recurrent states" in many.headkv.last_error()
+        assert lib.headkv_set_archive(one.ctx, ctypes.byref(params)) < 0
+        assert "layers with windows or recurrent states" in one.headkv.last_error()
+
+
+@ALL
+def test_a_prompt_is_compressed_as_another_sequence(name: str, models: dict[str, Lent]) -> None:
+    """The copy goes on as the prompt itself would, which stays as it is and is compressed again."""
+    prompt, new = prompt_of(N_LONG, 1), prompt_of(4, 2)
+    expected = alone(models[name], prompt, new, prefill="token")
+    with sequences(models[name], n_seq_max=3, prefill="token") as many:
+        many.announce(0, N_LONG)
+        many.decode({0: prompt})
+        for s in (2, 1):
+            many.headkv.check(many.headkv.lib.headkv_compress_as(many.ctx, 0, s))
+            many.n_past[s] = N_LONG
+            assert (many.state(0), many.state(s)) == (1, 2)
+            for i, token in enumerate(new):
+                assert nmse(many.decode({s: [token]})[s], expected[i + 1]) < 1e-6
+        many.end_prompt(0)
+        for i, token in enumerate(new):
+            assert nmse(many.decode({0: [token]})[0], expected[i + 1]) < 1e-6
+        many.remove(2)
+        assert nmse(many.decode({1: [7]})[1], many.decode({0: [7]})[0]) < 1e-6
 
 
 def test_images_are_refused_and_texts_go_on(models: dict[str, Lent]) -> None:
