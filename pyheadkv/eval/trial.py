@@ -143,7 +143,9 @@ class Trial:
         if n < len(self._tokens):
             # a compression needs the queries of the last tokens, or of all, which are those that were read last
             n = 0 if self._by_all_tokens else min(n, max(0, len(tokens) - self.window))
-            self._remove(0, n)
+            if not self.llm._ctx.kv_cache_seq_rm(0, n, -1):  # windowed or recurrent layers have lost what is before
+                n = 0
+                self._remove(0, -1)
             self.llm.n_tokens = n
         if n < len(tokens):
             self.llm.eval(list(tokens[n:]))
