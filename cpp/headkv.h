@@ -286,10 +286,17 @@ LLAMA_API const char * headkv_get_policy(const struct llama_context * ctx);
 // Returns the number of values; dst may be NULL to ask for it.
 LLAMA_API int32_t headkv_get_budget(const struct llama_context * ctx, int32_t * dst, int32_t n);
 
+// what a layer has that is not compressed, whether or not its heads are
+enum headkv_kept_aside {
+    HEADKV_BESIDE_WINDOW = 1, // attention that ends at a window
+    HEADKV_BESIDE_STATE = 2, // a recurrent state
+};
+
 // Heads of the layers that a context of the model compresses, each [n_layer], 0 for those that it does not: layers with windowed
-// attention, a recurrent state, or no attention. n: values that there is room for; null or 0 = returns n_layer only.
-// Fails with the reason where no context of the model can be compressed.
-LLAMA_API int32_t headkv_get_heads(const struct llama_model * model, int32_t * n_head, int32_t * n_head_kv, int32_t * n_embd_head, int32_t n);
+// attention, a recurrent state, or no attention. beside: sums of enum headkv_kept_aside. n: values that there is room for; null or 0 =
+// returns n_layer only. Fails with the reason where no context of the model can be compressed.
+LLAMA_API int32_t headkv_get_heads(const struct llama_model * model, int32_t * n_head, int32_t * n_head_kv, int32_t * n_embd_head,
+        int32_t * beside, int32_t n);
 
 // Cells each head holds now, generated tokens included; same shape. Of a prompt that was read layer by layer, whose last layer
 // waits for headkv_end_prompt(), the other layers hold what they kept.

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from .gguf_header import Header, PathLike, read_header
+from .layers import heads_by_layer
 
 VERSION = 1  # of the keys that hold it in a GGUF
 
@@ -80,7 +81,7 @@ def fit_heads(values: NDArray[np.float64], model: PathLike) -> NDArray[np.float6
     ValueError : ``values`` has neither shape
     """
     header = read_header(model)
-    heads = header.heads_by_layer() or []
+    heads = heads_by_layer(header) or []
     n_head, n_head_kv = (max(counts, default=0) for counts in (zip(*heads) if heads else ((), ())))
     if values.shape == (len(heads), n_head_kv) and n_head_kv != n_head:
         per_kv, values = values, np.zeros((len(heads), n_head))
@@ -92,8 +93,9 @@ def fit_heads(values: NDArray[np.float64], model: PathLike) -> NDArray[np.float6
 
 
 def check_model_heads(header: Header, values: NDArray[np.float64]) -> None:
-    """Refuse an importance that is not (layers, query heads), or above 0 for a head that its layer does not have."""
-    heads = header.heads_by_layer()
+    """Refuse an importance that is not (layers, query heads), or above 0 for a head that its layer does not have. Layers that are
+    not compressed take no part, whatever it says of them."""
+    heads = heads_by_layer(header)
     if heads is None:
         return
     n_head = max(n for n, _ in heads)
@@ -103,8 +105,8 @@ def check_model_heads(header: Header, values: NDArray[np.float64]) -> None:
                 f"{header.path}: importance has shape {values.shape}, the model has {header.arch}.{name} = {want}: "
                 "use the importance that was measured on this model"
             )
-    for il, (n, _) in enumerate(heads):
-        if values[il, n:].any():
+    for il, (n, n_kv) in enumerate(heads):
+        if n_kv and values[il, n:].any():
             ih = n + int(values[il, n:].argmax())
             raise ValueError(
                 f"{header.path}: importance of layer {il} head {ih} is {values[il, ih]}, but this layer has {n} query heads: "

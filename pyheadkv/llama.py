@@ -23,6 +23,7 @@ from .archive import ArchiveLike, ArchiveStats, archive_stats, check_archive
 from .grammar import GrammarSampler, check_grammar
 from .importance import Found, find_importance
 from .importance_values import Importance
+from .layers import bytes_beside
 from .model import read_shape
 from .options import (
     AUTO,
@@ -66,7 +67,8 @@ class KVStats:
     bytes_store : bytes of K and V allocated for compressed cells, all layers
     bytes_staging : bytes allocated for reading a prompt, 0 after compression
     bytes_peak : largest sum of staging, scratch and store during the last prompt
-    bytes_full : bytes that n_past cells of an uncompressed cache take
+    bytes_full : bytes that n_past cells of an uncompressed cache take, in the layers that are compressed
+    bytes_beside : bytes of the layers that are not, windows and recurrent states, of all sequences; they do not grow
     compress_ms : duration of the last compression in ms
     n_archived : first tokens of the prompt whose K and V came from the archive
     n_heads_fitted : KV heads whose values were fitted, of those that dropped cells
@@ -84,6 +86,7 @@ class KVStats:
     bytes_staging: int
     bytes_peak: int
     bytes_full: int
+    bytes_beside: int
     compress_ms: float
     n_archived: int
     n_heads_fitted: int
@@ -134,7 +137,8 @@ class Llama(llama_cpp.Llama):
     kv_ratio : instead of ``kv_size``, its share of the length of each prompt, above 0 and at
         most 1
     kv_bytes : instead of ``kv_size``, bytes of K and V that the cells of all heads take
-        after the prompt, a number or such as "64MiB"; generated tokens come on top
+        after the prompt, a number or such as "64MiB"; generated tokens come on top. Of models with windowed attention or
+        recurrent layers it counts what these take too, and the other layers share what is left
     policy : which cells each head keeps: three choices, budget, rank and fit, by one name. "auto" (the default; the attribute
         ``policy`` says what it chose): with ``question="known"`` "headkv" when the importance of the heads is known, else "adakv";
         with "later" "replay/value", "importance/value" or "adaptive/value", the first for which enough is known.
@@ -206,7 +210,8 @@ class Llama(llama_cpp.Llama):
     n_tail, attend, n_buckets : see ``cpp/headkv.h``
     **kwargs : every argument of ``llama_cpp.Llama``; ``flash_attn`` is on when
         compression is, also where False is passed: that is upstream's default, which
-        wrappers pass on, and there is no compression without it
+        wrappers pass on, and there is no compression without it. ``swa_full`` is off then: layers with
+        windowed attention hold their window, the others are compressed
 
     Raises
     ------
@@ -329,7 +334,7 @@ class Llama(llama_cpp.Llama):
                     model_path,
                     recent=options.recent,
                     n_ctx=n_ctx,
-                    **{name: kwargs.get(name) for name in ("type_k", "type_v")},
+                    **{name: kwargs[name] for name in ("type_k", "type_v", "n_batch", "n_ubatch") if kwargs.get(name) is not None},
                 ),
             )
         self.kv_options = options
@@ -340,7 +345,7 @@ class Llama(llama_cpp.Llama):
             self.kv_options = options = replace(options, question="later")
         if kwargs.get("embedding"):
             raise ValueError("embedding=True: embeddings have no generation to speed up, use kv_size=None")
-        kwargs["flash_attn"] = True
+        kwargs["flash_attn"], kwargs["swa_full"] = True, False
 
         params = options.to_params(self._importance, None, self._replay)
         try:
@@ -875,6 +880,7 @@ class Llama(llama_cpp.Llama):
             bytes_staging=s.bytes_staging,
             bytes_peak=s.bytes_peak,
             bytes_full=s.bytes_full,
+            bytes_beside=s.bytes_beside,
             compress_ms=s.t_compress_us / 1000,
             n_archived=s.n_archived,
             n_heads_fitted=s.n_heads_fitted,
@@ -979,29 +985,43 @@ def n_common(a: Sequence[int] | npt.NDArray[np.int32], b: Sequence[int]) -> int:
 
 
 def cells_in(
-    n_bytes: int, model_path: str | PathLike[str], *, recent: int, n_ctx: int, type_k: int | None = None, type_v: int | None = None
+    n_bytes: int,
+    model_path: str | PathLike[str],
+    *,
+    recent: int,
+    n_ctx: int,
+    type_k: int = llama_cpp.GGML_TYPE_F16,
+    type_v: int = llama_cpp.GGML_TYPE_F16,
+    n_batch: int = 512,
+    n_ubatch: int = 512,
 ) -> int:
-    """Cells per KV head that take so many bytes together; no more than a prompt can have.
+    """Cells per KV head that take so many bytes together, with what the layers take that are not compressed; no more than a prompt
+    can have.
 
     Parameters
     ----------
     n_ctx : 0 = that of the model
-    type_k, type_v : ggml types; None = f16
+    type_k, type_v : ggml types
+    n_batch, n_ubatch : tokens, of which windows have room for one ubatch
 
     Raises
     ------
-    ValueError : the bytes do not hold the recent cells
+    ValueError : the bytes do not hold the recent cells, or the model cannot be compressed
     """
     shape = read_shape(model_path)
-    f16 = llama_cpp.GGML_TYPE_F16
-    cell = row_bytes(f16 if type_k is None else type_k, shape.n_embd_head_k) + row_bytes(
-        f16 if type_v is None else type_v, shape.n_embd_head_v
-    )
-    kv_size = n_bytes // (cell * shape.n_heads_kv)
+    if shape.why_not:
+        raise ValueError(f"kv_bytes={n_bytes}: {shape.why_not}")
+    cell = row_bytes(type_k, shape.n_embd_head_k) + row_bytes(type_v, shape.n_embd_head_v)
+    n_ctx = n_ctx or shape.n_ctx_train
+    n_beside = 0
+    if shape.n_windowed or shape.n_recurrent:
+        n_beside = bytes_beside(model_path, n_ctx=n_ctx, n_ubatch=min(n_ctx, n_batch, n_ubatch), type_k=type_k, type_v=type_v)
+    kv_size = (n_bytes - n_beside) // (cell * shape.n_heads_kv)
     if kv_size <= recent:
-        least = (recent + 1) * cell * shape.n_heads_kv
+        least = n_beside + (recent + 1) * cell * shape.n_heads_kv
+        others = f"{n_beside} bytes are those of the layers that are not compressed, which leaves " if n_beside else ""
         raise ValueError(
-            f"kv_bytes={n_bytes}: {kv_size} cells for each of {shape.n_heads_kv} KV heads, which must hold the {recent} recent "
-            f"ones and one more: use at least {least} bytes"
+            f"kv_bytes={n_bytes}: {others}{max(0, kv_size)} cells for each of {shape.n_heads_kv} KV heads, which must hold the {recent} "
+            f"recent ones and one more: use at least {least} bytes"
         )
-    return min(kv_size, n_ctx or shape.n_ctx_train)
+    return min(kv_size, n_ctx)

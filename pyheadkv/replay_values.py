@@ -28,6 +28,7 @@ from .atomic_write import check_destination, replace_file
 from .gguf_copy import Field, copy_with_fields
 from .gguf_header import ARRAY, FLOAT32, FLOAT64, REMEDY_DAMAGED, STRING, UINT32, Header, PathLike, read_header
 from .gguf_keys import typed
+from .layers import heads_by_layer
 from .score_files import MAX_SCORE_BYTES, no_duplicates
 
 VERSION = 1
@@ -102,7 +103,7 @@ def check_model_replay(header: Header, table: ReplayTable) -> None:
     ------
     ValueError : with the remedy
     """
-    heads = header.heads_by_layer()
+    heads = heads_by_layer(header)
     if heads is None:
         return
     n_head_kv = max(n for _, n in heads)
@@ -116,7 +117,7 @@ def check_model_replay(header: Header, table: ReplayTable) -> None:
     if table.values[:, ~is_there].any():
         il, ih = next((il, ih) for il, ih in np.argwhere(~is_there) if table.values[:, il, ih].any())
         raise ValueError(
-            f"{header.path}: the replay table gives layer {il} KV head {ih} a share, but the layer has {heads[il][1]}: {REMEDY}"
+            f"{header.path}: the replay table gives layer {il} KV head {ih} a share, but the layer has {heads[il][1]} that are compressed: {REMEDY}"
         )
     for share, mean in zip(table.shares, table.values[:, is_there].mean(1), strict=True):
         if abs(mean - share) > MEAN_WITHIN * share:

@@ -21,6 +21,7 @@ from pyheadkv.eval.journal import commit, machine, read_lines
 from pyheadkv.eval.report import table
 from pyheadkv.gguf_header import read_header
 from pyheadkv.importance import find_importance
+from pyheadkv.layers import heads_by_layer
 from pyheadkv.score.measure import kv_scores, rank_correlation
 from pyheadkv.score.replay import SHARES, head_shares, outcomes_of_entries
 
@@ -39,7 +40,7 @@ def report(model: Path, run: Path, log: Path | None) -> list[str]:
     """The tables of one model."""
     made = json.loads(run.read_text(encoding="utf-8"))
     outcomes = outcomes_of_entries(read_lines(run.with_name(run.name + ".part"))[1], name=str(run))
-    heads = read_header(model).heads_by_layer()
+    heads = heads_by_layer(read_header(model))
     found = find_importance(model)
     importance = None if found is None else kv_scores(found.importance.values, heads)
     values = head_shares(np.array([o.values for o in outcomes]), heads)

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from pyheadkv.eval.journal import read_lines
 from pyheadkv.eval.report import table
 from pyheadkv.gguf_header import read_header
+from pyheadkv.layers import heads_by_layer
 from pyheadkv.score.measure import kv_scores, rank_correlation
 
 SIZES = (4, 8, 12, 24)
@@ -39,7 +40,7 @@ def main() -> None:
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUN.json.part", help="of pyheadkv score --keep")
     parser.add_argument("-o", "--output", type=Path, metavar="FILE.md")
     args = parser.parse_args()
-    heads = read_header(args.model).heads_by_layer()
+    heads = heads_by_layer(read_header(args.model))
     runs = [scores_of(path, heads) for path in args.runs]
     rows = []
     for name, _, scores in runs:

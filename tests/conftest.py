@@ -89,6 +89,9 @@ SHAPES = [
     Shape("mistral-gqa2", "llama", 8, 4, n_layer=2),
 ]
 
+WINDOWED = Shape("gemma3-gqa4", "gemma3", 8, 2, n_layer=4)  # of which layers 1 and 3 attend to all tokens, the others to 32
+HYBRID = Shape("lfm2-gqa4", "lfm2", 8, 2, n_layer=4)  # of which layers 1 and 3 attend, the others are recurrent
+
 
 @pytest.fixture(scope="session")
 def library() -> None:

@@ -20,7 +20,7 @@ except ImportError as error:
 
 from conftest import SHAPES, Shape, load, tokens
 
-from pyheadkv import cli
+from pyheadkv import cli, layers
 from pyheadkv.cli import inspect, plan
 from pyheadkv.cli.plan import MemoryModel
 from pyheadkv.model import read_shape
@@ -152,7 +152,7 @@ def compute_bytes_in(log: str) -> int:
 def test_compute_buffers_of_real_contexts_are_planned(path: Path, model: MemoryModel, kind: str, n_ctx: int) -> None:
     options = {"flash_attn": True} if kind == "stock" else {"kv_size": KV_SIZE, "prefill": kind}
     n_prompt = n_ctx - N_PREDICT
-    with plan.captured_log() as lines:
+    with layers.captured_log() as lines:
         llm = load(path, n_ctx=n_ctx, **options)
         if n_ctx < 4096 and kind != "stock":
             llm.read_prompt(tokens(n_prompt))

@@ -14,7 +14,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
@@ -28,7 +28,7 @@ try:
 except ImportError as error:
     pytest.skip(f"the library is not built: {error}", allow_module_level=True)
 
-from conftest import N_THREADS, greedy, load, stop_process, without_importance
+from conftest import HYBRID, N_THREADS, WINDOWED, Shape, greedy, load, stop_process, without_importance
 
 sys.path.append(str(Path(__file__).parent.parent / "scripts"))
 import llama_server
@@ -1426,3 +1426,64 @@ def test_serve_becomes_the_server() -> None:
     assert done.returncode == 1 and "kv_size is 8" in done.stdout + done.stderr
     done = run_serve("missing.gguf", "--port", "1")
     assert done.returncode == 1 and done.stderr.startswith("pyheadkv: error: model='missing.gguf'")
+
+
+# models of which some layers are not compressed
+
+
+@pytest.fixture(scope="module", params=[WINDOWED, HYBRID], ids=lambda shape: shape.name)
+def mixed(request: pytest.FixtureRequest, make_model: Callable[..., Path]) -> tuple[Path, Shape]:
+    return make_model(request.param), request.param
+
+
+def random_ids(seed: int, n: int) -> list[int]:
+    return [1, *np.random.default_rng(seed).integers(3, 384, n - 1).tolist()]
+
+
+@pytest.mark.parametrize("prefill", ["layer", "token"])
+def test_slots_of_windowed_and_hybrid_models_give_what_single_runs_give(mixed: tuple[Path, Shape], prefill: str, log: Path) -> None:
+    path, _ = mixed
+    with closing(load(path, preset="default", kv_size=KV_SIZE, n_ctx=N_CTX, n_batch=N_UBATCH, n_ubatch=N_UBATCH)) as single:
+        prompts = [random_ids(seed, 700 + 100 * seed) for seed in range(6)]
+        answers = [greedy(single, prompt, 16) for prompt in prompts]
+        stats = single.kv_stats()
+    with running(log, "--kv-size", KV_SIZE, "--kv-prefill", prefill, model=path, n_slots=2) as server, ThreadPoolExecutor(6) as pool:
+        got = list(pool.map(lambda prompt: server.complete(prompt, 16, ignore_eos=True), prompts))
+        assert [answer["tokens"] for answer in got] == answers
+        kv = got[-1]["timings"]["kv"]
+        assert kv["bytes_full"] == len(prompts[-1]) * stats.bytes_full // stats.n_past and kv["bytes"] < 0.2 * kv["bytes_full"]
+        assert server.get("/props")["kv"]["bytes_beside"] == server.metric("kv_bytes_beside") == 2 * stats.bytes_beside > 0
+        assert server.metric("kv_compressions_total") == len(prompts)
+
+
+def test_a_chat_of_windowed_and_hybrid_models_continues_and_is_saved(mixed: tuple[Path, Shape], log: Path, tmp_path: Path) -> None:
+    """On the compressed past, and in another slot of a server that is started again. What cannot be cut is read again: recurrent states,
+    and windows that were saved."""
+    path, shape = mixed
+    first, more = random_ids(1, 900), random_ids(2, 40)[1:]
+    cut = [*first[:-4], *more]
+    options = dict(preset="default", kv_size=KV_SIZE, n_ctx=N_CTX, n_batch=N_UBATCH, n_ubatch=N_UBATCH)
+    with closing(load(path, kv_reuse=True, **options)) as reusing:
+        answer = greedy(reusing, first, 12)
+        longer = [*first, *answer, *more]
+        again = greedy(reusing, longer, 12)
+        assert reusing.kv_stats().n_prompt == len(first)
+        after_cut = greedy(reusing, cut, 12)
+        assert reusing.kv_stats().n_prompt == (len(first) - 4 if shape is WINDOWED else len(cut))
+        reusing.reset()
+        fresh = greedy(reusing, cut, 12)
+    assert (after_cut == fresh) == (shape is HYBRID)
+    flags = ["--kv-size", KV_SIZE, "--kv-reuse", "--slot-save-path", tmp_path]
+    with running(log, *flags, model=path, n_slots=2) as server:
+        assert server.complete(first, 12, id_slot=0, ignore_eos=True)["tokens"] == answer
+        assert slot_action(server, "save", filename="chat")[0] == 200
+        found = server.complete(longer, 12, id_slot=0, ignore_eos=True)
+        assert found["tokens"] == again and found["timings"]["cache_n"] >= len(first)
+        found = server.complete(cut, 12, id_slot=0, ignore_eos=True)
+        assert found["tokens"] == after_cut and found["timings"]["cache_n"] == (len(first) - 4 if shape is WINDOWED else 0)
+    with running(log, *flags, model=path, n_slots=2) as server:
+        for slot, prompt, tokens, n_least in ((1, longer, again, len(first)), (0, cut, fresh, 0)):
+            status, restored = slot_action(server, "restore", slot=slot, filename="chat")
+            assert status == 200, restored
+            found = server.complete(prompt, 12, id_slot=slot, ignore_eos=True)
+            assert found["tokens"] == tokens and (found["timings"]["cache_n"] >= n_least > 0 or n_least == found["timings"]["cache_n"] == 0)

@@ -16,6 +16,7 @@ static struct {
     std::vector<headkv_slot_info> slots;
     int64_t bytes_store = 0;
     int64_t bytes_staging = 0;
+    int64_t bytes_beside = 0;
     int64_t n_compressions = 0;
     int64_t n_evicted = 0; // cells
     int64_t t_compress_us = 0;
@@ -56,8 +57,8 @@ static std::string refusal(const common_params & params) {
     if (!params.mmproj.path.empty()) {
         return "--mmproj: images and audio are not supported, use --no-mmproj";
     }
-    if (params.swa_full) {
-        return "--swa-full: sliding-window layers are not supported";
+    if (params.swa_full && server.n_batch == 0) { // not of an earlier start
+        return "--swa-full: layers with windowed attention hold their window, only the others are compressed";
     }
     if (!params.slot_save_path.empty() && !headkv_server_reuses()) {
         return "--slot-save-path: nothing would continue on a restored slot, use --kv-reuse";
@@ -177,6 +178,9 @@ bool headkv_server_open(common_params & params) {
         params.cache_idle_slots = false;
     }
     params.flash_attn_type = LLAMA_FLASH_ATTN_TYPE_ENABLED;
+    // The memory itself says from which position a sequence can be continued, windows included (llama_memory_seq_pos_min()): nothing
+    // else is to be subtracted, and upstream's server does not where it takes the layers for full ones. They hold their windows.
+    params.swa_full = true;
 
     if (server.n_batch == 0) {
         server.n_batch = params.n_batch;
@@ -192,7 +196,7 @@ bool headkv_server_open(common_params & params) {
 
     std::lock_guard<std::mutex> lock(server.mutex);
     server.slots.assign(std::max(1, params.n_parallel), {});
-    server.bytes_store = server.bytes_staging = 0;
+    server.bytes_store = server.bytes_staging = server.bytes_beside = 0;
     return true;
 }
 
@@ -432,6 +436,7 @@ headkv_slot_info headkv_server_note(llama_context * ctx, llama_seq_id seq_id) {
     info.n_bytes = cells.empty() || stats.n_past == 0 ? 0 : (int64_t) ((double) stats.bytes_full * n_cells / ((double) stats.n_past * cells.size()));
     server.bytes_store = stats.bytes_store;
     server.bytes_staging = stats.bytes_staging;
+    server.bytes_beside = stats.bytes_beside;
     server.archive = archive;
     return info;
 }
@@ -535,6 +540,7 @@ void headkv_server_add_props(common_json & props) {
         { "reuse", args.reuse },
         { "bytes_held", server.bytes_store },
         { "bytes_staging", server.bytes_staging },
+        { "bytes_beside", server.bytes_beside }, // 0 before the first prompt
         { "slots", slots },
     };
     if (args.has_archive()) {
@@ -564,6 +570,7 @@ std::string headkv_server_metrics() {
     std::vector<item_t> items = {
         { "gauge", "kv_bytes_held", "Bytes of K and V allocated for compressed prompts", (double) server.bytes_store },
         { "gauge", "kv_bytes_staging", "Bytes allocated for prompts that are being read", (double) server.bytes_staging },
+        { "gauge", "kv_bytes_beside", "Bytes of the layers that are not compressed: windows and recurrent states of all slots", (double) server.bytes_beside },
         { "counter", "kv_compressions_total", "Number of prompts compressed", (double) server.n_compressions },
         { "counter", "kv_cells_evicted_total", "Cells that compressed prompts do not hold, all heads", (double) server.n_evicted },
         { "counter", "kv_compress_seconds_total", "Time spent compressing prompts", server.t_compress_us / 1e6 },

@@ -13,8 +13,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .. import _lib
+from ..gguf_header import read_header
 from ..importance import Found, find_importance
 from ..importance_values import Importance
+from ..layers import ask_library, bytes_beside
 from ..model import ModelShape, model_path, read_shape
 from ..options import (
     AUTO,
@@ -29,7 +31,7 @@ from ..options import (
 )
 from ..replay import find_replay, replay_for
 from ..replay_values import ReplayTable
-from ..units import format_bytes
+from ..units import format_bytes, ggml_type
 from .arguments import check_extra, given
 
 if TYPE_CHECKING:
@@ -48,6 +50,7 @@ BUDGET_OPTIONS = (
     "recent",
     "power",
 )  # of add_budget_arguments, beside kv_size
+N_UBATCH = 512  # tokens, the default: windows have room for one ubatch
 TOP_SHARES = (0.01, 0.05, 0.10, 0.25)  # of all query heads
 BARS, BARS_ASCII = "▁▂▃▄▅▆▇█", "12345678"
 
@@ -65,6 +68,7 @@ class Plan:
     origin : where it is from; empty when there is none
     budget : (n_layer, n_head_kv) int32, cells, recent ones included
     n_ctx : tokens of the full cache to compare with
+    n_bytes_beside : bytes of the layers that are not compressed, for one sequence
     """
 
     shape: ModelShape
@@ -74,15 +78,16 @@ class Plan:
     origin: str
     budget: NDArray[np.int32]
     n_ctx: int
+    n_bytes_beside: int = 0
 
     @property
     def n_bytes(self) -> int:
-        """Bytes that the cells of an ``n_ctx`` token prompt take, without generated tokens."""
+        """Bytes that the cells of an ``n_ctx`` token prompt take, without generated tokens and other layers."""
         return int(np.minimum(self.budget, self.n_ctx).sum()) * self.shape.cell_bytes
 
     @property
     def n_bytes_full(self) -> int:
-        """Bytes of an uncompressed cache of ``n_ctx`` tokens."""
+        """Bytes of an uncompressed cache of ``n_ctx`` tokens, of the layers that are compressed."""
         return self.n_ctx * self.shape.token_bytes
 
 
@@ -196,9 +201,12 @@ def make_plan(
 
     Raises
     ------
-    ValueError : wrong option, damaged file, or no importance for a policy that needs it
+    ValueError : wrong option, damaged file, a model that cannot be compressed, or no importance for a policy that needs it
     """
     shape = read_shape(path)
+    why_not = shape.why_not or (ask_library(path).why_not if read_header(path).tensors else "")
+    if why_not:
+        raise ValueError(f"{path}: {why_not}")
     if n_ctx is None and shape.n_ctx_train < 1:
         raise ValueError(f"{path}: {shape.arch}.context_length is missing: give --n-ctx")
     n_ctx = shape.n_ctx_train if n_ctx is None else check_int("n_ctx", n_ctx, 1, 1 << 30)
@@ -219,7 +227,15 @@ def make_plan(
         origin="" if found is None else found.origin,
         budget=_budget(shape, options=options, importance=values, replay=table, n_tokens=n_ctx),
         n_ctx=n_ctx,
+        n_bytes_beside=_bytes_beside(path, shape, n_ctx=n_ctx),
     )
+
+
+def _bytes_beside(path: str | os.PathLike[str], shape: ModelShape, *, n_ctx: int) -> int:
+    if not shape.n_windowed and not shape.n_recurrent:
+        return 0
+    f16 = ggml_type("f16")
+    return bytes_beside(path, n_ctx=n_ctx, n_ubatch=min(n_ctx, N_UBATCH), type_k=f16, type_v=f16)
 
 
 def _importance(path: str | os.PathLike[str], *, source: str | os.PathLike[str] | None) -> Found | None:
@@ -301,6 +317,7 @@ def _head_lines(plan: Plan) -> list[str]:
     heads = f"{shape.n_head} query heads, {shape.n_head_kv} KV heads" + ("" if shape.is_uniform else " at most")
     lines = [
         f"model       {shape.name} ({shape.arch}): {shape.n_layer} layers, {heads}, {shape.cell_bytes} bytes per cell",
+        *([_layers_line(shape)] if shape.n_windowed or shape.n_recurrent else []),
         f"options     policy {plan.policy}, kv_size {options.kv_size}, beta {options.beta}, window {options.window}",
     ]
     if plan.importance is None:
@@ -311,6 +328,12 @@ def _head_lines(plan: Plan) -> list[str]:
     percents = " / ".join(f"{share:.1%}" for share in shares.values())
     top = f"of {values.size} query heads the top {counts} hold {percents}"
     return [*lines, f"importance  Gini {gini(values):.3f}; {top}"]
+
+
+def _layers_line(shape: ModelShape) -> str:
+    which = ", ".join(str(il) for il, (_, n_kv) in enumerate(shape.heads) if n_kv)
+    kinds = (f"{n} {what}" for n, what in ((shape.n_windowed, "have windowed attention"), (shape.n_recurrent, "a recurrent state")) if n)
+    return f"layers      {shape.n_compressed} of {shape.n_layer} are compressed: {which}; {', '.join(kinds)}"
 
 
 def _table_lines(plan: Plan) -> list[str]:
@@ -336,7 +359,9 @@ def _bars(plan: Plan) -> list[list[str]]:
     ramp = printable(BARS, BARS_ASCII)
     values = importance_kv(plan.importance, plan.shape)
     steps = np.rint(values / values.max() * (len(ramp) - 1)).astype(int)
-    return [[ramp[step] for step in row] for row in steps]
+    return [
+        [ramp[step] if ih < n_kv else " " for ih, step in enumerate(row)] for row, (_, n_kv) in zip(steps, plan.shape.heads, strict=True)
+    ]
 
 
 def _total_lines(plan: Plan) -> list[str]:
@@ -344,10 +369,13 @@ def _total_lines(plan: Plan) -> list[str]:
     total = f"{budget.sum()} cells, mean {budget.mean():.2f}, smallest {budget.min()}, largest {budget.max()} per KV head"
     held, full = format_bytes(plan.n_bytes), format_bytes(plan.n_bytes_full)
     share = plan.n_bytes / plan.n_bytes_full
-    return [
+    lines = [
         f"budget  {total}",
         f"bytes   {held} after a prompt of {plan.n_ctx} tokens, full cache {full} (f16): {share:.2%}",
     ]
+    if plan.n_bytes_beside:
+        lines.append(f"beside  {format_bytes(plan.n_bytes_beside)} in the layers that are not compressed, with either cache")
+    return lines
 
 
 # heat map
@@ -362,12 +390,27 @@ def draw(plan: Plan) -> Figure:
     figure = Figure(figsize=(1.0 + 5.0 * n_panels, n_inches), layout="constrained")
     axes = figure.subplots(1, n_panels, squeeze=False)[0]
     if plan.importance is not None:
-        share = 100 * plan.importance / plan.importance.sum()
-        _draw_panel(figure, axes[0], share, title="importance", head="query head", unit="share of the total importance (%)")
+        share = _blank(plan.importance, [n for n, _ in plan.shape.heads])
+        _draw_panel(
+            figure, axes[0], 100 * share / np.nansum(share), title="importance", head="query head", unit="share of the total importance (%)"
+        )
     title = f"budget: {plan.options.policy}, kv_size {plan.options.kv_size}, beta {plan.options.beta}"
-    _draw_panel(figure, axes[-1], plan.budget, title=title, head="KV head", unit="budget (cells, recent ones included)")
+    _draw_panel(
+        figure,
+        axes[-1],
+        _blank(plan.budget, [n for _, n in plan.shape.heads]),
+        title=title,
+        head="KV head",
+        unit="budget (cells, recent ones included)",
+    )
     figure.suptitle(f"{plan.shape.name}: {format_bytes(plan.n_bytes)} of {format_bytes(plan.n_bytes_full)} at {plan.n_ctx} tokens")
     return figure
+
+
+def _blank(values: NDArray[Any], n_heads: list[int]) -> NDArray[np.float64]:
+    """The values of the heads that are there, NaN elsewhere, which is drawn as nothing."""
+    is_there = np.arange(values.shape[1]) < np.array(n_heads)[:, None]
+    return np.where(is_there, values, np.nan)
 
 
 def _draw_panel(figure: Figure, axes: Axes, values: NDArray[Any], *, title: str, head: str, unit: str) -> None:

@@ -16,26 +16,27 @@ hidden   layer: n rows of n_embd values between the layers, F32 or F16, and the 
 store    in all layers kv_size cells per KV head and room for n_predict more. The budgets of every policy add up to this
          but for rounding, so that neither policy nor importance is asked for
 scratch  the queries of the window in all layers, and what scores one layer
+beside   layers that are not compressed, whichever cache the others have: windows of n_swa + n_ubatch tokens, recurrent states
 ======== ==============================================================================================================
 
-The last four are what ``KVStats.bytes_peak`` counts. Everything is on the CPU.
+Cells, hidden, store and scratch are those of the layers that are compressed, and what ``KVStats.bytes_peak`` counts. Everything is
+on the CPU.
 """
 
 from __future__ import annotations
 
 import argparse
-import ctypes
 import json
 import os
 import re
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 from .. import _lib
 from ..gguf_header import read_header
+from ..layers import any_params, create_without_memory, footprint_of, load_without_weights
 from ..model import ModelShape, model_path, read_shape
 from ..options import MAX_CELLS, Options, check_choice, check_int
 from ..units import format_bytes, ggml_type, parse_bytes, round_n_ctx, row_bytes
@@ -47,8 +48,6 @@ KV_SIZES = (64, 128, 256, 512, 1024)  # cells
 PROCESS_BYTES = 64 << 20  # interpreter, NumPy and libraries with what they keep
 VOCABULARY_FACTOR = 8  # bytes in memory per byte of the header, which is nearly all vocabulary
 HOST_BYTES = {"stock": 256, "token": 384, "layer": 896}  # per token, outside of ggml; layer: the prompt is one batch
-
-PROBE_OPTIONS = Options(kv_size=64, policy="snapkv")  # any budgets do: graphs are reserved for n_ctx cells per head
 
 MAX_TOKENS = 1 << 24  # longest prompt that is looked for
 MAX_PROBED = 1 << 20  # tokens of the largest context that is asked for its compute buffers; linear beyond
@@ -65,6 +64,7 @@ class Footprint:
     hidden: int = 0
     store: int = 0
     scratch: int = 0
+    beside: int = 0
 
     @property
     def total(self) -> int:
@@ -287,29 +287,41 @@ class MemoryModel:
         n_ctx = round_n_ctx(n_prompt + self.n_predict)
         process = PROCESS_BYTES + VOCABULARY_FACTOR * probe.n_bytes_header + HOST_BYTES[prefill] * n_ctx
         common = probe.n_bytes_file, process, self._compute_bytes(n_ctx)
+        beside = self._beside_bytes(n_ctx)
         if prefill == "stock":
-            return Footprint(*common, cells=self._ask(Options(kv_size=64), n_ctx, layered=False).staging)
+            return Footprint(*common, cells=self._ask(Options(kv_size=64), n_ctx, layered=False).staging, beside=beside)
         found = self._ask(Options(kv_size=kv_size), n_prompt, layered=prefill == "layer")
-        return Footprint(*common, cells=found.staging, hidden=found.hidden, store=found.store, scratch=found.ring + found.scratch)
+        scratch = found.ring + found.scratch
+        return Footprint(*common, cells=found.staging, hidden=found.hidden, store=found.store, scratch=scratch, beside=beside)
 
     def _ask(self, options: Options, n_prompt: int, *, layered: bool) -> _lib.Footprint:
         options = replace(options, policy="snapkv", prefill_hidden=self.prefill_hidden)  # every policy keeps as many cells
-        found = _lib.Footprint(size=ctypes.sizeof(_lib.Footprint))
+        ctx = self.probe.context(*self._types)
         params = options.to_params(None, None)
-        ctx = self.probe.context(ggml_type(self.type_k), ggml_type(self.type_v))
-        _lib.check(_lib.lib.headkv_get_footprint(ctx, params, n_prompt, self.n_predict, self.n_ubatch, layered, found), ValueError)
-        return found
+        return footprint_of(ctx, params, n_prompt=n_prompt, n_predict=self.n_predict, n_ubatch=self.n_ubatch, layered=layered)
 
     def _compute_bytes(self, n_ctx: int) -> int:
         """Compute buffers: the chord of a convex function, hence not below it."""
-        types = ggml_type(self.type_k), ggml_type(self.type_v)
-        lower = upper = round_n_ctx(self.n_ubatch)
-        while upper < min(n_ctx, MAX_PROBED):
-            lower, upper = upper, 2 * upper
-        at_lower, at_upper = (self.probe.compute_bytes(n, self.n_ubatch, *types) for n in (lower, upper))
+        lower, upper = self._bracket(n_ctx)
+        at_lower, at_upper = (self.probe.compute_bytes(n, self.n_ubatch, *self._types) for n in (lower, upper))
         if lower == upper:
             return at_upper
         return at_lower + -(-(at_upper - at_lower) * (n_ctx - lower) // (upper - lower))
+
+    def _beside_bytes(self, n_ctx: int) -> int:
+        """Layers that are not compressed: from a window and a ubatch on it is the same; before, not less."""
+        return self.probe.bytes_beside(self._bracket(n_ctx)[1], self.n_ubatch, *self._types)
+
+    @property
+    def _types(self) -> tuple[int, int]:
+        return ggml_type(self.type_k), ggml_type(self.type_v)
+
+    def _bracket(self, n_ctx: int) -> tuple[int, int]:
+        """Contexts that are asked for their sizes, not above and not below this one, but for MAX_PROBED."""
+        lower = upper = round_n_ctx(self.n_ubatch)
+        while upper < min(n_ctx, MAX_PROBED):
+            lower, upper = upper, 2 * upper
+        return lower, upper
 
 
 # the model
@@ -329,22 +341,18 @@ class Probe:
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        import llama_cpp
 
         self.path = Path(path)
         self.shape = read_shape(path)
+        if self.shape.why_not:
+            raise ValueError(f"{path}: {self.shape.why_not}; the stock cache (kv_size=None) may work")
         if not self.shape.is_uniform:
             raise ValueError(f"{path}: heads differ between layers, {list(self.shape.heads)}: only models with the same ones are planned")
         self.n_bytes_header = read_header(path).data_begin
         self.n_bytes_file = sum(part.stat().st_size for part in model_files(self.path))
-        self._reserved: dict[tuple[int, ...], int] = {}
+        self._reserved: dict[tuple[int, ...], _lib.Footprint] = {}
         self._contexts: dict[tuple[int, int], Any] = {}  # by type_k and type_v
-        params = llama_cpp.llama_model_default_params()
-        params.no_alloc, params.load_mode, params.n_gpu_layers = True, llama_cpp.LLAMA_LOAD_MODE_NONE, 0
-        with captured_log() as lines:
-            self._model: Any = llama_cpp.llama_model_load_from_file(os.fsencode(path), params)
-        if not self._model:
-            raise ValueError(f"{path}: llama.cpp cannot load it: {_reason(lines)}")
+        self._model: Any = load_without_weights(path)
 
     def __enter__(self) -> Probe:
         try:
@@ -373,30 +381,25 @@ class Probe:
 
     def compute_bytes(self, *key: int) -> int:
         """Compute buffers of a context, by n_ctx, n_ubatch, type_k and type_v."""
+        return int(self._reserve(*key).compute)
+
+    def bytes_beside(self, *key: int) -> int:
+        """Bytes of the layers that are not compressed, same."""
+        return int(self._reserve(*key).beside)
+
+    def _reserve(self, *key: int) -> _lib.Footprint:
         import llama_cpp
 
         if key not in self._reserved:
-            ctx, found = self._create(*key), _lib.Footprint(size=ctypes.sizeof(_lib.Footprint))
+            ctx = self._create(*key)
             try:
-                _lib.check(_lib.lib.headkv_get_footprint(ctx, PROBE_OPTIONS.to_params(None, None), 1, 0, 1, False, found))
+                self._reserved[key] = footprint_of(ctx, any_params(), n_prompt=1)
             finally:
                 llama_cpp.llama_free(ctx)
-            self._reserved[key] = found.compute
         return self._reserved[key]
 
     def _create(self, n_ctx: int, n_ubatch: int, type_k: int, type_v: int) -> Any:
-        import llama_cpp
-
-        params = llama_cpp.llama_context_default_params()
-        params.n_ctx = params.n_batch = n_ctx
-        params.n_ubatch = params.n_outputs_max = n_ubatch
-        params.flash_attn_type = llama_cpp.LLAMA_FLASH_ATTN_TYPE_ENABLED
-        params.type_k, params.type_v = type_k, type_v
-        with captured_log() as lines, _lib.creating(PROBE_OPTIONS.to_params(None, None)):
-            ctx = llama_cpp.llama_init_from_model(self._model, params)
-        if not ctx:
-            raise ValueError(f"{self.path}: {_lib.last_error() or _reason(lines)}; the stock cache (kv_size=None) may work")
-        return ctx
+        return create_without_memory(self._model, self.path, n_ctx=n_ctx, n_ubatch=n_ubatch, type_k=type_k, type_v=type_v)
 
 
 def model_files(path: Path) -> list[Path]:
@@ -414,26 +417,6 @@ def model_files(path: Path) -> list[Path]:
         if not part.is_file():
             raise ValueError(f"{part}: no such file, but {path.name} is one of {len(parts)} parts: fetch the others")
     return parts
-
-
-@contextmanager
-def captured_log() -> Iterator[list[str]]:
-    """What llama.cpp logs, instead of printing it."""
-    import llama_cpp
-    from llama_cpp import _logger
-
-    lines: list[str] = []
-    callback = llama_cpp.llama_log_callback(lambda _level, text, _data: lines.append(text.decode("utf-8", "replace")))
-    llama_cpp.llama_log_set(callback, ctypes.c_void_p(0))
-    try:
-        yield lines
-    finally:
-        llama_cpp.llama_log_set(_logger.llama_log_callback, ctypes.c_void_p(0))
-
-
-def _reason(lines: Sequence[str]) -> str:
-    errors = [line for line in lines if "error" in line] or list(lines[-1:])
-    return errors[0].strip() if errors else "no reason was given"
 
 
 # printing
@@ -494,6 +477,8 @@ def _tokens(plan: MemoryPlan, entry: Entry) -> str:
 def _breakdown(row: Sequence[Entry]) -> Iterator[str]:
     for part in (*(field.name for field in fields(Footprint)), "total"):
         sizes = [getattr(entry.footprint, part) if entry.footprint else 0 for entry in row]
+        if part == "beside" and not any(sizes):
+            continue
         yield _line(f"  {part}", [f"{format_bytes(size)} " if size else "- " for size in sizes])
 
 
@@ -504,6 +489,12 @@ def _exceeds(plan: MemoryPlan, entry: Entry) -> bool:
 def _notes(plan: MemoryPlan) -> Iterator[str]:
     if any(_exceeds(plan, entry) for entry in plan.entries):
         yield f"* longer than the {plan.shape.n_ctx_train:,} tokens that the model was trained on"
+    n_beside = plan.shape.n_layer - plan.shape.n_compressed
+    if plan.shape.n_windowed or plan.shape.n_recurrent:
+        yield (
+            f"- beside: {n_beside} of {plan.shape.n_layer} layers are not compressed ({plan.shape.n_windowed} with windowed attention, "
+            f"{plan.shape.n_recurrent} with a recurrent state); stock is llama.cpp's cache with windows, swa_full off"
+        )
     if plan.why_not_layer:
         yield f"- layer-major: {plan.why_not_layer}"
     if any(not entry.n_prompt for entry in plan.entries if entry.prefill != "layer" or not plan.why_not_layer):

@@ -38,6 +38,7 @@ from ..atomic_write import replace_file
 from ..eval.journal import REMEDY, Journal
 from ..gguf_header import read_header
 from ..importance_values import check_importance
+from ..layers import heads_by_layer
 from .calibrate import Calibration
 from .examples import N_QUESTION, Example, Examples, Slot
 
@@ -88,7 +89,7 @@ class LlamaReader:
         import llama_cpp
 
         self.llm = llm
-        heads = read_header(llm.model_path).heads_by_layer()
+        heads = heads_by_layer(read_header(llm.model_path))
         n_layer, n_head, n_head_kv = (
             f(llm.model) for f in (llama_cpp.llama_model_n_layer, llama_cpp.llama_model_n_head, llama_cpp.llama_model_n_head_kv)
         )

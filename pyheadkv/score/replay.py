@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from ..eval.journal import REMEDY, Journal
 from ..gguf_header import read_header
+from ..layers import heads_by_layer
 from ..replay_values import METHOD, check_replay
 from .measure import N_SPLITS, RELIABLE, rank_correlation
 from .replay_texts import Replay
@@ -51,7 +52,7 @@ class LlamaReader:
 
     def __init__(self, llm: Llama) -> None:
         self.llm = llm
-        self.heads = read_header(llm.model_path).heads_by_layer() or []
+        self.heads = heads_by_layer(read_header(llm.model_path)) or []
 
     def begin(self, tokens: Sequence[int]) -> None:
         self.llm.reset()

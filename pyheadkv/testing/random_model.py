@@ -1,7 +1,8 @@
 """Random-weight GGUF models for tests and benchmarks; no network, no training.
 
 The files load in stock llama.cpp. Architectures: ``llama`` (Mistral-7B uses it too), ``qwen2`` (biases on
-q, k, v) and ``qwen3`` (RMS norm per head on q and k). Only numpy and gguf are needed.
+q, k, v), ``qwen3`` (RMS norm per head on q and k), ``gemma3`` (windowed attention but for every period-th layer) and ``lfm2``
+(recurrent layers but for every period-th one). Only numpy and gguf are needed.
 """
 
 from __future__ import annotations
@@ -22,10 +23,10 @@ from ..gguf_keys import add_importance_keys
 if TYPE_CHECKING:
     import gguf
 
-Arch = Literal["llama", "qwen2", "qwen3"]
+Arch = Literal["llama", "qwen2", "qwen3", "gemma3", "lfm2"]
 FileType = Literal["f32", "f16", "q8_0", "q4_0"]
 
-ARCHS: tuple[str, ...] = ("llama", "qwen2", "qwen3")
+ARCHS: tuple[str, ...] = ("llama", "qwen2", "qwen3", "gemma3", "lfm2")
 FTYPES: tuple[str, ...] = ("f32", "f16", "q8_0", "q4_0")
 
 N_SPECIAL = 3  # <unk> <s> </s>
@@ -34,6 +35,7 @@ N_VOCAB_MIN = N_SPECIAL + N_BYTES
 
 RMS_EPS = 1e-5
 QUANT_BLOCK = 32  # elements of a row that q8_0 and q4_0 quantise together
+L_CACHE = 3  # tokens that a recurrent layer of lfm2 looks at
 N_ROWS_UNIQUE = 8192  # rows of a big vocabulary drawn freshly when repeat_layers is set; the rest are these, rolled
 
 WORDS = ("the", "and", "code", "is", "of", "in", "to", "he", "it", "on", "at")  # every prefix becomes a token too
@@ -55,6 +57,12 @@ class _Shape:
     rope_theta: float
     tie_embeddings: bool
     ftype: str
+    window: int
+    period: int
+
+    def is_global(self, il: int) -> bool:
+        """Layer il attends to all tokens."""
+        return self.arch not in ("gemma3", "lfm2") or il % self.period == self.period - 1
 
     def validate(self) -> None:
         """Refuse what llama.cpp would not load."""
@@ -62,7 +70,7 @@ class _Shape:
             raise ValueError(f"arch = {self.arch!r} is unknown: use one of {', '.join(ARCHS)}")
         if self.ftype not in FTYPES:
             raise ValueError(f"ftype = {self.ftype!r} is unknown: use one of {', '.join(FTYPES)}")
-        for name in ("n_layer", "n_embd", "n_head", "n_head_kv", "head_dim", "n_ff", "n_ctx_train"):
+        for name in ("n_layer", "n_embd", "n_head", "n_head_kv", "head_dim", "n_ff", "n_ctx_train", "window", "period"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} = {getattr(self, name)} is below 1: give a positive number")
         if self.n_vocab < N_VOCAB_MIN:
@@ -71,10 +79,10 @@ class _Shape:
             raise ValueError(f"n_head = {self.n_head} is no multiple of n_head_kv = {self.n_head_kv}: choose one that is")
         if self.head_dim % 2:
             raise ValueError(f"head_dim = {self.head_dim} is odd: RoPE rotates pairs, choose an even one")
-        if self.arch == "qwen2" and self.n_head * self.head_dim != self.n_embd:
+        if self.arch in ("qwen2", "lfm2") and self.n_head * self.head_dim != self.n_embd:
             raise ValueError(
                 f"head_dim = {self.head_dim} with n_head = {self.n_head} gives {self.n_head * self.head_dim} columns: "
-                f"llama.cpp wants n_embd = {self.n_embd} for qwen2, use head_dim = n_embd / n_head or another arch"
+                f"llama.cpp wants n_embd = {self.n_embd} for {self.arch}, use head_dim = n_embd / n_head or another arch"
             )
         self._validate_quant_rows()
 
@@ -109,6 +117,8 @@ def write_random_model(
     importance: ArrayLike | Literal["random"] | None = None,
     repeat_layers: bool = False,
     scale: float = 1.5,
+    window: int = 32,
+    period: int = 2,
 ) -> None:
     """Write a GGUF of random weights that stock llama.cpp loads.
 
@@ -125,6 +135,8 @@ def write_random_model(
     importance : (n_layer, n_head) non-negative array, "random" for a skewed one, None for no such key
     repeat_layers : every layer gets the same weights, so that a large model is written in seconds
     scale : standard deviation of the attention logits before softmax; near 0 gives flat attention
+    window : tokens that the windowed layers of gemma3 attend to
+    period : of gemma3 and lfm2: layers period - 1, 2 * period - 1, .. attend to all tokens
     """
     if head_dim is None:
         if n_head < 1 or n_embd % n_head:
@@ -143,6 +155,8 @@ def write_random_model(
         rope_theta,
         tie_embeddings,
         ftype,
+        window,
+        period,
     )
     shape.validate()
     if not scale > 0:
@@ -183,7 +197,14 @@ def _add_hparams(writer: gguf.GGUFWriter, shape: _Shape) -> None:
     writer.add_block_count(shape.n_layer)
     writer.add_feed_forward_length(shape.n_ff)
     writer.add_head_count(shape.n_head)
-    writer.add_head_count_kv(shape.n_head_kv)
+    if shape.arch == "lfm2":
+        writer.add_head_count_kv([shape.n_head_kv * shape.is_global(il) for il in range(shape.n_layer)])
+        writer.add_shortconv_l_cache(L_CACHE)
+    else:
+        writer.add_head_count_kv(shape.n_head_kv)
+    if shape.arch == "gemma3":
+        writer.add_sliding_window(shape.window)
+        writer.add_sliding_window_pattern([not shape.is_global(il) for il in range(shape.n_layer)])
     writer.add_key_length(shape.head_dim)
     writer.add_value_length(shape.head_dim)
     writer.add_rope_dimension_count(shape.head_dim)
@@ -261,24 +282,41 @@ def _add_tensors(writer: gguf.GGUFWriter, shape: _Shape, *, seed: int, repeat_la
     _add_embeddings(writer, shape, rng, roll_rows=repeat_layers)
     stored: list[tuple[str, NDArray[Any], Any]] = []
     for il in range(shape.n_layer):
-        if il == 0 or not repeat_layers:
-            stored = [(name, *_stored(x, shape.ftype)) for name, x in _layer_tensors(shape, rng, scale)]
+        if il == 0 or not repeat_layers or shape.arch == "lfm2":
+            stored = [(name, *_stored(name, x, shape.ftype)) for name, x in _layer_tensors(shape, rng, scale, il)]
         for name, data, qtype in stored:
             writer.add_tensor(f"blk.{il}.{name}", data, raw_dtype=qtype)
 
 
-def _stored(x: NDArray[np.float32], ftype: str) -> tuple[NDArray[Any], gguf.GGMLQuantizationType]:
-    return _quantize(x, "f32" if x.ndim == 1 else ftype)
+def _stored(name: str, x: NDArray[np.float32], ftype: str) -> tuple[NDArray[Any], gguf.GGMLQuantizationType]:
+    return _quantize(x, "f32" if x.ndim == 1 or name == "shortconv.conv.weight" else ftype)
 
 
-def _layer_tensors(shape: _Shape, rng: np.random.Generator, scale: float) -> Iterator[tuple[str, NDArray[np.float32]]]:
+def _layer_tensors(shape: _Shape, rng: np.random.Generator, scale: float, il: int) -> Iterator[tuple[str, NDArray[np.float32]]]:
     """Weights of one layer, (n_out, n_in) each; inputs have unit variance after the RMS norm."""
-    n_q, n_kv = shape.n_head * shape.head_dim, shape.n_head_kv * shape.head_dim
-    gain_qk = scale**0.5  # q . k / sqrt(head_dim) then has standard deviation `scale`
     gain_out = 8 * _embd_std(shape) if shape.tie_embeddings else 1.0  # the layers must outweigh a tied embedding
 
     yield "attn_norm.weight", _norm(rng, shape.n_embd)
-    if shape.arch == "qwen3":
+    if shape.arch == "lfm2" and not shape.is_global(il):
+        yield "shortconv.conv.weight", _matrix(rng, shape.n_embd, L_CACHE, 1.0)
+        yield "shortconv.in_proj.weight", _matrix(rng, 3 * shape.n_embd, shape.n_embd, 1.0)
+        yield "shortconv.out_proj.weight", _matrix(rng, shape.n_embd, shape.n_embd, gain_out)
+    else:
+        yield from _attention_tensors(shape, rng, scale, gain_out)
+    if shape.arch == "gemma3":
+        yield "post_attention_norm.weight", 2 * gain_out * _norm(rng, shape.n_embd)
+    yield "ffn_norm.weight", _norm(rng, shape.n_embd)
+    yield "ffn_gate.weight", _matrix(rng, shape.n_ff, shape.n_embd, 1.0)
+    yield "ffn_up.weight", _matrix(rng, shape.n_ff, shape.n_embd, 1.0)
+    yield "ffn_down.weight", _matrix(rng, shape.n_embd, shape.n_ff, gain_out)
+    if shape.arch == "gemma3":
+        yield "post_ffw_norm.weight", gain_out * _norm(rng, shape.n_embd)
+
+
+def _attention_tensors(shape: _Shape, rng: np.random.Generator, scale: float, gain_out: float) -> Iterator[tuple[str, NDArray[np.float32]]]:
+    n_q, n_kv = shape.n_head * shape.head_dim, shape.n_head_kv * shape.head_dim
+    gain_qk = scale**0.5  # q . k / sqrt(head_dim) then has standard deviation `scale`
+    if shape.arch in ("qwen3", "gemma3", "lfm2"):
         yield "attn_q_norm.weight", gain_qk * _norm(rng, shape.head_dim)
         yield "attn_k_norm.weight", gain_qk * _norm(rng, shape.head_dim)
     yield "attn_q.weight", _matrix(rng, n_q, shape.n_embd, gain_qk)
@@ -288,17 +326,14 @@ def _layer_tensors(shape: _Shape, rng: np.random.Generator, scale: float) -> Ite
         for name, n in (("attn_q.bias", n_q), ("attn_k.bias", n_kv), ("attn_v.bias", n_kv)):
             yield name, 0.3 * rng.standard_normal(n, dtype=np.float32)
     yield "attn_output.weight", _matrix(rng, shape.n_embd, n_q, 2 * gain_out)
-    yield "ffn_norm.weight", _norm(rng, shape.n_embd)
-    yield "ffn_gate.weight", _matrix(rng, shape.n_ff, shape.n_embd, 1.0)
-    yield "ffn_up.weight", _matrix(rng, shape.n_ff, shape.n_embd, 1.0)
-    yield "ffn_down.weight", _matrix(rng, shape.n_embd, shape.n_ff, gain_out)
 
 
 def _add_embeddings(writer: gguf.GGUFWriter, shape: _Shape, rng: np.random.Generator, *, roll_rows: bool) -> None:
     n_rolls = max(1, shape.n_embd // QUANT_BLOCK)  # distinct ways to roll a row
     n_unique = min(shape.n_vocab, max(N_ROWS_UNIQUE, -(-shape.n_vocab // n_rolls))) if roll_rows else shape.n_vocab
     # unk, bos and eos are made so short that greedy decoding never picks them
-    embd = np.float32(_embd_std(shape)) * rng.standard_normal((n_unique, shape.n_embd), dtype=np.float32)
+    root = shape.n_embd**0.5 if shape.arch == "gemma3" else 1.0  # by which it multiplies what it reads
+    embd = np.float32(_embd_std(shape) / root) * rng.standard_normal((n_unique, shape.n_embd), dtype=np.float32)
     if shape.tie_embeddings:
         embd[:N_SPECIAL] *= np.float32(0.1)
     _add_rolled(writer, "token_embd.weight", embd, shape)
@@ -306,7 +341,7 @@ def _add_embeddings(writer: gguf.GGUFWriter, shape: _Shape, rng: np.random.Gener
         output = _matrix(rng, n_unique, shape.n_embd, 3.0)
         output[:N_SPECIAL] = 0
         _add_rolled(writer, "output.weight", output, shape)
-    writer.add_tensor("output_norm.weight", _norm(rng, shape.n_embd))
+    writer.add_tensor("token_embd_norm.weight" if shape.arch == "lfm2" else "output_norm.weight", _norm(rng, shape.n_embd))
 
 
 def _add_rolled(writer: gguf.GGUFWriter, name: str, x: NDArray[np.float32], shape: _Shape) -> None:
