@@ -23,10 +23,10 @@ from ..gguf_keys import add_importance_keys
 if TYPE_CHECKING:
     import gguf
 
-Arch = Literal["llama", "qwen2", "qwen3", "gemma3", "lfm2"]
+Arch = Literal["llama", "qwen2", "qwen3", "gemma3", "gpt-oss", "lfm2"]
 FileType = Literal["f32", "f16", "q8_0", "q4_0"]
 
-ARCHS: tuple[str, ...] = ("llama", "qwen2", "qwen3", "gemma3", "lfm2")
+ARCHS: tuple[str, ...] = ("llama", "qwen2", "qwen3", "gemma3", "gpt-oss", "lfm2")
 FTYPES: tuple[str, ...] = ("f32", "f16", "q8_0", "q4_0")
 
 N_SPECIAL = 3  # <unk> <s> </s>
@@ -36,6 +36,7 @@ N_VOCAB_MIN = N_SPECIAL + N_BYTES
 RMS_EPS = 1e-5
 QUANT_BLOCK = 32  # elements of a row that q8_0 and q4_0 quantise together
 L_CACHE = 3  # tokens that a recurrent layer of lfm2 looks at
+N_EXPERTS, N_EXPERTS_USED = 8, 4  # of gpt-oss, which has 32
 N_ROWS_UNIQUE = 8192  # rows of a big vocabulary drawn freshly when repeat_layers is set; the rest are these, rolled
 
 WORDS = ("the", "and", "code", "is", "of", "in", "to", "he", "it", "on", "at")  # every prefix becomes a token too
@@ -62,7 +63,7 @@ class _Shape:
 
     def is_global(self, il: int) -> bool:
         """Layer il attends to all tokens."""
-        return self.arch not in ("gemma3", "lfm2") or il % self.period == self.period - 1
+        return self.arch not in ("gemma3", "gpt-oss", "lfm2") or il % self.period == self.period - 1
 
     def validate(self) -> None:
         """Refuse what llama.cpp would not load."""
@@ -135,8 +136,8 @@ def write_random_model(
     importance : (n_layer, n_head) non-negative array, "random" for a skewed one, None for no such key
     repeat_layers : every layer gets the same weights, so that a large model is written in seconds
     scale : standard deviation of the attention logits before softmax; near 0 gives flat attention
-    window : tokens that the windowed layers of gemma3 attend to
-    period : of gemma3 and lfm2: layers period - 1, 2 * period - 1, .. attend to all tokens
+    window : tokens that the windowed layers of gemma3 and gpt-oss attend to
+    period : of gemma3, gpt-oss and lfm2: layers period - 1, 2 * period - 1, .. attend to all tokens
     """
     if head_dim is None:
         if n_head < 1 or n_embd % n_head:
@@ -202,7 +203,11 @@ def _add_hparams(writer: gguf.GGUFWriter, shape: _Shape) -> None:
         writer.add_shortconv_l_cache(L_CACHE)
     else:
         writer.add_head_count_kv(shape.n_head_kv)
-    if shape.arch == "gemma3":
+    if shape.arch == "gpt-oss":
+        writer.add_expert_count(N_EXPERTS)
+        writer.add_expert_used_count(N_EXPERTS_USED)
+        writer.add_expert_feed_forward_length(shape.n_ff)
+    if shape.arch in ("gemma3", "gpt-oss"):
         writer.add_sliding_window(shape.window)
         writer.add_sliding_window_pattern([not shape.is_global(il) for il in range(shape.n_layer)])
     writer.add_key_length(shape.head_dim)
@@ -289,7 +294,8 @@ def _add_tensors(writer: gguf.GGUFWriter, shape: _Shape, *, seed: int, repeat_la
 
 
 def _stored(name: str, x: NDArray[np.float32], ftype: str) -> tuple[NDArray[Any], gguf.GGMLQuantizationType]:
-    return _quantize(x, "f32" if x.ndim == 1 or name == "shortconv.conv.weight" else ftype)
+    is_small = x.ndim == 1 or name in ("shortconv.conv.weight", "ffn_gate_inp.weight") or name.endswith(".bias")
+    return _quantize(x, "f32" if is_small else ftype)
 
 
 def _layer_tensors(shape: _Shape, rng: np.random.Generator, scale: float, il: int) -> Iterator[tuple[str, NDArray[np.float32]]]:
@@ -305,12 +311,29 @@ def _layer_tensors(shape: _Shape, rng: np.random.Generator, scale: float, il: in
         yield from _attention_tensors(shape, rng, scale, gain_out)
     if shape.arch == "gemma3":
         yield "post_attention_norm.weight", 2 * gain_out * _norm(rng, shape.n_embd)
+    if shape.arch == "gpt-oss":
+        yield from _expert_tensors(shape, rng, gain_out)
+        return
     yield "ffn_norm.weight", _norm(rng, shape.n_embd)
     yield "ffn_gate.weight", _matrix(rng, shape.n_ff, shape.n_embd, 1.0)
     yield "ffn_up.weight", _matrix(rng, shape.n_ff, shape.n_embd, 1.0)
     yield "ffn_down.weight", _matrix(rng, shape.n_embd, shape.n_ff, gain_out)
     if shape.arch == "gemma3":
         yield "post_ffw_norm.weight", gain_out * _norm(rng, shape.n_embd)
+
+
+def _expert_tensors(shape: _Shape, rng: np.random.Generator, gain_out: float) -> Iterator[tuple[str, NDArray[np.float32]]]:
+    yield "post_attention_norm.weight", _norm(rng, shape.n_embd)
+    yield "ffn_gate_inp.weight", _matrix(rng, N_EXPERTS, shape.n_embd, 1.0)
+    yield "ffn_gate_inp.bias", np.zeros(N_EXPERTS, dtype=np.float32)
+    for name, n_out, n_in, gain in (
+        ("ffn_gate_exps", shape.n_ff, shape.n_embd, 1.0),
+        ("ffn_up_exps", shape.n_ff, shape.n_embd, 1.0),
+        ("ffn_down_exps", shape.n_embd, shape.n_ff, gain_out),
+    ):
+        one = _matrix(rng, n_out, n_in, gain)
+        yield f"{name}.weight", np.stack([np.roll(one, QUANT_BLOCK * i, axis=1) for i in range(N_EXPERTS)])
+        yield f"{name}.bias", np.zeros((N_EXPERTS, n_out), dtype=np.float32)
 
 
 def _attention_tensors(shape: _Shape, rng: np.random.Generator, scale: float, gain_out: float) -> Iterator[tuple[str, NDArray[np.float32]]]:
@@ -322,7 +345,10 @@ def _attention_tensors(shape: _Shape, rng: np.random.Generator, scale: float, ga
     yield "attn_q.weight", _matrix(rng, n_q, shape.n_embd, gain_qk)
     yield "attn_k.weight", _matrix(rng, n_kv, shape.n_embd, gain_qk)
     yield "attn_v.weight", _matrix(rng, n_kv, shape.n_embd, 1.0)
-    if shape.arch == "qwen2":
+    if shape.arch == "gpt-oss":
+        yield "attn_sinks.weight", rng.standard_normal(shape.n_head, dtype=np.float32)
+        yield "attn_output.bias", np.zeros(shape.n_embd, dtype=np.float32)
+    if shape.arch in ("qwen2", "gpt-oss"):
         for name, n in (("attn_q.bias", n_q), ("attn_k.bias", n_kv), ("attn_v.bias", n_kv)):
             yield name, 0.3 * rng.standard_normal(n, dtype=np.float32)
     yield "attn_output.weight", _matrix(rng, shape.n_embd, n_q, 2 * gain_out)
