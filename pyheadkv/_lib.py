@@ -284,6 +284,8 @@ _PROTOTYPES: dict[str, tuple[list[Any], Any]] = {
     "headkv_fill_prompt": ([_CTX, ctypes.c_int32, ctypes.c_int32, ctypes.c_uint32], ctypes.c_int32),
     # int32_t headkv_read_window(const struct llama_context * ctx, llama_seq_id seq_id, int32_t il, float * dst, int64_t n);
     "headkv_read_window": ([_CTX, ctypes.c_int32, ctypes.c_int32, _F32, ctypes.c_int64], ctypes.c_int32),
+    # int32_t headkv_read_softmax(const struct llama_context * ctx, int32_t il, float * dst, int64_t n);
+    "headkv_read_softmax": ([_CTX, ctypes.c_int32, _F32, ctypes.c_int64], ctypes.c_int32),
     # int32_t headkv_read_refs(const struct llama_context * ctx, llama_seq_id seq_id, int32_t il, float * dst, int64_t n);
     "headkv_read_refs": ([_CTX, ctypes.c_int32, ctypes.c_int32, _F32, ctypes.c_int64], ctypes.c_int32),
     # int32_t headkv_read_cells(const struct llama_context * ctx, llama_seq_id seq_id,

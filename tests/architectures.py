@@ -33,6 +33,7 @@ from llama_cpp import llama_cpp
 from pyheadkv.importance_values import Importance
 from pyheadkv.llama import STATES
 from pyheadkv.options import Options
+from pyheadkv.testing import reference
 
 TABLE = Path(__file__).resolve().parents[1] / "bench" / "results" / "architectures.md"
 
@@ -251,6 +252,7 @@ VARIANTS: list[tuple[str, str, Keys]] = [
     *((arch, "M-RoPE", MROPE) for arch in ("glm4", "glm4moe", "hunyuan_vl")),
     *((arch, "sliding window", SWA_PERIOD) for arch in ("gemma3", "olmo2", "plamo3", "smallthinker", "mellum", "laguna")),
     *((arch, "MTP head", MTP) for arch in ("glm4moe", "hy_v3")),
+    ("gemma4", "shared cells", {"block_count": 4, "attention.sliding_window_pattern": [1, 0, 1, 0], "attention.shared_kv_layers": 2}),
     ("exaone4", "sliding window", {"block_count": 64}),
     ("mpt", "no ALiBi", {"attention.max_alibi_bias": 0.0}),
     ("jais", "no ALiBi", {"attention.max_alibi_bias": 0.0}),
@@ -383,6 +385,14 @@ def make_model(arch: str, keys: Keys) -> Any:
 # ---------------------------------------------------------------- contexts
 
 
+def heads_of(model: Any) -> list[npt.NDArray[np.int32]]:
+    """Query heads, KV heads and head size of each layer, 0 where it is not compressed."""
+    n = _lib.check(_lib.lib.headkv_get_heads(model, None, None, None, 0))
+    found = [np.zeros(n, dtype=np.int32) for _ in range(3)]
+    _lib.check(_lib.lib.headkv_get_heads(model, *(x.ctypes.data_as(ctypes.POINTER(ctypes.c_int32)) for x in found), n))
+    return found
+
+
 class Refused(Exception):
     """No context; the reason is empty if it is not one of compression."""
 
@@ -422,6 +432,9 @@ class Context:
             raise Refused(re.sub(r"^KV compression is not possible for .*?architecture \S+: ", "", reason))
         self.why_token = "" if kv_size is None else _lib.lib.headkv_why_token_prefill(self.ctx).decode()
         self.layered = False  # whether the last prompt was read layer by layer
+        self.options = Options(kv_size=kv_size or KV_SIZE, policy="snapkv")
+        self.heads = heads_of(model) if kv_size is not None else None  # query heads, KV heads and head size of each layer of ours
+        self.defined: dict[tuple[int, int], list[int]] = {}  # positions that the heads of the last staged prompt keep, by definition
 
     def __enter__(self) -> Context:
         return self
@@ -456,6 +469,8 @@ class Context:
             _lib.check(_lib.lib.headkv_begin_prompt(self.ctx, 0, N_PROMPT, not self.why_token, None))
         out = [self.decode(prompt, 0)]
         self.layered = self.kv_size is not None and self._state() == "layered"
+        if self.kv_size == KV_SIZE and self._state() == "staged":
+            self.defined = {(il, ih): row for il in range(self.n_layer) for ih, row in enumerate(self._defined_of_layer(il))}
         if self.kv_size is not None and _lib.lib.headkv_end_prompt(self.ctx, 0) < 0:
             raise Refused(f"at the end of the first prompt, {_lib.last_error()}")
         return np.array(out + [self.decode([token], N_PROMPT + i) for i, token in enumerate(NEXT)])
@@ -464,6 +479,34 @@ class Context:
         stats = _lib.Stats(size=ctypes.sizeof(_lib.Stats))
         _lib.check(_lib.lib.headkv_get_stats(self.ctx, 0, ctypes.byref(stats)))
         return STATES[stats.state]
+
+    def _defined_of_layer(self, il: int) -> list[list[int]]:
+        """What the NumPy definition keeps, out of the queries and keys of a staged prompt."""
+
+        def read(func: Callable[..., int], n_row: int, *args: int) -> npt.NDArray[np.float32]:
+            values = np.zeros((1 << 16, n_row), dtype=np.float32)
+            return values[: _lib.check(func(self.ctx, *args, values.ctypes.data_as(ctypes.POINTER(ctypes.c_float)), values.size))]
+
+        n_head, n_head_kv, dim = (int(x[il]) for x in self.heads)
+        if n_head_kv == 0:
+            return []
+        options = self.options
+        q = read(_lib.lib.headkv_read_window, n_head * dim, 0, il).reshape(-1, n_head, dim)
+        k = np.stack([read(_lib.lib.headkv_read_cells, dim, 0, il, ih, False) for ih in range(n_head_kv)], axis=1)
+        scale, softcap, *sinks = read(_lib.lib.headkv_read_softmax, 1, il).ravel().tolist()
+        cells = np.full(n_head_kv, KV_SIZE)
+        scores = reference.score(
+            q,
+            k,
+            scale=scale,
+            softcap=softcap,
+            sinks=sinks or None,
+            n_prefix=N_PROMPT - options.recent,
+            power=options.power,
+            pool=options.pool,
+            pool_kernel=options.pool_kernel or reference.pool_kernels(cells - options.recent),
+        )
+        return [row.tolist() for row in reference.keep(scores, cells, kv_size=KV_SIZE, recent=options.recent, n_tokens=N_PROMPT)]
 
     def positions(self) -> dict[tuple[int, int], list[int]]:
         """Prompt positions that each (layer, KV head) kept."""
@@ -498,6 +541,7 @@ class Result:
     name : of the case
     outcome : "layer", "token: reason", "refused: reason", "not run: reason" or "aborted: assertion"
     n_kept : prompt positions kept per head with both sizes, each number once
+    n_other : prompt positions that heads kept and by definition do not
     same_order : whether layer by layer gave the bits and the kept cells of upstream's order
     same_prompt : whether the prompt's last logits have the bits of the stock cache
     nmse_fused, nmse_composed : of the decoded logits against the stock cache, when no cell was evicted
@@ -509,6 +553,7 @@ class Result:
     name: str
     outcome: str
     n_kept: tuple[int, ...] = ()
+    n_other: int = 0
     same_order: bool = False
     same_prompt: bool = False
     nmse_fused: float = 0.0
@@ -540,6 +585,7 @@ def examine(name: str, arch: str, keys: Keys, log: list[str]) -> Result:
             ours, kept = [auto.logits()], auto.positions()
         with Context(model, KV_SIZE, prefill="token") as token:
             ours.append(token.logits())
+            n_other = sum(len(set(kept[head]) - set(token.defined[head])) for head in kept)
             same_bits = ours[0].tobytes() == ours[1].tobytes() and kept == token.positions()
             same_order = auto.layered and not token.layered and same_bits
         n_kept = {len(positions) for positions in kept.values()}
@@ -559,6 +605,7 @@ def examine(name: str, arch: str, keys: Keys, log: list[str]) -> Result:
         name,
         "layer" if auto.layered else f"token: {auto.why_token}",
         n_kept=tuple(sorted(n_kept)),
+        n_other=n_other,
         same_order=same_order,
         same_prompt=all(x[0].tobytes() == stock[0].tobytes() for x in ours),
         nmse_fused=nmse(ours[3][1:], stock[1:]),

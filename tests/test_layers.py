@@ -251,7 +251,7 @@ def test_header_heads_are_as_the_file_has_them(make_model: Callable[..., Path]) 
 
 @BOTH
 def test_a_trial_asks_again_behind_a_compressed_prompt(make_model: Callable[..., Path], shape: Shape) -> None:
-    """Each copy is read; it goes back to its prompt, which recurrent states do not without help."""
+    """Copies go back to their prompt, which recurrent states do not without help."""
     path, prompt, rest = make_model(shape), tokens(600), [9, 10, 11]
     trial = Trial(load(path, kv_size=64, preset="default", policy="snapkv", prefill="token", n_seq_max=3))
     settings = [Setting(FULL), Setting("snapkv", 64)]

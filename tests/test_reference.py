@@ -15,7 +15,9 @@ from pyheadkv.testing import random_importance, reference, write_random_model
 from pyheadkv.testing.reference import (
     ReferenceModel,
     attend,
+    attention_sums,
     compact,
+    fit_values,
     keep,
     pool_scores,
     score,
@@ -72,6 +74,14 @@ def test_softmax_of_known_logits() -> None:
 
 def test_softmax_of_a_row_masked_in_full_is_zero() -> None:
     assert softmax([[-np.inf, -np.inf], [-np.inf, 5.0]]).tolist() == [[0, 0], [0, 1]]
+
+
+def test_softmax_beside_a_sink() -> None:
+    logits = [[0.0, math.log(3)], [-np.inf, 0.0]]
+    np.testing.assert_allclose(softmax(logits, sink=math.log(4)), [[1 / 8, 3 / 8], [0, 1 / 5]], rtol=1e-15)
+    np.testing.assert_allclose(softmax(logits, sink=[math.log(4), 0.0]), [[1 / 8, 3 / 8], [0, 1 / 2]], rtol=1e-15)
+    np.testing.assert_array_equal(softmax(logits, sink=-1e30), softmax(logits))
+    assert softmax(np.zeros((2, 0)), sink=1.0).shape == (2, 0)
 
 
 def test_max_pooling_takes_the_largest_neighbour() -> None:
@@ -160,6 +170,28 @@ def test_scale_and_softcap_act_on_the_logits() -> None:
     np.testing.assert_allclose(
         score(q, KEYS, scale=0.5, softcap=2.0, pool_kernel=1), score(q, capped, scale=1.0, pool_kernel=1), rtol=1e-14
     )
+
+
+def test_sinks_of_the_query_heads_are_in_the_sums_that_score_divides_by() -> None:
+    q = np.ones((2, 2, 1))  # two query heads of one group
+    got = score(q, KEYS, scale=1.0, pool_kernel=1, sinks=np.log([1.0, 8.0]))
+    expected = [np.mean([w / 8, w / 9, w / 15, w / 16]) for w in (2, 4)]
+    np.testing.assert_allclose(got, [expected], rtol=1e-14)
+
+
+def test_sinks_are_neither_scaled_nor_capped() -> None:
+    capped = 2 * np.tanh(np.log([2.0, 4, 1, 1]) / 2)
+    plain, with_sinks = (score(np.full((2, 1, 1), 2.0), KEYS, scale=0.5, softcap=2.0, pool_kernel=1, sinks=s) for s in (None, [3.0]))
+    sums = np.exp(capped)[:3].sum(), np.exp(capped).sum()
+    expected = np.mean([np.exp(capped[:2]) / (s + np.exp(3.0)) for s in sums], axis=0)
+    np.testing.assert_allclose(with_sinks, [expected], rtol=1e-14)
+    assert (with_sinks < plain).all()
+
+
+def test_attention_sums_beside_sinks() -> None:
+    got = attention_sums(np.ones((4, 1, 1)), KEYS, scale=1.0, sinks=[math.log(5)])
+    sums = np.array([2.0, 6, 7, 8]) + 5
+    np.testing.assert_allclose(got, [[2 * (1 / sums).sum(), 4 * (1 / sums[1:]).sum(), (1 / sums[2:]).sum(), 1 / sums[3]]], rtol=1e-14)
 
 
 def test_q_round_rounds_the_queries_before_use() -> None:
@@ -260,6 +292,38 @@ def test_attend_on_an_empty_head_is_zero() -> None:
     empty, full = np.zeros((0, 4)), np.ones((2, 4))
     got = attend(np.ones((2, 4)), [empty, full], [empty, full], scale=1.0)
     assert got.tolist() == [[0] * 4, [1] * 4]
+
+
+def test_a_sink_is_a_cell_without_a_value() -> None:
+    rng = np.random.default_rng(3)
+    q, sinks = rng.normal(size=(3, 4)), np.array([-4.0, 0.0, 20.0])
+    k, v = [rng.normal(size=(n, 4)) for n in (1, 7, 30)], [rng.normal(size=(n, 4)) for n in (1, 7, 30)]
+    cells = [np.vstack([rows, row * sink / (0.5 * row @ row)]) for rows, row, sink in zip(k, q, sinks, strict=True)]
+    expected = attend(q, cells, [np.vstack([rows, np.zeros(4)]) for rows in v], scale=0.5)
+    np.testing.assert_allclose(attend(q, k, v, scale=0.5, sinks=sinks), expected, rtol=1e-12)
+    np.testing.assert_array_equal(attend(q, k, v, scale=0.5, sinks=np.full(3, -1e30)), attend(q, k, v, scale=0.5))
+
+
+def test_attend_on_an_empty_head_is_zero_beside_a_sink() -> None:
+    empty = np.zeros((0, 4))
+    assert attend(np.ones((2, 4)), [empty], [empty], scale=1.0, sinks=[0.0, 20.0]).tolist() == [[0] * 4] * 2
+
+
+def test_there_is_one_sink_for_each_query_head() -> None:
+    with pytest.raises(ValueError, match=r"sinks have shape \(1,\): .* 2 query heads"):
+        attend(np.ones((2, 4)), [np.ones((1, 4))], [np.ones((1, 4))], scale=1.0, sinks=[0.0])
+
+
+# fit
+
+
+def test_fit_answers_beside_the_sinks_of_its_queries() -> None:
+    # weights of the two cells are 2 and 4, the first one is kept; queries 3 and 7 are held out
+    sinks = np.log([1.0, 2, 3, 5, 1, 2, 3, 7])
+    k, v = KEYS[:2, 0], np.array([[1.0], [10.0]])
+    _, before, _ = fit_values(np.ones((8, 1)), np.full(8, 1), k, v, [0], scale=1.0, sinks=sinks)
+    y, x = np.array([42 / (6 + s) for s in (5, 7)]), np.array([2 / (2 + s) for s in (5, 7)])
+    assert before == pytest.approx(((y - x) ** 2).sum() / (y**2).sum(), rel=1e-12)
 
 
 # forward pass

@@ -16,6 +16,7 @@ struct attend_params {
     const char * v;
     const int32_t * ranges;
     const float * bias; // or null
+    const float * sinks; // same
     float * dst;
     float * partials;     // [chunk][query of a head][D + 2]: sum of exp(s - m)*v, m, sum of exp(s - m)
     size_t nq1, nq2;     // floats from head to head, token to token
@@ -200,7 +201,9 @@ static __global__ void __launch_bounds__(N_THREADS) attend_chunk(const attend_pa
 
     if (n_chunks(len, a.n_rows_chunk) == 1) {
         for (int i = tid; i < nq * D; i += N_THREADS) {
-            const float sj = s[i / D];
+            int token, head;
+            query_of(a, range, q0 + i / D, token, head);
+            const float sj = with_sink(s[i / D], m[i / D], a.sinks, head);
             result_of(a, D, range, q0 + i / D)[i % D] = sj > 0.0f ? q[i] / sj : 0.0f;
         }
         return;
@@ -240,6 +243,8 @@ static __global__ void __launch_bounds__(N_THREADS) attend_combine(const attend_
     }
     m = warp_max(m);
 
+    int token, head;
+    query_of(a, range, blockIdx.y, token, head);
     float * out = result_of(a, D, range, blockIdx.y);
     for (int d = threadIdx.x; d < D; d += N_THREADS) {
         float acc = 0.0f;
@@ -250,6 +255,7 @@ static __global__ void __launch_bounds__(N_THREADS) attend_combine(const attend_
             acc += f * part[c * step + d];
             s += f * part[c * step + D + 1];
         }
+        s = with_sink(s, m, a.sinks, head);
         out[d] = s > 0.0f ? acc / s : 0.0f;
     }
 }
@@ -258,7 +264,7 @@ static __global__ void __launch_bounds__(N_THREADS) attend_combine(const attend_
 // host
 //
 
-// tensors of the op: q, k, v, ranges, bias
+// tensors of the op: q, k, v, ranges, bias, sinks
 inline bool attend_supports(const ggml_tensor * op) {
     const ggml_tensor * q = op->src[0];
     const ggml_tensor * k = op->src[1];
@@ -338,6 +344,7 @@ void attend_run(ggml_tensor * dst, float * scratch, Stream stream) {
     const ggml_tensor * v = dst->src[2];
     const ggml_tensor * ranges = dst->src[3];
     const ggml_tensor * bias = dst->src[4];
+    const ggml_tensor * sinks = dst->src[5];
 
     const headkv_op op = headkv_op_get(dst);
     const attend_grid g(dst);
@@ -348,6 +355,7 @@ void attend_run(ggml_tensor * dst, float * scratch, Stream stream) {
     a.v = (const char *) v->data;
     a.ranges = (const int32_t *) ranges->data;
     a.bias = bias ? (const float *) bias->data : nullptr;
+    a.sinks = sinks ? (const float *) sinks->data : nullptr;
     a.dst = (float *) dst->data;
     a.partials = scratch;
     a.nq1 = q->nb[1] / sizeof(float);

@@ -167,6 +167,12 @@ static __device__ __forceinline__ void tile_dots(const float * q, const char * k
     }
 }
 
+// What the sum of exponentials of logits up to m becomes with a sink: infinite where the sink leaves nothing to the others, 0 without
+// others.
+static __device__ __forceinline__ float with_sink(float sum, float m, const float * sinks, int head) {
+    return sinks && sum > 0.0f ? sum + expf(sinks[head] - m) : sum;
+}
+
 // tanh by way of exp: tanhf() is too coarse when upstream's fast math replaces it
 static __device__ __forceinline__ float logit(float dot, float scale, float softcap) {
     return softcap > 0.0f ? softcap * (1.0f - 2.0f / (expf(2.0f * dot * scale / softcap) + 1.0f)) : dot * scale;

@@ -13,6 +13,7 @@ struct score_params {
     const float * q;
     const char * k;
     const int32_t * cells;
+    const float * sinks; // or null
     float * stats;   // [head][chunk][query][2]
     float * totals;  // [head][query][2]: largest logit of all keys, 1/sum of exponentials
     float * dst;     // [head][n_prefix]
@@ -120,7 +121,7 @@ static __global__ void __launch_bounds__(32) score_totals(const score_params a) 
     if (threadIdx.x == 0) {
         float * out = a.totals + ((size_t) blockIdx.y * n_query + blockIdx.x) * 2;
         out[0] = m;
-        out[1] = 1.0f / s;
+        out[1] = 1.0f / with_sink(s, m, a.sinks, blockIdx.y * a.n_group + blockIdx.x % a.n_group);
     }
 }
 
@@ -183,7 +184,7 @@ static __global__ void __launch_bounds__(N_THREADS) score_pooled(const score_par
 }
 
 //
-// host; tensors of the ops: q, k, cells, and stats for the second one
+// host; tensors of the ops: q, k, cells, and for the second one stats and sinks
 //
 
 inline bool score_supports(const ggml_tensor * op) {
@@ -223,6 +224,7 @@ void score_run(ggml_tensor * dst, float * scratch, Stream stream) {
     const ggml_tensor * k = dst->src[1];
     const ggml_tensor * cells = dst->src[2];
     const ggml_tensor * stats = dst->src[3];
+    const ggml_tensor * sinks = dst->src[4];
 
     const headkv_op op = headkv_op_get(dst);
     const bool pooled = op.kind == HEADKV_OP_SCORE;
@@ -232,6 +234,7 @@ void score_run(ggml_tensor * dst, float * scratch, Stream stream) {
     a.q = (const float *) q->data;
     a.k = (const char *) k->data;
     a.cells = (const int32_t *) cells->data;
+    a.sinks = sinks ? (const float *) sinks->data : nullptr;
     a.stats = (float *) (pooled ? stats->data : dst->data);
     a.totals = scratch;
     a.dst = (float *) dst->data;

@@ -180,8 +180,8 @@ void attend_biased(headkv_attend_kernel kernel, headkv_attend_args args, float b
 }
 
 // The output of a GQA group out of its chunks, in order: of each, n_group*n_embd_head weighted sums, then n_group largest
-// logits, then n_group sums of exponentials.
-void combine_chunks(float * out, const float * first, int n_chunk, size_t n_partial, int n_group, int n_embd_head) {
+// logits, then n_group sums of exponentials. sinks: those of the group, or null.
+void combine_chunks(float * out, const float * first, int n_chunk, size_t n_partial, int n_group, int n_embd_head, const float * sinks) {
     for (int g = 0; g < n_group; ++g) {
         const float * mg = first + n_group * n_embd_head + g;
         const float * sg = mg + n_group;
@@ -204,6 +204,9 @@ void combine_chunks(float * out, const float * first, int n_chunk, size_t n_part
                 og[d] += f * a[d];
             }
         }
+        if (sinks && s > 0.0f) {
+            s += std::exp(sinks[g] - m); // infinite where it leaves nothing to the rows
+        }
         const float f = s > 0.0f ? 1.0f / s : 0.0f;
         for (int d = 0; d < n_embd_head; ++d) {
             og[d] *= f;
@@ -221,6 +224,7 @@ void attend_op(ggml_tensor * dst, int ith, int nth, void * userdata) {
     const ggml_tensor * v = dst->src[2];
     const ggml_tensor * ranges = dst->src[3];
     const ggml_tensor * bias = dst->src[4];
+    const ggml_tensor * sinks = dst->src[5];
 
     const int n_embd_head = state.n_embd_head;
     const int n_group = state.n_head / state.n_head_kv;
@@ -279,7 +283,7 @@ void attend_op(ggml_tensor * dst, int ith, int nth, void * userdata) {
             done.store(0, std::memory_order_relaxed);
         }
         const float * first = job.n_chunk > 1 ? partials + job.slot * n_partial : p;
-        combine_chunks(o, first, job.n_chunk, n_partial, n_group, n_embd_head);
+        combine_chunks(o, first, job.n_chunk, n_partial, n_group, n_embd_head, sinks ? (const float *) sinks->data + job.head * n_group : nullptr);
     }
 
     // the last thread to leave prepares the next run
@@ -292,12 +296,13 @@ void attend_op(ggml_tensor * dst, int ith, int nth, void * userdata) {
 } // namespace
 
 ggml_tensor * headkv_build_attend_fused(ggml_context * ctx, headkv_attend_state * state,
-        ggml_tensor * q, ggml_tensor * k, ggml_tensor * v, ggml_tensor * ranges, ggml_tensor * bias) {
+        ggml_tensor * q, ggml_tensor * k, ggml_tensor * v, ggml_tensor * ranges, ggml_tensor * bias, ggml_tensor * sinks) {
     GGML_ASSERT(state->kernel && "no attend kernel for these types");
     GGML_ASSERT(q->type == GGML_TYPE_F32 && q->nb[0] == sizeof(float));
     GGML_ASSERT(q->ne[0] == state->n_embd_head && q->ne[1] == state->n_head && q->ne[2] % ranges->ne[2] == 0);
     GGML_ASSERT(ranges->type == GGML_TYPE_I32 && ranges->ne[0] == 2 && ranges->ne[1] == state->n_head_kv && ggml_is_contiguous(ranges));
     GGML_ASSERT(!bias || (bias->type == GGML_TYPE_F32 && bias->ne[0] == ranges->ne[1] && bias->ne[1] == ranges->ne[2] && ggml_is_contiguous(bias)));
+    GGML_ASSERT(!sinks || (sinks->type == GGML_TYPE_F32 && ggml_nelements(sinks) == state->n_head && ggml_is_contiguous(sinks)));
 
     const int64_t n_tokens = q->ne[2];
     const int64_t n_seqs = ranges->ne[2];
@@ -310,8 +315,9 @@ ggml_tensor * headkv_build_attend_fused(ggml_context * ctx, headkv_attend_state 
         n_partial = n_chunk * (n_tokens / n_seqs) * (state->n_head / state->n_head_kv) * (state->n_embd_head + 2);
     }
 
-    ggml_tensor * args[] = { q, k, v, ranges, bias };
-    ggml_tensor * res = ggml_custom_4d(ctx, GGML_TYPE_F32, n_out + n_partial, 1, 1, 1, args, bias ? 5 : 4, attend_op, GGML_N_TASKS_MAX, state);
+    // What may be missing has a place of its own. A view of the sinks, because an op is run where its weights are.
+    ggml_tensor * args[] = { q, k, v, ranges, bias, sinks ? ggml_view_1d(ctx, sinks, state->n_head, 0) : nullptr };
+    ggml_tensor * res = ggml_custom_4d(ctx, GGML_TYPE_F32, n_out + n_partial, 1, 1, 1, args, 6, attend_op, GGML_N_TASKS_MAX, state);
 
     headkv_op op;
     op.kind = HEADKV_OP_ATTEND;

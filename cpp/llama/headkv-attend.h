@@ -5,6 +5,8 @@
 //   ranges I32 [2, n_head_kv, n_seqs]                  first row and number of rows, the ubatch's own included
 //   bias   F32 [n_head_kv, n_seqs] or null             finite, added to the logit of the first row of each range (after
 //                                                      scale and softcap): log n makes this row count n times
+//   sinks  F32 [n_head] or null                        a logit of each query head that is in the sum that its probabilities
+//                                                      are divided by, and has no value; neither scaled nor capped
 //   dst    F32 [n_embd_head*n_head, n_tokens]
 //
 // Token t of the n tokens of its sequence sees the first len - (n - 1 - t) rows of each range: the ubatch's own
@@ -72,4 +74,4 @@ struct headkv_attend_state {
 
 // the fused op; the scale and the softcap are those of the state when it is built
 ggml_tensor * headkv_build_attend_fused(ggml_context * ctx, headkv_attend_state * state,
-        ggml_tensor * q, ggml_tensor * k, ggml_tensor * v, ggml_tensor * ranges, ggml_tensor * bias = nullptr);
+        ggml_tensor * q, ggml_tensor * k, ggml_tensor * v, ggml_tensor * ranges, ggml_tensor * bias = nullptr, ggml_tensor * sinks = nullptr);

@@ -45,7 +45,7 @@ headkv_layer_owners headkv_owners_of(const llama_memory_i & memory, const llama_
     }
 
     const size_t n_layer = hparams.n_layer();
-    headkv_layer_owners res = { std::vector<bool>(n_layer), std::vector<bool>(n_layer), std::vector<bool>(n_layer) };
+    headkv_layer_owners res = { std::vector<bool>(n_layer), std::vector<bool>(n_layer), std::vector<bool>(n_layer), std::vector<int32_t>(n_layer, -1) };
     for (uint32_t il : (iswa ? iswa->get_base() : global)->get_layer_ids()) {
         if (il < n_layer && hparams.n_head_kv(il) > 0) {
             res.ours[il] = true;
@@ -57,6 +57,10 @@ headkv_layer_owners headkv_owners_of(const llama_memory_i & memory, const llama_
                 res.windowed[il] = true;
             }
         }
+    }
+    for (size_t il = 0; il < n_layer; ++il) {
+        // upstream: those of the last layer of its kind that has cells
+        res.shared[il] = hparams.has_kv(il) ? -1 : hparams.n_layer_kv_from_start - (hparams.is_swa(il) ? 2 : 1);
     }
     for (size_t il = 0; recurrent && il < std::min(n_layer, recurrent->r_l.size()); ++il) {
         res.recurrent[il] = recurrent->r_l[il] != nullptr;
@@ -112,11 +116,11 @@ headkv_beside::headkv_beside(const llama_model & model, const headkv_layer_owner
     n_swa(model.hparams.n_swa), swa_type(model.hparams.swa_type) {
     const auto has_any = [](const std::vector<bool> & layers) { return std::find(layers.begin(), layers.end(), true) != layers.end(); };
     const auto filter_of = [](const std::vector<bool> & layers) { return [&layers](int32_t il) { return (size_t) il < layers.size() && layers[il]; }; };
+    const auto sharing = [&](int32_t il) { return (size_t) il < owners.shared.size() && owners.shared[il] >= 0 && owners.windowed[owners.shared[il]]; };
     if (has_any(owners.windowed)) {
         // as many cells as upstream gives a sequence of its own
         const uint32_t n_cells = GGML_PAD(std::min(cparams.n_ctx_seq, n_swa + cparams.n_ubatch), 256);
-        windowed = std::make_unique<llama_kv_cache>(model, model.hparams, type_k, type_v, /*v_trans =*/false, cparams.offload_kqv, /*unified =*/false,
-                n_cells, cparams.n_seq_max, /*n_pad =*/1, n_swa, swa_type, nullptr, filter_of(owners.windowed), nullptr, nullptr);
+        windowed = std::make_unique<llama_kv_cache>(model, model.hparams, type_k, type_v, /*v_trans =*/false, cparams.offload_kqv, /*unified =*/false, n_cells, cparams.n_seq_max, /*n_pad =*/1, n_swa, swa_type, nullptr, [&](int32_t il) { return filter_of(owners.windowed)(il) || sharing(il); }, [&](int32_t il) { return sharing(il) ? owners.shared[il] : -1; }, nullptr);
     }
     if (has_any(owners.recurrent)) {
         recurrent = std::make_unique<llama_memory_recurrent>(model, GGML_TYPE_F32, GGML_TYPE_F32, cparams.offload_kqv, cparams.n_seq_max, cparams.n_seq_max,

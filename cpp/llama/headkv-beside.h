@@ -20,6 +20,7 @@ struct headkv_layer_owners {
     std::vector<bool> ours;      // [il] global attention with KV heads
     std::vector<bool> windowed;  // [il]
     std::vector<bool> recurrent; // [il]
+    std::vector<int32_t> shared; // [il] the layer whose cells it attends to because it has none of its own, -1 = it does not
 
     bool any_beside() const;
 };

@@ -222,7 +222,7 @@ bool headkv_compression::score_fused(work_t & w) {
     ggml_context * ctx = runner.ctx.get();
     ggml_tensor * q = ggml_get_rows(ctx, staging.ring(w.layer.il), w.t_slots);
     ggml_tensor * s = headkv_build_score_fused(ctx, ggml_reshape_3d(ctx, q, w.D, w.G * w.H, n_window), w.k_all, w.t_cells,
-            n_prefix, w.layer.attend->scale, w.layer.attend->softcap, cfg->n_square, cfg->pool, std::max(1, (int) cfg->pool_kernel));
+            n_prefix, w.layer.attend->scale, w.layer.attend->softcap, cfg->n_square, cfg->pool, std::max(1, (int) cfg->pool_kernel), w.layer.sinks);
     if (!on_cpu && !(headkv_device_supports(w.layer.buft, s->src[3]) && headkv_device_supports(w.layer.buft, s))) {
         return false;
     }
@@ -242,7 +242,8 @@ void headkv_compression::score_composed(work_t & w) {
         ggml_context * ctx = runner.ctx.get();
         ggml_tensor * q = headkv_queries_of_head(ctx, staging.ring(w.layer.il), w.t_slots, w.layer, ih);
         ggml_tensor * s = headkv_build_score(ctx, runner.gf, q, head_cells(w, w.k_all, ih), t_mask,
-                n_prefix, w.layer.attend->scale, w.layer.attend->softcap, cfg->n_square, cfg->pool, std::max(1, (int) cfg->pool_kernel));
+                n_prefix, w.layer.attend->scale, w.layer.attend->softcap, cfg->n_square, cfg->pool, std::max(1, (int) cfg->pool_kernel),
+                headkv_sinks_of_head(ctx, w.layer.sinks, w.G, ih));
         ggml_build_forward_expand(runner.gf, ggml_cpy(ctx, s, w.scores_of_head(ctx, n_prefix, ih)));
         runner.run();
     }

@@ -31,7 +31,8 @@ static void answer(const job_t & job, answers_t & w, int64_t ih, int64_t first, 
         job.fit.add_product(w.x.data(), N_KEYS, 1, n_rows, w.values.data(), s.n_value, (int) n_now, (int) s.n_value, w.y.data(), s.n_value);
     }
     for (int64_t j = 0; j < n; ++j) {
-        std::transform(w.y.data() + j * s.n_value, w.y.data() + (j + 1) * s.n_value, dst + (first + j) * s.n_value, [&](float v) { return v / w.sum[j]; });
+        const float sum = job.with_sink(w.sum[j], w.largest[j], first + j, ih);
+        std::transform(w.y.data() + j * s.n_value, w.y.data() + (j + 1) * s.n_value, dst + (first + j) * s.n_value, [&](float v) { return v / sum; });
     }
 }
 

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "headkv-fit.h"
+#include "headkv-refs.h"
 #include "headkv-score.h"
 
 #include "llama-impl.h"
@@ -147,6 +148,15 @@ struct job_t {
     void load_query(int64_t i, int64_t ih, float * dst) const {
         ggml_fp16_to_fp32_row(query(i, ih), dst, sizes.D);
         std::transform(dst, dst + sizes.D, dst, [this](float x) { return x * layer.scale; });
+    }
+
+    // a sum of exponentials, of which m is the largest logit, and that of the sink of the query of reference i
+    float with_sink(float sum, float m, int64_t i, int64_t ih) const {
+        if (layer.sinks.empty()) {
+            return sum;
+        }
+        const int64_t n_group = (int64_t) layer.sinks.size() / n_head_kv;
+        return sum + std::exp(layer.sinks[ih * n_group + headkv_ref_head(layer.pos[i], (int32_t) ih, (int32_t) n_head_kv, (int32_t) n_group)] - m);
     }
 
     const char * staged(const ggml_tensor * all, int64_t pos, int64_t ih) const {

@@ -62,7 +62,10 @@ struct head_fit {
                 job.score.add_stats(x, &w.largest[j], &w.share[j]);
             }
         }
-        std::transform(w.share.begin(), w.share.end(), w.share.begin(), [](float sum) { return sum > 0.0f ? 1.0f / sum : 0.0f; });
+        for (int64_t i = 0; i < s.n_refs; ++i) {
+            float & share = w.share[s.row(i)];
+            share = share > 0.0f ? 1.0f / job.with_sink(share, w.largest[s.row(i)], i, ih) : 0.0f;
+        }
     }
 
     void load_panel(int64_t first, int64_t n, int64_t cell, int64_t n_cells) {

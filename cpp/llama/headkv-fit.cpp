@@ -43,7 +43,8 @@ void headkv_values_fit::layer(headkv_runner & runner, const headkv_store_layer &
     if (std::all_of(ranges.begin(), ranges.end(), [&](const headkv_range & r) { return r.pos.size() == cells.size(); })) {
         return;
     }
-    const headkv_fit_layer what = { pos, slots, cells, ranges, refs, k_all, v_all, layer.k, layer.v, layer.attend->scale, layer.attend->softcap };
+    const headkv_fit_layer what = { pos, slots, cells, ranges, refs, k_all, v_all, layer.k, layer.v, layer.attend->scale, layer.attend->softcap,
+        layer.sinks ? headkv_get_data<float>(layer.sinks, layer.n_head) : std::vector<float>() };
     job_t job(what, n_threads);
 
     runner.begin();

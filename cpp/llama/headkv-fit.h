@@ -1,7 +1,7 @@
 // New values for the cells that a head keeps, by which it answers the queries of its own prompt as if it had kept all.
 //
 // X: what the reference queries (headkv-refs.h) pay to the kept cells that they see; Y: what all cells that they see answer
-// them; R = Y - X V. The values become V + (X'X + ridge*I)^-1 X'R, a ridge regression that is pulled to the old ones. Every
+// them, both beside the sink of their head, if it has one; R = Y - X V. The values become V + (X'X + ridge*I)^-1 X'R, a ridge regression that is pulled to the old ones. Every
 // fourth query is held out, and a head whose squared residual on these does not become smaller keeps its values. K stays, and
 // everything is done in the space of the cache, which may be rotated. On the CPU; the outcome does not depend on the number of threads.
 #pragma once
@@ -66,6 +66,7 @@ struct headkv_fit_layer {
     ggml_tensor * v;
     float scale;
     float softcap;
+    std::vector<float> sinks; // [n_head] of the layer, empty if it has none
 };
 
 // The fit of one compression, layer by layer.

@@ -309,9 +309,30 @@ llm_graph_input_attn_kv * headkv_build_inp(const llm_graph_context & gctx) {
 // attention
 //
 
+// Flash attention of heads that lie side by side; q [n_embd_head, n_tokens, n_group, n_heads]. Returns rows of n_group*n_embd_head, (head,
+// token). It takes one sink per head of its second batch dimension, the same for all of the third: with sinks it is called head by head.
+static ggml_tensor * build_flash_attn(const llm_graph_context & gctx, const std::vector<int32_t> & heads,
+        ggml_tensor * q, ggml_tensor * k, ggml_tensor * v, ggml_tensor * mask, ggml_tensor * sinks, float kq_scale) {
+    ggml_context * ctx = gctx.ctx0;
+    const int64_t n_once = sinks ? 1 : q->ne[3];
+    const auto part = [&](ggml_tensor * x, int64_t first) {
+        return n_once == x->ne[3] ? x : ggml_view_4d(ctx, x, x->ne[0], x->ne[1], x->ne[2], n_once, x->nb[1], x->nb[2], x->nb[3], first * x->nb[3]);
+    };
+    ggml_tensor * res = nullptr;
+    for (int64_t first = 0; first < q->ne[3]; first += n_once) {
+        ggml_tensor * cur = ggml_flash_attn_ext(ctx, part(q, first), part(k, first), part(v, first), part(mask, first), kq_scale, 0.0f,
+                gctx.hparams.attn_soft_cap ? gctx.hparams.f_attn_logit_softcapping : 0.0f);
+        ggml_flash_attn_ext_add_sinks(cur, headkv_sinks_of_head(ctx, sinks, q->ne[2], heads[first]));
+        ggml_prec_set_acc(cur, GGML_PREC_F32);
+        cur = ggml_reshape_2d(ctx, cur, q->ne[0] * q->ne[2], q->ne[1] * n_once);
+        res = res ? ggml_concat(ctx, res, cur, 1) : cur;
+    }
+    return res;
+}
+
 // Heads as the third batch dimension of flash attention: overlapping views give every head its own range, masks its length.
 static ggml_tensor * build_attend_composed(const llm_graph_context & gctx, headkv_input & inp, const headkv_store_layer & layer,
-        ggml_tensor * q, ggml_tensor * k, ggml_tensor * v, float kq_scale) {
+        ggml_tensor * q, ggml_tensor * k, ggml_tensor * v, ggml_tensor * sinks, float kq_scale) {
     ggml_context * ctx = gctx.ctx0;
 
     const int64_t D = layer.n_embd_head;
@@ -361,13 +382,9 @@ static ggml_tensor * build_attend_composed(const llm_graph_context & gctx, headk
         ggml_format_name(mask, "headkv_mask_l%d_b%d", layer.il, (int) ib);
         inp.masks.push_back({ mask, layer.il, ib });
 
-        ggml_tensor * cur = ggml_flash_attn_ext(ctx, qb, kb, vb, mask, kq_scale, 0.0f,
-                gctx.hparams.attn_soft_cap ? gctx.hparams.f_attn_logit_softcapping : 0.0f);
-        ggml_prec_set_acc(cur, GGML_PREC_F32);
-
-        cur = ggml_reshape_4d(ctx, cur, D * G, T, n, 1); // rows: (head, token)
+        ggml_tensor * cur = build_flash_attn(gctx, b.heads, qb, kb, vb, mask, sinks, kq_scale);
         if (natural && T > 1) {
-            cur = ggml_cont(ctx, ggml_permute(ctx, cur, 0, 2, 1, 3));
+            cur = ggml_cont(ctx, ggml_permute(ctx, ggml_reshape_4d(ctx, cur, D * G, T, n, 1), 0, 2, 1, 3));
         }
         cur = ggml_reshape_2d(ctx, cur, D * G, T * n);
         res = res ? ggml_concat(ctx, res, cur, 1) : cur;
@@ -392,8 +409,8 @@ static void note_layer(const llm_graph_context & gctx, headkv_input & inp, ggml_
     auto * kv = mctx->get_kv();
     headkv_store_layer * layer = kv->store().find(il);
 
-    if (kq_b || sinks) {
-        kv->refuse(format("layer %d adds %s to its attention", il, kq_b ? "a bias" : "sinks"));
+    if (kq_b) {
+        kv->refuse(format("layer %d adds a bias to its attention", il));
     }
     if (!layer) {
         kv->refuse(format("it attends in layer %d, which has no KV heads", il));
@@ -405,6 +422,7 @@ static void note_layer(const llm_graph_context & gctx, headkv_input & inp, ggml_
     // adapters on top of wo are left out
     layer->wo = wo && wo->ne[0] == (int64_t) layer->n_embd_head * layer->n_head ? wo : nullptr;
     layer->wo_s = wo_s;
+    layer->sinks = sinks;
     if (mctx->is_full() && kv->is_graph_complete()) {
         const std::string why_not = kv->why_no_values(kv->config());
         if (!why_not.empty()) {
@@ -435,40 +453,60 @@ static void build_capture(const llm_graph_context & gctx, headkv_input & inp, gg
     }
     if (ggml_tensor * sums = mctx->get_sums(il)) {
         const auto * staging = mctx->get_staging();
-        const auto & attend = *mctx->get_kv()->store().find(il)->attend;
+        const headkv_store_layer & layer = *mctx->get_kv()->store().find(il);
         ggml_tensor * q = inp.self_k_rot ? llama_mul_mat_hadamard(ctx, q_cur, inp.self_k_rot) : q_cur;
         ggml_tensor * k = inp.self_k_rot ? llama_mul_mat_hadamard(ctx, k_cur, inp.self_k_rot) : k_cur;
         ggml_build_forward_expand(gctx.gf, staging->cpy_k(ctx, k, inp.self_k_idxs, il)); // upstream will do it again
-        headkv_build_sums(ctx, gctx.gf, q, staging->get_k(ctx, il), inp.self_kq_mask_cnv, sums, inp.self_k_idxs, attend.scale, attend.softcap);
+        headkv_build_sums(ctx, gctx.gf, q, staging->get_k(ctx, il), inp.self_kq_mask_cnv, sums, inp.self_k_idxs, layer.attend->scale, layer.attend->softcap, layer.sinks);
     }
 }
 
-// while tokens are generated: their rows go to the store, and every head attends to its own
+// while tokens are generated: their rows go to the store, and every head attends to its own; without k_cur they are there
 static ggml_tensor * build_attend(const llm_graph_context & gctx, headkv_input & inp, const headkv_store_layer & layer,
-        ggml_tensor * q_cur, ggml_tensor * k_cur, ggml_tensor * v_cur, float kq_scale) {
+        ggml_tensor * q_cur, ggml_tensor * k_cur, ggml_tensor * v_cur, ggml_tensor * sinks, float kq_scale) {
     ggml_context * ctx = gctx.ctx0;
-    if (inp.self_k_rot) {
-        q_cur = llama_mul_mat_hadamard(ctx, q_cur, inp.self_k_rot);
-        k_cur = llama_mul_mat_hadamard(ctx, k_cur, inp.self_k_rot);
-    }
-    if (inp.self_v_rot) {
-        v_cur = llama_mul_mat_hadamard(ctx, v_cur, inp.self_v_rot);
-    }
+    const auto rotated = [ctx](ggml_tensor * x, ggml_tensor * rot) { return x && rot ? llama_mul_mat_hadamard(ctx, x, rot) : x; };
+    q_cur = rotated(q_cur, inp.self_k_rot);
+    k_cur = rotated(k_cur, inp.self_k_rot);
+    v_cur = rotated(v_cur, inp.self_v_rot);
 
     // together, so that the scheduler does not split between them
     ggml_build_forward_expand(gctx.gf, q_cur);
-    ggml_build_forward_expand(gctx.gf, v_cur);
-    ggml_build_forward_expand(gctx.gf, k_cur);
-
-    ggml_tensor * rows = inp.rows_of_layer(gctx, layer);
-    ggml_tensor * k = ggml_set_rows(ctx, layer.k, rows_2d(ctx, k_cur), rows);
-    ggml_tensor * v = ggml_set_rows(ctx, layer.v, rows_2d(ctx, v_cur), rows);
+    ggml_tensor * k = layer.k;
+    ggml_tensor * v = layer.v;
+    if (k_cur) {
+        ggml_build_forward_expand(gctx.gf, v_cur);
+        ggml_build_forward_expand(gctx.gf, k_cur);
+        ggml_tensor * rows = inp.rows_of_layer(gctx, layer);
+        k = ggml_set_rows(ctx, k, rows_2d(ctx, k_cur), rows);
+        v = ggml_set_rows(ctx, v, rows_2d(ctx, v_cur), rows);
+    }
 
     ggml_tensor * q = ggml_is_contiguous(q_cur) ? q_cur : ggml_cont(ctx, q_cur);
     auto * attend = inp.mctx_ragged->get_kv()->store().find(layer.il)->attend.get(); // that of the twin computes nothing
     return layer.fused
-            ? headkv_build_attend_fused(ctx, attend, q, k, v, inp.ranges_of_layer(gctx, layer), inp.bias_of_layer(gctx, layer))
-            : build_attend_composed(gctx, inp, layer, q, k, v, kq_scale);
+            ? headkv_build_attend_fused(ctx, attend, q, k, v, inp.ranges_of_layer(gctx, layer), inp.bias_of_layer(gctx, layer), sinks)
+            : build_attend_composed(gctx, inp, layer, q, k, v, sinks, kq_scale);
+}
+
+// A layer without cells of its own: to those of another one, which has been computed before, in the staging, the store, or a ring.
+static ggml_tensor * build_attend_shared(const llm_graph_context & gctx, llm_graph_input_attn_kv * inp_kv, ggml_tensor * q_cur,
+        ggml_tensor * kq_b, ggml_tensor * sinks, float kq_scale, int il) {
+    auto * inp = dynamic_cast<headkv_input *>(inp_kv);
+    if (inp && inp->store) {
+        auto * kv = inp->mctx_ragged->get_kv();
+        const int32_t il_seen = kv->layer_seen_by(il);
+        if (kq_b || kv->store().find(il_seen)->attend->scale != kq_scale) {
+            kv->refuse(format("layer %d attends to cells of layer %d in another way than that one", il, il_seen));
+        }
+        return build_attend(gctx, *inp, *inp->mctx_ragged->get_layer(il_seen), q_cur, nullptr, nullptr, sinks, kq_scale);
+    }
+    ggml_context * ctx = gctx.ctx0;
+    ggml_tensor * q = inp_kv->self_k_rot ? llama_mul_mat_hadamard(ctx, q_cur, inp_kv->self_k_rot) : q_cur;
+    ggml_build_forward_expand(gctx.gf, q);
+    ggml_tensor * k = inp_kv->mctx->get_k(ctx, il);
+    ggml_tensor * v = inp_kv->mctx->get_v(ctx, il);
+    return gctx.build_attn_mha(q, k, v, kq_b, inp_kv->get_kq_mask(), sinks, nullptr, 0, kq_scale, il);
 }
 
 ggml_tensor * headkv_build_attn(const llm_graph_context & gctx, llm_graph_input_attn_kv * inp_kv,
@@ -476,21 +514,25 @@ ggml_tensor * headkv_build_attn(const llm_graph_context & gctx, llm_graph_input_
         ggml_tensor * q_cur, ggml_tensor * k_cur, ggml_tensor * v_cur,
         ggml_tensor * kq_b, ggml_tensor * sinks, float kq_scale, int il) {
     auto * inp = dynamic_cast<headkv_input *>(inp_kv);
-    if (!inp) {
-        return nullptr;
-    }
-    note_layer(gctx, *inp, wo, wo_s, kq_b, sinks, kq_scale, il);
-    if (!inp->store) {
-        build_capture(gctx, *inp, q_cur, k_cur, il);
-        return nullptr;
-    }
     ggml_context * ctx = gctx.ctx0;
-    ggml_tensor * cur = build_attend(gctx, *inp, *inp->mctx_ragged->get_layer(il), q_cur, k_cur, v_cur, kq_scale);
+    ggml_tensor * cur;
+    if (!k_cur) {
+        cur = build_attend_shared(gctx, inp_kv, q_cur, kq_b, sinks, kq_scale, il);
+    } else if (!inp) {
+        return nullptr;
+    } else {
+        note_layer(gctx, *inp, wo, wo_s, kq_b, sinks, kq_scale, il);
+        if (!inp->store) {
+            build_capture(gctx, *inp, q_cur, k_cur, il);
+            return nullptr;
+        }
+        cur = build_attend(gctx, *inp, *inp->mctx_ragged->get_layer(il), q_cur, k_cur, v_cur, sinks, kq_scale);
+    }
     gctx.cb(cur, "kqv_out", il);
 
     // from here on as upstream's build_attn()
-    if (inp->self_v_rot) {
-        cur = llama_mul_mat_hadamard(ctx, cur, inp->self_v_rot);
+    if (inp_kv->self_v_rot) {
+        cur = llama_mul_mat_hadamard(ctx, cur, inp_kv->self_v_rot);
     }
     if (wo) {
         const bool acc_f32 = gctx.arch == LLM_ARCH_GLM4 || gctx.arch == LLM_ARCH_GLM4_MOE || gctx.arch == LLM_ARCH_JAIS2;

@@ -48,11 +48,6 @@ static std::string refusal(const llama_model & model, const llama_memory_params 
     if (hparams.ple_n_heads > 0) {
         return "n-gram embeddings read earlier tokens from the cache";
     }
-    for (uint32_t il = 0; il < hparams.n_layer(); ++il) {
-        if (!hparams.has_kv(il)) {
-            return format("layer %u attends to the cache of another layer", il);
-        }
-    }
     return "";
 }
 
@@ -62,6 +57,10 @@ static std::string refusal(const llama_hparams & hparams, const headkv_layer_own
         return "none of its layers attends to all tokens";
     }
     for (uint32_t il = 0; il < hparams.n_layer(); ++il) {
+        const int32_t shared = owners.shared[il];
+        if (shared >= 0 && !(owners.windowed[shared] && hparams.is_swa(il)) && !(owners.ours[shared] && !hparams.is_swa(il))) {
+            return format("layer %u attends to cells of layer %d, which is of another kind", il, shared);
+        }
         if (owners.ours[il] && (hparams.n_embd_head_k(il) != hparams.n_embd_head_v(il) || hparams.n_head(il) % hparams.n_head_kv(il) != 0)) {
             return format("layer %u has K heads of %u and V heads of %u elements, %u query and %u KV heads",
                     il, hparams.n_embd_head_k(il), hparams.n_embd_head_v(il), hparams.n_head(il), hparams.n_head_kv(il));

@@ -80,6 +80,14 @@ int32_t headkv_read_cells(const struct llama_context * ctx, llama_seq_id seq_id,
     });
 }
 
+int32_t headkv_read_softmax(const struct llama_context * ctx, int32_t il, float * dst, int64_t n) {
+    return guarded([&]() -> int32_t {
+        llama_kv_cache_ragged & kv = cache_of(ctx, 0);
+        check_head(kv, il, 0);
+        return headkv_softmax_of(kv, il, dst, n);
+    });
+}
+
 int32_t headkv_read_refs(const struct llama_context * ctx, llama_seq_id seq_id, int32_t il, float * dst, int64_t n) {
     return guarded([&]() -> int32_t {
         llama_kv_cache_ragged & kv = cache_of(ctx, seq_id);

@@ -150,7 +150,8 @@ static void each_row(llama_kv_cache_ragged & kv, llama_context * lctx, llama_seq
                 ggml_tensor * k = ggml_view_2d(ctx, k_all, D, k_all->ne[1], k_all->nb[1], ih * ggml_row_size(k_all->type, D));
                 ggml_tensor * p = ggml_mul_mat(ctx, ggml_get_rows(ctx, k, t_cells), ggml_reshape_2d(ctx, q, D, m * G));
                 ggml_prec_set_acc(p, GGML_PREC_F32);
-                p = headkv_build_soft_max(ctx, ggml_reshape_3d(ctx, p, n, m, G), t_mask, layer.attend->scale, layer.attend->softcap);
+                p = headkv_build_soft_max(ctx, ggml_reshape_3d(ctx, p, n, m, G), t_mask, layer.attend->scale, layer.attend->softcap,
+                        headkv_sinks_of_head(ctx, layer.sinks, G, ih));
                 ggml_build_forward_expand(runner.gf, ggml_cpy(ctx, p, t_probs));
                 runner.run();
                 const auto probs = headkv_get_data<float>(t_probs, n * m * G);
@@ -229,6 +230,18 @@ int32_t headkv_window_of(const llama_kv_cache_ragged & kv, llama_seq_id seq_id, 
         read_rows(ring, slots[i] * ring->nb[1], ring->nb[1], ring->ne[0], 1, dst + i * ring->ne[0]);
     }
     return (int32_t) slots.size();
+}
+
+int32_t headkv_softmax_of(const llama_kv_cache_ragged & kv, int32_t il, float * dst, int64_t n) {
+    const headkv_store_layer & layer = *kv.store().find(il);
+    const int64_t n_values = 2 + (layer.sinks ? layer.n_head : 0);
+    check_room(n, n_values);
+    dst[0] = layer.attend->scale;
+    dst[1] = layer.attend->softcap;
+    if (layer.sinks) {
+        ggml_backend_tensor_get(layer.sinks, dst + 2, 0, layer.n_head * sizeof(float));
+    }
+    return (int32_t) n_values;
 }
 
 int32_t headkv_refs_of(const llama_kv_cache_ragged & kv, llama_seq_id seq_id, int32_t il, float * dst, int64_t n) {

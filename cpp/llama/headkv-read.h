@@ -22,5 +22,6 @@ void headkv_attention_max_of(llama_kv_cache_ragged & kv, llama_context * lctx, l
 
 // Rows converted to float into dst, which has room for n values. Return their number.
 int32_t headkv_window_of(const llama_kv_cache_ragged & kv, llama_seq_id seq_id, int32_t il, float * dst, int64_t n);
+int32_t headkv_softmax_of(const llama_kv_cache_ragged & kv, int32_t il, float * dst, int64_t n);
 int32_t headkv_refs_of(const llama_kv_cache_ragged & kv, llama_seq_id seq_id, int32_t il, float * dst, int64_t n);
 int32_t headkv_cells_of(const llama_kv_cache_ragged & kv, llama_seq_id seq_id, int32_t il, int32_t ih, bool v, float * dst, int64_t n);

@@ -27,16 +27,23 @@ static ggml_tensor * sum_rows(ggml_context * ctx, ggml_cgraph * gf, ggml_tensor 
     return x;
 }
 
-ggml_tensor * headkv_build_soft_max(ggml_context * ctx, ggml_tensor * kq, ggml_tensor * mask, float scale, float softcap) {
+ggml_tensor * headkv_sinks_of_head(ggml_context * ctx, ggml_tensor * sinks, int64_t n_group, int64_t ih) {
+    // copied, because devices take no tensor that begins anywhere, and an op is run where its weights are
+    return !sinks ? nullptr : ggml_cont(ctx, ggml_view_1d(ctx, sinks, n_group, ih * n_group * sizeof(float)));
+}
+
+ggml_tensor * headkv_build_soft_max(ggml_context * ctx, ggml_tensor * kq, ggml_tensor * mask, float scale, float softcap, ggml_tensor * sinks) {
     if (softcap > 0.0f) {
         kq = ggml_scale(ctx, ggml_tanh(ctx, ggml_scale(ctx, kq, scale / softcap)), softcap);
         scale = 1.0f;
     }
-    return ggml_soft_max_ext(ctx, kq, mask, scale, 0.0f);
+    ggml_tensor * res = ggml_soft_max_ext(ctx, kq, mask, scale, 0.0f);
+    ggml_soft_max_add_sinks(res, sinks);
+    return res;
 }
 
 ggml_tensor * headkv_build_score(ggml_context * ctx, ggml_cgraph * gf, ggml_tensor * q, ggml_tensor * k, ggml_tensor * mask,
-        int64_t n_prefix, float scale, float softcap, int n_square, headkv_pool pool, int pool_kernel) {
+        int64_t n_prefix, float scale, float softcap, int n_square, headkv_pool pool, int pool_kernel, ggml_tensor * sinks) {
     const int64_t n_kv = k->ne[1];
     const int64_t n_window = q->ne[1];
     const int64_t n_group = q->ne[2];
@@ -44,7 +51,7 @@ ggml_tensor * headkv_build_score(ggml_context * ctx, ggml_cgraph * gf, ggml_tens
     ggml_tensor * kq = ggml_mul_mat(ctx, k, ggml_reshape_2d(ctx, q, q->ne[0], n_window * n_group)); // [n_kv, n_window*n_group]
     ggml_prec_set_acc(kq, GGML_PREC_F32);
     kq = ggml_reshape_3d(ctx, kq, n_kv, n_window, n_group);
-    ggml_tensor * p = headkv_build_soft_max(ctx, kq, mask, scale, softcap); // the allocator makes it in place
+    ggml_tensor * p = headkv_build_soft_max(ctx, kq, mask, scale, softcap, sinks); // the allocator makes it in place
     ggml_build_forward_expand(gf, p);
     for (int i = 0; i < n_square; ++i) {
         p = ggml_sqr_inplace(ctx, p);
@@ -92,7 +99,7 @@ void headkv_pool_scores(float * scores, int64_t n, headkv_pool pool, int kernel)
 }
 
 void headkv_build_sums(ggml_context * ctx, ggml_cgraph * gf, ggml_tensor * q, ggml_tensor * k, ggml_tensor * mask,
-        ggml_tensor * sums, ggml_tensor * cells, float scale, float softcap) {
+        ggml_tensor * sums, ggml_tensor * cells, float scale, float softcap, ggml_tensor * sinks) {
     const int64_t n_head = q->ne[1];
     const int64_t n_tokens = q->ne[2];
     const int64_t H = k->ne[1];
@@ -105,7 +112,7 @@ void headkv_build_sums(ggml_context * ctx, ggml_cgraph * gf, ggml_tensor * q, gg
     q = ggml_cont(ctx, ggml_permute(ctx, q, 0, 2, 1, 3));                     // [D, n_tokens, n_head]
     ggml_tensor * p = ggml_mul_mat(ctx, ggml_permute(ctx, k, 0, 2, 1, 3), q); // [n_kv, n_tokens, n_head]
     ggml_prec_set_acc(p, GGML_PREC_F32);
-    p = headkv_build_soft_max(ctx, p, mask, scale, softcap);
+    p = headkv_build_soft_max(ctx, p, mask, scale, softcap, headkv_sinks_of_head(ctx, sinks, n_head, 0));
     p = ggml_sum_rows(ctx, ggml_cont(ctx, ggml_permute(ctx, p, 1, 0, 2, 3))); // [1, n_kv, n_head]
     p = ggml_reshape_3d(ctx, p, n_kv, n_head / H, H);
     p = ggml_sum_rows(ctx, ggml_cont(ctx, ggml_permute(ctx, p, 1, 0, 2, 3))); // [1, n_kv, H]
@@ -283,6 +290,7 @@ void score_op(ggml_tensor * dst, int ith, int nth, void *) {
         block.set_head(head);
 
         const float * stats = (const float *) dst->src[3]->data + head * a.n_chunk * a.n_query * 2;
+        const float * sinks = dst->src[4] ? (const float *) dst->src[4]->data + head * a.n_group : nullptr;
         for (int64_t j = 0; j < a.n_query; ++j) {
             m[j] = -INFINITY;
             for (int64_t c = 0; c < a.n_chunk; ++c) {
@@ -291,6 +299,9 @@ void score_op(ggml_tensor * dst, int ith, int nth, void *) {
             float s = 0.0f;
             for (int64_t c = 0; c < a.n_chunk; ++c) {
                 s += stats[(c * a.n_query + j) * 2 + 1] * std::exp(stats[(c * a.n_query + j) * 2] - m[j]);
+            }
+            if (sinks) {
+                s += std::exp(sinks[j % a.n_group] - m[j]);
             }
             f[j] = 1.0f / s;
         }
@@ -324,12 +335,13 @@ void score_op(ggml_tensor * dst, int ith, int nth, void *) {
 } // namespace
 
 ggml_tensor * headkv_build_score_fused(ggml_context * ctx, ggml_tensor * q, ggml_tensor * k, ggml_tensor * cells,
-        int64_t n_prefix, float scale, float softcap, int n_square, headkv_pool pool, int pool_kernel) {
+        int64_t n_prefix, float scale, float softcap, int n_square, headkv_pool pool, int pool_kernel, ggml_tensor * sinks) {
     const int64_t n_embd_head = q->ne[0];
     const int64_t n_head_kv = k->ne[0] / n_embd_head;
     const int64_t n_kv = cells->ne[0];
     GGML_ASSERT(q->type == GGML_TYPE_F32 && q->nb[0] == sizeof(float) && k->ne[0] % n_embd_head == 0 && q->ne[1] % n_head_kv == 0);
     GGML_ASSERT(cells->type == GGML_TYPE_I32 && ggml_is_contiguous(cells) && n_kv >= q->ne[2] && n_kv >= n_prefix && pool_kernel % 2 == 1 && pool_kernel < 64);
+    GGML_ASSERT(!sinks || (sinks->type == GGML_TYPE_F32 && ggml_nelements(sinks) == q->ne[1] && ggml_is_contiguous(sinks)));
 
     headkv_op op;
     op.kind = HEADKV_OP_STATS;
@@ -339,12 +351,13 @@ ggml_tensor * headkv_build_score_fused(ggml_context * ctx, ggml_tensor * q, ggml
     op.pool_max = pool == HEADKV_POOL_MAX;
     op.pool_kernel = pool_kernel;
 
-    ggml_tensor * args[] = { q, k, cells, nullptr };
+    // a view of the sinks, because an op is run where its weights are
+    ggml_tensor * args[] = { q, k, cells, nullptr, sinks ? ggml_view_1d(ctx, sinks, q->ne[1], 0) : nullptr };
     const int64_t n_chunk = (n_kv + HEADKV_SCORE_CHUNK - 1) / HEADKV_SCORE_CHUNK;
     args[3] = ggml_custom_4d(ctx, GGML_TYPE_F32, 2, q->ne[1] / n_head_kv * q->ne[2], n_chunk, n_head_kv, args, 3, stats_op, GGML_N_TASKS_MAX, nullptr);
     headkv_op_set(args[3], op);
 
-    ggml_tensor * res = ggml_custom_4d(ctx, GGML_TYPE_F32, n_prefix, n_head_kv, 1, 1, args, 4, score_op, GGML_N_TASKS_MAX, nullptr);
+    ggml_tensor * res = ggml_custom_4d(ctx, GGML_TYPE_F32, n_prefix, n_head_kv, 1, 1, args, 5, score_op, GGML_N_TASKS_MAX, nullptr);
     op.kind = HEADKV_OP_SCORE;
     headkv_op_set(res, op);
     return res;

@@ -24,17 +24,23 @@ ggml_tensor * headkv_build_window(ggml_context * ctx, ggml_tensor * q_cur, ggml_
 ggml_tensor * headkv_build_refs(ggml_context * ctx, ggml_tensor * q_cur, ggml_tensor * rot, ggml_tensor * refs,
         ggml_tensor * rows, ggml_tensor * slots);
 
-// Probabilities out of the products of keys and queries kq [n_kv, ..]; mask F16 [n_kv, ..] or null, softcap 0 = none.
-ggml_tensor * headkv_build_soft_max(ggml_context * ctx, ggml_tensor * kq, ggml_tensor * mask, float scale, float softcap);
+// Sinks of a layer, F32 [n_head]: a logit of each query head that is in the sum that its probabilities are divided by and belongs to no
+// cell. Those of the group of a KV head, in memory of their own; null if the layer has none.
+ggml_tensor * headkv_sinks_of_head(ggml_context * ctx, ggml_tensor * sinks, int64_t n_group, int64_t ih);
+
+// Probabilities out of the products of keys and queries kq [n_kv, n_queries, n_head]; mask F16 [n_kv, ..] or null, softcap 0 = none,
+// sinks F32 [n_head] or null.
+ggml_tensor * headkv_build_soft_max(ggml_context * ctx, ggml_tensor * kq, ggml_tensor * mask, float scale, float softcap, ggml_tensor * sinks);
 
 // Stage 4, score: for one KV head, power mean over the window and the GQA group of softmax(q k), pooled over the prefix:
 // mean(p^e)^(1/e) with e = 2^n_square. The prefix are the first n_prefix keys; what is behind it is always kept.
 //   q    F32 [n_embd_head, n_window, n_group] the window queries, any order of rows that mask agrees with
 //   k        [n_embd_head, n_kv] keys in position order, those of the window last
 //   mask F16 [n_kv, n_window]
+//   sinks F32 [n_group] or null
 // Returns F32 [n_prefix]. Nodes are expanded into gf, because intermediate results are overwritten in place.
 ggml_tensor * headkv_build_score(ggml_context * ctx, ggml_cgraph * gf, ggml_tensor * q, ggml_tensor * k, ggml_tensor * mask,
-        int64_t n_prefix, float scale, float softcap, int n_square, headkv_pool pool, int pool_kernel);
+        int64_t n_prefix, float scale, float softcap, int n_square, headkv_pool pool, int pool_kernel, ggml_tensor * sinks = nullptr);
 
 // Pooling of one head's scores in place, by a kernel of its own, which both of them leave out with pool_kernel 1.
 void headkv_pool_scores(float * scores, int64_t n, headkv_pool pool, int kernel);
@@ -48,9 +54,10 @@ int headkv_pool_kernel(int64_t n_keep);
 //   q     F32 [n_embd_head, n_head, n_window] queries in position order
 //   k         [n_embd_head*n_head_kv, n_cells] staged keys of the layer
 //   cells I32 [n_kv] cell of each position
+//   sinks F32 [n_head] or null; the second op takes them
 // Returns F32 [n_prefix, n_head_kv].
 ggml_tensor * headkv_build_score_fused(ggml_context * ctx, ggml_tensor * q, ggml_tensor * k, ggml_tensor * cells,
-        int64_t n_prefix, float scale, float softcap, int n_square, headkv_pool pool, int pool_kernel);
+        int64_t n_prefix, float scale, float softcap, int n_square, headkv_pool pool, int pool_kernel, ggml_tensor * sinks = nullptr);
 
 // Adds the attention that the queries of a ubatch pay to each cell to the sums over all queries. Its probabilities take
 // n_kv*n_tokens*n_head*4 bytes.
@@ -58,8 +65,9 @@ ggml_tensor * headkv_build_score_fused(ggml_context * ctx, ggml_tensor * q, ggml
 //   k          [n_embd_head, n_head_kv, n_kv] cells of the staging
 //   mask   F16 [n_kv, n_tokens]
 //   sums   F32 [1, n_cells, n_head_kv]; those of the cells in cells, I64 [n_tokens], begin with zero
+//   sinks  F32 [n_head] or null
 void headkv_build_sums(ggml_context * ctx, ggml_cgraph * gf, ggml_tensor * q, ggml_tensor * k, ggml_tensor * mask,
-        ggml_tensor * sums, ggml_tensor * cells, float scale, float softcap);
+        ggml_tensor * sums, ggml_tensor * cells, float scale, float softcap, ggml_tensor * sinks = nullptr);
 
 // L1 norm of what each value adds to the output of the layer, per unit of attention, mean over the query heads of a group.
 //   v        [n_embd_head, n] values of one KV head

@@ -11,8 +11,8 @@
 #include <malloc.h>
 #endif
 
-headkv_staging::headkv_staging(const llama_model & model, const params_t & params, std::vector<headkv_layer_shape> shapes) :
-    model(model), hparams(model.hparams), hparams_plan(model.hparams), params(params), shapes(std::move(shapes)) {
+headkv_staging::headkv_staging(const llama_model & model, const params_t & params, std::vector<headkv_layer_shape> shapes, std::vector<int32_t> shared) :
+    model(model), hparams(model.hparams), hparams_plan(model.hparams), params(params), shapes(std::move(shapes)), shared(std::move(shared)) {
     hparams_plan.no_alloc = true;
 
     plan.cache = make_cache(params.n_ctx, true, false);
@@ -52,7 +52,10 @@ std::unique_ptr<llama_kv_cache> headkv_staging::make_cache(uint32_t n_cells, boo
         filter = [&](int32_t il) { return is_ours(il) && (!allocating || physical(il) == il); };
         reuse = [&](int32_t il) { allocating = false; return is_ours(il) && physical(il) != il ? physical(il) : -1; };
     } else {
-        filter = is_ours;
+        // a layer without cells of its own sees those of another one; such a prompt is not read layer by layer
+        const auto seen = [this](int32_t il) { return (size_t) il < shared.size() ? shared[il] : -1; };
+        filter = [=](int32_t il) { return is_ours(il) || is_ours(seen(il)); };
+        reuse = [=](int32_t il) { return is_ours(seen(il)) ? seen(il) : -1; };
     }
     return std::make_unique<llama_kv_cache>(model, is_plan ? hparams_plan : hparams, params.type_k, params.type_v, /*v_trans =*/false, params.offload,
             /*unified =*/true, n_cells, params.n_seq_max, /*n_pad =*/1, /*n_swa =*/0, LLAMA_SWA_TYPE_NONE, nullptr, filter, reuse, nullptr);

@@ -28,8 +28,9 @@ public:
         bool hidden_f16; // hidden states in f16
     };
 
-    // shapes: of the layers with KV heads; the twin is made at once
-    headkv_staging(const llama_model & model, const params_t & params, std::vector<headkv_layer_shape> shapes);
+    // shapes: of the layers with KV heads; shared: [il] the layer whose cells another one attends to, -1 = its own or none.
+    // The twin is made at once.
+    headkv_staging(const llama_model & model, const params_t & params, std::vector<headkv_layer_shape> shapes, std::vector<int32_t> shared);
 
     // Makes room for n_tokens. keep: the cells that are there move over, else the old memory goes before the new one comes.
     // n_hidden: for the prompt of a layer-major pass of ubatches of n_ubatch tokens, whose layers share it, and of which so
@@ -102,6 +103,7 @@ private:
     const params_t params;
 
     const std::vector<headkv_layer_shape> shapes;
+    const std::vector<int32_t> shared;
 
     parts_t live;
     parts_t plan; // the twin

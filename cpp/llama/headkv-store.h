@@ -71,6 +71,8 @@ struct headkv_store_layer : headkv_layer_shape {
     // output matrix [n_embd_head*n_head, n_embd] and its scale, as the graph applies them to the attention; null = it does not
     ggml_tensor * wo = nullptr;
     ggml_tensor * wo_s = nullptr;
+
+    ggml_tensor * sinks = nullptr; // F32 [n_head] of its attention, see headkv-stages.h; null = it has none
 };
 
 class headkv_store {

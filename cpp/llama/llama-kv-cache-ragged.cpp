@@ -37,7 +37,7 @@ llama_kv_cache_ragged::llama_kv_cache_ragged(
         headkv_config_ptr cfg) :
     model(model), hparams(model.hparams), cfg(std::move(cfg)), n_ctx_seq(cparams.n_ctx_seq), cparams(cparams), type_k(type_k), type_v(type_v),
     owners(std::move(owners)), heads(heads_of(hparams, this->owners)), budgets(headkv_budget(*this->cfg, heads)), seqs(cparams.n_seq_max),
-    the_staging(model, staging_params(), shapes()) {
+    the_staging(model, staging_params(), shapes(), this->owners.shared) {
     make_layers(the_store);
     make_layers(the_store_twin);
     make_twin();
@@ -518,9 +518,6 @@ bool llama_kv_cache_ragged::compress(llama_context * lctx, llama_seq_id seq_id, 
         return headkv_fail(format("sequence %d is being read layer by layer: give its whole prompt again until it is read, or remove it", seq_id));
     }
     if (seq_id_dst != seq_id) {
-        if (the_beside) {
-            return headkv_fail("a model with windowed or recurrent layers holds a prompt once: compress it as itself, or read it again");
-        }
         if (seq.state != HEADKV_SEQ_STAGED) {
             return headkv_fail(format("sequence %d is not a prompt that is held as a whole: read it in upstream's order, do not compress it", seq_id));
         }
@@ -565,6 +562,9 @@ bool llama_kv_cache_ragged::compress_now(llama_seq_id seq_id) {
                 note_peak();
             }
         }
+        if (the_beside && running->dst != seq_id) {
+            the_beside->restore(running->dst, the_beside->save(seq_id));
+        }
     } catch (const std::exception & e) {
         if (!layered) {
             abort_compression(); // the sequence stays in the staging
@@ -602,6 +602,9 @@ void llama_kv_cache_ragged::end_compression() {
 void llama_kv_cache_ragged::abort_compression() {
     if (running) {
         running->abort();
+        if (the_beside && running->dst != running->seq_id) {
+            the_beside->remove(running->dst, 0);
+        }
         running.reset();
         writing.reset();
     }

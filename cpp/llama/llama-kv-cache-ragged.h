@@ -163,6 +163,7 @@ public:
 
     headkv_store & store() { return the_store; }
     const headkv_store & store() const { return the_store; }
+    int32_t layer_seen_by(int32_t il) const { return owners.shared[il] >= 0 ? owners.shared[il] : il; } // whose cells it attends to
     headkv_store & store_twin() { return the_store_twin; } // without memory, for worst-case graphs
     headkv_staging & staging() { return the_staging; }
     const headkv_staging & staging() const { return the_staging; }

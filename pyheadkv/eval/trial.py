@@ -140,7 +140,6 @@ class Trial:
         self._tokens: list[int] = []  # what is there uncompressed
         self._loaded: dict[str, Importance | None] = {}
         self._used: set[int] = set()  # sequences of copies
-        self._copies_prompts = llm.kv_stats().bytes_beside == 0
         llm.reset()
 
     def read(self, tokens: Sequence[int]) -> None:
@@ -149,7 +148,7 @@ class Trial:
         if n < len(self._tokens):
             # a compression needs the queries of the last tokens, or of all, which are those that were read last
             n = 0 if self._by_all_tokens else min(n, max(0, len(tokens) - self.window))
-            if not self._cut(0, n):
+            if not self._cut(0, n):  # windowed or recurrent layers have lost what is before
                 n = 0
                 self._remove(0, -1)
             self.llm.n_tokens = n
@@ -158,25 +157,18 @@ class Trial:
         self._tokens = list(tokens)
 
     def compress(self, setting: Setting, prompt: Sequence[int], *, question: str = "known") -> Copy:
-        """Read the rest of a prompt, uncompressed, and compress a copy of it. Where layers are not compressed, which a sequence cannot
-        have twice, it is read once per copy.
+        """Read the rest of a prompt, uncompressed, and compress a copy of it.
 
         Raises
         ------
         RuntimeError : there are as many copies as the context has sequences
         """
+        self.read(prompt)
         seq_id = self._free()
-        if self._copies_prompts:
-            self.read(prompt)
         self._configure(setting, prompt, question)
         before = self.llm.kv_stats().bytes_store
+        self.llm.compress_as(seq_id)
         self._used.add(seq_id)
-        if self._copies_prompts:
-            self.llm.compress_as(seq_id)
-        else:
-            _lib.check(_lib.lib.headkv_begin_prompt(self.llm.ctx, seq_id, len(prompt), False, None))
-            self.say([Copy(seq_id, setting, "", Held(0, 0.0, 0, 0), 0)], [prompt])
-            _lib.check(_lib.lib.headkv_end_prompt(self.llm.ctx, seq_id))
         return self._copy(seq_id, setting, before)
 
     def _configure(self, setting: Setting, prompt: Sequence[int], question: str) -> None:

@@ -309,6 +309,7 @@ def score(
     pool_kernel: int | NDArray[np.integer] = 7,
     softcap: float = 0.0,
     q_round: DTypeLike | None = None,
+    sinks: ArrayLike | None = None,
 ) -> NDArray[np.float64]:
     """Attention that the window pays to each prefix cell (HeadKV lines 391-416), per KV head.
 
@@ -326,6 +327,7 @@ def score(
     pool, pool_kernel : see :func:`pool_scores`; the kernel may be one for each KV head, see :func:`pool_kernels`
     softcap : logits become softcap * tanh(logits / softcap); 0 turns it off
     q_round : dtype the queries are stored in before use, e.g. np.float16; None leaves them alone
+    sinks : (n_head,) a logit of each query head that belongs to no cell, see :func:`softmax`; None = none
 
     Returns
     -------
@@ -344,15 +346,17 @@ def score(
     position = np.arange(n_tokens)
     visible = position[None, :] <= position[n_tokens - n_window :, None]  # only the window is masked causally
     mean = np.zeros((n_head_kv, n_tokens))
-    for h in range(n_head):
+    for h, sink in enumerate(_each_sink(sinks, n_head)):
         logits = _logits(q_window[:, h], k[:, h // group], scale=scale, softcap=softcap)
-        mean[h // group] += (softmax(np.where(visible, logits, -np.inf)) ** power).mean(axis=0) / group
+        mean[h // group] += (softmax(np.where(visible, logits, -np.inf), sink=sink) ** power).mean(axis=0) / group
     kernels = np.broadcast_to(pool_kernel, n_head_kv)
     rows = mean[:, :n_prefix] ** (1 / power)
     return np.stack([pool_scores(row, pool=pool, kernel=int(kernel)) for row, kernel in zip(rows, kernels, strict=True)])
 
 
-def attention_sums(q: ArrayLike, k: ArrayLike, *, scale: float, q_round: DTypeLike | None = None) -> NDArray[np.float64]:
+def attention_sums(
+    q: ArrayLike, k: ArrayLike, *, scale: float, q_round: DTypeLike | None = None, sinks: ArrayLike | None = None
+) -> NDArray[np.float64]:
     """Attention that all queries of a prompt pay to each cell (H2O in KVCache-Factory, pyramidkv_utils.py:797-890), per KV head.
 
     Parameters
@@ -361,6 +365,7 @@ def attention_sums(q: ArrayLike, k: ArrayLike, *, scale: float, q_round: DTypeLi
     k : (n_tokens, n_head_kv, head_dim), after RoPE
     scale : factor on q . k, usually head_dim ** -0.5
     q_round : dtype the queries are rounded to before use; None leaves them alone
+    sinks : (n_head,) a logit of each query head that belongs to no cell, see :func:`softmax`; None = none
 
     Returns
     -------
@@ -371,15 +376,21 @@ def attention_sums(q: ArrayLike, k: ArrayLike, *, scale: float, q_round: DTypeLi
     group = q.shape[1] // k.shape[1]
     sums = np.zeros((k.shape[1], len(k)))
     causal = np.tri(len(k), dtype=np.bool_)
-    for h in range(q.shape[1]):
+    for h, sink in enumerate(_each_sink(sinks, q.shape[1])):
         logits = _logits(q[:, h], k[:, h // group], scale=scale, softcap=0.0)
-        sums[h // group] += softmax(np.where(causal, logits, -np.inf)).sum(axis=0) / group
+        sums[h // group] += softmax(np.where(causal, logits, -np.inf), sink=sink).sum(axis=0) / group
     return sums
 
 
-def softmax(logits: ArrayLike) -> NDArray[np.float64]:
-    """Softmax over the last axis; -inf is a masked column and a row masked in full gives 0."""
+def softmax(logits: ArrayLike, *, sink: ArrayLike | None = None) -> NDArray[np.float64]:
+    """Softmax over the last axis; -inf is a masked column and a row masked in full gives 0.
+
+    A sink is one column more, neither scaled nor capped, whose share is thrown away: a number, or one for each row.
+    """
     logits = np.asarray(logits, dtype=np.float64)
+    if sink is not None:
+        column = np.broadcast_to(np.asarray(sink, dtype=np.float64)[..., None], (*logits.shape[:-1], 1))
+        return softmax(np.concatenate([logits, column], axis=-1))[..., :-1]
     if logits.shape[-1] == 0:
         return logits
     top = logits.max(axis=-1, keepdims=True)
@@ -632,6 +643,7 @@ def fit_values(
     scale: float,
     softcap: float = 0.0,
     ridge: float = 0.1,
+    sinks: ArrayLike | None = None,
 ) -> tuple[NDArray[np.float64], float, float]:
     """New values for the kept cells of one KV head, by which they answer the prompt's own queries as all cells do.
 
@@ -643,6 +655,7 @@ def fit_values(
     positions : (n,) theirs, ascending; a query sees the cells up to its own
     k, v : (n_tokens, head_dim) of the head
     kept : ascending positions of its cells
+    sinks : (n,) that of the query head of each reference, see :func:`softmax`; None = none
 
     Returns
     -------
@@ -654,9 +667,10 @@ def fit_values(
     is_held = np.arange(len(queries)) % HELD_OUT == HELD_OUT - 1
     sees = at >= cells[0]  # what sees no kept cell has nothing to say
     queries, at, is_held = queries[sees], at[sees], is_held[sees]
+    sink = None if sinks is None else np.asarray(sinks)[sees]
 
     def probs(rows: NDArray[Any]) -> NDArray[np.float64]:
-        return softmax(np.where(rows <= at[:, None], _logits(queries, keys[rows], scale=scale, softcap=softcap), -np.inf))
+        return softmax(np.where(rows <= at[:, None], _logits(queries, keys[rows], scale=scale, softcap=softcap), -np.inf), sink=sink)
 
     y, x = probs(np.arange(len(keys))) @ values, probs(cells)
     residual = y - x @ values[cells]
@@ -681,6 +695,7 @@ def attend(
     *,
     scale: float,
     softcap: float = 0.0,
+    sinks: ArrayLike | None = None,
 ) -> NDArray[np.float64]:
     """Attention of one token when every KV head has its own number of cells; order of cells is irrelevant.
 
@@ -688,6 +703,7 @@ def attend(
     ----------
     q : (n_head, head_dim), after RoPE
     k_list, v_list : n_head_kv arrays (n_cells, head_dim); an empty head gives 0
+    sinks : (n_head,) a logit of each query head that belongs to no cell, see :func:`softmax`; None = none
 
     Returns
     -------
@@ -698,10 +714,10 @@ def attend(
         raise ValueError(f"{len(q)} queries, {len(k_list)} K and {len(v_list)} V do not fit: pass one K and V per KV head")
     group = len(q) // len(k_list)
     out = []
-    for h, row in enumerate(q):
+    for h, (row, sink) in enumerate(zip(q, _each_sink(sinks, len(q)), strict=True)):
         k = np.asarray(k_list[h // group], dtype=np.float64)
         v = np.asarray(v_list[h // group], dtype=np.float64)
-        out.append(softmax(_logits(row, k, scale=scale, softcap=softcap)) @ v)
+        out.append(softmax(_logits(row, k, scale=scale, softcap=softcap), sink=sink) @ v)
     return np.stack(out)
 
 
@@ -951,6 +967,16 @@ def _logits(q: NDArray[np.float64], k: NDArray[np.float64], *, scale: float, sof
     if softcap:
         logits = softcap * np.tanh(logits / softcap)
     return logits
+
+
+def _each_sink(sinks: ArrayLike | None, n_head: int) -> list[float] | list[None]:
+    if sinks is None:
+        return [None] * n_head
+    found = np.asarray(sinks, dtype=np.float64)
+    if found.shape != (n_head,):
+        raise ValueError(f"sinks have shape {found.shape}: pass one of each of the {n_head} query heads")
+    res: list[float] = found.tolist()
+    return res
 
 
 def _round(x: ArrayLike, dtype: DTypeLike | None) -> NDArray[np.float64]:

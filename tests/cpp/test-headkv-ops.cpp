@@ -4,11 +4,14 @@
 //   test-headkv-ops [test]    every case, exit code 1 if one fails; prints the cases that fail as arguments for -c
 //   test-headkv-ops perf      time per op of the attend kernels
 //   test-headkv-ops perf score   time per layer of score, composed and fused
+//   test-headkv-ops perf sinks   time per op of attend, without and with sinks
 //   test-headkv-ops -c NAME   one case
 //   test-headkv-ops device    on the first GPU: the composed paths and, if it is CUDA, our kernels
 
 #include "headkv-attend.h"
+#include "headkv-fit-ops.h"
 #include "headkv-fit.h"
+#include "headkv-refs.h"
 #include "headkv-score.h"
 #include "headkv-stages.h"
 #include "headkv-store.h"
@@ -109,6 +112,18 @@ static std::vector<float> get_floats(const ggml_tensor * t) {
     return res;
 }
 
+// of so many query heads: "" = none, "mixed" = of each head another one, else the same number
+static std::vector<float> make_sinks(const std::string & kind, size_t n) {
+    if (kind.empty()) {
+        return {};
+    }
+    std::vector<float> res = random_floats(n, 3.0f);
+    if (kind != "mixed") {
+        res.assign(n, std::stof(kind));
+    }
+    return res;
+}
+
 //
 // attend
 //
@@ -122,16 +137,54 @@ struct attend_case {
     int n_tps = 1;
     float softcap = 0.0f;
     bool bias = false;
+    std::string sinks = "";
 
     std::string name() const {
         std::string res = kernel + "," + ggml_type_name(type) + ",D=" + std::to_string(D) + ",G=" + std::to_string(G) +
-                ",seqs=" + std::to_string(n_seqs) + ",tps=" + std::to_string(n_tps) + ",softcap=" + std::to_string((int) softcap) + ",bias=" + std::to_string(bias) + ",lens=";
+                ",seqs=" + std::to_string(n_seqs) + ",tps=" + std::to_string(n_tps) + ",softcap=" + std::to_string((int) softcap) + ",bias=" + std::to_string(bias) + ",sinks=" + sinks + ",lens=";
         for (int len : lens) {
             res += std::to_string(len) + "/";
         }
         return res;
     }
 };
+
+static std::vector<double> attend_in_doubles(const attend_case & c, const std::vector<float> & qf, const std::vector<float> & kf, const std::vector<float> & vf,
+        const std::vector<int32_t> & ranges, const std::vector<float> & bias, const std::vector<float> & sinks) {
+    const int H = (int) c.lens.size() / c.n_seqs;
+    const int n_head = c.G * H;
+    std::vector<double> res;
+    for (int j = 0; j < c.n_tps * c.n_seqs * n_head; ++j) {
+        const int t = j / n_head;
+        const int i = t / c.n_tps * H + j % n_head / c.G;
+        const int len = std::max(0, c.lens[i] - (c.n_tps - 1 - t % c.n_tps));
+        std::vector<double> s(len);
+        for (int r = 0; r < len; ++r) {
+            double dot = 0.0;
+            for (int d = 0; d < c.D; ++d) {
+                dot += (double) qf[(size_t) j * c.D + d] * kf[(size_t) (ranges[2 * i] + r) * c.D + d];
+            }
+            dot *= 1.0f / std::sqrt((float) c.D);
+            s[r] = (c.softcap > 0.0f ? c.softcap * std::tanh(dot / c.softcap) : dot) + (r == 0 ? bias[i] : 0.0);
+        }
+        if (!sinks.empty()) {
+            s.push_back(sinks[j % n_head]);
+        }
+        const double m = s.empty() ? 0.0 : *std::max_element(s.begin(), s.end());
+        double sum = 0.0;
+        for (double x : s) {
+            sum += std::exp(x - m);
+        }
+        std::vector<double> o(c.D, 0.0);
+        for (int r = 0; r < len; ++r) {
+            for (int d = 0; d < c.D; ++d) {
+                o[d] += std::exp(s[r] - m) / sum * vf[(size_t) (ranges[2 * i] + r) * c.D + d];
+            }
+        }
+        res.insert(res.end(), o.begin(), o.end());
+    }
+    return res;
+}
 
 static bool test_attend(const attend_case & c) {
     const bool cuda = c.kernel == "cuda";
@@ -161,7 +214,9 @@ static bool test_attend(const attend_case & c) {
     ggml_tensor * v = ggml_new_tensor_2d(ctx, c.type, c.D, n_rows);
     ggml_tensor * r = ggml_new_tensor_3d(ctx, GGML_TYPE_I32, 2, H, c.n_seqs);
     ggml_tensor * b = c.bias ? ggml_new_tensor_2d(ctx, GGML_TYPE_F32, H, c.n_seqs) : nullptr;
-    ggml_tensor * out = headkv_build_attend_fused(ctx, &state, q, k, v, r, b);
+    const std::vector<float> sinks = make_sinks(c.sinks, c.G * H);
+    ggml_tensor * si = sinks.empty() ? nullptr : ggml_new_tensor_1d(ctx, GGML_TYPE_F32, c.G * H);
+    ggml_tensor * out = headkv_build_attend_fused(ctx, &state, q, k, v, r, b, si);
     if (cuda && !cuda_on_cpu_supports(out->view_src)) {
         printf("  not supported\n");
         return false;
@@ -179,6 +234,9 @@ static bool test_attend(const attend_case & c) {
             bias[i] = i % 3 == 0 ? 0.0f : std::log((float) (1 + rng() % 3000)); // none, or as many cells as a long range
         }
         ggml_backend_tensor_set(b, bias.data(), 0, ggml_nbytes(b));
+    }
+    if (si) {
+        ggml_backend_tensor_set(si, sinks.data(), 0, ggml_nbytes(si));
     }
     const std::vector<float> kf = get_floats(k);
     const std::vector<float> vf = get_floats(v);
@@ -199,7 +257,7 @@ static bool test_attend(const attend_case & c) {
     double err = 0.0;
     double ref = 0.0;
     std::vector<float> first;
-    for (int n_threads : { 1, 2, 3, 7 }) {
+    for (int n_threads : { 1, 2, 3, 4, 7 }) {
         if (cuda && n_threads > 2) {
             break;
         }
@@ -216,40 +274,10 @@ static bool test_attend(const attend_case & c) {
             return false;
         }
     }
-    for (int t = 0; t < T; ++t) {
-        for (int h = 0; h < H; ++h) {
-            const int i = t / c.n_tps * H + h;
-            const int len = std::max(0, c.lens[i] - (c.n_tps - 1 - t % c.n_tps));
-            for (int gq = 0; gq < c.G; ++gq) {
-                const float * qh = qf.data() + ((size_t) t * c.G * H + h * c.G + gq) * c.D;
-                std::vector<double> s(len);
-                double m = -INFINITY;
-                for (int j = 0; j < len; ++j) {
-                    double dot = 0.0;
-                    for (int d = 0; d < c.D; ++d) {
-                        dot += (double) qh[d] * kf[(size_t) (ranges[2 * i] + j) * c.D + d];
-                    }
-                    dot *= state.scale;
-                    s[j] = (c.softcap > 0.0f ? c.softcap * std::tanh(dot / c.softcap) : dot) + (j == 0 ? bias[i] : 0.0);
-                    m = std::max(m, s[j]);
-                }
-                double sum = 0.0;
-                std::vector<double> o(c.D, 0.0);
-                for (int j = 0; j < len; ++j) {
-                    const double p = std::exp(s[j] - m);
-                    sum += p;
-                    for (int d = 0; d < c.D; ++d) {
-                        o[d] += p * vf[(size_t) (ranges[2 * i] + j) * c.D + d];
-                    }
-                }
-                for (int d = 0; d < c.D; ++d) {
-                    const double want = len > 0 ? o[d] / sum : 0.0;
-                    const double got = first[((size_t) t * c.G * H + h * c.G + gq) * c.D + d];
-                    err += (want - got) * (want - got);
-                    ref += want * want;
-                }
-            }
-        }
+    const std::vector<double> want = attend_in_doubles(c, qf, kf, vf, ranges, bias, sinks);
+    for (size_t i = 0; i < want.size(); ++i) {
+        err += (want[i] - first[i]) * (want[i] - first[i]);
+        ref += want[i] * want[i];
     }
     // the portable kernel rounds the queries to the dot type of K
     const double limit = gpu ? 1e-6 : c.kernel != "portable" || c.type == GGML_TYPE_F32 ? 1e-11
@@ -299,6 +327,40 @@ static bool test_attend_nan(const std::string & kernel, ggml_type type, int i_na
     return true;
 }
 
+// a sink that is far below every logit leaves the bits as they are without one
+static bool test_attend_low_sinks(const std::string & kernel, ggml_type type, int n_tps) {
+    setenv("HEADKV_KERNEL", kernel.c_str(), 1);
+    const int D = 64, G = 5, H = 3;
+    if (!headkv_attend_kernel_find(type, type, D, getenv("HEADKV_KERNEL"))) {
+        return true;
+    }
+    const std::vector<int32_t> ranges = { 0, 300, 300, 0, 300, 77 };
+    headkv_attend_state state(D, G * H, H, 1, type, type);
+    state.scale = 0.125f;
+    const auto qf = random_floats((size_t) D * G * H * n_tps), kf = random_floats((size_t) D * 377), vf = random_floats((size_t) D * 377);
+    std::vector<float> got[2];
+    for (int with : { 0, 1 }) {
+        op_graph g(false);
+        ggml_context * ctx = g.ctx.get();
+        ggml_tensor * q = ggml_new_tensor_3d(ctx, GGML_TYPE_F32, D, G * H, n_tps);
+        ggml_tensor * k = ggml_new_tensor_2d(ctx, type, D, 377);
+        ggml_tensor * v = ggml_new_tensor_2d(ctx, type, D, 377);
+        ggml_tensor * r = ggml_new_tensor_3d(ctx, GGML_TYPE_I32, 2, H, 1);
+        ggml_tensor * s = ggml_new_tensor_1d(ctx, GGML_TYPE_F32, G * H);
+        ggml_tensor * out = headkv_build_attend_fused(ctx, &state, q, k, v, r, nullptr, with ? s : nullptr);
+        g.alloc(out);
+        set_quantized(k, kf);
+        set_quantized(v, vf);
+        ggml_backend_tensor_set(q, qf.data(), 0, ggml_nbytes(q));
+        ggml_backend_tensor_set(r, ranges.data(), 0, ggml_nbytes(r));
+        const std::vector<float> low = make_sinks("-1e30", G * H);
+        ggml_backend_tensor_set(s, low.data(), 0, ggml_nbytes(s));
+        g.run(2);
+        got[with] = get_floats(out);
+    }
+    return memcmp(got[0].data(), got[1].data(), got[0].size() * sizeof(float)) == 0;
+}
+
 //
 // score
 //
@@ -311,11 +373,12 @@ struct score_case {
     float softcap = 0.0f;
     int n_recent = 0; // 0 = n_window
     int n_square = 0;
+    std::string sinks = "";
 
     std::string name() const {
         return "score," + kernel + "," + ggml_type_name(type) + ",D=" + std::to_string(D) + ",G=" + std::to_string(G) + ",w=" +
                 std::to_string(n_window) + ",n=" + std::to_string(n_kv) + ",pool=" + std::to_string(pool) + "/" + std::to_string(pool_kernel) +
-                ",softcap=" + std::to_string((int) softcap) + ",recent=" + std::to_string(n_recent) + ",square=" + std::to_string(n_square);
+                ",softcap=" + std::to_string((int) softcap) + ",recent=" + std::to_string(n_recent) + ",square=" + std::to_string(n_square) + ",sinks=" + sinks;
     }
 };
 
@@ -340,6 +403,8 @@ static bool test_score(const score_case & c) {
     ggml_tensor * mask = nullptr;
     ggml_tensor * out = nullptr;
     ggml_tensor * stats = nullptr;
+    const std::vector<float> sinks = make_sinks(c.sinks, c.G * H);
+    ggml_tensor * si = sinks.empty() ? nullptr : ggml_new_tensor_1d(ctx, GGML_TYPE_F32, c.G * H);
     if (composed) {
         mask = ggml_new_tensor_2d(ctx, GGML_TYPE_F16, c.n_kv, c.n_window);
         out = ggml_new_tensor_2d(ctx, GGML_TYPE_F32, n_prefix, H);
@@ -347,11 +412,11 @@ static bool test_score(const score_case & c) {
             ggml_tensor * qh = ggml_view_3d(ctx, q, c.D, c.G, c.n_window, q->nb[1], q->nb[2], h * c.G * q->nb[1]);
             ggml_tensor * kh = ggml_view_2d(ctx, k, c.D, n_cells, k->nb[1], h * ggml_row_size(c.type, c.D));
             ggml_tensor * sh = headkv_build_score(ctx, g.gf, ggml_cont(ctx, ggml_permute(ctx, qh, 0, 2, 1, 3)), ggml_get_rows(ctx, kh, p), mask,
-                    n_prefix, scale, c.softcap, c.n_square, c.pool, c.pool_kernel);
+                    n_prefix, scale, c.softcap, c.n_square, c.pool, c.pool_kernel, headkv_sinks_of_head(ctx, si, c.G, h));
             ggml_build_forward_expand(g.gf, ggml_cpy(ctx, sh, ggml_view_1d(ctx, out, n_prefix, h * out->nb[1])));
         }
     } else {
-        out = headkv_build_score_fused(ctx, q, k, p, n_prefix, scale, c.softcap, c.n_square, c.pool, c.pool_kernel);
+        out = headkv_build_score_fused(ctx, q, k, p, n_prefix, scale, c.softcap, c.n_square, c.pool, c.pool_kernel, si);
         stats = out->src[3];
     }
     g.alloc(out);
@@ -376,9 +441,15 @@ static bool test_score(const score_case & c) {
     const std::vector<float> kf = get_floats(k);
     ggml_backend_tensor_set(q, qf.data(), 0, ggml_nbytes(q));
     ggml_backend_tensor_set(p, cells.data(), 0, ggml_nbytes(p));
+    if (si) {
+        ggml_backend_tensor_set(si, sinks.data(), 0, ggml_nbytes(si));
+    }
 
     std::vector<float> first;
-    for (int n_threads : { 1, 2, 7 }) {
+    for (int n_threads : { 1, 2, 4, 7 }) {
+        if (cuda && n_threads > 2) {
+            break;
+        }
         if (!cuda || gpu) {
             g.run(n_threads);
         } else if (cuda_on_cpu_supports(stats) && cuda_on_cpu_supports(out)) {
@@ -403,7 +474,7 @@ static bool test_score(const score_case & c) {
         std::vector<double> x(c.n_kv);
         for (int j = 0; j < n_query; ++j) {
             const int n = c.n_kv - c.n_window + j / c.G + 1;
-            double sum = 0.0;
+            double sum = sinks.empty() ? 0.0 : std::exp((double) sinks[h * c.G + j % c.G]);
             for (int i = 0; i < n; ++i) {
                 double dot = 0.0;
                 for (int d = 0; d < c.D; ++d) {
@@ -436,6 +507,79 @@ static bool test_score(const score_case & c) {
         return false;
     }
     return true;
+}
+
+// the probabilities of the queries of a ubatch in double precision, summed over queries and query heads; k in the order of the cells
+static std::vector<double> sums_in_doubles(const std::vector<float> & qf, const std::vector<float> & kf, int D, int G, int H, int n_kv, int n_tokens,
+        float softcap, const std::vector<float> & sinks) {
+    std::vector<double> res((size_t) n_kv * H, 0.0);
+    for (int j = 0; j < n_tokens * G * H; ++j) {
+        const int h = j % (G * H);
+        std::vector<double> x;
+        for (int i = 0; i < n_kv - n_tokens + j / (G * H) + 1; ++i) {
+            double dot = 0.0;
+            for (int d = 0; d < D; ++d) {
+                dot += (double) qf[(size_t) j * D + d] * kf[((size_t) i * H + h / G) * D + d] / std::sqrt((double) D);
+            }
+            x.push_back(std::exp(softcap > 0.0f ? softcap * std::tanh(dot / softcap) : dot));
+        }
+        const double sum = std::accumulate(x.begin(), x.end(), sinks.empty() ? 0.0 : std::exp((double) sinks[h]));
+        for (size_t i = 0; i < x.size(); ++i) {
+            res[(size_t) h / G * n_kv + i] += x[i] / sum;
+        }
+    }
+    return res;
+}
+
+// the last cells are those of the ubatch, which begin with zero; the others have sums already
+static bool test_sums(int n_kv, int n_tokens, float softcap, const std::string & kind) {
+    const int D = 64, G = 3, H = 2, n_cells = n_kv + 7;
+    op_graph g;
+    ggml_context * ctx = g.ctx.get();
+    ggml_tensor * q = ggml_new_tensor_3d(ctx, GGML_TYPE_F32, D, G * H, n_tokens);
+    ggml_tensor * k = ggml_new_tensor_3d(ctx, GGML_TYPE_F16, D, H, n_kv);
+    ggml_tensor * mask = ggml_new_tensor_2d(ctx, GGML_TYPE_F16, n_kv, n_tokens);
+    ggml_tensor * sums = ggml_new_tensor_3d(ctx, GGML_TYPE_F32, 1, n_cells, H);
+    ggml_tensor * cells = ggml_new_tensor_1d(ctx, GGML_TYPE_I64, n_tokens);
+    ggml_tensor * si = ggml_new_tensor_1d(ctx, GGML_TYPE_F32, G * H);
+    headkv_build_sums(ctx, g.gf, q, k, mask, sums, cells, 1.0f / std::sqrt((float) D), softcap, kind.empty() ? nullptr : si);
+    g.alloc(ggml_graph_node(g.gf, -1));
+
+    const std::vector<float> sinks = make_sinks(kind, G * H);
+    ggml_backend_tensor_set(si, sinks.data(), 0, sinks.size() * sizeof(float));
+    const float old = kind == "20" ? 1e-6f : 3.0f; // what is added to it must be seen
+    const std::vector<float> qf = random_floats(ggml_nelements(q), 2.0f), before(ggml_nelements(sums), old);
+    ggml_backend_tensor_set(q, qf.data(), 0, ggml_nbytes(q));
+    set_quantized(k, random_floats(ggml_nelements(k)));
+    std::vector<ggml_fp16_t> causal((size_t) n_kv * n_tokens, ggml_fp32_to_fp16(0.0f));
+    std::vector<int64_t> own;
+    for (int i = 0; i < n_tokens; ++i) {
+        std::fill(causal.begin() + i * n_kv + n_kv - n_tokens + i + 1, causal.begin() + (i + 1) * n_kv, ggml_fp32_to_fp16(-INFINITY));
+        own.push_back(n_kv - n_tokens + i);
+    }
+    ggml_backend_tensor_set(mask, causal.data(), 0, ggml_nbytes(mask));
+    ggml_backend_tensor_set(cells, own.data(), 0, ggml_nbytes(cells));
+
+    const std::vector<double> want = sums_in_doubles(qf, get_floats(k), D, G, H, n_kv, n_tokens, softcap, sinks);
+    std::vector<float> first;
+    for (int n_threads : { 1, 2, 4 }) {
+        ggml_backend_tensor_set(sums, before.data(), 0, ggml_nbytes(sums));
+        g.run(n_threads);
+        const std::vector<float> got = get_floats(sums);
+        first = first.empty() ? got : first;
+        if (memcmp(first.data(), got.data(), got.size() * sizeof(float)) != 0) {
+            printf("  depends on the threads\n");
+            return false;
+        }
+    }
+    double err = 0.0, ref = 0.0;
+    for (int i = 0; i < n_kv * H; ++i) {
+        const double got = first[i / n_kv * n_cells + i % n_kv] - (i % n_kv < n_kv - n_tokens ? old : 0.0f);
+        err += (got - want[i]) * (got - want[i]);
+        ref += want[i] * want[i];
+    }
+    // the queries are rounded to F16
+    return err <= 1e-5 * ref || (printf("  nmse %g\n", err / ref), false);
 }
 
 //
@@ -683,6 +827,51 @@ static void perf() {
     }
 }
 
+// what sinks cost in a layer of gpt-oss-20b, without and with them in turn
+static void perf_sinks() {
+    const int D = 64, n_head = 64, H = 8;
+    printf("type,threads,cells_of_head,without_us,with_us,with/without\n");
+    unsetenv("HEADKV_KERNEL");
+    for (ggml_type type : { GGML_TYPE_F16, GGML_TYPE_Q8_0 }) {
+        for (int len : { 128, 1024, 8192 }) {
+            op_graph g[2];
+            headkv_attend_state state(D, n_head, H, 1, type, type);
+            state.scale = 0.125f;
+            std::vector<int32_t> ranges;
+            for (int h = 0; h < H; ++h) {
+                ranges.insert(ranges.end(), { h * len, len });
+            }
+            for (int with : { 0, 1 }) {
+                ggml_context * ctx = g[with].ctx.get();
+                ggml_tensor * q = ggml_new_tensor_3d(ctx, GGML_TYPE_F32, D, n_head, 1);
+                ggml_tensor * k = ggml_new_tensor_2d(ctx, type, D, H * len);
+                ggml_tensor * v = ggml_new_tensor_2d(ctx, type, D, H * len);
+                ggml_tensor * r = ggml_new_tensor_3d(ctx, GGML_TYPE_I32, 2, H, 1);
+                ggml_tensor * s = ggml_new_tensor_1d(ctx, GGML_TYPE_F32, n_head);
+                g[with].alloc(headkv_build_attend_fused(ctx, &state, q, k, v, r, nullptr, with ? s : nullptr));
+                set_quantized(k, random_floats(ggml_nelements(k)));
+                set_quantized(v, random_floats(ggml_nelements(v)));
+                const auto qf = random_floats(ggml_nelements(q)), sf = random_floats(n_head);
+                ggml_backend_tensor_set(q, qf.data(), 0, ggml_nbytes(q));
+                ggml_backend_tensor_set(s, sf.data(), 0, ggml_nbytes(s));
+                ggml_backend_tensor_set(r, ranges.data(), 0, ggml_nbytes(r));
+            }
+            for (int n_threads : { 1, 2 }) {
+                std::vector<double> us[2];
+                for (int i = 0; i < 2 * 101; ++i) {
+                    const auto t0 = std::chrono::steady_clock::now();
+                    g[i % 2].run(n_threads);
+                    us[i % 2].push_back(std::chrono::duration<double, std::micro>(std::chrono::steady_clock::now() - t0).count());
+                }
+                for (auto & u : us) {
+                    std::sort(u.begin(), u.end());
+                }
+                printf("%s,%d,%d,%.1f,%.1f,%.3f\n", ggml_type_name(type), n_threads, len, us[0][50], us[1][50], us[1][50] / us[0][50]);
+            }
+        }
+    }
+}
+
 // scores of a layer of Llama-3.2-1B or 3.1-8B, by both paths in turn
 static void perf_score() {
     const int H = 8;
@@ -850,10 +1039,106 @@ static bool test_fit(const char * name, int n) {
     return res;
 }
 
+// what the references of a head are answered by some cells, ascending, in double precision; those that they do not see are left out
+static std::vector<double> answers_in_doubles(const headkv_fit_layer & l, const std::vector<float> & qf, const std::vector<float> & kf, const std::vector<float> & vf,
+        int64_t ih, const std::vector<int32_t> & cells) {
+    const int64_t D = l.k->ne[0], H = (int64_t) l.ranges.size(), G = (int64_t) l.sinks.size() / H;
+    std::vector<double> res;
+    for (size_t i = 0; i < l.pos.size(); ++i) {
+        double sum = l.sinks.empty() ? 0.0 : std::exp((double) l.sinks[ih * G + headkv_ref_head(l.pos[i], (int32_t) ih, (int32_t) H, (int32_t) G)]);
+        std::vector<double> y(D, 0.0);
+        for (int32_t cell : cells) {
+            if (cell > l.pos[i]) {
+                break;
+            }
+            double dot = 0.0;
+            for (int64_t d = 0; d < D; ++d) {
+                dot += (double) qf[(l.slots[i] * H + ih) * D + d] * kf[(l.cells[cell] * H + ih) * D + d] * l.scale;
+            }
+            const double p = std::exp(l.softcap > 0.0f ? l.softcap * std::tanh(dot / l.softcap) : dot);
+            sum += p;
+            for (int64_t d = 0; d < D; ++d) {
+                y[d] += p * vf[(l.cells[cell] * H + ih) * D + d];
+            }
+        }
+        for (double & x : y) {
+            res.push_back(sum > 0.0 ? x / sum : 0.0);
+        }
+    }
+    return res;
+}
+
+// the answers of all cells, and the residual of those that are kept
+static bool test_fit_answers(int n, float softcap, const std::string & kind) {
+    unsetenv("HEADKV_KERNEL");
+    const int D = 64, H = 2, G = 3;
+    const std::vector<llama_pos> pos = headkv_ref_positions(n);
+    std::vector<int32_t> slots(pos.size()), cells(n);
+    std::iota(slots.begin(), slots.end(), 0);
+    std::iota(cells.begin(), cells.end(), 0);
+    std::shuffle(slots.begin(), slots.end(), rng);
+    std::shuffle(cells.begin(), cells.end(), rng);
+    std::vector<headkv_range> ranges(H);
+    for (int ih = 0; ih < H; ++ih) {
+        ranges[ih].off = ih * n;
+        for (int i = ih; i < n; i += ih + 2) {
+            ranges[ih].pos.push_back(i);
+        }
+    }
+    op_graph g;
+    ggml_context * ctx = g.ctx.get();
+    ggml_tensor * refs = ggml_new_tensor_2d(ctx, GGML_TYPE_F16, D, (int64_t) H * pos.size());
+    ggml_tensor * k_all = ggml_new_tensor_2d(ctx, GGML_TYPE_F16, D * H, n);
+    ggml_tensor * v_all = ggml_new_tensor_2d(ctx, GGML_TYPE_F16, D * H, n);
+    ggml_tensor * k = ggml_new_tensor_2d(ctx, GGML_TYPE_F16, D, H * n);
+    ggml_tensor * v = ggml_new_tensor_2d(ctx, GGML_TYPE_F16, D, H * n);
+    const headkv_fit_layer layer = { pos, slots, cells, ranges, refs, k_all, v_all, k, v, 0.125f, softcap, make_sinks(kind, G * H) };
+    headkv_fitting::job_t job(layer, 2);
+    ggml_tensor * args[] = { refs, k_all, v_all };
+    ggml_tensor * answers = ggml_custom_4d(ctx, GGML_TYPE_F32, D, (int64_t) pos.size(), H, 1, args, 3, headkv_fitting::answers_op, GGML_N_TASKS_MAX, &job);
+    ggml_tensor * more[] = { answers, refs, k, v_all };
+    g.alloc(ggml_custom_inplace(ctx, v, more, 4, headkv_fitting::values_op, GGML_N_TASKS_MAX, &job));
+    for (ggml_tensor * t : { refs, k_all, v_all }) {
+        set_quantized(t, random_floats(ggml_nelements(t), t == refs ? 3.0f : 1.0f));
+    }
+    const size_t nb = D * sizeof(ggml_fp16_t);
+    for (int ih = 0; ih < H; ++ih) {
+        for (size_t i = 0; i < ranges[ih].pos.size(); ++i) {
+            const size_t from = cells[ranges[ih].pos[i]] * k_all->nb[1] + ih * nb, to = (ranges[ih].off + i) * nb;
+            memcpy((char *) k->data + to, (const char *) k_all->data + from, nb);
+            memcpy((char *) v->data + to, (const char *) v_all->data + from, nb);
+        }
+    }
+    g.run(2);
+
+    const auto qf = get_floats(refs), kf = get_floats(k_all), vf = get_floats(v_all), got = get_floats(answers);
+    std::vector<int32_t> all(n);
+    std::iota(all.begin(), all.end(), 0);
+    for (int ih = 0; ih < H; ++ih) {
+        const auto y = answers_in_doubles(layer, qf, kf, vf, ih, all), x = answers_in_doubles(layer, qf, kf, vf, ih, ranges[ih].pos);
+        double err = 0.0, ref = 0.0, before = 0.0, whole = 0.0;
+        for (size_t i = 0; i < y.size(); ++i) {
+            err += std::pow(y[i] - got[ih * y.size() + i], 2);
+            ref += y[i] * y[i];
+            const size_t i_ref = i / D;
+            if (i_ref % headkv_fitting::N_HELD == headkv_fitting::N_HELD - 1 && pos[i_ref] >= ranges[ih].pos[0]) {
+                before += std::pow(y[i] - x[i], 2);
+                whole += y[i] * y[i];
+            }
+        }
+        if (!is_close("answers", err, ref, 1e-10) || !is_close("residual", std::abs(job.outcomes[ih].before - before / whole), before / whole, 1e-5)) {
+            return false;
+        }
+    }
+    return true;
+}
+
 int main(int argc, char ** argv) {
     if (argc > 1 && strcmp(argv[1], "perf") == 0) {
         if (argc > 2 && strcmp(argv[2], "score") == 0) {
             perf_score();
+        } else if (argc > 2 && strcmp(argv[2], "sinks") == 0) {
+            perf_sinks();
         } else {
             perf();
         }
@@ -900,6 +1185,29 @@ int main(int argc, char ** argv) {
             add({ kernel, type, 128, 7, { 5, 300, 257 }, 1, 1, 30.0f, true });
         }
     }
+    // sinks: ranges of no row up to several chunks, of several sequences, with softcap and bias
+    for (const char * kernel : { "portable", "avx2", "avx512", "neon", "cuda" }) {
+        for (ggml_type type : { GGML_TYPE_F16, GGML_TYPE_F32, GGML_TYPE_BF16, GGML_TYPE_Q8_0 }) {
+            if (strcmp(kernel, "cuda") == 0 && type == GGML_TYPE_F32) {
+                continue;
+            }
+            for (const char * sinks : { "-1e30", "0", "20", "mixed" }) {
+                add({ kernel, type, 64, 8, { 0, 1, 127, 128, 129, 1000 }, 1, 1, 0.0f, false, sinks });
+                add({ kernel, type, 64, 8, { 0, 1, 127, 128, 129, 1000 }, 3, 1, 30.0f, true, sinks });
+                add({ kernel, type, 128, 3, { 0, 1000, 129, 1 }, 2, 3, 0.0f, true, sinks });
+            }
+            add({ kernel, type, 96, 5, { 9, 300, 140, 10 }, 1, 5, 20.0f, false, "mixed" });
+            add({ kernel, type, 64, 12, { 7, 130 }, 1, 9, 0.0f, false, "mixed" });
+        }
+    }
+    for (const char * kernel : { "portable", "avx2", "avx512", "neon" }) {
+        for (ggml_type type : { GGML_TYPE_F16, GGML_TYPE_Q8_0 }) {
+            for (int n_tps : { 1, 6 }) {
+                cases.push_back({ std::string("low_sinks,") + kernel + "," + ggml_type_name(type) + ",tps=" + std::to_string(n_tps),
+                        [=]() { return test_attend_low_sinks(kernel, type, n_tps); } });
+            }
+        }
+    }
     for (ggml_type type : { GGML_TYPE_F16, GGML_TYPE_BF16, GGML_TYPE_Q8_0 }) {
         for (int D : { 64, 80, 96, 128, 256 }) {
             if (D % ggml_blck_size(type) == 0) {
@@ -934,11 +1242,24 @@ int main(int argc, char ** argv) {
             add_score({ kernel, type, 64, 4, 64, 300, 31, HEADKV_POOL_MAX, 0.0f, 8, 2 });
             add_score({ kernel, type, 64, 3, 5, 300, 7, HEADKV_POOL_AVG, 0.0f, 20, 1 });
             add_score({ kernel, type, 64, 2, 40, 90, 1, HEADKV_POOL_MAX, 30.0f, 1, 3 });
+            for (const char * sinks : { "-1e30", "0", "20", "mixed" }) {
+                add_score({ kernel, type, 64, 8, 2, 600, 7, HEADKV_POOL_MAX, 0.0f, 0, 0, sinks });
+                add_score({ kernel, type, 64, 3, 9, 300, 31, HEADKV_POOL_AVG, 30.0f, 8, 2, sinks });
+            }
         }
     }
     for (const char * kernel : { "portable", "avx2", "avx512", "neon" }) {
         for (int n : { 1, 2, 15, 16, 17, 33, 129, 384 }) {
             cases.push_back({ std::string("fit,") + kernel + ",n=" + std::to_string(n), [=]() { return test_fit(kernel, n); } });
+        }
+    }
+    for (const char * sinks : { "", "-1e30", "0", "20", "mixed" }) {
+        for (float softcap : { 0.0f, 20.0f }) {
+            const std::string of = ",softcap=" + std::to_string((int) softcap) + ",sinks=" + sinks;
+            cases.push_back({ "sums,n=200/33" + of, [=]() { return test_sums(200, 33, softcap, sinks); } });
+            cases.push_back({ "sums,n=64/64" + of, [=]() { return test_sums(64, 64, softcap, sinks); } });
+            cases.push_back({ "fit_answers,n=300" + of, [=]() { return test_fit_answers(300, softcap, sinks); } });
+            cases.push_back({ "fit_answers,n=1300" + of, [=]() { return test_fit_answers(1300, softcap, sinks); } });
         }
     }
     for (int n_prefix : { 1, 2, 31, 257, 5000 }) {
