@@ -20,11 +20,13 @@ from conftest import HYBRID, SHAPES, WINDOWED, Shape, greedy, load, tokens
 
 from pyheadkv import cli, layers
 from pyheadkv.cli import inspect, plan
+from pyheadkv.eval.trial import Setting, Trial
 from pyheadkv.gguf_header import read_header
 from pyheadkv.gguf_keys import read_importance, write_importance
 from pyheadkv.model import read_shape
-from pyheadkv.options import Options
+from pyheadkv.options import FULL, Options
 from pyheadkv.replay_values import ReplayTable, write_replay
+from pyheadkv.score import measure, replay
 from pyheadkv.units import format_bytes
 
 OURS = ((0, 0), (8, 2), (0, 0), (8, 2))  # heads of both models
@@ -242,3 +244,71 @@ def test_header_heads_are_as_the_file_has_them(make_model: Callable[..., Path]) 
     """What the library says is asked for by those who count heads, not by those who recognise a file."""
     header = read_header(make_model(WINDOWED))
     assert header.heads_by_layer() == [(8, 2)] * 4 and layers.heads_by_layer(header) == list(OURS)
+
+
+# evaluation and scores
+
+
+@BOTH
+def test_a_trial_asks_again_behind_a_compressed_prompt(make_model: Callable[..., Path], shape: Shape) -> None:
+    """Copies go back to their prompt, which recurrent states do not without help."""
+    path, prompt, rest = make_model(shape), tokens(600), [9, 10, 11]
+    trial = Trial(load(path, kv_size=64, preset="default", policy="snapkv", prefill="token", n_seq_max=3))
+    settings = [Setting(FULL), Setting("snapkv", 64)]
+    copies = [trial.compress(setting, prompt) for setting in settings]
+    said = []
+    for _ in range(2):
+        trial.go_on(copies, len(prompt), rest)
+        said.append(trial.generate(copies, rest[-1], 8))
+    assert said[0] == said[1] and said[0][0] != said[0][1]
+    for kv_size, answer in ((2048, said[0][0]), (64, said[0][1])):
+        llm = load(path, kv_size=kv_size, preset="default", policy="snapkv")
+        llm.read_prompt(prompt)
+        llm.eval(rest)
+        found = []
+        for _ in range(8):
+            found.append(int(llm.last_logits.argmax()))
+            llm.eval(found[-1:])
+        assert found == answer
+    stats = trial.llm.kv_stats()
+    assert {copy.held.beside for copy in copies} == {stats.bytes_beside // 3}
+    if shape is WINDOWED:
+        trial.go_on(copies, len(prompt) - 1, rest)
+    else:
+        with pytest.raises(RuntimeError, match=f"cannot be truncated to {len(prompt) - 1} tokens: a recurrent state does not go back"):
+            trial.go_on(copies, len(prompt) - 1, rest)
+    trial.drop(copies)
+    assert trial.llm.kv_stats(1).state == trial.llm.kv_stats(2).state == "empty"
+
+
+@BOTH
+def test_scores_are_those_of_the_compressed_layers(make_model: Callable[..., Path], shape: Shape) -> None:
+    llm = load(make_model(shape), kv_size=64, policy="snapkv", prefill="token", window=64)
+    for reader in (measure.LlamaReader(llm), replay.LlamaReader(llm)):
+        assert reader.heads == list(OURS)
+    reader = measure.LlamaReader(llm)
+    assert reader.shape == (4, 8)
+    reader.begin(tokens(300))
+    mass, top = reader.attention([(50, 250)], 10, 1)
+    assert (top[0] >= 0).all(axis=1).tolist() == (mass[0] > 0).all(axis=1).tolist() == [False, True, False, True]
+    assert (top[0, [0, 2]] == -1).all() and not mass[0, [0, 2]].any()
+
+
+def test_a_replay_counts_the_compressed_layers(make_model: Callable[..., Path]) -> None:
+    llm = load(make_model(WINDOWED), kv_size=64, policy="snapkv", prefill="token", window=64)
+    reader = replay.LlamaReader(llm)
+    text = tokens(200)
+    scores = replay.replay_scores(reader, replay.Replay("a", "text", [1], text, [5, 6]), n_chunk=64)
+    shares = replay.shares_above(scores, reader.heads)
+    assert not shares[:, [0, 2]].any()
+    assert shares[:, [1, 3]].mean(axis=(1, 2)) == pytest.approx(replay.SHARES)
+
+
+def test_generate_says_what_the_other_layers_hold(make_model: Callable[..., Path], capfd: pytest.CaptureFixture[str]) -> None:
+    for options, said in (
+        (["--kv-size", "16", "--policy", "snapkv"], r" in 2 of 4 layers, [0-9.]+ KiB in the others"),
+        ([], r"\(full in 2 of 4 layers\)"),
+    ):
+        assert cli.main(["generate", str(make_model(WINDOWED)), "-p", "the code is on it", "-n", "4", *options]) == 0
+        err = capfd.readouterr().err
+        assert re.search(said, err) and "SWA" not in err

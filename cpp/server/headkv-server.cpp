@@ -436,7 +436,10 @@ headkv_slot_info headkv_server_note(llama_context * ctx, llama_seq_id seq_id) {
     info.n_bytes = cells.empty() || stats.n_past == 0 ? 0 : (int64_t) ((double) stats.bytes_full * n_cells / ((double) stats.n_past * cells.size()));
     server.bytes_store = stats.bytes_store;
     server.bytes_staging = stats.bytes_staging;
-    server.bytes_beside = stats.bytes_beside;
+    if (stats.bytes_beside != server.bytes_beside) { // it does not change while there is a context
+        SRV_INF("compression: layers with windowed attention or a recurrent state are not compressed, they take %.2f MiB for all slots\n", stats.bytes_beside / 1048576.0);
+        server.bytes_beside = stats.bytes_beside;
+    }
     server.archive = archive;
     return info;
 }

@@ -136,6 +136,7 @@ def _open_model(path: Path, args: argparse.Namespace, *, n_ctx: int) -> Llama:
         n_ctx=n_ctx,
         n_batch=args.n_batch,
         n_gpu_layers=args.n_gpu_layers,
+        swa_full=False,  # there is one prompt: windowed layers hold their window, with either cache
         seed=args.seed,
         verbose=False,
         **threads_kwargs(args.threads),
@@ -250,17 +251,20 @@ def _rate(n_tokens: int, seconds: float) -> str:
 
 
 def _kv_summary(llm: Llama, path: Path) -> str:
-    """Cells of each KV head, bytes of K and V held now, and of the same tokens in a full cache."""
+    """Cells of each KV head, bytes of K and V held now, and of the same tokens in a full cache; of the other layers, what they hold."""
+    try:
+        shape = read_shape(path)
+    except ValueError:  # without a compressed cache
+        return "KV cache full"
+    which = f" in {shape.n_compressed} of {shape.n_layer} layers" if shape.n_windowed or shape.n_recurrent else ""
     if llm.kv_options is None:
-        try:
-            return f"KV cache {format_bytes(llm.n_tokens * read_shape(path).token_bytes)} (full)"
-        except ValueError:
-            return "KV cache full"
+        return "KV cache full" if shape.why_not else f"KV cache {format_bytes(llm.n_tokens * shape.token_bytes)} (full{which})"
     stats = llm.kv_stats()
+    beside = f"{which}, {format_bytes(stats.bytes_beside)} in the others" if which else ""
     n_held = stats.bytes_store + stats.bytes_staging
     n_cells = stats.n_cells[stats.n_cells > 0].mean()
     archived = f", {stats.n_archived} tokens from the archive" if stats.archive is not None else ""
     return (
         f"KV cache {n_cells:.0f} cells per head, {format_bytes(n_held)} held, full {format_bytes(stats.bytes_full)} "
-        f"({n_held / max(1, stats.bytes_full):.1%}){archived}"
+        f"({n_held / max(1, stats.bytes_full):.1%}){beside}{archived}"
     )

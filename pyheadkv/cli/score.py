@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -178,25 +179,27 @@ def run(args: argparse.Namespace) -> int:
         journal_path.unlink()
     if args.write is not None:
         _write_model(path, args, scores)
-    print(report(scores, n_read=n_read, seconds=seconds))
+    print(report(scores, reader.heads, n_read=n_read, seconds=seconds))
     print(f"written     {args.output}")
     if calibration is not None:
         print("\n".join(calibration.lines()))
     return 0
 
 
-def report(scores: dict[str, Any], *, n_read: int, seconds: float) -> str:
+def report(scores: dict[str, Any], heads: Sequence[tuple[int, int]], *, n_read: int, seconds: float) -> str:
     """What was measured, as text without a final line break."""
     importance = np.asarray(scores["importance"])
+    compressed = np.concatenate([row[: n * bool(n_kv)] for row, (n, n_kv) in zip(importance, heads, strict=True)])
+    n_kv_heads = sum(n_kv for _, n_kv in heads)
     best = np.argsort(-importance, axis=None, kind="stable")[:N_TOP_HEADS]
-    heads = "  ".join("{}-{} {:.3g}".format(*divmod(int(i), importance.shape[1]), importance.flat[i]) for i in best)
+    largest = "  ".join("{}-{} {:.3g}".format(*divmod(int(i), importance.shape[1]), importance.flat[i]) for i in best)
     cost = f", {1000 * seconds / n_read:.2f} s per 1000 prompt tokens" if n_read else ""
     how = f"method {scores['method']}, protocol {scores['protocol']}, answers {scores['answers']}"
     lines = (
         f"examples    {scores['accepted']} of {len(scores['examples'])} count, {how}",
-        f"reliability {scores['reliability']:.3f} (rank correlation of the KV heads' importance with that of other examples)",
+        f"reliability {scores['reliability']:.3f} (rank correlation of the importance of {n_kv_heads} KV heads with that of other examples)",
         f"time        {seconds:.1f} s for {n_read} prompt tokens{cost}",
-        f"importance  Gini {gini(importance):.3f}; largest, as layer-head: {heads}",
+        f"importance  Gini {gini(compressed):.3f}; largest, as layer-head: {largest}",
     )
     return "\n".join(lines)
 

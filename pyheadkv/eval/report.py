@@ -37,6 +37,7 @@ class Answer:
     bytes: int
     bytes_store: int
     distance: dict[str, float] | None
+    bytes_beside: int = 0
 
 
 class Answers:
@@ -50,6 +51,7 @@ class Answers:
             Answer(
                 e["task"], e["length"], f"{e['task']}/{e['length']}/{e['quiz']}", a["ask"], a["kind"], a["depth"], a["protocol"],
                 a["setting"], a["score"], a["n_prompt"], a["cells"], a["bytes"], a["bytes_store"], a.get("distance"),
+                a.get("bytes_beside", 0),
             )
             for e in entries
             for a in e["answers"]
@@ -172,7 +174,8 @@ def _keep(header: dict[str, Any]) -> list[str]:
 
 def _scores(answers: Answers, protocol: str) -> list[str]:
     kinds = answers.kinds
-    head = ["setting", "cells", "of prompt", "KiB", "held", *_labels(answers), "of full"]
+    has_beside = any(a.bytes_beside for a in answers.all)
+    head = ["setting", "cells", "of prompt", "KiB", "held", *["beside"] * has_beside, *_labels(answers), "of full"]
     head += ["perplexity", "KL"] if _has_distances(answers) else []
     rows = []
     for setting in answers.settings:
@@ -184,6 +187,7 @@ def _scores(answers: Answers, protocol: str) -> list[str]:
         )
         share = np.mean([a.score for a in mine]) / max(answers.full(protocol), 1e-9)
         held = [f"{n_cells:.0f}", f"{100 * n_cells / n_prompt:.1f} %", f"{n_bytes / 1024:.0f}", f"{n_held / 1024:.0f}"]
+        held += [f"{np.mean([a.bytes_beside for a in mine]) / 1024:.0f}"] * has_beside
         rows.append([name, *held, *cells, f"{100 * share:.0f} %", *_distance(mine, is_wanted=_has_distances(answers))])
     lines = [f"## {protocol}", "", *table(head, rows)]
     weak = [kind for kind in kinds if not _is_ranked(answers, protocol, kind)]

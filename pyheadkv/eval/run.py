@@ -154,6 +154,7 @@ class Worker:
                     {"ask": answer.number, "kind": asked.kind, "depth": round(asked.depth, 4), "n_tokens": answer.n_tokens,
                      "protocol": protocol, "setting": answer.setting.name, "score": score, "n_prompt": held.n_prompt,
                      "cells": round(held.per_head, 2), "bytes": held.cells, "bytes_store": held.store, "text": text}
+                    | ({"bytes_beside": held.beside} if held.beside else {})
                     | ({"distance": asdict(answer.distance)} if answer.distance else {})
                 )  # fmt: skip
         return {"task": task.options.name, "length": task.options.n_tokens, "quiz": i_quiz, "answers": answers}

@@ -6,6 +6,7 @@ The prompt stays uncompressed in the first sequence of a context. Every setting 
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import PurePath
@@ -88,12 +89,14 @@ class Held:
     per_head : cells that are kept, mean of the KV heads
     cells : bytes of K and V in the cells that are kept, all heads
     store : bytes allocated for them, with the rows that wait for generated tokens
+    beside : bytes of the layers that are not compressed
     """
 
     n_prompt: int
     per_head: float
     cells: int
     store: int
+    beside: int = 0
 
 
 @dataclass
@@ -105,6 +108,7 @@ class Copy:
     seq_id : its sequence in the context
     policy : in use, never "auto"; "full" where all is kept to compare with
     n_tokens : that it has
+    state : of the sequence when it was compressed, of models whose other layers may not go back to it
     """
 
     seq_id: int
@@ -112,6 +116,7 @@ class Copy:
     policy: str
     held: Held
     n_tokens: int
+    state: bytes = b""
 
 
 class Trial:
@@ -143,7 +148,7 @@ class Trial:
         if n < len(self._tokens):
             # a compression needs the queries of the last tokens, or of all, which are those that were read last
             n = 0 if self._by_all_tokens else min(n, max(0, len(tokens) - self.window))
-            if not self.llm._ctx.kv_cache_seq_rm(0, n, -1):  # windowed or recurrent layers have lost what is before
+            if not self._cut(0, n):  # windowed or recurrent layers have lost what is before
                 n = 0
                 self._remove(0, -1)
             self.llm.n_tokens = n
@@ -181,8 +186,25 @@ class Trial:
         """What is held of a prompt that has just been compressed; ``before``: bytes that the store had."""
         stats = self.llm.kv_stats(seq_id)
         per_head = float(stats.n_cells[stats.n_cells > 0].mean())
-        held = Held(stats.n_past, per_head, round(stats.bytes_full * per_head / stats.n_past), stats.bytes_store - before)
-        return Copy(seq_id, setting, FULL if setting.policy == FULL else self.llm.policy, held, stats.n_past)
+        beside = stats.bytes_beside // llama_cpp.llama_n_seq_max(self.llm.ctx)
+        held = Held(stats.n_past, per_head, round(stats.bytes_full * per_head / stats.n_past), stats.bytes_store - before, beside)
+        state = self._save(seq_id) if beside else b""
+        return Copy(seq_id, setting, FULL if setting.policy == FULL else self.llm.policy, held, stats.n_past, state)
+
+    def _save(self, seq_id: int) -> bytes:
+        size = llama_cpp.llama_state_seq_get_size(self.llm.ctx, seq_id)
+        data = (ctypes.c_uint8 * size)()
+        if size == 0 or llama_cpp.llama_state_seq_get_data(self.llm.ctx, data, size, seq_id) != size:
+            raise RuntimeError(_lib.last_error())
+        return bytes(data)
+
+    def _restore(self, copy: Copy) -> None:
+        size = len(copy.state)
+        data = (ctypes.c_uint8 * size).from_buffer_copy(copy.state)
+        n_ctx = self.llm.n_ctx()
+        _lib.check(_lib.lib.headkv_limit_restore(self.llm.ctx, n_ctx, n_ctx, n_ctx))
+        if llama_cpp.llama_state_seq_set_data(self.llm.ctx, data, size, copy.seq_id) != size:
+            raise RuntimeError(_lib.last_error())
 
     def read_alone(self, tokens: Sequence[int]) -> Copy:
         """Read other tokens beside the prompt, and keep them all: a question without its context."""
@@ -205,7 +227,10 @@ class Trial:
         The last one is the first argument of ``generate`` or ``follow``.
         """
         for copy in copies:
-            self._remove(copy.seq_id, n)
+            if n == copy.held.n_prompt < copy.n_tokens and copy.state and not self._cut(copy.seq_id, n):
+                self._restore(copy)
+            elif n < copy.n_tokens:
+                self._remove(copy.seq_id, n)
             copy.n_tokens = n
         self.say(copies, [tokens[:-1]] * len(copies))
 
@@ -274,8 +299,14 @@ class Trial:
 
     def _remove(self, seq_id: int, n: int) -> None:
         """All of a sequence but its first n tokens; -1 = all."""
-        if not self.llm._ctx.kv_cache_seq_rm(seq_id, n, -1):
-            raise RuntimeError(f"sequence {seq_id} cannot be truncated to {n} tokens")
+        if not self._cut(seq_id, n):
+            raise RuntimeError(
+                f"sequence {seq_id} cannot be truncated to {n} tokens: a recurrent state does not go back, and a window no further than "
+                "its ring reaches; ask questions about a compressed document (protocol agnostic)"
+            )
+
+    def _cut(self, seq_id: int, n: int) -> bool:
+        return bool(self.llm._ctx.kv_cache_seq_rm(seq_id, n, -1))
 
     def _decode(self, copies: Sequence[Copy], rows: Sequence[Sequence[int]], *, logits: bool | str = True) -> NDArray[np.float32]:
         """One batch: a row of tokens for each copy. Logits (n, n_vocab) of the last token of each row, or of all tokens."""
