@@ -38,7 +38,7 @@ class Heads:
 
 def heads_of(path: Path) -> Heads:
     shape = read_shape(path)
-    if not shape.is_uniform:
+    if not shape.is_uniform or shape.n_compressed < shape.n_layer:
         raise SystemExit(f"{path}: layers have different heads: name another model")
     return Heads(shape.n_layer, shape.n_head, shape.n_head_kv, shape.n_embd_head_k)
 
