@@ -957,6 +957,13 @@ class Llama(llama_cpp.Llama):
         _lib.check(_lib.lib.headkv_read_attention_max(*head, data, n), ValueError)
         return best
 
+    def _read_softmax(self, il: int) -> npt.NDArray[np.float32]:
+        values = np.zeros(2 + 65536, dtype=np.float32)
+        n = _lib.check(
+            _lib.lib.headkv_read_softmax(self.ctx, il, values.ctypes.data_as(ctypes.POINTER(ctypes.c_float)), values.size), ValueError
+        )
+        return values[:n]
+
     def _read_floats(self, func: Any, n_row: int, n_max: int, *args: Any) -> npt.NDArray[np.float32]:
         values = np.zeros((n_max, n_row), dtype=np.float32)
         n = _lib.check(func(self.ctx, 0, *args, values.ctypes.data_as(ctypes.POINTER(ctypes.c_float)), values.size), ValueError)
