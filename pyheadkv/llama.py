@@ -138,7 +138,7 @@ class Llama(llama_cpp.Llama):
         most 1
     kv_bytes : instead of ``kv_size``, bytes of K and V that the cells of all heads take
         after the prompt, a number or such as "64MiB"; generated tokens come on top. Of models with windowed attention or
-        recurrent layers it counts what these take too, and the other layers share what is left
+        recurrent layers it counts what these take for a sequence too, and the other layers share what is left
     policy : which cells each head keeps: three choices, budget, rank and fit, by one name. "auto" (the default; the attribute
         ``policy`` says what it chose): with ``question="known"`` "headkv" when the importance of the heads is known, else "adakv";
         with "later" "replay/value", "importance/value" or "adaptive/value", the first for which enough is known.
