@@ -387,10 +387,10 @@ def make_model(arch: str, keys: Keys) -> Any:
 
 def heads_of(model: Any) -> list[npt.NDArray[np.int32]]:
     """Query heads, KV heads and head size of each layer, 0 where it is not compressed."""
-    n = _lib.check(_lib.lib.headkv_get_heads(model, None, None, None, 0))
-    found = [np.zeros(n, dtype=np.int32) for _ in range(3)]
+    n = _lib.check(_lib.lib.headkv_get_heads(model, None, None, None, None, 0))
+    found = [np.zeros(n, dtype=np.int32) for _ in range(4)]
     _lib.check(_lib.lib.headkv_get_heads(model, *(x.ctypes.data_as(ctypes.POINTER(ctypes.c_int32)) for x in found), n))
-    return found
+    return found[:3]
 
 
 class Refused(Exception):
