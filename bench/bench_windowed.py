@@ -67,7 +67,7 @@ def decode(llm: Llama, n: int) -> float:
 def tokens_of(llm: Llama, n: int, *, is_random: bool) -> list[int]:
     """A prompt: of a text, or any tokens where the model knows no language."""
     if is_random:
-        return np.random.default_rng(1).integers(260, 384, n).tolist()
+        return [int(token) for token in np.random.default_rng(1).integers(260, 384, n)]
     return list(llm.tokenize(TEXT.read_bytes()))[:n]
 
 
