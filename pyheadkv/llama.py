@@ -138,7 +138,7 @@ class Llama(llama_cpp.Llama):
         most 1
     kv_bytes : instead of ``kv_size``, bytes of K and V that the cells of all heads take
         after the prompt, a number or such as "64MiB"; generated tokens come on top. Of models with windowed attention or
-        recurrent layers it counts what these take too, and the other layers share what is left
+        recurrent layers it counts what these take for a sequence too, and the other layers share what is left
     policy : which cells each head keeps: three choices, budget, rank and fit, by one name. "auto" (the default; the attribute
         ``policy`` says what it chose): with ``question="known"`` "headkv" when the importance of the heads is known, else "adakv";
         with "later" "replay/value", "importance/value" or "adaptive/value", the first for which enough is known.
@@ -956,6 +956,13 @@ class Llama(llama_cpp.Llama):
         data = best.ctypes.data_as(ctypes.POINTER(ctypes.c_float))
         _lib.check(_lib.lib.headkv_read_attention_max(*head, data, n), ValueError)
         return best
+
+    def _read_softmax(self, il: int) -> npt.NDArray[np.float32]:
+        values = np.zeros(2 + 65536, dtype=np.float32)
+        n = _lib.check(
+            _lib.lib.headkv_read_softmax(self.ctx, il, values.ctypes.data_as(ctypes.POINTER(ctypes.c_float)), values.size), ValueError
+        )
+        return values[:n]
 
     def _read_floats(self, func: Any, n_row: int, n_max: int, *args: Any) -> npt.NDArray[np.float32]:
         values = np.zeros((n_max, n_row), dtype=np.float32)

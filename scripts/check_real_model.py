@@ -21,26 +21,28 @@ from pyheadkv.model import read_shape
 from pyheadkv.testing import oracle
 
 TEXT = Path(__file__).parent.parent / "pyheadkv" / "data" / "haystack.txt"
-POLICIES = ("headkv", "replay/value", "mix/attention*value", "uniform/value")
+POLICIES = "headkv,replay/value,mix/attention*value,uniform/value"
 FITTED = "replay/value/values"
 F16, F32 = 1, 0
 
 
 @dataclass(frozen=True)
 class Heads:
-    """Of a model whose layers are alike."""
+    """Of a model whose compressed layers are alike."""
 
     n_layer: int
     n_head: int
     n_head_kv: int
     head_dim: int
+    layers: tuple[int, ...]  # that are compressed
 
 
 def heads_of(path: Path) -> Heads:
     shape = read_shape(path)
-    if not shape.is_uniform:
+    layers = tuple(il for il, heads in enumerate(shape.heads) if heads != (0, 0))
+    if len({shape.heads[il] for il in layers}) != 1:
         raise SystemExit(f"{path}: layers have different heads: name another model")
-    return Heads(shape.n_layer, shape.n_head, shape.n_head_kv, shape.n_embd_head_k)
+    return Heads(shape.n_layer, shape.n_head, shape.n_head_kv, shape.n_embd_head_k, layers)
 
 
 def open_model(path: Path, policy: str, args: argparse.Namespace, *, n_tokens: int, type_kv: int = F16) -> Llama:
@@ -98,6 +100,8 @@ def main() -> None:
     parser.add_argument("model", type=Path, metavar="MODEL.gguf")
     parser.add_argument("--tokens", default="600,1500", metavar="LIST", help="of the text (default: %(default)s)")
     parser.add_argument("--kv-size", type=int, default=96, metavar="N", help="mean cells per KV head (default: %(default)s)")
+    parser.add_argument("--policies", default=POLICIES, metavar="LIST", help="(default: %(default)s)")
+    parser.add_argument("--fitted", default=FITTED, metavar="POLICY", help="one whose values are fitted (default: %(default)s)")
     parser.add_argument("--threads", type=int, default=1, metavar="N", help="(default: %(default)s)")
     parser.add_argument("-o", "--output", type=Path, metavar="FILE.md", help="also write it there")
     args = parser.parse_args()
@@ -105,26 +109,30 @@ def main() -> None:
 
     kept, fitted = [], []
     for n in lengths:
-        for policy in POLICIES:
+        for policy in args.policies.split(","):
             llm = open_model(args.model, policy, args, n_tokens=n)
             prompt = llm.tokenize(TEXT.read_bytes())[:n]
             kept.append(check_kept(llm, heads, prompt))
             print(*kept[-1], sep=" | ", flush=True)
             llm.close()
         for type_kv in (F16, F32):
-            llm = open_model(args.model, FITTED, args, n_tokens=n, type_kv=type_kv)
+            llm = open_model(args.model, args.fitted, args, n_tokens=n, type_kv=type_kv)
             fitted.append(check_fitted(llm, heads, prompt))
             print(*fitted[-1], sep=" | ", flush=True)
             llm.close()
+    other = "".join(
+        f" --{name} {value}" for name, value in (("policies", args.policies), ("fitted", args.fitted)) if value not in (POLICIES, FITTED)
+    )
     text = "\n".join(
         [
             "# A real model beside the NumPy definition\n",
-            f"`python scripts/check_real_model.py {args.model.name} --tokens {args.tokens} --kv-size {args.kv_size}`: the first tokens of "
-            f"`pyheadkv/data/haystack.txt`, {heads.n_layer} layers, {heads.n_head} query and {heads.n_head_kv} KV heads of {heads.head_dim}. "
+            f"`python scripts/check_real_model.py {args.model.name} --tokens {args.tokens} --kv-size {args.kv_size}"
+            f"{other}`: the first tokens of "
+            f"`pyheadkv/data/haystack.txt`, {len(heads.layers)} of {heads.n_layer} layers, {heads.n_head} query and {heads.n_head_kv} KV heads of {heads.head_dim}. "
             "The definition is given the engine's own queries, keys and values.\n",
             "Kept cells of all heads:\n",
             *table(["policy", "tokens", "cells", "equal positions", "heads that are equal", "cells per head"], kept),
-            f"\nValues that `{FITTED}` fits. Errors are relative to the mean square, or its root, of the values of a head; moved: what the "
+            f"\nValues that `{args.fitted}` fits. Errors are relative to the mean square, or its root, of the values of a head; moved: what the "
             "old values would have, median over the heads. Residuals of the queries that are held out, before and after.\n",
             *table(
                 [

@@ -19,7 +19,7 @@ except ImportError as error:
 from conftest import HYBRID, SHAPES, WINDOWED, Shape, greedy, load, tokens
 
 from pyheadkv import cli, layers
-from pyheadkv.cli import inspect, plan
+from pyheadkv.cli import inspect, plan, score
 from pyheadkv.eval.trial import Setting, Trial
 from pyheadkv.gguf_header import read_header
 from pyheadkv.gguf_keys import read_importance, write_importance
@@ -312,3 +312,19 @@ def test_generate_says_what_the_other_layers_hold(make_model: Callable[..., Path
         assert cli.main(["generate", str(make_model(WINDOWED)), "-p", "the code is on it", "-n", "4", *options]) == 0
         err = capfd.readouterr().err
         assert re.search(said, err) and "SWA" not in err
+
+
+def test_reports_of_scores_name_heads_that_are_compressed() -> None:
+    values = [[0.0] * 2] * 3 + [[0.5, 0.25]]
+    scores = {
+        "importance": values,
+        "examples": [1],
+        "accepted": 1,
+        "method": "r2",
+        "protocol": "clean",
+        "answers": "forced",
+        "reliability": 1.0,
+    }
+    lines = score.report(scores, [(0, 0)] * 3 + [(2, 1)], n_read=1, seconds=1.0).splitlines()
+    assert "importance of 1 KV heads" in lines[1]
+    assert lines[3].endswith(f"Gini {1 / 6:.3f}; largest, as layer-head: 3-0 0.5  3-1 0.25")

@@ -36,6 +36,15 @@ std::string llama_kv_cache_ragged::why_no_values(const headkv_config & c) const 
     return "";
 }
 
+int32_t llama_kv_cache_ragged::layer_of(const ggml_tensor * t) const {
+    for (const auto & layer : the_store.layers) {
+        if (t == the_staging.sums(layer.il, false) || t == the_staging.sums(layer.il, true)) {
+            return layer.il;
+        }
+    }
+    return the_beside ? the_beside->layer_of_state(t) : -1;
+}
+
 void llama_kv_cache_ragged::note_graph(const std::vector<int32_t> & built) {
     std::vector<int32_t> sorted(built), ils;
     std::sort(sorted.begin(), sorted.end());

@@ -79,12 +79,14 @@ static headkv_layer_owners ask_owners(const llama_model & model, const llama_mem
     cparams_probe.n_ctx = 256;
     cparams_probe.n_ctx_seq = 256;
     cparams_probe.n_seq_max = 1;
+    llama_memory_params params_probe = params;
+    params_probe.swa_full = false; // what the windowed layers hold is not upstream's choice, which it would log
 
     const headkv_config_ptr cfg = headkv_thread_config();
     headkv_thread_config() = nullptr;
     std::unique_ptr<llama_memory_i> probe;
     try {
-        probe.reset(model.create_memory(params, cparams_probe));
+        probe.reset(model.create_memory(params_probe, cparams_probe));
     } catch (...) {
         headkv_thread_config() = cfg;
         throw;

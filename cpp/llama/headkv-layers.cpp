@@ -56,8 +56,8 @@ static bool is_kept(const ggml_tensor * node) {
 // The nodes of a graph by layers.
 class layers_of_graph {
 public:
-    layers_of_graph(std::vector<ggml_tensor *> all, int32_t n_layer, const headkv_beside * beside) :
-        nodes(std::move(all)), n_layer(n_layer), beside(beside) {
+    layers_of_graph(std::vector<ggml_tensor *> all, const llama_kv_cache_ragged & kv) :
+        nodes(std::move(all)), n_layer(kv.n_layer()) {
         for (size_t i = 0; i < nodes.size(); ++i) {
             index[nodes[i]] = (int) i;
         }
@@ -69,8 +69,8 @@ public:
                 const auto it = index.find(src);
                 of_node[i] = it != index.end() ? std::max(of_node[i], leads_to[it->second]) : of_node[i];
             });
-            const int32_t il = beside && is_kept(nodes[i]) ? beside->layer_of_state(nodes[i]->view_src) : -1;
-            of_node[i] = il >= 0 ? il : of_node[i]; // a state that is cleared or moved asks for nothing of its layer
+            const int32_t il = is_kept(nodes[i]) ? kv.layer_of(nodes[i]->view_src) : -1;
+            of_node[i] = il >= 0 ? il : of_node[i]; // what is cleared or moved asks for nothing of its layer
             const auto out = std::find(outputs.begin() + std::min<size_t>(of_node[i], outputs.size()), outputs.end(), (int) i);
             leads_to[i] = out != outputs.end() ? (int32_t) (out - outputs.begin()) + 1 : of_node[i];
         }
@@ -150,7 +150,6 @@ public:
 private:
     const std::vector<ggml_tensor *> nodes;
     const int32_t n_layer;
-    const headkv_beside * beside;
 
     std::unordered_map<const ggml_tensor *, int> index;
     std::vector<int> outputs; // [n_layer - 1] index, -1 = none
@@ -229,7 +228,7 @@ void headkv_cut_graph(const llm_graph_params & params, llm_graph_result & res) {
     if (mctx->is_full() && params.ubatch.n_tokens == params.ubatch.n_seqs) {
         return; // the graph of decode
     }
-    const layers_of_graph layers(nodes, kv->n_layer(), kv->beside());
+    const layers_of_graph layers(nodes, *kv);
     if (mctx->is_full()) {
         kv->note_layers(layers.why_not_separable(params.hparams.n_embd, n_tokens));
         return;

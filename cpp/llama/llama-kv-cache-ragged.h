@@ -187,6 +187,9 @@ public:
     // why the policy cannot have the values that it needs, empty = it can; after the first worst-case graph
     std::string why_no_values(const headkv_config & c) const;
 
+    // the layer whose sums or states are in a tensor, -1 = those of none
+    int32_t layer_of(const ggml_tensor * t) const;
+
     // The worst-case graph is not one that can be compressed; the creation of the context fails with it.
     [[noreturn]] void refuse(const std::string & why) const;
 

@@ -3,9 +3,12 @@
 #include "headkv-args.h"
 #include "headkv.h"
 
+#include "gguf.h"
 #include "server-common.h"
 
 #include <algorithm>
+#include <iterator>
+#include <memory>
 #include <mutex>
 #include <stdexcept>
 #include <vector>
@@ -123,6 +126,19 @@ private:
     std::vector<int32_t> spans; // it points to them
 };
 
+// Whether the file of a model is one with windowed attention, as far as its header tells: architectures that need no key for it too.
+static bool has_windows(const std::string & path) {
+    const std::unique_ptr<gguf_context, void (*)(gguf_context *)> gguf(gguf_init_from_file(path.c_str(), { /*.no_alloc =*/true, /*.ctx =*/nullptr }), gguf_free);
+    const int64_t id = gguf ? gguf_find_key(gguf.get(), "general.architecture") : -1;
+    if (id < 0 || gguf_get_kv_type(gguf.get(), id) != GGUF_TYPE_STRING) {
+        return false; // it cannot be loaded
+    }
+    const std::string arch = gguf_get_val_str(gguf.get(), id);
+    const char * const without_key[] = { "exaone4", "gemma2", "llama4", "smallthinker" };
+    return gguf_find_key(gguf.get(), (arch + ".attention.sliding_window").c_str()) >= 0 ||
+            std::find(std::begin(without_key), std::end(without_key), arch) != std::end(without_key);
+}
+
 bool headkv_server_open(common_params & params) {
     const headkv_args & args = headkv_get_args();
     if (!headkv_server_is_on()) {
@@ -180,7 +196,8 @@ bool headkv_server_open(common_params & params) {
     params.flash_attn_type = LLAMA_FLASH_ATTN_TYPE_ENABLED;
     // The memory itself says from which position a sequence can be continued, windows included (llama_memory_seq_pos_min()): nothing
     // else is to be subtracted, and upstream's server does not where it takes the layers for full ones. They hold their windows.
-    params.swa_full = true;
+    // Of models without windows it would say that it cannot.
+    params.swa_full = has_windows(params.model.path);
 
     if (server.n_batch == 0) {
         server.n_batch = params.n_batch;
@@ -432,6 +449,7 @@ headkv_slot_info headkv_server_note(llama_context * ctx, llama_seq_id seq_id) {
         info.cells_max = cells.back();
     }
     info.n_bytes_full = stats.bytes_full;
+    info.n_bytes_beside = stats.bytes_beside / llama_n_seq_max(ctx);
     info.n_evicted = stats.n_past * (int64_t) cells.size() - n_cells;
     info.n_bytes = cells.empty() || stats.n_past == 0 ? 0 : (int64_t) ((double) stats.bytes_full * n_cells / ((double) stats.n_past * cells.size()));
     server.bytes_store = stats.bytes_store;
@@ -504,6 +522,9 @@ void headkv_server_add_info(common_json & timings, const headkv_slot_info & info
         { "bytes_full", info.n_bytes_full },
         { "compress_ms", info.compress_ms },
     };
+    if (info.n_bytes_beside > 0) {
+        timings["kv"]["bytes_beside"] = info.n_bytes_beside;
+    }
     if (headkv_get_args().has_archive()) {
         timings["kv"]["n_archived"] = info.n_archived;
     }

@@ -22,6 +22,7 @@ struct headkv_slot_info {
     int32_t cells_max = 0;
     int64_t n_bytes = 0; // K and V of these cells
     int64_t n_bytes_full = 0; // of as many cells in every head
+    int64_t n_bytes_beside = 0; // of the layers that are not compressed
     int64_t n_evicted = 0; // cells that they have more
     double compress_ms = 0; // of its last compression
     bool by_layer = false; // its prompt is read ahead, layer by layer

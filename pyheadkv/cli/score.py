@@ -44,7 +44,7 @@ from ..units import round_n_ctx
 from . import score_replay
 from .arguments import threads_kwargs
 from .inspect import gini
-from .score_outputs import check_files, default_output, engine_of
+from .score_outputs import check_files, default_output, engine_of, largest_heads
 
 if TYPE_CHECKING:
     from ..llama import Llama
@@ -191,8 +191,8 @@ def report(scores: dict[str, Any], heads: Sequence[tuple[int, int]], *, n_read: 
     importance = np.asarray(scores["importance"])
     compressed = np.concatenate([row[: n * bool(n_kv)] for row, (n, n_kv) in zip(importance, heads, strict=True)])
     n_kv_heads = sum(n_kv for _, n_kv in heads)
-    best = np.argsort(-importance, axis=None, kind="stable")[:N_TOP_HEADS]
-    largest = "  ".join("{}-{} {:.3g}".format(*divmod(int(i), importance.shape[1]), importance.flat[i]) for i in best)
+    best = largest_heads(importance, [n * bool(n_kv) for n, n_kv in heads], n=N_TOP_HEADS)
+    largest = "  ".join(f"{il}-{ih} {importance[il, ih]:.3g}" for il, ih in best)
     cost = f", {1000 * seconds / n_read:.2f} s per 1000 prompt tokens" if n_read else ""
     how = f"method {scores['method']}, protocol {scores['protocol']}, answers {scores['answers']}"
     lines = (

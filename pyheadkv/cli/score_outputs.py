@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from ..atomic_write import check_destination
 
@@ -49,3 +52,15 @@ def check_files(path: Path, args: argparse.Namespace, what: str, read: Callable[
         if not args.force and read(path) is not None:
             raise ValueError(f"{path} has {what} already: pass --force to replace it in {args.write}")
     return journal
+
+
+def largest_heads(values: NDArray[np.float64], n_heads: Sequence[int], *, n: int) -> list[tuple[int, int]]:
+    """(layer, head) of the n largest values of heads that are there, the largest first.
+
+    Parameters
+    ----------
+    values : (n_layer, n_head)
+    n_heads : of each layer, those that are compressed
+    """
+    ordered = (divmod(int(i), values.shape[1]) for i in np.argsort(-values, axis=None, kind="stable"))
+    return [(il, ih) for il, ih in ordered if ih < n_heads[il]][:n]

@@ -23,7 +23,7 @@ from ..score.measure import versions, write_json
 from ..score.replay_texts import make_replays
 from ..units import round_n_ctx
 from .arguments import threads_kwargs
-from .score_outputs import check_files, default_output, engine_of
+from .score_outputs import check_files, default_output, engine_of, largest_heads
 
 MAX_TOKENS = 1536
 N_FRAME = 128  # tokens for the instruction and a chat template, at most
@@ -87,8 +87,7 @@ def report(scores: dict[str, Any], shape: ModelShape, *, n_read: int, seconds: f
         f"time        {seconds:.1f} s for {n_read} tokens{cost}",
     ]
     for share, values in zip(scores["shares"], np.array(scores["values"]), strict=True):
-        best = np.argsort(-values, axis=None, kind="stable")[:N_TOP_HEADS]
-        heads = "  ".join("{}-{} {:.2f}".format(*divmod(int(i), values.shape[1]), values.flat[i]) for i in best)
+        heads = "  ".join(f"{il}-{ih} {values[il, ih]:.2f}" for il, ih in largest_heads(values, [n for _, n in shape.heads], n=N_TOP_HEADS))
         kept = replay.head_shares(values, shape.heads)
         lines.append(
             f"share {f'1/{1 / share:.0f}':<5} {(kept > MOST).sum()} of {kept.size} KV heads keep more than 2/3, {(kept < FEW).sum()} less than "

@@ -23,7 +23,7 @@ Fitted = dict[tuple[int, int], tuple[NDArray[np.float64], float, float]]
 
 
 class Shape(Protocol):
-    """Heads of a model whose layers are alike."""
+    """Heads of a model whose compressed layers are alike; ``layers``, if it has one, says which these are, else it is all of them."""
 
     @property
     def n_layer(self) -> int: ...
@@ -38,9 +38,28 @@ class Shape(Protocol):
 # what the engine holds
 
 
+def layers_of(shape: Shape) -> list[int]:
+    """Layers that are compressed."""
+    return list(getattr(shape, "layers", None) or range(shape.n_layer))
+
+
 def heads(shape: Shape) -> list[tuple[int, int]]:
     """Layer and KV head of each."""
-    return [(il, ih) for il in range(shape.n_layer) for ih in range(shape.n_head_kv)]
+    return [(il, ih) for il in layers_of(shape) for ih in range(shape.n_head_kv)]
+
+
+def softmax_of(llm: Any, il: int) -> dict[str, Any]:
+    """How the attention of a layer is normalised: ``scale``, ``softcap`` and the ``sinks`` of its query heads, or None."""
+    scale, softcap, *sinks = llm._read_softmax(il).tolist()
+    return {"scale": scale, "softcap": softcap, "sinks": sinks or None}
+
+
+def uncapped(llm: Any, il: int) -> dict[str, Any]:
+    """The same for a definition that has no cap."""
+    found = softmax_of(llm, il)
+    if found.pop("softcap"):
+        raise ValueError(f"layer {il} caps its logits, which this definition does not")
+    return found
 
 
 def head_rows(llm: Any, shape: Shape, il: int, *, v: bool) -> NDArray[np.float32]:
@@ -56,7 +75,7 @@ def rows(llm: Any, shape: Shape, *, v: bool) -> Rows:
 
 def kept_by(llm: Any, shape: Shape) -> Kept:
     """Positions that every head kept."""
-    return [[llm.kv_positions(il, ih) for ih in range(shape.n_head_kv)] for il in range(shape.n_layer)]
+    return [[llm.kv_positions(il, ih) for ih in range(shape.n_head_kv)] for il in layers_of(shape)]
 
 
 def references(llm: Any, shape: Shape, il: int) -> NDArray[np.float32]:
@@ -66,8 +85,8 @@ def references(llm: Any, shape: Shape, il: int) -> NDArray[np.float32]:
     return found.reshape(-1, shape.n_head_kv, shape.head_dim)
 
 
-def all_queries(llm: Any, shape: Shape) -> list[NDArray[np.float32]]:
-    """Queries of a staged prompt, (n_tokens, n_head, head_dim) by layer, seen through a window that moves with the ubatches."""
+def all_queries(llm: Any, shape: Shape) -> dict[int, NDArray[np.float32]]:
+    """Queries of a staged prompt by layer, (n_tokens, n_head, head_dim), seen through a window that moves with the ubatches."""
     from ..llama import Llama
 
     params, device = llm.context_params, llm.model_params
@@ -90,14 +109,14 @@ def all_queries(llm: Any, shape: Shape) -> list[NDArray[np.float32]]:
         main_gpu=device.main_gpu,
         verbose=False,
     )
-    parts: list[list[NDArray[np.float32]]] = [[] for _ in range(shape.n_layer)]
+    parts: dict[int, list[NDArray[np.float32]]] = {il: [] for il in layers_of(shape)}
     prompt = llm.input_ids[: llm.n_tokens].tolist()
     for i in range(0, len(prompt), n_ubatch):
         seen.eval(prompt[i : i + n_ubatch])
         n = min(n_ubatch, len(prompt) - i)
-        for il, found in enumerate(parts):
+        for il, found in parts.items():
             found.append(seen._read_floats(_lib.lib.headkv_read_window, shape.n_head * shape.head_dim, n_ubatch, il)[-n:])
-    return [np.concatenate(found).reshape(-1, shape.n_head, shape.head_dim) for found in parts]
+    return {il: np.concatenate(found).reshape(-1, shape.n_head, shape.head_dim) for il, found in parts.items()}
 
 
 # what the definition makes of it
@@ -120,19 +139,18 @@ def scores_of(llm: Any, shape: Shape, il: int, cells: NDArray[np.int64]) -> NDAr
     if rank == "output":
         return norms_of(llm, shape, il, n_prefix)
     if rank == "sums":
-        sums = reference.attention_sums(
-            all_queries(llm, shape)[il], head_rows(llm, shape, il, v=False), scale=shape.head_dim**-0.5, q_round=np.float16
-        )
+        q = all_queries(llm, shape)[il]
+        sums = reference.attention_sums(q, head_rows(llm, shape, il, v=False), q_round=np.float16, **uncapped(llm, il))
         return sums[:, :n_prefix]
     q = llm._read_floats(_lib.lib.headkv_read_window, shape.n_head * shape.head_dim, options.window, il)
     attention = reference.score(
         q.reshape(-1, shape.n_head, shape.head_dim),
         head_rows(llm, shape, il, v=False),
-        scale=shape.head_dim**-0.5,
         n_prefix=n_prefix,
         power=options.power,
         pool=options.pool,
         pool_kernel=options.pool_kernel or reference.pool_kernels(cells),
+        **softmax_of(llm, il),
     )
     return attention * lengths_of(llm, shape, il, n_prefix) if rank == "attention*value" else attention
 
@@ -160,30 +178,36 @@ def norms_of(llm: Any, shape: Shape, il: int, n_prefix: int) -> NDArray[np.float
 
 
 def budget_of(llm: Any, shape: Shape, n_prefix: int) -> NDArray[np.int64]:
-    """Prefix cells of each head under the policy, before the prompt limits them."""
-    options, budget = llm.kv_options, choices(llm)[0]
+    """Prefix cells of each head under the policy, before the prompt limits them; 0 in layers that are not compressed."""
+    cells = np.zeros((shape.n_layer, shape.n_head_kv), dtype=np.int64)
+    cells[layers_of(shape)] = _budget_of_layers(llm, shape, n_prefix)
+    return cells
+
+
+def _budget_of_layers(llm: Any, shape: Shape, n_prefix: int) -> NDArray[np.int64]:
+    options, budget, layers = llm.kv_options, choices(llm)[0], layers_of(shape)
     sizes = {"kv_size": options.kv_size, "recent": options.recent}
     n_protected = int(protected_by(llm, n_prefix).sum())
     if budget == "pyramid":
         return reference.pyramid_budget(
-            n_layer=shape.n_layer, n_head_kv=shape.n_head_kv, n_prefix=n_prefix, exact=options.pyramid_exact, **sizes
+            n_layer=len(layers), n_head_kv=shape.n_head_kv, n_prefix=n_prefix, exact=options.pyramid_exact, **sizes
         )
     if budget == "whole":
-        values = llm._importance.values
+        values = llm._importance.values[layers]
         return reference.razor_budget(values, n_head_kv=shape.n_head_kv, n_prefix=n_prefix, n_protected=n_protected, **sizes)
     if budget in ("importance", "importance+adaptive", "mix"):
         importance = llm._importance
-        caps = reference.budget(importance.values, beta=options.beta or importance.beta or DEFAULT_BETA, **sizes)
+        caps = reference.budget(importance.values[layers], beta=options.beta or importance.beta or DEFAULT_BETA, **sizes)
         by_importance = reference.budget_kv(caps, n_head_kv=shape.n_head_kv, recent=0).astype(np.int64)
     if budget in ("replay", "mix"):
         table = llm._replay
-        by_replay = reference.replay_budget(table.shares, table.values, n_prefix=n_prefix, n_protected=n_protected, **sizes)
+        by_replay = reference.replay_budget(table.shares, table.values[:, layers], n_prefix=n_prefix, n_protected=n_protected, **sizes)
         if budget == "replay":
             return by_replay
         return reference.mix_budget(by_importance, by_replay, n_prefix=n_prefix, n_protected=n_protected)
     if budget in ("importance", "importance+adaptive"):
         return by_importance
-    return np.full((shape.n_layer, shape.n_head_kv), options.kv_size - options.recent, dtype=np.int64)
+    return np.full((len(layers), shape.n_head_kv), options.kv_size - options.recent, dtype=np.int64)
 
 
 def protected_by(llm: Any, n_prefix: int) -> NDArray[np.bool_]:
@@ -201,13 +225,13 @@ def kept_of(llm: Any, shape: Shape) -> Kept:
     options, n_tokens = llm.kv_options, llm.n_tokens
     n_prefix = max(0, n_tokens - options.recent)
     if options.kv_size - options.recent > n_prefix:
-        return [[np.arange(n_tokens, dtype=np.int32)] * shape.n_head_kv] * shape.n_layer
+        return [[np.arange(n_tokens, dtype=np.int32)] * shape.n_head_kv] * len(layers_of(shape))
     sure, (budget, rank, fit) = protected_by(llm, n_prefix), choices(llm)
     cells = reference.fit_budget(
         budget_of(llm, shape, n_prefix), n_prefix=n_prefix, n_protected=int(sure.sum()), redistribute=options.surplus == "redistribute"
     )
     kept = []
-    for il in range(shape.n_layer):
+    for il in layers_of(shape):
         scores = scores_of(llm, shape, il, cells[il])
         if rank == "critical":
             scores = reference.critical_scores(scores, norms_of(llm, shape, il, n_prefix), cells[il], protected=sure)
@@ -227,11 +251,24 @@ def fit_of(llm: Any, shape: Shape, prompt: Sequence[int]) -> tuple[Fitted, Rows]
     llm.eval(prompt)
     at = reference.reference_positions(len(prompt))
     k, v = rows(llm, shape, v=False), rows(llm, shape, v=True)
-    q = [references(llm, shape, il) for il in range(shape.n_layer)]
+    q = {il: references(llm, shape, il) for il in layers_of(shape)}
+    how = {il: uncapped(llm, il) for il in q}
+    sees = reference.reference_heads(at, n_head=shape.n_head, n_head_kv=shape.n_head_kv)
+    for of_layer in how.values():
+        if of_layer["sinks"] is not None:
+            of_layer["sinks"] = np.asarray(of_layer["sinks"])[sees]
     llm.end_prompt()
     kept = {head: llm.kv_positions(*head) for head in heads(shape)}
     fitted = {
-        (il, ih): reference.fit_values(q[il][:, ih], at, k[il, ih], v[il, ih], kept[il, ih], scale=shape.head_dim**-0.5)
+        (il, ih): reference.fit_values(
+            q[il][:, ih],
+            at,
+            k[il, ih],
+            v[il, ih],
+            kept[il, ih],
+            scale=how[il]["scale"],
+            sinks=None if how[il]["sinks"] is None else how[il]["sinks"][:, ih],
+        )
         for il, ih in heads(shape)
     }
     return fitted, {head: v[head][kept[head]] for head in heads(shape)}
