@@ -38,7 +38,7 @@ static std::string refusal(const llama_model & model, const llama_memory_params 
     }
     if (hparams.is_mla()) {
         return "MLA caches one latent vector for all heads of a layer: there could be one budget per layer, which is not built; "
-               "run it without kv_size, cache types such as q8_0 work (type_k, --cache-type-k)";
+               "run it without kv_size, a smaller cache is one of type q8_0, for K and V";
     }
     if (hparams.swa_type == LLAMA_SWA_TYPE_SYMMETRIC) {
         return "its windows reach to tokens that come later";

@@ -418,7 +418,7 @@ void llama_kv_cache_ragged::state_read(llama_io_read_i & io, llama_seq_id seq_id
             from.expect(layer.n_head_kv, "its number of KV heads");
             from.expect(layer.n_embd_head_k, "its size of a head");
             if (has_two_sizes(the_store)) {
-                from.expect(layer.n_embd_head_v, "its size of a value");
+                from.expect(layer.n_embd_head_v, "its size of a V head");
             }
         }
         if (fingerprint != get_fingerprint()) {
