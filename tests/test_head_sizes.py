@@ -19,6 +19,7 @@ import pytest
 from conftest import load, logits, nmse, outcome, tokens
 from llama_cpp import llama_cpp
 
+from pyheadkv.cli import plan
 from pyheadkv.model import read_shape
 from pyheadkv.testing import oracle
 
@@ -203,3 +204,15 @@ def test_bytes_are_those_of_both_sizes(shape: Shape, make_model: MakeModel) -> N
         llm.read_prompt(prompt_of(N_PROMPT))
         assert llm.kv_stats().bytes_store == n_heads * (KV_SIZE + 16) * cell
         assert llm.kv_stats().bytes_full == n_heads * N_PROMPT * cell
+
+
+@BOTH
+@pytest.mark.parametrize("prefill", ["token", "layer"])
+def test_what_a_prompt_takes_is_planned(shape: Shape, prefill: str, make_model: MakeModel) -> None:
+    path, how = make_model(shape), {"kv_size": KV_SIZE, "preset": "default", "policy": "snapkv", "importance": None, "prefill": prefill}
+    with closing(load(path, n_tail=128, **how)) as llm, plan.Probe(path) as probe:
+        model = plan.MemoryModel(probe, n_predict=128)
+        for n_prompt in (300, 1500):
+            llm.read_prompt(prompt_of(n_prompt))
+            measured, planned = llm.kv_stats().bytes_peak, model.footprint(prefill, n_prompt=n_prompt, kv_size=KV_SIZE)
+            assert measured <= planned.ledger <= 1.01 * measured + 16384
