@@ -295,8 +295,8 @@ enum headkv_kept_aside {
 // Heads of the layers that a context of the model compresses, each [n_layer], 0 for those that it does not: layers with windowed
 // attention, a recurrent state, or no attention. beside: sums of enum headkv_kept_aside. n: values that there is room for; null or 0 =
 // returns n_layer only. Fails with the reason where no context of the model can be compressed.
-LLAMA_API int32_t headkv_get_heads(const struct llama_model * model, int32_t * n_head, int32_t * n_head_kv, int32_t * n_embd_head,
-        int32_t * beside, int32_t n);
+LLAMA_API int32_t headkv_get_heads(const struct llama_model * model, int32_t * n_head, int32_t * n_head_kv, int32_t * n_embd_head_k,
+        int32_t * n_embd_head_v, int32_t * beside, int32_t n);
 
 // Cells each head holds now, generated tokens included; same shape. Of a prompt that was read layer by layer, whose last layer
 // waits for headkv_end_prompt(), the other layers hold what they kept.

@@ -246,9 +246,9 @@ _PROTOTYPES: dict[str, tuple[list[Any], Any]] = {
     "headkv_get_stats": ([_CTX, ctypes.c_int32, ctypes.POINTER(Stats)], ctypes.c_int32),
     # const char * headkv_get_policy(const struct llama_context * ctx);
     "headkv_get_policy": ([_CTX], ctypes.c_char_p),
-    # int32_t headkv_get_heads(const struct llama_model * model, int32_t * n_head, int32_t * n_head_kv, int32_t * n_embd_head,
-    #         int32_t * beside, int32_t n);
-    "headkv_get_heads": ([ctypes.c_void_p, _I32, _I32, _I32, _I32, ctypes.c_int32], ctypes.c_int32),
+    # int32_t headkv_get_heads(const struct llama_model * model, int32_t * n_head, int32_t * n_head_kv, int32_t * n_embd_head_k,
+    #         int32_t * n_embd_head_v, int32_t * beside, int32_t n);
+    "headkv_get_heads": ([ctypes.c_void_p] + [_I32] * 5 + [ctypes.c_int32], ctypes.c_int32),
     # int32_t headkv_get_budget(const struct llama_context * ctx, int32_t * dst, int32_t n);
     "headkv_get_budget": ([_CTX, _I32, ctypes.c_int32], ctypes.c_int32),
     # int32_t headkv_get_n_cells(const struct llama_context * ctx, llama_seq_id seq_id, int32_t * dst, int32_t n);

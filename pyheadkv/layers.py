@@ -44,13 +44,14 @@ class Layers:
     Attributes
     ----------
     heads : (query heads, KV heads) of each layer that are compressed, (0, 0) where none are
-    n_embd_head : values of one K, and of one V, of each layer, 0 where none are compressed
+    n_embd_head_k, n_embd_head_v : values of one K and of one V of each layer, 0 where none are compressed
     n_windowed, n_recurrent : layers with windowed attention, and with a recurrent state
     why_not : why no context of the model is compressed; empty = one is, else the others are empty
     """
 
     heads: tuple[tuple[int, int], ...] = ()
-    n_embd_head: tuple[int, ...] = ()
+    n_embd_head_k: tuple[int, ...] = ()
+    n_embd_head_v: tuple[int, ...] = ()
     n_windowed: int = 0
     n_recurrent: int = 0
     why_not: str = ""
@@ -94,8 +95,8 @@ def ask_library(path: Path) -> Layers:
 
     model = load_without_weights(path)
     try:
-        n_layer = _lib.check(_lib.lib.headkv_get_heads(model, None, None, None, None, 0))
-        found = np.zeros((4, n_layer), dtype=np.int32)
+        n_layer = _lib.check(_lib.lib.headkv_get_heads(model, None, None, None, None, None, 0))
+        found = np.zeros((5, n_layer), dtype=np.int32)
         rows = [row.ctypes.data_as(ctypes.POINTER(ctypes.c_int32)) for row in found]
         with captured_log():
             result = _lib.lib.headkv_get_heads(model, *rows, n_layer)
@@ -103,9 +104,9 @@ def ask_library(path: Path) -> Layers:
             return Layers(why_not=_lib.last_error())
     finally:
         llama_cpp.llama_model_free(model)
-    n_head, n_head_kv, n_embd_head, beside = found.tolist()
+    n_head, n_head_kv, n_embd_head_k, n_embd_head_v, beside = found.tolist()
     n_windowed, n_recurrent = (sum(bool(x & kind) for x in beside) for kind in (WINDOW, STATE))
-    return Layers(tuple(zip(n_head, n_head_kv, strict=True)), tuple(n_embd_head), n_windowed, n_recurrent)
+    return Layers(tuple(zip(n_head, n_head_kv, strict=True)), tuple(n_embd_head_k), tuple(n_embd_head_v), n_windowed, n_recurrent)
 
 
 def bytes_beside(path: str | os.PathLike[str], *, n_ctx: int, n_ubatch: int, type_k: int, type_v: int) -> int:

@@ -108,7 +108,8 @@ def read_shape(path: str | os.PathLike[str]) -> ModelShape:
         reason = layers.why_not or "only models with attention have a KV cache"
         raise ValueError(f"{path}: {arch}.attention.head_count = {n_head}: {reason}")
     if layers.heads:
-        n_embd_head_k = n_embd_head_v = _one_int(np.array([n for n in layers.n_embd_head if n]), f"{path}: values of a head")
+        sizes = (layers.n_embd_head_k, layers.n_embd_head_v)
+        n_embd_head_k, n_embd_head_v = (_one_int(np.array([n for n in x if n]), f"{path}: values of a head") for x in sizes)
     else:
         n_embd_head = get("embedding_length") // next(n for n, _ in heads if n)
         n_embd_head_k, n_embd_head_v = (get(f"attention.{name}_length", n_embd_head) for name in ("key", "value"))

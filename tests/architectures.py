@@ -135,14 +135,14 @@ MTP: Keys = {"block_count": N_LAYER + 1, "nextn_predict_layers": 1}
 # what architectures need beyond BASE
 CHANGES: list[tuple[str, Keys]] = [
     ("llama refact minicpm granite mistral3 llama-embed", DENSE),
-    ("mpt olmoe dots1 deepseek2-ocr", MHA),
+    ("mpt olmoe dots1 deepseek2-ocr minicpm3 plm", MHA),
     ("gemma2 gemma3n gemma-embedding cohere2 exaone-moe deepseek4", SWA_PERIOD),
     ("cohere2moe maple mimo2 step35 dots3note afmoe gpt-oss muse-glimmer spark2_5 granite_swa gemma4 gemma4-assistant", SWA),
     ("deepseek2 deepseek32 glm-dsa dots3note mistral4 hy_v4 kimi-linear kimi-k3 bailingmoe3 glm5-next", MLA),
     ("jamba plamo2 nemotron_h nemotron_h_moe granitehybrid lfm2 lfm2moe kimi-linear kimi-k3 bailingmoe3 glm5-next", HYBRID),
     ("qwen2vl qwen3vl qwen3vlmoe qwen35 qwen35moe qwen4exp paddleocr qwen3tts", MROPE),
     ("hy_v4 glm5-next deepseek4 qwen4exp", HYPER),
-    ("minicpm3 plm", WIDE_KEYS),
+    ("minicpm3 plm mimo2", WIDE_KEYS),
     ("qwen3next qwen35 qwen35moe qwen4exp", {"ssm.inner_size": N_EMBD}),  # heads of the state's size
     ("plamo2", {"ssm.group_count": 0}),
     ("mpt jais", {"attention.max_alibi_bias": 8.0}),
@@ -386,11 +386,11 @@ def make_model(arch: str, keys: Keys) -> Any:
 
 
 def heads_of(model: Any) -> list[npt.NDArray[np.int32]]:
-    """Query heads, KV heads and head size of each layer, 0 where it is not compressed."""
-    n = _lib.check(_lib.lib.headkv_get_heads(model, None, None, None, None, 0))
-    found = [np.zeros(n, dtype=np.int32) for _ in range(4)]
+    """Query heads, KV heads, sizes of a K and of a V head of each layer, 0 where it is not compressed."""
+    n = _lib.check(_lib.lib.headkv_get_heads(model, None, None, None, None, None, 0))
+    found = [np.zeros(n, dtype=np.int32) for _ in range(5)]
     _lib.check(_lib.lib.headkv_get_heads(model, *(x.ctypes.data_as(ctypes.POINTER(ctypes.c_int32)) for x in found), n))
-    return found[:3]
+    return found[:4]
 
 
 class Refused(Exception):
@@ -433,7 +433,7 @@ class Context:
         self.why_token = "" if kv_size is None else _lib.lib.headkv_why_token_prefill(self.ctx).decode()
         self.layered = False  # whether the last prompt was read layer by layer
         self.options = Options(kv_size=kv_size or KV_SIZE, policy="snapkv")
-        self.heads = heads_of(model) if kv_size is not None else None  # query heads, KV heads and head size of each layer of ours
+        self.heads = heads_of(model) if kv_size is not None else None  # of each layer of ours
         self.defined: dict[tuple[int, int], list[int]] = {}  # positions that the heads of the last staged prompt keep, by definition
 
     def __enter__(self) -> Context:
@@ -487,7 +487,7 @@ class Context:
             values = np.zeros((1 << 16, n_row), dtype=np.float32)
             return values[: _lib.check(func(self.ctx, *args, values.ctypes.data_as(ctypes.POINTER(ctypes.c_float)), values.size))]
 
-        n_head, n_head_kv, dim = (int(x[il]) for x in self.heads)
+        n_head, n_head_kv, dim, _ = (int(x[il]) for x in self.heads)
         if n_head_kv == 0:
             return []
         options = self.options

@@ -65,7 +65,7 @@ def test_only_models_whose_header_does_not_tell_are_loaded(make_model: Callable[
 
     def ask(path: Path) -> layers.Layers:
         asked.append(path)
-        return layers.Layers(heads=OURS, n_embd_head=(0, 32, 0, 32))
+        return layers.Layers(heads=OURS, n_embd_head_k=(0, 32, 0, 32), n_embd_head_v=(0, 32, 0, 32))
 
     monkeypatch.setattr(layers, "ask_library", ask)
     for shape in (*SHAPES, WINDOWED, HYBRID):

@@ -271,7 +271,7 @@ inline bool attend_supports(const ggml_tensor * op) {
     const ggml_tensor * v = op->src[2];
 
     const int64_t D = q->ne[0];
-    if (k->type != v->type || (k->type != GGML_TYPE_F16 && k->type != GGML_TYPE_BF16 && k->type != GGML_TYPE_Q8_0)) {
+    if (v->ne[0] != D || k->type != v->type || (k->type != GGML_TYPE_F16 && k->type != GGML_TYPE_BF16 && k->type != GGML_TYPE_Q8_0)) {
         return false;
     }
     if ((D != 64 && D != 80 && D != 96 && D != 128 && D != 256) || (k->type == GGML_TYPE_Q8_0 && D % 32 != 0)) {

@@ -316,14 +316,15 @@ const char * headkv_get_policy(const struct llama_context * ctx) {
     return kv ? kv->config().policy.c_str() : "full";
 }
 
-int32_t headkv_get_heads(const struct llama_model * model, int32_t * n_head, int32_t * n_head_kv, int32_t * n_embd_head, int32_t * beside, int32_t n) {
+int32_t headkv_get_heads(const struct llama_model * model, int32_t * n_head, int32_t * n_head_kv, int32_t * n_embd_head_k, int32_t * n_embd_head_v,
+        int32_t * beside, int32_t n) {
     return guarded([&]() -> int32_t {
         if (!model) {
             return fail("the model is null");
         }
         const auto & hparams = model->hparams;
         const auto n_layer = (int32_t) hparams.n_layer();
-        if (!n_head || !n_head_kv || !n_embd_head || !beside || n == 0) {
+        if (!n_head || !n_head_kv || !n_embd_head_k || !n_embd_head_v || !beside || n == 0) {
             return n_layer;
         }
         if (n < n_layer) {
@@ -333,7 +334,8 @@ int32_t headkv_get_heads(const struct llama_model * model, int32_t * n_head, int
         for (int32_t il = 0; il < n_layer; ++il) {
             n_head[il] = owners.ours[il] ? (int32_t) hparams.n_head(il) : 0;
             n_head_kv[il] = owners.ours[il] ? (int32_t) hparams.n_head_kv(il) : 0;
-            n_embd_head[il] = owners.ours[il] ? (int32_t) hparams.n_embd_head_k(il) : 0;
+            n_embd_head_k[il] = owners.ours[il] ? (int32_t) hparams.n_embd_head_k(il) : 0;
+            n_embd_head_v[il] = owners.ours[il] ? (int32_t) hparams.n_embd_head_v(il) : 0;
             beside[il] = (owners.windowed[il] ? HEADKV_BESIDE_WINDOW : 0) + (owners.recurrent[il] ? HEADKV_BESIDE_STATE : 0);
         }
         return n_layer;

@@ -68,9 +68,10 @@ void llama_kv_cache_ragged::set_archive(std::unique_ptr<headkv_blocks> blocks, i
     headkv_checksum sum;
     sum.add(archive_seed());
     for (const auto & layer : the_store.layers) {
-        const int64_t n = (int64_t) layer.n_embd_head * layer.n_head_kv;
-        layout.layers.push_back({ layer.type_k, layer.type_v, n, n });
-        for (ggml_type staged : { layer.type_k, layer.type_v }) {
+        const int64_t n_k = (int64_t) layer.n_embd_head_k * layer.n_head_kv;
+        const int64_t n_v = (int64_t) layer.n_embd_head_v * layer.n_head_kv;
+        layout.layers.push_back({ layer.type_k, layer.type_v, n_k, n_v });
+        for (const auto & [staged, n] : { std::make_pair(layer.type_k, n_k), std::make_pair(layer.type_v, n_v) }) {
             const ggml_type kept = layout.kept_as(staged);
             if (n % ggml_blck_size(kept) != 0) {
                 throw std::invalid_argument(format("the archive cannot hold rows of %lld elements as %s: use f16", (long long) n, ggml_type_name(kept)));
@@ -79,7 +80,10 @@ void llama_kv_cache_ragged::set_archive(std::unique_ptr<headkv_blocks> blocks, i
             sum.add(kept);
         }
         sum.add(layer.il);
-        sum.add(n);
+        sum.add(n_k);
+        if (n_v != n_k) { // else blocks are named as they always were
+            sum.add(n_v);
+        }
     }
     layout.seed = sum.value;
     the_archive = std::make_unique<headkv_archive>(std::move(blocks), max_bytes, std::move(layout));

@@ -32,7 +32,7 @@ inline void scores(const headkv_attend_args & a, const float * q, const char * k
     for (int i = 0; i < R * G; ++i) {
         acc[i] = vf_zero();
     }
-    for (int d = 0; d < a.n_embd_head; d += W) {
+    for (int d = 0; d < a.n_embd_head_k; d += W) {
         vf kr[R];
         for (int r = 0; r < R; ++r) {
             kr[r] = K::load(k + r * a.nb_k, d);
@@ -64,7 +64,7 @@ inline void accumulate(const headkv_attend_args & a, const float * p, const char
     vf t[G * N];
     for (int g = 0; g < G; ++g) {
         for (int i = 0; i < N; ++i) {
-            t[g * N + i] = vf_load(acc + g * a.n_embd_head + d0 + i * W);
+            t[g * N + i] = vf_load(acc + g * a.n_embd_head_v + d0 + i * W);
         }
     }
     for (int r = 0; r < n; ++r) {
@@ -81,7 +81,7 @@ inline void accumulate(const headkv_attend_args & a, const float * p, const char
     }
     for (int g = 0; g < G; ++g) {
         for (int i = 0; i < N; ++i) {
-            vf_store(acc + g * a.n_embd_head + d0 + i * W, t[g * N + i]);
+            vf_store(acc + g * a.n_embd_head_v + d0 + i * W, t[g * N + i]);
         }
     }
 }
@@ -92,7 +92,7 @@ void attend_group(const headkv_attend_args & a, const float * q, float * acc, fl
     constexpr int R = fit_registers(G, 8); // rows of K at a time
     constexpr int N = fit_registers(G, 4); // vectors of V at a time
 
-    for (int i = 0; i < G * a.n_embd_head; ++i) {
+    for (int i = 0; i < G * a.n_embd_head_v; ++i) {
         acc[i] = 0.0f;
     }
     for (int g = 0; g < G; ++g) {
@@ -132,8 +132,8 @@ void attend_group(const headkv_attend_args & a, const float * q, float * acc, fl
                 const float f = std::exp(m[g] - mb);
                 m[g] = mb;
                 s[g] *= f;
-                for (int d = 0; d < a.n_embd_head; ++d) {
-                    acc[g * a.n_embd_head + d] *= f;
+                for (int d = 0; d < a.n_embd_head_v; ++d) {
+                    acc[g * a.n_embd_head_v + d] *= f;
                 }
             }
             vf sv = vf_zero();
@@ -146,10 +146,10 @@ void attend_group(const headkv_attend_args & a, const float * q, float * acc, fl
         }
 
         int d = 0;
-        for (; d + N * W <= a.n_embd_head; d += N * W) {
+        for (; d + N * W <= a.n_embd_head_v; d += N * W) {
             accumulate<G, N, V>(a, p, v, n, d, acc);
         }
-        for (; d < a.n_embd_head; d += W) {
+        for (; d < a.n_embd_head_v; d += W) {
             accumulate<G, 1, V>(a, p, v, n, d, acc);
         }
     }
@@ -159,7 +159,7 @@ template <class K, class V>
 void attend(const headkv_attend_args & a, float * acc, float * m, float * s) {
     for (int g = 0; g < a.n_group;) {
         const float * q = a.q + g * a.nq;
-        float * acc_g = acc + g * a.n_embd_head;
+        float * acc_g = acc + g * a.n_embd_head_v;
         const int n = std::min(8, a.n_group - g);
         switch (n) {
             case 1: attend_group<1, K, V>(a, q, acc_g, m + g, s + g); break;
@@ -175,15 +175,15 @@ void attend(const headkv_attend_args & a, float * acc, float * m, float * s) {
     }
 }
 
-inline headkv_attend_kernel find_kernel(ggml_type type_k, ggml_type type_v, int n_embd_head) {
-    if (n_embd_head % W != 0 || type_k != type_v) {
+inline headkv_attend_kernel find_kernel(ggml_type type_k, ggml_type type_v, int n_embd_head_k, int n_embd_head_v) {
+    if (n_embd_head_k % W != 0 || n_embd_head_v % W != 0 || type_k != type_v) {
         return nullptr;
     }
     switch (type_k) {
         case GGML_TYPE_F32: return attend<row_f32, row_f32>;
         case GGML_TYPE_F16: return attend<row_f16, row_f16>;
         case GGML_TYPE_BF16: return attend<row_bf16, row_bf16>;
-        case GGML_TYPE_Q8_0: return n_embd_head % 32 == 0 ? attend<row_q8_0, row_q8_0> : nullptr;
+        case GGML_TYPE_Q8_0: return n_embd_head_k % 32 == 0 && n_embd_head_v % 32 == 0 ? attend<row_q8_0, row_q8_0> : nullptr;
         default: return nullptr;
     }
 }

@@ -15,64 +15,64 @@
 static void attend_portable(const headkv_attend_args & a, float * acc, float * m, float * s) {
     const auto * traits = ggml_get_type_traits_cpu(a.type_k);
     const auto dot_type = traits->vec_dot_type;
-    const size_t nb_q = ggml_row_size(dot_type, a.n_embd_head);
+    const size_t nb_q = ggml_row_size(dot_type, a.n_embd_head_k);
 
     // a query is rounded to the type that K is multiplied with, as ggml's own attention does
     std::vector<char> q(nb_q * a.n_group);
-    std::vector<float> vf(a.n_embd_head);
+    std::vector<float> vf(a.n_embd_head_v);
     for (int g = 0; g < a.n_group; ++g) {
         if (dot_type == GGML_TYPE_F32) {
             memcpy(q.data() + g * nb_q, a.q + g * a.nq, nb_q);
         } else {
-            ggml_get_type_traits_cpu(dot_type)->from_float(a.q + g * a.nq, q.data() + g * nb_q, a.n_embd_head);
+            ggml_get_type_traits_cpu(dot_type)->from_float(a.q + g * a.nq, q.data() + g * nb_q, a.n_embd_head_k);
         }
         m[g] = -INFINITY;
         s[g] = 0.0f;
     }
-    std::fill(acc, acc + a.n_group * a.n_embd_head, 0.0f);
+    std::fill(acc, acc + a.n_group * a.n_embd_head_v, 0.0f);
 
     const auto to_float = ggml_get_type_traits(a.type_v)->to_float;
 
     for (int r = 0; r < a.n_rows; ++r) {
         const char * v = a.v + r * a.nb_v;
         if (a.type_v == GGML_TYPE_F32) {
-            memcpy(vf.data(), v, a.n_embd_head * sizeof(float));
+            memcpy(vf.data(), v, a.n_embd_head_v * sizeof(float));
         } else {
-            to_float(v, vf.data(), a.n_embd_head);
+            to_float(v, vf.data(), a.n_embd_head_v);
         }
         for (int g = 0; g < a.n_group; ++g) {
             float x;
-            traits->vec_dot(a.n_embd_head, &x, 0, a.k + r * a.nb_k, 0, q.data() + g * nb_q, 0, 1);
+            traits->vec_dot(a.n_embd_head_k, &x, 0, a.k + r * a.nb_k, 0, q.data() + g * nb_q, 0, 1);
             x = a.softcap > 0.0f ? a.softcap * std::tanh(x * a.scale / a.softcap) : x * a.scale;
 
-            float * ag = acc + g * a.n_embd_head;
+            float * ag = acc + g * a.n_embd_head_v;
             if (x > m[g]) {
                 const float f = std::exp(m[g] - x);
                 m[g] = x;
                 s[g] *= f;
-                for (int d = 0; d < a.n_embd_head; ++d) {
+                for (int d = 0; d < a.n_embd_head_v; ++d) {
                     ag[d] *= f;
                 }
             }
             const float p = std::exp(x - m[g]);
             s[g] += p;
-            for (int d = 0; d < a.n_embd_head; ++d) {
+            for (int d = 0; d < a.n_embd_head_v; ++d) {
                 ag[d] += p * vf[d];
             }
         }
     }
 }
 
-headkv_attend_kernel headkv_attend_kernel_portable(ggml_type type_k, ggml_type type_v, int n_embd_head) {
-    const bool ok_k = ggml_get_type_traits_cpu(type_k)->vec_dot != nullptr && n_embd_head % ggml_blck_size(type_k) == 0;
-    const bool ok_v = (type_v == GGML_TYPE_F32 || ggml_get_type_traits(type_v)->to_float != nullptr) && n_embd_head % ggml_blck_size(type_v) == 0;
+headkv_attend_kernel headkv_attend_kernel_portable(ggml_type type_k, ggml_type type_v, int n_embd_head_k, int n_embd_head_v) {
+    const bool ok_k = ggml_get_type_traits_cpu(type_k)->vec_dot != nullptr && n_embd_head_k % ggml_blck_size(type_k) == 0;
+    const bool ok_v = (type_v == GGML_TYPE_F32 || ggml_get_type_traits(type_v)->to_float != nullptr) && n_embd_head_v % ggml_blck_size(type_v) == 0;
     return ok_k && ok_v ? attend_portable : nullptr;
 }
 
-headkv_attend_kernel headkv_attend_kernel_find(ggml_type type_k, ggml_type type_v, int n_embd_head, const char * name) {
+headkv_attend_kernel headkv_attend_kernel_find(ggml_type type_k, ggml_type type_v, int n_embd_head_k, int n_embd_head_v, const char * name) {
     static const struct {
         const char * name;
-        headkv_attend_kernel (*find)(ggml_type, ggml_type, int);
+        headkv_attend_kernel (*find)(ggml_type, ggml_type, int, int);
     } kernels[] = {
         { "avx512", headkv_attend_kernel_avx512 },
         { "avx2", headkv_attend_kernel_avx2 },
@@ -83,7 +83,7 @@ headkv_attend_kernel headkv_attend_kernel_find(ggml_type type_k, ggml_type type_
         if (name && strcmp(name, k.name) != 0) {
             continue;
         }
-        if (headkv_attend_kernel res = k.find(type_k, type_v, n_embd_head)) {
+        if (headkv_attend_kernel res = k.find(type_k, type_v, n_embd_head_k, n_embd_head_v)) {
             return res;
         }
     }
@@ -94,10 +94,10 @@ headkv_attend_kernel headkv_attend_kernel_find(ggml_type type_k, ggml_type type_
 // the op
 //
 
-headkv_attend_state::headkv_attend_state(int n_embd_head, int n_head, int n_head_kv, int n_seq_max, ggml_type type_k, ggml_type type_v) :
+headkv_attend_state::headkv_attend_state(int n_embd_head_k, int n_embd_head_v, int n_head, int n_head_kv, int n_seq_max, ggml_type type_k, ggml_type type_v) :
     // env: HEADKV_KERNEL, for tests and measurements
-    kernel(headkv_attend_kernel_find(type_k, type_v, n_embd_head, getenv("HEADKV_KERNEL"))),
-    n_embd_head(n_embd_head), n_head(n_head), n_head_kv(n_head_kv),
+    kernel(headkv_attend_kernel_find(type_k, type_v, n_embd_head_k, n_embd_head_v, getenv("HEADKV_KERNEL"))),
+    n_embd_head_k(n_embd_head_k), n_embd_head_v(n_embd_head_v), n_head(n_head), n_head_kv(n_head_kv),
     n_done(new std::atomic<int>[(size_t) n_head_kv * n_seq_max * N_TOKENS_SPLIT]()) {
 }
 
@@ -152,7 +152,7 @@ struct attend_jobs {
 // The kernel on rows of which the first one has a bias: it is attended by itself and added to the others. buf takes
 // another partial result.
 void attend_biased(headkv_attend_kernel kernel, headkv_attend_args args, float bias, float * acc, float * m, float * s, float * buf) {
-    const int D = args.n_embd_head;
+    const int D = args.n_embd_head_v;
     const int G = args.n_group;
 
     float * acc0 = buf;
@@ -179,11 +179,11 @@ void attend_biased(headkv_attend_kernel kernel, headkv_attend_args args, float b
     }
 }
 
-// The output of a GQA group out of its chunks, in order: of each, n_group*n_embd_head weighted sums, then n_group largest
+// The output of a GQA group out of its chunks, in order: of each, n_group*n_embd_head_v weighted sums, then n_group largest
 // logits, then n_group sums of exponentials. sinks: those of the group, or null.
-void combine_chunks(float * out, const float * first, int n_chunk, size_t n_partial, int n_group, int n_embd_head, const float * sinks) {
+void combine_chunks(float * out, const float * first, int n_chunk, size_t n_partial, int n_group, int n_embd_head_v, const float * sinks) {
     for (int g = 0; g < n_group; ++g) {
-        const float * mg = first + n_group * n_embd_head + g;
+        const float * mg = first + n_group * n_embd_head_v + g;
         const float * sg = mg + n_group;
 
         float m = -INFINITY;
@@ -191,16 +191,16 @@ void combine_chunks(float * out, const float * first, int n_chunk, size_t n_part
             m = std::max(m, mg[c * n_partial]);
         }
         float s = 0.0f;
-        float * og = out + g * n_embd_head;
-        std::fill(og, og + n_embd_head, 0.0f);
+        float * og = out + g * n_embd_head_v;
+        std::fill(og, og + n_embd_head_v, 0.0f);
         for (int c = 0; c < n_chunk; ++c) {
             if (sg[c * n_partial] == 0.0f) {
                 continue; // no rows
             }
             const float f = std::exp(mg[c * n_partial] - m);
-            const float * a = first + c * n_partial + g * n_embd_head;
+            const float * a = first + c * n_partial + g * n_embd_head_v;
             s += f * sg[c * n_partial];
-            for (int d = 0; d < n_embd_head; ++d) {
+            for (int d = 0; d < n_embd_head_v; ++d) {
                 og[d] += f * a[d];
             }
         }
@@ -208,7 +208,7 @@ void combine_chunks(float * out, const float * first, int n_chunk, size_t n_part
             s += std::exp(sinks[g] - m); // infinite where it leaves nothing to the rows
         }
         const float f = s > 0.0f ? 1.0f / s : 0.0f;
-        for (int d = 0; d < n_embd_head; ++d) {
+        for (int d = 0; d < n_embd_head_v; ++d) {
             og[d] *= f;
         }
     }
@@ -226,7 +226,7 @@ void attend_op(ggml_tensor * dst, int ith, int nth, void * userdata) {
     const ggml_tensor * bias = dst->src[4];
     const ggml_tensor * sinks = dst->src[5];
 
-    const int n_embd_head = state.n_embd_head;
+    const int n_embd_head_v = state.n_embd_head_v;
     const int n_group = state.n_head / state.n_head_kv;
     const int n_tokens = (int) q->ne[2];
     const int n_seqs = (int) ranges->ne[2];
@@ -238,8 +238,8 @@ void attend_op(ggml_tensor * dst, int ith, int nth, void * userdata) {
         split ? headkv_attend_state::N_ROWS_CHUNK : 1 << 30 };
 
     float * out = (float *) dst->data;
-    float * partials = out + (int64_t) n_embd_head * state.n_head * n_tokens;
-    const size_t n_partial = (size_t) n_group * (n_embd_head + 2);
+    float * partials = out + (int64_t) n_embd_head_v * state.n_head * n_tokens;
+    const size_t n_partial = (size_t) n_group * (n_embd_head_v + 2);
 
     std::vector<float> own(2 * n_partial);
 
@@ -247,7 +247,8 @@ void attend_op(ggml_tensor * dst, int ith, int nth, void * userdata) {
     args.nq = q->nb[1] / sizeof(float);
     args.nb_k = k->nb[1];
     args.nb_v = v->nb[1];
-    args.n_embd_head = n_embd_head;
+    args.n_embd_head_k = state.n_embd_head_k;
+    args.n_embd_head_v = n_embd_head_v;
     args.n_group = n_group;
     args.type_k = k->type;
     args.type_v = v->type;
@@ -264,14 +265,14 @@ void attend_op(ggml_tensor * dst, int ith, int nth, void * userdata) {
         args.v = (const char *) v->data + (size_t) (range[0] + job.row) * v->nb[1];
         args.n_rows = std::max(0, job.n_rows);
 
-        float * o = out + (int64_t) token * n_embd_head * state.n_head + (int64_t) job.head * n_group * n_embd_head;
+        float * o = out + (int64_t) token * n_embd_head_v * state.n_head + (int64_t) job.head * n_group * n_embd_head_v;
 
         float * p = job.n_chunk > 1 ? partials + (job.slot + job.chunk) * n_partial : own.data();
         const float b = bias && job.chunk == 0 ? ((const float *) bias->data)[job.seq * state.n_head_kv + job.head] : 0.0f;
         if (b != 0.0f && args.n_rows > 0) {
-            attend_biased(state.kernel, args, b, p, p + n_group * n_embd_head, p + n_group * (n_embd_head + 1), own.data() + n_partial);
+            attend_biased(state.kernel, args, b, p, p + n_group * n_embd_head_v, p + n_group * (n_embd_head_v + 1), own.data() + n_partial);
         } else {
-            state.kernel(args, p, p + n_group * n_embd_head, p + n_group * (n_embd_head + 1));
+            state.kernel(args, p, p + n_group * n_embd_head_v, p + n_group * (n_embd_head_v + 1));
         }
 
         if (job.n_chunk > 1) {
@@ -283,7 +284,7 @@ void attend_op(ggml_tensor * dst, int ith, int nth, void * userdata) {
             done.store(0, std::memory_order_relaxed);
         }
         const float * first = job.n_chunk > 1 ? partials + job.slot * n_partial : p;
-        combine_chunks(o, first, job.n_chunk, n_partial, n_group, n_embd_head, sinks ? (const float *) sinks->data + job.head * n_group : nullptr);
+        combine_chunks(o, first, job.n_chunk, n_partial, n_group, n_embd_head_v, sinks ? (const float *) sinks->data + job.head * n_group : nullptr);
     }
 
     // the last thread to leave prepares the next run
@@ -299,20 +300,21 @@ ggml_tensor * headkv_build_attend_fused(ggml_context * ctx, headkv_attend_state 
         ggml_tensor * q, ggml_tensor * k, ggml_tensor * v, ggml_tensor * ranges, ggml_tensor * bias, ggml_tensor * sinks) {
     GGML_ASSERT(state->kernel && "no attend kernel for these types");
     GGML_ASSERT(q->type == GGML_TYPE_F32 && q->nb[0] == sizeof(float));
-    GGML_ASSERT(q->ne[0] == state->n_embd_head && q->ne[1] == state->n_head && q->ne[2] % ranges->ne[2] == 0);
+    GGML_ASSERT(q->ne[0] == state->n_embd_head_k && k->ne[0] == state->n_embd_head_k && v->ne[0] == state->n_embd_head_v);
+    GGML_ASSERT(q->ne[1] == state->n_head && q->ne[2] % ranges->ne[2] == 0);
     GGML_ASSERT(ranges->type == GGML_TYPE_I32 && ranges->ne[0] == 2 && ranges->ne[1] == state->n_head_kv && ggml_is_contiguous(ranges));
     GGML_ASSERT(!bias || (bias->type == GGML_TYPE_F32 && bias->ne[0] == ranges->ne[1] && bias->ne[1] == ranges->ne[2] && ggml_is_contiguous(bias)));
     GGML_ASSERT(!sinks || (sinks->type == GGML_TYPE_F32 && ggml_nelements(sinks) == state->n_head && ggml_is_contiguous(sinks)));
 
     const int64_t n_tokens = q->ne[2];
     const int64_t n_seqs = ranges->ne[2];
-    const int64_t n_out = (int64_t) state->n_embd_head * state->n_head * n_tokens;
+    const int64_t n_out = (int64_t) state->n_embd_head_v * state->n_head * n_tokens;
 
     // room for the partial results of ranges that are cut
     int64_t n_partial = 0;
     if (n_tokens / n_seqs <= headkv_attend_state::N_TOKENS_SPLIT) {
         const int64_t n_chunk = k->ne[1] / headkv_attend_state::N_ROWS_CHUNK + state->n_head_kv * n_seqs;
-        n_partial = n_chunk * (n_tokens / n_seqs) * (state->n_head / state->n_head_kv) * (state->n_embd_head + 2);
+        n_partial = n_chunk * (n_tokens / n_seqs) * (state->n_head / state->n_head_kv) * (state->n_embd_head_v + 2);
     }
 
     // What may be missing has a place of its own. A view of the sinks, because an op is run where its weights are.
@@ -325,5 +327,5 @@ ggml_tensor * headkv_build_attend_fused(ggml_context * ctx, headkv_attend_state 
     op.softcap = state->softcap;
     headkv_op_set(res, op);
 
-    return ggml_view_2d(ctx, res, state->n_embd_head * state->n_head, n_tokens, state->n_embd_head * state->n_head * sizeof(float), 0);
+    return ggml_view_2d(ctx, res, state->n_embd_head_v * state->n_head, n_tokens, state->n_embd_head_v * state->n_head * sizeof(float), 0);
 }

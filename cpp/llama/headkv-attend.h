@@ -1,13 +1,14 @@
 // Stage 7, attend: queries over per-head ranges of a flat pool.
 //
-//   q      F32 [n_embd_head, n_head, n_tokens]         tokens of a sequence are consecutive, n_tokens/n_seqs each
-//   k, v       [n_embd_head, n_rows]                   any type with a vec_dot; rows of all heads and sequences
+//   q      F32 [n_embd_head_k, n_head, n_tokens]       tokens of a sequence are consecutive, n_tokens/n_seqs each
+//   k          [n_embd_head_k, n_rows]                 any type with a vec_dot; rows of all heads and sequences
+//   v          [n_embd_head_v, n_rows]                 any type that can be converted; same rows
 //   ranges I32 [2, n_head_kv, n_seqs]                  first row and number of rows, the ubatch's own included
 //   bias   F32 [n_head_kv, n_seqs] or null             finite, added to the logit of the first row of each range (after
 //                                                      scale and softcap): log n makes this row count n times
 //   sinks  F32 [n_head] or null                        a logit of each query head that is in the sum that its probabilities
 //                                                      are divided by, and has no value; neither scaled nor capped
-//   dst    F32 [n_embd_head*n_head, n_tokens]
+//   dst    F32 [n_embd_head_v*n_head, n_tokens]
 //
 // Token t of the n tokens of its sequence sees the first len - (n - 1 - t) rows of each range: the ubatch's own
 // rows are the last ones. A range without rows gives zeros. Accumulation is in F32 and independent of the number
@@ -22,14 +23,15 @@
 
 // partial attention of a GQA group over consecutive rows
 struct headkv_attend_args {
-    const float * q;    // [n_group][n_embd_head], stride nq floats
+    const float * q;    // [n_group][n_embd_head_k], stride nq floats
     int64_t nq;
     const char * k;
     const char * v;
     size_t nb_k; // bytes from row to row
     size_t nb_v;
     int n_rows;
-    int n_embd_head;
+    int n_embd_head_k;
+    int n_embd_head_v;
     int n_group;
     ggml_type type_k;
     ggml_type type_v;
@@ -37,26 +39,27 @@ struct headkv_attend_args {
     float softcap; // 0 = none
 };
 
-// acc [n_group*n_embd_head] sum of exp(s - m)*v, m [n_group] largest score, s [n_group] sum of exp(s - m)
+// acc [n_group*n_embd_head_v] sum of exp(s - m)*v, m [n_group] largest score, s [n_group] sum of exp(s - m)
 typedef void (*headkv_attend_kernel)(const headkv_attend_args & args, float * acc, float * m, float * s);
 
 // each returns null when the file was built without its instruction set, the machine lacks it, or it has no version
 // for these types and sizes
-headkv_attend_kernel headkv_attend_kernel_avx512(ggml_type type_k, ggml_type type_v, int n_embd_head);
-headkv_attend_kernel headkv_attend_kernel_avx2(ggml_type type_k, ggml_type type_v, int n_embd_head);
-headkv_attend_kernel headkv_attend_kernel_neon(ggml_type type_k, ggml_type type_v, int n_embd_head);
-headkv_attend_kernel headkv_attend_kernel_portable(ggml_type type_k, ggml_type type_v, int n_embd_head);
+headkv_attend_kernel headkv_attend_kernel_avx512(ggml_type type_k, ggml_type type_v, int n_embd_head_k, int n_embd_head_v);
+headkv_attend_kernel headkv_attend_kernel_avx2(ggml_type type_k, ggml_type type_v, int n_embd_head_k, int n_embd_head_v);
+headkv_attend_kernel headkv_attend_kernel_neon(ggml_type type_k, ggml_type type_v, int n_embd_head_k, int n_embd_head_v);
+headkv_attend_kernel headkv_attend_kernel_portable(ggml_type type_k, ggml_type type_v, int n_embd_head_k, int n_embd_head_v);
 
 // the fastest one; name (may be null) asks for one of "portable", "avx2", "avx512", "neon"
-headkv_attend_kernel headkv_attend_kernel_find(ggml_type type_k, ggml_type type_v, int n_embd_head, const char * name);
+headkv_attend_kernel headkv_attend_kernel_find(ggml_type type_k, ggml_type type_v, int n_embd_head_k, int n_embd_head_v, const char * name);
 
 // what the op needs besides its tensors; one object per layer, alive as long as graphs with the op are
 struct headkv_attend_state {
-    headkv_attend_state(int n_embd_head, int n_head, int n_head_kv, int n_seq_max, ggml_type type_k, ggml_type type_v);
+    headkv_attend_state(int n_embd_head_k, int n_embd_head_v, int n_head, int n_head_kv, int n_seq_max, ggml_type type_k, ggml_type type_v);
 
     headkv_attend_kernel kernel;
 
-    int n_embd_head;
+    int n_embd_head_k;
+    int n_embd_head_v;
     int n_head;
     int n_head_kv;
     float scale = 1.0f;

@@ -30,6 +30,6 @@ ggml_tensor * headkv_build_compact(ggml_context * ctx, ggml_tensor * pool, ggml_
 }
 
 ggml_tensor * headkv_build_mean(ggml_context * ctx, ggml_tensor * rows, ggml_tensor * share) {
-    ggml_tensor * columns = ggml_cont(ctx, ggml_transpose(ctx, rows)); // F32 [n, n_embd_head]
+    ggml_tensor * columns = ggml_cont(ctx, ggml_transpose(ctx, rows)); // F32 [n, elements of a row]
     return ggml_reshape_2d(ctx, ggml_mul_mat(ctx, columns, share), rows->ne[0], 1);
 }

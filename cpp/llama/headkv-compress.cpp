@@ -21,7 +21,7 @@ std::vector<ggml_fp16_t> headkv_causal_mask(int64_t n, int64_t n_queries) {
 }
 
 ggml_tensor * headkv_queries_of_head(ggml_context * ctx, ggml_tensor * ring, ggml_tensor * slots, const headkv_layer_shape & layer, int64_t ih) {
-    const int64_t D = layer.n_embd_head;
+    const int64_t D = layer.n_embd_head_k;
     const int64_t G = layer.n_group();
     ggml_tensor * q = ggml_get_rows(ctx, ring, slots);
     q = ggml_view_3d(ctx, q, D, G, slots->ne[0], D * q->nb[0], q->nb[1], ih * G * D * q->nb[0]);
@@ -32,12 +32,13 @@ ggml_tensor * headkv_queries_of_head(ggml_context * ctx, ggml_tensor * ring, ggm
 struct headkv_compression::work_t {
     headkv_store_layer & layer;
 
-    const int64_t D;
+    const int64_t D_k;
+    const int64_t D_v;
     const int64_t H;
     const int64_t G;
 
-    ggml_tensor * k_all; // staged, [D*H, n_cells]
-    ggml_tensor * v_all;
+    ggml_tensor * k_all; // staged, [D_k*H, n_cells]
+    ggml_tensor * v_all; // [D_v*H, n_cells]
 
     std::vector<int64_t> n_keep;  // [H] prefix cells
     int64_t n_total; // cells, recent ones included; the sum stays
@@ -57,7 +58,7 @@ struct headkv_compression::work_t {
     ggml_tensor * t_recent; // F32 [n_recent] positions
 
     work_t(headkv_store_layer & layer, const headkv_compression & c) :
-        layer(layer), D(layer.n_embd_head), H(layer.n_head_kv), G(layer.n_group()),
+        layer(layer), D_k(layer.n_embd_head_k), D_v(layer.n_embd_head_v), H(layer.n_head_kv), G(layer.n_group()),
         k_all(c.staging.rows(layer.il, false)), v_all(c.staging.rows(layer.il, true)),
         n_keep(c.n_keep[layer.il]), n_total(std::accumulate(n_keep.begin(), n_keep.end(), H * c.n_recent)) {
         t_scores = scratch.new_tensor(GGML_TYPE_F32, std::max<int64_t>(c.n_prefix, 1), H);
@@ -170,9 +171,10 @@ void headkv_compression::note_peak(size_t n_scratch) {
 }
 
 ggml_tensor * headkv_compression::head_cells(work_t & w, ggml_tensor * all, int64_t ih) {
-    const size_t nb = ggml_row_size(all->type, w.D);
+    const int64_t D = all->ne[0] / w.H;
+    const size_t nb = ggml_row_size(all->type, D);
     ggml_context * ctx = runner.ctx.get();
-    ggml_tensor * res = ggml_view_2d(ctx, all, w.D, contiguous ? n : all->ne[1], all->nb[1], ih * nb + (contiguous ? cells[0] * all->nb[1] : 0));
+    ggml_tensor * res = ggml_view_2d(ctx, all, D, contiguous ? n : all->ne[1], all->nb[1], ih * nb + (contiguous ? cells[0] * all->nb[1] : 0));
     return contiguous ? res : ggml_get_rows(ctx, res, w.t_cells);
 }
 
@@ -221,7 +223,7 @@ bool headkv_compression::score_fused(work_t & w) {
     runner.begin();
     ggml_context * ctx = runner.ctx.get();
     ggml_tensor * q = ggml_get_rows(ctx, staging.ring(w.layer.il), w.t_slots);
-    ggml_tensor * s = headkv_build_score_fused(ctx, ggml_reshape_3d(ctx, q, w.D, w.G * w.H, n_window), w.k_all, w.t_cells,
+    ggml_tensor * s = headkv_build_score_fused(ctx, ggml_reshape_3d(ctx, q, w.D_k, w.G * w.H, n_window), w.k_all, w.t_cells,
             n_prefix, w.layer.attend->scale, w.layer.attend->softcap, cfg->n_square, cfg->pool, std::max(1, (int) cfg->pool_kernel), w.layer.sinks);
     if (!on_cpu && !(headkv_device_supports(w.layer.buft, s->src[3]) && headkv_device_supports(w.layer.buft, s))) {
         return false;
@@ -292,7 +294,7 @@ void headkv_compression::refine(work_t & w) {
 
 // the part of the output matrix that multiplies the values of a KV head
 void headkv_compression::output_columns(work_t & w, int64_t ih, ggml_tensor * t_columns, ggml_tensor * t_wo) {
-    const int64_t DG = w.D * w.G;
+    const int64_t DG = w.D_v * w.G;
     std::vector<float> columns(DG * w.H * DG, 0.0f);
     for (int64_t i = 0; i < DG; ++i) {
         columns[i * DG * w.H + ih * DG + i] = 1.0f;
@@ -300,7 +302,7 @@ void headkv_compression::output_columns(work_t & w, int64_t ih, ggml_tensor * t_
     headkv_set_data(t_columns, columns);
     runner.begin();
     ggml_context * ctx = runner.ctx.get();
-    ggml_tensor * wo = headkv_build_output_matrix(ctx, w.layer.wo, w.layer.wo_s, t_columns, w.D);
+    ggml_tensor * wo = headkv_build_output_matrix(ctx, w.layer.wo, w.layer.wo_s, t_columns, w.D_v);
     ggml_build_forward_expand(runner.gf, ggml_cpy(ctx, wo, t_wo));
     runner.run();
 }
@@ -308,13 +310,13 @@ void headkv_compression::output_columns(work_t & w, int64_t ih, ggml_tensor * t_
 std::vector<float> headkv_compression::number_values(work_t & w) {
     // cells at a time: what is made of their values takes 4 MiB
     const bool by_output = cfg->rank->values == HEADKV_VALUES_OUTPUT;
-    const int64_t n_out = by_output ? w.layer.wo->ne[1] * w.G : w.D;
+    const int64_t n_out = by_output ? w.layer.wo->ne[1] * w.G : w.D_v;
     const int64_t n_step = std::max<int64_t>(64, (1 << 20) / n_out);
 
     headkv_scratch scratch;
     ggml_tensor * t_values = scratch.new_tensor(GGML_TYPE_F32, 1, n_prefix * w.H);
-    ggml_tensor * t_columns = by_output ? scratch.new_tensor(GGML_TYPE_F32, w.D * w.G * w.H, w.D * w.G) : nullptr;
-    ggml_tensor * t_wo = by_output ? scratch.new_tensor(GGML_TYPE_F32, w.D, n_out) : nullptr;
+    ggml_tensor * t_columns = by_output ? scratch.new_tensor(GGML_TYPE_F32, w.D_v * w.G * w.H, w.D_v * w.G) : nullptr;
+    ggml_tensor * t_wo = by_output ? scratch.new_tensor(GGML_TYPE_F32, w.D_v, n_out) : nullptr;
     scratch.alloc(w.layer.buft);
 
     // quantised values are rotated, which does not change their norms
@@ -333,7 +335,7 @@ std::vector<float> headkv_compression::number_values(work_t & w) {
             const int64_t n_now = std::min(n_step, n_prefix - i);
             runner.begin();
             ggml_context * ctx = runner.ctx.get();
-            ggml_tensor * v_head = ggml_view_2d(ctx, w.v_all, w.D, w.v_all->ne[1], w.v_all->nb[1], ih * ggml_row_size(w.v_all->type, w.D));
+            ggml_tensor * v_head = ggml_view_2d(ctx, w.v_all, w.D_v, w.v_all->ne[1], w.v_all->nb[1], ih * ggml_row_size(w.v_all->type, w.D_v));
             ggml_tensor * v = ggml_get_rows(ctx, v_head, ggml_view_1d(ctx, w.t_cells, n_now, i * sizeof(int32_t)));
             if (t_rot) {
                 v = llama_mul_mat_hadamard(ctx, v, t_rot);
@@ -405,7 +407,7 @@ void headkv_compression::keep_composed(work_t & w) {
         ggml_build_forward_expand(runner.gf, kept);
         for (auto & [pool, all] : { std::make_pair(w.layer.k, w.k_all), std::make_pair(w.layer.v, w.v_all) }) {
             ggml_tensor * rows = ggml_get_rows(ctx, head_cells(w, all, ih), kept); // F32
-            ggml_build_forward_expand(runner.gf, ggml_cpy(ctx, rows, ggml_view_2d(ctx, pool, w.D, n_rows, pool->nb[1], w.plan[3 * ih + 2] * pool->nb[1])));
+            ggml_build_forward_expand(runner.gf, ggml_cpy(ctx, rows, ggml_view_2d(ctx, pool, pool->ne[0], n_rows, pool->nb[1], w.plan[3 * ih + 2] * pool->nb[1])));
         }
         runner.run();
     }
@@ -445,9 +447,9 @@ void headkv_compression::compensate(work_t & w) {
         runner.begin();
         ggml_context * ctx = runner.ctx.get();
         for (auto & [pool, all] : { std::make_pair(w.layer.k, w.k_all), std::make_pair(w.layer.v, w.v_all) }) {
-            ggml_tensor * rows = ggml_view_2d(ctx, all, w.D, all->ne[1], all->nb[1], ih * ggml_row_size(all->type, w.D));
+            ggml_tensor * rows = ggml_view_2d(ctx, all, pool->ne[0], all->ne[1], all->nb[1], ih * ggml_row_size(all->type, pool->ne[0]));
             rows = ggml_get_rows(ctx, rows, ggml_view_1d(ctx, w.t_cells, n_prefix, 0)); // F32
-            ggml_tensor * to = ggml_view_2d(ctx, pool, w.D, 1, pool->nb[1], range.off * pool->nb[1]);
+            ggml_tensor * to = ggml_view_2d(ctx, pool, pool->ne[0], 1, pool->nb[1], range.off * pool->nb[1]);
             ggml_build_forward_expand(runner.gf, ggml_cpy(ctx, headkv_build_mean(ctx, rows, t_share), to));
         }
         runner.run();

@@ -55,7 +55,7 @@ private:
     std::vector<float> number_values(work_t & w); // headkv_scored::values of the layer
     void output_columns(work_t & w, int64_t ih, ggml_tensor * t_columns, ggml_tensor * t_wo);
 
-    // keys or values of one head in position order, [n_embd_head, n]
+    // keys or values of one head in position order, [n_embd_head_k or n_embd_head_v, n]
     ggml_tensor * head_cells(work_t & w, ggml_tensor * all, int64_t ih);
 
     void note_peak(size_t n_scratch);
@@ -92,5 +92,5 @@ private:
 // [n_queries][n] of the last n_queries of n tokens
 std::vector<ggml_fp16_t> headkv_causal_mask(int64_t n, int64_t n_queries);
 
-// Queries of the group of a KV head in some slots of the ring, [n_embd_head, n_slots, n_group].
+// Queries of the group of a KV head in some slots of the ring, [n_embd_head_k, n_slots, n_group].
 ggml_tensor * headkv_queries_of_head(ggml_context * ctx, ggml_tensor * ring, ggml_tensor * slots, const headkv_layer_shape & layer, int64_t ih);

@@ -11,17 +11,17 @@ static void answer(const job_t & job, answers_t & w, int64_t ih, int64_t first, 
     std::fill(w.sum.begin(), w.sum.end(), 0.0f);
     std::fill(w.largest.begin(), w.largest.end(), -INFINITY);
     for (int64_t j = 0; j < n; ++j) {
-        job.load_query(first + j, ih, w.q.data() + j * s.D);
+        job.load_query(first + j, ih, w.q.data() + j * s.D_k);
     }
     const int64_t n_cells = l.pos[last - 1] + 1;
     const int n_rows = (int) GGML_PAD(n, N_ROWS);
     for (int64_t cell = 0; cell < n_cells; cell += N_KEYS) {
         const int64_t n_now = std::min(N_KEYS, n_cells - cell);
-        load_keys(job.score, l.k_all->type, s.D, n_now, [&](int64_t i) { return job.staged(l.k_all, cell + i, ih); }, w.keys.data());
+        load_keys(job.score, l.k_all->type, s.D_k, n_now, [&](int64_t i) { return job.staged(l.k_all, cell + i, ih); }, w.keys.data());
         for (int64_t i = 0; i < n_now; ++i) {
-            to_floats(l.v_all->type, job.staged(l.v_all, cell + i, ih), w.values.data() + i * s.n_value, s.D);
+            to_floats(l.v_all->type, job.staged(l.v_all, cell + i, ih), w.values.data() + i * s.n_value, s.D_v);
         }
-        job.score.logits(w.q.data(), n_rows, w.keys.data(), (int) s.D, w.x.data());
+        job.score.logits(w.q.data(), n_rows, w.keys.data(), (int) s.D_k, w.x.data());
         job.cap(w.x.data(), n * N_KEYS);
         for (int64_t j = 0; j < n; ++j) {
             float * row = w.x.data() + j * N_KEYS;

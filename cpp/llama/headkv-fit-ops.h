@@ -29,16 +29,17 @@ inline int64_t n_spread(int64_t n) {
 
 // the sizes of a layer
 struct sizes_t {
-    int64_t D;       // n_embd_head
-    int64_t n_value; // the same, as columns
+    int64_t D_k;
+    int64_t D_v;
+    int64_t n_value; // D_v, as columns
     int64_t n_refs;
     int64_t n_fit; // of them, those that are not held out
     int64_t n_unknown; // of a head at most
     int64_t n_most;    // values that are there at a time
 
     // n_kept: cells of a head at most
-    sizes_t(int64_t D, int64_t n_refs, int64_t n_kept) :
-        D(D), n_value(GGML_PAD(D, N_KEYS)), n_refs(n_refs), n_fit(n_refs - n_refs / N_HELD), n_unknown(std::min(n_fit, n_kept)),
+    sizes_t(int64_t D_k, int64_t D_v, int64_t n_refs, int64_t n_kept) :
+        D_k(D_k), D_v(D_v), n_value(GGML_PAD(D_v, N_KEYS)), n_refs(n_refs), n_fit(n_refs - n_refs / N_HELD), n_unknown(std::min(n_fit, n_kept)),
         n_most(GGML_PAD(std::max(n_unknown, N_PANEL), N_KEYS)) {
     }
 
@@ -49,13 +50,13 @@ struct sizes_t {
 
 // what a thread needs to fit a head, allocated before the graph runs
 struct workspace_t {
-    std::vector<float> q;     // [n_rows][D] times the scale
+    std::vector<float> q;     // [n_rows][D_k] times the scale
     std::vector<float> error; // [n_rows][n_value] X V - Y
     std::vector<float> values; // [n_most][n_value] of cells
     std::vector<float> change; // [n_most][n_value] of values, or what it is made of
     std::vector<float> panel; // probabilities
     std::vector<float> logits; // [n_rows][N_KEYS]
-    std::vector<float> keys;  // [D][N_KEYS]
+    std::vector<float> keys;  // [D_k][N_KEYS]
     std::vector<float> tile;  // [N_KEYS][n_unknown or n_value]
     std::vector<float> block; // [N_PANEL][n_value] changes of values
     std::vector<float> largest; // [n_rows] logit
@@ -65,8 +66,8 @@ struct workspace_t {
     std::vector<double> rhs; // [n_unknown][n_value]
 
     explicit workspace_t(const sizes_t & s) :
-        q(s.n_rows() * s.D), error(s.n_rows() * s.n_value), values(s.n_most * s.n_value), change(s.n_most * s.n_value),
-        panel(N_PANEL * n_spread(s.n_refs)), logits(s.n_rows() * N_KEYS), keys(s.D * N_KEYS),
+        q(s.n_rows() * s.D_k), error(s.n_rows() * s.n_value), values(s.n_most * s.n_value), change(s.n_most * s.n_value),
+        panel(N_PANEL * n_spread(s.n_refs)), logits(s.n_rows() * N_KEYS), keys(s.D_k * N_KEYS),
         tile(N_KEYS * std::max(GGML_PAD(s.n_unknown, N_KEYS), s.n_value)), block(N_PANEL * s.n_value), largest(s.n_rows()), share(s.n_rows()), n_seen(s.n_rows()),
         gram(s.n_unknown * (s.n_unknown + 1) / 2), rhs(s.n_unknown * s.n_value) {
     }
@@ -80,8 +81,8 @@ struct workspace_t {
 
 // what a thread needs to answer some references, same
 struct answers_t {
-    std::vector<float> q;      // [N_ANSWERED][D] times the scale
-    std::vector<float> keys;   // [D][N_KEYS]
+    std::vector<float> q;      // [N_ANSWERED][D_k] times the scale
+    std::vector<float> keys;   // [D_k][N_KEYS]
     std::vector<float> values; // [N_KEYS][n_value]
     std::vector<float> x;      // [N_ANSWERED][N_KEYS] logits, then probabilities but for the sum
     std::vector<float> y;      // [N_ANSWERED][n_value]
@@ -89,7 +90,7 @@ struct answers_t {
     std::vector<float> sum;    // [N_ANSWERED] of exponentials
 
     explicit answers_t(const sizes_t & s) :
-        q(N_ANSWERED * s.D), keys(s.D * N_KEYS), values(N_KEYS * s.n_value), x(N_ANSWERED * N_KEYS), y(N_ANSWERED * s.n_value), largest(N_ANSWERED), sum(N_ANSWERED) {
+        q(N_ANSWERED * s.D_k), keys(s.D_k * N_KEYS), values(N_KEYS * s.n_value), x(N_ANSWERED * N_KEYS), y(N_ANSWERED * s.n_value), largest(N_ANSWERED), sum(N_ANSWERED) {
     }
 
     size_t n_bytes() const {
@@ -111,7 +112,7 @@ struct job_t {
     std::atomic<int64_t> n_fitted{ 0 };
 
     job_t(const headkv_fit_layer & l, int n_threads) :
-        layer(l), sizes(l.k->ne[0], (int64_t) l.pos.size(), most_kept(l)), n_head_kv((int64_t) l.ranges.size()),
+        layer(l), sizes(l.k->ne[0], l.v->ne[0], (int64_t) l.pos.size(), most_kept(l)), n_head_kv((int64_t) l.ranges.size()),
         score(of_env(headkv_score_kernel_find)), fit(of_env(headkv_fit_kernel_find)), outcomes(n_head_kv) {
         answers.reserve(n_threads);
         spaces.reserve(std::min<int64_t>(n_threads, n_head_kv));
@@ -146,8 +147,8 @@ struct job_t {
     }
 
     void load_query(int64_t i, int64_t ih, float * dst) const {
-        ggml_fp16_to_fp32_row(query(i, ih), dst, sizes.D);
-        std::transform(dst, dst + sizes.D, dst, [this](float x) { return x * layer.scale; });
+        ggml_fp16_to_fp32_row(query(i, ih), dst, sizes.D_k);
+        std::transform(dst, dst + sizes.D_k, dst, [this](float x) { return x * layer.scale; });
     }
 
     // a sum of exponentials, of which m is the largest logit, and that of the sink of the query of reference i
@@ -160,7 +161,7 @@ struct job_t {
     }
 
     const char * staged(const ggml_tensor * all, int64_t pos, int64_t ih) const {
-        return (const char *) all->data + layer.cells[pos] * all->nb[1] + ih * ggml_row_size(all->type, sizes.D);
+        return (const char *) all->data + layer.cells[pos] * all->nb[1] + ih * ggml_row_size(all->type, all->ne[0] / n_head_kv);
     }
 
     void cap(float * x, int64_t n) const {

@@ -35,7 +35,7 @@ struct head_fit {
         std::fill(w.error.begin(), w.error.end(), 0.0f);
         for (int64_t i = 0; i < s.n_refs; ++i) {
             const int64_t row = s.row(i);
-            job.load_query(i, ih, w.q.data() + row * s.D);
+            job.load_query(i, ih, w.q.data() + row * s.D_k);
             w.n_seen[row] = std::upper_bound(range.pos.begin(), range.pos.end(), job.layer.pos[i]) - range.pos.begin();
             if (w.n_seen[row] > 0) { // else it has nothing to say
                 std::transform(answers + i * s.n_value, answers + (i + 1) * s.n_value, w.error.data() + row * s.n_value, std::negate<float>());
@@ -46,8 +46,8 @@ struct head_fit {
     // queries first to first + n - 1 and up to N_KEYS cells
     void load_logits(int64_t first, int64_t n, int64_t cell) {
         const int64_t n_now = std::min(N_KEYS, n_kept - cell);
-        load_keys(job.score, job.layer.k->type, s.D, n_now, [&](int64_t i) { return kept(job.layer.k, cell + i); }, w.keys.data());
-        job.score.logits(w.q.data() + first * s.D, (int) GGML_PAD(n, N_ROWS), w.keys.data(), (int) s.D, w.logits.data());
+        load_keys(job.score, job.layer.k->type, s.D_k, n_now, [&](int64_t i) { return kept(job.layer.k, cell + i); }, w.keys.data());
+        job.score.logits(w.q.data() + first * s.D_k, (int) GGML_PAD(n, N_ROWS), w.keys.data(), (int) s.D_k, w.logits.data());
         job.cap(w.logits.data(), n * N_KEYS);
     }
 
@@ -87,7 +87,7 @@ struct head_fit {
 
     void load_values(int64_t cell, int64_t n) {
         for (int64_t c = 0; c < n; ++c) {
-            to_floats(job.layer.v->type, kept(job.layer.v, cell + c), w.values.data() + c * s.n_value, s.D);
+            to_floats(job.layer.v->type, kept(job.layer.v, cell + c), w.values.data() + c * s.n_value, s.D_v);
         }
     }
 
@@ -173,10 +173,10 @@ struct head_fit {
     }
 
     void write(int64_t cell, int64_t n, const float * change) {
-        std::vector<float> row(s.D);
+        std::vector<float> row(s.D_v);
         for (int64_t c = 0; c < n; ++c) {
-            std::transform(change + c * s.n_value, change + c * s.n_value + s.D, w.values.begin() + c * s.n_value, row.begin(), std::plus<float>());
-            ggml_quantize_chunk(job.layer.v->type, row.data(), kept(job.layer.v, cell + c), 0, 1, s.D, nullptr);
+            std::transform(change + c * s.n_value, change + c * s.n_value + s.D_v, w.values.begin() + c * s.n_value, row.begin(), std::plus<float>());
+            ggml_quantize_chunk(job.layer.v->type, row.data(), kept(job.layer.v, cell + c), 0, 1, s.D_v, nullptr);
         }
     }
 
@@ -203,7 +203,7 @@ struct head_fit {
     }
 
     void write_back() {
-        const size_t n_bytes = ggml_row_size(job.layer.v->type, s.D);
+        const size_t n_bytes = ggml_row_size(job.layer.v->type, s.D_v);
         for (int64_t c = 0; c < n_kept; ++c) {
             memcpy(kept(job.layer.v, c), job.staged(job.layer.v_all, range.pos[c], ih), n_bytes);
         }

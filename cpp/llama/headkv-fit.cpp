@@ -76,7 +76,7 @@ headkv_fit_stats headkv_values_fit::stats() const {
 }
 
 int64_t headkv_fit_bytes(const headkv_layer_shape & layer, int64_t n, int n_threads) {
-    const sizes_t sizes(layer.n_embd_head, std::min<int64_t>(n, HEADKV_MAX_REFS), n);
+    const sizes_t sizes(layer.n_embd_head_k, layer.n_embd_head_v, std::min<int64_t>(n, HEADKV_MAX_REFS), n);
     return std::min<int64_t>(n_threads, layer.n_head_kv) * (int64_t) workspace_t(sizes).n_bytes() + n_threads * (int64_t) answers_t(sizes).n_bytes() + layer.n_head_kv * sizes.n_refs * sizes.n_value * (int64_t) sizeof(float);
 }
 

@@ -59,11 +59,11 @@ struct headkv_fit_layer {
     const std::vector<int32_t> & slots; // of each, of refs
     const std::vector<int32_t> & cells; // of the staging, in position order
     const std::vector<headkv_range> & ranges; // of the heads in the pools
-    ggml_tensor * refs;  // F16 [n_embd_head, n_head_kv*n_slots]
-    ggml_tensor * k_all; // staged, [n_embd_head*n_head_kv, n_cells]
-    ggml_tensor * v_all;
-    ggml_tensor * k; // pools, [n_embd_head, n_rows]
-    ggml_tensor * v;
+    ggml_tensor * refs;  // F16 [n_embd_head_k, n_head_kv*n_slots]
+    ggml_tensor * k_all; // staged, [n_embd_head_k*n_head_kv, n_cells]
+    ggml_tensor * v_all; // [n_embd_head_v*n_head_kv, n_cells]
+    ggml_tensor * k; // pools, [n_embd_head_k, n_rows]
+    ggml_tensor * v; // [n_embd_head_v, n_rows]
     float scale;
     float softcap;
     std::vector<float> sinks; // [n_head] of the layer, empty if it has none

@@ -28,7 +28,7 @@ static int64_t scratch_bytes(const headkv_layer_shape & layer, const headkv_conf
     const int64_t H = layer.n_head_kv;
     const int64_t n_window = std::min<int64_t>(cfg.window, n);
     const int64_t n_kept = H * std::min<int64_t>(cfg.kv_size, n) * sizeof(int32_t);
-    const int64_t n_query = (int64_t) layer.n_head * layer.n_embd_head;
+    const int64_t n_query = (int64_t) layer.n_head * layer.n_embd_head_k;
     const int64_t n_chunk = (n + HEADKV_SCORE_CHUNK - 1) / HEADKV_SCORE_CHUNK;
 
     const int64_t tensors = n * (H + 1) * sizeof(float) + n_kept + (n_window + cfg.recent + 5 * H) * sizeof(int32_t) + 10 * 64; // and what aligns them
@@ -50,8 +50,8 @@ headkv_footprint llama_kv_cache_ragged::footprint(const headkv_config & with, ui
     headkv_footprint res = {};
     res.size = sizeof(res);
     res.staging = n_cells * sum_bytes(the_store, layered, [](const headkv_layer_shape & s) { return (int64_t) s.n_bytes_cell(); });
-    res.ring = sum_bytes(the_store, layered, [n_slots](const headkv_layer_shape & s) { return (int64_t) s.n_embd_head * s.n_head * n_slots * (int64_t) sizeof(float); });
-    res.ring += sum_bytes(the_store, layered, [n_refs](const headkv_layer_shape & s) { return (int64_t) s.n_embd_head * s.n_head_kv * n_refs * (int64_t) sizeof(ggml_fp16_t); });
+    res.ring = sum_bytes(the_store, layered, [n_slots](const headkv_layer_shape & s) { return (int64_t) s.n_embd_head_k * s.n_head * n_slots * (int64_t) sizeof(float); });
+    res.ring += sum_bytes(the_store, layered, [n_refs](const headkv_layer_shape & s) { return (int64_t) s.n_embd_head_k * s.n_head_kv * n_refs * (int64_t) sizeof(ggml_fp16_t); });
     res.hidden = layered ? the_staging.hidden_bytes(n_prompt, n_ubatch, with.hidden_f16) : 0;
     res.store = (n_kept + n_tail) * (int64_t) bytes_cell();
     res.beside = (int64_t) bytes_beside();

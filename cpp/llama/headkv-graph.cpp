@@ -331,8 +331,8 @@ llm_graph_input_attn_kv * headkv_build_inp(const llm_graph_context & gctx) {
 // attention
 //
 
-// Flash attention of heads that lie side by side; q [n_embd_head, n_tokens, n_group, n_heads]. Returns rows of n_group*n_embd_head, (head,
-// token). It takes one sink per head of its second batch dimension, the same for all of the third: with sinks it is called head by head.
+// Flash attention of heads that lie side by side; q [n_embd_head_k, n_tokens, n_group, n_heads]. Returns rows of n_group*n_embd_head_v,
+// (head, token). It takes one sink per head of its second batch dimension, the same for all of the third: with sinks it is called head by head.
 static ggml_tensor * build_flash_attn(const llm_graph_context & gctx, const std::vector<int32_t> & heads,
         ggml_tensor * q, ggml_tensor * k, ggml_tensor * v, ggml_tensor * mask, ggml_tensor * sinks, float kq_scale) {
     ggml_context * ctx = gctx.ctx0;
@@ -346,7 +346,7 @@ static ggml_tensor * build_flash_attn(const llm_graph_context & gctx, const std:
                 gctx.hparams.attn_soft_cap ? gctx.hparams.f_attn_logit_softcapping : 0.0f);
         ggml_flash_attn_ext_add_sinks(cur, headkv_sinks_of_head(ctx, sinks, q->ne[2], heads[first]));
         ggml_prec_set_acc(cur, GGML_PREC_F32);
-        cur = ggml_reshape_2d(ctx, cur, q->ne[0] * q->ne[2], q->ne[1] * n_once);
+        cur = ggml_reshape_2d(ctx, cur, v->ne[0] * q->ne[2], q->ne[1] * n_once);
         res = res ? ggml_concat(ctx, res, cur, 1) : cur;
     }
     return res;
@@ -357,7 +357,8 @@ static ggml_tensor * build_attend_composed(const llm_graph_context & gctx, headk
         ggml_tensor * q, ggml_tensor * k, ggml_tensor * v, ggml_tensor * sinks, float kq_scale) {
     ggml_context * ctx = gctx.ctx0;
 
-    const int64_t D = layer.n_embd_head;
+    const int64_t D = layer.n_embd_head_k;
+    const int64_t D_v = layer.n_embd_head_v;
     const int64_t H = layer.n_head_kv;
     const int64_t G = layer.n_head / layer.n_head_kv;
     const int64_t T = q->ne[2];
@@ -397,7 +398,7 @@ static ggml_tensor * build_attend_composed(const llm_graph_context & gctx, headk
                 ? ggml_permute(ctx, ggml_reshape_4d(ctx, q, D, G, H, T), 0, 2, 3, 1)
                 : ggml_permute(ctx, ggml_view_4d(ctx, q, D, G, T, n, D * q->nb[0], q->nb[1], T * q->nb[1], first * T * q->nb[1]), 0, 2, 1, 3);
         ggml_tensor * kb = ggml_view_4d(ctx, k, D, b.n_kv, 1, n, k->nb[1], b.cap * k->nb[1], b.cap * k->nb[1], b.off * k->nb[1]);
-        ggml_tensor * vb = ggml_view_4d(ctx, v, D, b.n_kv, 1, n, v->nb[1], b.cap * v->nb[1], b.cap * v->nb[1], b.off * v->nb[1]);
+        ggml_tensor * vb = ggml_view_4d(ctx, v, D_v, b.n_kv, 1, n, v->nb[1], b.cap * v->nb[1], b.cap * v->nb[1], b.off * v->nb[1]);
 
         ggml_tensor * mask = ggml_new_tensor_4d(ctx, GGML_TYPE_F16, b.n_kv, T, 1, n);
         ggml_set_input(mask);
@@ -406,27 +407,27 @@ static ggml_tensor * build_attend_composed(const llm_graph_context & gctx, headk
 
         ggml_tensor * cur = build_flash_attn(gctx, b.heads, qb, kb, vb, mask, sinks, kq_scale);
         if (natural && T > 1) {
-            cur = ggml_cont(ctx, ggml_permute(ctx, ggml_reshape_4d(ctx, cur, D * G, T, n, 1), 0, 2, 1, 3));
+            cur = ggml_cont(ctx, ggml_permute(ctx, ggml_reshape_4d(ctx, cur, D_v * G, T, n, 1), 0, 2, 1, 3));
         }
-        cur = ggml_reshape_2d(ctx, cur, D * G, T * n);
+        cur = ggml_reshape_2d(ctx, cur, D_v * G, T * n);
         res = res ? ggml_concat(ctx, res, cur, 1) : cur;
         first += n;
     }
     if (!natural) {
         res = ggml_get_rows(ctx, res, inverse);
     }
-    return ggml_reshape_2d(ctx, res, D * G * H, T);
+    return ggml_reshape_2d(ctx, res, D_v * G * H, T);
 }
 
 static ggml_tensor * rows_2d(ggml_context * ctx, ggml_tensor * x) {
-    // [n_embd_head, n_head, n_tokens] -> one row per head and token; a fused QKV projection leaves strided views
+    // [n_embd_head_k or n_embd_head_v, n_head, n_tokens] -> one row per head and token; a fused QKV projection leaves strided views
     return ggml_is_contiguous(x) ? ggml_reshape_2d(ctx, x, x->ne[0], x->ne[1] * x->ne[2])
                                  : ggml_cont_2d(ctx, x, x->ne[0], x->ne[1] * x->ne[2]);
 }
 
 // What the graph says of a layer; a worst-case graph is built when the context is created: a refusal ends up there.
 static void note_layer(const llm_graph_context & gctx, headkv_input & inp, ggml_tensor * wo, ggml_tensor * wo_s,
-        ggml_tensor * kq_b, ggml_tensor * sinks, float kq_scale, int il) {
+        ggml_tensor * v_cur, ggml_tensor * kq_b, ggml_tensor * sinks, float kq_scale, int il) {
     const auto * mctx = inp.mctx_ragged;
     auto * kv = mctx->get_kv();
     headkv_store_layer * layer = kv->store().find(il);
@@ -437,12 +438,16 @@ static void note_layer(const llm_graph_context & gctx, headkv_input & inp, ggml_
     if (!layer) {
         kv->refuse(format("it attends in layer %d, which has no KV heads", il));
     }
+    if (v_cur->ne[0] != layer->n_embd_head_v) {
+        kv->refuse(format("the V of layer %d comes in rows of %lld instead of heads of %d: llama.cpp aborts on that with flash attention, which is required",
+                il, (long long) v_cur->ne[0], layer->n_embd_head_v));
+    }
     inp.ils_built.push_back(il);
     if (mctx->is_full()) {
         kv->note_graph(inp.ils_built);
     }
     // adapters on top of wo are left out
-    layer->wo = wo && wo->ne[0] == (int64_t) layer->n_embd_head * layer->n_head ? wo : nullptr;
+    layer->wo = wo && wo->ne[0] == (int64_t) layer->n_embd_head_v * layer->n_head ? wo : nullptr;
     layer->wo_s = wo_s;
     layer->sinks = sinks;
     if (mctx->is_full() && kv->is_graph_complete()) {
@@ -543,7 +548,7 @@ ggml_tensor * headkv_build_attn(const llm_graph_context & gctx, llm_graph_input_
     } else if (!inp) {
         return nullptr;
     } else {
-        note_layer(gctx, *inp, wo, wo_s, kq_b, sinks, kq_scale, il);
+        note_layer(gctx, *inp, wo, wo_s, v_cur, kq_b, sinks, kq_scale, il);
         if (!inp->store) {
             build_capture(gctx, *inp, q_cur, k_cur, il);
             return nullptr;

@@ -37,7 +37,8 @@ static std::string refusal(const llama_model & model, const llama_memory_params 
         return "encoder-decoder models are not supported";
     }
     if (hparams.is_mla()) {
-        return "MLA caches one latent vector for all heads, there is nothing per head to budget";
+        return "MLA caches one latent vector for all heads of a layer: there could be one budget per layer, which is not built; "
+               "run it without kv_size, a smaller cache is one of type q8_0, for K and V";
     }
     if (hparams.swa_type == LLAMA_SWA_TYPE_SYMMETRIC) {
         return "its windows reach to tokens that come later";
@@ -61,9 +62,8 @@ static std::string refusal(const llama_hparams & hparams, const headkv_layer_own
         if (shared >= 0 && !(owners.windowed[shared] && hparams.is_swa(il)) && !(owners.ours[shared] && !hparams.is_swa(il))) {
             return format("layer %u attends to cells of layer %d, which is of another kind", il, shared);
         }
-        if (owners.ours[il] && (hparams.n_embd_head_k(il) != hparams.n_embd_head_v(il) || hparams.n_head(il) % hparams.n_head_kv(il) != 0)) {
-            return format("layer %u has K heads of %u and V heads of %u elements, %u query and %u KV heads",
-                    il, hparams.n_embd_head_k(il), hparams.n_embd_head_v(il), hparams.n_head(il), hparams.n_head_kv(il));
+        if (owners.ours[il] && hparams.n_head(il) % hparams.n_head_kv(il) != 0) {
+            return format("layer %u has %u query heads, which are no multiple of its %u KV heads", il, hparams.n_head(il), hparams.n_head_kv(il));
         }
     }
     return "";

@@ -2,13 +2,14 @@
 #include "headkv-fit-kernel.h"
 #include "headkv-score-kernel.h"
 
-headkv_attend_kernel headkv_attend_kernel_neon(ggml_type type_k, ggml_type type_v, int n_embd_head) {
+headkv_attend_kernel headkv_attend_kernel_neon(ggml_type type_k, ggml_type type_v, int n_embd_head_k, int n_embd_head_v) {
 #if defined(HEADKV_SIMD) && defined(__ARM_NEON)
-    return find_kernel(type_k, type_v, n_embd_head);
+    return find_kernel(type_k, type_v, n_embd_head_k, n_embd_head_v);
 #else
     GGML_UNUSED(type_k);
     GGML_UNUSED(type_v);
-    GGML_UNUSED(n_embd_head);
+    GGML_UNUSED(n_embd_head_k);
+    GGML_UNUSED(n_embd_head_v);
     return nullptr;
 #endif
 }

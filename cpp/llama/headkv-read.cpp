@@ -127,7 +127,7 @@ static void each_row(llama_kv_cache_ragged & kv, llama_context * lctx, llama_seq
     lctx->synchronize();
     headkv_runner runner(lctx);
     for (const auto & layer : kv.store().layers) {
-        const int64_t D = layer.n_embd_head;
+        const int64_t D = layer.n_embd_head_k;
         const int64_t G = layer.n_group();
         ggml_tensor * k_all = kv.staging().rows(layer.il, false);
         for (int64_t first = 0; first < n_queries; first += N_QUERIES_AT_ONCE) {
@@ -261,7 +261,7 @@ int32_t headkv_refs_of(const llama_kv_cache_ragged & kv, llama_seq_id seq_id, in
 int32_t headkv_cells_of(const llama_kv_cache_ragged & kv, llama_seq_id seq_id, int32_t il, int32_t ih, bool v, float * dst, int64_t n) {
     const headkv_seq & seq = kv.seq(seq_id);
     const headkv_store_layer * layer = kv.store().find(il);
-    const int64_t D = layer->n_embd_head;
+    const int64_t D = v ? layer->n_embd_head_v : layer->n_embd_head_k;
 
     if (seq.state == HEADKV_SEQ_LAYERED) {
         throw std::runtime_error(format("sequence %d was read layer by layer and is not compressed yet: call headkv_end_prompt() first", seq_id));

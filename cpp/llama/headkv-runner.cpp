@@ -25,9 +25,9 @@ bool headkv_can_attend_fused(const headkv_store_layer & layer) {
         return true;
     }
     headkv_scratch scratch;
-    ggml_tensor * q = scratch.new_tensor(GGML_TYPE_F32, layer.n_embd_head, layer.n_head);
-    ggml_tensor * k = scratch.new_tensor(layer.type_k, layer.n_embd_head, 256);
-    ggml_tensor * v = scratch.new_tensor(layer.type_v, layer.n_embd_head, 256);
+    ggml_tensor * q = scratch.new_tensor(GGML_TYPE_F32, layer.n_embd_head_k, layer.n_head);
+    ggml_tensor * k = scratch.new_tensor(layer.type_k, layer.n_embd_head_k, 256);
+    ggml_tensor * v = scratch.new_tensor(layer.type_v, layer.n_embd_head_v, 256);
     ggml_tensor * r = scratch.new_tensor(GGML_TYPE_I32, 2, layer.n_head_kv);
     ggml_tensor * op = headkv_build_attend_fused(scratch.ctx.get(), layer.attend.get(), q, k, v, r)->view_src;
     if (!headkv_device_supports(layer.buft, op)) {

@@ -372,14 +372,14 @@ ggml_tensor * headkv_build_value_norm(ggml_context * ctx, ggml_tensor * v) {
     return ggml_sqrt(ctx, ggml_sum_rows(ctx, ggml_sqr_inplace(ctx, v)));
 }
 
-ggml_tensor * headkv_build_output_matrix(ggml_context * ctx, ggml_tensor * wo, ggml_tensor * wo_s, ggml_tensor * columns, int64_t n_embd_head) {
+ggml_tensor * headkv_build_output_matrix(ggml_context * ctx, ggml_tensor * wo, ggml_tensor * wo_s, ggml_tensor * columns, int64_t n_embd_head_v) {
     // a product, because repacked weights can be read in no other way
-    ggml_tensor * res = ggml_mul_mat(ctx, wo, columns); // [n_embd, n_embd_head*n_group]
+    ggml_tensor * res = ggml_mul_mat(ctx, wo, columns); // [n_embd, n_embd_head_v*n_group]
     if (wo_s) {
         res = ggml_mul(ctx, res, wo_s);
     }
     const int64_t n_embd = res->ne[0];
-    const int64_t n_group = res->ne[1] / n_embd_head;
-    res = ggml_permute(ctx, ggml_reshape_3d(ctx, res, n_embd, n_embd_head, n_group), 1, 0, 2, 3);
-    return ggml_cont_2d(ctx, res, n_embd_head, n_embd * n_group);
+    const int64_t n_group = res->ne[1] / n_embd_head_v;
+    res = ggml_permute(ctx, ggml_reshape_3d(ctx, res, n_embd, n_embd_head_v, n_group), 1, 0, 2, 3);
+    return ggml_cont_2d(ctx, res, n_embd_head_v, n_embd * n_group);
 }

@@ -10,16 +10,16 @@
 #include <vector>
 
 // Stage 3, window: copies the queries of the last tokens of a ubatch into the ring.
-//   q_cur  F32 [n_embd_head, n_head, n_tokens], post-RoPE
+//   q_cur  F32 [n_embd_head_k, n_head, n_tokens], post-RoPE
 //   rot    the rotation that the cache applies to K, or null
-//   ring   F32 [n_embd_head*n_head, n_slots]
+//   ring   F32 [n_embd_head_k*n_head, n_slots]
 //   tokens I32 [n], slots I64 [n]: ring[slots[i]] = q_cur[tokens[i]]
 // Returns the written ring.
 ggml_tensor * headkv_build_window(ggml_context * ctx, ggml_tensor * q_cur, ggml_tensor * rot, ggml_tensor * ring,
         ggml_tensor * tokens, ggml_tensor * slots);
 
 // The same for references: one query head of each group, rounded to F16 as flash attention on the CPU does.
-//   refs  F16 [n_embd_head, n_head_kv*n_slots]
+//   refs  F16 [n_embd_head_k, n_head_kv*n_slots]
 //   rows  I32 [n] of q_cur [n_head*n_tokens], slots I64 [n]: refs[slots[i]] = q_cur[rows[i]]
 ggml_tensor * headkv_build_refs(ggml_context * ctx, ggml_tensor * q_cur, ggml_tensor * rot, ggml_tensor * refs,
         ggml_tensor * rows, ggml_tensor * slots);
@@ -34,8 +34,8 @@ ggml_tensor * headkv_build_soft_max(ggml_context * ctx, ggml_tensor * kq, ggml_t
 
 // Stage 4, score: for one KV head, power mean over the window and the GQA group of softmax(q k), pooled over the prefix:
 // mean(p^e)^(1/e) with e = 2^n_square. The prefix are the first n_prefix keys; what is behind it is always kept.
-//   q    F32 [n_embd_head, n_window, n_group] the window queries, any order of rows that mask agrees with
-//   k        [n_embd_head, n_kv] keys in position order, those of the window last
+//   q    F32 [n_embd_head_k, n_window, n_group] the window queries, any order of rows that mask agrees with
+//   k        [n_embd_head_k, n_kv] keys in position order, those of the window last
 //   mask F16 [n_kv, n_window]
 //   sinks F32 [n_group] or null
 // Returns F32 [n_prefix]. Nodes are expanded into gf, because intermediate results are overwritten in place.
@@ -51,8 +51,8 @@ int headkv_pool_kernel(int64_t n_keep);
 // The same for all heads of a layer, without the probabilities [n_kv, n_window, n_head]: the first of two ops leaves the
 // largest logit and the sum of exponentials of each chunk of keys, F32 [2, n_query, n_chunk, n_head_kv], the second takes
 // the scores from them. Accumulation is in F32 and independent of the number of threads.
-//   q     F32 [n_embd_head, n_head, n_window] queries in position order
-//   k         [n_embd_head*n_head_kv, n_cells] staged keys of the layer
+//   q     F32 [n_embd_head_k, n_head, n_window] queries in position order
+//   k         [n_embd_head_k*n_head_kv, n_cells] staged keys of the layer
 //   cells I32 [n_kv] cell of each position
 //   sinks F32 [n_head] or null; the second op takes them
 // Returns F32 [n_prefix, n_head_kv].
@@ -61,8 +61,8 @@ ggml_tensor * headkv_build_score_fused(ggml_context * ctx, ggml_tensor * q, ggml
 
 // Adds the attention that the queries of a ubatch pay to each cell to the sums over all queries. Its probabilities take
 // n_kv*n_tokens*n_head*4 bytes.
-//   q      F32 [n_embd_head, n_head, n_tokens]
-//   k          [n_embd_head, n_head_kv, n_kv] cells of the staging
+//   q      F32 [n_embd_head_k, n_head, n_tokens]
+//   k          [n_embd_head_k, n_head_kv, n_kv] cells of the staging
 //   mask   F16 [n_kv, n_tokens]
 //   sums   F32 [1, n_cells, n_head_kv]; those of the cells in cells, I64 [n_tokens], begin with zero
 //   sinks  F32 [n_head] or null
@@ -70,8 +70,8 @@ void headkv_build_sums(ggml_context * ctx, ggml_cgraph * gf, ggml_tensor * q, gg
         ggml_tensor * sums, ggml_tensor * cells, float scale, float softcap, ggml_tensor * sinks = nullptr);
 
 // L1 norm of what each value adds to the output of the layer, per unit of attention, mean over the query heads of a group.
-//   v        [n_embd_head, n] values of one KV head
-//   wo   F32 [n_embd_head, n_embd*n_group] output matrix of its query heads
+//   v        [n_embd_head_v, n] values of one KV head
+//   wo   F32 [n_embd_head_v, n_embd*n_group] output matrix of its query heads
 // Returns F32 [1, n].
 ggml_tensor * headkv_build_output_norm(ggml_context * ctx, ggml_tensor * v, ggml_tensor * wo, int64_t n_group);
 
@@ -79,9 +79,9 @@ ggml_tensor * headkv_build_output_norm(ggml_context * ctx, ggml_tensor * v, ggml
 ggml_tensor * headkv_build_value_norm(ggml_context * ctx, ggml_tensor * v);
 
 // wo for it, out of the matrix of the layer, in any type and any kind of memory that ggml_mul_mat() reads
-//   wo           [n_embd_head*n_head, n_embd]
-//   columns F32  [n_embd_head*n_head, n_embd_head*n_group] those of the unit matrix that belong to the query heads
-ggml_tensor * headkv_build_output_matrix(ggml_context * ctx, ggml_tensor * wo, ggml_tensor * wo_s, ggml_tensor * columns, int64_t n_embd_head);
+//   wo           [n_embd_head_v*n_head, n_embd]
+//   columns F32  [n_embd_head_v*n_head, n_embd_head_v*n_group] those of the unit matrix that belong to the query heads
+ggml_tensor * headkv_build_output_matrix(ggml_context * ctx, ggml_tensor * wo, ggml_tensor * wo_s, ggml_tensor * columns, int64_t n_embd_head_v);
 
 // Stage 5, select: positions of the n_keep[h] best scores of each head, ascending, ties to the lower position,
 // followed by the n_recent positions behind the prefix.
@@ -96,14 +96,14 @@ constexpr int64_t HEADKV_MAX_SELECT_COMPOSED = 1 << 22;
 ggml_tensor * headkv_build_select_composed(ggml_context * ctx, ggml_tensor * scores, int64_t n_keep, ggml_tensor * recent);
 
 // The mean of some of the rows of one head, for the cell that stands for those that are dropped.
-//   rows       [n_embd_head, n]
+//   rows       [D, n], K or V
 //   share  F32 [n] of each row
-// Returns F32 [n_embd_head, 1].
+// Returns F32 [D, 1].
 ggml_tensor * headkv_build_mean(ggml_context * ctx, ggml_tensor * rows, ggml_tensor * share);
 
 // Stage 6, compact: pool row row[h] + i = cell kept[i] of head h, as raw bytes.
-//   pool     [n_embd_head, n_rows]
-//   cells    [n_embd_head*n_head_kv, n_cells] the staged K or V of the layer
+//   pool     [D, n_rows], of K or of V
+//   cells    [D*n_head_kv, n_cells] the staged ones of the layer
 //   kept I32 [n_total], positions
 //   cell I32 [n_pos]: cell of each position
 //   plan I32 [3, n_head_kv]: first element in kept, number, first row in pool

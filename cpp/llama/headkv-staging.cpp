@@ -63,7 +63,7 @@ std::unique_ptr<llama_kv_cache> headkv_staging::make_cache(uint32_t n_cells, boo
 
 headkv_staging::tensors_t headkv_staging::make_rings(bool is_plan, bool share) const {
     return make_tensors("headkv_window", GGML_TYPE_F32, is_plan, share, [this](const headkv_layer_shape & s) {
-        return std::array<int64_t, 3>{ (int64_t) s.n_embd_head * s.n_head, n_slots(), 1 };
+        return std::array<int64_t, 3>{ (int64_t) s.n_embd_head_k * s.n_head, n_slots(), 1 };
     });
 }
 
@@ -72,7 +72,7 @@ headkv_staging::tensors_t headkv_staging::make_refs(bool is_plan, bool share) co
         return {};
     }
     return make_tensors("headkv_refs", GGML_TYPE_F16, is_plan, share, [this](const headkv_layer_shape & s) {
-        return std::array<int64_t, 3>{ s.n_embd_head, s.n_head_kv * n_ref_slots(), 1 };
+        return std::array<int64_t, 3>{ s.n_embd_head_k, s.n_head_kv * n_ref_slots(), 1 };
     });
 }
 

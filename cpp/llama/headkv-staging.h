@@ -49,9 +49,9 @@ public:
     llama_kv_cache & cache() { return *live.cache; }
     llama_kv_cache & twin() { return *plan.cache; }
 
-    ggml_tensor * rows(int32_t il, bool v) const; // K or V of a layer, [n_embd_head*n_head_kv, n_cells]
-    ggml_tensor * ring(int32_t il, bool of_twin = false) const; // F32 [n_embd_head*n_head, n_slots()], null while nothing is staged
-    ggml_tensor * refs(int32_t il, bool of_twin = false) const; // F16 [n_embd_head, n_head_kv*n_ref_slots()], null unless there are references
+    ggml_tensor * rows(int32_t il, bool v) const; // K or V of a layer, [n_embd_head_k or n_embd_head_v*n_head_kv, n_cells]
+    ggml_tensor * ring(int32_t il, bool of_twin = false) const; // F32 [n_embd_head_k*n_head, n_slots()], null while nothing is staged
+    ggml_tensor * refs(int32_t il, bool of_twin = false) const; // F16 [n_embd_head_k, n_head_kv*n_ref_slots()], null unless there are references
     ggml_tensor * sums(int32_t il, bool of_twin = false) const; // F32 [1, n_cells, n_head_kv], null unless attention is summed
 
     int64_t n_slots() const { return (int64_t) params.n_ring * params.n_seq_max + 1; } // rows of the ring, the last one takes what nobody needs

@@ -1,7 +1,8 @@
 // Saved sequences: what llama_state_*() write and read of a ragged cache. Numbers as they are in memory.
 //
-//   u32 magic, u32 version, u32 kind (1 = one sequence, 2 = the whole context)
-//   u64 fingerprint of the model; u32 type_k, u32 type_v, u32 layers; of each layer: i32 il, n_head, n_head_kv, n_embd_head
+//   u32 magic, u32 version, and what is added to it, u32 kind (1 = one sequence, 2 = the whole context)
+//   u64 fingerprint of the model; u32 type_k, u32 type_v, u32 layers; of each layer: i32 il, n_head, n_head_kv,
+//   n_embd_head_k, and where K and V of any layer are of different sizes, n_embd_head_v
 //   u32 sequences; of each one:
 //     u32 seq_id, i32 n_pos, n_prompt, n_whole, u32 kv_size, u64 fingerprints of the options and of the
 //     adapters, u32 spans, i32 [start, end) of each
@@ -30,7 +31,8 @@
 
 static constexpr uint32_t STATE_MAGIC = 0x76736b68; // "hksv"
 static constexpr uint32_t STATE_VERSION = 5;
-static constexpr uint32_t STATE_VERSION_BESIDE = 6; // with layers that are not ours
+static constexpr uint32_t STATE_BESIDE = 1; // added to it: with layers that are not ours
+static constexpr uint32_t STATE_TWO_SIZES = 2; // and heads whose K and V are of different sizes
 
 enum state_kind_t : uint32_t { STATE_SEQUENCE = 1,
     STATE_CONTEXT = 2 };
@@ -104,6 +106,15 @@ struct saved_seq {
     std::vector<std::vector<saved_head>> heads; // [i_layer][ih]
     std::vector<uint8_t> beside;
 };
+
+bool has_two_sizes(const headkv_store & store) {
+    return std::any_of(store.layers.begin(), store.layers.end(), [](const headkv_store_layer & l) { return l.n_embd_head_k != l.n_embd_head_v; });
+}
+
+// so that states of other models are what they always were
+uint32_t version_of(const headkv_store & store, bool with_beside) {
+    return STATE_VERSION + (with_beside ? STATE_BESIDE : 0) + (has_two_sizes(store) ? STATE_TWO_SIZES : 0);
+}
 
 } // namespace
 
@@ -237,15 +248,18 @@ void llama_kv_cache_ragged::state_write(llama_io_write_i & io, llama_seq_id seq_
 
     writer_t to = { io, {}, {} };
     to.number(STATE_MAGIC);
-    to.number(the_beside ? STATE_VERSION_BESIDE : STATE_VERSION);
+    to.number(version_of(the_store, the_beside != nullptr));
     to.number(seq_id < 0 ? STATE_CONTEXT : STATE_SEQUENCE);
     to.number(get_fingerprint());
     to.number((uint32_t) type_k);
     to.number((uint32_t) type_v);
     to.number((uint32_t) the_store.layers.size());
     for (const auto & layer : the_store.layers) {
-        for (int32_t x : { layer.il, layer.n_head, layer.n_head_kv, layer.n_embd_head }) {
+        for (int32_t x : { layer.il, layer.n_head, layer.n_head_kv, layer.n_embd_head_k }) {
             to.number(x);
+        }
+        if (has_two_sizes(the_store)) {
+            to.number(layer.n_embd_head_v);
         }
     }
     to.number((uint32_t) ids.size());
@@ -341,8 +355,8 @@ static saved_seq read_seq(reader_t & from, const headkv_store & store, uint32_t 
             }
             const size_t n_rows = n_kept + seq.n_generated();
             head.pos = from.array<int32_t>(n_kept);
-            head.k = from.array<uint8_t>(n_rows * ggml_row_size(layer.type_k, layer.n_embd_head));
-            head.v = from.array<uint8_t>(n_rows * ggml_row_size(layer.type_v, layer.n_embd_head));
+            head.k = from.array<uint8_t>(n_rows * ggml_row_size(layer.type_k, layer.n_embd_head_k));
+            head.v = from.array<uint8_t>(n_rows * ggml_row_size(layer.type_v, layer.n_embd_head_v));
             if (!ggml_validate_row_data(layer.type_k, head.k.data(), head.k.size()) || !ggml_validate_row_data(layer.type_v, head.v.data(), head.v.size())) {
                 throw std::runtime_error("it is damaged (a value is not finite)");
             }
@@ -390,7 +404,7 @@ void llama_kv_cache_ragged::state_read(llama_io_read_i & io, llama_seq_id seq_id
         if (from.number<uint32_t>() != STATE_MAGIC) {
             throw std::runtime_error("it is not one of a compressed cache");
         }
-        from.expect(the_beside ? STATE_VERSION_BESIDE : STATE_VERSION, "its version");
+        from.expect(version_of(the_store, the_beside != nullptr), "its version");
         if (from.number<uint32_t>() != (one ? STATE_SEQUENCE : STATE_CONTEXT)) {
             throw std::runtime_error(one ? "it is one of a whole context, not of a sequence" : "it is one of a sequence, not of a whole context");
         }
@@ -402,7 +416,10 @@ void llama_kv_cache_ragged::state_read(llama_io_read_i & io, llama_seq_id seq_id
             from.expect(layer.il, "a layer of it");
             from.expect(layer.n_head, "its number of heads");
             from.expect(layer.n_head_kv, "its number of KV heads");
-            from.expect(layer.n_embd_head, "its size of a head");
+            from.expect(layer.n_embd_head_k, "its size of a head");
+            if (has_two_sizes(the_store)) {
+                from.expect(layer.n_embd_head_v, "its size of a V head");
+            }
         }
         if (fingerprint != get_fingerprint()) {
             throw std::runtime_error("it is one of another model, or of this one with another rotary embedding");

@@ -8,7 +8,7 @@
 #include <numeric>
 
 size_t headkv_layer_shape::n_bytes_cell() const {
-    return (ggml_row_size(type_k, n_embd_head) + ggml_row_size(type_v, n_embd_head)) * n_head_kv;
+    return (ggml_row_size(type_k, n_embd_head_k) + ggml_row_size(type_v, n_embd_head_v)) * n_head_kv;
 }
 
 const headkv_store_layer * headkv_store::find(int32_t il) const {
@@ -140,8 +140,8 @@ static pools_t make_pools(const headkv_store_layer & layer, uint32_t n_rows, boo
     }
     ggml_init_params params = { /*.mem_size =*/2 * ggml_tensor_overhead(), /*.mem_buffer =*/nullptr, /*.no_alloc =*/true };
     res.ctx.reset(ggml_init(params));
-    res.k = ggml_new_tensor_2d(res.ctx.get(), layer.type_k, layer.n_embd_head, n_rows);
-    res.v = ggml_new_tensor_2d(res.ctx.get(), layer.type_v, layer.n_embd_head, n_rows);
+    res.k = ggml_new_tensor_2d(res.ctx.get(), layer.type_k, layer.n_embd_head_k, n_rows);
+    res.v = ggml_new_tensor_2d(res.ctx.get(), layer.type_v, layer.n_embd_head_v, n_rows);
     ggml_format_name(res.k, "headkv_k_l%d", layer.il);
     ggml_format_name(res.v, "headkv_v_l%d", layer.il);
     if (no_alloc) {

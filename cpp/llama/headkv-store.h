@@ -45,7 +45,8 @@ struct headkv_layer_shape {
     int32_t il = 0;
     int32_t n_head = 0;
     int32_t n_head_kv = 0;
-    int32_t n_embd_head = 0;
+    int32_t n_embd_head_k = 0; // and of its queries
+    int32_t n_embd_head_v = 0;
     ggml_type type_k = GGML_TYPE_F16;
     ggml_type type_v = GGML_TYPE_F16;
     ggml_backend_buffer_type_t buft = nullptr;
@@ -60,15 +61,15 @@ struct headkv_store_layer : headkv_layer_shape {
 
     ggml_context_ptr ctx;
     ggml_backend_buffer_ptr buf;
-    ggml_tensor * k = nullptr; // [n_embd_head, n_rows]
-    ggml_tensor * v = nullptr; // [n_embd_head, n_rows]
+    ggml_tensor * k = nullptr; // [n_embd_head_k, n_rows]
+    ggml_tensor * v = nullptr; // [n_embd_head_v, n_rows]
 
     std::vector<std::vector<headkv_range>> ranges;  // [seq][head], empty = the sequence is not in the store
     std::vector<std::vector<headkv_bucket>> buckets; // [seq], composed path only
 
     std::unique_ptr<headkv_attend_state> attend;
 
-    // output matrix [n_embd_head*n_head, n_embd] and its scale, as the graph applies them to the attention; null = it does not
+    // output matrix [n_embd_head_v*n_head, n_embd] and its scale, as the graph applies them to the attention; null = it does not
     ggml_tensor * wo = nullptr;
     ggml_tensor * wo_s = nullptr;
 

@@ -67,7 +67,8 @@ std::vector<headkv_layer_shape> llama_kv_cache_ragged::shapes() const {
         shape.il = il;
         shape.n_head = hparams.n_head(il);
         shape.n_head_kv = hparams.n_head_kv(il);
-        shape.n_embd_head = hparams.n_embd_head_k(il);
+        shape.n_embd_head_k = hparams.n_embd_head_k(il);
+        shape.n_embd_head_v = hparams.n_embd_head_v(il);
         shape.type_k = type_k;
         shape.type_v = type_v;
         shape.buft = cparams.offload_kqv ? ggml_backend_dev_buffer_type(model.dev_layer(il)) : ggml_backend_cpu_buffer_type();
@@ -80,13 +81,13 @@ void llama_kv_cache_ragged::make_layers(headkv_store & store) const {
     for (const auto & shape : shapes()) {
         headkv_store_layer layer;
         static_cast<headkv_layer_shape &>(layer) = shape;
-        layer.attend = std::make_unique<headkv_attend_state>(layer.n_embd_head, layer.n_head, layer.n_head_kv, (int) seqs.size(), type_k, type_v);
+        layer.attend = std::make_unique<headkv_attend_state>(layer.n_embd_head_k, layer.n_embd_head_v, layer.n_head, layer.n_head_kv, (int) seqs.size(), type_k, type_v);
 
         const bool can_fuse = headkv_can_attend_fused(layer);
         if (cfg->attend == HEADKV_ATTEND_FUSED && !can_fuse) {
-            throw std::invalid_argument(format("attend 'fused' is not possible in layer %d with heads of %d, K of type %s and V of type %s on %s: "
-                                               "the CPU has it for types with a dot product, CUDA for heads of 64, 80, 96, 128 and 256 and K and V both f16, bf16 or q8_0; use 'composed'",
-                    layer.il, layer.n_embd_head, ggml_type_name(type_k), ggml_type_name(type_v), ggml_backend_buft_name(layer.buft)));
+            throw std::invalid_argument(format("attend 'fused' is not possible in layer %d with K heads of %d and V heads of %d, of types %s and %s, on %s: "
+                                               "the CPU has it for types with a dot product, CUDA for K and V of one size, 64, 80, 96, 128 or 256, and both f16, bf16 or q8_0; use 'composed'",
+                    layer.il, layer.n_embd_head_k, layer.n_embd_head_v, ggml_type_name(type_k), ggml_type_name(type_v), ggml_backend_buft_name(layer.buft)));
         }
         layer.fused = can_fuse && cfg->attend != HEADKV_ATTEND_COMPOSED;
         store.layers.push_back(std::move(layer));

@@ -23,7 +23,10 @@ Fitted = dict[tuple[int, int], tuple[NDArray[np.float64], float, float]]
 
 
 class Shape(Protocol):
-    """Heads of a model whose compressed layers are alike; ``layers``, if it has one, says which these are, else it is all of them."""
+    """Heads of a model whose compressed layers are alike.
+
+    ``layers``, if it has one, says which these are, else it is all of them; ``head_dim_v`` is the size of V, else it is that of K.
+    """
 
     @property
     def n_layer(self) -> int: ...
@@ -41,6 +44,10 @@ class Shape(Protocol):
 def layers_of(shape: Shape) -> list[int]:
     """Layers that are compressed."""
     return list(getattr(shape, "layers", None) or range(shape.n_layer))
+
+
+def _dim(shape: Shape, v: bool) -> int:
+    return int(getattr(shape, "head_dim_v", shape.head_dim)) if v else shape.head_dim
 
 
 def heads(shape: Shape) -> list[tuple[int, int]]:
@@ -64,13 +71,13 @@ def uncapped(llm: Any, il: int) -> dict[str, Any]:
 
 def head_rows(llm: Any, shape: Shape, il: int, *, v: bool) -> NDArray[np.float32]:
     """K or V of a staged prompt, (n_tokens, n_head_kv, head_dim)."""
-    rows = [llm._read_floats(_lib.lib.headkv_read_cells, shape.head_dim, llm.n_ctx(), il, ih, v) for ih in range(shape.n_head_kv)]
+    rows = [llm._read_floats(_lib.lib.headkv_read_cells, _dim(shape, v), llm.n_ctx(), il, ih, v) for ih in range(shape.n_head_kv)]
     return np.stack(rows, axis=1)
 
 
 def rows(llm: Any, shape: Shape, *, v: bool) -> Rows:
     """K or V of every head, as the cache holds them."""
-    return {head: llm._read_floats(_lib.lib.headkv_read_cells, shape.head_dim, llm.n_ctx(), *head, v) for head in heads(shape)}
+    return {head: llm._read_floats(_lib.lib.headkv_read_cells, _dim(shape, v), llm.n_ctx(), *head, v) for head in heads(shape)}
 
 
 def kept_by(llm: Any, shape: Shape) -> Kept:

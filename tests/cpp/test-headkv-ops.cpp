@@ -138,9 +138,12 @@ struct attend_case {
     float softcap = 0.0f;
     bool bias = false;
     std::string sinks = "";
+    int n_value = 0; // elements of V, 0 = D
+
+    int D_v() const { return n_value > 0 ? n_value : D; }
 
     std::string name() const {
-        std::string res = kernel + "," + ggml_type_name(type) + ",D=" + std::to_string(D) + ",G=" + std::to_string(G) +
+        std::string res = kernel + "," + ggml_type_name(type) + ",D=" + std::to_string(D) + "/" + std::to_string(D_v()) + ",G=" + std::to_string(G) +
                 ",seqs=" + std::to_string(n_seqs) + ",tps=" + std::to_string(n_tps) + ",softcap=" + std::to_string((int) softcap) + ",bias=" + std::to_string(bias) + ",sinks=" + sinks + ",lens=";
         for (int len : lens) {
             res += std::to_string(len) + "/";
@@ -175,10 +178,10 @@ static std::vector<double> attend_in_doubles(const attend_case & c, const std::v
         for (double x : s) {
             sum += std::exp(x - m);
         }
-        std::vector<double> o(c.D, 0.0);
+        std::vector<double> o(c.D_v(), 0.0);
         for (int r = 0; r < len; ++r) {
-            for (int d = 0; d < c.D; ++d) {
-                o[d] += std::exp(s[r] - m) / sum * vf[(size_t) (ranges[2 * i] + r) * c.D + d];
+            for (int d = 0; d < c.D_v(); ++d) {
+                o[d] += std::exp(s[r] - m) / sum * vf[(size_t) (ranges[2 * i] + r) * c.D_v() + d];
             }
         }
         res.insert(res.end(), o.begin(), o.end());
@@ -189,11 +192,11 @@ static std::vector<double> attend_in_doubles(const attend_case & c, const std::v
 static bool test_attend(const attend_case & c) {
     const bool cuda = c.kernel == "cuda";
     setenv("HEADKV_KERNEL", cuda ? "portable" : c.kernel.c_str(), 1);
-    if (!headkv_attend_kernel_find(c.type, c.type, c.D, getenv("HEADKV_KERNEL"))) {
+    if (!headkv_attend_kernel_find(c.type, c.type, c.D, c.D_v(), getenv("HEADKV_KERNEL"))) {
         return true; // not on this machine or not for this type
     }
     const int H = (int) c.lens.size() / c.n_seqs;
-    headkv_attend_state state(c.D, c.G * H, H, c.n_seqs, c.type, c.type);
+    headkv_attend_state state(c.D, c.D_v(), c.G * H, H, c.n_seqs, c.type, c.type);
     state.scale = 1.0f / std::sqrt((float) c.D);
     state.softcap = c.softcap;
 
@@ -211,7 +214,7 @@ static bool test_attend(const attend_case & c) {
     ggml_context * ctx = g.ctx.get();
     ggml_tensor * q = ggml_new_tensor_3d(ctx, GGML_TYPE_F32, c.D, c.G * H, T);
     ggml_tensor * k = ggml_new_tensor_2d(ctx, c.type, c.D, n_rows);
-    ggml_tensor * v = ggml_new_tensor_2d(ctx, c.type, c.D, n_rows);
+    ggml_tensor * v = ggml_new_tensor_2d(ctx, c.type, c.D_v(), n_rows);
     ggml_tensor * r = ggml_new_tensor_3d(ctx, GGML_TYPE_I32, 2, H, c.n_seqs);
     ggml_tensor * b = c.bias ? ggml_new_tensor_2d(ctx, GGML_TYPE_F32, H, c.n_seqs) : nullptr;
     const std::vector<float> sinks = make_sinks(c.sinks, c.G * H);
@@ -224,7 +227,7 @@ static bool test_attend(const attend_case & c) {
     g.alloc(out);
 
     set_quantized(k, random_floats((size_t) c.D * n_rows));
-    set_quantized(v, random_floats((size_t) c.D * n_rows));
+    set_quantized(v, random_floats((size_t) c.D_v() * n_rows));
     const std::vector<float> qf = random_floats(ggml_nelements(q), 2.0f);
     ggml_backend_tensor_set(q, qf.data(), 0, ggml_nbytes(q));
     ggml_backend_tensor_set(r, ranges.data(), 0, ggml_nbytes(r));
@@ -241,16 +244,16 @@ static bool test_attend(const attend_case & c) {
     const std::vector<float> kf = get_floats(k);
     const std::vector<float> vf = get_floats(v);
     // rows outside of the ranges must not be read
-    const size_t nb = ggml_row_size(c.type, c.D);
     std::vector<bool> used(n_rows, false);
     for (size_t i = 0; i < c.lens.size(); ++i) {
         std::fill(used.begin() + ranges[2 * i], used.begin() + ranges[2 * i] + c.lens[i], true);
     }
-    const std::vector<uint8_t> poison(nb, 0xff);
-    for (int i = 0; i < n_rows; ++i) {
-        if (!used[i]) {
-            ggml_backend_tensor_set(k, poison.data(), i * nb, nb);
-            ggml_backend_tensor_set(v, poison.data(), i * nb, nb);
+    for (ggml_tensor * t : { k, v }) {
+        const std::vector<uint8_t> poison(t->nb[1], 0xff);
+        for (int i = 0; i < n_rows; ++i) {
+            if (!used[i]) {
+                ggml_backend_tensor_set(t, poison.data(), i * poison.size(), poison.size());
+            }
         }
     }
 
@@ -295,10 +298,10 @@ static bool test_attend(const attend_case & c) {
 static bool test_attend_nan(const std::string & kernel, ggml_type type, int i_nan) {
     setenv("HEADKV_KERNEL", kernel.c_str(), 1);
     const int D = 64, G = 3, H = 2, n = 300;
-    if (!headkv_attend_kernel_find(type, type, D, getenv("HEADKV_KERNEL"))) {
+    if (!headkv_attend_kernel_find(type, type, D, D, getenv("HEADKV_KERNEL"))) {
         return true;
     }
-    headkv_attend_state state(D, G * H, H, 1, type, type);
+    headkv_attend_state state(D, D, G * H, H, 1, type, type);
     state.scale = 0.125f;
     op_graph g(false);
     ggml_context * ctx = g.ctx.get();
@@ -331,11 +334,11 @@ static bool test_attend_nan(const std::string & kernel, ggml_type type, int i_na
 static bool test_attend_low_sinks(const std::string & kernel, ggml_type type, int n_tps) {
     setenv("HEADKV_KERNEL", kernel.c_str(), 1);
     const int D = 64, G = 5, H = 3;
-    if (!headkv_attend_kernel_find(type, type, D, getenv("HEADKV_KERNEL"))) {
+    if (!headkv_attend_kernel_find(type, type, D, D, getenv("HEADKV_KERNEL"))) {
         return true;
     }
     const std::vector<int32_t> ranges = { 0, 300, 300, 0, 300, 77 };
-    headkv_attend_state state(D, G * H, H, 1, type, type);
+    headkv_attend_state state(D, D, G * H, H, 1, type, type);
     state.scale = 0.125f;
     const auto qf = random_floats((size_t) D * G * H * n_tps), kf = random_floats((size_t) D * 377), vf = random_floats((size_t) D * 377);
     std::vector<float> got[2];
@@ -789,11 +792,11 @@ static void perf() {
         for (ggml_type type : { GGML_TYPE_F16, GGML_TYPE_Q8_0 }) {
             for (int D : { 64, 128 }) {
                 for (const auto & l : lens) {
-                    if (!headkv_attend_kernel_find(type, type, D, kernel)) {
+                    if (!headkv_attend_kernel_find(type, type, D, D, kernel)) {
                         continue;
                     }
                     setenv("HEADKV_KERNEL", kernel, 1);
-                    headkv_attend_state state(D, 32, 8, 1, type, type);
+                    headkv_attend_state state(D, D, 32, 8, 1, type, type);
                     state.scale = 0.1f;
                     op_graph g;
                     std::vector<int32_t> ranges;
@@ -835,7 +838,7 @@ static void perf_sinks() {
     for (ggml_type type : { GGML_TYPE_F16, GGML_TYPE_Q8_0 }) {
         for (int len : { 128, 1024, 8192 }) {
             op_graph g[2];
-            headkv_attend_state state(D, n_head, H, 1, type, type);
+            headkv_attend_state state(D, D, n_head, H, 1, type, type);
             state.scale = 0.125f;
             std::vector<int32_t> ranges;
             for (int h = 0; h < H; ++h) {
@@ -1043,11 +1046,11 @@ static bool test_fit(const char * name, int n) {
 // what the references of a head are answered by some cells, ascending, in double precision; those that they do not see are left out
 static std::vector<double> answers_in_doubles(const headkv_fit_layer & l, const std::vector<float> & qf, const std::vector<float> & kf, const std::vector<float> & vf,
         int64_t ih, const std::vector<int32_t> & cells) {
-    const int64_t D = l.k->ne[0], H = (int64_t) l.ranges.size(), G = (int64_t) l.sinks.size() / H;
+    const int64_t D = l.k->ne[0], D_v = l.v->ne[0], H = (int64_t) l.ranges.size(), G = (int64_t) l.sinks.size() / H;
     std::vector<double> res;
     for (size_t i = 0; i < l.pos.size(); ++i) {
         double sum = l.sinks.empty() ? 0.0 : std::exp((double) l.sinks[ih * G + headkv_ref_head(l.pos[i], (int32_t) ih, (int32_t) H, (int32_t) G)]);
-        std::vector<double> y(D, 0.0);
+        std::vector<double> y(D_v, 0.0);
         for (int32_t cell : cells) {
             if (cell > l.pos[i]) {
                 break;
@@ -1058,8 +1061,8 @@ static std::vector<double> answers_in_doubles(const headkv_fit_layer & l, const 
             }
             const double p = std::exp(l.softcap > 0.0f ? l.softcap * std::tanh(dot / l.softcap) : dot);
             sum += p;
-            for (int64_t d = 0; d < D; ++d) {
-                y[d] += p * vf[(l.cells[cell] * H + ih) * D + d];
+            for (int64_t d = 0; d < D_v; ++d) {
+                y[d] += p * vf[(l.cells[cell] * H + ih) * D_v + d];
             }
         }
         for (double & x : y) {
@@ -1070,7 +1073,7 @@ static std::vector<double> answers_in_doubles(const headkv_fit_layer & l, const 
 }
 
 // the answers of all cells, and the residual of those that are kept
-static bool test_fit_answers(int n, float softcap, const std::string & kind) {
+static bool test_fit_answers(int n, float softcap, const std::string & kind, int D_v) {
     unsetenv("HEADKV_KERNEL");
     const int D = 64, H = 2, G = 3;
     const std::vector<llama_pos> pos = headkv_ref_positions(n);
@@ -1090,24 +1093,24 @@ static bool test_fit_answers(int n, float softcap, const std::string & kind) {
     ggml_context * ctx = g.ctx.get();
     ggml_tensor * refs = ggml_new_tensor_2d(ctx, GGML_TYPE_F16, D, (int64_t) H * pos.size());
     ggml_tensor * k_all = ggml_new_tensor_2d(ctx, GGML_TYPE_F16, D * H, n);
-    ggml_tensor * v_all = ggml_new_tensor_2d(ctx, GGML_TYPE_F16, D * H, n);
+    ggml_tensor * v_all = ggml_new_tensor_2d(ctx, GGML_TYPE_F16, D_v * H, n);
     ggml_tensor * k = ggml_new_tensor_2d(ctx, GGML_TYPE_F16, D, H * n);
-    ggml_tensor * v = ggml_new_tensor_2d(ctx, GGML_TYPE_F16, D, H * n);
+    ggml_tensor * v = ggml_new_tensor_2d(ctx, GGML_TYPE_F16, D_v, H * n);
     const headkv_fit_layer layer = { pos, slots, cells, ranges, refs, k_all, v_all, k, v, 0.125f, softcap, make_sinks(kind, G * H) };
     headkv_fitting::job_t job(layer, 2);
     ggml_tensor * args[] = { refs, k_all, v_all };
-    ggml_tensor * answers = ggml_custom_4d(ctx, GGML_TYPE_F32, D, (int64_t) pos.size(), H, 1, args, 3, headkv_fitting::answers_op, GGML_N_TASKS_MAX, &job);
+    ggml_tensor * answers = ggml_custom_4d(ctx, GGML_TYPE_F32, job.sizes.n_value, (int64_t) pos.size(), H, 1, args, 3, headkv_fitting::answers_op, GGML_N_TASKS_MAX, &job);
     ggml_tensor * more[] = { answers, refs, k, v_all };
     g.alloc(ggml_custom_inplace(ctx, v, more, 4, headkv_fitting::values_op, GGML_N_TASKS_MAX, &job));
     for (ggml_tensor * t : { refs, k_all, v_all }) {
         set_quantized(t, random_floats(ggml_nelements(t), t == refs ? 3.0f : 1.0f));
     }
-    const size_t nb = D * sizeof(ggml_fp16_t);
-    for (int ih = 0; ih < H; ++ih) {
-        for (size_t i = 0; i < ranges[ih].pos.size(); ++i) {
-            const size_t from = cells[ranges[ih].pos[i]] * k_all->nb[1] + ih * nb, to = (ranges[ih].off + i) * nb;
-            memcpy((char *) k->data + to, (const char *) k_all->data + from, nb);
-            memcpy((char *) v->data + to, (const char *) v_all->data + from, nb);
+    for (auto [pool, from] : { std::make_pair(k, k_all), std::make_pair(v, v_all) }) {
+        const size_t nb = pool->nb[1];
+        for (int ih = 0; ih < H; ++ih) {
+            for (size_t i = 0; i < ranges[ih].pos.size(); ++i) {
+                memcpy((char *) pool->data + (ranges[ih].off + i) * nb, (const char *) from->data + cells[ranges[ih].pos[i]] * from->nb[1] + ih * nb, nb);
+            }
         }
     }
     g.run(2);
@@ -1119,9 +1122,9 @@ static bool test_fit_answers(int n, float softcap, const std::string & kind) {
         const auto y = answers_in_doubles(layer, qf, kf, vf, ih, all), x = answers_in_doubles(layer, qf, kf, vf, ih, ranges[ih].pos);
         double err = 0.0, ref = 0.0, before = 0.0, whole = 0.0;
         for (size_t i = 0; i < y.size(); ++i) {
-            err += std::pow(y[i] - got[ih * y.size() + i], 2);
+            const size_t i_ref = i / D_v;
+            err += std::pow(y[i] - got[(ih * pos.size() + i_ref) * job.sizes.n_value + i % D_v], 2);
             ref += y[i] * y[i];
-            const size_t i_ref = i / D;
             if (i_ref % headkv_fitting::N_HELD == headkv_fitting::N_HELD - 1 && pos[i_ref] >= ranges[ih].pos[0]) {
                 before += std::pow(y[i] - x[i], 2);
                 whole += y[i] * y[i];
@@ -1132,6 +1135,46 @@ static bool test_fit_answers(int n, float softcap, const std::string & kind) {
         }
     }
     return true;
+}
+
+// CUDA's kernels know one size
+static bool test_cuda_refuses_two_sizes() {
+    headkv_attend_state state(128, 64, 8, 2, 1, GGML_TYPE_F16, GGML_TYPE_F16);
+    op_graph g;
+    ggml_context * ctx = g.ctx.get();
+    ggml_tensor * q = ggml_new_tensor_3d(ctx, GGML_TYPE_F32, 128, 8, 1);
+    ggml_tensor * k = ggml_new_tensor_2d(ctx, GGML_TYPE_F16, 128, 10);
+    ggml_tensor * v = ggml_new_tensor_2d(ctx, GGML_TYPE_F16, 64, 10);
+    ggml_tensor * r = ggml_new_tensor_2d(ctx, GGML_TYPE_I32, 2, 2);
+    return !cuda_on_cpu_supports(headkv_build_attend_fused(ctx, &state, q, k, v, r)->view_src);
+}
+
+// K and V of different sizes
+static void add_two_sizes(std::vector<std::pair<std::string, std::function<bool()>>> & cases) {
+    for (const char * kernel : { "portable", "avx2", "avx512", "neon" }) {
+        for (ggml_type type : { GGML_TYPE_F16, GGML_TYPE_F32, GGML_TYPE_BF16, GGML_TYPE_Q8_0, GGML_TYPE_Q4_0 }) {
+            for (const auto & [D, D_v] : { std::make_pair(192, 128), std::make_pair(64, 96), std::make_pair(48, 32), std::make_pair(96, 80) }) {
+                if (D % ggml_blck_size(type) != 0 || D_v % ggml_blck_size(type) != 0) {
+                    continue;
+                }
+                const attend_case of_case[] = {
+                    { kernel, type, D, 1, { 0, 1, 31, 255 }, 1, 1, 0.0f, false, "", D_v },
+                    { kernel, type, D, 7, { 3, 3000 }, 1, 1, 30.0f, true, "mixed", D_v },
+                    { kernel, type, D, 4, { 9, 300, 140, 10, 20, 131 }, 3, 2, 0.0f, true, "", D_v },
+                    { kernel, type, D, 12, { 9, 300, 140, 10 }, 1, 9, 0.0f, false, "", D_v },
+                };
+                for (const attend_case & c : of_case) {
+                    cases.push_back({ c.name(), [c]() { return test_attend(c); } });
+                }
+            }
+        }
+    }
+    for (int D_v : { 48, 96 }) {
+        for (const char * sinks : { "", "mixed" }) {
+            cases.push_back({ "fit_answers,n=300,D_v=" + std::to_string(D_v) + ",sinks=" + sinks, [=]() { return test_fit_answers(300, 20.0f, sinks, D_v); } });
+        }
+    }
+    cases.push_back({ "cuda refuses two sizes", test_cuda_refuses_two_sizes });
 }
 
 int main(int argc, char ** argv) {
@@ -1259,8 +1302,8 @@ int main(int argc, char ** argv) {
             const std::string of = ",softcap=" + std::to_string((int) softcap) + ",sinks=" + sinks;
             cases.push_back({ "sums,n=200/33" + of, [=]() { return test_sums(200, 33, softcap, sinks); } });
             cases.push_back({ "sums,n=64/64" + of, [=]() { return test_sums(64, 64, softcap, sinks); } });
-            cases.push_back({ "fit_answers,n=300" + of, [=]() { return test_fit_answers(300, softcap, sinks); } });
-            cases.push_back({ "fit_answers,n=1300" + of, [=]() { return test_fit_answers(1300, softcap, sinks); } });
+            cases.push_back({ "fit_answers,n=300" + of, [=]() { return test_fit_answers(300, softcap, sinks, 64); } });
+            cases.push_back({ "fit_answers,n=1300" + of, [=]() { return test_fit_answers(1300, softcap, sinks, 64); } });
         }
     }
     for (int n_prefix : { 1, 2, 31, 257, 5000 }) {
@@ -1298,6 +1341,7 @@ int main(int argc, char ** argv) {
         }
     }
     cases.push_back({ "buckets", test_buckets });
+    add_two_sizes(cases);
 
     int n_fail = 0;
     int n_run = 0;

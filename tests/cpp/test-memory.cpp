@@ -197,7 +197,8 @@ static ggml_backend_buffer_type_t failing_buft() {
 using rows_t = std::vector<std::vector<std::vector<float>>>;
 
 struct walk_t {
-    static constexpr int D = 32;
+    static constexpr int D_k = 32;
+    static constexpr int D_v = 24;
     static constexpr int H = 3;
 
     std::mt19937 rng;
@@ -217,7 +218,8 @@ struct walk_t {
             layer.il = il;
             layer.n_head = 2 * H;
             layer.n_head_kv = H;
-            layer.n_embd_head = D;
+            layer.n_embd_head_k = D_k;
+            layer.n_embd_head_v = D_v;
             layer.type_k = layer.type_v = GGML_TYPE_F32;
             layer.buft = failing_buft();
             layer.fused = fused;
@@ -228,9 +230,9 @@ struct walk_t {
     uint32_t below(uint32_t n) { return rng() % n; }
 
     void write(headkv_store_layer & layer, const headkv_range & range, uint32_t i, float x) {
-        const std::vector<float> row(D, x), negative(D, -x);
-        ggml_backend_tensor_set(layer.k, row.data(), (range.off + i) * layer.k->nb[1], D * sizeof(float));
-        ggml_backend_tensor_set(layer.v, negative.data(), (range.off + i) * layer.v->nb[1], D * sizeof(float));
+        const std::vector<float> row(D_k, x), negative(D_v, -x);
+        ggml_backend_tensor_set(layer.k, row.data(), (range.off + i) * layer.k->nb[1], D_k * sizeof(float));
+        ggml_backend_tensor_set(layer.v, negative.data(), (range.off + i) * layer.v->nb[1], D_v * sizeof(float));
     }
 
     void add(int32_t s) {
@@ -318,11 +320,11 @@ struct walk_t {
                     const auto & range = layer.ranges[s][ih];
                     ends[range.off] = range.off + range.n_cap;
                     bool same = range.pos.size() == range.n_kept && range.n_used(n_generated[s]) == rows[i][ih].size() && range.n_cap >= rows[i][ih].size();
-                    std::vector<float> k(D), v(D);
+                    std::vector<float> k(D_k), v(D_v);
                     for (size_t j = 0; same && j < rows[i][ih].size(); ++j) {
-                        ggml_backend_tensor_get(layer.k, k.data(), (range.off + j) * layer.k->nb[1], D * sizeof(float));
-                        ggml_backend_tensor_get(layer.v, v.data(), (range.off + j) * layer.v->nb[1], D * sizeof(float));
-                        same = k[0] == rows[i][ih][j] && k[D - 1] == k[0] && v[0] == -k[0] && v[D - 1] == v[0];
+                        ggml_backend_tensor_get(layer.k, k.data(), (range.off + j) * layer.k->nb[1], D_k * sizeof(float));
+                        ggml_backend_tensor_get(layer.v, v.data(), (range.off + j) * layer.v->nb[1], D_v * sizeof(float));
+                        same = k[0] == rows[i][ih][j] && k[D_k - 1] == k[0] && v[0] == -k[0] && v[D_v - 1] == v[0];
                     }
                     check(same, "every row is what was written", where);
                 }
