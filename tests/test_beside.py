@@ -17,6 +17,8 @@ from conftest import nmse
 from llama_cpp import llama_cpp
 from test_sequences import Sequences
 
+from pyheadkv.options import Options
+
 N_SHORT, N_LONG = 150, 700  # a ring holds 256 tokens, and the window is 32
 WINDOWED = ["gemma3 (sliding window)", "gemma2", "cohere2", "llama4", "gpt-oss", "gemma4 (shared cells)"]
 RECURRENT = ["jamba", "falcon-h1", "qwen3next", "lfm2", "granitehybrid", "nemotron_h"]
@@ -226,13 +228,15 @@ def test_what_went_through_a_recurrent_layer_cannot_be_taken_back(name: str, mod
 
 
 @pytest.mark.parametrize("name", [WINDOWED[0], RECURRENT[0]])
-def test_an_archive_is_refused(name: str, models: dict[str, Lent], tmp_path: Path) -> None:
+def test_an_archive_and_random_cells_are_refused(name: str, models: dict[str, Lent], tmp_path: Path) -> None:
     with sequences(models[name]) as one:
         lib = one.headkv.lib
         params = lib.headkv_default_archive_params()
         params.folder = str(tmp_path).encode()
         assert lib.headkv_set_archive(one.ctx, ctypes.byref(params)) < 0
         assert "layers with windows or recurrent states" in one.headkv.last_error()
+        assert lib.headkv_fill_prompt(one.ctx, 0, 100, 1) < 0
+        assert "cannot be filled" in one.headkv.last_error()
 
 
 @ALL
@@ -274,6 +278,15 @@ def test_images_are_refused_and_texts_go_on(models: dict[str, Lent]) -> None:
         batch.pos = ctypes.cast(given, type(batch.pos))
         llama_cpp.llama_batch_free(batch)
         assert nmse(one.decode({0: [5]})[0], expected[1]) < 1e-6
+
+
+def test_rollback_of_recurrent_states_is_refused(models: dict[str, Lent]) -> None:
+    """Upstream keeps the last tokens of a prompt in one ubatch for it, which is not done here."""
+    params = llama_cpp.llama_context_default_params()
+    params.n_ctx, params.flash_attn_type, params.n_rs_seq = 256, llama_cpp.LLAMA_FLASH_ATTN_TYPE_ENABLED, 2
+    with architectures._lib.creating(Options(kv_size=40, policy="snapkv").to_params(None, None)):
+        assert not llama_cpp.llama_init_from_model(models["lfm2"].model, params)
+    assert "n_rs_seq" in architectures._lib.last_error()
 
 
 def test_memory_of_other_layers_is_counted(models: dict[str, Lent]) -> None:

@@ -185,9 +185,9 @@ void llama_kv_cache_ragged::drop_left_cells() {
     for (llama_seq_id s = 0; s < (llama_seq_id) seqs.size() && the_staging.n_cells() > 0; ++s) {
         the_staging.cache().seq_rm(s, seqs[s].n_pos, -1);
     }
-    for (llama_seq_id s = 0; s < (llama_seq_id) seqs.size() && the_beside; ++s) {
+    for (llama_seq_id s = 0; s < (llama_seq_id) seqs.size(); ++s) {
         if (seqs[s].state == HEADKV_SEQ_EMPTY && !is_reading(s)) {
-            the_beside->remove(s, 0);
+            drop_beside(s);
         }
     }
 }

@@ -43,7 +43,7 @@ void llama_kv_cache_ragged::note_layers(const std::string & why_not) {
         n_layer_bytes = std::max(n_layer_bytes, layer.n_bytes_cell());
     }
     const size_t n_hidden_bytes = hparams.n_embd * (cfg->hidden_f16 ? sizeof(ggml_fp16_t) : sizeof(float));
-    if (why_not.empty() && cfg->prefill == HEADKV_PREFILL_AUTO && n_hidden_bytes + n_layer_bytes > bytes_cell()) {
+    if (why_not.empty() && the_beside && cfg->prefill == HEADKV_PREFILL_AUTO && n_hidden_bytes + n_layer_bytes > bytes_cell()) {
         token_major = format("of a token, the hidden state and K and V of one layer take %zu bytes, K and V of all layers that are compressed %zu",
                 n_hidden_bytes + n_layer_bytes, bytes_cell());
     }

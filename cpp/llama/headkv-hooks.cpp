@@ -53,9 +53,12 @@ static std::string refusal(const llama_model & model, const llama_memory_params 
 }
 
 // why the layers that would be ours cannot be; empty = they can
-static std::string refusal(const llama_hparams & hparams, const headkv_layer_owners & owners) {
+static std::string refusal(const llama_hparams & hparams, const headkv_layer_owners & owners, uint32_t n_rs_seq) {
     if (std::find(owners.ours.begin(), owners.ours.end(), true) == owners.ours.end()) {
         return "none of its layers attends to all tokens";
+    }
+    if (n_rs_seq > 0 && std::find(owners.recurrent.begin(), owners.recurrent.end(), true) != owners.recurrent.end()) {
+        return "recurrent states that can be rolled back (n_rs_seq, for drafts) are not supported: use 0";
     }
     for (uint32_t il = 0; il < hparams.n_layer(); ++il) {
         const int32_t shared = owners.shared[il];
@@ -99,7 +102,7 @@ static headkv_layer_owners ask_owners(const llama_model & model, const llama_mem
     std::string why;
     try {
         res = headkv_owners_of(*probe, model.hparams);
-        why = refusal(model.hparams, res);
+        why = refusal(model.hparams, res, cparams.n_rs_seq);
     } catch (const std::runtime_error & e) {
         why = e.what();
     }

@@ -39,6 +39,9 @@ bool headkv_fill(llama_kv_cache_ragged & kv, llama_context * lctx, llama_seq_id 
     if (seq.state != HEADKV_SEQ_EMPTY) {
         throw std::invalid_argument("only an empty sequence can be filled");
     }
+    if (kv.beside()) {
+        throw std::invalid_argument("layers with windows or recurrent states cannot be filled: read a prompt");
+    }
     if (!kv.make_room(lctx, n_tokens)) {
         return false;
     }

@@ -471,9 +471,7 @@ void llama_kv_cache_ragged::state_read(llama_io_read_i & io, llama_seq_id seq_id
         if (changed && one) {
             seqs[seq_id] = headkv_seq();
             drop_rows(seq_id);
-            if (the_beside) {
-                the_beside->remove(seq_id, 0);
-            }
+            drop_beside(seq_id);
         } else if (changed) {
             clear(true);
         }

@@ -323,6 +323,7 @@ private:
 
     void drop_pass(llama_seq_id seq_id, bool gives_up); // a prompt that is read layer by layer; not given up: it may come again
     void drop_rows(llama_seq_id seq_id); // of the store
+    void drop_beside(llama_seq_id seq_id); // what layers that are not ours hold
     uint32_t n_staged() const; // cells in use
     void release_idle(); // memory of the staging and of the store, where no sequence has any
     void note_peak();
