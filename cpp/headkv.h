@@ -41,7 +41,7 @@ enum headkv_attend {
 
 // order in which a prompt is read; the results are the same
 enum headkv_prefill {
-    HEADKV_PREFILL_AUTO = 0, // layer where it applies, else token
+    HEADKV_PREFILL_AUTO = 0, // layer where it applies and takes less, else token
     HEADKV_PREFILL_TOKEN = 1, // each ubatch through all layers: every layer's full cache is alive at the end
     HEADKV_PREFILL_LAYER = 2, // all ubatches through one layer after the other: only one layer's full cache is ever alive
 };

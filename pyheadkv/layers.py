@@ -148,10 +148,13 @@ def footprint_of(
     return found
 
 
+PREFILL_LAYER = 2  # cpp/headkv.h: whether it is possible, not whether it is worth it
+
+
 def any_params() -> _lib.Params:
     """Of contexts that are only asked for sizes: graphs are reserved for n_ctx cells per head, whatever the budgets."""
     params: _lib.Params = _lib.lib.headkv_default_params()
-    params.kv_size, params.policy = 64, b"snapkv"
+    params.kv_size, params.policy, params.prefill = 64, b"snapkv", PREFILL_LAYER
     return params
 
 

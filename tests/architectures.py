@@ -581,7 +581,7 @@ def examine(name: str, arch: str, keys: Keys, log: list[str]) -> Result:
     if not model:
         return Result(name, f"not run: {log[0].split('error loading model: ')[-1]}")
     try:
-        with Context(model, KV_SIZE) as auto:
+        with Context(model, KV_SIZE, prefill="layer") as auto:
             ours, kept = [auto.logits()], auto.positions()
         with Context(model, KV_SIZE, prefill="token") as token:
             ours.append(token.logits())

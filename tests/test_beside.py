@@ -51,7 +51,7 @@ def models() -> Iterator[dict[str, Lent]]:
 
 @contextmanager
 def sequences(lent: Lent, **options: Any) -> Iterator[Sequences]:
-    made = Sequences(lent, **{"n_seq_max": 1, "n_ctx": 4096, "n_ubatch": 64, "unified": False, **options})
+    made = Sequences(lent, **{"n_seq_max": 1, "n_ctx": 4096, "n_ubatch": 64, "unified": False, "prefill": "layer", **options})
     try:
         yield made
     finally:
@@ -166,6 +166,11 @@ def test_saved_sequences_are_restored_to_the_bit(name: str, models: dict[str, Le
             assert [(many.decode({s: [token]})[s] == logits).all() for token, logits in zip(new[1:], expected[s], strict=True)] == [
                 True
             ] * 3
+        with sequences(models[name]) as alone_there:  # whatever the number of sequences
+            assert c.llama_state_seq_set_data(alone_there.ctx, data, one.size, 0) == one.size
+            alone_there.n_past[0] = N_SHORT + 1
+            got = [alone_there.decode({0: [token]})[0] for token in new[1:]]
+            assert [(a == b).all() for a, b in zip(got, expected[1], strict=True)] == [True] * 3
         one[-3000] ^= 1
         assert c.llama_state_seq_set_data(many.ctx, data, one.size, 1) == 0
         assert "damaged" in many.headkv.last_error() and many.state(1) == 2  # as it was
@@ -281,3 +286,21 @@ def test_memory_of_other_layers_is_counted(models: dict[str, Lent]) -> None:
             assert many.stats(0).bytes_beside == n_seq_max * per_seq
     with sequences(models["jamba"], n_seq_max=2) as many:
         assert many.stats(0).bytes_beside > 0
+
+
+@pytest.mark.parametrize(("n_global", "chosen"), [(1, "upstream's"), (3, "layer by layer")])
+def test_the_order_that_takes_less_is_chosen(n_global: int, chosen: str) -> None:
+    """Hidden states of a prompt against K and V of the layers that need not be staged at once."""
+    keys = dict(architectures.cases()[WINDOWED[0]][1])
+    n_layer = n_global + 1
+    keys |= {"block_count": n_layer, "attention.sliding_window_pattern": [1] + [0] * n_global, "embedding_length": 64}
+    lent = Lent(architectures.make_model("gemma3", keys))
+    try:
+        with sequences(lent, prefill="auto") as one:
+            why = one.headkv.lib.headkv_why_token_prefill(one.ctx).decode()
+            assert ("K and V of one layer take 512 bytes, K and V of all layers that are compressed 256" in why) == (chosen == "upstream's")
+            assert (why == "") == (chosen == "layer by layer")
+        with sequences(lent, prefill="layer") as one:
+            assert one.headkv.lib.headkv_why_token_prefill(one.ctx) == b""
+    finally:
+        llama_cpp.llama_model_free(lent.model)

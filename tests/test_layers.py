@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -328,3 +329,25 @@ def test_reports_of_scores_name_heads_that_are_compressed() -> None:
     lines = score.report(scores, [(0, 0)] * 3 + [(2, 1)], n_read=1, seconds=1.0).splitlines()
     assert "importance of 1 KV heads" in lines[1]
     assert lines[3].endswith(f"Gini {1 / 6:.3f}; largest, as layer-head: 3-0 0.5  3-1 0.25")
+
+
+@BOTH
+def test_eval_records_what_is_beside(
+    make_model: Callable[..., Path], shape: Shape, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "a.jsonl"
+    options = "--tokens 400 --contexts 1 --questions 1 --kv-size 64 --policy snapkv --protocol query-agnostic --raw --jobs 1 --threads 1"
+    assert cli.main(["eval", "text", str(make_model(shape)), "-o", str(out), *options.split()]) == 0
+    answers = [a for line in out.read_text().splitlines()[1:] for a in json.loads(line)["answers"]]
+    (beside,) = {a["bytes_beside"] for a in answers}
+    assert {a["setting"] for a in answers} == {"full", "snapkv 64"} and beside > 0
+    rows = [[cell.strip() for cell in row.split("|")] for row in out.with_suffix(".md").read_text().splitlines() if row.startswith("| ")]
+    (head,) = [row for row in rows if "beside" in row]
+    assert {row[head.index("beside")] for row in rows if row[1] in ("full", "snapkv 64") and len(row) == len(head)} == {
+        f"{beside / 1024:.0f}"
+    }
+    for protocol in ("query-aware", "query-agnostic,archived"):
+        if shape is WINDOWED and protocol == "query-aware":
+            continue
+        assert cli.main(["eval", "text", str(make_model(shape)), "-o", str(out), "--force", *options.split(), "--protocol", protocol]) == 1
+        assert f"--protocol={protocol}: 2 layers of the model have" in capsys.readouterr().err

@@ -215,10 +215,31 @@ struct memory_reader : llama_io_read_i {
 
 } // namespace
 
+// Upstream writes of a sequence: u32 streams of the cache, then of each stream u32 cells and, if there are any, what they hold. Only
+// one stream has any: it is kept alone, so that a context of more or fewer sequences can take it.
+
+static std::vector<uint8_t> one_stream(std::vector<uint8_t> all, uint32_t n_stream, uint32_t i_stream) {
+    all.resize(all.size() - (n_stream - 1 - i_stream) * sizeof(uint32_t));
+    all.erase(all.begin(), all.begin() + (1 + i_stream) * sizeof(uint32_t));
+    return all;
+}
+
+static std::vector<uint8_t> all_streams(const uint8_t * data, size_t n, uint32_t n_stream) {
+    std::vector<uint8_t> res((const uint8_t *) &n_stream, (const uint8_t *) (&n_stream + 1));
+    res.insert(res.end(), data, data + n);
+    res.resize(res.size() + (n_stream - 1) * sizeof(uint32_t), 0);
+    return res;
+}
+
 std::vector<uint8_t> headkv_beside::save(llama_seq_id seq_id) const {
     memory_writer io;
     if (windowed) {
-        windowed->state_write(io, seq_id, 0);
+        memory_writer ring;
+        windowed->state_write(ring, seq_id, 0);
+        const auto data = one_stream(std::move(ring.data), windowed->get_n_stream(), windowed->get_stream(seq_id));
+        const uint64_t n = data.size();
+        io.write(&n, sizeof(n));
+        io.write(data.data(), n);
     }
     if (recurrent) {
         recurrent->state_write(io, seq_id, 0);
@@ -229,7 +250,11 @@ std::vector<uint8_t> headkv_beside::save(llama_seq_id seq_id) const {
 void headkv_beside::restore(llama_seq_id seq_id, const std::vector<uint8_t> & state) {
     memory_reader io(state);
     if (windowed) {
-        windowed->state_read(io, seq_id, 0);
+        uint64_t n;
+        io.read(&n, sizeof(n));
+        const auto all = all_streams(io.take(n), n, windowed->get_n_stream());
+        memory_reader ring(all);
+        windowed->state_read(ring, seq_id, 0);
     }
     if (recurrent) {
         recurrent->state_read(io, seq_id, 0);

@@ -36,6 +36,19 @@ std::string llama_kv_cache_ragged::why_no_values(const headkv_config & c) const 
     return "";
 }
 
+void llama_kv_cache_ragged::note_layers(const std::string & why_not) {
+    token_major = why_not;
+    size_t n_layer_bytes = 0; // of a token, in the largest layer
+    for (const auto & layer : the_store.layers) {
+        n_layer_bytes = std::max(n_layer_bytes, layer.n_bytes_cell());
+    }
+    const size_t n_hidden_bytes = hparams.n_embd * (cfg->hidden_f16 ? sizeof(ggml_fp16_t) : sizeof(float));
+    if (why_not.empty() && cfg->prefill == HEADKV_PREFILL_AUTO && n_hidden_bytes + n_layer_bytes > bytes_cell()) {
+        token_major = format("of a token, the hidden state and K and V of one layer take %zu bytes, K and V of all layers that are compressed %zu",
+                n_hidden_bytes + n_layer_bytes, bytes_cell());
+    }
+}
+
 int32_t llama_kv_cache_ragged::layer_of(const ggml_tensor * t) const {
     for (const auto & layer : the_store.layers) {
         if (t == the_staging.sums(layer.il, false) || t == the_staging.sums(layer.il, true)) {

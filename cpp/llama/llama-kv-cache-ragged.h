@@ -194,7 +194,7 @@ public:
     [[noreturn]] void refuse(const std::string & why) const;
 
     // The worst-case graph of a ubatch: decides whether its layers can be cut apart.
-    void note_layers(const std::string & why_not) { token_major = why_not; }
+    void note_layers(const std::string & why_not);
 
     // whether a worst-case graph went through the hooks for every layer with KV heads, each exactly once
     void note_graph(const std::vector<int32_t> & ils_built);

@@ -20,7 +20,7 @@ from ..eval.tasks import TASKS
 from ..eval.trial import Setting
 from ..importance_values import check_beta
 from ..llama import cells_in
-from ..model import model_path
+from ..model import model_path, read_shape
 from ..options import (
     AUTO,
     DEFAULT_BETA,
@@ -207,7 +207,7 @@ def run(args: argparse.Namespace) -> int:
     )
     for task in tasks:
         n_answer(task)  # files that are needed are there
-    protocols = tuple(check_choice("--protocol", p, PROTOCOLS) for p in split(args.protocol))
+    protocols = check_protocols(tuple(split(args.protocol)), path)
     settings = make_settings(args, path, n_ctx=max(lengths))
     job = Job(
         path, tasks, settings, protocols, keep_kwargs(args), check_int("--threads", args.threads, 1, 1024), args.n_gpu_layers, args.kl
@@ -229,6 +229,26 @@ def run(args: argparse.Namespace) -> int:
     report = write_report(args.output, command="pyheadkv eval " + " ".join(sys.argv[2:]), where=where)
     print(report)
     return 0
+
+
+def check_protocols(protocols: tuple[str, ...], model: Path) -> tuple[str, ...]:
+    """Protocols that the layers of a model allow.
+
+    Raises
+    ------
+    ValueError : there is no such protocol, or the model cannot be asked so
+    """
+    for name in protocols:
+        check_choice("--protocol", name, PROTOCOLS)
+    shape = read_shape(model)
+    if shape.n_recurrent and protocols != ("query-agnostic",):
+        raise ValueError(
+            f"--protocol={','.join(protocols)}: {shape.n_recurrent} layers of the model have a recurrent state, which cannot go back to the "
+            "last token of a compressed prompt and is not archived: use --protocol query-agnostic"
+        )
+    if shape.n_windowed and "archived" in protocols:
+        raise ValueError(f"--protocol={','.join(protocols)}: {shape.n_windowed} layers of the model have windows, which are not archived")
+    return protocols
 
 
 def n_questions(given: int | None, task: str) -> int:

@@ -302,7 +302,7 @@ class Trial:
         if not self._cut(seq_id, n):
             raise RuntimeError(
                 f"sequence {seq_id} cannot be truncated to {n} tokens: a recurrent state does not go back, and a window no further than "
-                "its ring reaches; ask questions about a compressed document (protocol agnostic)"
+                "its ring reaches; only what comes behind a compressed prompt can be asked (eval: --protocol query-agnostic)"
             )
 
     def _cut(self, seq_id: int, n: int) -> bool:
