@@ -103,7 +103,7 @@ def bench(name: str, path: Path, args: argparse.Namespace) -> dict[str, Any]:
     )
     ours, stock, empty = Llama(path, kv_size=args.kv_size, policy="snapkv", **common), Llama(path, **common), Llama(path, **common)
     prompt = tokens_of(ours, args.tokens, is_random=args.model is None)
-    same_text = is_same_text(path, common, stock, prompt)
+    same_text = is_same_text(path, common, stock, prompt) if args.model else "random"
     times: dict[str, list[float]] = {key: [] for key in ("read", "read_stock", "decode", "decode_stock", "decode_empty")}
     for _ in range(args.rounds):
         times["read"].append(read(ours, prompt))
