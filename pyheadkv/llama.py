@@ -359,6 +359,8 @@ class Llama(llama_cpp.Llama):
             self._close_partial()
             raise
         self._check_adapter()
+        # the library rounds n_ctx up, and completions go on to what it made of it
+        self.input_ids = np.zeros(self.n_ctx(), dtype=np.intc)
         if options.prefill == "layer" and self.prefill_mode != "layer":
             why = _lib.lib.headkv_why_token_prefill(self.ctx).decode()
             self.close()
@@ -480,7 +482,7 @@ class Llama(llama_cpp.Llama):
         if self.kv_options is None:
             super().eval(tokens)
             return
-        n_ctx = len(self.input_ids)
+        n_ctx = self.n_ctx()
         if self.n_tokens + len(tokens) > n_ctx:
             raise ValueError(
                 f"{self.n_tokens} + {len(tokens)} tokens do not fit into n_ctx={n_ctx}: use a larger n_ctx or a shorter prompt"

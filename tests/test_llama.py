@@ -9,6 +9,7 @@ import random
 import shutil
 import subprocess
 import sys
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,16 @@ def test_a_needle_is_answered_from_the_compressed_cache(llm: Any, document: Any)
     stats = llm.kv_stats()
     assert stats.state == "compressed" and stats.bytes_staging == 0
     assert stats.bytes_store < 0.3 * stats.bytes_full
+
+
+def test_a_completion_ends_with_the_context_whatever_its_size() -> None:
+    """The library rounds n_ctx up to a multiple of 256, and upstream goes on to that."""
+    from pyheadkv import Llama, embedded_model
+
+    with closing(Llama(embedded_model(), kv_size=64, n_ctx=300, n_threads=1, n_threads_batch=1, verbose=False)) as short:
+        prompt = short.tokenize(b"a word and another one, " * 20)[:250]
+        found = short.create_completion(prompt, max_tokens=None, temperature=0.0, logit_bias={short.token_eos(): -100.0})
+        assert found["choices"][0]["finish_reason"] == "length" and found["usage"]["total_tokens"] == short.n_ctx() == 512
 
 
 def test_streaming_gives_the_same_text(llm: Any, document: Any) -> None:

@@ -1440,6 +1440,12 @@ def random_ids(seed: int, n: int) -> list[int]:
     return [1, *np.random.default_rng(seed).integers(3, 384, n - 1).tolist()]
 
 
+def test_an_archive_of_windowed_and_hybrid_models_ends_the_server(mixed: tuple[Path, Shape], tmp_path: Path) -> None:
+    command = [SERVER, "-m", mixed[0], "--kv-size", str(KV_SIZE), "--kv-archive", tmp_path]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS)
+    assert done.returncode != 0 and "has layers with windows or recurrent states, leave it out" in done.stdout + done.stderr
+
+
 @pytest.mark.parametrize("prefill", ["layer", "token"])
 def test_slots_of_windowed_and_hybrid_models_give_what_single_runs_give(mixed: tuple[Path, Shape], prefill: str, log: Path) -> None:
     path, _ = mixed

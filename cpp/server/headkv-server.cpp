@@ -139,6 +139,20 @@ static bool has_windows(const std::string & path) {
             std::find(std::begin(without_key), std::end(without_key), arch) != std::end(without_key);
 }
 
+// Whether a model has layers that are not compressed; it is looked at without its weights.
+static bool has_other_layers(const std::string & path) {
+    llama_model_params params = llama_model_default_params();
+    params.no_alloc = true;
+    params.load_mode = LLAMA_LOAD_MODE_NONE;
+    params.n_gpu_layers = 0;
+    const llama_model_ptr model(llama_model_load_from_file(path.c_str(), params));
+    const int32_t n = model ? headkv_get_heads(model.get(), nullptr, nullptr, nullptr, nullptr, nullptr, 0) : 0;
+    std::vector<int32_t> unused(std::max(0, n));
+    std::vector<int32_t> beside(std::max(0, n));
+    const bool known = n > 0 && headkv_get_heads(model.get(), unused.data(), unused.data(), unused.data(), unused.data(), beside.data(), n) == n;
+    return known && std::any_of(beside.begin(), beside.end(), [](int32_t x) { return x != 0; });
+}
+
 bool headkv_server_open(common_params & params) {
     const headkv_args & args = headkv_get_args();
     if (!headkv_server_is_on()) {
@@ -150,6 +164,10 @@ bool headkv_server_open(common_params & params) {
     const std::string why = refusal(params);
     if (!why.empty()) {
         SRV_ERR("not possible with %s: %s\n", args.amount().c_str(), why.c_str());
+        return false;
+    }
+    if (args.has_archive() && has_other_layers(params.model.path)) {
+        SRV_ERR("--kv-archive: it holds K and V of global attention, and %s has layers with windows or recurrent states, leave it out\n", params.model.path.c_str());
         return false;
     }
     if (kv_size_max() < args.params.kv_size) {
