@@ -395,29 +395,26 @@ def test_split_modes_and_group_attention_are_refused() -> None:
     assert "--grp-attn-n" in refusal("--kv-size", 64, "--grp-attn-n", "2")  # upstream's server has no such flag any more
 
 
-def test_a_model_with_a_sliding_window_is_refused(tmp_path: Path) -> None:
-    """The same weights as an architecture whose layers look at a window."""
+def test_a_model_that_cannot_be_compressed_is_refused(tmp_path: Path) -> None:
+    """A model whose attention is not causal."""
     import gguf
 
-    path, other = tmp_path / "llama.gguf", tmp_path / "cohere2.gguf"
+    path, other = tmp_path / "llama.gguf", tmp_path / "other.gguf"
     write_random_model(path, n_layer=4, n_embd=64, n_head=4, n_head_kv=2, n_ff=96, n_ctx_train=1024, seed=3, tie_embeddings=True)
-    reader, writer = gguf.GGUFReader(path), gguf.GGUFWriter(other, "cohere2")
+    reader, writer = gguf.GGUFReader(path), gguf.GGUFWriter(other, "llama")
     for key, field in reader.fields.items():
         if not key.startswith(("GGUF.", "general.architecture")):
             element = field.types[1] if field.types[0] == gguf.GGUFValueType.ARRAY else None
-            writer.add_key_value(key.replace("llama.", "cohere2."), field.contents(), field.types[0], element)
-    writer.add_uint32("cohere2.attention.sliding_window", 128)
-    writer.add_float32("cohere2.logit_scale", 1.0)
-    writer.add_float32("cohere2.attention.layer_norm_epsilon", 1e-5)
+            writer.add_key_value(key, field.contents(), field.types[0], element)
+    writer.add_causal_attention(False)
     for tensor in reader.tensors:
-        if "ffn_norm" not in tensor.name:
-            writer.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)
+        writer.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
     output = refusal("--kv-size", 64, "--kv-policy", "snapkv", model=other)
-    assert re.search("KV compression is not possible for .*cohere2.*sliding", output)
+    assert re.search("KV compression is not possible for .*llama.*: the attention is not causal", output)
 
 
 def test_what_a_compressing_server_has_no_answer_for_is_an_error(small_server: Server) -> None:
