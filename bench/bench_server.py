@@ -9,7 +9,6 @@ Without --kv-size the server is upstream's. Rounds are interleaved; ratios are m
 from __future__ import annotations
 
 import argparse
-import csv
 import statistics
 import sys
 import tempfile
@@ -20,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from pyheadkv.eval.journal import commit, machine
+from pyheadkv.eval.journal import append_row, commit, machine
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
 
@@ -137,12 +136,7 @@ def write(row: dict[str, Any], args: argparse.Namespace) -> None:
         "commit": commit(),
         "command": f"python bench/bench_server.py {' '.join(sys.argv[1:])}",
     }
-    is_new = not args.out.is_file()
-    with args.out.open("a", newline="") as f:
-        writer = csv.DictWriter(f, list(row))
-        if is_new:
-            writer.writeheader()
-        writer.writerow(row)
+    append_row(args.out, row)
 
 
 def main() -> None:

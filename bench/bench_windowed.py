@@ -3,19 +3,20 @@
     python bench/bench_windowed.py --tokens 4096 --out bench/results/windowed_cpu.csv
     python bench/bench_windowed.py --tokens 4096 --model MODEL.gguf --out bench/results/windowed_cpu.csv
 
-Without a model of yours, random models of the shape of Gemma-3-4B (12 of its 34 layers, windows of 1024, every sixth layer attends to all tokens) and of
-gpt-oss-20b (4 of its 24 layers, 8 of its 32 experts, windows of 128, every second layer, sinks). The stock cache has rings for its
-windowed layers too (``swa_full=False``). Both take turns, rounds are paired, every figure is a median and every ratio the median of
-paired ratios. ``empty`` is the stock cache after 16 tokens: the speed that decode cannot exceed. ``same_text`` says whether 64 greedy tokens
-are those of the stock cache when nothing is evicted and both attend by the same kernel (``attend="composed"``, flash attention). Bytes are those that are allocated: ``stock_mib`` for n_ctx tokens, ``peak_mib``
-while our prompt is read, both with the rings.
+Without a model of yours, random models of the shape of Gemma-3-4B (12 of its 34 layers, windows of 1024, every sixth layer
+attends to all tokens) and of gpt-oss-20b (4 of its 24 layers, 8 of its 32 experts, windows of 128, every second layer, sinks).
+The stock cache has rings for its windowed layers too (``swa_full=False``). Both take turns, rounds are paired, every figure is a
+median and every ratio the median of paired ratios. ``empty`` is the stock cache after 16 tokens: the speed that decode cannot
+exceed. ``same_text`` says whether 64 greedy tokens of a real model are those of the stock cache when nothing is evicted and both
+attend by the same kernel (``attend="composed"``, flash attention). Bytes are those that are allocated: ``stock_mib`` for n_ctx
+tokens, ``peak_mib`` while our prompt is read, both with the rings.
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
 import statistics
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -24,7 +25,7 @@ from typing import Any
 import numpy as np
 
 from pyheadkv import Llama
-from pyheadkv.eval.journal import commit, machine
+from pyheadkv.eval.journal import append_row, commit, machine
 from pyheadkv.testing import write_random_model
 
 SHAPES: dict[str, dict[str, Any]] = {
@@ -135,6 +136,7 @@ def bench(name: str, path: Path, args: argparse.Namespace) -> dict[str, Any]:
         "rounds": args.rounds,
         "machine": machine(),
         "commit": commit(),
+        "command": f"python bench/bench_windowed.py {' '.join(sys.argv[1:])}",
     }
 
 
@@ -156,12 +158,7 @@ def main() -> None:
             if not path.is_file():
                 write_random_model(path, n_vocab=32000, seed=1, ftype="q4_0", repeat_layers=True, **SHAPES[name])
             row = bench(name, path, args)
-            is_new = not args.out.is_file()
-            with args.out.open("a", newline="") as file:
-                writer = csv.DictWriter(file, list(row))
-                if is_new:
-                    writer.writeheader()
-                writer.writerow(row)
+            append_row(args.out, row)
             print(row)
 
 

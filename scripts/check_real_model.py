@@ -34,6 +34,7 @@ class Heads:
     n_head: int
     n_head_kv: int
     head_dim: int
+    head_dim_v: int
     layers: tuple[int, ...]  # that are compressed
 
 
@@ -42,7 +43,7 @@ def heads_of(path: Path) -> Heads:
     layers = tuple(il for il, heads in enumerate(shape.heads) if heads != (0, 0))
     if len({shape.heads[il] for il in layers}) != 1:
         raise SystemExit(f"{path}: layers have different heads: name another model")
-    return Heads(shape.n_layer, shape.n_head, shape.n_head_kv, shape.n_embd_head_k, layers)
+    return Heads(shape.n_layer, shape.n_head, shape.n_head_kv, shape.n_embd_head_k, shape.n_embd_head_v, layers)
 
 
 def open_model(path: Path, policy: str, args: argparse.Namespace, *, n_tokens: int, type_kv: int = F16) -> Llama:

@@ -5,6 +5,7 @@ And what such a run names: checksums of files, the commit and the machine it ran
 
 from __future__ import annotations
 
+import csv
 import hashlib
 import json
 import os
@@ -94,6 +95,16 @@ def commit() -> str:
         return ""
     found = subprocess.run(["git", "-C", str(root), "describe", "--always", "--dirty"], capture_output=True, text=True, check=False)
     return found.stdout.strip()
+
+
+def append_row(path: Path, row: dict[str, Any]) -> None:
+    """Add a row to a CSV of results, which is made with its columns if there is none."""
+    is_new = not path.is_file()
+    with path.open("a", newline="") as file:
+        writer = csv.DictWriter(file, list(row))
+        if is_new:
+            writer.writeheader()
+        writer.writerow(row)
 
 
 def machine() -> str:
