@@ -32,11 +32,11 @@ enum headkv_pool {
     HEADKV_POOL_AVG = 1, // sum over the neighbours, divided by the kernel size
 };
 
-// how decode attends over the store
+// how tokens attend: those of a prompt over the staging, generated ones over the store
 enum headkv_attend {
-    HEADKV_ATTEND_AUTO = 0, // fused where the layer's memory is on the CPU, else composed
-    HEADKV_ATTEND_FUSED = 1, // one op of ours over exact ranges; CPU only
-    HEADKV_ATTEND_COMPOSED = 2, // existing ggml ops; every backend
+    HEADKV_ATTEND_AUTO = 0, // fused where the layer's memory is on the CPU or, for generated tokens, its device has the op, else composed
+    HEADKV_ATTEND_FUSED = 1, // ops of ours; an error where generated tokens cannot have theirs
+    HEADKV_ATTEND_COMPOSED = 2, // existing ggml ops; every backend; a prompt is read with the bits of the stock cache
 };
 
 // order in which a prompt is read; the results are the same
@@ -140,7 +140,7 @@ struct headkv_footprint {
     size_t size;             // sizeof(struct headkv_footprint), set by the caller
     int64_t compute;          // compute buffers of the context, as it was created
     int64_t staging;          // K and V of the prompt while it is read
-    int64_t hidden;           // hidden states and mask of a prompt that is read layer by layer
+    int64_t hidden;           // hidden states, and mask where there is one, of a prompt that is read layer by layer
     int64_t ring;             // queries that are noted
     int64_t scratch;          // what a compression has besides, at most
     int64_t store;            // what is kept, and rows for generated tokens

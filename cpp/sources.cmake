@@ -11,11 +11,15 @@ function(headkv_isa file)
         PROPERTIES COMPILE_OPTIONS "${ARGN}")
 endfunction()
 if (CMAKE_SYSTEM_PROCESSOR MATCHES "^(x86_64|AMD64|amd64)$" AND NOT MSVC)
-    headkv_isa(headkv-kernels-avx2.cpp   -O3 -mavx2 -mfma -mf16c)
-    headkv_isa(headkv-kernels-avx512.cpp -O3 -mavx512f -mavx512bw -mavx512vl -mavx512dq -mfma -mf16c -mprefer-vector-width=512
+    # products and sums are fused where the source says so, and alike in all instances of a loop
+    headkv_isa(headkv-kernels-avx2.cpp   -O3 -ffp-contract=off -mavx2 -mfma -mf16c)
+    headkv_isa(headkv-kernels-avx512.cpp -O3 -ffp-contract=off -mavx512f -mavx512bw -mavx512vl -mavx512dq -mfma -mf16c -mprefer-vector-width=512
         $<$<CXX_COMPILER_ID:GNU>:-Wno-maybe-uninitialized;-Wno-uninitialized>) # false alarms of its own intrinsics header
 elseif (CMAKE_SYSTEM_PROCESSOR MATCHES "^(aarch64|arm64|ARM64)$")
-    headkv_isa(headkv-kernels-neon.cpp   -O3)
+    headkv_isa(headkv-kernels-neon.cpp   -O3 -ffp-contract=off)
+endif()
+if (NOT MSVC)
+    headkv_isa(headkv-attend-prompt.cpp  -O3 -ffp-contract=off)
 endif()
 
 # The ops that run on CUDA. HIP and MUSA compile upstream's sources too and take the header alone.

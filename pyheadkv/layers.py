@@ -149,12 +149,18 @@ def footprint_of(
 
 
 PREFILL_LAYER = 2  # cpp/headkv.h: whether it is possible, not whether it is worth it
+ATTEND_COMPOSED = 2  # same: by the ops of ggml
 
 
-def any_params() -> _lib.Params:
-    """Of contexts that are only asked for sizes: graphs are reserved for n_ctx cells per head, whatever the budgets."""
+def any_params(*, as_stock: bool = False) -> _lib.Params:
+    """Of contexts that are only asked for sizes: graphs are reserved for n_ctx cells per head, whatever the budgets.
+
+    as_stock : prompts are read with the attention of ggml, which has masks
+    """
     params: _lib.Params = _lib.lib.headkv_default_params()
     params.kv_size, params.policy, params.prefill = 64, b"snapkv", PREFILL_LAYER
+    if as_stock:
+        params.attend = ATTEND_COMPOSED
     return params
 
 
@@ -176,7 +182,9 @@ def load_without_weights(path: str | os.PathLike[str]) -> Any:
     return model
 
 
-def create_without_memory(model: Any, path: str | os.PathLike[str], *, n_ctx: int, n_ubatch: int, type_k: int, type_v: int) -> Any:
+def create_without_memory(
+    model: Any, path: str | os.PathLike[str], *, n_ctx: int, n_ubatch: int, type_k: int, type_v: int, as_stock: bool = False
+) -> Any:
     """A compressed context of a model without weights, to be freed with ``llama_free``.
 
     Raises
@@ -190,7 +198,7 @@ def create_without_memory(model: Any, path: str | os.PathLike[str], *, n_ctx: in
     params.n_ubatch = params.n_outputs_max = n_ubatch
     params.flash_attn_type = llama_cpp.LLAMA_FLASH_ATTN_TYPE_ENABLED
     params.type_k, params.type_v = type_k, type_v
-    with captured_log() as lines, _lib.creating(any_params()):
+    with captured_log() as lines, _lib.creating(any_params(as_stock=as_stock)):
         ctx = llama_cpp.llama_init_from_model(model, params)
     if not ctx:
         raise ValueError(f"{path}: {_lib.last_error() or _reason(lines)}; the stock cache (kv_size=None) may work")

@@ -207,7 +207,9 @@ class Llama(llama_cpp.Llama):
         0.2 under "adakv", 0.5 under "headkv+adakv"
     adakv_normalize : under both, weight the scores of a head by the share of its best cells
         in their sum, so that heads with concentrated attention get more (False)
-    n_tail, attend, n_buckets : see ``cpp/headkv.h``
+    attend : "auto", "fused" or "composed": attention by ops of this package where they are (prompts: on the CPU), or by those of ggml
+        everywhere, which reads a prompt with the bits of the stock cache
+    n_tail, n_buckets : see ``cpp/headkv.h``
     **kwargs : every argument of ``llama_cpp.Llama``; ``flash_attn`` is on when
         compression is, also where False is passed: that is upstream's default, which
         wrappers pass on, and there is no compression without it. ``swa_full`` is off then: layers with

@@ -128,10 +128,13 @@ def test_full_budget_is_at_least_as_close_to_float64_as_the_stock_cache(shape: S
 
 
 def test_prompt_logits_do_not_change_with_compression(make_model: MakeModel) -> None:
+    """The prompt's attention of ggml is upstream's, ours differs by rounding, which f16 cells make larger."""
     path, prompt = make_model(SHAPES[1]), tokens(700)
     llm = load(path, flash_attn=True)
     llm.eval(prompt)
-    assert (read_prompt(load(path, kv_size=32), prompt) == logits(llm)).all()
+    stock = logits(llm).astype(np.float64)
+    assert (read_prompt(load(path, kv_size=32, attend="composed"), prompt) == stock).all()
+    assert ((read_prompt(load(path, kv_size=32), prompt) - stock) ** 2).sum() < 1e-5 * (stock**2).sum()
 
 
 # ---------------------------------------------------------------- kept cells

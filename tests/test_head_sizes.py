@@ -90,11 +90,12 @@ def as_lists(kept: oracle.Kept) -> list[list[list[int]]]:
 @pytest.mark.parametrize(
     "policy", ["snapkv", "adakv", "criticalkv", "h2o", "streaming", "uniform/output", "uniform/attention*value", "uniform/recent/mean"]
 )
-def test_keeps_what_the_oracle_keeps(shape: Shape, policy: str, make_model: MakeModel) -> None:
+@pytest.mark.parametrize("attend", ["fused", "composed"])
+def test_keeps_what_the_oracle_keeps(shape: Shape, policy: str, attend: str, make_model: MakeModel) -> None:
     """Both orders of prefill and both ways to attend; the rows of K and of V move unchanged, and their mean is theirs."""
     path, prompt = make_model(shape), prompt_of(N_PROMPT)
     how = {"kv_size": KV_SIZE, "policy": policy, "importance": None}
-    llm = load(path, prefill="token", attend="fused", n_ubatch=64, **how)
+    llm = load(path, prefill="token", attend=attend, n_ubatch=64, **how)
     llm.eval(prompt)
     expected = oracle.kept_of(llm, shape)
     staged = {v: {il: oracle.head_rows(llm, shape, il, v=v) for il in shape.layers} for v in (False, True)}
@@ -109,7 +110,7 @@ def test_keeps_what_the_oracle_keeps(shape: Shape, policy: str, make_model: Make
             if len(real) < len(kept):
                 mean = np.delete(rows, real, axis=0).mean(axis=0, dtype=np.float64)
                 np.testing.assert_allclose(got[0], mean, rtol=2**-10, atol=1e-5)
-    other = load(path, prefill="layer" if policy != "h2o" else "token", attend="composed", n_buckets=2, n_ubatch=64, **how)
+    other = load(path, prefill="layer" if policy != "h2o" else "token", attend=attend, n_buckets=2, n_ubatch=64, **how)
     other.read_prompt(prompt)
     assert as_lists(oracle.kept_by(other, shape)) == as_lists(expected)
     for model in (llm, other):

@@ -32,31 +32,34 @@ def as_lists(kept: Kept) -> list[list[list[int]]]:
 
 
 def check_kept(shape: Shape, make_model: MakeModel, n_prompt: int, *, ftype: str = "f16", **options: Any) -> Kept:
-    """Kept cells of both orders of prefill and both ways to attend are those of the oracle; returns them."""
+    """Kept cells of both orders of prefill are those of the oracle, with both ways to attend; returns those of the fused one."""
     path, prompt = make_model(shape, ftype=ftype), tokens(n_prompt, seed=n_prompt)
-    llm = load(path, prefill="token", attend="fused", n_ubatch=64, **options)
-    llm.eval(prompt)
-    expected = kept_of(llm, shape)
-    rows = [[head_rows(llm, shape, il, v=v) for v in (False, True)] for il in range(shape.n_layer)]
-    llm.end_prompt()
-    assert as_lists(kept_by(llm, shape)) == as_lists(expected)
-    assert llm.kv_stats().n_cells.tolist() == [[len(kept) for kept in heads] for heads in expected]
-    for il, heads in enumerate(expected):  # the rows moved unchanged
-        for ih, kept in enumerate(heads):
-            for v in (False, True):
-                got = llm._read_floats(_lib.lib.headkv_read_cells, shape.head_dim, llm.n_ctx(), il, ih, v)
-                all_rows, real = rows[il][v][:, ih], kept[kept >= 0]
-                if len(real) < len(kept):
-                    mean = np.delete(all_rows, real, axis=0).mean(axis=0, dtype=np.float64)
-                    np.testing.assert_allclose(got[0], mean, rtol=2**-10, atol=1e-5)
-                np.testing.assert_array_equal(got[len(kept) - len(real) :], all_rows[real])
-    other = load(path, prefill="layer", attend="composed", n_buckets=2, n_ubatch=64, **options)
-    other.read_prompt(prompt)
-    assert as_lists(kept_by(other, shape)) == as_lists(expected)
-    for model in (llm, other):
-        model.eval([9])
-    assert np.isfinite(other.last_logits).all()
-    return expected
+    how = {"n_ubatch": 64, "n_buckets": 2, **options}
+    found = {}
+    for attend in ("fused", "composed"):
+        llm = load(path, prefill="token", attend=attend, **how)
+        llm.eval(prompt)
+        expected = found[attend] = kept_of(llm, shape)
+        rows = [[head_rows(llm, shape, il, v=v) for v in (False, True)] for il in range(shape.n_layer)]
+        llm.end_prompt()
+        assert as_lists(kept_by(llm, shape)) == as_lists(expected)
+        assert llm.kv_stats().n_cells.tolist() == [[len(kept) for kept in heads] for heads in expected]
+        for il, heads in enumerate(expected):  # the rows moved unchanged
+            for ih, kept in enumerate(heads):
+                for v in (False, True):
+                    got = llm._read_floats(_lib.lib.headkv_read_cells, shape.head_dim, llm.n_ctx(), il, ih, v)
+                    all_rows, real = rows[il][v][:, ih], kept[kept >= 0]
+                    if len(real) < len(kept):
+                        mean = np.delete(all_rows, real, axis=0).mean(axis=0, dtype=np.float64)
+                        np.testing.assert_allclose(got[0], mean, rtol=2**-10, atol=1e-5)
+                    np.testing.assert_array_equal(got[len(kept) - len(real) :], all_rows[real])
+        other = load(path, prefill="layer", attend=attend, **how)
+        other.read_prompt(prompt)
+        assert as_lists(kept_by(other, shape)) == as_lists(expected)
+        for model in (llm, other):
+            model.eval([9])
+            assert np.isfinite(model.last_logits).all()
+    return found["fused"]
 
 
 def n_cells(kept: Kept) -> int:

@@ -1,4 +1,5 @@
 #include "headkv-attend.h"
+#include "headkv-attend-prompt.h"
 #include "headkv-op.h"
 
 #include "ggml-cpu.h"
@@ -97,6 +98,7 @@ headkv_attend_kernel headkv_attend_kernel_find(ggml_type type_k, ggml_type type_
 headkv_attend_state::headkv_attend_state(int n_embd_head_k, int n_embd_head_v, int n_head, int n_head_kv, int n_seq_max, ggml_type type_k, ggml_type type_v) :
     // env: HEADKV_KERNEL, for tests and measurements
     kernel(headkv_attend_kernel_find(type_k, type_v, n_embd_head_k, n_embd_head_v, getenv("HEADKV_KERNEL"))),
+    prompt_kernel(headkv_prompt_kernel_find(getenv("HEADKV_KERNEL"))),
     n_embd_head_k(n_embd_head_k), n_embd_head_v(n_embd_head_v), n_head(n_head), n_head_kv(n_head_kv),
     n_done(new std::atomic<int>[(size_t) n_head_kv * n_seq_max * N_TOKENS_SPLIT]()) {
 }

@@ -52,11 +52,14 @@ headkv_attend_kernel headkv_attend_kernel_portable(ggml_type type_k, ggml_type t
 // the fastest one; name (may be null) asks for one of "portable", "avx2", "avx512", "neon"
 headkv_attend_kernel headkv_attend_kernel_find(ggml_type type_k, ggml_type type_v, int n_embd_head_k, int n_embd_head_v, const char * name);
 
-// what the op needs besides its tensors; one object per layer, alive as long as graphs with the op are
+struct headkv_prompt_kernel;
+
+// what the ops need besides their tensors; one object per layer, alive as long as graphs with the ops are
 struct headkv_attend_state {
     headkv_attend_state(int n_embd_head_k, int n_embd_head_v, int n_head, int n_head_kv, int n_seq_max, ggml_type type_k, ggml_type type_v);
 
     headkv_attend_kernel kernel;
+    const headkv_prompt_kernel * prompt_kernel; // headkv-attend-prompt.h
 
     int n_embd_head_k;
     int n_embd_head_v;

@@ -449,6 +449,26 @@ void llama_kv_cache_ragged_context::set_input_mask(ggml_tensor * dst, const head
     ggml_backend_tensor_set(dst, data.data(), 0, ggml_nbytes(dst));
 }
 
+void llama_kv_cache_ragged_context::set_input_cells(ggml_tensor * cells, ggml_tensor * seen, const llama_ubatch * ubatch) const {
+    const llama_pos n_pos = ubatch->pos[ubatch->n_tokens - 1] + 1;
+    const std::vector<int32_t> of_pos = kv->staging().cells_of(ubatch->seq_id_unq[0], n_pos);
+    std::vector<int32_t> data_cells;
+    std::vector<int32_t> n_before(n_pos + 1, 0);
+    for (llama_pos p = 0; p < n_pos; ++p) {
+        if (of_pos[p] >= 0) {
+            data_cells.push_back(of_pos[p]);
+        }
+        n_before[p + 1] = (int32_t) data_cells.size();
+    }
+    std::vector<int32_t> data_seen;
+    for (uint32_t i = 0; i < ubatch->n_tokens; ++i) {
+        data_seen.push_back(0);
+        data_seen.push_back(n_before.at(ubatch->pos[i] + 1));
+    }
+    ggml_backend_tensor_set(cells, data_cells.data(), 0, data_cells.size() * sizeof(int32_t));
+    ggml_backend_tensor_set(seen, data_seen.data(), 0, data_seen.size() * sizeof(int32_t));
+}
+
 void llama_kv_cache_ragged_context::set_input_window(ggml_tensor * tokens, ggml_tensor * slots, const llama_ubatch * ubatch) const {
     const int64_t n_ring = kv->staging().n_ring();
     const int64_t n = tokens->ne[0];

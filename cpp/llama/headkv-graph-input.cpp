@@ -18,6 +18,9 @@ void headkv_input::set_input(const llama_ubatch * ubatch) {
     if (!store) {
         llm_graph_input_attn_kv::set_input(ubatch);
         mctx_ragged->set_input_window(tokens, slots, ubatch);
+        if (cells && cells->buffer) {
+            mctx_ragged->set_input_cells(cells, seen, ubatch);
+        }
         for (const auto & [heads, r] : refs) {
             const headkv_staging & staging = mctx_ragged->get_kv()->staging();
             const auto [from, to] = headkv_ref_rows(*ubatch, r.rows->ne[0] / heads.second, heads.first, heads.second, staging.n_refs(), staging.n_ref_slots());
@@ -72,9 +75,8 @@ bool headkv_input::can_reuse(const llm_graph_params & params) {
         return rows->ne[0] == n_head_kv_all * params.ubatch.n_tokens && n_seqs == params.ubatch.n_seqs_unq && same_seq;
     }
     mctx = mctx_ragged->get_staging();
-    return self_k_idxs->ne[0] == params.ubatch.n_tokens &&
-            self_kq_mask->ne[0] == mctx->get_n_kv() &&
-            self_kq_mask->ne[1] == params.ubatch.n_tokens;
+    const bool same_mask = !self_kq_mask || (self_kq_mask->ne[0] == mctx->get_n_kv() && self_kq_mask->ne[1] == params.ubatch.n_tokens);
+    return self_k_idxs->ne[0] == params.ubatch.n_tokens && same_mask;
 }
 
 ggml_tensor * headkv_input::rows_of_layer(const llm_graph_context & gctx, const headkv_store_layer & layer) {
@@ -158,6 +160,21 @@ static ggml_tensor * build_mask_of_step(ggml_context * ctx, headkv_input & inp, 
     return mask;
 }
 
+static void build_mask(headkv_input & inp, const llama_kv_cache_ragged_context & mctx, const llm_graph_context & gctx) {
+    ggml_context * ctx = gctx.ctx0;
+    inp.self_kq_mask = ggml_new_tensor_4d(ctx, GGML_TYPE_F16, mctx.get_staging()->get_n_kv(), gctx.ubatch.n_tokens, 1, 1);
+    ggml_set_input(inp.self_kq_mask);
+    ggml_set_name(inp.self_kq_mask, HEADKV_MASK_NAME);
+    inp.self_kq_mask_cnv = inp.self_kq_mask;
+    if (mctx.is_layered()) {
+        if (ggml_tensor * mask = build_mask_of_step(ctx, inp, mctx, gctx.ubatch.n_tokens, inp.self_kq_mask, gctx.sched)) {
+            ggml_set_name(mask, "headkv_mask");
+            inp.self_kq_mask = nullptr; // nothing to fill
+            inp.self_kq_mask_cnv = mask;
+        }
+    }
+}
+
 std::unique_ptr<llm_graph_input_attn_kv> headkv_new_input(const llm_graph_context & gctx) {
     const auto * mctx = dynamic_cast<const llama_kv_cache_ragged_context *>(gctx.mctx);
     if (!mctx) {
@@ -193,16 +210,13 @@ std::unique_ptr<llm_graph_input_attn_kv> headkv_new_input(const llm_graph_contex
         const auto * staging = mctx->get_staging();
         inp->self_k_idxs = staging->build_input_k_idxs(ctx, ubatch);
         inp->self_v_idxs = staging->build_input_v_idxs(ctx, ubatch);
-        inp->self_kq_mask = ggml_new_tensor_4d(ctx, gctx.cparams.flash_attn ? GGML_TYPE_F16 : GGML_TYPE_F32, staging->get_n_kv(), ubatch.n_tokens, 1, 1);
-        ggml_set_input(inp->self_kq_mask);
-        ggml_set_name(inp->self_kq_mask, HEADKV_MASK_NAME);
-        inp->self_kq_mask_cnv = inp->self_kq_mask;
-        if (mctx->is_layered()) {
-            if (ggml_tensor * mask = build_mask_of_step(ctx, *inp, *mctx, ubatch.n_tokens, inp->self_kq_mask, gctx.sched)) {
-                ggml_set_name(mask, "headkv_mask");
-                inp->self_kq_mask = nullptr; // nothing to fill
-                inp->self_kq_mask_cnv = mask;
-            }
+        if (kv->store().has_fused_prompt()) {
+            const llama_kv_cache & cache = mctx->is_full() ? kv->staging().twin() : kv->staging().cache();
+            inp->cells = headkv_new_input_1d(ctx, GGML_TYPE_I32, cache.get_size(), "headkv_cells");
+            inp->seen = headkv_new_input_1d(ctx, GGML_TYPE_I32, 2 * (int64_t) ubatch.n_tokens, "headkv_seen");
+        }
+        if (kv->staging().has_mask()) {
+            build_mask(*inp, *mctx, gctx);
         }
         inp->self_k_rot = staging->build_input_k_rot(ctx);
         inp->self_v_rot = staging->build_input_v_rot(ctx);

@@ -3,6 +3,7 @@
 #include "headkv-graph.h"
 #include "headkv-hooks.h"
 
+#include "headkv-attend-prompt.h"
 #include "headkv-error.h"
 #include "headkv-refs.h"
 #include "headkv-stages.h"
@@ -228,22 +229,50 @@ static void build_capture(const llm_graph_context & gctx, headkv_input & inp, gg
     }
 }
 
+static ggml_tensor * rotated(ggml_context * ctx, ggml_tensor * x, ggml_tensor * rot) {
+    return x && rot ? llama_mul_mat_hadamard(ctx, x, rot) : x;
+}
+
+// together, so that the scheduler does not split between them
+static void expand_together(ggml_cgraph * gf, ggml_tensor * q_cur, ggml_tensor * k_cur, ggml_tensor * v_cur) {
+    ggml_build_forward_expand(gf, q_cur);
+    if (k_cur) {
+        ggml_build_forward_expand(gf, v_cur);
+        ggml_build_forward_expand(gf, k_cur);
+    }
+}
+
+// while a prompt is read: its rows go to the staging, and every token attends to what comes before it; without k_cur they are there
+static ggml_tensor * build_attend_prompt(const llm_graph_context & gctx, const headkv_input & inp, const headkv_store_layer & layer,
+        ggml_tensor * q_cur, ggml_tensor * k_cur, ggml_tensor * v_cur, ggml_tensor * sinks) {
+    ggml_context * ctx = gctx.ctx0;
+    q_cur = rotated(ctx, q_cur, inp.self_k_rot);
+    k_cur = rotated(ctx, k_cur, inp.self_k_rot);
+    v_cur = rotated(ctx, v_cur, inp.self_v_rot);
+    expand_together(gctx.gf, q_cur, k_cur, v_cur);
+
+    const auto * staging = inp.mctx_ragged->get_staging();
+    if (k_cur) {
+        ggml_build_forward_expand(gctx.gf, staging->cpy_k(ctx, k_cur, inp.self_k_idxs, layer.il));
+        ggml_build_forward_expand(gctx.gf, staging->cpy_v(ctx, v_cur, inp.self_v_idxs, layer.il));
+    }
+    auto * attend = inp.mctx_ragged->get_kv()->store().find(layer.il)->attend.get();
+    return headkv_build_attend_prompt(ctx, attend, q_cur, staging->get_k(ctx, layer.il), staging->get_v(ctx, layer.il), inp.cells,
+            ggml_reshape_2d(ctx, inp.seen, 2, gctx.n_tokens), sinks);
+}
+
 // while tokens are generated: their rows go to the store, and every head attends to its own; without k_cur they are there
 static ggml_tensor * build_attend(const llm_graph_context & gctx, headkv_input & inp, const headkv_store_layer & layer,
         ggml_tensor * q_cur, ggml_tensor * k_cur, ggml_tensor * v_cur, ggml_tensor * sinks, float kq_scale) {
     ggml_context * ctx = gctx.ctx0;
-    const auto rotated = [ctx](ggml_tensor * x, ggml_tensor * rot) { return x && rot ? llama_mul_mat_hadamard(ctx, x, rot) : x; };
-    q_cur = rotated(q_cur, inp.self_k_rot);
-    k_cur = rotated(k_cur, inp.self_k_rot);
-    v_cur = rotated(v_cur, inp.self_v_rot);
+    q_cur = rotated(ctx, q_cur, inp.self_k_rot);
+    k_cur = rotated(ctx, k_cur, inp.self_k_rot);
+    v_cur = rotated(ctx, v_cur, inp.self_v_rot);
+    expand_together(gctx.gf, q_cur, k_cur, v_cur);
 
-    // together, so that the scheduler does not split between them
-    ggml_build_forward_expand(gctx.gf, q_cur);
     ggml_tensor * k = layer.k;
     ggml_tensor * v = layer.v;
     if (k_cur) {
-        ggml_build_forward_expand(gctx.gf, v_cur);
-        ggml_build_forward_expand(gctx.gf, k_cur);
         ggml_tensor * rows = inp.rows_of_layer(gctx, layer);
         k = ggml_set_rows(ctx, k, rows_2d(ctx, k_cur), rows);
         v = ggml_set_rows(ctx, v, rows_2d(ctx, v_cur), rows);
@@ -259,17 +288,22 @@ static ggml_tensor * build_attend(const llm_graph_context & gctx, headkv_input &
 // A layer without cells of its own: to those of another one, which has been computed before, in the staging, the store, or a ring.
 static ggml_tensor * build_attend_shared(const llm_graph_context & gctx, llm_graph_input_attn_kv * inp_kv, ggml_tensor * q_cur,
         ggml_tensor * kq_b, ggml_tensor * sinks, float kq_scale, int il) {
-    auto * inp = dynamic_cast<headkv_input *>(inp_kv);
-    if (inp && inp->store) {
+    ggml_context * ctx = gctx.ctx0;
+    if (auto * inp = dynamic_cast<headkv_input *>(inp_kv)) {
         auto * kv = inp->mctx_ragged->get_kv();
         const int32_t il_seen = kv->layer_seen_by(il);
+        const headkv_store_layer & layer = *inp->mctx_ragged->get_layer(il_seen);
         if (kq_b || kv->store().find(il_seen)->attend->scale != kq_scale) {
             kv->refuse(format("layer %d attends to cells of layer %d in another way than that one", il, il_seen));
         }
-        return build_attend(gctx, *inp, *inp->mctx_ragged->get_layer(il_seen), q_cur, nullptr, nullptr, sinks, kq_scale);
+        if (inp->store) {
+            return build_attend(gctx, *inp, layer, q_cur, nullptr, nullptr, sinks, kq_scale);
+        }
+        if (layer.fused_prompt) {
+            return build_attend_prompt(gctx, *inp, layer, q_cur, nullptr, nullptr, sinks);
+        }
     }
-    ggml_context * ctx = gctx.ctx0;
-    ggml_tensor * q = inp_kv->self_k_rot ? llama_mul_mat_hadamard(ctx, q_cur, inp_kv->self_k_rot) : q_cur;
+    ggml_tensor * q = rotated(ctx, q_cur, inp_kv->self_k_rot);
     ggml_build_forward_expand(gctx.gf, q);
     ggml_tensor * k = inp_kv->mctx->get_k(ctx, il);
     ggml_tensor * v = inp_kv->mctx->get_v(ctx, il);
@@ -291,9 +325,13 @@ ggml_tensor * headkv_build_attn(const llm_graph_context & gctx, llm_graph_input_
         note_layer(gctx, *inp, wo, wo_s, v_cur, kq_b, sinks, kq_scale, il);
         if (!inp->store) {
             build_capture(gctx, *inp, q_cur, k_cur, il);
+        }
+        const headkv_store_layer & layer = *inp->mctx_ragged->get_layer(il);
+        if (!inp->store && !layer.fused_prompt) {
             return nullptr;
         }
-        cur = build_attend(gctx, *inp, *inp->mctx_ragged->get_layer(il), q_cur, k_cur, v_cur, sinks, kq_scale);
+        cur = inp->store ? build_attend(gctx, *inp, layer, q_cur, k_cur, v_cur, sinks, kq_scale)
+                         : build_attend_prompt(gctx, *inp, layer, q_cur, k_cur, v_cur, sinks);
     }
     gctx.cb(cur, "kqv_out", il);
 

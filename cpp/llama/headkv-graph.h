@@ -45,6 +45,8 @@ public:
     };
     std::map<std::pair<int32_t, int32_t>, refs_t> refs; // of layers with so many query and KV heads
     ggml_tensor * banded = nullptr; // the mask, if it is a window into the band
+    ggml_tensor * cells = nullptr; // I32 [cells of the staging], see headkv-attend-prompt.h; null = no layer takes them
+    ggml_tensor * seen = nullptr; // I32 [2, n_tokens], same
 
     // decode: where the new rows go and what each head sees, all layers one after the other
     ggml_tensor * rows = nullptr; // I32, per layer [n_head_kv, n_tokens]

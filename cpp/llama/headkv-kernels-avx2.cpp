@@ -1,4 +1,5 @@
 #include "headkv-attend-kernel.h"
+#include "headkv-attend-prompt-kernel.h"
 #include "headkv-fit-kernel.h"
 #include "headkv-score-kernel.h"
 
@@ -34,6 +35,15 @@ const headkv_fit_kernel * headkv_fit_kernel_avx2() {
 #if defined(HEADKV_SIMD) && defined(__AVX2__) && !defined(__AVX512F__)
     if (is_available()) {
         return &fit_kernel;
+    }
+#endif
+    return nullptr;
+}
+
+const headkv_prompt_kernel * headkv_prompt_kernel_avx2() {
+#if defined(HEADKV_SIMD) && defined(__AVX2__) && !defined(__AVX512F__)
+    if (is_available()) {
+        return &prompt_kernel;
     }
 #endif
     return nullptr;

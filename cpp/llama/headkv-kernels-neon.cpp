@@ -1,4 +1,5 @@
 #include "headkv-attend-kernel.h"
+#include "headkv-attend-prompt-kernel.h"
 #include "headkv-fit-kernel.h"
 #include "headkv-score-kernel.h"
 
@@ -25,6 +26,14 @@ const headkv_score_kernel * headkv_score_kernel_neon() {
 const headkv_fit_kernel * headkv_fit_kernel_neon() {
 #if defined(HEADKV_SIMD) && defined(__ARM_NEON)
     return &fit_kernel;
+#else
+    return nullptr;
+#endif
+}
+
+const headkv_prompt_kernel * headkv_prompt_kernel_neon() {
+#if defined(HEADKV_SIMD) && defined(__ARM_NEON)
+    return &prompt_kernel;
 #else
     return nullptr;
 #endif

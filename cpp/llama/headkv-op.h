@@ -14,6 +14,7 @@ enum headkv_op_kind : int32_t {
     HEADKV_OP_STATS = 2, // headkv-stages.h, first half of score
     HEADKV_OP_SCORE = 3, // same
     HEADKV_OP_SELECT = 4, // same
+    HEADKV_OP_ATTEND_PROMPT = 5, // headkv-attend-prompt.h; on the CPU
 };
 
 constexpr int HEADKV_SCORE_CHUNK = 512; // keys that share an element of the result of STATS

@@ -39,6 +39,7 @@ inline vf vf_sub(vf a, vf b) { return a - b; }
 inline vf vf_max(vf a, vf b) { return a > b ? a : b; } // b if one is NaN, as x86 does
 inline vf vf_round(vf a) { return std::nearbyint(a); }
 inline vf vf_exp2i(vf n) { return n == n ? std::ldexp(1.0f, (int) n) : n; }
+inline vf vf_if_less(vf a, vf b, vf x, vf y) { return a < b ? x : y; }
 inline float vf_sum(vf a) { return a; }
 inline float vf_hmax(vf a) { return a; }
 
@@ -64,6 +65,7 @@ inline vf vf_sub(vf a, vf b) { return _mm512_sub_ps(a, b); }
 inline vf vf_max(vf a, vf b) { return _mm512_max_ps(a, b); }
 inline vf vf_round(vf a) { return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 inline vf vf_exp2i(vf n) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_add_epi32(_mm512_cvtps_epi32(n), _mm512_set1_epi32(127)), 23)); }
+inline vf vf_if_less(vf a, vf b, vf x, vf y) { return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(a, b, _CMP_LT_OQ), y, x); }
 inline float vf_sum(vf a) { return _mm512_reduce_add_ps(a); }
 inline float vf_hmax(vf a) { return _mm512_reduce_max_ps(a); }
 inline float f16_to_f32(const void * p) {
@@ -103,6 +105,7 @@ inline vf vf_sub(vf a, vf b) { return _mm256_sub_ps(a, b); }
 inline vf vf_max(vf a, vf b) { return _mm256_max_ps(a, b); }
 inline vf vf_round(vf a) { return _mm256_round_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 inline vf vf_exp2i(vf n) { return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127)), 23)); }
+inline vf vf_if_less(vf a, vf b, vf x, vf y) { return _mm256_blendv_ps(y, x, _mm256_cmp_ps(a, b, _CMP_LT_OQ)); }
 inline float f16_to_f32(const void * p) {
     uint16_t h;
     memcpy(&h, p, 2);
@@ -149,6 +152,7 @@ inline vf vf_sub(vf a, vf b) { return vsubq_f32(a, b); }
 inline vf vf_max(vf a, vf b) { return vmaxq_f32(a, b); }
 inline vf vf_round(vf a) { return vrndnq_f32(a); }
 inline vf vf_exp2i(vf n) { return vreinterpretq_f32_s32(vshlq_n_s32(vaddq_s32(vcvtq_s32_f32(n), vdupq_n_s32(127)), 23)); }
+inline vf vf_if_less(vf a, vf b, vf x, vf y) { return vbslq_f32(vcltq_f32(a, b), x, y); }
 inline float vf_sum(vf a) { return vaddvq_f32(a); }
 inline float vf_hmax(vf a) { return vmaxvq_f32(a); }
 inline float f16_to_f32(const void * p) { return vgetq_lane_f32(vcvt_f32_f16(vreinterpret_f16_u16(vld1_dup_u16((const uint16_t *) p))), 0); }

@@ -128,7 +128,7 @@ headkv_staging::tensors_t headkv_staging::make_tensors(const char * name, ggml_t
 
 bool headkv_staging::fits(uint32_t n_tokens, uint32_t n_hidden) const {
     const bool has_cells = live.cache && live.cache->get_size() >= n_tokens;
-    const bool has_hidden = n_hidden > 0 && t_hidden && t_hidden->ne[1] >= n_hidden && (n_before >= n_tokens || !ggml_backend_buffer_is_host(t_band->buffer));
+    const bool has_hidden = n_hidden > 0 && t_hidden && t_hidden->ne[1] >= n_hidden && (!t_band || n_before >= n_tokens || !ggml_backend_buffer_is_host(t_band->buffer));
     return has_cells && (one_layer ? has_hidden : n_hidden == 0);
 }
 
@@ -213,7 +213,8 @@ int64_t headkv_staging::n_columns(int64_t n_tokens, int64_t n_ubatch) const {
 }
 
 int64_t headkv_staging::hidden_bytes(int64_t n_tokens, int64_t n_ubatch, bool f16) const {
-    return n_tokens * hparams.n_embd * (f16 ? sizeof(ggml_fp16_t) : sizeof(float)) + n_ubatch * n_columns(n_tokens, n_ubatch) * sizeof(ggml_fp16_t);
+    const int64_t n_mask = params.with_mask ? n_ubatch * n_columns(n_tokens, n_ubatch) * sizeof(ggml_fp16_t) : 0;
+    return n_tokens * hparams.n_embd * (f16 ? sizeof(ggml_fp16_t) : sizeof(float)) + n_mask;
 }
 
 void headkv_staging::alloc_hidden(uint32_t n_tokens, uint32_t n_hidden, int64_t n_ubatch) {
@@ -223,13 +224,16 @@ void headkv_staging::alloc_hidden(uint32_t n_tokens, uint32_t n_hidden, int64_t 
     hidden_buf.ctx.reset(ggml_init(init));
     t_hidden = ggml_new_tensor_2d(hidden_buf.ctx.get(), params.hidden_f16 ? GGML_TYPE_F16 : GGML_TYPE_F32, hparams.n_embd, n_hidden);
     const int64_t n_cols = n_columns(n_tokens, n_ubatch);
-    t_band = ggml_new_tensor_2d(hidden_buf.ctx.get(), GGML_TYPE_F16, n_cols, n_ubatch);
+    t_band = params.with_mask ? ggml_new_tensor_2d(hidden_buf.ctx.get(), GGML_TYPE_F16, n_cols, n_ubatch) : nullptr;
     hidden_buf.buf.reset(ggml_backend_alloc_ctx_tensors_from_buft(hidden_buf.ctx.get(), buft));
     if (!hidden_buf.buf) {
         t_hidden = t_band = nullptr;
         throw std::runtime_error("no memory for the hidden states of the prompt");
     }
-    n_before = ggml_backend_buffer_is_host(t_band->buffer) ? n_tokens : 0;
+    n_before = t_band && ggml_backend_buffer_is_host(t_band->buffer) ? n_tokens : 0;
+    if (!t_band) {
+        return;
+    }
     std::vector<ggml_fp16_t> row(n_cols, ggml_fp32_to_fp16(-INFINITY));
     std::fill(row.begin(), row.begin() + n_band(), ggml_fp32_to_fp16(0.0f));
     for (int64_t i = 0; i < n_ubatch; ++i) {

@@ -26,6 +26,7 @@ public:
         int64_t n_refs;      // references of a sequence, 0 = none
         bool with_sums;  // attention that each cell got from all queries is summed
         bool hidden_f16; // hidden states in f16
+        bool with_mask;  // a layer attends with a mask, or sums are made with it
     };
 
     // shapes: of the layers with KV heads; shared: [il] the layer whose cells another one attends to, -1 = its own or none.
@@ -55,6 +56,7 @@ public:
     ggml_tensor * sums(int32_t il, bool of_twin = false) const; // F32 [1, n_cells, n_head_kv], null unless attention is summed
 
     int64_t n_slots() const { return (int64_t) params.n_ring * params.n_seq_max + 1; } // rows of the ring, the last one takes what nobody needs
+    bool has_mask() const { return params.with_mask; }
     llama_pos n_ring() const { return params.n_ring; }
     int64_t n_ref_slots() const { return params.n_refs * params.n_seq_max + 1; } // same
     int64_t n_refs() const { return params.n_refs; }
@@ -62,7 +64,7 @@ public:
     // layer-major: the hidden states of the tokens that are computed, F32 or F16 [n_embd, n_hidden]; null else
     ggml_tensor * hidden() const { return t_hidden; }
 
-    // layer-major: the causal mask of all ubatches, F16 [n_band + n_ubatch + 256, n_ubatch], 0 up to column n_band + row, then -inf
+    // layer-major: the causal mask of all ubatches, F16 [n_band + n_ubatch + 256, n_ubatch], 0 up to column n_band + row, then -inf; null = nobody needs it
     ggml_tensor * band() const { return t_band; }
     int64_t n_band() const { return n_before; }
 
@@ -72,7 +74,7 @@ public:
     void occupy(llama_seq_id seq_id, uint32_t first, uint32_t end);
 
     size_t n_bytes() const; // as allocated
-    int64_t hidden_bytes(int64_t n_tokens, int64_t n_ubatch, bool f16) const; // of hidden states and mask of such a prompt
+    int64_t hidden_bytes(int64_t n_tokens, int64_t n_ubatch, bool f16) const; // of hidden states and mask, where there is one, of such a prompt
     void add_to(std::map<ggml_backend_buffer_type_t, size_t> & breakdown) const; // of K, V, queries and sums
 
     // changes whenever memory is replaced, so that graphs over the old one are not reused

@@ -58,6 +58,7 @@ struct headkv_layer_shape {
 
 struct headkv_store_layer : headkv_layer_shape {
     bool fused = false; // decode with the fused op, else composed of ggml ops
+    bool fused_prompt = false; // same, while a prompt is read
 
     ggml_context_ptr ctx;
     ggml_backend_buffer_ptr buf;
@@ -103,6 +104,8 @@ public:
 
     bool has_fused() const; // any layer decodes with the fused op
     bool is_all_fused() const;
+    bool has_fused_prompt() const; // same, of prompts
+    bool is_all_fused_prompt() const;
 
     void clear(); // frees all pools
 

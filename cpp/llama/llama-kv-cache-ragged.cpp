@@ -1,5 +1,6 @@
 #include "llama-kv-cache-ragged.h"
 
+#include "headkv-attend-prompt.h"
 #include "headkv-budget.h"
 #include "headkv-error.h"
 #include "headkv-refs.h"
@@ -54,7 +55,7 @@ llama_kv_cache_ragged::~llama_kv_cache_ragged() = default;
 
 headkv_staging::params_t llama_kv_cache_ragged::staging_params() const {
     return { type_k, type_v, cparams.offload_kqv, cparams.n_ctx, cparams.n_seq_max, (llama_pos) cfg->window,
-        cfg->fit == HEADKV_FIT_VALUES ? std::min<int64_t>(HEADKV_REF_SLOTS, n_ctx_seq) : 0, cfg->rank->by_sums, cfg->hidden_f16 };
+        cfg->fit == HEADKV_FIT_VALUES ? std::min<int64_t>(HEADKV_REF_SLOTS, n_ctx_seq) : 0, cfg->rank->by_sums, cfg->hidden_f16, masks() };
 }
 
 std::vector<headkv_layer_shape> llama_kv_cache_ragged::shapes() const {
@@ -77,6 +78,16 @@ std::vector<headkv_layer_shape> llama_kv_cache_ragged::shapes() const {
     return res;
 }
 
+// whether the prompt's attention in a layer is the fused op: existing ggml ops are asked for, or its memory is not the CPU's
+bool llama_kv_cache_ragged::reads_fused(const headkv_layer_shape & shape) const {
+    return cfg->attend != HEADKV_ATTEND_COMPOSED && headkv_is_cpu(shape.buft) && headkv_prompt_takes(shape.type_k, shape.type_v);
+}
+
+bool llama_kv_cache_ragged::masks() const {
+    const auto all = shapes();
+    return cfg->rank->by_sums || !std::all_of(all.begin(), all.end(), [this](const headkv_layer_shape & s) { return reads_fused(s); });
+}
+
 void llama_kv_cache_ragged::make_layers(headkv_store & store) const {
     for (const auto & shape : shapes()) {
         headkv_store_layer layer;
@@ -90,6 +101,7 @@ void llama_kv_cache_ragged::make_layers(headkv_store & store) const {
                     layer.il, layer.n_embd_head_k, layer.n_embd_head_v, ggml_type_name(type_k), ggml_type_name(type_v), ggml_backend_buft_name(layer.buft)));
         }
         layer.fused = can_fuse && cfg->attend != HEADKV_ATTEND_COMPOSED;
+        layer.fused_prompt = reads_fused(layer);
         store.layers.push_back(std::move(layer));
     }
 }

@@ -282,6 +282,8 @@ private:
 
     std::vector<headkv_layer_shape> shapes() const;
     headkv_staging::params_t staging_params() const;
+    bool reads_fused(const headkv_layer_shape & shape) const;
+    bool masks() const; // attention of prompts is told by a mask in some layer, or for its sums
     void make_layers(headkv_store & store) const;
     void make_twin();
     void log_created() const;

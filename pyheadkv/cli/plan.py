@@ -12,7 +12,7 @@ compute  buffers of the graphs. A context that allocates nothing says what a rea
          work memory of the CPU backend is smaller than that and not counted
 cells    K and V. stock: of n + n_predict tokens in all layers; token: of n tokens in all layers; layer: in one layer.
          Rounded up to 256 cells
-hidden   layer: n rows of n_embd values between the layers, F32 or F16, and the band that holds the masks
+hidden   layer: n rows of n_embd values between the layers, F32 or F16, and the masks where attention takes any
 store    in all layers kv_size cells per KV head and room for n_predict more. The budgets of every policy add up to this
          but for rounding, so that neither policy nor importance is asked for
 scratch  the queries of the window in all layers, and what scores one layer
@@ -286,7 +286,7 @@ class MemoryModel:
         probe = self.probe
         n_ctx = round_n_ctx(n_prompt + self.n_predict)
         process = PROCESS_BYTES + VOCABULARY_FACTOR * probe.n_bytes_header + HOST_BYTES[prefill] * n_ctx
-        common = probe.n_bytes_file, process, self._compute_bytes(n_ctx)
+        common = probe.n_bytes_file, process, self._compute_bytes(n_ctx, as_stock=prefill == "stock")
         beside = self._beside_bytes(n_ctx)
         if prefill == "stock":
             return Footprint(*common, cells=self._ask(Options(kv_size=64), n_ctx, layered=False).staging, beside=beside)
@@ -300,10 +300,10 @@ class MemoryModel:
         params = options.to_params(None, None)
         return footprint_of(ctx, params, n_prompt=n_prompt, n_predict=self.n_predict, n_ubatch=self.n_ubatch, layered=layered)
 
-    def _compute_bytes(self, n_ctx: int) -> int:
+    def _compute_bytes(self, n_ctx: int, *, as_stock: bool) -> int:
         """Compute buffers: the chord of a convex function, hence not below it."""
         lower, upper = self._bracket(n_ctx)
-        at_lower, at_upper = (self.probe.compute_bytes(n, self.n_ubatch, *self._types) for n in (lower, upper))
+        at_lower, at_upper = (self.probe.compute_bytes(n, self.n_ubatch, *self._types, as_stock=as_stock) for n in (lower, upper))
         if lower == upper:
             return at_upper
         return at_lower + -(-(at_upper - at_lower) * (n_ctx - lower) // (upper - lower))
@@ -350,7 +350,7 @@ class Probe:
             raise ValueError(f"{path}: heads differ between layers, {list(self.shape.heads)}: only models with the same ones are planned")
         self.n_bytes_header = read_header(path).data_begin
         self.n_bytes_file = sum(part.stat().st_size for part in model_files(self.path))
-        self._reserved: dict[tuple[int, ...], _lib.Footprint] = {}
+        self._reserved: dict[tuple[tuple[int, ...], bool], _lib.Footprint] = {}
         self._contexts: dict[tuple[int, int], Any] = {}  # by type_k and type_v
         self._model: Any = load_without_weights(path)
 
@@ -379,27 +379,29 @@ class Probe:
             self._contexts[key] = self._create(256, 256, *key)
         return self._contexts[key]
 
-    def compute_bytes(self, *key: int) -> int:
-        """Compute buffers of a context, by n_ctx, n_ubatch, type_k and type_v."""
-        return int(self._reserve(*key).compute)
+    def compute_bytes(self, *sizes: int, as_stock: bool) -> int:
+        """Compute buffers of a context, by n_ctx, n_ubatch, type_k and type_v; as_stock: of one with the attention of ggml."""
+        return int(self._reserve(*sizes, as_stock=as_stock).compute)
 
-    def bytes_beside(self, *key: int) -> int:
+    def bytes_beside(self, *sizes: int) -> int:
         """Bytes of the layers that are not compressed, same."""
-        return int(self._reserve(*key).beside)
+        return int(self._reserve(*sizes).beside)
 
-    def _reserve(self, *key: int) -> _lib.Footprint:
+    def _reserve(self, *sizes: int, as_stock: bool = False) -> _lib.Footprint:
         import llama_cpp
 
+        key = sizes, as_stock
         if key not in self._reserved:
-            ctx = self._create(*key)
+            ctx = self._create(*sizes, as_stock=as_stock)
             try:
                 self._reserved[key] = footprint_of(ctx, any_params(), n_prompt=1)
             finally:
                 llama_cpp.llama_free(ctx)
         return self._reserved[key]
 
-    def _create(self, n_ctx: int, n_ubatch: int, type_k: int, type_v: int) -> Any:
-        return create_without_memory(self._model, self.path, n_ctx=n_ctx, n_ubatch=n_ubatch, type_k=type_k, type_v=type_v)
+    def _create(self, n_ctx: int, n_ubatch: int, type_k: int, type_v: int, *, as_stock: bool = False) -> Any:
+        sizes = {"n_ctx": n_ctx, "n_ubatch": n_ubatch, "type_k": type_k, "type_v": type_v}
+        return create_without_memory(self._model, self.path, as_stock=as_stock, **sizes)
 
 
 def model_files(path: Path) -> list[Path]:

@@ -5,8 +5,11 @@
 //   test-headkv-ops perf      time per op of the attend kernels
 //   test-headkv-ops perf score   time per layer of score, composed and fused
 //   test-headkv-ops perf sinks   time per op of attend, without and with sinks
+//   test-headkv-ops perf prompt  attention of a prompt: ours and flash attention of ggml in turn, and the rate of the machine
 //   test-headkv-ops -c NAME   one case
 //   test-headkv-ops device    on the first GPU: the composed paths and, if it is CUDA, our kernels
+
+#include "op-graph.h"
 
 #include "headkv-attend.h"
 #include "headkv-fit-ops.h"
@@ -16,113 +19,15 @@
 #include "headkv-stages.h"
 #include "headkv-store.h"
 
-#include "ggml-backend.h"
-#include "ggml-cpp.h"
-#include "ggml-cpu.h"
-
 #include <algorithm>
 #include <chrono>
 #include <cmath>
-#include <cstdio>
-#include <cstdlib>
-#include <cstring>
-#include <functional>
 #include <numeric>
-#include <random>
 #include <stdexcept>
-#include <string>
-#include <vector>
 
 // cuda-on-cpu.cpp; descending: the order in which the threads of a block run
 bool cuda_on_cpu_supports(const ggml_tensor * op);
 void cuda_on_cpu_compute(ggml_tensor * op, bool descending);
-
-static std::mt19937 rng(1);
-
-static std::vector<float> random_floats(size_t n, float stdev = 1.0f) {
-    std::normal_distribution<float> normal(0.0f, stdev);
-    std::vector<float> res(n);
-    for (float & x : res) {
-        x = normal(rng);
-    }
-    return res;
-}
-
-static ggml_backend_dev_t gpu = nullptr; // where the cases of CUDA and the composed ones run, null: on the CPU
-static int n_skip = 0;                   // cases that the device cannot run
-
-// a graph on the CPU backend or on the GPU
-struct op_graph {
-    ggml_backend_ptr backend;
-    ggml_context_ptr ctx;
-    ggml_backend_buffer_ptr buf;
-    ggml_cgraph * gf;
-
-    explicit op_graph(bool on_gpu = false) :
-        backend(on_gpu ? ggml_backend_dev_init(gpu, nullptr) : ggml_backend_cpu_init()) {
-        ggml_init_params params = { 256 * ggml_tensor_overhead() + ggml_graph_overhead(), nullptr, true };
-        ctx.reset(ggml_init(params));
-        gf = ggml_new_graph(ctx.get());
-    }
-
-    void alloc(ggml_tensor * out) {
-        ggml_build_forward_expand(gf, out);
-        buf.reset(ggml_backend_alloc_ctx_tensors(ctx.get(), backend.get()));
-        // what an op does not write must not matter
-        ggml_backend_buffer_clear(buf.get(), 0xff);
-    }
-
-    // an engine sends what the device lacks elsewhere, this graph runs on one backend
-    bool is_skipped() const {
-        for (int i = 0; i < ggml_graph_n_nodes(gf); ++i) {
-            if (!ggml_backend_supports_op(backend.get(), ggml_graph_node(gf, i))) {
-                printf("  skipped: the device does not run %s\n", ggml_op_name(ggml_graph_node(gf, i)->op));
-                n_skip++;
-                return true;
-            }
-        }
-        return false;
-    }
-
-    void run(int n_threads) {
-        if (ggml_backend_is_cpu(backend.get())) {
-            ggml_backend_cpu_set_n_threads(backend.get(), n_threads);
-        }
-        if (ggml_backend_graph_compute(backend.get(), gf) != GGML_STATUS_SUCCESS) {
-            abort();
-        }
-    }
-};
-
-static void set_quantized(ggml_tensor * t, const std::vector<float> & x) {
-    std::vector<uint8_t> raw(ggml_nbytes(t));
-    ggml_quantize_chunk(t->type, x.data(), raw.data(), 0, ggml_nrows(t), t->ne[0], nullptr);
-    ggml_backend_tensor_set(t, raw.data(), 0, raw.size());
-}
-
-static std::vector<float> get_floats(const ggml_tensor * t) {
-    std::vector<uint8_t> raw(ggml_nbytes(t));
-    ggml_backend_tensor_get(t, raw.data(), 0, raw.size());
-    std::vector<float> res(ggml_nelements(t));
-    if (t->type == GGML_TYPE_F32) {
-        memcpy(res.data(), raw.data(), raw.size());
-    } else {
-        ggml_get_type_traits(t->type)->to_float(raw.data(), res.data(), res.size());
-    }
-    return res;
-}
-
-// of so many query heads: "" = none, "mixed" = of each head another one, else the same number
-static std::vector<float> make_sinks(const std::string & kind, size_t n) {
-    if (kind.empty()) {
-        return {};
-    }
-    std::vector<float> res = random_floats(n, 3.0f);
-    if (kind != "mixed") {
-        res.assign(n, std::stof(kind));
-    }
-    return res;
-}
 
 //
 // attend
@@ -1150,7 +1055,7 @@ static bool test_cuda_refuses_two_sizes() {
 }
 
 // K and V of different sizes
-static void add_two_sizes(std::vector<std::pair<std::string, std::function<bool()>>> & cases) {
+static void add_two_sizes(op_cases & cases) {
     for (const char * kernel : { "portable", "avx2", "avx512", "neon" }) {
         for (ggml_type type : { GGML_TYPE_F16, GGML_TYPE_F32, GGML_TYPE_BF16, GGML_TYPE_Q8_0, GGML_TYPE_Q4_0 }) {
             for (const auto & [D, D_v] : { std::make_pair(192, 128), std::make_pair(64, 96), std::make_pair(48, 32), std::make_pair(96, 80) }) {
@@ -1183,6 +1088,8 @@ int main(int argc, char ** argv) {
             perf_score();
         } else if (argc > 2 && strcmp(argv[2], "sinks") == 0) {
             perf_sinks();
+        } else if (argc > 2 && strcmp(argv[2], "prompt") == 0) {
+            perf_prompt();
         } else {
             perf();
         }
@@ -1200,7 +1107,7 @@ int main(int argc, char ** argv) {
     const bool has_kernels = on_gpu && strncmp(ggml_backend_dev_name(gpu), "CUDA", 4) == 0;
     const std::string only = argc > 2 && strcmp(argv[1], "-c") == 0 ? argv[2] : "";
 
-    std::vector<std::pair<std::string, std::function<bool()>>> cases;
+    op_cases cases;
     for (bool is_refused : { false, true }) {
         cases.push_back({ is_refused ? "select_composed,refused" : "select_composed,longest",
                 [=]() { return test_select_composed_refuses(HEADKV_MAX_SELECT_COMPOSED + is_refused, is_refused); } });
@@ -1342,6 +1249,7 @@ int main(int argc, char ** argv) {
     }
     cases.push_back({ "buckets", test_buckets });
     add_two_sizes(cases);
+    add_prompt_cases(cases);
 
     int n_fail = 0;
     int n_run = 0;

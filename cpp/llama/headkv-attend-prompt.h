@@ -1,0 +1,59 @@
+// Attention of a prompt while it is read: queries of consecutive tokens of one sequence over its staged cells.
+//
+//   q      F32 [n_embd_head_k, n_head, n_tokens]
+//   k          [n_embd_head_k, n_head_kv, n_cells]     any type that can be converted; heads and cells may have strides
+//   v          [n_embd_head_v, n_head_kv, n_cells]     same
+//   cells  I32 [n]                                     cells of the sequence in the order of their positions
+//   seen   I32 [2, n_tokens]                           token t sees the cells from seen[0, t] to before seen[1, t] of this order
+//   sinks  F32 [n_head] or null                        see headkv-attend.h
+//   dst    F32 [n_embd_head_v*n_head, n_tokens]
+//
+// A row of the result depends on its query and on what it sees, and on nothing else: not on the tokens that are computed with
+// it, nor on the number of threads. Accumulation is in F32.
+#pragma once
+
+#include "headkv-attend.h"
+
+// the queries of some tokens and one GQA group over the cells of its KV head
+struct headkv_prompt_args {
+    const float * q; // [n_tokens][n_group][n_embd_head_k], strides of tokens and heads in floats
+    int64_t nq_token;
+    int64_t nq_head;
+    const char * k;
+    const char * v;
+    size_t nb_k; // bytes from cell to cell
+    size_t nb_v;
+    const int32_t * cells;
+    const int32_t * seen; // [n_tokens][2]
+    const float * sinks; // [n_group] or null
+    float * dst; // [n_tokens][n_group][n_embd_head_v], stride of tokens in floats
+    int64_t nd_token;
+    int n_tokens;
+    int n_group;
+    int n_embd_head_k;
+    int n_embd_head_v;
+    ggml_type type_k;
+    ggml_type type_v;
+    float scale;
+    float softcap; // 0 = none
+};
+
+struct headkv_prompt_kernel {
+    size_t (*n_work)(const headkv_prompt_args & args); // floats
+    void (*run)(const headkv_prompt_args & args, float * work);
+};
+
+// as those of headkv-attend.h; every one takes all types and sizes
+const headkv_prompt_kernel * headkv_prompt_kernel_avx512();
+const headkv_prompt_kernel * headkv_prompt_kernel_avx2();
+const headkv_prompt_kernel * headkv_prompt_kernel_neon();
+const headkv_prompt_kernel * headkv_prompt_kernel_portable();
+
+const headkv_prompt_kernel * headkv_prompt_kernel_find(const char * name);
+
+// whether K and V of these types can be converted
+bool headkv_prompt_takes(ggml_type type_k, ggml_type type_v);
+
+// scale, softcap and kernel are those of the state when it is built
+ggml_tensor * headkv_build_attend_prompt(ggml_context * ctx, headkv_attend_state * state,
+        ggml_tensor * q, ggml_tensor * k, ggml_tensor * v, ggml_tensor * cells, ggml_tensor * seen, ggml_tensor * sinks = nullptr);
