@@ -429,6 +429,26 @@ void llama_kv_cache_ragged_context::set_input_bias(ggml_tensor * dst, const llam
     ggml_backend_tensor_set(dst, data.data(), 0, data.size() * sizeof(float));
 }
 
+void llama_kv_cache_ragged_context::set_input_pos(ggml_tensor * dst, const llama_ubatch * ubatch) const {
+    std::vector<float> data;
+    data.reserve(dst->ne[0]);
+    for (const auto & layer : kv->store().layers) {
+        const size_t first = data.size();
+        data.resize(first + layer.k->ne[1], 0.0f);
+        for (uint32_t i = 0; i < ubatch->n_seqs_unq; ++i) {
+            const headkv_seq & seq = kv->seq(ubatch->seq_id_unq[i]);
+            for (const auto & range : layer.ranges[ubatch->seq_id_unq[i]]) {
+                float * rows = data.data() + first + range.off;
+                for (uint32_t r = 0; r < range.n_used(seq.n_generated()); ++r) {
+                    // before the last token, near which floats are exact
+                    rows[r] = (float) ((r < range.n_kept ? range.pos[r] : seq.n_prompt + (llama_pos) (r - range.n_kept)) - (seq.n_pos - 1));
+                }
+            }
+        }
+    }
+    ggml_backend_tensor_set(dst, data.data(), 0, data.size() * sizeof(float));
+}
+
 void llama_kv_cache_ragged_context::set_input_mask(ggml_tensor * dst, const headkv_store_layer & layer, size_t i_bucket, const llama_ubatch * ubatch) const {
     const llama_seq_id s = ubatch->seq_id[0][0];
     const auto & bucket = layer.buckets[s][i_bucket];

@@ -175,6 +175,9 @@ static void note_layer(const llm_graph_context & gctx, headkv_input & inp, ggml_
     if (kq_b) {
         kv->refuse(format("layer %d adds a bias to its attention", il));
     }
+    if (sinks && gctx.hparams.use_alibi) {
+        kv->refuse(format("layer %d has sinks beside ALiBi", il));
+    }
     if (!layer) {
         kv->refuse(format("it attends in layer %d, which has no KV heads", il));
     }
@@ -198,6 +201,7 @@ static void note_layer(const llm_graph_context & gctx, headkv_input & inp, ggml_
     }
     layer->attend->scale = kq_scale;
     layer->attend->softcap = gctx.hparams.attn_soft_cap ? gctx.hparams.f_attn_logit_softcapping : 0.0f;
+    layer->attend->max_bias = gctx.hparams.f_max_alibi_bias;
 }
 
 static const headkv_input::refs_t & refs_of(const llm_graph_context & gctx, headkv_input & inp, const headkv_layer_shape & layer) {
@@ -224,7 +228,7 @@ static void build_capture(const llm_graph_context & gctx, headkv_input & inp, gg
         ggml_tensor * q = inp.self_k_rot ? llama_mul_mat_hadamard(ctx, q_cur, inp.self_k_rot) : q_cur;
         ggml_tensor * k = inp.self_k_rot ? llama_mul_mat_hadamard(ctx, k_cur, inp.self_k_rot) : k_cur;
         ggml_build_forward_expand(gctx.gf, staging->cpy_k(ctx, k, inp.self_k_idxs, il)); // upstream will do it again
-        headkv_build_sums(ctx, gctx.gf, q, staging->get_k(ctx, il), inp.self_kq_mask_cnv, sums, inp.self_k_idxs, layer.attend->scale, layer.attend->softcap, layer.sinks);
+        headkv_build_sums(ctx, gctx.gf, q, staging->get_k(ctx, il), inp.self_kq_mask_cnv, sums, inp.self_k_idxs, layer.attend->scale, layer.attend->softcap, layer.sinks, layer.attend->max_bias);
     }
 }
 
@@ -252,7 +256,7 @@ static ggml_tensor * build_attend(const llm_graph_context & gctx, headkv_input &
     ggml_tensor * q = ggml_is_contiguous(q_cur) ? q_cur : ggml_cont(ctx, q_cur);
     auto * attend = inp.mctx_ragged->get_kv()->store().find(layer.il)->attend.get(); // that of the twin computes nothing
     return layer.fused
-            ? headkv_build_attend_fused(ctx, attend, q, k, v, inp.ranges_of_layer(gctx, layer), inp.bias_of_layer(gctx, layer), sinks)
+            ? headkv_build_attend_fused(ctx, attend, q, k, v, inp.ranges_of_layer(gctx, layer), inp.bias_of_layer(gctx, layer), sinks, inp.pos_of_layer(gctx, layer))
             : build_attend_composed(gctx, inp, layer, q, k, v, sinks, kq_scale);
 }
 

@@ -30,9 +30,10 @@ std::vector<std::vector<uint32_t>> llama_kv_cache_ragged::checked_budgets(const 
     if (b.fit == HEADKV_FIT_VALUES && the_staging.n_refs() == 0) {
         throw std::invalid_argument("fit 'values' looks at queries of the whole prompt while it is read: create the context with it");
     }
-    const std::string why_not = why_no_values(b);
-    if (!why_not.empty()) {
-        throw std::invalid_argument(why_not);
+    for (const std::string & why_not : { why_no_fit(b), why_no_values(b) }) {
+        if (!why_not.empty()) {
+            throw std::invalid_argument(why_not);
+        }
     }
     return headkv_budget(b, heads);
 }

@@ -231,9 +231,10 @@ void headkv_staging::alloc_hidden(uint32_t n_tokens, uint32_t n_hidden, int64_t 
     }
     n_before = ggml_backend_buffer_is_host(t_band->buffer) ? n_tokens : 0;
     std::vector<ggml_fp16_t> row(n_cols, ggml_fp32_to_fp16(-INFINITY));
-    std::fill(row.begin(), row.begin() + n_band(), ggml_fp32_to_fp16(0.0f));
     for (int64_t i = 0; i < n_ubatch; ++i) {
-        row[n_band() + i] = ggml_fp32_to_fp16(0.0f);
+        for (int64_t j = hparams.use_alibi || i == 0 ? 0 : n_band() + i; j <= n_band() + i; ++j) {
+            row[j] = ggml_fp32_to_fp16(hparams.use_alibi ? (float) (j - n_band() - i) : 0.0f);
+        }
         ggml_backend_tensor_set(t_band, row.data(), i * t_band->nb[1], t_band->nb[1]);
     }
 }

@@ -62,7 +62,8 @@ public:
     // layer-major: the hidden states of the tokens that are computed, F32 or F16 [n_embd, n_hidden]; null else
     ggml_tensor * hidden() const { return t_hidden; }
 
-    // layer-major: the causal mask of all ubatches, F16 [n_band + n_ubatch + 256, n_ubatch], 0 up to column n_band + row, then -inf
+    // layer-major: the causal mask of all ubatches, F16 [n_band + n_ubatch + 256, n_ubatch], 0 up to column n_band + row, then -inf;
+    // with ALiBi the distance to that column, negated, instead of 0
     ggml_tensor * band() const { return t_band; }
     int64_t n_band() const { return n_before; }
 

@@ -44,13 +44,20 @@ llama_kv_cache_ragged::llama_kv_cache_ragged(
     if (this->owners.any_beside()) {
         the_beside = std::make_unique<headkv_beside>(model, this->owners, type_k, type_v, cparams);
     }
-    if (const std::string why_not = headkv_why_no_fit(the_store.layers); this->cfg->fit == HEADKV_FIT_VALUES && !why_not.empty()) {
+    if (const std::string why_not = why_no_fit(*this->cfg); !why_not.empty()) {
         throw std::invalid_argument(why_not);
     }
     log_created();
 }
 
 llama_kv_cache_ragged::~llama_kv_cache_ragged() = default;
+
+std::string llama_kv_cache_ragged::why_no_fit(const headkv_config & c) const {
+    if (hparams.use_alibi && c.fit != HEADKV_FIT_NONE) {
+        return format("policy '%s' changes the values of cells, which is not built for ALiBi: use policy 'headkv' or 'snapkv'", c.policy.c_str());
+    }
+    return c.fit == HEADKV_FIT_VALUES ? headkv_why_no_fit(the_store.layers) : "";
+}
 
 headkv_staging::params_t llama_kv_cache_ragged::staging_params() const {
     return { type_k, type_v, cparams.offload_kqv, cparams.n_ctx, cparams.n_seq_max, (llama_pos) cfg->window,
@@ -90,6 +97,9 @@ void llama_kv_cache_ragged::make_layers(headkv_store & store) const {
                     layer.il, layer.n_embd_head_k, layer.n_embd_head_v, ggml_type_name(type_k), ggml_type_name(type_v), ggml_backend_buft_name(layer.buft)));
         }
         layer.fused = can_fuse && cfg->attend != HEADKV_ATTEND_COMPOSED;
+        if (hparams.use_alibi && !(layer.fused && headkv_is_cpu(layer.buft))) {
+            refuse("ALiBi needs attend 'fused' on the CPU: use attend 'auto', types with a dot product, and no GPU layers");
+        }
         store.layers.push_back(std::move(layer));
     }
 }

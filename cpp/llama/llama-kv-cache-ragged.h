@@ -163,6 +163,7 @@ public:
 
     headkv_store & store() { return the_store; }
     const headkv_store & store() const { return the_store; }
+    bool has_alibi() const { return hparams.use_alibi; }
     int32_t layer_seen_by(int32_t il) const { return owners.shared[il] >= 0 ? owners.shared[il] : il; } // whose cells it attends to
     headkv_store & store_twin() { return the_store_twin; } // without memory, for worst-case graphs
     headkv_staging & staging() { return the_staging; }
@@ -279,6 +280,8 @@ private:
 
     mutable uint64_t fingerprint = 0; // of what a saved cell depends on, 0 = not computed yet
     uint64_t get_fingerprint() const;
+
+    std::string why_no_fit(const headkv_config & c) const; // empty = it is possible with the model
 
     std::vector<headkv_layer_shape> shapes() const;
     headkv_staging::params_t staging_params() const;
