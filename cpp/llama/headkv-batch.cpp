@@ -307,14 +307,21 @@ bool llama_kv_cache_ragged_context::next() {
 
 bool llama_kv_cache_ragged_context::apply() {
     const llama_ubatch & ubatch = get_ubatch();
+    kv->take_rings();
     if (!is_store() && !kv->begin_step(ubatch, layered)) {
         return headkv_fail("aborted");
     }
     if (is_layered() && !kv->begin_layer()) {
         return false;
     }
-    if (kv->beside() && !apply_beside()) {
+    if (is_layered() && i_staging() == 0 && !kv->begin_layer_beside()) {
+        return false;
+    }
+    if (kv->beside() && !get_beside().apply()) {
         return headkv_fail("the layers that are not compressed have no room for the batch");
+    }
+    if (!is_store()) {
+        kv->note_rings(ubatch, layered);
     }
     if (is_layered()) {
         if (layer_step() > 0) {
@@ -331,13 +338,6 @@ bool llama_kv_cache_ragged_context::apply() {
         return headkv_fail(headkv_reason(e));
     }
     return true;
-}
-
-bool llama_kv_cache_ragged_context::apply_beside() const {
-    if (is_layered() && i_staging() == 0) {
-        kv->beside()->rewind(get_ubatch().seq_id_unq[0]); // for the next layer
-    }
-    return get_beside().apply();
 }
 
 llama_memory_status llama_kv_cache_ragged_context::get_status() const {

@@ -155,8 +155,6 @@ private:
 
     size_t i_staging() const;
 
-    bool apply_beside() const;
-
     // layer-major: the ubatches without outputs, for all layers but the last
     std::vector<llama_ubatch> silent;
     std::vector<int8_t> no_output;

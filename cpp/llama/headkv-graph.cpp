@@ -37,15 +37,31 @@ std::string llama_kv_cache_ragged::why_no_values(const headkv_config & c) const 
 }
 
 void llama_kv_cache_ragged::note_layers(const std::string & why_not) {
-    token_major = why_not;
-    size_t n_layer_bytes = 0; // of a token, in the largest layer
+    why_not_cut = why_not;
+    choose_order();
+}
+
+void llama_kv_cache_ragged::choose_order() {
+    token_major = why_not_cut;
+    if (!token_major.empty() || !the_beside || cfg->prefill != HEADKV_PREFILL_AUTO) {
+        return;
+    }
+    // of a token: in one layer at a time, in all of them
+    size_t n_layer_bytes = 0;
     for (const auto & layer : the_store.layers) {
         n_layer_bytes = std::max(n_layer_bytes, layer.n_bytes_cell());
     }
+    size_t n_ring = 0; // what windowed layers keep for the archive
+    size_t n_rings = 0;
+    for (int32_t il : the_archive ? windowed_ils() : std::vector<int32_t>()) {
+        const size_t n = the_beside->n_bytes_row(il, false) + the_beside->n_bytes_row(il, true);
+        n_ring = std::max(n_ring, n);
+        n_rings += n;
+    }
     const size_t n_hidden_bytes = hparams.n_embd * (cfg->hidden_f16 ? sizeof(ggml_fp16_t) : sizeof(float));
-    if (why_not.empty() && the_beside && cfg->prefill == HEADKV_PREFILL_AUTO && n_hidden_bytes + n_layer_bytes > bytes_cell()) {
-        token_major = format("of a token, the hidden state and K and V of one layer take %zu bytes, K and V of all layers that are compressed %zu",
-                n_hidden_bytes + n_layer_bytes, bytes_cell());
+    if (n_hidden_bytes + n_layer_bytes + n_ring > bytes_cell() + n_rings) {
+        token_major = format("of a token, the hidden state and K and V of one layer take %zu bytes, K and V of all layers that are compressed%s %zu",
+                n_hidden_bytes + n_layer_bytes + n_ring, n_rings > 0 ? " or archived" : "", bytes_cell() + n_rings);
     }
 }
 

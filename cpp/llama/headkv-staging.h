@@ -127,3 +127,9 @@ private:
     void release_hidden();
     void copy_to(llama_kv_cache & cache, const tensors_t & sums) const;
 };
+
+// Marks a cell of a cache as the one of a position.
+void headkv_occupy_cell(llama_kv_cache & cache, uint32_t i_cell, llama_seq_id seq_id, llama_pos pos);
+
+// K or V of a layer of a cache, all of its cells. Upstream hands out K as it is stored and V as a view.
+ggml_tensor * headkv_rows_of(const llama_kv_cache & cache, int32_t il, bool v);

@@ -171,7 +171,7 @@ size_t llama_kv_cache_ragged::bytes_cell() const {
 }
 
 void llama_kv_cache_ragged::note_peak() {
-    n_bytes_peak = std::max({ n_bytes_peak, the_staging.n_bytes() + the_store.n_bytes(), running ? running->n_peak() : 0 });
+    n_bytes_peak = std::max({ n_bytes_peak, the_staging.n_bytes() + the_store.n_bytes() + ring_rows.n_bytes(), running ? running->n_peak() : 0 });
 }
 
 std::map<ggml_backend_buffer_type_t, size_t> llama_kv_cache_ragged::memory_breakdown() const {
@@ -225,6 +225,7 @@ void llama_kv_cache_ragged::clear(bool data) {
     if (the_beside) {
         the_beside->clear();
     }
+    ring_rows.forget();
     broken.clear();
     release_idle();
 }
@@ -264,6 +265,7 @@ bool llama_kv_cache_ragged::seq_rm(llama_seq_id seq_id, llama_pos p0, llama_pos 
     }
     const bool gives_up = p0 < 0; // upstream clears with 0 what it is about to fill
     p0 = std::max<llama_pos>(p0, 0);
+    ring_rows.cut(seq_id, p0);
     p1 = p1 < 0 ? std::numeric_limits<llama_pos>::max() : p1;
 
     if (p0 >= std::min(p1, seq.n_pos) && !is_reading(seq_id)) {
@@ -442,8 +444,12 @@ bool llama_kv_cache_ragged::compress_now(llama_seq_id seq_id) {
             // of a prompt that was read layer by layer, the last layer is left
             if (!layered || layer.il == n_layer() - 1) {
                 running->layer(layer);
-                archive_layer(layer);
                 note_peak();
+            }
+        }
+        for (int32_t il : archived_ils) {
+            if (!layered || il == n_layer() - 1) {
+                archive_layer(il);
             }
         }
         if (the_beside && running->dst != seq_id) {
@@ -476,6 +482,9 @@ void llama_kv_cache_ragged::end_compression() {
     dst = std::move(res);
     running.reset();
     end_archiving(dst, &dst == &prompt);
+    if (&dst == &prompt && ring_rows.is_of(id)) {
+        ring_rows.forget();
+    }
     if (n_staged() == 0) {
         the_staging.release();
     }
