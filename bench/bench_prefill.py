@@ -1,9 +1,12 @@
 """Time and peak memory of reading a prompt: stock cache, token-major and layer-major.
 
+Of models with windows, "stock" has rings for their layers, and "full" caches all tokens there (``swa_full``, the default of llama.h).
+
 Every kind of cache runs in a process of its own, so that the peak of resident memory
 is its own; the rounds are interleaved and ratios are medians of paired ones.
 
     python bench/bench_prefill.py --lengths 4096,8192 --out bench/results/prefill_cpu.csv
+    python bench/bench_prefill.py --model GEMMA.gguf --kv-size 256 --kinds stock,full,token,layer --lengths 4096,16384 --out ...
 """
 
 from __future__ import annotations
@@ -25,34 +28,39 @@ from tqdm import tqdm
 from pyheadkv.eval.journal import commit, machine
 
 KINDS: dict[str, dict[str, Any]] = {
-    "stock": {"flash_attn": True},
-    "token": {"kv_size": 128, "prefill": "token"},
-    "layer": {"kv_size": 128, "prefill": "layer"},
+    "stock": {"flash_attn": True, "swa_full": False},
+    "token": {"prefill": "token"},
+    "layer": {"prefill": "layer"},
+    "full": {"flash_attn": True, "swa_full": True},
 }
+DEFAULT_KINDS = "stock,token,layer"
 FLOOR = "model"  # the stock cache of one ubatch: what the loaded model and its compute buffers take
 
 
-def read(kind: str, model: str, n: int, n_read: int, n_layer: int, n_ubatch: int, threads: int) -> dict[str, float]:
+def read(kind: str, n: int, args: argparse.Namespace) -> dict[str, float]:
     """Read one prompt, or its first n_read tokens or n_layer layers, in this process: seconds, compression ms, peak of resident bytes above the loaded model."""
     from pyheadkv import Llama
 
     if kind == FLOOR:
-        n = n_ubatch
+        n = args.ubatch
+    options = KINDS.get(kind, KINDS["stock"])
+    if "prefill" in options:
+        options = {**options, "kv_size": args.kv_size}
     llm = Llama(
-        model,
+        args.model,
         n_ctx=n + 256,
-        n_batch=n_ubatch,
-        n_ubatch=n_ubatch,
-        n_threads=threads,
-        n_threads_batch=threads,
+        n_batch=args.ubatch,
+        n_ubatch=args.ubatch,
+        n_threads=args.threads,
+        n_threads_batch=args.threads,
         verbose=False,
-        **KINDS.get(kind, KINDS["stock"]),
+        **options,
     )
-    prompt = [1, *np.random.default_rng(0).integers(300, 383, size=min(n, n_read) - 1).tolist()]
-    llm.read_prompt(prompt[:n_ubatch])
+    prompt = [1, *np.random.default_rng(0).integers(300, 383, size=min(n, args.read) - 1).tolist()]
+    llm.read_prompt(prompt[: args.ubatch])
     llm.reset()
     if kind == "layer":
-        llm.set_progress(lambda il, *_: il < n_layer)
+        llm.set_progress(lambda il, *_: il < args.layers)
     start = time.perf_counter()
     try:
         llm.read_prompt(prompt)
@@ -97,13 +105,14 @@ def main() -> None:
         default=1 << 30,
         help="layers to read layer by layer: the first two take the memory of all but for the store (default: all)",
     )
-    parser.add_argument("--kinds", default=",".join(KINDS), help="of %(default)s")
+    parser.add_argument("--kinds", default=DEFAULT_KINDS, help=f"of {', '.join(KINDS)} (default: %(default)s)")
+    parser.add_argument("--kv-size", type=int, default=128, help="mean cells per KV head (default: %(default)s)")
     parser.add_argument("--out", type=Path, help="CSV to write")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.one:
         kind, n = args.one.split(":")
-        print(json.dumps(read(kind, str(args.model), int(n), args.read, args.layers, args.ubatch, args.threads)))
+        print(json.dumps(read(kind, int(n), args)))
         return
 
     make_model(args.model, "q8_0")
@@ -124,6 +133,8 @@ def main() -> None:
             str(args.read),
             "--layers",
             str(args.layers),
+            "--kv-size",
+            str(args.kv_size),
         ]
         found: dict[str, float] = json.loads(subprocess.run(cmd, stdout=subprocess.PIPE, text=True, check=True).stdout.splitlines()[-1])
         return found

@@ -16,8 +16,8 @@ LLAMA_API int32_t headkv_read_window(const struct llama_context * ctx, llama_seq
 // The reference queries of a sequence in position order, [n_refs][n_head_kv][n_embd_head_k]; returns n_refs.
 LLAMA_API int32_t headkv_read_refs(const struct llama_context * ctx, llama_seq_id seq_id, int32_t il, float * dst, int64_t n);
 
-// What the softmax of a layer is made of: the factor on q k, the cap of logits (0 = none), then the sink of each query head
-// if it has any. Returns how many values.
+// What the softmax of a layer is made of: the factor on q k, the cap of logits and the largest ALiBi bias (0 = none), then
+// the sink of each query head if it has any. Returns how many values.
 LLAMA_API int32_t headkv_read_softmax(const struct llama_context * ctx, int32_t il, float * dst, int64_t n);
 
 // K (or V) of one head: of the whole prompt while it is staged, else of the cells that the head holds,

@@ -255,7 +255,7 @@ LLAMA_API struct headkv_archive_params headkv_default_archive_params(void);
 // ("h2o", any with fit "values") only write; tokens that were computed in ubatches of fewer than 64, or while other prompts were held, are not archived,
 // since their cells differ in the last bits. What is damaged is removed and read; llama_decode() of a whole prompt that finds it in
 // the middle fails once with the reason, and headkv_read_prompt() and headkv_read_ahead() begin it again. What cannot be written is
-// logged. Generated tokens are not archived.
+// logged. Generated tokens are not archived. Windowed layers are archived with the others; fails where a layer is recurrent.
 LLAMA_API int32_t headkv_set_archive(struct llama_context * ctx, const struct headkv_archive_params * params);
 
 LLAMA_API int32_t headkv_get_archive_stats(const struct llama_context * ctx, struct headkv_archive_stats * stats);

@@ -7,7 +7,11 @@
 #include "ggml-cuda/common.cuh" // as upstream's ggml-cuda.cu, whose include directories these sources are compiled with
 
 bool headkv_cuda_supports(const ggml_tensor * op) {
-    switch (headkv_op_get(op).kind) {
+    const headkv_op known = headkv_op_get(op);
+    if (known.max_bias > 0.0f) {
+        return false; // ALiBi is the CPU's
+    }
+    switch (known.kind) {
         case HEADKV_OP_ATTEND: return headkv::attend_supports(op);
         case HEADKV_OP_STATS:
         case HEADKV_OP_SCORE: return headkv::score_supports(op);

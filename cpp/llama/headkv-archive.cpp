@@ -212,7 +212,7 @@ bool headkv_archive::has(const named_t & block, uint32_t n_tokens, uint32_t n_ro
     return false;
 }
 
-void headkv_archive::restore(const headkv_archive_hit & hit, size_t i_layer, uint32_t n_skip, ggml_tensor * k, ggml_tensor * v) {
+void headkv_archive::restore(const headkv_archive_hit & hit, size_t i_layer, uint32_t n_skip, const take_fn & take) {
     const timer t(numbers.t_read_us);
     const auto & layer = layout.layers[i_layer];
     std::vector<uint8_t> raw, staged;
@@ -232,7 +232,6 @@ void headkv_archive::restore(const headkv_archive_hit & hit, size_t i_layer, uin
         }
         numbers.bytes_read += (int64_t) raw.size();
         for (bool is_v : { false, true }) {
-            ggml_tensor * to = is_v ? v : k;
             const ggml_type type = is_v ? layer.type_v : layer.type_k;
             const uint8_t * from = raw.data() + (is_v ? n_k : 0);
             if (layout.kept_as(type) != type) {
@@ -240,16 +239,18 @@ void headkv_archive::restore(const headkv_archive_hit & hit, size_t i_layer, uin
                 convert(layout.kept_as(type), from, type, staged.data(), block.n_rows, is_v ? layer.n_v : layer.n_k);
                 from = staged.data();
             }
-            const int64_t first = block.n_tokens - block.n_rows;
-            const int64_t begin = std::max<int64_t>(0, n_skip - first);
-            const int64_t end = std::min<int64_t>(block.n_rows, hit.n_tokens - first);
-            ggml_backend_tensor_set(to, from + begin * to->nb[1], (first + begin) * to->nb[1], (end - begin) * to->nb[1]);
+            const uint32_t first = block.n_tokens - block.n_rows;
+            const uint32_t begin = std::max(first, n_skip);
+            take(is_v, begin, std::min(block.n_tokens, hit.n_tokens) - begin, from + (begin - first) * layout.n_bytes_staged(i_layer, is_v));
         }
     }
 }
 
-void headkv_archive::will_restore(const headkv_archive_hit & hit, size_t i_layer) const {
+void headkv_archive::will_restore(const headkv_archive_hit & hit, size_t i_layer, uint32_t n_skip) const {
     for (const auto & block : hit.blocks) {
+        if (block.n_tokens <= n_skip) {
+            continue;
+        }
         blocks->will_read(block.name, (int64_t) layout.offset(i_layer, block.n_tokens, block.n_rows), layout.n_bytes_section(i_layer, block.n_rows));
     }
 }
@@ -321,7 +322,7 @@ void headkv_archive::note_failure(const std::string & what) {
 //
 
 headkv_archive_writer::headkv_archive_writer(headkv_archive & archive, const std::vector<llama_token> & tokens, uint64_t adapters,
-        const headkv_archive_hit & in_use) :
+        const headkv_archive_hit & in_use, uint32_t n_known) :
     archive(archive) {
     const timer t(archive.numbers.t_write_us);
     try {
@@ -347,7 +348,7 @@ headkv_archive_writer::headkv_archive_writer(headkv_archive & archive, const std
             }
             n_chain += n_bytes;
             chain.push_back(block.name);
-            if (archive.blocks->size(block.name) == n_bytes) {
+            if (archive.blocks->size(block.name) == n_bytes || first < n_known) {
                 continue;
             }
             for (uint32_t n_end = HEADKV_N_STEP; n_end < n_rows; n_end += HEADKV_N_STEP) {
@@ -387,7 +388,7 @@ void headkv_archive_writer::fail(const std::string & what) {
     failed = true;
 }
 
-void headkv_archive_writer::layer(size_t i_layer, const ggml_tensor * k, const ggml_tensor * v) {
+void headkv_archive_writer::layer(size_t i_layer, const give_fn & give) {
     const timer t(archive.numbers.t_write_us);
     const auto & layout = archive.layout;
     const auto & shape = layout.layers[i_layer];
@@ -399,7 +400,7 @@ void headkv_archive_writer::layer(size_t i_layer, const ggml_tensor * k, const g
                 const ggml_type type = is_v ? shape.type_v : shape.type_k;
                 uint8_t * to = raw.data() + (is_v ? block.n_rows * layout.n_bytes(i_layer, false) : 0);
                 staged.resize(block.n_rows * layout.n_bytes_staged(i_layer, is_v));
-                ggml_backend_tensor_get(is_v ? v : k, staged.data(), (block.n_tokens - block.n_rows) * layout.n_bytes_staged(i_layer, is_v), staged.size());
+                give(is_v, block.n_tokens - block.n_rows, block.n_rows, staged.data());
                 convert(type, staged.data(), layout.kept_as(type), to, block.n_rows, is_v ? shape.n_v : shape.n_k);
             }
             const size_t n_rows = raw.size() - sizeof(uint64_t); // bytes

@@ -70,12 +70,12 @@ public:
     // What is there of the first n_max tokens, computed with these adapters; tokens: those behind them too.
     headkv_archive_hit find(const std::vector<llama_token> & tokens, uint32_t n_max, uint64_t adapters);
 
-    // Rows [n_skip, hit.n_tokens) of a layer, into the same rows of the tensors.
+    // Tells the rows [n_skip, hit.n_tokens) of a layer, as they were staged, from the first one on.
     // Throws std::runtime_error when a block is damaged or gone; it is removed then.
-    void restore(const headkv_archive_hit & hit, size_t i_layer, uint32_t n_skip, ggml_tensor * k, ggml_tensor * v);
-    void will_restore(const headkv_archive_hit & hit, size_t i_layer) const;
+    using take_fn = std::function<void(bool v, uint32_t first, uint32_t n_rows, const uint8_t * rows)>;
+    void restore(const headkv_archive_hit & hit, size_t i_layer, uint32_t n_skip, const take_fn & take);
+    void will_restore(const headkv_archive_hit & hit, size_t i_layer, uint32_t n_skip) const;
 
-    size_t n_layers() const { return layout.layers.size(); }
     const headkv_archive_stats & stats() const { return numbers; }
     void note_prompt(uint32_t n_restored, uint32_t n_computed);
 
@@ -112,12 +112,14 @@ private:
 // without it. What is not committed is discarded.
 class headkv_archive_writer {
 public:
-    // in_use: blocks that have to stay meanwhile
-    headkv_archive_writer(headkv_archive & archive, const std::vector<llama_token> & tokens, uint64_t adapters, const headkv_archive_hit & in_use);
+    // in_use: blocks that have to stay meanwhile; n_known: rows before it are not known, and blocks that begin there not written
+    headkv_archive_writer(headkv_archive & archive, const std::vector<llama_token> & tokens, uint64_t adapters, const headkv_archive_hit & in_use,
+            uint32_t n_known);
     ~headkv_archive_writer();
 
     // all layers in any order; the rows of the tensors are the positions
-    void layer(size_t i_layer, const ggml_tensor * k, const ggml_tensor * v);
+    using give_fn = std::function<void(bool v, uint32_t first, uint32_t n_rows, uint8_t * rows)>; // throws where it has not got them
+    void layer(size_t i_layer, const give_fn & give);
 
     void commit();
 

@@ -88,7 +88,7 @@ inline void accumulate(const headkv_attend_args & a, const float * p, const char
 
 // G heads of the group, starting at the given ones
 template <int G, class K, class V>
-void attend_group(const headkv_attend_args & a, const float * q, float * acc, float * m, float * s) {
+void attend_group(const headkv_attend_args & a, const float * q, const float * slopes, float * acc, float * m, float * s) {
     constexpr int R = fit_registers(G, 8); // rows of K at a time
     constexpr int N = fit_registers(G, 4); // vectors of V at a time
 
@@ -119,6 +119,9 @@ void attend_group(const headkv_attend_args & a, const float * q, float * acc, fl
             float * pg = p + g * N_BLOCK;
             for (int i = 0; i < n; ++i) {
                 pg[i] = a.softcap > 0.0f ? a.softcap * std::tanh(pg[i] * a.scale / a.softcap) : pg[i] * a.scale;
+            }
+            for (int i = 0; i < n && a.pos; ++i) {
+                pg[i] += slopes[g] * a.pos[r0 + i];
             }
             for (int i = n; i < n_pad; ++i) {
                 pg[i] = -INFINITY;
@@ -159,17 +162,18 @@ template <class K, class V>
 void attend(const headkv_attend_args & a, float * acc, float * m, float * s) {
     for (int g = 0; g < a.n_group;) {
         const float * q = a.q + g * a.nq;
+        const float * sl = a.slopes + (a.pos ? g : 0);
         float * acc_g = acc + g * a.n_embd_head_v;
         const int n = std::min(8, a.n_group - g);
         switch (n) {
-            case 1: attend_group<1, K, V>(a, q, acc_g, m + g, s + g); break;
-            case 2: attend_group<2, K, V>(a, q, acc_g, m + g, s + g); break;
-            case 3: attend_group<3, K, V>(a, q, acc_g, m + g, s + g); break;
-            case 4: attend_group<4, K, V>(a, q, acc_g, m + g, s + g); break;
-            case 5: attend_group<5, K, V>(a, q, acc_g, m + g, s + g); break;
-            case 6: attend_group<6, K, V>(a, q, acc_g, m + g, s + g); break;
-            case 7: attend_group<7, K, V>(a, q, acc_g, m + g, s + g); break;
-            case 8: attend_group<8, K, V>(a, q, acc_g, m + g, s + g); break;
+            case 1: attend_group<1, K, V>(a, q, sl, acc_g, m + g, s + g); break;
+            case 2: attend_group<2, K, V>(a, q, sl, acc_g, m + g, s + g); break;
+            case 3: attend_group<3, K, V>(a, q, sl, acc_g, m + g, s + g); break;
+            case 4: attend_group<4, K, V>(a, q, sl, acc_g, m + g, s + g); break;
+            case 5: attend_group<5, K, V>(a, q, sl, acc_g, m + g, s + g); break;
+            case 6: attend_group<6, K, V>(a, q, sl, acc_g, m + g, s + g); break;
+            case 7: attend_group<7, K, V>(a, q, sl, acc_g, m + g, s + g); break;
+            case 8: attend_group<8, K, V>(a, q, sl, acc_g, m + g, s + g); break;
         }
         g += n;
     }

@@ -45,6 +45,9 @@ static void attend_portable(const headkv_attend_args & a, float * acc, float * m
             float x;
             traits->vec_dot(a.n_embd_head_k, &x, 0, a.k + r * a.nb_k, 0, q.data() + g * nb_q, 0, 1);
             x = a.softcap > 0.0f ? a.softcap * std::tanh(x * a.scale / a.softcap) : x * a.scale;
+            if (a.pos) {
+                x += a.slopes[g] * a.pos[r];
+            }
 
             float * ag = acc + g * a.n_embd_head_v;
             if (x > m[g]) {
@@ -227,6 +230,7 @@ void attend_op(ggml_tensor * dst, int ith, int nth, void * userdata) {
     const ggml_tensor * ranges = dst->src[3];
     const ggml_tensor * bias = dst->src[4];
     const ggml_tensor * sinks = dst->src[5];
+    const ggml_tensor * pos = dst->src[6];
 
     const int n_embd_head_v = state.n_embd_head_v;
     const int n_group = state.n_head / state.n_head_kv;
@@ -257,6 +261,11 @@ void attend_op(ggml_tensor * dst, int ith, int nth, void * userdata) {
     args.scale = op.scale;
     args.softcap = op.softcap;
 
+    std::vector<float> slopes;
+    for (int h = 0; pos && h < state.n_head; ++h) {
+        slopes.push_back(headkv_alibi_slope(op.max_bias, state.n_head, h));
+    }
+
     attend_job job;
     while (jobs.seek(state.ticket.fetch_add(1, std::memory_order_relaxed), job)) {
         const int32_t * range = jobs.ranges + 2 * (job.seq * state.n_head_kv + job.head);
@@ -266,6 +275,8 @@ void attend_op(ggml_tensor * dst, int ith, int nth, void * userdata) {
         args.k = (const char *) k->data + (size_t) (range[0] + job.row) * k->nb[1];
         args.v = (const char *) v->data + (size_t) (range[0] + job.row) * v->nb[1];
         args.n_rows = std::max(0, job.n_rows);
+        args.pos = pos ? (const float *) pos->data + range[0] + job.row : nullptr;
+        args.slopes = slopes.data() + (pos ? job.head * n_group : 0);
 
         float * o = out + (int64_t) token * n_embd_head_v * state.n_head + (int64_t) job.head * n_group * n_embd_head_v;
 
@@ -299,7 +310,7 @@ void attend_op(ggml_tensor * dst, int ith, int nth, void * userdata) {
 } // namespace
 
 ggml_tensor * headkv_build_attend_fused(ggml_context * ctx, headkv_attend_state * state,
-        ggml_tensor * q, ggml_tensor * k, ggml_tensor * v, ggml_tensor * ranges, ggml_tensor * bias, ggml_tensor * sinks) {
+        ggml_tensor * q, ggml_tensor * k, ggml_tensor * v, ggml_tensor * ranges, ggml_tensor * bias, ggml_tensor * sinks, ggml_tensor * pos) {
     GGML_ASSERT(state->kernel && "no attend kernel for these types");
     GGML_ASSERT(q->type == GGML_TYPE_F32 && q->nb[0] == sizeof(float));
     GGML_ASSERT(q->ne[0] == state->n_embd_head_k && k->ne[0] == state->n_embd_head_k && v->ne[0] == state->n_embd_head_v);
@@ -307,6 +318,8 @@ ggml_tensor * headkv_build_attend_fused(ggml_context * ctx, headkv_attend_state 
     GGML_ASSERT(ranges->type == GGML_TYPE_I32 && ranges->ne[0] == 2 && ranges->ne[1] == state->n_head_kv && ggml_is_contiguous(ranges));
     GGML_ASSERT(!bias || (bias->type == GGML_TYPE_F32 && bias->ne[0] == ranges->ne[1] && bias->ne[1] == ranges->ne[2] && ggml_is_contiguous(bias)));
     GGML_ASSERT(!sinks || (sinks->type == GGML_TYPE_F32 && ggml_nelements(sinks) == state->n_head && ggml_is_contiguous(sinks)));
+    GGML_ASSERT(!pos || (pos->type == GGML_TYPE_F32 && ggml_nelements(pos) == k->ne[1] && ggml_is_contiguous(pos) && !bias && !sinks));
+    GGML_ASSERT((pos != nullptr) == (state->max_bias > 0.0f));
 
     const int64_t n_tokens = q->ne[2];
     const int64_t n_seqs = ranges->ne[2];
@@ -320,13 +333,14 @@ ggml_tensor * headkv_build_attend_fused(ggml_context * ctx, headkv_attend_state 
     }
 
     // What may be missing has a place of its own. A view of the sinks, because an op is run where its weights are.
-    ggml_tensor * args[] = { q, k, v, ranges, bias, sinks ? ggml_view_1d(ctx, sinks, state->n_head, 0) : nullptr };
-    ggml_tensor * res = ggml_custom_4d(ctx, GGML_TYPE_F32, n_out + n_partial, 1, 1, 1, args, 6, attend_op, GGML_N_TASKS_MAX, state);
+    ggml_tensor * args[] = { q, k, v, ranges, bias, sinks ? ggml_view_1d(ctx, sinks, state->n_head, 0) : nullptr, pos };
+    ggml_tensor * res = ggml_custom_4d(ctx, GGML_TYPE_F32, n_out + n_partial, 1, 1, 1, args, 7, attend_op, GGML_N_TASKS_MAX, state);
 
     headkv_op op;
     op.kind = HEADKV_OP_ATTEND;
     op.scale = state->scale;
     op.softcap = state->softcap;
+    op.max_bias = state->max_bias;
     headkv_op_set(res, op);
 
     return ggml_view_2d(ctx, res, state->n_embd_head_v * state->n_head, n_tokens, state->n_embd_head_v * state->n_head * sizeof(float), 0);

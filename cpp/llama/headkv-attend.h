@@ -8,6 +8,8 @@
 //                                                      scale and softcap): log n makes this row count n times
 //   sinks  F32 [n_head] or null                        a logit of each query head that is in the sum that its probabilities
 //                                                      are divided by, and has no value; neither scaled nor capped
+//   pos    F32 [n_rows] or null                        position of each row, counted from any one of its sequence: with ALiBi, slope x
+//                                                      position is added to each logit, after softcap. Not with bias or sinks
 //   dst    F32 [n_embd_head_v*n_head, n_tokens]
 //
 // Token t of the n tokens of its sequence sees the first len - (n - 1 - t) rows of each range: the ubatch's own
@@ -37,6 +39,8 @@ struct headkv_attend_args {
     ggml_type type_v;
     float scale;
     float softcap; // 0 = none
+    const float * pos;    // [n_rows] or null
+    const float * slopes; // [n_group] factors on pos
 };
 
 // acc [n_group*n_embd_head_v] sum of exp(s - m)*v, m [n_group] largest score, s [n_group] sum of exp(s - m)
@@ -67,6 +71,7 @@ struct headkv_attend_state {
     int n_head_kv;
     float scale = 1.0f;
     float softcap = 0.0f;
+    float max_bias = 0.0f; // of ALiBi
 
     // scheduling of one run; zero between runs
     std::atomic<int> ticket{ 0 };
@@ -78,6 +83,7 @@ struct headkv_attend_state {
     static constexpr int N_ROWS_CHUNK = 128;
 };
 
-// the fused op; the scale and the softcap are those of the state when it is built
+// the fused op; the scale, the softcap and the ALiBi bias are those of the state when it is built
 ggml_tensor * headkv_build_attend_fused(ggml_context * ctx, headkv_attend_state * state,
-        ggml_tensor * q, ggml_tensor * k, ggml_tensor * v, ggml_tensor * ranges, ggml_tensor * bias = nullptr, ggml_tensor * sinks = nullptr);
+        ggml_tensor * q, ggml_tensor * k, ggml_tensor * v, ggml_tensor * ranges, ggml_tensor * bias = nullptr, ggml_tensor * sinks = nullptr,
+        ggml_tensor * pos = nullptr);

@@ -307,14 +307,21 @@ bool llama_kv_cache_ragged_context::next() {
 
 bool llama_kv_cache_ragged_context::apply() {
     const llama_ubatch & ubatch = get_ubatch();
+    kv->take_rings();
     if (!is_store() && !kv->begin_step(ubatch, layered)) {
         return headkv_fail("aborted");
     }
     if (is_layered() && !kv->begin_layer()) {
         return false;
     }
-    if (kv->beside() && !apply_beside()) {
+    if (is_layered() && i_staging() == 0 && !kv->begin_layer_beside()) {
+        return false;
+    }
+    if (kv->beside() && !get_beside().apply()) {
         return headkv_fail("the layers that are not compressed have no room for the batch");
+    }
+    if (!is_store()) {
+        kv->note_rings(ubatch, layered);
     }
     if (is_layered()) {
         if (layer_step() > 0) {
@@ -331,13 +338,6 @@ bool llama_kv_cache_ragged_context::apply() {
         return headkv_fail(headkv_reason(e));
     }
     return true;
-}
-
-bool llama_kv_cache_ragged_context::apply_beside() const {
-    if (is_layered() && i_staging() == 0) {
-        kv->beside()->rewind(get_ubatch().seq_id_unq[0]); // for the next layer
-    }
-    return get_beside().apply();
 }
 
 llama_memory_status llama_kv_cache_ragged_context::get_status() const {
@@ -423,6 +423,26 @@ void llama_kv_cache_ragged_context::set_input_bias(ggml_tensor * dst, const llam
             const llama_seq_id s = ubatch->seq_id_unq[i];
             for (const auto & range : layer.ranges[s]) {
                 data.push_back(first_bias(range, kv->seq(s)));
+            }
+        }
+    }
+    ggml_backend_tensor_set(dst, data.data(), 0, data.size() * sizeof(float));
+}
+
+void llama_kv_cache_ragged_context::set_input_pos(ggml_tensor * dst, const llama_ubatch * ubatch) const {
+    std::vector<float> data;
+    data.reserve(dst->ne[0]);
+    for (const auto & layer : kv->store().layers) {
+        const size_t first = data.size();
+        data.resize(first + layer.k->ne[1], 0.0f);
+        for (uint32_t i = 0; i < ubatch->n_seqs_unq; ++i) {
+            const headkv_seq & seq = kv->seq(ubatch->seq_id_unq[i]);
+            for (const auto & range : layer.ranges[ubatch->seq_id_unq[i]]) {
+                float * rows = data.data() + first + range.off;
+                for (uint32_t r = 0; r < range.n_used(seq.n_generated()); ++r) {
+                    // before the last token, near which floats are exact
+                    rows[r] = (float) ((r < range.n_kept ? range.pos[r] : seq.n_prompt + (llama_pos) (r - range.n_kept)) - (seq.n_pos - 1));
+                }
             }
         }
     }

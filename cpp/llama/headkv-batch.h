@@ -126,6 +126,7 @@ public:
 
     // positions (first row, number of rows) after the current ubatch, for all layers of the store in order
     void set_input_ranges(ggml_tensor * dst, const llama_ubatch * ubatch) const; // I32 [2, n_head_kv, n_seqs] per layer
+    void set_input_pos(ggml_tensor * dst, const llama_ubatch * ubatch) const; // with ALiBi
     void set_input_bias(ggml_tensor * dst, const llama_ubatch * ubatch) const; // F32 [n_head_kv, n_seqs] per layer
     void set_input_rows(ggml_tensor * dst, const llama_ubatch * ubatch) const; // I32 [n_head_kv, n_tokens] per layer
     // F16 [n_kv, n_tokens, 1, n_heads]
@@ -156,8 +157,6 @@ private:
     std::vector<llama_ubatch> to_staging;
 
     size_t i_staging() const;
-
-    bool apply_beside() const;
 
     // layer-major: the ubatches without outputs, for all layers but the last
     std::vector<llama_ubatch> silent;

@@ -1,5 +1,7 @@
 #include "headkv-beside.h"
 
+#include "headkv-staging.h"
+
 #include "llama-impl.h"
 #include "llama-io.h"
 #include "llama-kv-cache-iswa.h"
@@ -262,6 +264,63 @@ void headkv_beside::restore(llama_seq_id seq_id, const std::vector<uint8_t> & st
     if (io.n_read != state.size()) {
         throw std::runtime_error("it is damaged (layers that are not compressed)");
     }
+}
+
+//
+// rings
+//
+
+bool headkv_beside::is_in_order(llama_seq_id seq_id) const {
+    const auto & cells = windowed->get_cells(seq_id);
+    for (uint32_t i = 0; i < cells.used_max_p1(); ++i) {
+        if (!cells.is_empty(i) && (uint32_t) cells.pos_get(i) % cells.size() != i) {
+            return false;
+        }
+    }
+    return true;
+}
+
+llama_pos headkv_beside::occupy(llama_seq_id seq_id, llama_pos first, llama_pos end) {
+    const llama_pos n = (llama_pos) n_ring();
+    first = std::max(first, end - n);
+    for (llama_pos pos = first; pos < end; ++pos) {
+        headkv_occupy_cell(*windowed, (uint32_t) (pos % n), seq_id, pos);
+    }
+    return first;
+}
+
+size_t headkv_beside::n_bytes_row(int32_t il, bool v) const {
+    return headkv_rows_of(*windowed, il, v)->nb[1];
+}
+
+int64_t headkv_beside::n_row(int32_t il, bool v) const {
+    return headkv_rows_of(*windowed, il, v)->ne[0];
+}
+
+void headkv_beside::each_piece(int32_t il, bool v, llama_seq_id seq_id, llama_pos first, llama_pos end, const piece_fn & tell) const {
+    ggml_tensor * t = headkv_rows_of(*windowed, il, v);
+    const llama_pos n = (llama_pos) n_ring();
+    for (llama_pos pos = first; pos < end;) {
+        const llama_pos n_rows = std::min(end - pos, n - pos % n);
+        tell(t, windowed->get_stream(seq_id) * t->nb[2] + pos % n * t->nb[1], (pos - first) * t->nb[1], n_rows * t->nb[1]);
+        pos += n_rows;
+    }
+}
+
+bool headkv_beside::read_rows(int32_t il, bool v, llama_seq_id seq_id, llama_pos first, llama_pos end, uint8_t * dst) const {
+    const auto & cells = windowed->get_cells(seq_id);
+    for (llama_pos pos = first; pos < end; ++pos) {
+        const uint32_t i = (uint32_t) pos % cells.size();
+        if (cells.is_empty(i) || cells.pos_get(i) != pos) {
+            return false;
+        }
+    }
+    each_piece(il, v, seq_id, first, end, [dst](ggml_tensor * t, size_t offset, size_t i_byte, size_t n_bytes) { ggml_backend_tensor_get(t, dst + i_byte, offset, n_bytes); });
+    return true;
+}
+
+void headkv_beside::write_rows(int32_t il, bool v, llama_seq_id seq_id, llama_pos first, llama_pos end, const uint8_t * src) {
+    each_piece(il, v, seq_id, first, end, [src](ggml_tensor * t, size_t offset, size_t i_byte, size_t n_bytes) { ggml_backend_tensor_set(t, src + i_byte, offset, n_bytes); });
 }
 
 //

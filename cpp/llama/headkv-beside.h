@@ -8,6 +8,7 @@
 #include "llama-kv-cache.h"
 #include "llama-memory-recurrent.h"
 
+#include <functional>
 #include <map>
 #include <memory>
 #include <string>
@@ -65,6 +66,26 @@ public:
     std::vector<uint8_t> save(llama_seq_id seq_id) const;
     void restore(llama_seq_id seq_id, const std::vector<uint8_t> & state); // throws
 
+    //
+    // rings; the cell of a position is the position modulo the size of a ring, as long as a sequence grows from empty
+    //
+
+    bool has_states() const { return recurrent != nullptr; }
+    uint32_t n_ring() const { return windowed ? windowed->get_size() : 0; } // cells of a sequence
+    uint32_t n_window() const { return n_swa; }
+    llama_swa_type type_window() const { return swa_type; }
+
+    bool is_in_order(llama_seq_id seq_id) const; // its cells are where they are expected
+
+    // Positions [first, end) behind what is there are there too, as far as the ring would still have them; their rows are to be written.
+    // Returns the first of these.
+    llama_pos occupy(llama_seq_id seq_id, llama_pos first, llama_pos end);
+
+    size_t n_bytes_row(int32_t il, bool v) const;
+    int64_t n_row(int32_t il, bool v) const; // elements
+    bool read_rows(int32_t il, bool v, llama_seq_id seq_id, llama_pos first, llama_pos end, uint8_t * dst) const; // false: not in order
+    void write_rows(int32_t il, bool v, llama_seq_id seq_id, llama_pos first, llama_pos end, const uint8_t * src);
+
     int32_t layer_of_state(const ggml_tensor * t) const; // whose recurrent state is in a tensor, -1 = it is of no layer
 
     void add_to(std::map<ggml_backend_buffer_type_t, size_t> & breakdown) const;
@@ -77,4 +98,8 @@ private:
     const llama_swa_type swa_type;
 
     llama_pos pos_min_windowed(llama_seq_id seq_id) const;
+
+    // of the rows of positions [first, end): where they are, in pieces that lie together
+    using piece_fn = std::function<void(ggml_tensor * t, size_t offset, size_t i_byte, size_t n_bytes)>;
+    void each_piece(int32_t il, bool v, llama_seq_id seq_id, llama_pos first, llama_pos end, const piece_fn & tell) const;
 };

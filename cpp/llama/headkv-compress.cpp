@@ -224,7 +224,7 @@ bool headkv_compression::score_fused(work_t & w) {
     ggml_context * ctx = runner.ctx.get();
     ggml_tensor * q = ggml_get_rows(ctx, staging.ring(w.layer.il), w.t_slots);
     ggml_tensor * s = headkv_build_score_fused(ctx, ggml_reshape_3d(ctx, q, w.D_k, w.G * w.H, n_window), w.k_all, w.t_cells,
-            n_prefix, w.layer.attend->scale, w.layer.attend->softcap, cfg->n_square, cfg->pool, std::max(1, (int) cfg->pool_kernel), w.layer.sinks);
+            n_prefix, w.layer.attend->scale, w.layer.attend->softcap, cfg->n_square, cfg->pool, std::max(1, (int) cfg->pool_kernel), w.layer.sinks, w.layer.attend->max_bias);
     if (!on_cpu && !(headkv_device_supports(w.layer.buft, s->src[3]) && headkv_device_supports(w.layer.buft, s))) {
         return false;
     }

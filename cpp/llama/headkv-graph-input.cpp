@@ -48,6 +48,9 @@ void headkv_input::set_input(const llama_ubatch * ubatch) {
     if (bias) {
         mctx_ragged->set_input_bias(bias, ubatch);
     }
+    if (pos) {
+        mctx_ragged->set_input_pos(pos, ubatch);
+    }
     // the output of a layer may be unused: what belongs to it is not part of the graph then
     for (const auto & m : masks) {
         if (!m.mask->buffer) {
@@ -91,6 +94,10 @@ ggml_tensor * headkv_input::ranges_of_layer(const llm_graph_context & gctx, cons
 
 ggml_tensor * headkv_input::bias_of_layer(const llm_graph_context & gctx, const headkv_store_layer & layer) {
     return !bias ? nullptr : ggml_view_2d(gctx.ctx0, on_device(gctx, bias, layer), layer.n_head_kv, n_seqs, layer.n_head_kv * sizeof(float), first_head.at(layer.il) * n_seqs * sizeof(float));
+}
+
+ggml_tensor * headkv_input::pos_of_layer(const llm_graph_context & gctx, const headkv_store_layer & layer) {
+    return !pos ? nullptr : ggml_view_1d(gctx.ctx0, pos, layer.k->ne[1], first_row.at(layer.il) * sizeof(float));
 }
 
 ggml_tensor * headkv_input::on_device(const llm_graph_context & gctx, ggml_tensor * input, const headkv_store_layer & layer) {
@@ -148,6 +155,9 @@ static ggml_tensor * build_mask_of_step(ggml_context * ctx, headkv_input & inp, 
         inp.banded = mask;
         return mask;
     }
+    if (mctx.get_kv()->has_alibi()) {
+        return nullptr;
+    }
     ggml_tensor * mask = ggml_cont(ctx, ggml_view_2d(ctx, band, n_kv - n_past, n_tokens, band->nb[1], 0));
     if (n_past > 0) {
         ggml_tensor * zeros = ggml_fill_inplace(ctx, ggml_new_tensor_2d(ctx, band->type, n_past, n_tokens), 0.0f);
@@ -203,6 +213,14 @@ std::unique_ptr<llm_graph_input_attn_kv> headkv_new_input(const llm_graph_contex
             if (mctx->is_full() ? kv->config().fit == HEADKV_FIT_MEAN : kv->store().compensates()) {
                 inp->bias = headkv_new_input_1d(ctx, GGML_TYPE_F32, inp->n_head_kv_all * inp->n_seqs, "headkv_bias");
             }
+        }
+        if (gctx.hparams.use_alibi) {
+            int64_t n_rows = 0;
+            for (const auto & layer : (mctx->is_full() ? kv->store_twin() : kv->store()).layers) {
+                inp->first_row[layer.il] = n_rows;
+                n_rows += layer.k->ne[1];
+            }
+            inp->pos = headkv_new_input_1d(ctx, GGML_TYPE_F32, n_rows, "headkv_pos");
         }
         inp->self_k_rot = kv->staging().twin().build_input_k_rot(ctx);
         inp->self_v_rot = kv->staging().twin().build_input_v_rot(ctx);

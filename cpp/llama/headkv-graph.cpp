@@ -38,15 +38,31 @@ std::string llama_kv_cache_ragged::why_no_values(const headkv_config & c) const 
 }
 
 void llama_kv_cache_ragged::note_layers(const std::string & why_not) {
-    token_major = why_not;
-    size_t n_layer_bytes = 0; // of a token, in the largest layer
+    why_not_cut = why_not;
+    choose_order();
+}
+
+void llama_kv_cache_ragged::choose_order() {
+    token_major = why_not_cut;
+    if (!token_major.empty() || !the_beside || cfg->prefill != HEADKV_PREFILL_AUTO) {
+        return;
+    }
+    // of a token: in one layer at a time, in all of them
+    size_t n_layer_bytes = 0;
     for (const auto & layer : the_store.layers) {
         n_layer_bytes = std::max(n_layer_bytes, layer.n_bytes_cell());
     }
+    size_t n_ring = 0; // what windowed layers keep for the archive
+    size_t n_rings = 0;
+    for (int32_t il : the_archive ? windowed_ils() : std::vector<int32_t>()) {
+        const size_t n = the_beside->n_bytes_row(il, false) + the_beside->n_bytes_row(il, true);
+        n_ring = std::max(n_ring, n);
+        n_rings += n;
+    }
     const size_t n_hidden_bytes = hparams.n_embd * (cfg->hidden_f16 ? sizeof(ggml_fp16_t) : sizeof(float));
-    if (why_not.empty() && the_beside && cfg->prefill == HEADKV_PREFILL_AUTO && n_hidden_bytes + n_layer_bytes > bytes_cell()) {
-        token_major = format("of a token, the hidden state and K and V of one layer take %zu bytes, K and V of all layers that are compressed %zu",
-                n_hidden_bytes + n_layer_bytes, bytes_cell());
+    if (n_hidden_bytes + n_layer_bytes + n_ring > bytes_cell() + n_rings) {
+        token_major = format("of a token, the hidden state and K and V of one layer take %zu bytes, K and V of all layers that are compressed%s %zu",
+                n_hidden_bytes + n_layer_bytes + n_ring, n_rings > 0 ? " or archived" : "", bytes_cell() + n_rings);
     }
 }
 
@@ -176,6 +192,9 @@ static void note_layer(const llm_graph_context & gctx, headkv_input & inp, ggml_
     if (kq_b) {
         kv->refuse(format("layer %d adds a bias to its attention", il));
     }
+    if (sinks && gctx.hparams.use_alibi) {
+        kv->refuse(format("layer %d has sinks beside ALiBi", il));
+    }
     if (!layer) {
         kv->refuse(format("it attends in layer %d, which has no KV heads", il));
     }
@@ -199,6 +218,7 @@ static void note_layer(const llm_graph_context & gctx, headkv_input & inp, ggml_
     }
     layer->attend->scale = kq_scale;
     layer->attend->softcap = gctx.hparams.attn_soft_cap ? gctx.hparams.f_attn_logit_softcapping : 0.0f;
+    layer->attend->max_bias = gctx.hparams.f_max_alibi_bias;
 }
 
 static const headkv_input::refs_t & refs_of(const llm_graph_context & gctx, headkv_input & inp, const headkv_layer_shape & layer) {
@@ -225,7 +245,7 @@ static void build_capture(const llm_graph_context & gctx, headkv_input & inp, gg
         ggml_tensor * q = inp.self_k_rot ? llama_mul_mat_hadamard(ctx, q_cur, inp.self_k_rot) : q_cur;
         ggml_tensor * k = inp.self_k_rot ? llama_mul_mat_hadamard(ctx, k_cur, inp.self_k_rot) : k_cur;
         ggml_build_forward_expand(gctx.gf, staging->cpy_k(ctx, k, inp.self_k_idxs, il)); // upstream will do it again
-        headkv_build_sums(ctx, gctx.gf, q, staging->get_k(ctx, il), inp.self_kq_mask_cnv, sums, inp.self_k_idxs, layer.attend->scale, layer.attend->softcap, layer.sinks);
+        headkv_build_sums(ctx, gctx.gf, q, staging->get_k(ctx, il), inp.self_kq_mask_cnv, sums, inp.self_k_idxs, layer.attend->scale, layer.attend->softcap, layer.sinks, layer.attend->max_bias);
     }
 }
 
@@ -281,7 +301,7 @@ static ggml_tensor * build_attend(const llm_graph_context & gctx, headkv_input &
     ggml_tensor * q = ggml_is_contiguous(q_cur) ? q_cur : ggml_cont(ctx, q_cur);
     auto * attend = inp.mctx_ragged->get_kv()->store().find(layer.il)->attend.get(); // that of the twin computes nothing
     return layer.fused
-            ? headkv_build_attend_fused(ctx, attend, q, k, v, inp.ranges_of_layer(gctx, layer), inp.bias_of_layer(gctx, layer), sinks)
+            ? headkv_build_attend_fused(ctx, attend, q, k, v, inp.ranges_of_layer(gctx, layer), inp.bias_of_layer(gctx, layer), sinks, inp.pos_of_layer(gctx, layer))
             : build_attend_composed(gctx, inp, layer, q, k, v, sinks, kq_scale);
 }
 

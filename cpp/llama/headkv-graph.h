@@ -27,6 +27,7 @@ public:
     ggml_tensor * rows_of_layer(const llm_graph_context & gctx, const headkv_store_layer & layer);
     ggml_tensor * ranges_of_layer(const llm_graph_context & gctx, const headkv_store_layer & layer);
     ggml_tensor * bias_of_layer(const llm_graph_context & gctx, const headkv_store_layer & layer);
+    ggml_tensor * pos_of_layer(const llm_graph_context & gctx, const headkv_store_layer & layer);
 
     // An input in the memory of the layer's device: copied there once, not piece by piece for every layer.
     ggml_tensor * on_device(const llm_graph_context & gctx, ggml_tensor * input, const headkv_store_layer & layer);
@@ -52,7 +53,9 @@ public:
     ggml_tensor * rows = nullptr; // I32, per layer [n_head_kv, n_tokens]
     ggml_tensor * ranges = nullptr; // I32, per layer [2, n_head_kv, n_seqs]
     ggml_tensor * bias = nullptr; // F32, per layer [n_head_kv, n_seqs], of the first row; null = no head has one
+    ggml_tensor * pos = nullptr; // F32, per layer [n_rows], see headkv-attend.h; null = no ALiBi
     std::unordered_map<int32_t, int64_t> first_head; // of a layer, counted over all layers
+    std::unordered_map<int32_t, int64_t> first_row; // the same of the pools, with ALiBi
     int64_t n_head_kv_all = 0;
     uint32_t n_seqs = 0;
     llama_seq_id seq = 0; // the first one; the composed path attends for one

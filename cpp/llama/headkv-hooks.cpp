@@ -43,9 +43,6 @@ static std::string refusal(const llama_model & model, const llama_memory_params 
     if (hparams.swa_type == LLAMA_SWA_TYPE_SYMMETRIC) {
         return "its windows reach to tokens that come later";
     }
-    if (hparams.use_alibi || hparams.f_max_alibi_bias > 0.0f) {
-        return "ALiBi biases scores by the distance in the cache, which eviction changes";
-    }
     if (hparams.ple_n_heads > 0) {
         return "n-gram embeddings read earlier tokens from the cache";
     }

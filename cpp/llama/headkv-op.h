@@ -5,6 +5,7 @@
 
 #include "ggml.h"
 
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 
@@ -27,6 +28,7 @@ struct headkv_op {
 
     float scale = 1.0f; // attend, stats, score: of the dot products
     float softcap = 0.0f; // same, 0 = none
+    float max_bias = 0.0f; // same, of ALiBi, 0 = none
     int32_t n_recent = 0;    // select
     int32_t n_square = 0;    // score: probabilities are squared so often before their mean is taken
     int32_t pool_max = 1;    // score: pooling by the maximum, else by the average
@@ -38,6 +40,17 @@ static_assert(2 * sizeof(void *) + sizeof(int64_t) + sizeof(headkv_op) <= GGML_M
 
 inline void headkv_op_set(ggml_tensor * t, const headkv_op & op) {
     memcpy((char *) t->op_params + GGML_MAX_OP_PARAMS - sizeof(op), &op, sizeof(op));
+}
+
+// What ALiBi adds to the logit of a query head per position that a cell lies before the query, negated: n heads, the largest power of
+// two that there are, fall from 2^(-max_bias/n) to 2^-max_bias; those behind them lie between the first ones.
+inline float headkv_alibi_slope(float max_bias, int64_t n_head, int64_t ih) {
+    int64_t n = 1;
+    while (2 * n <= n_head) {
+        n *= 2;
+    }
+    const float step = max_bias / n;
+    return std::exp2(ih < n ? -step * (ih + 1) : -0.5f * step * (2 * (ih - n) + 1));
 }
 
 // kind NONE: not ours

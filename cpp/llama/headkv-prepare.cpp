@@ -30,9 +30,10 @@ std::vector<std::vector<uint32_t>> llama_kv_cache_ragged::checked_budgets(const 
     if (b.fit == HEADKV_FIT_VALUES && the_staging.n_refs() == 0) {
         throw std::invalid_argument("fit 'values' looks at queries of the whole prompt while it is read: create the context with it");
     }
-    const std::string why_not = why_no_values(b);
-    if (!why_not.empty()) {
-        throw std::invalid_argument(why_not);
+    for (const std::string & why_not : { why_no_fit(b), why_no_values(b) }) {
+        if (!why_not.empty()) {
+            throw std::invalid_argument(why_not);
+        }
     }
     return headkv_budget(b, heads);
 }
@@ -308,6 +309,25 @@ bool llama_kv_cache_ragged::begin_layer() {
     return res;
 }
 
+bool llama_kv_cache_ragged::begin_layer_beside() {
+    if (!the_beside) {
+        return true;
+    }
+    const headkv_pass & pass = *the_pass;
+    the_beside->rewind(pass.seq_id);
+    if (!archives_rings()) {
+        return true;
+    }
+    const auto ils = owners.windowed[pass.i_layer] ? std::vector<int32_t>{ pass.i_layer } : std::vector<int32_t>();
+    try {
+        restore_rings(pass.archived, pass.seq_id, 0, ils);
+    } catch (const std::exception & e) {
+        n_lost_blocks++;
+        return headkv_fail(format("layer %d cannot be restored: %s", pass.i_layer, headkv_reason(e)));
+    }
+    return true;
+}
+
 bool llama_kv_cache_ragged::end_layer(int32_t il) {
     lctx->synchronize(); // buffers are about to be read and replaced
     try {
@@ -316,9 +336,9 @@ bool llama_kv_cache_ragged::end_layer(int32_t il) {
         }
         if (headkv_store_layer * layer = the_store.find(il)) {
             running->layer(*layer);
-            archive_layer(*layer);
-            note_peak();
         }
+        archive_layer(il);
+        note_peak();
     } catch (const std::exception & e) {
         return headkv_fail(format("compression of layer %d failed: %s", il, headkv_reason(e)));
     }

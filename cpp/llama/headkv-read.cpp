@@ -3,6 +3,7 @@
 #include "llama-kv-cache-ragged.h"
 
 #include "headkv-error.h"
+#include "headkv-op.h"
 #include "headkv-stages.h"
 
 #include "llama-context.h"
@@ -114,6 +115,20 @@ struct attention_row {
     const float * probs;
 };
 
+// The mask of m queries of so many at the end of n cells, for the query heads of a group, with what ALiBi adds to their logits.
+static std::vector<float> alibi_mask(int64_t n, int64_t n_queries, int64_t first, int64_t m, const headkv_store_layer & layer, int64_t ih_kv) {
+    std::vector<float> res;
+    for (int64_t g = 0; g < layer.n_group(); ++g) {
+        const float slope = headkv_alibi_slope(layer.attend->max_bias, layer.n_head, ih_kv * layer.n_group() + g);
+        for (int64_t pos = n - n_queries + first; pos < n - n_queries + first + m; ++pos) {
+            for (int64_t i = 0; i < n; ++i) {
+                res.push_back(i <= pos ? slope * (float) (i - pos) : -INFINITY);
+            }
+        }
+    }
+    return res;
+}
+
 static constexpr int64_t N_QUERIES_AT_ONCE = 64; // of a group: what the probabilities take at a time
 
 // all rows of the last n_queries tokens of a staged sequence
@@ -139,14 +154,20 @@ static void each_row(llama_kv_cache_ragged & kv, llama_context * lctx, llama_seq
             headkv_scratch scratch;
             ggml_tensor * t_cells = scratch.new_tensor(GGML_TYPE_I32, n);
             ggml_tensor * t_slots = scratch.new_tensor(GGML_TYPE_I32, m);
-            ggml_tensor * t_mask = scratch.new_tensor(GGML_TYPE_F16, n, m);
+            const bool alibi = layer.attend->max_bias > 0.0f;
+            ggml_tensor * t_mask = alibi ? scratch.new_tensor(GGML_TYPE_F32, n, m, G) : scratch.new_tensor(GGML_TYPE_F16, n, m);
             ggml_tensor * t_probs = scratch.new_tensor(GGML_TYPE_F32, n, m, G);
             scratch.alloc(layer.buft);
             headkv_set_data(t_cells, cells);
             headkv_set_data(t_slots, std::vector<int32_t>(slots.begin() + first, slots.begin() + first + m));
-            headkv_set_data(t_mask, std::vector<ggml_fp16_t>(mask.begin() + first * n, mask.begin() + (first + m) * n));
+            if (!alibi) {
+                headkv_set_data(t_mask, std::vector<ggml_fp16_t>(mask.begin() + first * n, mask.begin() + (first + m) * n));
+            }
 
             for (int64_t ih = 0; ih < layer.n_head_kv; ++ih) {
+                if (alibi) {
+                    headkv_set_data(t_mask, alibi_mask(n, n_queries, first, m, layer, ih));
+                }
                 runner.begin();
                 ggml_context * ctx = runner.ctx.get();
                 ggml_tensor * q = headkv_queries_of_head(ctx, kv.staging().ring(layer.il), t_slots, layer, ih);
@@ -237,12 +258,13 @@ int32_t headkv_window_of(const llama_kv_cache_ragged & kv, llama_seq_id seq_id, 
 
 int32_t headkv_softmax_of(const llama_kv_cache_ragged & kv, int32_t il, float * dst, int64_t n) {
     const headkv_store_layer & layer = *kv.store().find(il);
-    const int64_t n_values = 2 + (layer.sinks ? layer.n_head : 0);
+    const int64_t n_values = 3 + (layer.sinks ? layer.n_head : 0);
     check_room(n, n_values);
     dst[0] = layer.attend->scale;
     dst[1] = layer.attend->softcap;
+    dst[2] = layer.attend->max_bias;
     if (layer.sinks) {
-        ggml_backend_tensor_get(layer.sinks, dst + 2, 0, layer.n_head * sizeof(float));
+        ggml_backend_tensor_get(layer.sinks, dst + 3, 0, layer.n_head * sizeof(float));
     }
     return (int32_t) n_values;
 }

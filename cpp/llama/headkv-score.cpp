@@ -32,12 +32,12 @@ ggml_tensor * headkv_sinks_of_head(ggml_context * ctx, ggml_tensor * sinks, int6
     return !sinks ? nullptr : ggml_cont(ctx, ggml_view_1d(ctx, sinks, n_group, ih * n_group * sizeof(float)));
 }
 
-ggml_tensor * headkv_build_soft_max(ggml_context * ctx, ggml_tensor * kq, ggml_tensor * mask, float scale, float softcap, ggml_tensor * sinks) {
+ggml_tensor * headkv_build_soft_max(ggml_context * ctx, ggml_tensor * kq, ggml_tensor * mask, float scale, float softcap, ggml_tensor * sinks, float max_bias) {
     if (softcap > 0.0f) {
         kq = ggml_scale(ctx, ggml_tanh(ctx, ggml_scale(ctx, kq, scale / softcap)), softcap);
         scale = 1.0f;
     }
-    ggml_tensor * res = ggml_soft_max_ext(ctx, kq, mask, scale, 0.0f);
+    ggml_tensor * res = ggml_soft_max_ext(ctx, kq, mask, scale, max_bias);
     ggml_soft_max_add_sinks(res, sinks);
     return res;
 }
@@ -99,7 +99,7 @@ void headkv_pool_scores(float * scores, int64_t n, headkv_pool pool, int kernel)
 }
 
 void headkv_build_sums(ggml_context * ctx, ggml_cgraph * gf, ggml_tensor * q, ggml_tensor * k, ggml_tensor * mask,
-        ggml_tensor * sums, ggml_tensor * cells, float scale, float softcap, ggml_tensor * sinks) {
+        ggml_tensor * sums, ggml_tensor * cells, float scale, float softcap, ggml_tensor * sinks, float max_bias) {
     const int64_t n_head = q->ne[1];
     const int64_t n_tokens = q->ne[2];
     const int64_t H = k->ne[1];
@@ -112,7 +112,7 @@ void headkv_build_sums(ggml_context * ctx, ggml_cgraph * gf, ggml_tensor * q, gg
     q = ggml_cont(ctx, ggml_permute(ctx, q, 0, 2, 1, 3));                     // [D, n_tokens, n_head]
     ggml_tensor * p = ggml_mul_mat(ctx, ggml_permute(ctx, k, 0, 2, 1, 3), q); // [n_kv, n_tokens, n_head]
     ggml_prec_set_acc(p, GGML_PREC_F32);
-    p = headkv_build_soft_max(ctx, p, mask, scale, softcap, headkv_sinks_of_head(ctx, sinks, n_head, 0));
+    p = headkv_build_soft_max(ctx, p, mask, scale, softcap, headkv_sinks_of_head(ctx, sinks, n_head, 0), max_bias);
     p = ggml_sum_rows(ctx, ggml_cont(ctx, ggml_permute(ctx, p, 1, 0, 2, 3))); // [1, n_kv, n_head]
     p = ggml_reshape_3d(ctx, p, n_kv, n_head / H, H);
     p = ggml_sum_rows(ctx, ggml_cont(ctx, ggml_permute(ctx, p, 1, 0, 2, 3))); // [1, n_kv, H]
@@ -184,6 +184,7 @@ struct score_block {
 
     int64_t head = -1;
     std::vector<float> q; // of the head, (token, head of the group)
+    std::vector<float> slopes; // of ALiBi, of the head's group
     std::vector<float> row;
     std::vector<float> keys;
     std::vector<float> x; // [n_query][N]
@@ -205,6 +206,10 @@ struct score_block {
             return;
         }
         head = ih;
+        slopes.clear();
+        for (int64_t g = 0; g < a.n_group; ++g) {
+            slopes.push_back(headkv_alibi_slope(a.op.max_bias, a.q->ne[1], head * a.n_group + g));
+        }
         for (int64_t j = 0; j < a.n_query; ++j) {
             const char * src = (const char *) a.q->data + j / a.n_group * a.q->nb[2] + (head * a.n_group + j % a.n_group) * a.q->nb[1];
             for (int64_t d = 0; d < a.n_embd_head; ++d) {
@@ -244,7 +249,11 @@ struct score_block {
         }
         for (int64_t j = 0; j < a.n_query; ++j) {
             // a query of the window sees the keys up to its own
-            const int64_t n_visible = std::min(n, a.n_kv - a.n_window + j / a.n_group + 1 - first);
+            const int64_t n_before = a.n_kv - a.n_window + j / a.n_group - first; // keys
+            const int64_t n_visible = std::min(n, n_before + 1);
+            for (int64_t i = 0; i < n_visible && a.op.max_bias > 0.0f; ++i) {
+                x[j * N + i] += slopes[j % a.n_group] * (float) (i - n_before);
+            }
             if (n_visible < N) {
                 std::fill(x.begin() + j * N + std::max<int64_t>(n_visible, 0), x.begin() + (j + 1) * N, -INFINITY);
             }
@@ -335,7 +344,7 @@ void score_op(ggml_tensor * dst, int ith, int nth, void *) {
 } // namespace
 
 ggml_tensor * headkv_build_score_fused(ggml_context * ctx, ggml_tensor * q, ggml_tensor * k, ggml_tensor * cells,
-        int64_t n_prefix, float scale, float softcap, int n_square, headkv_pool pool, int pool_kernel, ggml_tensor * sinks) {
+        int64_t n_prefix, float scale, float softcap, int n_square, headkv_pool pool, int pool_kernel, ggml_tensor * sinks, float max_bias) {
     const int64_t n_embd_head = q->ne[0];
     const int64_t n_head_kv = k->ne[0] / n_embd_head;
     const int64_t n_kv = cells->ne[0];
@@ -347,6 +356,7 @@ ggml_tensor * headkv_build_score_fused(ggml_context * ctx, ggml_tensor * q, ggml
     op.kind = HEADKV_OP_STATS;
     op.scale = scale;
     op.softcap = softcap;
+    op.max_bias = max_bias;
     op.n_square = n_square;
     op.pool_max = pool == HEADKV_POOL_MAX;
     op.pool_kernel = pool_kernel;

@@ -29,8 +29,9 @@ ggml_tensor * headkv_build_refs(ggml_context * ctx, ggml_tensor * q_cur, ggml_te
 ggml_tensor * headkv_sinks_of_head(ggml_context * ctx, ggml_tensor * sinks, int64_t n_group, int64_t ih);
 
 // Probabilities out of the products of keys and queries kq [n_kv, n_queries, n_head]; mask F16 [n_kv, ..] or null, softcap 0 = none,
-// sinks F32 [n_head] or null.
-ggml_tensor * headkv_build_soft_max(ggml_context * ctx, ggml_tensor * kq, ggml_tensor * mask, float scale, float softcap, ggml_tensor * sinks);
+// sinks F32 [n_head] or null; max_bias of ALiBi, 0 = none, else the mask has the distances, negated.
+ggml_tensor * headkv_build_soft_max(ggml_context * ctx, ggml_tensor * kq, ggml_tensor * mask, float scale, float softcap, ggml_tensor * sinks,
+        float max_bias = 0.0f);
 
 // Stage 4, score: for one KV head, power mean over the window and the GQA group of softmax(q k), pooled over the prefix:
 // mean(p^e)^(1/e) with e = 2^n_square. The prefix are the first n_prefix keys; what is behind it is always kept.
@@ -55,9 +56,11 @@ int headkv_pool_kernel(int64_t n_keep);
 //   k         [n_embd_head_k*n_head_kv, n_cells] staged keys of the layer
 //   cells I32 [n_kv] cell of each position
 //   sinks F32 [n_head] or null; the second op takes them
+//   max_bias of ALiBi, 0 = none
 // Returns F32 [n_prefix, n_head_kv].
 ggml_tensor * headkv_build_score_fused(ggml_context * ctx, ggml_tensor * q, ggml_tensor * k, ggml_tensor * cells,
-        int64_t n_prefix, float scale, float softcap, int n_square, headkv_pool pool, int pool_kernel, ggml_tensor * sinks = nullptr);
+        int64_t n_prefix, float scale, float softcap, int n_square, headkv_pool pool, int pool_kernel, ggml_tensor * sinks = nullptr,
+        float max_bias = 0.0f);
 
 // Adds the attention that the queries of a ubatch pay to each cell to the sums over all queries. Its probabilities take
 // n_kv*n_tokens*n_head*4 bytes.
@@ -66,8 +69,10 @@ ggml_tensor * headkv_build_score_fused(ggml_context * ctx, ggml_tensor * q, ggml
 //   mask   F16 [n_kv, n_tokens]
 //   sums   F32 [1, n_cells, n_head_kv]; those of the cells in cells, I64 [n_tokens], begin with zero
 //   sinks  F32 [n_head] or null
+//   max_bias of ALiBi, see headkv_build_soft_max()
 void headkv_build_sums(ggml_context * ctx, ggml_cgraph * gf, ggml_tensor * q, ggml_tensor * k, ggml_tensor * mask,
-        ggml_tensor * sums, ggml_tensor * cells, float scale, float softcap, ggml_tensor * sinks = nullptr);
+        ggml_tensor * sums, ggml_tensor * cells, float scale, float softcap, ggml_tensor * sinks = nullptr,
+        float max_bias = 0.0f);
 
 // L1 norm of what each value adds to the output of the layer, per unit of attention, mean over the query heads of a group.
 //   v        [n_embd_head_v, n] values of one KV head

@@ -158,8 +158,7 @@ void headkv_staging::alloc(uint32_t n_tokens, bool keep, uint32_t n_hidden, int6
     generation++;
 }
 
-// marks a cell of a cache as the one of a position
-static void occupy_cell(llama_kv_cache & cache, uint32_t i_cell, llama_seq_id seq_id, llama_pos pos) {
+void headkv_occupy_cell(llama_kv_cache & cache, uint32_t i_cell, llama_seq_id seq_id, llama_pos pos) {
     llama_seq_id * ids = &seq_id;
     int32_t n_ids = 1;
 
@@ -171,12 +170,13 @@ static void occupy_cell(llama_kv_cache & cache, uint32_t i_cell, llama_seq_id se
 
     llama_kv_cache::slot_info sinfo = {};
     sinfo.resize(1);
+    sinfo.s0 = sinfo.s1 = cache.get_stream(seq_id);
+    sinfo.strm[0] = (llama_seq_id) sinfo.s0;
     sinfo.idxs[0] = { i_cell };
     cache.apply_ubatch(sinfo, ubatch);
 }
 
-// upstream hands out K as it is stored and V as a view
-static ggml_tensor * rows_of(const llama_kv_cache & cache, int32_t il, bool v) {
+ggml_tensor * headkv_rows_of(const llama_kv_cache & cache, int32_t il, bool v) {
     if (!v) {
         return cache.get_k_storage(il);
     }
@@ -190,7 +190,7 @@ void headkv_staging::copy_to(llama_kv_cache & cache, const tensors_t & sums) con
     const uint32_t n = cells.used_max_p1();
     for (const auto & shape : shapes) {
         for (bool v : { false, true }) {
-            headkv_copy_rows(rows(shape.il, v), 0, rows_of(cache, shape.il, v), 0, n);
+            headkv_copy_rows(rows(shape.il, v), 0, headkv_rows_of(cache, shape.il, v), 0, n);
         }
         if (params.with_sums) {
             ggml_tensor * src = live.sums.of_layer[shape.il];
@@ -202,7 +202,7 @@ void headkv_staging::copy_to(llama_kv_cache & cache, const tensors_t & sums) con
     }
     for (uint32_t i = 0; i < n; ++i) {
         if (!cells.is_empty(i)) {
-            occupy_cell(cache, i, cells.seq_get(i), cells.pos_get(i));
+            headkv_occupy_cell(cache, i, cells.seq_get(i), cells.pos_get(i));
         }
     }
 }
@@ -235,9 +235,10 @@ void headkv_staging::alloc_hidden(uint32_t n_tokens, uint32_t n_hidden, int64_t 
         return;
     }
     std::vector<ggml_fp16_t> row(n_cols, ggml_fp32_to_fp16(-INFINITY));
-    std::fill(row.begin(), row.begin() + n_band(), ggml_fp32_to_fp16(0.0f));
     for (int64_t i = 0; i < n_ubatch; ++i) {
-        row[n_band() + i] = ggml_fp32_to_fp16(0.0f);
+        for (int64_t j = hparams.use_alibi || i == 0 ? 0 : n_band() + i; j <= n_band() + i; ++j) {
+            row[j] = ggml_fp32_to_fp16(hparams.use_alibi ? (float) (j - n_band() - i) : 0.0f);
+        }
         ggml_backend_tensor_set(t_band, row.data(), i * t_band->nb[1], t_band->nb[1]);
     }
 }
@@ -262,7 +263,7 @@ void headkv_staging::release() {
 //
 
 ggml_tensor * headkv_staging::rows(int32_t il, bool v) const {
-    return rows_of(*live.cache, il, v);
+    return headkv_rows_of(*live.cache, il, v);
 }
 
 ggml_tensor * headkv_staging::ring(int32_t il, bool of_twin) const {
@@ -296,7 +297,7 @@ void headkv_staging::occupy(llama_seq_id seq_id, uint32_t first, uint32_t end) {
         if (!live.cache->get_cells(0).is_empty(i)) {
             throw std::logic_error(format("cell %u of the staging is in use", i));
         }
-        occupy_cell(*live.cache, i, seq_id, (llama_pos) i);
+        headkv_occupy_cell(*live.cache, i, seq_id, (llama_pos) i);
     }
 }
 

@@ -64,7 +64,8 @@ public:
     // layer-major: the hidden states of the tokens that are computed, F32 or F16 [n_embd, n_hidden]; null else
     ggml_tensor * hidden() const { return t_hidden; }
 
-    // layer-major: the causal mask of all ubatches, F16 [n_band + n_ubatch + 256, n_ubatch], 0 up to column n_band + row, then -inf; null = nobody needs it
+    // layer-major: the causal mask of all ubatches, F16 [n_band + n_ubatch + 256, n_ubatch], 0 up to column n_band + row, then -inf;
+    // with ALiBi the distance to that column, negated, instead of 0; null = nobody needs it
     ggml_tensor * band() const { return t_band; }
     int64_t n_band() const { return n_before; }
 
@@ -128,3 +129,9 @@ private:
     void release_hidden();
     void copy_to(llama_kv_cache & cache, const tensors_t & sums) const;
 };
+
+// Marks a cell of a cache as the one of a position.
+void headkv_occupy_cell(llama_kv_cache & cache, uint32_t i_cell, llama_seq_id seq_id, llama_pos pos);
+
+// K or V of a layer of a cache, all of its cells. Upstream hands out K as it is stored and V as a view.
+ggml_tensor * headkv_rows_of(const llama_kv_cache & cache, int32_t il, bool v);

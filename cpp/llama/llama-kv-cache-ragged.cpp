@@ -45,13 +45,20 @@ llama_kv_cache_ragged::llama_kv_cache_ragged(
     if (this->owners.any_beside()) {
         the_beside = std::make_unique<headkv_beside>(model, this->owners, type_k, type_v, cparams);
     }
-    if (const std::string why_not = headkv_why_no_fit(the_store.layers); this->cfg->fit == HEADKV_FIT_VALUES && !why_not.empty()) {
+    if (const std::string why_not = why_no_fit(*this->cfg); !why_not.empty()) {
         throw std::invalid_argument(why_not);
     }
     log_created();
 }
 
 llama_kv_cache_ragged::~llama_kv_cache_ragged() = default;
+
+std::string llama_kv_cache_ragged::why_no_fit(const headkv_config & c) const {
+    if (hparams.use_alibi && c.fit != HEADKV_FIT_NONE) {
+        return format("policy '%s' changes the values of cells, which is not built for ALiBi: use policy 'headkv' or 'snapkv'", c.policy.c_str());
+    }
+    return c.fit == HEADKV_FIT_VALUES ? headkv_why_no_fit(the_store.layers) : "";
+}
 
 headkv_staging::params_t llama_kv_cache_ragged::staging_params() const {
     return { type_k, type_v, cparams.offload_kqv, cparams.n_ctx, cparams.n_seq_max, (llama_pos) cfg->window,
@@ -78,9 +85,9 @@ std::vector<headkv_layer_shape> llama_kv_cache_ragged::shapes() const {
     return res;
 }
 
-// whether the prompt's attention in a layer is the fused op: existing ggml ops are asked for, or its memory is not the CPU's
+// whether the prompt's attention in a layer is the fused op: not where existing ggml ops are asked for, its memory is not the CPU's, or with ALiBi
 bool llama_kv_cache_ragged::reads_fused(const headkv_layer_shape & shape) const {
-    return cfg->attend != HEADKV_ATTEND_COMPOSED && headkv_is_cpu(shape.buft) && headkv_prompt_takes(shape.type_k, shape.type_v);
+    return cfg->attend != HEADKV_ATTEND_COMPOSED && !hparams.use_alibi && headkv_is_cpu(shape.buft) && headkv_prompt_takes(shape.type_k, shape.type_v);
 }
 
 bool llama_kv_cache_ragged::masks() const {
@@ -102,6 +109,9 @@ void llama_kv_cache_ragged::make_layers(headkv_store & store) const {
         }
         layer.fused = can_fuse && cfg->attend != HEADKV_ATTEND_COMPOSED;
         layer.fused_prompt = reads_fused(layer);
+        if (hparams.use_alibi && !(layer.fused && headkv_is_cpu(layer.buft))) {
+            refuse("ALiBi needs attend 'fused' on the CPU: use attend 'auto', types with a dot product, and no GPU layers");
+        }
         store.layers.push_back(std::move(layer));
     }
 }
@@ -173,7 +183,7 @@ size_t llama_kv_cache_ragged::bytes_cell() const {
 }
 
 void llama_kv_cache_ragged::note_peak() {
-    n_bytes_peak = std::max({ n_bytes_peak, the_staging.n_bytes() + the_store.n_bytes(), running ? running->n_peak() : 0 });
+    n_bytes_peak = std::max({ n_bytes_peak, the_staging.n_bytes() + the_store.n_bytes() + ring_rows.n_bytes(), running ? running->n_peak() : 0 });
 }
 
 std::map<ggml_backend_buffer_type_t, size_t> llama_kv_cache_ragged::memory_breakdown() const {
@@ -227,6 +237,7 @@ void llama_kv_cache_ragged::clear(bool data) {
     if (the_beside) {
         the_beside->clear();
     }
+    ring_rows.forget();
     broken.clear();
     release_idle();
 }
@@ -266,6 +277,7 @@ bool llama_kv_cache_ragged::seq_rm(llama_seq_id seq_id, llama_pos p0, llama_pos 
     }
     const bool gives_up = p0 < 0; // upstream clears with 0 what it is about to fill
     p0 = std::max<llama_pos>(p0, 0);
+    ring_rows.cut(seq_id, p0);
     p1 = p1 < 0 ? std::numeric_limits<llama_pos>::max() : p1;
 
     if (p0 >= std::min(p1, seq.n_pos) && !is_reading(seq_id)) {
@@ -444,8 +456,12 @@ bool llama_kv_cache_ragged::compress_now(llama_seq_id seq_id) {
             // of a prompt that was read layer by layer, the last layer is left
             if (!layered || layer.il == n_layer() - 1) {
                 running->layer(layer);
-                archive_layer(layer);
                 note_peak();
+            }
+        }
+        for (int32_t il : archived_ils) {
+            if (!layered || il == n_layer() - 1) {
+                archive_layer(il);
             }
         }
         if (the_beside && running->dst != seq_id) {
@@ -478,6 +494,9 @@ void llama_kv_cache_ragged::end_compression() {
     dst = std::move(res);
     running.reset();
     end_archiving(dst, &dst == &prompt);
+    if (&dst == &prompt && ring_rows.is_of(id)) {
+        ring_rows.forget();
+    }
     if (n_staged() == 0) {
         the_staging.release();
     }

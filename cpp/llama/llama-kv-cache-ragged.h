@@ -9,6 +9,7 @@
 #include "headkv-compress.h"
 #include "headkv-config.h"
 #include "headkv-policy.h"
+#include "headkv-ring-rows.h"
 #include "headkv-seq.h"
 #include "headkv-staging.h"
 #include "headkv-store.h"
@@ -163,6 +164,7 @@ public:
 
     headkv_store & store() { return the_store; }
     const headkv_store & store() const { return the_store; }
+    bool has_alibi() const { return hparams.use_alibi; }
     int32_t layer_seen_by(int32_t il) const { return owners.shared[il] >= 0 ? owners.shared[il] : il; } // whose cells it attends to
     headkv_store & store_twin() { return the_store_twin; } // without memory, for worst-case graphs
     headkv_staging & staging() { return the_staging; }
@@ -193,7 +195,7 @@ public:
     // The worst-case graph is not one that can be compressed; the creation of the context fails with it.
     [[noreturn]] void refuse(const std::string & why) const;
 
-    // The worst-case graph of a ubatch: decides whether its layers can be cut apart.
+    // The worst-case graph of a ubatch: whether its layers can be cut apart, empty = they can.
     void note_layers(const std::string & why_not);
 
     // whether a worst-case graph went through the hooks for every layer with KV heads, each exactly once
@@ -209,6 +211,9 @@ public:
     bool begin_step(const llama_ubatch & ubatch, bool layered); // tells the progress; false = abort
     bool next_step(const std::vector<llama_ubatch> & ubatches); // of the pass; false: it is complete or pauses
     bool begin_layer(); // before the current step of the pass, or while it waits for it: the cells that it finds are there
+    bool begin_layer_beside(); // the same of what windowed and recurrent layers hold, before its first ubatch
+    void note_rings(const llama_ubatch & ubatch, bool layered); // of a prompt that goes through windowed layers now
+    void take_rings(); // what the last one has left there, for the archive
     void add_tokens(const llama_ubatch & ubatch, headkv_seq_event event);
 
 private:
@@ -239,6 +244,8 @@ private:
 
     std::unique_ptr<headkv_archive> the_archive;
     std::unique_ptr<headkv_archive_writer> writing; // what is compressed, on its way there
+    std::vector<int32_t> archived_ils; // layers whose rows are in it, in its order
+    headkv_ring_rows ring_rows; // of those that have windows
     int32_t n_lost_blocks = 0;
     headkv_archive_hit found; // for the batch that waits for an update, whose memory was sized by it
 
@@ -260,7 +267,9 @@ private:
     bool did_compress = false;
 
     bool graph_complete = false;
-    std::string token_major = "no graph was examined";
+    std::string why_not_cut = "no graph was examined"; // into layers
+    std::string token_major = why_not_cut;
+    void choose_order();
     std::string broken; // an operation that has no answer was asked for; nothing is decoded until clear()
 
     int64_t t_compress = 0;
@@ -279,6 +288,8 @@ private:
 
     mutable uint64_t fingerprint = 0; // of what a saved cell depends on, 0 = not computed yet
     uint64_t get_fingerprint() const;
+
+    std::string why_no_fit(const headkv_config & c) const; // empty = it is possible with the model
 
     std::vector<headkv_layer_shape> shapes() const;
     headkv_staging::params_t staging_params() const;
@@ -308,7 +319,11 @@ private:
     void take_archived(headkv_split & split, const headkv_archive_hit & hit, bool layered); // into the staging, out of the batch
     void restore_layer(const headkv_archive_hit & hit, int32_t il, uint32_t n_skip); // throws
     void begin_archiving(const headkv_seq & prompt);
-    void archive_layer(const headkv_store_layer & layer);
+    void restore_rings(const headkv_archive_hit & hit, llama_seq_id seq_id, llama_pos n_past, const std::vector<int32_t> & ils); // throws, and nothing has changed
+    void archive_layer(int32_t il);
+    bool archives_rings() const { return the_archive && the_beside; }
+    std::vector<int32_t> windowed_ils() const;
+    size_t archive_index(int32_t il) const; // archived_ils.size() = it is not there
     void end_archiving(const headkv_seq & compressed, bool counts); // a copy of a prompt does not
 
     void forget_updates();

@@ -3,13 +3,13 @@
 #include "headkv-args.h"
 #include "headkv.h"
 
-#include "gguf.h"
 #include "server-common.h"
 
 #include <algorithm>
-#include <iterator>
+#include <functional>
 #include <memory>
 #include <mutex>
+#include <numeric>
 #include <stdexcept>
 #include <vector>
 
@@ -126,31 +126,20 @@ private:
     std::vector<int32_t> spans; // it points to them
 };
 
-// Whether the file of a model is one with windowed attention, as far as its header tells: architectures that need no key for it too.
-static bool has_windows(const std::string & path) {
-    const std::unique_ptr<gguf_context, void (*)(gguf_context *)> gguf(gguf_init_from_file(path.c_str(), { /*.no_alloc =*/true, /*.ctx =*/nullptr }), gguf_free);
-    const int64_t id = gguf ? gguf_find_key(gguf.get(), "general.architecture") : -1;
-    if (id < 0 || gguf_get_kv_type(gguf.get(), id) != GGUF_TYPE_STRING) {
-        return false; // it cannot be loaded
-    }
-    const std::string arch = gguf_get_val_str(gguf.get(), id);
-    const char * const without_key[] = { "exaone4", "gemma2", "llama4", "smallthinker" };
-    return gguf_find_key(gguf.get(), (arch + ".attention.sliding_window").c_str()) >= 0 ||
-            std::find(std::begin(without_key), std::end(without_key), arch) != std::end(without_key);
-}
-
-// Whether a model has layers that are not compressed; it is looked at without its weights.
-static bool has_other_layers(const std::string & path) {
-    llama_model_params params = llama_model_default_params();
-    params.no_alloc = true;
-    params.load_mode = LLAMA_LOAD_MODE_NONE;
-    params.n_gpu_layers = 0;
-    const llama_model_ptr model(llama_model_load_from_file(path.c_str(), params));
+// What a model has in layers that are not compressed, of enum headkv_kept_aside; it is looked at without its weights. 0 where it cannot
+// be compressed or loaded, which its context says.
+static int32_t kept_aside(const common_params & params) {
+    llama_model_params p = llama_model_default_params();
+    p.no_alloc = true;
+    p.load_mode = LLAMA_LOAD_MODE_NONE;
+    p.n_gpu_layers = 0;
+    p.kv_overrides = params.kv_overrides.empty() ? nullptr : params.kv_overrides.data();
+    const llama_model_ptr model(llama_model_load_from_file(params.model.path.c_str(), p));
     const int32_t n = model ? headkv_get_heads(model.get(), nullptr, nullptr, nullptr, nullptr, nullptr, 0) : 0;
     std::vector<int32_t> unused(std::max(0, n));
     std::vector<int32_t> beside(std::max(0, n));
     const bool known = n > 0 && headkv_get_heads(model.get(), unused.data(), unused.data(), unused.data(), unused.data(), beside.data(), n) == n;
-    return known && std::any_of(beside.begin(), beside.end(), [](int32_t x) { return x != 0; });
+    return known ? std::accumulate(beside.begin(), beside.end(), 0, std::bit_or<int32_t>()) : 0;
 }
 
 bool headkv_server_open(common_params & params) {
@@ -166,8 +155,9 @@ bool headkv_server_open(common_params & params) {
         SRV_ERR("not possible with %s: %s\n", args.amount().c_str(), why.c_str());
         return false;
     }
-    if (args.has_archive() && has_other_layers(params.model.path)) {
-        SRV_ERR("--kv-archive: it holds K and V of global attention, and %s has layers with windows or recurrent states, leave it out\n", params.model.path.c_str());
+    const int32_t aside = kept_aside(params);
+    if (args.has_archive() && (aside & HEADKV_BESIDE_STATE)) {
+        SRV_ERR("--kv-archive: it holds K and V of tokens, and %s has recurrent layers, whose state is right at one position alone: leave it out\n", params.model.path.c_str());
         return false;
     }
     if (kv_size_max() < args.params.kv_size) {
@@ -215,7 +205,7 @@ bool headkv_server_open(common_params & params) {
     // The memory itself says from which position a sequence can be continued, windows included (llama_memory_seq_pos_min()): nothing
     // else is to be subtracted, and upstream's server does not where it takes the layers for full ones. They hold their windows.
     // Of models without windows it would say that it cannot.
-    params.swa_full = has_windows(params.model.path);
+    params.swa_full = aside & HEADKV_BESIDE_WINDOW;
 
     if (server.n_batch == 0) {
         server.n_batch = params.n_batch;

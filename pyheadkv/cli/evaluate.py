@@ -246,8 +246,6 @@ def check_protocols(protocols: tuple[str, ...], model: Path) -> tuple[str, ...]:
             f"--protocol={','.join(protocols)}: {shape.n_recurrent} layers of the model have a recurrent state, which cannot go back to the "
             "last token of a compressed prompt and is not archived: use --protocol query-agnostic"
         )
-    if shape.n_windowed and "archived" in protocols:
-        raise ValueError(f"--protocol={','.join(protocols)}: {shape.n_windowed} layers of the model have windows, which are not archived")
     return protocols
 
 

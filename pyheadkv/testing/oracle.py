@@ -56,9 +56,9 @@ def heads(shape: Shape) -> list[tuple[int, int]]:
 
 
 def softmax_of(llm: Any, il: int) -> dict[str, Any]:
-    """How the attention of a layer is normalised: ``scale``, ``softcap`` and the ``sinks`` of its query heads, or None."""
-    scale, softcap, *sinks = llm._read_softmax(il).tolist()
-    return {"scale": scale, "softcap": softcap, "sinks": sinks or None}
+    """How the attention of a layer is normalised: ``scale``, ``softcap``, ALiBi's ``max_bias`` and the ``sinks`` of its query heads, or None."""
+    scale, softcap, max_bias, *sinks = llm._read_softmax(il).tolist()
+    return {"scale": scale, "softcap": softcap, "max_bias": max_bias, "sinks": sinks or None}
 
 
 def uncapped(llm: Any, il: int) -> dict[str, Any]:

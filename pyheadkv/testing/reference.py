@@ -310,6 +310,7 @@ def score(
     softcap: float = 0.0,
     q_round: DTypeLike | None = None,
     sinks: ArrayLike | None = None,
+    max_bias: float = 0.0,
 ) -> NDArray[np.float64]:
     """Attention that the window pays to each prefix cell (HeadKV lines 391-416), per KV head.
 
@@ -328,6 +329,7 @@ def score(
     softcap : logits become softcap * tanh(logits / softcap); 0 turns it off
     q_round : dtype the queries are stored in before use, e.g. np.float16; None leaves them alone
     sinks : (n_head,) a logit of each query head that belongs to no cell, see :func:`softmax`; None = none
+    max_bias : of ALiBi, see :func:`alibi_slopes`; 0 turns it off
 
     Returns
     -------
@@ -344,18 +346,26 @@ def score(
     n_head, n_head_kv = q_window.shape[1], k.shape[1]
     group = n_head // n_head_kv
     position = np.arange(n_tokens)
-    visible = position[None, :] <= position[n_tokens - n_window :, None]  # only the window is masked causally
+    distance = position[n_tokens - n_window :, None] - position
+    slopes = alibi_slopes(n_head, max_bias)
     mean = np.zeros((n_head_kv, n_tokens))
     for h, sink in enumerate(_each_sink(sinks, n_head)):
-        logits = _logits(q_window[:, h], k[:, h // group], scale=scale, softcap=softcap)
-        mean[h // group] += (softmax(np.where(visible, logits, -np.inf), sink=sink) ** power).mean(axis=0) / group
+        logits = _logits(q_window[:, h], k[:, h // group], scale=scale, softcap=softcap) - slopes[h] * distance
+        logits = np.where(distance >= 0, logits, -np.inf)  # only the window is masked causally
+        mean[h // group] += (softmax(logits, sink=sink) ** power).mean(axis=0) / group
     kernels = np.broadcast_to(pool_kernel, n_head_kv)
     rows = mean[:, :n_prefix] ** (1 / power)
     return np.stack([pool_scores(row, pool=pool, kernel=int(kernel)) for row, kernel in zip(rows, kernels, strict=True)])
 
 
 def attention_sums(
-    q: ArrayLike, k: ArrayLike, *, scale: float, q_round: DTypeLike | None = None, sinks: ArrayLike | None = None
+    q: ArrayLike,
+    k: ArrayLike,
+    *,
+    scale: float,
+    q_round: DTypeLike | None = None,
+    sinks: ArrayLike | None = None,
+    max_bias: float = 0.0,
 ) -> NDArray[np.float64]:
     """Attention that all queries of a prompt pay to each cell (H2O in KVCache-Factory, pyramidkv_utils.py:797-890), per KV head.
 
@@ -366,6 +376,7 @@ def attention_sums(
     scale : factor on q . k, usually head_dim ** -0.5
     q_round : dtype the queries are rounded to before use; None leaves them alone
     sinks : (n_head,) a logit of each query head that belongs to no cell, see :func:`softmax`; None = none
+    max_bias : of ALiBi, see :func:`alibi_slopes`; 0 turns it off
 
     Returns
     -------
@@ -375,11 +386,27 @@ def attention_sums(
     _check_heads(q, k)
     group = q.shape[1] // k.shape[1]
     sums = np.zeros((k.shape[1], len(k)))
-    causal = np.tri(len(k), dtype=np.bool_)
+    distance = np.arange(len(k))[:, None] - np.arange(len(k))
+    slopes = alibi_slopes(q.shape[1], max_bias)
     for h, sink in enumerate(_each_sink(sinks, q.shape[1])):
-        logits = _logits(q[:, h], k[:, h // group], scale=scale, softcap=0.0)
-        sums[h // group] += softmax(np.where(causal, logits, -np.inf), sink=sink).sum(axis=0) / group
+        logits = _logits(q[:, h], k[:, h // group], scale=scale, softcap=0.0) - slopes[h] * distance
+        sums[h // group] += softmax(np.where(distance >= 0, logits, -np.inf), sink=sink).sum(axis=0) / group
     return sums
+
+
+def alibi_slopes(n_head: int, max_bias: float) -> NDArray[np.float64]:
+    """What ALiBi takes off a logit per position that its cell lies before the query (Press et al. 2022), for each query head.
+
+    A geometric sequence that ends with 2 ** -max_bias at the largest power of two of heads; those behind it take every other one of the
+    sequence of twice as many.
+
+    Returns
+    -------
+    (n_head,) float64, zeros if ``max_bias`` is 0
+    """
+    n = 2 ** int(math.log2(n_head))
+    exponents = [*range(2, 2 * n + 1, 2), *range(1, 2 * (n_head - n), 2)]
+    return np.exp2(-max_bias / 2 / n * np.array(exponents)) if max_bias else np.zeros(n_head)
 
 
 def softmax(logits: ArrayLike, *, sink: ArrayLike | None = None) -> NDArray[np.float64]:

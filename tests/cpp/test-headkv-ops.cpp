@@ -33,6 +33,12 @@ void cuda_on_cpu_compute(ggml_tensor * op, bool descending);
 // attend
 //
 
+// of ALiBi: 8, for example, is 1/2, 1/4 .. 1/256 for 8 heads, and 2^-0.5, 2^-1.5 .. for those behind them
+static double slope_in_doubles(double max_bias, int n_head, int ih) {
+    const int n = 1 << (int) std::log2(n_head);
+    return std::pow(2.0, -max_bias * (ih < n ? ih + 1.0 : ih - n + 0.5) / n);
+}
+
 struct attend_case {
     std::string kernel;
     ggml_type type;
@@ -44,12 +50,13 @@ struct attend_case {
     bool bias = false;
     std::string sinks = "";
     int n_value = 0; // elements of V, 0 = D
+    float max_bias = 0.0f; // of ALiBi
 
     int D_v() const { return n_value > 0 ? n_value : D; }
 
     std::string name() const {
         std::string res = kernel + "," + ggml_type_name(type) + ",D=" + std::to_string(D) + "/" + std::to_string(D_v()) + ",G=" + std::to_string(G) +
-                ",seqs=" + std::to_string(n_seqs) + ",tps=" + std::to_string(n_tps) + ",softcap=" + std::to_string((int) softcap) + ",bias=" + std::to_string(bias) + ",sinks=" + sinks + ",lens=";
+                ",seqs=" + std::to_string(n_seqs) + ",tps=" + std::to_string(n_tps) + ",softcap=" + std::to_string((int) softcap) + ",bias=" + std::to_string(bias) + ",sinks=" + sinks + ",alibi=" + std::to_string((int) max_bias) + ",lens=";
         for (int len : lens) {
             res += std::to_string(len) + "/";
         }
@@ -58,7 +65,7 @@ struct attend_case {
 };
 
 static std::vector<double> attend_in_doubles(const attend_case & c, const std::vector<float> & qf, const std::vector<float> & kf, const std::vector<float> & vf,
-        const std::vector<int32_t> & ranges, const std::vector<float> & bias, const std::vector<float> & sinks) {
+        const std::vector<int32_t> & ranges, const std::vector<float> & bias, const std::vector<float> & sinks, const std::vector<float> & pos) {
     const int H = (int) c.lens.size() / c.n_seqs;
     const int n_head = c.G * H;
     std::vector<double> res;
@@ -74,6 +81,7 @@ static std::vector<double> attend_in_doubles(const attend_case & c, const std::v
             }
             dot *= 1.0f / std::sqrt((float) c.D);
             s[r] = (c.softcap > 0.0f ? c.softcap * std::tanh(dot / c.softcap) : dot) + (r == 0 ? bias[i] : 0.0);
+            s[r] += c.max_bias > 0.0f ? slope_in_doubles(c.max_bias, n_head, j % n_head) * pos[ranges[2 * i] + r] : 0.0;
         }
         if (!sinks.empty()) {
             s.push_back(sinks[j % n_head]);
@@ -104,6 +112,7 @@ static bool test_attend(const attend_case & c) {
     headkv_attend_state state(c.D, c.D_v(), c.G * H, H, c.n_seqs, c.type, c.type);
     state.scale = 1.0f / std::sqrt((float) c.D);
     state.softcap = c.softcap;
+    state.max_bias = c.max_bias;
 
     // ranges in a pool with gaps of NaN between them
     std::vector<int32_t> ranges;
@@ -124,7 +133,8 @@ static bool test_attend(const attend_case & c) {
     ggml_tensor * b = c.bias ? ggml_new_tensor_2d(ctx, GGML_TYPE_F32, H, c.n_seqs) : nullptr;
     const std::vector<float> sinks = make_sinks(c.sinks, c.G * H);
     ggml_tensor * si = sinks.empty() ? nullptr : ggml_new_tensor_1d(ctx, GGML_TYPE_F32, c.G * H);
-    ggml_tensor * out = headkv_build_attend_fused(ctx, &state, q, k, v, r, b, si);
+    ggml_tensor * po = c.max_bias > 0.0f ? ggml_new_tensor_1d(ctx, GGML_TYPE_F32, n_rows) : nullptr;
+    ggml_tensor * out = headkv_build_attend_fused(ctx, &state, q, k, v, r, b, si, po);
     if (cuda && !cuda_on_cpu_supports(out->view_src)) {
         printf("  not supported\n");
         return false;
@@ -145,6 +155,17 @@ static bool test_attend(const attend_case & c) {
     }
     if (si) {
         ggml_backend_tensor_set(si, sinks.data(), 0, ggml_nbytes(si));
+    }
+    std::vector<float> pos(n_rows, NAN); // of gaps
+    for (size_t i = 0; i < c.lens.size(); ++i) {
+        float before = 0.0f; // ever more cells are missing towards the beginning
+        for (int row = c.lens[i] - 1; row >= 0; --row) {
+            pos[ranges[2 * i] + row] = before;
+            before -= 1.0f + rng() % (1 + (c.lens[i] - row) / 4);
+        }
+    }
+    if (po) {
+        ggml_backend_tensor_set(po, pos.data(), 0, ggml_nbytes(po));
     }
     const std::vector<float> kf = get_floats(k);
     const std::vector<float> vf = get_floats(v);
@@ -182,7 +203,7 @@ static bool test_attend(const attend_case & c) {
             return false;
         }
     }
-    const std::vector<double> want = attend_in_doubles(c, qf, kf, vf, ranges, bias, sinks);
+    const std::vector<double> want = attend_in_doubles(c, qf, kf, vf, ranges, bias, sinks, pos);
     for (size_t i = 0; i < want.size(); ++i) {
         err += (want[i] - first[i]) * (want[i] - first[i]);
         ref += want[i] * want[i];
@@ -282,11 +303,12 @@ struct score_case {
     int n_recent = 0; // 0 = n_window
     int n_square = 0;
     std::string sinks = "";
+    float max_bias = 0.0f; // of ALiBi
 
     std::string name() const {
         return "score," + kernel + "," + ggml_type_name(type) + ",D=" + std::to_string(D) + ",G=" + std::to_string(G) + ",w=" +
                 std::to_string(n_window) + ",n=" + std::to_string(n_kv) + ",pool=" + std::to_string(pool) + "/" + std::to_string(pool_kernel) +
-                ",softcap=" + std::to_string((int) softcap) + ",recent=" + std::to_string(n_recent) + ",square=" + std::to_string(n_square) + ",sinks=" + sinks;
+                ",softcap=" + std::to_string((int) softcap) + ",recent=" + std::to_string(n_recent) + ",square=" + std::to_string(n_square) + ",sinks=" + sinks + ",alibi=" + std::to_string((int) max_bias);
     }
 };
 
@@ -324,7 +346,7 @@ static bool test_score(const score_case & c) {
             ggml_build_forward_expand(g.gf, ggml_cpy(ctx, sh, ggml_view_1d(ctx, out, n_prefix, h * out->nb[1])));
         }
     } else {
-        out = headkv_build_score_fused(ctx, q, k, p, n_prefix, scale, c.softcap, c.n_square, c.pool, c.pool_kernel, si);
+        out = headkv_build_score_fused(ctx, q, k, p, n_prefix, scale, c.softcap, c.n_square, c.pool, c.pool_kernel, si, c.max_bias);
         stats = out->src[3];
     }
     g.alloc(out);
@@ -382,6 +404,7 @@ static bool test_score(const score_case & c) {
         std::vector<double> x(c.n_kv);
         for (int j = 0; j < n_query; ++j) {
             const int n = c.n_kv - c.n_window + j / c.G + 1;
+            const double slope = c.max_bias > 0.0f ? slope_in_doubles(c.max_bias, c.G * H, h * c.G + j % c.G) : 0.0;
             double sum = sinks.empty() ? 0.0 : std::exp((double) sinks[h * c.G + j % c.G]);
             for (int i = 0; i < n; ++i) {
                 double dot = 0.0;
@@ -389,7 +412,7 @@ static bool test_score(const score_case & c) {
                     dot += (double) qf[((size_t) (j / c.G) * c.G * H + h * c.G + j % c.G) * c.D + d] * kf[(size_t) cells[i] * c.D * H + h * c.D + d];
                 }
                 dot *= scale;
-                x[i] = std::exp(c.softcap > 0.0f ? c.softcap * std::tanh(dot / c.softcap) : dot);
+                x[i] = std::exp((c.softcap > 0.0f ? c.softcap * std::tanh(dot / c.softcap) : dot) - slope * (n - 1 - i));
                 sum += x[i];
             }
             for (int i = 0; i < std::min(n, n_prefix); ++i) {
@@ -419,7 +442,7 @@ static bool test_score(const score_case & c) {
 
 // the probabilities of the queries of a ubatch in double precision, summed over queries and query heads; k in the order of the cells
 static std::vector<double> sums_in_doubles(const std::vector<float> & qf, const std::vector<float> & kf, int D, int G, int H, int n_kv, int n_tokens,
-        float softcap, const std::vector<float> & sinks) {
+        float softcap, const std::vector<float> & sinks, float max_bias) {
     std::vector<double> res((size_t) n_kv * H, 0.0);
     for (int j = 0; j < n_tokens * G * H; ++j) {
         const int h = j % (G * H);
@@ -429,7 +452,8 @@ static std::vector<double> sums_in_doubles(const std::vector<float> & qf, const 
             for (int d = 0; d < D; ++d) {
                 dot += (double) qf[(size_t) j * D + d] * kf[((size_t) i * H + h / G) * D + d] / std::sqrt((double) D);
             }
-            x.push_back(std::exp(softcap > 0.0f ? softcap * std::tanh(dot / softcap) : dot));
+            const int n_before = n_kv - n_tokens + j / (G * H) - i;
+            x.push_back(std::exp((softcap > 0.0f ? softcap * std::tanh(dot / softcap) : dot) - (max_bias > 0.0f ? slope_in_doubles(max_bias, G * H, h) * n_before : 0.0)));
         }
         const double sum = std::accumulate(x.begin(), x.end(), sinks.empty() ? 0.0 : std::exp((double) sinks[h]));
         for (size_t i = 0; i < x.size(); ++i) {
@@ -440,7 +464,7 @@ static std::vector<double> sums_in_doubles(const std::vector<float> & qf, const 
 }
 
 // the last cells are those of the ubatch, which begin with zero; the others have sums already
-static bool test_sums(int n_kv, int n_tokens, float softcap, const std::string & kind) {
+static bool test_sums(int n_kv, int n_tokens, float softcap, const std::string & kind, float max_bias = 0.0f) {
     const int D = 64, G = 3, H = 2, n_cells = n_kv + 7;
     op_graph g;
     ggml_context * ctx = g.ctx.get();
@@ -450,7 +474,7 @@ static bool test_sums(int n_kv, int n_tokens, float softcap, const std::string &
     ggml_tensor * sums = ggml_new_tensor_3d(ctx, GGML_TYPE_F32, 1, n_cells, H);
     ggml_tensor * cells = ggml_new_tensor_1d(ctx, GGML_TYPE_I64, n_tokens);
     ggml_tensor * si = ggml_new_tensor_1d(ctx, GGML_TYPE_F32, G * H);
-    headkv_build_sums(ctx, g.gf, q, k, mask, sums, cells, 1.0f / std::sqrt((float) D), softcap, kind.empty() ? nullptr : si);
+    headkv_build_sums(ctx, g.gf, q, k, mask, sums, cells, 1.0f / std::sqrt((float) D), softcap, kind.empty() ? nullptr : si, max_bias);
     g.alloc(ggml_graph_node(g.gf, -1));
 
     const std::vector<float> sinks = make_sinks(kind, G * H);
@@ -463,12 +487,15 @@ static bool test_sums(int n_kv, int n_tokens, float softcap, const std::string &
     std::vector<int64_t> own;
     for (int i = 0; i < n_tokens; ++i) {
         std::fill(causal.begin() + i * n_kv + n_kv - n_tokens + i + 1, causal.begin() + (i + 1) * n_kv, ggml_fp32_to_fp16(-INFINITY));
+        for (int j = 0; j <= n_kv - n_tokens + i && max_bias > 0.0f; ++j) {
+            causal[(size_t) i * n_kv + j] = ggml_fp32_to_fp16((float) (j - (n_kv - n_tokens + i)));
+        }
         own.push_back(n_kv - n_tokens + i);
     }
     ggml_backend_tensor_set(mask, causal.data(), 0, ggml_nbytes(mask));
     ggml_backend_tensor_set(cells, own.data(), 0, ggml_nbytes(cells));
 
-    const std::vector<double> want = sums_in_doubles(qf, get_floats(k), D, G, H, n_kv, n_tokens, softcap, sinks);
+    const std::vector<double> want = sums_in_doubles(qf, get_floats(k), D, G, H, n_kv, n_tokens, softcap, sinks, max_bias);
     std::vector<float> first;
     for (int n_threads : { 1, 2, 4 }) {
         ggml_backend_tensor_set(sums, before.data(), 0, ggml_nbytes(sums));
@@ -1136,6 +1163,17 @@ int main(int argc, char ** argv) {
             add({ kernel, type, 128, 7, { 5, 300, 257 }, 1, 1, 30.0f, true });
         }
     }
+    // ALiBi: the same, without them; numbers of heads that are a power of two and that are not
+    for (const char * kernel : { "portable", "avx2", "avx512", "neon" }) {
+        for (ggml_type type : { GGML_TYPE_F16, GGML_TYPE_F32, GGML_TYPE_BF16, GGML_TYPE_Q8_0 }) {
+            for (float max_bias : { 8.0f, 2.0f }) {
+                add({ kernel, type, 64, 1, { 0, 1, 127, 128, 129, 1000 }, 1, 1, 0.0f, false, "", 0, max_bias });
+                add({ kernel, type, 64, 8, { 9, 1, 140, 0, 20, 131, 3, 300 }, 2, 3, 30.0f, false, "", 0, max_bias });
+                add({ kernel, type, 96, 12, { 300, 140 }, 1, 9, 0.0f, false, "", 0, max_bias });
+                add({ kernel, type, 32, 7, { 3000 }, 1, 1, 0.0f, false, "", 0, max_bias });
+            }
+        }
+    }
     // sinks: ranges of no row up to several chunks, of several sequences, with softcap and bias
     for (const char * kernel : { "portable", "avx2", "avx512", "neon", "cuda" }) {
         for (ggml_type type : { GGML_TYPE_F16, GGML_TYPE_F32, GGML_TYPE_BF16, GGML_TYPE_Q8_0 }) {
@@ -1193,6 +1231,12 @@ int main(int argc, char ** argv) {
             add_score({ kernel, type, 64, 4, 64, 300, 31, HEADKV_POOL_MAX, 0.0f, 8, 2 });
             add_score({ kernel, type, 64, 3, 5, 300, 7, HEADKV_POOL_AVG, 0.0f, 20, 1 });
             add_score({ kernel, type, 64, 2, 40, 90, 1, HEADKV_POOL_MAX, 30.0f, 1, 3 });
+            for (float max_bias : { 8.0f, 1.0f }) {
+                if (strcmp(kernel, "composed") != 0 && strcmp(kernel, "cuda") != 0) {
+                    add_score({ kernel, type, 64, 1, 8, 600, 7, HEADKV_POOL_MAX, 0.0f, 0, 0, "", max_bias });
+                    add_score({ kernel, type, 64, 6, 9, 300, 31, HEADKV_POOL_AVG, 30.0f, 8, 2, "", max_bias });
+                }
+            }
             for (const char * sinks : { "-1e30", "0", "20", "mixed" }) {
                 add_score({ kernel, type, 64, 8, 2, 600, 7, HEADKV_POOL_MAX, 0.0f, 0, 0, sinks });
                 add_score({ kernel, type, 64, 3, 9, 300, 31, HEADKV_POOL_AVG, 30.0f, 8, 2, sinks });
@@ -1204,6 +1248,7 @@ int main(int argc, char ** argv) {
             cases.push_back({ std::string("fit,") + kernel + ",n=" + std::to_string(n), [=]() { return test_fit(kernel, n); } });
         }
     }
+    cases.push_back({ "sums,n=200/33,alibi=8", [=]() { return test_sums(200, 33, 0.0f, "", 8.0f); } });
     for (const char * sinks : { "", "-1e30", "0", "20", "mixed" }) {
         for (float softcap : { 0.0f, 20.0f }) {
             const std::string of = ",softcap=" + std::to_string((int) softcap) + ",sinks=" + sinks;
