@@ -556,9 +556,11 @@ class Result:
     n_kept : prompt positions kept per head with both sizes, each number once
     n_other : prompt positions that heads kept and by definition do not
     same_order : whether layer by layer gave the bits and the kept cells of upstream's order
-    same_prompt : whether the prompt's last logits have the bits of the stock cache
+    same_prompt : whether the prompt's last logits have the bits of the stock cache, where its attention is ggml's
+    nmse_prompt : of the prompt's last logits against the stock cache, where its attention is ours
     nmse_fused, nmse_composed : of the decoded logits against the stock cache, when no cell was evicted
-    nmse_paths : composed against fused, when cells were evicted; 0 of both where there is no composed path
+    n_moved : cells that one path keeps and the other does not, since the prompt's attention is rounded otherwise
+    nmse_paths : composed against fused, when cells were evicted, the same ones; 0 of both where there is no composed path
     nmse_evicted : fused against the stock cache, when cells were evicted
     finite : whether all logits are
     """
@@ -569,6 +571,8 @@ class Result:
     n_other: int = 0
     same_order: bool = False
     same_prompt: bool = False
+    nmse_prompt: float = 0.0
+    n_moved: int = 0
     nmse_fused: float = 0.0
     nmse_composed: float = 0.0
     nmse_paths: float = 0.0
@@ -603,11 +607,15 @@ def examine(name: str, arch: str, keys: Keys, log: list[str]) -> Result:
             same_order = auto.layered and not token.layered and same_bits
         n_kept = {len(positions) for positions in kept.values()}
         only_fused = False
+        n_moved = 0
         for kv_size, attend in ((KV_SIZE, "composed"), (KV_SIZE_ALL, "auto"), (KV_SIZE_ALL, "composed")):
             try:
                 with Context(model, kv_size, attend=attend) as other:
                     ours.append(other.logits())
-                    n_kept |= {len(positions) for positions in other.positions().values()}
+                    positions = other.positions()
+                    n_kept |= {len(of_head) for of_head in positions.values()}
+                    if kv_size == KV_SIZE:
+                        n_moved = sum(len(set(positions[head]) - set(kept[head])) for head in kept)
             except Refused as e:
                 if attend != "composed" or not str(e).startswith("ALiBi needs attend 'fused'"):
                     raise
@@ -627,10 +635,12 @@ def examine(name: str, arch: str, keys: Keys, log: list[str]) -> Result:
         n_kept=tuple(sorted(n_kept)),
         n_other=n_other,
         same_order=same_order,
-        same_prompt=all(x[0].tobytes() == stock[0].tobytes() for x in ours),
+        same_prompt=all(x[0].tobytes() == stock[0].tobytes() for x in (ours[2], ours[4])),
+        nmse_prompt=max(nmse(x[0], stock[0]) for x in ours),
+        n_moved=n_moved,
         nmse_fused=nmse(ours[3][1:], stock[1:]),
         nmse_composed=0.0 if only_fused else nmse(ours[4][1:], stock[1:]),
-        nmse_paths=nmse(ours[2][1:], ours[0][1:]),
+        nmse_paths=0.0 if n_moved else nmse(ours[2][1:], ours[0][1:]),
         nmse_evicted=nmse(ours[0][1:], stock[1:]),
         finite=bool(np.isfinite([*ours, stock]).all()),
     )

@@ -111,8 +111,10 @@ def test_layer_by_layer_gives_the_bits_and_the_kept_cells_of_token_order(results
     assert [r.name for r in results if r.kind == "layer" and not r.same_order] == []
 
 
-def test_prompt_logits_have_the_bits_of_the_stock_cache(ran: list[Result]) -> None:
+def test_prompt_logits_are_those_of_the_stock_cache(ran: list[Result]) -> None:
+    """With its bits where ggml attends, but for rounding where we do."""
     assert [r.name for r in ran if not (r.same_prompt and r.finite)] == []
+    assert {r.name: r.nmse_prompt for r in ran if not r.nmse_prompt < MAX_NMSE_FUSED * AMPLIFIED.get(r.name, 1)} == {}
 
 
 def test_kept_cells_are_those_of_the_definition(ran: list[Result]) -> None:
@@ -130,6 +132,9 @@ def test_decoded_logits_are_those_of_the_stock_cache_when_nothing_is_evicted(ran
 
 
 def test_both_paths_of_attention_agree_when_cells_are_evicted(ran: list[Result]) -> None:
+    """Rounding may move a cell whose score is next to another one's."""
+    assert {r.name: r.n_moved for r in ran if r.n_moved > 5 * AMPLIFIED.get(r.name, 1)} == {}
+    assert sum(r.n_moved > 0 for r in ran) <= len(ran) // 20
     assert {r.name: r.nmse_paths for r in ran if not r.nmse_paths < MAX_NMSE_PATHS * AMPLIFIED.get(r.name, 1)} == {}
 
 
