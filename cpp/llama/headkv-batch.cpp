@@ -385,7 +385,7 @@ void llama_kv_cache_ragged_context::set_input_rows(ggml_tensor * dst, const llam
     for (const auto & layer : kv->store().layers) {
         for (uint32_t i = 0; i < ubatch->n_tokens; ++i) {
             const llama_seq_id s = ubatch->seq_id[i][0];
-            const uint32_t i_tail = ubatch->pos[i] - kv->seq(s).n_prompt;
+            const uint32_t i_tail = ubatch->pos[i] - kv->seq(s).tail_begin();
             for (const auto & range : layer.ranges[s]) {
                 GGML_ASSERT(range.n_used(i_tail) < range.n_cap);
                 data.push_back((int32_t) (range.off + range.n_used(i_tail)));
@@ -403,7 +403,7 @@ void llama_kv_cache_ragged_context::set_input_ranges(ggml_tensor * dst, const ll
             const llama_seq_id s = ubatch->seq_id_unq[i];
             for (const auto & range : layer.ranges[s]) {
                 data.push_back((int32_t) range.off);
-                data.push_back((int32_t) range.n_used(kv->seq(s).n_generated()));
+                data.push_back((int32_t) range.n_used(kv->seq(s).n_in_tail()));
             }
         }
     }
@@ -439,7 +439,7 @@ void llama_kv_cache_ragged_context::set_input_mask(ggml_tensor * dst, const head
     std::vector<ggml_fp16_t> data(ggml_nelements(dst), ggml_fp32_to_fp16(-INFINITY));
     for (size_t j = 0; j < bucket.heads.size(); ++j) {
         const headkv_range & range = layer.ranges[s][bucket.heads[j]];
-        const int64_t n_used = range.n_used(kv->seq(s).n_generated());
+        const int64_t n_used = range.n_used(kv->seq(s).n_in_tail());
         for (int64_t t = 0; t < n_tokens; ++t) {
             ggml_fp16_t * row = data.data() + (j * n_tokens + t) * n_kv;
             std::fill(row, row + std::max<int64_t>(0, n_used - (n_tokens - 1 - t)), ggml_fp32_to_fp16(0.0f));
@@ -447,6 +447,19 @@ void llama_kv_cache_ragged_context::set_input_mask(ggml_tensor * dst, const head
         }
     }
     ggml_backend_tensor_set(dst, data.data(), 0, ggml_nbytes(dst));
+}
+
+void llama_kv_cache_ragged_context::set_input_queries(ggml_tensor * slots, const llama_ubatch * ubatch) const {
+    const headkv_queries & queries = *kv->queries();
+    std::vector<int64_t> data(ubatch->n_tokens, queries.n_slots() - 1);
+    std::vector<llama_pos> n_seen(kv->n_seq_max(), 0);
+    for (int64_t i = (int64_t) ubatch->n_tokens - 1; i >= 0; --i) {
+        const llama_seq_id s = ubatch->seq_id[i][0];
+        if (n_seen[s]++ < queries.n_ring()) {
+            data[i] = s * queries.n_ring() + ubatch->pos[i] % queries.n_ring();
+        }
+    }
+    ggml_backend_tensor_set(slots, data.data(), 0, data.size() * sizeof(data[0]));
 }
 
 void llama_kv_cache_ragged_context::set_input_window(ggml_tensor * tokens, ggml_tensor * slots, const llama_ubatch * ubatch) const {

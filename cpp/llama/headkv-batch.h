@@ -131,6 +131,9 @@ public:
     // F16 [n_kv, n_tokens, 1, n_heads]
     void set_input_mask(ggml_tensor * dst, const headkv_store_layer & layer, size_t i_bucket, const llama_ubatch * ubatch) const;
 
+    // which slots the queries of generated tokens go to, I64 [n_tokens]
+    void set_input_queries(ggml_tensor * slots, const llama_ubatch * ubatch) const;
+
     // which tokens of the ubatch go to which slots of the ring
     void set_input_window(ggml_tensor * tokens, ggml_tensor * slots, const llama_ubatch * ubatch) const;
 

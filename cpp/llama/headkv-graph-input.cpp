@@ -45,6 +45,9 @@ void headkv_input::set_input(const llama_ubatch * ubatch) {
     if (bias) {
         mctx_ragged->set_input_bias(bias, ubatch);
     }
+    if (queries) {
+        mctx_ragged->set_input_queries(queries, ubatch);
+    }
     // the output of a layer may be unused: what belongs to it is not part of the graph then
     for (const auto & m : masks) {
         if (!m.mask->buffer) {
@@ -186,6 +189,9 @@ std::unique_ptr<llm_graph_input_attn_kv> headkv_new_input(const llm_graph_contex
             if (mctx->is_full() ? kv->config().fit == HEADKV_FIT_MEAN : kv->store().compensates()) {
                 inp->bias = headkv_new_input_1d(ctx, GGML_TYPE_F32, inp->n_head_kv_all * inp->n_seqs, "headkv_bias");
             }
+        }
+        if (kv->queries()) {
+            inp->queries = headkv_new_input_1d(ctx, GGML_TYPE_I64, ubatch.n_tokens, "headkv_query_slots");
         }
         inp->self_k_rot = kv->staging().twin().build_input_k_rot(ctx);
         inp->self_v_rot = kv->staging().twin().build_input_v_rot(ctx);
