@@ -9,7 +9,7 @@
 //   headkv_set_params(NULL);
 //   ... llama_decode(prompt) ...                        // full attention over the whole prompt
 //   headkv_end_prompt(ctx, 0);                          // compresses sequence 0
-//   ... llama_decode(one token) ...                     // attends over what each head kept
+//   ... llama_decode(one token) ...                     // attends over what each head kept, and evicts with kv_generated
 //
 // Every function that can fail returns a negative number and leaves the reason in headkv_last_error().
 // Nothing here keeps a pointer of the caller after it returned.
