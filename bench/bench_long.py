@@ -9,7 +9,9 @@ is a turn: tokens per second, resident memory of the process that is not the mod
 time that evictions took. With ``--tokens 32768`` it takes hours on two cores.
 
 ``quality``: a text is evaluated in batches of ``--batch`` tokens behind a prompt of 256 that is kept whole, and its likelihood
-counted from the token on at which the smallest amount begins to evict, so that all settings are measured on the same tokens. ``nats`` is per token, ``error`` of the difference to all cells.
+counted from the token on at which the smallest amount begins to evict, so that all settings are measured on the same tokens. ``nats``
+is per token, ``error`` that of the difference to all cells. Budgets: the same for all heads (lossless, snapkv), by importance (headkv)
+or by the text (adakv). ``all``, ``recent`` and 4 sinks are StreamingLLM, whose heads hold 256 cells more for the prompt.
 """
 
 from __future__ import annotations
@@ -123,42 +125,32 @@ def likelihoods(llm: Llama, tokens: list[int], n_batch: int) -> npt.NDArray[np.f
 def quality(args: argparse.Namespace, about: dict[str, Any]) -> None:
     """A row for each setting."""
     amounts = [int(part) for part in args.amounts.split(",")]
-    window = 64
-    settings: list[dict[str, Any]] = [{}]
+    whole = {"kv_size": N_PROMPT + 1}  # keeps the prompt, and says nothing of the budgets
+    settings: list[dict[str, Any]] = [{"policy": "lossless"}]
     for amount in amounts:
-        settings += [{"kv_generated": amount, "kv_generated_rank": rank} for rank in ("attention", "recent", "redundancy")]
-        settings += [
-            {"kv_generated": amount, "kv_generated_rank": "recent", "kv_generated_scope": "all", "sinks": 4, "kv_size": N_PROMPT + 1}
-        ]
+        ranks = [{"policy": "lossless", "kv_generated_rank": rank} for rank in ("attention", "recent", "redundancy")]
+        budgets = [{**whole, "policy": policy} for policy in ("headkv", "adakv")]
+        streaming = {**whole, "policy": "snapkv", "kv_generated_rank": "recent", "kv_generated_scope": "all", "sinks": 4}
+        settings += [{**setting, "kv_generated": amount} for setting in (*ranks, *budgets, streaming)]
     first = min(amounts) + 128  # generated tokens before the first eviction of the smallest amount
     full: npt.NDArray[np.float64] | None = None
     for setting in settings:
-        kept = {} if "kv_size" in setting else {"policy": args.policy or "lossless"}
-        options = {
-            "window": window,
-            "n_ctx": args.tokens + 512,
-            "n_threads": args.threads,
-            "n_threads_batch": args.threads,
-            **kept,
-            **setting,
-        }
-        if kept and args.policy:
-            options["kv_size"] = N_PROMPT + 1
-        with_end = Llama(args.model, verbose=False, **options)
-        tokens = text_tokens(with_end)[: args.tokens]
-        with_end.read_prompt(tokens[:N_PROMPT])
-        found = likelihoods(with_end, tokens[N_PROMPT:], args.batch)[first:]
+        options = {"n_ctx": args.tokens + 512, "n_threads": args.threads, "n_threads_batch": args.threads, **setting}
+        llm = Llama(args.model, verbose=False, **options)
+        tokens = text_tokens(llm)[: args.tokens]
+        llm.read_prompt(tokens[:N_PROMPT])
+        found = likelihoods(llm, tokens[N_PROMPT:], args.batch)[first:]
         full = found if full is None else full
-        stats = with_end.kv_stats()
+        stats = llm.kv_stats()
         blocks = (found - full)[: len(found) // 64 * 64].reshape(-1, 64).mean(axis=1)  # of neighbours, which depend on each other
         row = {
             "model": args.model.stem,
             "tokens": len(tokens),
             "counted": len(found),
             "kv_generated": setting.get("kv_generated", "all"),
-            "rank": setting.get("kv_generated_rank", ""),
+            "rank": setting.get("kv_generated_rank", "attention"),
             "scope": setting.get("kv_generated_scope", "generated"),
-            "policy": with_end.policy,
+            "policy": llm.policy,
             "cells": round(float(stats.n_cells.mean()), 1),
             "nats": round(float(-found.mean()), 4),
             "more_than_all": round(float((full - found).mean()), 4),
@@ -167,7 +159,7 @@ def quality(args: argparse.Namespace, about: dict[str, Any]) -> None:
         }
         append_row(args.out, row)
         print({key: row[key] for key in list(row)[2:11]}, flush=True)
-        with_end.close()
+        llm.close()
 
 
 def main() -> None:
@@ -180,7 +172,6 @@ def main() -> None:
     parser.add_argument("--kv-size", type=int, default=128)
     parser.add_argument("--kv-generated", type=int, default=512)
     parser.add_argument("--amounts", default="256,512,1024", metavar="LIST", help="values of kv_generated whose likelihood is measured")
-    parser.add_argument("--policy", help="whose budgets divide them among the heads (default: the same for all)")
     parser.add_argument("--batch", type=int, default=16, help="tokens of the text at a time")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--out", type=Path, required=True, help="table to append to")
