@@ -10,7 +10,8 @@ extern "C" {
 // For benchmarks: makes the empty sequence look as if n_tokens had been read, with random K, V and window queries.
 LLAMA_API int32_t headkv_fill_prompt(struct llama_context * ctx, llama_seq_id seq_id, int32_t n_tokens, uint32_t seed);
 
-// The window queries of a sequence in position order, [n_window][n_head][n_embd_head_k]; returns n_window.
+// The window queries of a sequence in position order, [n_window][n_head][n_embd_head_k]; returns n_window. Of a compressed one with
+// kv_generated those of its last generated tokens.
 LLAMA_API int32_t headkv_read_window(const struct llama_context * ctx, llama_seq_id seq_id, int32_t il, float * dst, int64_t n);
 
 // The reference queries of a sequence in position order, [n_refs][n_head_kv][n_embd_head_k]; returns n_refs.

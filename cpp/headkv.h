@@ -9,7 +9,7 @@
 //   headkv_set_params(NULL);
 //   ... llama_decode(prompt) ...                        // full attention over the whole prompt
 //   headkv_end_prompt(ctx, 0);                          // compresses sequence 0
-//   ... llama_decode(one token) ...                     // attends over what each head kept
+//   ... llama_decode(one token) ...                     // attends over what each head kept, and evicts with kv_generated
 //
 // Every function that can fail returns a negative number and leaves the reason in headkv_last_error().
 // Nothing here keeps a pointer of the caller after it returned.
@@ -50,6 +50,19 @@ enum headkv_prefill {
 enum headkv_surplus {
     HEADKV_SURPLUS_LOST = 0, // as in the authors' code
     HEADKV_SURPLUS_REDISTRIBUTE = 1, // evenly to the other heads of its layer, then to those of the other layers
+};
+
+// which cells compete when there are more generated tokens than kv_generated
+enum headkv_scope {
+    HEADKV_SCOPE_GENERATED = 0, // those of generated tokens; the prompt's stay
+    HEADKV_SCOPE_ALL = 1, // all but protected ones; a head keeps kv_size + kv_generated on average
+};
+
+// and which of them stay
+enum headkv_generated_rank {
+    HEADKV_GENERATED_ATTENTION = 0, // by the attention of the last `window` queries, as of prompts
+    HEADKV_GENERATED_RECENT = 1, // the last ones
+    HEADKV_GENERATED_REDUNDANCY = 2, // by attention, less for a key that others are near to (after R-KV)
 };
 
 struct headkv_params {
@@ -99,6 +112,12 @@ struct headkv_params {
     const double * shares; // ascending, between 0 and 1
     int32_t n_shares;
     int32_t n_head_kv;     // of the layer that has most
+    // What becomes of generated tokens. When a sequence has generated_slack more of them than kv_generated, the heads keep cells of
+    // kv_generated on average, divided by the policy's budget; the last `window` tokens are among them and stay. 0 = all stay.
+    int32_t kv_generated;  // 0, or more than window
+    int32_t generated_slack; // >= 1
+    int32_t generated_scope; // enum headkv_scope
+    int32_t generated_rank;  // enum headkv_generated_rank
 };
 
 // What a policy is, and what it looks at. Names live as long as the library.
@@ -133,6 +152,11 @@ struct headkv_stats {
     double fit_after;         // fit does not know, mean over these heads
     int64_t t_fit_us;         // of t_compress_us, the fit
     int64_t bytes_beside;     // allocated for layers that are not compressed: windows and recurrent states of all sequences
+    int32_t kv_generated;     // cells per KV head that generated tokens of the sequence may have on average, 0 = any number
+    int32_t n_evictions;      // how often its generated tokens were evicted since its compression
+    int64_t n_evicted;        // cells of all heads that were dropped with that
+    int64_t t_evict_us;       // and how long it took
+    int64_t bytes_queries;    // allocated for queries of the last generated tokens, of all sequences
 };
 
 // Bytes of a prompt and what is generated behind it, as allocated.
@@ -239,7 +263,7 @@ LLAMA_API int32_t headkv_set_progress(struct llama_context * ctx, headkv_progres
 
 // Compresses the sequence and releases the staging memory. A no-op for a compressed sequence.
 // Afterwards llama_memory_seq_rm() can take back generated tokens and the prompt's last `recent` tokens, which every head
-// keeps, but no more than these.
+// keeps, but no more than these; with kv_generated, no more than the tokens since the last eviction and `window` before it.
 LLAMA_API int32_t headkv_end_prompt(struct llama_context * ctx, llama_seq_id seq_id);
 
 // Compresses the sequence as another one, which must be empty, by the parameters that the context is configured to; the prompt stays as it is and can be compressed again in another
@@ -302,7 +326,9 @@ LLAMA_API int32_t headkv_get_heads(const struct llama_model * model, int32_t * n
 // waits for headkv_end_prompt(), the other layers hold what they kept.
 LLAMA_API int32_t headkv_get_n_cells(const struct llama_context * ctx, llama_seq_id seq_id, int32_t * dst, int32_t n);
 
-// Prompt positions that a head kept, ascending; a first -1 is the cell that stands for all that were dropped. Returns their number; dst may be NULL to ask for it.
+// Prompt positions that a head kept, ascending; a first -1 is the cell that stands for all that were dropped. Behind them those of
+// generated tokens that evictions left; the tokens behind the last of these, which every head has, are not listed. Returns their number;
+// dst may be NULL to ask for it.
 LLAMA_API int32_t headkv_get_positions(const struct llama_context * ctx, llama_seq_id seq_id, int32_t il, int32_t ih, int32_t * dst, int32_t n);
 
 // Budgets without a context, of prompts of n_tokens, 0 = long ones: the same function that contexts use. n_head and n_head_kv: of each layer, both may be 0;

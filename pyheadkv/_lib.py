@@ -94,6 +94,10 @@ class Params(ctypes.Structure):
         ("shares", ctypes.POINTER(ctypes.c_double)),
         ("n_shares", ctypes.c_int32),
         ("n_head_kv", ctypes.c_int32),
+        ("kv_generated", ctypes.c_int32),
+        ("generated_slack", ctypes.c_int32),
+        ("generated_scope", ctypes.c_int32),
+        ("generated_rank", ctypes.c_int32),
     ]
 
 
@@ -147,6 +151,11 @@ class Stats(ctypes.Structure):
         ("fit_after", ctypes.c_double),
         ("t_fit_us", ctypes.c_int64),
         ("bytes_beside", ctypes.c_int64),
+        ("kv_generated", ctypes.c_int32),
+        ("n_evictions", ctypes.c_int32),
+        ("n_evicted", ctypes.c_int64),
+        ("t_evict_us", ctypes.c_int64),
+        ("bytes_queries", ctypes.c_int64),
     ]
 
 

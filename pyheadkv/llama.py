@@ -76,6 +76,10 @@ class KVStats:
         know: mean squares, relative to these answers, mean over the heads that dropped cells; 0 without a fit
     fit_ms : of ``compress_ms``, the fit
     archive : what the archive did since it was opened; None without one
+    n_evictions : how often generated tokens were evicted since the compression, see ``kv_generated``
+    n_evicted : cells of all heads that were dropped with that
+    evict_ms : how long it took
+    bytes_queries : bytes allocated for the queries of the last generated tokens, of all sequences; 0 without ``kv_generated``
     """
 
     state: str
@@ -94,6 +98,10 @@ class KVStats:
     fit_after: float
     fit_ms: float
     archive: ArchiveStats | None
+    n_evictions: int
+    n_evicted: int
+    evict_ms: float
+    bytes_queries: int
 
 
 N_BATCH: Any = llama_cpp.llama_context_params.n_batch  # the field of the structure
@@ -207,6 +215,17 @@ class Llama(llama_cpp.Llama):
         0.2 under "adakv", 0.5 under "headkv+adakv"
     adakv_normalize : under both, weight the scores of a head by the share of its best cells
         in their sum, so that heads with concentrated attention get more (False)
+    kv_generated : mean cells per KV head that generated tokens may hold, more than ``window``; None (the default) = all of them stay.
+        When there are ``kv_generated_slack`` more, each head keeps those that the last ``window`` tokens look at, as many as the
+        policy's budget gives it, and these last ones. Positions go on: ``n_ctx`` bounds the prompt and what a head holds, and no longer
+        what is said. ``configure`` can change it, but not to an amount where the context was created without one
+    kv_generated_scope : which cells compete then: "generated" (the default; those of the prompt stay), or "all" but sinks and protected
+        ones, of which a head keeps ``kv_size + kv_generated`` on average
+    kv_generated_rank : which ones stay: "attention" (the default), "recent" (the last ones; with sinks and the scope "all" StreamingLLM),
+        or "redundancy" (attention, less for keys that others are near to, as in R-KV)
+    kv_generated_slack : tokens from one eviction to the next (128)
+    kv_limit : tokens, prompt and answer, at which a completion ends with the reason "length" where ``kv_generated`` lets it go on
+        beyond ``n_ctx``; None = the length that the model was trained with, or ``n_ctx`` if that is more
     attend : "auto", "fused" or "composed": attention by ops of this package where they are (prompts: on the CPU), or by those of ggml
         everywhere, which reads a prompt with the bits of the stock cache
     n_tail, n_buckets : see ``cpp/headkv.h``
@@ -264,6 +283,11 @@ class Llama(llama_cpp.Llama):
         pyramid_exact: bool | None = None,
         adakv_floor: float | None = None,
         adakv_normalize: bool | None = None,
+        kv_generated: int | None = None,
+        kv_generated_scope: str | None = None,
+        kv_generated_rank: str | None = None,
+        kv_generated_slack: int | None = None,
+        kv_limit: int | None = None,
         n_tail: int | None = None,
         attend: str | None = None,
         n_buckets: int | None = None,
@@ -272,13 +296,19 @@ class Llama(llama_cpp.Llama):
         given: dict[str, Any] = {name: value for name, value in dict(
             policy=policy, budget=budget, rank=rank, fit=fit, question=question, beta=beta, preset=preset, window=window, recent=recent, power=power, pool=pool, pool_kernel=pool_kernel, n_tail=n_tail, attend=attend, n_buckets=n_buckets,
             prefill=prefill, prefill_hidden=prefill_hidden, sinks=sinks, protect=protect, surplus=surplus,
-            pyramid_exact=pyramid_exact, adakv_floor=adakv_floor, adakv_normalize=adakv_normalize).items() if value is not None}  # fmt: skip
+            pyramid_exact=pyramid_exact, adakv_floor=adakv_floor, adakv_normalize=adakv_normalize,
+            kv_generated=kv_generated, kv_generated_scope=kv_generated_scope, kv_generated_rank=kv_generated_rank,
+            kv_generated_slack=kv_generated_slack).items() if value is not None}  # fmt: skip
         amount = {name: value for name, value in dict(kv_size=kv_size, kv_ratio=kv_ratio, kv_bytes=kv_bytes).items() if value is not None}
         more = {name: value for name, value in dict(
-            importance=importance, replay=replay, kv_reuse=kv_reuse, n_seq_max=n_seq_max,
+            importance=importance, replay=replay, kv_reuse=kv_reuse, n_seq_max=n_seq_max, kv_limit=kv_limit,
             kv_archive=kv_archive, kv_archive_size=kv_archive_size, kv_archive_type=kv_archive_type).items() if value is not None}  # fmt: skip
         self._kv_args: dict[str, Any] = {**given, **amount, **more}
         self._kv_reuse = bool(kv_reuse)
+        if kv_limit is not None:
+            check_int("kv_limit", kv_limit, 1, MAX_CELLS)
+            if kv_generated is None:
+                raise ValueError(f"kv_limit={kv_limit}: completions end with n_ctx, give kv_generated or leave it out")
         archive = check_archive(kv_archive, kv_archive_size, kv_archive_type)
         if archive is not None and kv_reuse:
             raise ValueError(
@@ -363,6 +393,8 @@ class Llama(llama_cpp.Llama):
         self._check_adapter()
         # the library rounds n_ctx up, and completions go on to what it made of it
         self.input_ids = np.zeros(self.n_ctx(), dtype=np.intc)
+        if options.kv_generated is not None:
+            self._n_ctx = kv_limit or max(self.n_ctx(), self._model.n_ctx_train())  # where upstream's completions end
         if options.prefill == "layer" and self.prefill_mode != "layer":
             why = _lib.lib.headkv_why_token_prefill(self.ctx).decode()
             self.close()
@@ -484,11 +516,14 @@ class Llama(llama_cpp.Llama):
         if self.kv_options is None:
             super().eval(tokens)
             return
-        n_ctx = self.n_ctx()
-        if self.n_tokens + len(tokens) > n_ctx:
+        n_ctx, n_all = self.n_ctx(), self.n_tokens + len(tokens)
+        is_bounded = self.n_tokens > 0 and self._stats().kv_generated > 0 and not self._logits_all  # the library checks what it holds
+        if n_all > n_ctx and not is_bounded:
             raise ValueError(
                 f"{self.n_tokens} + {len(tokens)} tokens do not fit into n_ctx={n_ctx}: use a larger n_ctx or a shorter prompt"
             )
+        if n_all > len(self.input_ids):
+            self.input_ids = np.concatenate([self.input_ids, np.zeros(max(n_ctx, n_all - len(self.input_ids)), dtype=np.intc)])
         is_prompt, self._prompt_pending = self._prompt_pending, False
         n_protect, self._n_protect = self._n_protect, 0
         whole = is_prompt and self.n_tokens == 0 and self.prefill_mode == "layer" and not self._logits_all
@@ -892,6 +927,10 @@ class Llama(llama_cpp.Llama):
             fit_after=s.fit_after,
             fit_ms=s.t_fit_us / 1000,
             archive=archive_stats(self.ctx) if self._has_archive else None,
+            n_evictions=s.n_evictions,
+            n_evicted=s.n_evicted,
+            evict_ms=s.t_evict_us / 1000,
+            bytes_queries=s.bytes_queries,
         )
 
     @property

@@ -33,6 +33,8 @@ POOLS = {"max": 0, "avg": 1}
 ATTENDS = {"auto": 0, "fused": 1, "composed": 2}
 SURPLUSES = {"lost": 0, "redistribute": 1}
 PREFILLS = {"auto": 0, "token": 1, "layer": 2}
+SCOPES = {"generated": 0, "all": 1}
+GENERATED_RANKS = {"attention": 0, "recent": 1, "redundancy": 2}
 
 _LIBRARY: _lib.Params = _lib.lib.headkv_default_params()  # where the numbers of defaults stand; tests/test_options.py compares the rest
 PRESETS: dict[str, dict[str, Any]] = {
@@ -246,6 +248,10 @@ class Options:
     pyramid_exact: bool = True
     adakv_floor: float | None = None
     adakv_normalize: bool = False
+    kv_generated: int | None = None
+    kv_generated_slack: int = _LIBRARY.generated_slack
+    kv_generated_scope: str = "generated"
+    kv_generated_rank: str = "attention"
 
     def __post_init__(self) -> None:
         check_policy("policy", self.policy)
@@ -285,6 +291,13 @@ class Options:
         check_bool("adakv_normalize", self.adakv_normalize)
         if self.adakv_floor is not None:
             check_share("adakv_floor", self.adakv_floor)
+        if self.kv_generated is not None:
+            check_int(
+                "kv_generated", self.kv_generated, self.window + 1, MAX_CELLS, f" (it counts the last {self.window} tokens, the window)"
+            )
+        check_int("kv_generated_slack", self.kv_generated_slack, 1, 1 << 20)
+        check_choice("kv_generated_scope", self.kv_generated_scope, tuple(SCOPES))
+        check_choice("kv_generated_rank", self.kv_generated_rank, tuple(GENERATED_RANKS))
 
     @property
     def traits(self) -> _lib.PolicyInfo:
@@ -318,6 +331,10 @@ class Options:
         params.pyramid_exact = self.pyramid_exact
         params.adakv_floor = -1.0 if self.adakv_floor is None else self.adakv_floor
         params.adakv_normalize = self.adakv_normalize
+        params.kv_generated = self.kv_generated or 0
+        params.generated_slack = self.kv_generated_slack
+        params.generated_scope = SCOPES[self.kv_generated_scope]
+        params.generated_rank = GENERATED_RANKS[self.kv_generated_rank]
         if importance is not None and replay is not None and len(importance.values) != replay.values.shape[1]:
             raise ValueError(
                 f"the importance is for {len(importance.values)} layers, the replay table for {replay.values.shape[1]}: measure both on this model"

@@ -21,7 +21,16 @@ import pytest
 N_THREADS = 1  # small models are fastest so, and more threads than free cores wait for each other
 
 # tests of the engine: what load() loads in them goes to the device at hand
-ENGINE = ("test_archive", "test_attention", "test_engine", "test_policies", "test_policy_oracle", "test_prefill_layer", "test_sequences")
+ENGINE = (
+    "test_archive",
+    "test_attention",
+    "test_engine",
+    "test_generated",
+    "test_policies",
+    "test_policy_oracle",
+    "test_prefill_layer",
+    "test_sequences",
+)
 device_options: dict[str, Any] = {}
 
 # stages of the data path (cpp/README.md) -> parts of the files and names of their tests, beside the word itself
@@ -33,6 +42,7 @@ STAGES = {
     "select": ("kept_positions_equal", "keeps_what_the_oracle_keeps", "test_keep_", "kept_cells", "streaming_keeps"),
     "compact": ("kept_cells", "quantised_cells", "bytes_are_those", "retain", "kv_round", "gives_its_memory_back"),
     "attend": ("decode_after", "tail", "full_budget", "decode_together", "dropped", "truncated"),
+    "evict": ("test_generated", "evict", "bounds_what_it_says"),
 }
 
 

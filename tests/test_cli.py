@@ -154,6 +154,13 @@ def test_generate_keeps_what_it_is_told_to(model: Path, capsys: pytest.CaptureFi
     assert re.search(r"KV cache 3[67] cells per head", capsys.readouterr().err)  # four or five of them generated
 
 
+def test_generate_bounds_what_it_says(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--kv-size", "32", "--window", "8", "--kv-generated", "12", "--kv-generated-slack", "4", "--kv-generated-rank", "recent"]
+    assert generate(model, "-p", PROMPT, *options, "--kv-generated-scope", "all", n=40) == 0
+    found = re.search(r"KV cache (\d+) cells per head.*, (\d+) evictions", capsys.readouterr().err)
+    assert found and int(found[1]) <= 32 + 12 + 4 and int(found[2]) >= 3
+
+
 @pytest.mark.parametrize("amount", [["--kv-ratio", "0.25"], ["--kv-bytes", "4KiB"]])
 def test_generate_takes_a_share_or_bytes(
     model: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, amount: list[str]

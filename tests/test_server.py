@@ -70,6 +70,11 @@ FLAGS = {
     "--kv-archive-size": "20GiB, of ram a quarter of it",
     "--kv-archive-type": "as the cache has them",
     "--kv-sinks": "4 with the ranks recent, value, output and attention*value, else 0",
+    "--kv-generated": "0",
+    "--kv-generated-scope": "generated",
+    "--kv-generated-rank": "attention",
+    "--kv-generated-slack": "128",
+    "--kv-limit": "those that the model was trained with",
 }  # and their defaults
 
 

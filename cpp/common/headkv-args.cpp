@@ -86,6 +86,9 @@ static int32_t to_type(const std::string & value) {
 static const char * const POOLS[] = { "max", "avg" };            // enum headkv_pool
 static const char * const PREFILLS[] = { "auto", "token", "layer" }; // enum headkv_prefill
 
+static const char * const SCOPES[] = { "generated", "all" }; // enum headkv_scope
+static const char * const GENERATED_RANKS[] = { "attention", "recent", "redundancy" }; // enum headkv_generated_rank
+
 static const char * const QUESTIONS[] = { "known", "later" };
 
 template <size_t N>
@@ -199,6 +202,38 @@ void headkv_add_args(const std::function<void(common_arg)> & add_opt) {
                         PREFILLS[def.params.prefill]),
                 [](common_params &, const std::string & value) { set("--kv-prefill").params.prefill = to_choice(value, PREFILLS); }),
             "LLAMA_ARG_KV_PREFILL");
+    add(common_arg({ "--kv-generated" }, "N",
+                "generated tokens may hold N cells per KV head on average, more than --kv-window; a request may choose another number (kv_generated), 0 = all stay (default: 0)",
+                [](common_params &, const std::string & value) {
+                    const int32_t n = to_int(value);
+                    if (n < 0) {
+                        throw std::invalid_argument("'" + value + "': it must be more than --kv-window, or 0 = generated tokens all stay");
+                    }
+                    set("--kv-generated").params.kv_generated = n;
+                }),
+            "LLAMA_ARG_KV_GENERATED");
+    add(common_arg({ "--kv-generated-scope" }, "generated|all",
+                with_default("which cells compete when there are more: those of generated tokens, or all but sinks and protected ones", SCOPES[def.params.generated_scope]),
+                [](common_params &, const std::string & value) { set("--kv-generated-scope").params.generated_scope = to_choice(value, SCOPES); }),
+            "LLAMA_ARG_KV_GENERATED_SCOPE");
+    add(common_arg({ "--kv-generated-rank" }, "attention|recent|redundancy",
+                with_default("which of them stay: by the attention of the last tokens, the last ones, or by attention less redundancy", GENERATED_RANKS[def.params.generated_rank]),
+                [](common_params &, const std::string & value) { set("--kv-generated-rank").params.generated_rank = to_choice(value, GENERATED_RANKS); }),
+            "LLAMA_ARG_KV_GENERATED_RANK");
+    add(common_arg({ "--kv-generated-slack" }, "N",
+                with_default("tokens from one eviction to the next", std::to_string(def.params.generated_slack)),
+                [](common_params &, const std::string & value) { set("--kv-generated-slack").params.generated_slack = to_int(value); }),
+            "LLAMA_ARG_KV_GENERATED_SLACK");
+    add(common_arg({ "--kv-limit" }, "N",
+                "tokens of a slot, prompt and answer, at which an answer ends where --kv-generated lets it go on beyond the context (default: those that the model was trained with)",
+                [](common_params &, const std::string & value) {
+                    const int32_t n = to_int(value);
+                    if (n < 1) {
+                        throw std::invalid_argument("'" + value + "': it must be a number of tokens");
+                    }
+                    set("--kv-limit").kv_limit = n;
+                }),
+            "LLAMA_ARG_KV_LIMIT");
     add(common_arg({ "--kv-reuse" }, { "--no-kv-reuse" },
                 with_default("continue on the compressed past when a prompt begins with it, instead of reading it again", def.reuse ? "enabled" : "disabled"),
                 [](common_params &, bool value) { set("--kv-reuse").reuse = value; }),

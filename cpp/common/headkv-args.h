@@ -21,6 +21,7 @@ struct headkv_args {
     std::string importance; // GGUF file, empty = the model
     bool reuse = false;
     int32_t kv_size_max = 0; // of a request, 0 = kv_size
+    int32_t kv_limit = 0; // tokens of a slot whose generated ones are bounded, 0 = as many as the model was trained with
     std::string archive; // folder, or HEADKV_ARCHIVE_RAM; empty = none
     struct headkv_archive_params archive_params; // but for the folder
     std::vector<std::string> given; // flags that were set, other than --kv-size

@@ -53,6 +53,10 @@ struct headkv_params headkv_default_params(void) {
         /*.shares          =*/nullptr,
         /*.n_shares        =*/0,
         /*.n_head_kv       =*/0,
+        /*.kv_generated    =*/0,
+        /*.generated_slack =*/128,
+        /*.generated_scope =*/HEADKV_SCOPE_GENERATED,
+        /*.generated_rank  =*/HEADKV_GENERATED_ATTENTION,
     };
     return params;
 }
@@ -137,7 +141,8 @@ static headkv_config_ptr config_of(const llama_kv_cache_ragged & kv, const headk
 
 static void announce(llama_context * ctx, llama_seq_id seq_id, int32_t n_tokens, bool whole, const headkv_params * params, bool keep = false) {
     llama_kv_cache_ragged & kv = cache_of(ctx, seq_id);
-    if (n_tokens < 1 || (uint32_t) n_tokens > llama_n_ctx(ctx)) {
+    const bool is_bounded = kv.seq(seq_id).bound.n_cells > 0; // it is no prompt any more, and holds fewer cells
+    if (n_tokens < 1 || (!is_bounded && (uint32_t) n_tokens > llama_n_ctx(ctx))) {
         throw std::invalid_argument(format("prompt of %d tokens: it must be in [1, n_ctx = %u]", n_tokens, llama_n_ctx(ctx)));
     }
     headkv_set_error(""); // what is found there after llama_decode() belongs to it
@@ -303,6 +308,11 @@ int32_t headkv_get_stats(const struct llama_context * ctx, llama_seq_id seq_id, 
         stats->fit_after = seq.fit.after;
         stats->t_fit_us = seq.fit.t_us;
         stats->bytes_beside = kv.bytes_beside();
+        stats->kv_generated = (int32_t) seq.bound.n_cells;
+        stats->n_evictions = seq.n_evictions;
+        stats->n_evicted = seq.n_evicted;
+        stats->t_evict_us = seq.t_evict_us;
+        stats->bytes_queries = (int64_t) kv.bytes_queries();
         stats->n_archived = kv.is_reading(seq_id) ? kv.n_archived() : seq.n_archived;
         return 0;
     });
@@ -379,7 +389,7 @@ int32_t headkv_get_n_cells(const struct llama_context * ctx, llama_seq_id seq_id
             for (int32_t ih = 0; ih < layer.n_head_kv; ++ih) {
                 // of a prompt that is read layer by layer, the first layers are compressed
                 const bool is_stored = (size_t) seq_id < layer.ranges.size() && !layer.ranges[seq_id].empty();
-                const int32_t n_more = seq.state == HEADKV_SEQ_COMPRESSED ? seq.n_generated() : 0;
+                const int32_t n_more = seq.state == HEADKV_SEQ_COMPRESSED ? seq.n_in_tail() : 0;
                 dst[layer.il * n_head_kv + ih] = is_stored ? layer.ranges[seq_id][ih].n_used(n_more) : seq.n_pos;
             }
         }

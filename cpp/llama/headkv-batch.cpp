@@ -385,7 +385,7 @@ void llama_kv_cache_ragged_context::set_input_rows(ggml_tensor * dst, const llam
     for (const auto & layer : kv->store().layers) {
         for (uint32_t i = 0; i < ubatch->n_tokens; ++i) {
             const llama_seq_id s = ubatch->seq_id[i][0];
-            const uint32_t i_tail = ubatch->pos[i] - kv->seq(s).n_prompt;
+            const uint32_t i_tail = ubatch->pos[i] - kv->seq(s).tail_begin();
             for (const auto & range : layer.ranges[s]) {
                 GGML_ASSERT(range.n_used(i_tail) < range.n_cap);
                 data.push_back((int32_t) (range.off + range.n_used(i_tail)));
@@ -403,7 +403,7 @@ void llama_kv_cache_ragged_context::set_input_ranges(ggml_tensor * dst, const ll
             const llama_seq_id s = ubatch->seq_id_unq[i];
             for (const auto & range : layer.ranges[s]) {
                 data.push_back((int32_t) range.off);
-                data.push_back((int32_t) range.n_used(kv->seq(s).n_generated()));
+                data.push_back((int32_t) range.n_used(kv->seq(s).n_in_tail()));
             }
         }
     }
@@ -439,9 +439,9 @@ void llama_kv_cache_ragged_context::set_input_pos(ggml_tensor * dst, const llama
             const headkv_seq & seq = kv->seq(ubatch->seq_id_unq[i]);
             for (const auto & range : layer.ranges[ubatch->seq_id_unq[i]]) {
                 float * rows = data.data() + first + range.off;
-                for (uint32_t r = 0; r < range.n_used(seq.n_generated()); ++r) {
+                for (uint32_t r = 0; r < range.n_used(seq.n_in_tail()); ++r) {
                     // before the last token, near which floats are exact
-                    rows[r] = (float) ((r < range.n_kept ? range.pos[r] : seq.n_prompt + (llama_pos) (r - range.n_kept)) - (seq.n_pos - 1));
+                    rows[r] = (float) ((r < range.n_kept ? range.pos[r] : seq.tail_begin() + (llama_pos) (r - range.n_kept)) - (seq.n_pos - 1));
                 }
             }
         }
@@ -459,7 +459,7 @@ void llama_kv_cache_ragged_context::set_input_mask(ggml_tensor * dst, const head
     std::vector<ggml_fp16_t> data(ggml_nelements(dst), ggml_fp32_to_fp16(-INFINITY));
     for (size_t j = 0; j < bucket.heads.size(); ++j) {
         const headkv_range & range = layer.ranges[s][bucket.heads[j]];
-        const int64_t n_used = range.n_used(kv->seq(s).n_generated());
+        const int64_t n_used = range.n_used(kv->seq(s).n_in_tail());
         for (int64_t t = 0; t < n_tokens; ++t) {
             ggml_fp16_t * row = data.data() + (j * n_tokens + t) * n_kv;
             std::fill(row, row + std::max<int64_t>(0, n_used - (n_tokens - 1 - t)), ggml_fp32_to_fp16(0.0f));
@@ -487,6 +487,19 @@ void llama_kv_cache_ragged_context::set_input_cells(ggml_tensor * cells, ggml_te
     }
     ggml_backend_tensor_set(cells, data_cells.data(), 0, data_cells.size() * sizeof(int32_t));
     ggml_backend_tensor_set(seen, data_seen.data(), 0, data_seen.size() * sizeof(int32_t));
+}
+
+void llama_kv_cache_ragged_context::set_input_queries(ggml_tensor * slots, const llama_ubatch * ubatch) const {
+    const headkv_queries & queries = *kv->queries();
+    std::vector<int64_t> data(ubatch->n_tokens, queries.n_slots() - 1);
+    std::vector<llama_pos> n_seen(kv->n_seq_max(), 0);
+    for (int64_t i = (int64_t) ubatch->n_tokens - 1; i >= 0; --i) {
+        const llama_seq_id s = ubatch->seq_id[i][0];
+        if (n_seen[s]++ < queries.n_ring()) {
+            data[i] = s * queries.n_ring() + ubatch->pos[i] % queries.n_ring();
+        }
+    }
+    ggml_backend_tensor_set(slots, data.data(), 0, data.size() * sizeof(data[0]));
 }
 
 void llama_kv_cache_ragged_context::set_input_window(ggml_tensor * tokens, ggml_tensor * slots, const llama_ubatch * ubatch) const {

@@ -135,6 +135,9 @@ public:
     // the cells of the ubatch's sequence in the order of positions, and which of them each token sees, see headkv-attend-prompt.h
     void set_input_cells(ggml_tensor * cells, ggml_tensor * seen, const llama_ubatch * ubatch) const;
 
+    // which slots the queries of generated tokens go to, I64 [n_tokens]
+    void set_input_queries(ggml_tensor * slots, const llama_ubatch * ubatch) const;
+
     // which tokens of the ubatch go to which slots of the ring
     void set_input_window(ggml_tensor * tokens, ggml_tensor * slots, const llama_ubatch * ubatch) const;
 

@@ -163,6 +163,8 @@ headkv_seq headkv_compression::finish(const headkv_seq & seq) const {
     res.fit = fit ? fit->stats() : headkv_fit_stats();
     res.adapters = seq.adapters;
     res.n_archived = seq.n_archived;
+    res.bound = cfg->generated;
+    res.bound_cfg = cfg->generated.n_cells > 0 ? cfg : nullptr;
     return res;
 }
 

@@ -53,6 +53,10 @@ void headkv_config_check_ctx(const headkv_config & cfg, uint32_t n_ctx) {
     if (cfg.kv_size > n_ctx && !cfg.budget->keeps_all) {
         throw std::invalid_argument(format("kv_size is %u: it must not be larger than n_ctx = %u", cfg.kv_size, n_ctx));
     }
+    if (cfg.generated.n_cells + cfg.generated.n_slack >= n_ctx && cfg.generated.n_cells > 0) {
+        throw std::invalid_argument(format("kv_generated is %u, %u with generated_slack: it must be less than n_ctx = %u, or 0",
+                cfg.generated.n_cells, cfg.generated.n_cells + cfg.generated.n_slack, n_ctx));
+    }
     if (!cfg.spans.empty() && (uint32_t) cfg.spans.back().second > n_ctx) {
         throw std::invalid_argument(format("sinks or protect reach to position %d: they must end at or before n_ctx = %u",
                 cfg.spans.back().second, n_ctx));
@@ -166,6 +170,34 @@ static void choose_policy(headkv_config & cfg, const headkv_params & params, con
     }
 }
 
+static headkv_generated generated_of(const headkv_params & params, const headkv_config & cfg) {
+    headkv_generated res;
+    const int32_t n_slack = check_range("generated_slack", params.generated_slack, 1, 1 << 20);
+    const int32_t scope = check_range("generated_scope", params.generated_scope, HEADKV_SCOPE_GENERATED, HEADKV_SCOPE_ALL);
+    const int32_t rank = check_range("generated_rank", params.generated_rank, HEADKV_GENERATED_ATTENTION, HEADKV_GENERATED_REDUNDANCY);
+    if (params.kv_generated == 0) {
+        return res;
+    }
+    if (params.kv_generated <= params.window || params.kv_generated > HEADKV_MAX_CELLS) {
+        throw std::invalid_argument(format("kv_generated is %d: it counts the last %d tokens (window), so it must be at least %d (and at most %d), or 0 = generated tokens all stay",
+                params.kv_generated, params.window, params.window + 1, HEADKV_MAX_CELLS));
+    }
+    if (cfg.fit == HEADKV_FIT_MEAN) {
+        throw std::invalid_argument(format("kv_generated is %d: with fit 'mean' (policy '%s') a cell stands for many, and generated ones are not weighed against it: "
+                                           "use another policy, or another fit",
+                params.kv_generated, cfg.policy.c_str()));
+    }
+    res.n_cells = params.kv_generated;
+    res.n_slack = n_slack;
+    res.n_window = params.window;
+    res.scope = (headkv_scope) scope;
+    res.rank = (headkv_generated_rank) rank;
+    if (res.scope == HEADKV_SCOPE_ALL && cfg.budget->keeps_all) {
+        throw std::invalid_argument(format("generated_scope is %d: policy '%s' keeps all cells of prompts, use the scope of generated tokens, or another policy", scope, cfg.policy.c_str()));
+    }
+    return res;
+}
+
 headkv_config headkv_config_from_params(const headkv_params & params, const headkv_known * known) {
     if (params.size != sizeof(headkv_params)) {
         throw std::invalid_argument(format("headkv_params.size is %zu, this library expects %zu", params.size, sizeof(headkv_params)));
@@ -218,6 +250,7 @@ headkv_config headkv_config_from_params(const headkv_params & params, const head
     }
 
     cfg.selection = fingerprint(cfg);
+    cfg.generated = generated_of(params, cfg);
     return cfg;
 }
 

@@ -36,6 +36,20 @@ enum headkv_fit {
     HEADKV_FIT_VALUES, // they answer the prompt's own queries as the full cache does, as nearly as they can
 };
 
+// how many cells generated tokens may have, and which ones; headkv-generated.h
+struct headkv_generated {
+    uint32_t n_cells = 0; // per KV head on average, 0 = any number
+    uint32_t n_slack = 0; // tokens beyond that before cells are dropped
+    uint32_t n_window = 0; // last tokens, whose queries score, and whose cells stay
+    headkv_scope scope = HEADKV_SCOPE_GENERATED;
+    headkv_generated_rank rank = HEADKV_GENERATED_ATTENTION;
+
+    bool operator!=(const headkv_generated & other) const {
+        const bool same = n_slack == other.n_slack && n_window == other.n_window && scope == other.scope && rank == other.rank;
+        return n_cells != other.n_cells || (n_cells > 0 && !same);
+    }
+};
+
 struct headkv_budget_kind; // headkv-policy.h
 struct headkv_rank_kind;
 
@@ -66,6 +80,8 @@ struct headkv_config {
     headkv_importance importance; // empty where the budget does not look at it
     headkv_replay replay; // same
     headkv_known known; // of the heads, used or not
+
+    headkv_generated generated;
 
     // Fingerprint of what decides which cells are kept, but for kv_size and spans; never 0.
     uint64_t selection;

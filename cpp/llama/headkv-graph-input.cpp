@@ -51,6 +51,9 @@ void headkv_input::set_input(const llama_ubatch * ubatch) {
     if (pos) {
         mctx_ragged->set_input_pos(pos, ubatch);
     }
+    if (queries) {
+        mctx_ragged->set_input_queries(queries, ubatch);
+    }
     // the output of a layer may be unused: what belongs to it is not part of the graph then
     for (const auto & m : masks) {
         if (!m.mask->buffer) {
@@ -221,6 +224,9 @@ std::unique_ptr<llm_graph_input_attn_kv> headkv_new_input(const llm_graph_contex
                 n_rows += layer.k->ne[1];
             }
             inp->pos = headkv_new_input_1d(ctx, GGML_TYPE_F32, n_rows, "headkv_pos");
+        }
+        if (kv->queries()) {
+            inp->queries = headkv_new_input_1d(ctx, GGML_TYPE_I64, ubatch.n_tokens, "headkv_query_slots");
         }
         inp->self_k_rot = kv->staging().twin().build_input_k_rot(ctx);
         inp->self_v_rot = kv->staging().twin().build_input_v_rot(ctx);

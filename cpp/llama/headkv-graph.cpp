@@ -299,6 +299,10 @@ static ggml_tensor * build_attend(const llm_graph_context & gctx, headkv_input &
     }
 
     ggml_tensor * q = ggml_is_contiguous(q_cur) ? q_cur : ggml_cont(ctx, q_cur);
+    if (inp.queries && k_cur) {
+        ggml_tensor * ring = inp.mctx_ragged->get_kv()->queries()->of_layer(layer.il);
+        ggml_build_forward_expand(gctx.gf, ggml_set_rows(ctx, ring, ggml_reshape_2d(ctx, q, ring->ne[0], q->ne[2]), inp.queries));
+    }
     auto * attend = inp.mctx_ragged->get_kv()->store().find(layer.il)->attend.get(); // that of the twin computes nothing
     return layer.fused
             ? headkv_build_attend_fused(ctx, attend, q, k, v, inp.ranges_of_layer(gctx, layer), inp.bias_of_layer(gctx, layer), sinks, inp.pos_of_layer(gctx, layer))

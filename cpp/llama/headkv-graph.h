@@ -54,6 +54,7 @@ public:
     ggml_tensor * ranges = nullptr; // I32, per layer [2, n_head_kv, n_seqs]
     ggml_tensor * bias = nullptr; // F32, per layer [n_head_kv, n_seqs], of the first row; null = no head has one
     ggml_tensor * pos = nullptr; // F32, per layer [n_rows], see headkv-attend.h; null = no ALiBi
+    ggml_tensor * queries = nullptr; // I64 [n_tokens], slots of the queries; null = they are not kept
     std::unordered_map<int32_t, int64_t> first_head; // of a layer, counted over all layers
     std::unordered_map<int32_t, int64_t> first_row; // the same of the pools, with ALiBi
     int64_t n_head_kv_all = 0;

@@ -23,6 +23,9 @@ std::vector<std::vector<uint32_t>> llama_kv_cache_ragged::checked_budgets(const 
             b.prefill != a.prefill || b.hidden_f16 != a.hidden_f16) {
         throw std::invalid_argument("n_tail, attend, n_buckets, prefill and hidden_f16 cannot change: create another context");
     }
+    if (b.generated.n_cells > 0 && !the_queries) {
+        throw std::invalid_argument(format("kv_generated is %u: the context keeps no queries of generated tokens, create it with kv_generated", b.generated.n_cells));
+    }
     headkv_config_check_ctx(b, n_ctx_seq);
     if (b.rank->by_sums && !the_staging.sums(the_store.layers[0].il, true)) {
         throw std::invalid_argument(format("policy '%s' looks at all tokens while they are read: create the context with it", b.policy.c_str()));
@@ -199,15 +202,21 @@ bool llama_kv_cache_ragged::want_tails(const headkv_split & split, bool resumed)
         if (resumed && is_reading(s)) {
             continue;
         }
-        if ((uint64_t) seq.n_pos + n > n_ctx_seq) {
-            throw std::runtime_error(format("the context is full: %d tokens and %u new ones do not fit into n_ctx = %u", seq.n_pos, n, n_ctx_seq));
+        if (!seq.is_eviction_due(s) && (uint64_t) n_held(s) + n > n_ctx_seq) {
+            throw std::runtime_error(format("the context is full: %u tokens and %u new ones do not fit into n_ctx = %u", n_held(s), n, n_ctx_seq));
         }
         const bool is_compressed = seq.state == HEADKV_SEQ_COMPRESSED;
         if (is_compressed || seq.state == HEADKV_SEQ_LAYERED) {
             const uint32_t n_have = is_compressed ? seq.n_tail : running->n_tail();
-            const uint32_t n_tail = n + (is_compressed ? seq.n_generated() : 0);
-            if (n_tail > n_have) {
+            const uint32_t n_tail = n + (is_compressed ? seq.n_in_tail() : 0);
+            if (seq.is_eviction_due(s)) {
+                seq.n_new_next = n;
+                res = true;
+            } else if (n_tail > n_have) {
                 seq.n_tail_next = std::max(n_tail, n_have + std::max(n_have / 4, headkv_n_tail(*cfg, is_compressed ? seq.n_prompt : seq.n_pos)));
+                if (seq.bound.n_cells > 0) {
+                    seq.n_tail_next = std::max(n_tail, std::min(seq.n_tail_next, seq.bound.n_cells + seq.bound.n_slack));
+                }
                 res = true;
             }
         }
@@ -285,8 +294,9 @@ void llama_kv_cache_ragged::add_tokens(const llama_ubatch & ubatch, headkv_seq_e
     if (event != HEADKV_EV_DECODE && ubatch.n_tokens >= HEADKV_N_STEP && first.n_alike == first.n_pos) {
         first.n_alike = ubatch.pos[ubatch.n_tokens - 1] + 1;
     }
+    const llama_pos n_ring = event == HEADKV_EV_DECODE && the_queries ? the_queries->n_ring() : the_staging.n_ring();
     for (uint32_t i = 0; i < ubatch.n_tokens; ++i) {
-        seqs[ubatch.seq_id[i][0]].add(event, ubatch.pos[i], adapters, the_staging.n_ring(), the_staging.n_refs());
+        seqs[ubatch.seq_id[i][0]].add(event, ubatch.pos[i], adapters, n_ring, the_staging.n_refs());
     }
 }
 

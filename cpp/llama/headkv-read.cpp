@@ -244,8 +244,9 @@ static void check_room(int64_t n, int64_t n_needed) {
 }
 
 int32_t headkv_window_of(const llama_kv_cache_ragged & kv, llama_seq_id seq_id, int32_t il, float * dst, int64_t n) {
+    const bool is_generated = kv.seq(seq_id).state == HEADKV_SEQ_COMPRESSED && kv.queries();
     const auto slots = kv.seq(seq_id).window_slots(seq_id, (llama_pos) kv.config().window);
-    ggml_tensor * ring = kv.staging().ring(il);
+    ggml_tensor * ring = is_generated ? kv.queries()->of_layer(il) : kv.staging().ring(il);
     if (slots.empty() || !ring) {
         throw std::runtime_error("no window queries: the sequence is not being read");
     }
@@ -292,7 +293,7 @@ int32_t headkv_cells_of(const llama_kv_cache_ragged & kv, llama_seq_id seq_id, i
         throw std::runtime_error(format("sequence %d was read layer by layer and is not compressed yet: call headkv_end_prompt() first", seq_id));
     }
     const bool is_compressed = seq.state == HEADKV_SEQ_COMPRESSED;
-    const int64_t n_rows = is_compressed ? layer->ranges[seq_id][ih].n_used(seq.n_generated()) : seq.n_pos;
+    const int64_t n_rows = is_compressed ? layer->ranges[seq_id][ih].n_used(seq.n_in_tail()) : seq.n_pos;
     check_room(n, n_rows * D);
     if (is_compressed) {
         ggml_tensor * pool = v ? layer->v : layer->k;

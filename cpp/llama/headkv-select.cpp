@@ -18,6 +18,31 @@ static uint64_t cell_key(float score, uint32_t pos) {
     return ((uint64_t) bits << 32) | (0xffffffffu - pos);
 }
 
+// keys: room for n
+static void select_cells(const float * scores, int64_t n, int64_t n_keep, uint64_t * keys, int32_t * out) {
+    if (n_keep >= n) {
+        for (int64_t i = 0; i < n; ++i) {
+            out[i] = (int32_t) i;
+        }
+        return;
+    }
+    for (int64_t i = 0; i < n; ++i) {
+        keys[i] = cell_key(scores[i], (uint32_t) i);
+    }
+    std::nth_element(keys, keys + n_keep, keys + n, std::greater<uint64_t>());
+    for (int64_t i = 0; i < n_keep; ++i) {
+        out[i] = (int32_t) (0xffffffffu - (uint32_t) keys[i]);
+    }
+    std::sort(out, out + n_keep);
+}
+
+std::vector<int32_t> headkv_select_cells(const float * scores, int64_t n, int64_t n_keep) {
+    std::vector<uint64_t> keys(n);
+    std::vector<int32_t> res(std::min(n_keep, n));
+    select_cells(scores, n, n_keep, keys.data(), res.data());
+    return res;
+}
+
 static void select_op(ggml_tensor * dst, int ith, int nth, void * userdata) {
     GGML_UNUSED(userdata);
     const ggml_tensor * scores = dst->src[0];
@@ -35,21 +60,7 @@ static void select_op(ggml_tensor * dst, int ith, int nth, void * userdata) {
         const int32_t n_keep = p[1];
         int32_t * out = res + p[0];
 
-        if (n_keep >= n_prefix) {
-            for (int64_t i = 0; i < n_prefix; ++i) {
-                out[i] = (int32_t) i;
-            }
-        } else {
-            uint64_t * keys = all_keys + h * n_prefix;
-            for (int64_t i = 0; i < n_prefix; ++i) {
-                keys[i] = cell_key(s[i], (uint32_t) i);
-            }
-            std::nth_element(keys, keys + n_keep, keys + n_prefix, std::greater<uint64_t>());
-            for (int32_t i = 0; i < n_keep; ++i) {
-                out[i] = (int32_t) (0xffffffffu - (uint32_t) keys[i]);
-            }
-            std::sort(out, out + n_keep);
-        }
+        select_cells(s, n_prefix, n_keep, all_keys + h * n_prefix, out);
         for (int32_t i = 0; i < n_recent; ++i) {
             out[std::min<int64_t>(n_keep, n_prefix) + i] = (int32_t) n_prefix + i;
         }

@@ -59,10 +59,10 @@ void headkv_seq::add(headkv_seq_event event, llama_pos pos, uint64_t adapters_se
     n_archived += std::max(0, pos - n_pos); // nothing else is left out
     has_sums = has_sums && pos <= n_pos; // archived cells have no attention
     n_pos = pos + 1;
-    if (is_staged()) {
+    if (is_staged() || bound.n_cells > 0) {
         window.resize(n_ring, -1);
         window[pos % n_ring] = pos;
-        const int32_t slot = headkv_ref_slot(pos);
+        const int32_t slot = is_staged() ? headkv_ref_slot(pos) : -1;
         if (n_refs > 0 && slot >= 0) {
             refs.resize(n_refs, -1);
             refs[slot] = pos;
@@ -71,7 +71,7 @@ void headkv_seq::add(headkv_seq_event event, llama_pos pos, uint64_t adapters_se
 }
 
 bool headkv_seq::can_cut(llama_pos p0) const {
-    return state != HEADKV_SEQ_COMPRESSED || p0 >= n_prompt - n_whole;
+    return state != HEADKV_SEQ_COMPRESSED || p0 >= (n_settled > 0 ? tail_begin() : n_prompt - n_whole);
 }
 
 llama_pos headkv_seq::cut(llama_pos p0) {
@@ -85,11 +85,12 @@ llama_pos headkv_seq::cut(llama_pos p0) {
         n_prompt -= n_gone;
         n_whole -= n_gone;
         n_tail += n_gone;
-    } else {
-        // the queries that these overwrote in the ring are gone: a compression will say so if it needs them
-        for (auto * queries : { &window, &refs }) {
-            std::replace_if(queries->begin(), queries->end(), [p0](llama_pos pos) { return pos >= p0; }, -1);
-        }
+    }
+    // the queries that these overwrote in the ring are gone: a compression will say so if it needs them, an eviction waits
+    for (auto * queries : { &window, &refs }) {
+        std::replace_if(queries->begin(), queries->end(), [p0](llama_pos pos) { return pos >= p0; }, -1);
+    }
+    if (state != HEADKV_SEQ_COMPRESSED) {
         has_sums = false; // they have the attention of the removed tokens
     }
     n_pos = p0;
@@ -103,7 +104,15 @@ llama_pos headkv_seq::pos_min() const {
         return n_pos - 1; // it is to be compressed first
     }
     // below the recent cells nothing can be removed or continued
-    return state == HEADKV_SEQ_COMPRESSED ? std::min(n_prompt - n_whole, n_pos - 1) : 0;
+    return state == HEADKV_SEQ_COMPRESSED ? std::min(n_settled > 0 ? tail_begin() : n_prompt - n_whole, n_pos - 1) : 0;
+}
+
+bool headkv_seq::is_eviction_due(llama_seq_id id) const {
+    if (state != HEADKV_SEQ_COMPRESSED || bound.n_cells == 0) {
+        return false;
+    }
+    const int64_t n_most = (n_settled > 0 ? bound.n_window : bound.n_cells) + (int64_t) bound.n_slack; // in the tail
+    return n_in_tail() >= n_most && window_slots(id, (llama_pos) bound.n_window).size() == bound.n_window;
 }
 
 std::vector<int32_t> headkv_seq::window_slots(llama_seq_id id, llama_pos n) const {
@@ -145,6 +154,10 @@ std::string headkv_seq::why_not_continued(llama_seq_id id, const headkv_config &
     }
     if (spans != headkv_protected(cfg, n_prompt - n_whole)) {
         return "it was compressed with other protected cells than those of now";
+    }
+    if (bound != cfg.generated) {
+        return format("its generated tokens are bounded by kv_generated %u, that of now is %u, or with another scope, rank, slack or window",
+                bound.n_cells, cfg.generated.n_cells);
     }
     return "";
 }

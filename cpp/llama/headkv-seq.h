@@ -76,11 +76,21 @@ struct headkv_seq {
     uint32_t n_archived = 0; // first tokens of the prompt whose cells came from there
     llama_pos n_alike = 0; // first tokens that were computed as every reading computes them, and may be archived
     headkv_fit_stats fit; // of its compression
+
+    // where generated tokens are bounded; headkv-generated.h
+    headkv_generated bound; // by what
+    headkv_config_ptr bound_cfg; // whose budgets they have
+    llama_pos n_settled = 0; // first generated tokens, whose cells were looked at: those that are kept are no longer in the tail
+    int64_t n_evicted = 0; // cells of all heads that were dropped since the compression
+    int32_t n_evictions = 0;
+    int64_t t_evict_us = 0; // of all of them
+
     uint64_t adapters = 0; // that its tokens were computed with, HEADKV_SEVERAL_ADAPTERS = one after the other
 
     // what the next update has to do
     llama_seq_id compress_to = -1; // compress it as this sequence, itself or an empty one
     uint32_t n_tail_next = 0;  // rows reserved per head, 0 = enough
+    uint32_t n_new_next = 0; // evict, so that the tail has room for so many tokens; 0 = do not
 
     std::vector<llama_pos> window; // [queries that the ring has room for] position whose query is in a slot, -1 = none
     std::vector<llama_pos> refs; // [references that there is room for] same, headkv-refs.h
@@ -92,6 +102,11 @@ struct headkv_seq {
     bool is_staged() const { return state == HEADKV_SEQ_STAGED || state == HEADKV_SEQ_LAYERED; } // it has cells in the staging
 
     llama_pos n_generated() const { return n_pos - n_prompt; } // tokens, of a compressed sequence
+    llama_pos tail_begin() const { return n_prompt + n_settled; }
+    llama_pos n_in_tail() const { return n_pos - tail_begin(); } // tokens that every head has behind its kept cells
+
+    // Whether generated tokens are to be evicted: there are more than their bound, and the last queries are in the ring.
+    bool is_eviction_due(llama_seq_id id) const;
 
     // A token at a position was computed: into the staging (STAGE or PASS), or behind what is stored (DECODE).
     void add(headkv_seq_event event, llama_pos pos, uint64_t adapters_set, llama_pos n_ring, int64_t n_refs = 0);

@@ -95,6 +95,9 @@ ggml_tensor * headkv_build_output_matrix(ggml_context * ctx, ggml_tensor * wo, g
 //   dst    I32 [n_total]
 ggml_tensor * headkv_build_select(ggml_context * ctx, ggml_tensor * scores, ggml_tensor * plan, int64_t n_recent, int64_t n_total);
 
+// the same for one head, outside of a graph and without the recent ones
+std::vector<int32_t> headkv_select_cells(const float * scores, int64_t n, int64_t n_keep);
+
 // the same for one head, out of existing ops; scores F32 [n_prefix]; recent: F32 [n_recent] positions behind it. Its keys are exact
 // up to so many cells; throws std::length_error beyond
 constexpr int64_t HEADKV_MAX_SELECT_COMPOSED = 1 << 22;

@@ -6,7 +6,8 @@
 //   u32 sequences; of each one:
 //     u32 seq_id, i32 n_pos, n_prompt, n_whole, u32 kv_size, u64 fingerprints of the options and of the
 //     adapters, u32 spans, i32 [start, end) of each
-//     of each layer and KV head: u32 n_kept, i32 pos[n_kept], rows of K and then of V, [n_kept + n_pos - n_prompt]
+//     where generated tokens can be bounded: headkv-generated-state.cpp
+//     of each layer and KV head: u32 n_kept, i32 pos[n_kept], rows of K and then of V, [n_kept + tokens in the tail]
 //     where the model has layers that are not ours: u64 n, u8 [n] what upstream writes of them
 //   u64 checksum of all that
 //
@@ -18,10 +19,10 @@
 
 #include "headkv-checksum.h"
 #include "headkv-error.h"
+#include "headkv-state-io.h"
 
 #include "llama-context.h"
 #include "llama-impl.h"
-#include "llama-io.h"
 #include "llama-model.h"
 
 #include <algorithm>
@@ -33,67 +34,12 @@ static constexpr uint32_t STATE_MAGIC = 0x76736b68; // "hksv"
 static constexpr uint32_t STATE_VERSION = 5;
 static constexpr uint32_t STATE_BESIDE = 1; // added to it: with layers that are not ours
 static constexpr uint32_t STATE_TWO_SIZES = 2; // and heads whose K and V are of different sizes
+static constexpr uint32_t STATE_GENERATED = 4; // and generated tokens that can be bounded
 
 enum state_kind_t : uint32_t { STATE_SEQUENCE = 1,
     STATE_CONTEXT = 2 };
 
 namespace {
-
-struct writer_t {
-    llama_io_write_i & io;
-    headkv_checksum sum;
-    std::vector<uint8_t> raw;
-
-    void bytes(const void * data, size_t n_bytes) {
-        sum.add(data, n_bytes);
-        io.write(data, n_bytes);
-    }
-    template <typename T>
-    void number(const T & x) {
-        bytes(&x, sizeof(x));
-    }
-    void rows(const ggml_tensor * t, uint32_t off, uint32_t n_rows) {
-        raw.resize(n_rows * t->nb[1]);
-        if (n_rows > 0) {
-            ggml_backend_tensor_get(t, raw.data(), off * t->nb[1], raw.size());
-        }
-        bytes(raw.data(), raw.size());
-    }
-};
-
-struct reader_t {
-    llama_io_read_i & io;
-    headkv_checksum sum;
-
-    void bytes(void * data, size_t n_bytes) {
-        io.read(data, n_bytes);
-        sum.add(data, n_bytes);
-    }
-    template <typename T>
-    T number() {
-        T x;
-        bytes(&x, sizeof(x));
-        return x;
-    }
-    template <typename T>
-    std::vector<T> array(size_t n) {
-        const size_t n_step = (64 << 10) / sizeof(T);
-        std::vector<T> res;
-        while (res.size() < n) {
-            const size_t n_have = res.size();
-            res.resize(n_have + std::min(n_step, n - n_have));
-            bytes(res.data() + n_have, (res.size() - n_have) * sizeof(T));
-        }
-        return res;
-    }
-    template <typename T>
-    void expect(T value, const char * what) {
-        const T x = number<T>();
-        if (x != value) {
-            throw std::runtime_error(format("%s is %lld, that of this context is %lld", what, (long long) x, (long long) value));
-        }
-    }
-};
 
 struct saved_head {
     std::vector<int32_t> pos;
@@ -104,6 +50,7 @@ struct saved_seq {
     llama_seq_id seq_id;
     headkv_seq seq;
     std::vector<std::vector<saved_head>> heads; // [i_layer][ih]
+    headkv_saved_queries generated;
     std::vector<uint8_t> beside;
 };
 
@@ -112,8 +59,8 @@ bool has_two_sizes(const headkv_store & store) {
 }
 
 // so that states of other models are what they always were
-uint32_t version_of(const headkv_store & store, bool with_beside) {
-    return STATE_VERSION + (with_beside ? STATE_BESIDE : 0) + (has_two_sizes(store) ? STATE_TWO_SIZES : 0);
+uint32_t version_of(const headkv_store & store, bool with_beside, bool with_generated) {
+    return STATE_VERSION + (with_beside ? STATE_BESIDE : 0) + (has_two_sizes(store) ? STATE_TWO_SIZES : 0) + (with_generated ? STATE_GENERATED : 0);
 }
 
 } // namespace
@@ -246,9 +193,9 @@ void llama_kv_cache_ragged::state_write(llama_io_write_i & io, llama_seq_id seq_
         ids.push_back(s);
     }
 
-    writer_t to = { io, {}, {} };
+    headkv_writer to = { io, {}, {} };
     to.number(STATE_MAGIC);
-    to.number(version_of(the_store, the_beside != nullptr));
+    to.number(version_of(the_store, the_beside != nullptr, the_queries != nullptr));
     to.number(seq_id < 0 ? STATE_CONTEXT : STATE_SEQUENCE);
     to.number(get_fingerprint());
     to.number((uint32_t) type_k);
@@ -277,9 +224,12 @@ void llama_kv_cache_ragged::state_write(llama_io_write_i & io, llama_seq_id seq_
             to.number(start);
             to.number(end);
         }
+        if (the_queries) {
+            headkv_write_generated(to, seq, s, *the_queries, the_store);
+        }
         for (const auto & layer : the_store.layers) {
             for (const auto & range : layer.ranges[s]) {
-                const uint32_t n_rows = range.n_used(seq.n_generated());
+                const uint32_t n_rows = range.n_used(seq.n_in_tail());
                 to.number(range.n_kept);
                 to.bytes(range.pos.data(), range.pos.size() * sizeof(range.pos[0]));
                 to.rows(layer.k, range.off, n_rows);
@@ -297,8 +247,8 @@ void llama_kv_cache_ragged::state_write(llama_io_write_i & io, llama_seq_id seq_
 }
 
 // one sequence; throws when it is not what a compression could have left, or exceeds the limits
-static saved_seq read_seq(reader_t & from, const headkv_store & store, uint32_t n_ctx_seq, uint64_t adapters,
-        const llama_kv_cache_ragged::limits_t & limits) {
+static saved_seq read_seq(headkv_reader & from, const headkv_store & store, uint32_t n_ctx_seq, uint64_t adapters,
+        const llama_kv_cache_ragged::limits_t & limits, const headkv_queries * queries, const headkv_config_ptr & cfg) {
     saved_seq res;
     auto & seq = res.seq;
     res.seq_id = (llama_seq_id) from.number<uint32_t>();
@@ -309,9 +259,6 @@ static saved_seq read_seq(reader_t & from, const headkv_store & store, uint32_t 
     seq.selection = from.number<uint64_t>();
     seq.adapters = from.number<uint64_t>();
     seq.state = HEADKV_SEQ_COMPRESSED;
-    if (seq.n_pos > (llama_pos) n_ctx_seq) {
-        throw std::runtime_error(format("it holds %d tokens: use a context of at least as many, n_ctx is %u", seq.n_pos, n_ctx_seq));
-    }
     if (limits.n_tokens > 0 && seq.n_pos > limits.n_tokens) {
         throw std::runtime_error(format("it holds %d tokens, the limit is %d", seq.n_pos, limits.n_tokens));
     }
@@ -338,35 +285,46 @@ static saved_seq read_seq(reader_t & from, const headkv_store & store, uint32_t 
         seq.spans.push_back({ bounds[i], bounds[i + 1] });
         n_protected += bounds[i + 1] - bounds[i];
     }
+    if (queries) {
+        res.generated = headkv_read_generated(from, seq, *queries, store, cfg);
+    }
+    if (const llama_pos n = seq.bound.n_cells > 0 ? seq.n_prompt : seq.n_pos; n > (llama_pos) n_ctx_seq) {
+        throw std::runtime_error(format("it holds %d tokens: use a context of at least as many, n_ctx is %u", n, n_ctx_seq));
+    }
     if (limits.n_protected > 0 && n_protected > limits.n_protected) {
         throw std::runtime_error(format("every head keeps %lld protected cells, the limit is %d", (long long) n_protected, limits.n_protected));
     }
     int64_t n_left = 0; // cells that the heads may have: policies round by less than a cell per layer
     for (const auto & layer : store.layers) {
-        n_left += layer.n_head_kv * (seq.kv_size + n_protected + (int64_t) store.layers.size());
+        n_left += layer.n_head_kv * (seq.kv_size + n_protected + (int64_t) store.layers.size() + (seq.n_settled > 0 ? seq.bound.n_cells : 0));
     }
     for (const auto & layer : store.layers) {
         auto & heads = res.heads.emplace_back(layer.n_head_kv);
         for (auto & head : heads) {
             const uint32_t n_kept = from.number<uint32_t>();
             n_left -= n_kept;
-            if (n_kept < (uint32_t) seq.n_whole || n_kept > (uint32_t) seq.n_prompt || n_left < 0) {
+            const auto n_whole = (uint32_t) (seq.n_settled > 0 && seq.bound.scope == HEADKV_SCOPE_ALL ? 0 : seq.n_whole); // of them, the last of the prompt
+            if (n_kept < n_whole || n_kept > (uint32_t) seq.tail_begin() || n_left < 0) {
                 throw std::runtime_error("it is damaged (cells)");
             }
-            const size_t n_rows = n_kept + seq.n_generated();
+            const size_t n_rows = (size_t) n_kept + seq.n_in_tail();
+            if (n_rows > n_ctx_seq) {
+                throw std::runtime_error(format("a head of it holds %zu cells: use a context of at least as many, n_ctx is %u", n_rows, n_ctx_seq));
+            }
             head.pos = from.array<int32_t>(n_kept);
             head.k = from.array<uint8_t>(n_rows * ggml_row_size(layer.type_k, layer.n_embd_head_k));
             head.v = from.array<uint8_t>(n_rows * ggml_row_size(layer.type_v, layer.n_embd_head_v));
             if (!ggml_validate_row_data(layer.type_k, head.k.data(), head.k.size()) || !ggml_validate_row_data(layer.type_v, head.v.data(), head.v.size())) {
                 throw std::runtime_error("it is damaged (a value is not finite)");
             }
+            const auto n_of_prompt = (uint32_t) (std::find_if(head.pos.begin(), head.pos.end(), [&](int32_t pos) { return pos >= seq.n_prompt; }) - head.pos.begin());
             for (uint32_t i = 0; i < n_kept; ++i) {
                 const int32_t pos = head.pos[i];
-                const bool whole = i + seq.n_whole < n_kept || pos == seq.n_prompt - (int32_t) (n_kept - i);
+                const bool whole = i >= n_of_prompt ? n_of_prompt >= n_whole : i + n_whole < n_of_prompt || pos == seq.n_prompt - (int32_t) (n_of_prompt - i);
                 const bool misses = (llama_pos) n_kept - 1 < seq.n_prompt; // so that the first cell can stand for them
                 if (pos < (i > 0 ? head.pos[i - 1] + 1 : misses ? -1
                                                                 : 0) ||
-                        pos >= seq.n_prompt || !whole) {
+                        pos >= seq.tail_begin() || !whole) {
                     throw std::runtime_error("it is damaged (positions)");
                 }
             }
@@ -400,11 +358,11 @@ void llama_kv_cache_ragged::state_read(llama_io_read_i & io, llama_seq_id seq_id
         if (seq_id >= (llama_seq_id) seqs.size()) {
             throw std::runtime_error(format("sequence %d: it must be in [0, %zu)", seq_id, seqs.size()));
         }
-        reader_t from = { io, {} };
+        headkv_reader from = { io, {} };
         if (from.number<uint32_t>() != STATE_MAGIC) {
             throw std::runtime_error("it is not one of a compressed cache");
         }
-        from.expect(version_of(the_store, the_beside != nullptr), "its version");
+        from.expect(version_of(the_store, the_beside != nullptr, the_queries != nullptr), "its version");
         if (from.number<uint32_t>() != (one ? STATE_SEQUENCE : STATE_CONTEXT)) {
             throw std::runtime_error(one ? "it is one of a whole context, not of a sequence" : "it is one of a sequence, not of a whole context");
         }
@@ -431,7 +389,7 @@ void llama_kv_cache_ragged::state_read(llama_io_read_i & io, llama_seq_id seq_id
         std::vector<saved_seq> saved;
         std::vector<bool> seen(seqs.size(), false);
         for (uint32_t i = 0; i < n_seqs; ++i) {
-            saved.push_back(read_seq(from, the_store, n_ctx_seq, adapters, limits));
+            saved.push_back(read_seq(from, the_store, n_ctx_seq, adapters, limits, the_queries.get(), cfg));
             if (the_beside) {
                 saved.back().beside = from.array<uint8_t>(from.number<uint64_t>());
             }
@@ -456,13 +414,16 @@ void llama_kv_cache_ragged::state_read(llama_io_read_i & io, llama_seq_id seq_id
         } else {
             clear(true);
         }
-        for (const auto & it : saved) {
-            const uint32_t n_tail = std::max<uint32_t>(cfg->n_tail, it.seq.n_pos - it.seq.n_prompt);
+        for (auto & it : saved) {
+            const uint32_t n_tail = std::max<uint32_t>(cfg->n_tail, it.seq.n_in_tail());
             for (size_t i = 0; i < the_store.layers.size(); ++i) {
                 put_layer(the_store, the_store.layers[i], it.seq_id, it.heads[i], n_tail, cfg->n_buckets);
             }
             if (the_beside) {
                 the_beside->restore(it.seq_id, it.beside);
+            }
+            if (the_queries) {
+                headkv_put_queries(it.generated, it.seq_id, it.seq, *the_queries);
             }
             seqs[it.seq_id] = it.seq;
             seqs[it.seq_id].n_tail = n_tail;

@@ -61,26 +61,25 @@ std::vector<uint32_t> headkv_bucket_sizes(const std::vector<uint32_t> & n_rows, 
 }
 
 // where the heads of one sequence go, starting at row off; returns the first free row
-static uint32_t layout_exact(std::vector<headkv_range> & ranges, uint32_t off, uint32_t n_tail) {
+static uint32_t layout_exact(std::vector<headkv_range> & ranges, uint32_t off) {
     for (auto & r : ranges) {
         r.off = off;
-        r.n_cap = r.n_kept + n_tail;
         off += r.n_cap;
     }
     return off;
 }
 
 static uint32_t layout_buckets(std::vector<headkv_range> & ranges, std::vector<headkv_bucket> & buckets,
-        uint32_t off, uint32_t n_tail, uint32_t n_buckets) {
+        uint32_t off, uint32_t n_buckets) {
     std::vector<int32_t> order(ranges.size());
     std::iota(order.begin(), order.end(), 0);
     if (n_buckets > 1) {
         // ascending, so that the views of short heads overhang into longer ones; a single bucket keeps the natural order
-        std::stable_sort(order.begin(), order.end(), [&](int32_t a, int32_t b) { return ranges[a].n_kept < ranges[b].n_kept; });
+        std::stable_sort(order.begin(), order.end(), [&](int32_t a, int32_t b) { return ranges[a].n_cap < ranges[b].n_cap; });
     }
     std::vector<uint32_t> n_rows;
     for (int32_t h : order) {
-        n_rows.push_back(ranges[h].n_kept + n_tail);
+        n_rows.push_back(ranges[h].n_cap);
     }
     const std::vector<uint32_t> sizes = n_buckets > 1 ? headkv_bucket_sizes(n_rows, n_buckets)
                                                       : std::vector<uint32_t>(1, (uint32_t) n_rows.size());
@@ -94,7 +93,6 @@ static uint32_t layout_buckets(std::vector<headkv_range> & ranges, std::vector<h
         b.n_kv = (uint32_t) GGML_PAD(b.cap, 256); // the step that the fast kernels of the GPU backends ask for
         for (int32_t h : b.heads) {
             ranges[h].off = off;
-            ranges[h].n_cap = ranges[h].n_kept + n_tail;
             off += b.cap;
         }
         buckets.push_back(b);
@@ -170,6 +168,7 @@ void headkv_store::relayout(headkv_store_layer & layer, const std::map<int32_t, 
         ranges[s].resize(rows.n_kept.size());
         for (size_t h = 0; h < rows.n_kept.size(); ++h) {
             ranges[s][h].n_kept = rows.n_kept[h];
+            ranges[s][h].n_cap = rows.n_kept[h] + rows.n_tail;
         }
     }
 
@@ -180,12 +179,10 @@ void headkv_store::relayout(headkv_store_layer & layer, const std::map<int32_t, 
             buckets[i].clear();
             continue;
         }
-        const auto change = changes.find((int32_t) i);
-        const uint32_t tail = change != changes.end() ? change->second.n_tail : ranges[i][0].n_cap - ranges[i][0].n_kept;
         if (layer.fused) {
-            n_rows = layout_exact(ranges[i], n_rows, tail);
+            n_rows = layout_exact(ranges[i], n_rows);
         } else {
-            n_rows = layout_buckets(ranges[i], buckets[i], n_rows, tail, n_buckets);
+            n_rows = layout_buckets(ranges[i], buckets[i], n_rows, n_buckets);
             n_view = std::max(n_view, n_rows_viewed(buckets[i]));
         }
     }
@@ -234,6 +231,16 @@ void headkv_store::remove(int32_t s, uint32_t n_buckets) {
 
 bool headkv_store::has(int32_t s) const {
     return std::any_of(layers.begin(), layers.end(), [s](const headkv_store_layer & l) { return (size_t) s < l.ranges.size() && !l.ranges[s].empty(); });
+}
+
+uint32_t headkv_store::n_tail(int32_t s) const {
+    uint32_t res = std::numeric_limits<uint32_t>::max();
+    for (const auto & layer : layers) {
+        for (const auto & range : layer.ranges[s]) {
+            res = std::min(res, range.n_cap - range.n_kept);
+        }
+    }
+    return res;
 }
 
 void headkv_store::cut(int32_t s, uint32_t n) {

@@ -1,5 +1,6 @@
 // The store: one pool of K rows and one of V rows per layer, in which every (sequence, KV head) owns
-// a range of consecutive rows: [kept prompt cells in position order | generated tokens | free tail].
+// a range of consecutive rows: [kept cells in position order: of the prompt, of generated tokens | the tail: generated tokens
+// that all heads have | free rows].
 #pragma once
 
 #include "ggml.h"
@@ -16,13 +17,13 @@
 // the rows of one KV head of one sequence in the pools of its layer
 struct headkv_range {
     uint32_t off = 0; // first row
-    uint32_t n_kept = 0; // prompt cells
-    uint32_t n_cap = 0; // rows owned, n_kept + tail
-    std::vector<int32_t> pos; // [n_kept] prompt positions, ascending; the first one is -1 if its cell stands for all that are missing
+    uint32_t n_kept = 0; // cells before the tail
+    uint32_t n_cap = 0; // rows owned; those behind n_kept are for the tail
+    std::vector<int32_t> pos; // [n_kept] positions, ascending; the first one is -1 if its cell stands for all that are missing
 
     bool compensates() const { return !pos.empty() && pos[0] < 0; }
 
-    uint32_t n_used(int32_t n_generated) const { return n_kept + n_generated; } // rows that hold data
+    uint32_t n_used(int32_t n_in_tail) const { return n_kept + n_in_tail; } // rows that hold data
 };
 
 // what the heads of a sequence shall own: n_kept + n_tail rows each; no heads: it is removed
@@ -98,6 +99,8 @@ public:
     void remove(int32_t s, uint32_t n_buckets);
 
     bool has(int32_t s) const; // any layer has rows of it
+
+    uint32_t n_tail(int32_t s) const; // rows behind its kept cells that every head of a sequence has
 
     // Lets go of the last n prompt cells of every head of sequence s: their rows wait for generated tokens.
     void cut(int32_t s, uint32_t n);

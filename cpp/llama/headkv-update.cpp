@@ -39,13 +39,14 @@ llama_memory_context_ptr llama_kv_cache_ragged::init_update(llama_context * lctx
 }
 
 bool llama_kv_cache_ragged::has_update() const {
-    return wanted.n_cells > 0 || std::any_of(seqs.begin(), seqs.end(), [](const headkv_seq & seq) { return seq.compress_to >= 0 || seq.n_tail_next > 0; });
+    return wanted.n_cells > 0 || std::any_of(seqs.begin(), seqs.end(), [](const headkv_seq & seq) { return seq.compress_to >= 0 || seq.n_tail_next > 0 || seq.n_new_next > 0; });
 }
 
 void llama_kv_cache_ragged::forget_updates() {
     for (auto & seq : seqs) {
         seq.compress_to = -1;
         seq.n_tail_next = 0;
+        seq.n_new_next = 0;
     }
     wanted = wanted_t();
 }
@@ -59,6 +60,12 @@ bool llama_kv_cache_ragged::apply_update(llama_context * lctx) {
         for (llama_seq_id s = 0; s < (llama_seq_id) seqs.size() && res; ++s) {
             if (seqs[s].compress_to >= 0) {
                 did_compress = res = compress_now(s);
+            }
+        }
+        for (llama_seq_id s = 0; s < (llama_seq_id) seqs.size() && res; ++s) {
+            if (seqs[s].n_new_next > 0) {
+                needed = format(" to evict generated tokens of sequence %d", s);
+                evict(s, seqs[s].n_new_next);
             }
         }
         if (res) {
@@ -101,7 +108,9 @@ std::string llama_kv_cache_ragged::for_staging() const {
 
 void llama_kv_cache_ragged::grow_tails() {
     for (auto & seq : seqs) {
-        seq.n_tail_next = std::min<uint32_t>(seq.n_tail_next, n_ctx_seq - seq.n_prompt);
+        if (seq.bound.n_cells == 0) {
+            seq.n_tail_next = std::min<uint32_t>(seq.n_tail_next, n_ctx_seq - seq.n_prompt);
+        }
     }
     for (auto & layer : the_store.layers) {
         std::map<int32_t, headkv_rows> changes;
@@ -114,7 +123,7 @@ void llama_kv_cache_ragged::grow_tails() {
             rows.n_tail = seq.n_tail_next;
             for (const auto & r : layer.ranges[s]) {
                 rows.n_kept.push_back(r.n_kept);
-                rows.n_used.push_back(r.n_used(seq.n_generated()));
+                rows.n_used.push_back(r.n_used(seq.n_in_tail()));
             }
         }
         if (changes.empty()) {

@@ -45,6 +45,12 @@ llama_kv_cache_ragged::llama_kv_cache_ragged(
     if (this->owners.any_beside()) {
         the_beside = std::make_unique<headkv_beside>(model, this->owners, type_k, type_v, cparams);
     }
+    if (this->cfg->generated.n_cells > 0) {
+        if (hparams.use_alibi) {
+            refuse("kv_generated is not built for ALiBi, whose bias the scores of generated cells would lack: leave it out");
+        }
+        the_queries = std::make_unique<headkv_queries>(shapes(), (llama_pos) this->cfg->window + HEADKV_N_DRAFT, cparams.n_seq_max, hparams.no_alloc);
+    }
     if (const std::string why_not = why_no_fit(*this->cfg); !why_not.empty()) {
         throw std::invalid_argument(why_not);
     }

@@ -8,6 +8,7 @@
 #include "headkv-beside.h"
 #include "headkv-compress.h"
 #include "headkv-config.h"
+#include "headkv-generated.h"
 #include "headkv-policy.h"
 #include "headkv-ring-rows.h"
 #include "headkv-seq.h"
@@ -170,6 +171,8 @@ public:
     headkv_staging & staging() { return the_staging; }
     const headkv_staging & staging() const { return the_staging; }
     headkv_beside * beside() { return the_beside.get(); } // null = all layers are ours
+    const headkv_queries * queries() const { return the_queries.get(); } // of generated tokens; null = they are not bounded
+    size_t bytes_queries() const { return the_queries ? the_queries->n_bytes() : 0; }
     size_t bytes_beside() const { return the_beside ? the_beside->n_bytes() : 0; }
 
     bool is_reading(llama_seq_id seq_id) const { return the_pass && the_pass->seq_id == seq_id; } // layer by layer, between its first and its last step
@@ -238,6 +241,7 @@ private:
     headkv_store the_store;
     headkv_store the_store_twin;
     std::unique_ptr<headkv_beside> the_beside;
+    std::unique_ptr<headkv_queries> the_queries;
 
     std::unique_ptr<headkv_pass> the_pass; // the layer-major prompt in progress
     std::unique_ptr<headkv_compression> running;  // the compression in progress, of its layers or of one prompt
@@ -332,6 +336,10 @@ private:
     std::string for_tails() const; // what an update needs memory for
     std::string for_staging() const;
     void grow_tails(); // of the sequences whose n_tail_next says so, all at once; throws
+
+    // headkv-generated.cpp
+    void evict(llama_seq_id seq_id, uint32_t n_new); // generated tokens, before so many new ones; throws, and nothing is lost but what was dropped
+    uint32_t n_held(llama_seq_id seq_id) const;
 
     bool compress_now(llama_seq_id seq_id);
     void begin_compression(llama_seq_id seq_id, llama_seq_id seq_id_dst); // throws

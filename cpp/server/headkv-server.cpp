@@ -22,10 +22,13 @@ static struct {
     int64_t bytes_beside = 0;
     int64_t n_compressions = 0;
     int64_t n_evicted = 0; // cells
+    int64_t n_evictions = 0; // of generated tokens
+    int64_t n_evicted_generated = 0; // cells
     int64_t t_compress_us = 0;
     headkv_archive_stats archive = {};
 
     int32_t n_batch = 0; // that was asked for
+    int32_t n_ctx = 0; // of a slot, as upstream made it
     std::string policy;  // never "auto"; of prompts that end with the question
     std::string policy_later; // of the others
     bool asks_later = false; // where a request does not say which they are
@@ -87,6 +90,9 @@ static std::string refusal(const common_params & params) {
     if (!headkv_get_args().has_archive() && (headkv_get_args().archive_params.max_bytes > 0 || headkv_get_args().archive_params.type >= 0)) {
         return "--kv-archive-size, --kv-archive-type: there is no archive, use --kv-archive DIR";
     }
+    if (headkv_get_args().kv_limit > 0 && headkv_get_args().params.kv_generated == 0) {
+        return "--kv-limit: answers end with the context, use --kv-generated";
+    }
     if (params.flash_attn_type == LLAMA_FLASH_ATTN_TYPE_DISABLED) {
         return "-fa off: compression needs flash attention";
     }
@@ -111,6 +117,7 @@ public:
         params.policy = (request.later ? server.policy_later : server.policy).c_str(); // with budget, rank and fit
         params.kv_size = request.kv_size > 0 ? request.kv_size : args.is_lossless() ? MAX_CELLS
                                                                                     : args.params.kv_size;
+        params.kv_generated = request.kv_generated >= 0 ? request.kv_generated : args.params.kv_generated;
         for (const auto & [start, end] : request.protect) {
             spans.insert(spans.end(), { start, end });
         }
@@ -222,6 +229,7 @@ bool headkv_server_open(common_params & params) {
     std::lock_guard<std::mutex> lock(server.mutex);
     server.slots.assign(std::max(1, params.n_parallel), {});
     server.bytes_store = server.bytes_staging = server.bytes_beside = 0;
+    server.n_ctx = 0;
     return true;
 }
 
@@ -274,6 +282,20 @@ static int32_t get_kv_size(const common_json & value, int32_t n_tokens) {
     return (int32_t) n;
 }
 
+static int32_t get_generated(const common_json & value) {
+    const headkv_params & p = headkv_get_args().params;
+    const int64_t n = value.is_number_integer() ? value.get<int64_t>() : -1;
+    if (p.kv_generated == 0 && n != 0) {
+        throw std::invalid_argument(string_format("kv_generated is %.32s: the server keeps no queries of generated tokens, start it with --kv-generated, or leave it out",
+                safe_json_to_str(value).c_str()));
+    }
+    if (n != 0 && (n <= p.window || n > MAX_CELLS)) {
+        throw std::invalid_argument(string_format("kv_generated is %.32s: it must be an integer in [%d, %d], more than --kv-window, or 0 = generated tokens all stay",
+                safe_json_to_str(value).c_str(), p.window + 1, MAX_CELLS));
+    }
+    return (int32_t) n;
+}
+
 static bool get_later(const common_json & value) {
     const std::string name = value.is_string() ? value.get<std::string>() : "";
     if (name != "known" && name != "later") {
@@ -316,7 +338,7 @@ static std::vector<std::pair<int32_t, int32_t>> get_spans(const common_json & va
 }
 
 void headkv_server_keep_fields(common_json & body, const common_json & request) {
-    for (const char * name : { "kv_size", "kv_protect", "kv_question" }) {
+    for (const char * name : { "kv_size", "kv_protect", "kv_question", "kv_generated" }) {
         if (request.contains(name)) {
             body[name] = request.at(name);
         }
@@ -333,6 +355,9 @@ headkv_request headkv_server_check_request(const common_json & body, int32_t n_c
     }
     if (body.contains("kv_size") && !body.at("kv_size").is_null()) {
         res.kv_size = get_kv_size(body.at("kv_size"), n_tokens);
+    }
+    if (body.contains("kv_generated") && !body.at("kv_generated").is_null()) {
+        res.kv_generated = get_generated(body.at("kv_generated"));
     }
     if (body.contains("kv_question") && !body.at("kv_question").is_null() && headkv_get_args().policy != "auto") {
         throw std::invalid_argument(string_format("kv_question: the server has --kv-policy %s, which does not look at it, leave it out", headkv_get_args().policy.c_str()));
@@ -354,7 +379,7 @@ static void check(int32_t code) {
     }
 }
 
-static headkv_stats get_stats(llama_context * ctx, llama_seq_id seq_id) {
+static headkv_stats get_stats(const llama_context * ctx, llama_seq_id seq_id) {
     headkv_stats stats = {};
     stats.size = sizeof(stats);
     check(headkv_get_stats(ctx, seq_id, &stats));
@@ -451,6 +476,13 @@ headkv_slot_info headkv_server_note(llama_context * ctx, llama_seq_id seq_id) {
     info.n_prompt = stats.n_prompt;
     info.n_past = stats.n_past;
     info.n_archived = stats.n_archived;
+    info.kv_generated = stats.kv_generated;
+    if (stats.n_evictions > info.n_evictions) {
+        server.n_evictions += stats.n_evictions - info.n_evictions;
+        server.n_evicted_generated += stats.n_evicted - info.n_evicted_generated;
+    }
+    info.n_evictions = stats.n_evictions;
+    info.n_evicted_generated = stats.n_evicted;
     if (!cells.empty()) {
         info.cells_min = cells.front();
         info.cells_median = cells[cells.size() / 2];
@@ -505,6 +537,21 @@ void headkv_server_check_restored(llama_context * ctx, llama_seq_id seq_id, size
     headkv_server_note(ctx, seq_id);
 }
 
+int32_t headkv_server_n_ctx_of_prompts(int32_t n_ctx) {
+    if (server.n_ctx == 0) {
+        server.n_ctx = n_ctx;
+    }
+    return server.n_ctx;
+}
+
+int32_t headkv_server_n_ctx(const llama_context * ctx, llama_seq_id seq_id, int32_t n_ctx) {
+    if (!headkv_server_is_on() || get_stats(ctx, seq_id).kv_generated == 0) {
+        return n_ctx;
+    }
+    const int32_t n_limit = headkv_get_args().kv_limit;
+    return n_limit > 0 ? n_limit : std::max(n_ctx, llama_model_n_ctx_train(llama_get_model(ctx)));
+}
+
 bool headkv_server_forgets(llama_context * ctx, llama_seq_id seq_id, int32_t n_tokens) {
     if (!headkv_server_reuses()) {
         return headkv_server_is_on();
@@ -535,6 +582,9 @@ void headkv_server_add_info(common_json & timings, const headkv_slot_info & info
     }
     if (headkv_get_args().has_archive()) {
         timings["kv"]["n_archived"] = info.n_archived;
+    }
+    if (info.kv_generated > 0) {
+        timings["kv"]["generated"] = { { "size", info.kv_generated }, { "evictions", info.n_evictions }, { "cells_evicted", info.n_evicted_generated } };
     }
 }
 
@@ -570,6 +620,7 @@ void headkv_server_add_props(common_json & props) {
         { "recent", args.params.recent },
         { "power", args.params.power },
         { "reuse", args.reuse },
+        { "generated", args.params.kv_generated }, // 0 = all stay
         { "bytes_held", server.bytes_store },
         { "bytes_staging", server.bytes_staging },
         { "bytes_beside", server.bytes_beside }, // 0 before the first prompt
@@ -607,6 +658,10 @@ std::string headkv_server_metrics() {
         { "counter", "kv_cells_evicted_total", "Cells that compressed prompts do not hold, all heads", (double) server.n_evicted },
         { "counter", "kv_compress_seconds_total", "Time spent compressing prompts", server.t_compress_us / 1e6 },
     };
+    if (headkv_get_args().params.kv_generated > 0) {
+        items.push_back({ "counter", "kv_generated_evictions_total", "Number of evictions of generated tokens", (double) server.n_evictions });
+        items.push_back({ "counter", "kv_generated_cells_evicted_total", "Cells of generated tokens that were dropped, all heads", (double) server.n_evicted_generated });
+    }
     if (headkv_get_args().has_archive()) {
         const std::vector<item_t> more = {
             { "counter", "kv_archive_tokens_restored_total", "Prompt tokens that came from the archive", (double) archive.n_restored },

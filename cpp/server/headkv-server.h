@@ -28,11 +28,15 @@ struct headkv_slot_info {
     bool by_layer = false; // its prompt is read ahead, layer by layer
     int32_t n_read = 0;     // tokens of that prompt: the share of the steps that are done
     int32_t n_archived = 0; // first tokens of the prompt that came from the archive
+    int32_t kv_generated = 0; // cells per KV head that its generated tokens may have on average, 0 = any number
+    int32_t n_evictions = 0; // of generated tokens
+    int64_t n_evicted_generated = 0; // cells that were dropped with that
 };
 
 // What a request may choose.
 struct headkv_request {
     int32_t kv_size = 0; // 0 = that of the server
+    int32_t kv_generated = -1; // same, 0 = generated tokens all stay; -1 = that of the server
     bool later = false; // questions about the prompt come later
     std::vector<std::pair<int32_t, int32_t>> protect; // [start, end) positions of the prompt that every head keeps
 };
@@ -81,6 +85,12 @@ void headkv_server_check_restored(llama_context * ctx, llama_seq_id seq_id, size
 // Whether a released slot of n_tokens gives its cells back: nothing can be done with them, unless prompts may continue on them
 // and they are those of its tokens.
 bool headkv_server_forgets(llama_context * ctx, llama_seq_id seq_id, int32_t n_tokens);
+
+// Tokens that prompts may have, which is the n_ctx of slots as upstream makes them: it is told before it is changed.
+int32_t headkv_server_n_ctx_of_prompts(int32_t n_ctx);
+
+// Tokens of a slot at which an answer ends: n_ctx, or more where its generated tokens are bounded.
+int32_t headkv_server_n_ctx(const llama_context * ctx, llama_seq_id seq_id, int32_t n_ctx);
 
 // What was noted; from any thread.
 void headkv_server_add_slot(common_json & slot, llama_seq_id seq_id);

@@ -83,6 +83,8 @@ static bool headkv_server_begin(const std::vector<server_slot> & slots, server_s
         return false; // the last slots of a nearly full context have to finish
     }
 
+    const int32_t n_ctx = headkv_server_n_ctx_of_prompts(slot.n_ctx);
+    slot.n_ctx = n_ctx;
     if (headkv_server_reuses() && slot.task->params.cache_prompt && slot.prompt.n_tokens() > 0) {
         const int32_t n_past = std::min((int32_t) slot.prompt.tokens.get_common_prefix(slot.task->tokens), n_tokens - 1);
         common_set_adapter_lora(slot.ctx_tgt, slot.lora);
@@ -90,6 +92,7 @@ static bool headkv_server_begin(const std::vector<server_slot> & slots, server_s
                                                                     : headkv_server_why_not_continued(slot.ctx_tgt, slot.id, n_past, n_tokens, slot.task->params.headkv);
         if (why_not.empty()) {
             SLT_INF(slot, "--kv-reuse: %d of %d tokens are continued on the compressed past\n", n_past, n_tokens);
+            slot.n_ctx = headkv_server_n_ctx(slot.ctx_tgt, slot.id, n_ctx);
             return true;
         }
         SLT_INF(slot, "--kv-reuse: the prompt is read from its beginning: %s\n", why_not.c_str());
@@ -147,6 +150,7 @@ static void headkv_server_end(server_slot & slot, server_metrics & metrics) {
     if (headkv_server_is_on() && slot.state == SLOT_STATE_DONE_PROMPT) {
         const bool is_noted = slot.stats.headkv_info.by_layer; // when it was read ahead
         slot.stats.headkv_info = headkv_server_compress(slot.ctx_tgt, slot.id);
+        slot.n_ctx = headkv_server_n_ctx(slot.ctx_tgt, slot.id, headkv_server_n_ctx_of_prompts(slot.n_ctx));
         if (!is_noted) {
             metrics.add_prompt_cached(slot.stats.headkv_info.n_archived);
             metrics.add_prompt(-(uint64_t) slot.stats.headkv_info.n_archived, 0);
@@ -207,11 +211,13 @@ static bool headkv_server_drop(std::vector<server_slot> & slots, server_batch & 
     return true;
 }
 
-// After a batch.
-static void headkv_server_note_slots(const std::vector<server_slot> & slots) {
-    for (const auto & slot : slots) {
+// After a batch. Timings have what the prompt was compressed to, and how often what is said was evicted since then.
+static void headkv_server_note_slots(std::vector<server_slot> & slots) {
+    for (auto & slot : slots) {
         if (headkv_server_is_on() && slot.is_processing()) {
-            headkv_server_note(slot.ctx_tgt, slot.id);
+            const headkv_slot_info now = headkv_server_note(slot.ctx_tgt, slot.id);
+            slot.stats.headkv_info.n_evictions = now.n_evictions;
+            slot.stats.headkv_info.n_evicted_generated = now.n_evicted_generated;
         }
     }
 }

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..archive import TYPES
 from ..model import model_path, read_shape
-from ..options import POOLS, PREFILLS, PRESETS, Options, check_int
+from ..options import GENERATED_RANKS, POOLS, PREFILLS, PRESETS, SCOPES, Options, check_int
 from ..units import format_bytes, round_n_ctx
 from . import inspect
 from .arguments import AMOUNTS, add_amount_arguments, add_keep_arguments, given, parse_span, threads_kwargs
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from ..llama import Llama
 
 ARCHIVE = ("kv_archive", "kv_archive_size", "kv_archive_type")
+GENERATED = ("kv_generated", "kv_generated_scope", "kv_generated_rank", "kv_generated_slack")
 N_CHAT_TEMPLATE = 256  # tokens that a chat template may add to one message
 
 
@@ -61,7 +62,29 @@ def _add_cache_arguments(group: argparse._ArgumentGroup) -> None:
         choices=tuple(PREFILLS),
         help=f"order in which the prompt is read; layer keeps one layer's full cache at a time (default: {Options.prefill})",
     )
+    add_generated_arguments(group)
     add_archive_arguments(group)
+
+
+def add_generated_arguments(group: argparse._ActionsContainer) -> None:
+    """``--kv-generated``, its scope, rank and slack."""
+    group.add_argument(
+        "--kv-generated", type=int, metavar="N", help="cells per KV head that generated tokens may hold on average (default: all stay)"
+    )
+    group.add_argument(
+        "--kv-generated-scope",
+        choices=tuple(SCOPES),
+        help=f"which cells compete then: of generated tokens, or all (default: {Options.kv_generated_scope})",
+    )
+    group.add_argument(
+        "--kv-generated-rank", choices=tuple(GENERATED_RANKS), help=f"which of them stay (default: {Options.kv_generated_rank})"
+    )
+    group.add_argument(
+        "--kv-generated-slack",
+        type=int,
+        metavar="N",
+        help=f"tokens from one eviction to the next (default: {Options.kv_generated_slack})",
+    )
 
 
 def add_archive_arguments(group: argparse._ActionsContainer) -> None:
@@ -131,7 +154,20 @@ def _open_model(path: Path, args: argparse.Namespace, *, n_ctx: int) -> Llama:
 
     return Llama(
         path,
-        **given(args, *AMOUNTS, *BUDGET_OPTIONS, "pool", "pool_kernel", "importance", "replay", "prefill", "sinks", "surplus", *ARCHIVE),
+        **given(
+            args,
+            *AMOUNTS,
+            *BUDGET_OPTIONS,
+            "pool",
+            "pool_kernel",
+            "importance",
+            "replay",
+            "prefill",
+            "sinks",
+            "surplus",
+            *ARCHIVE,
+            *GENERATED,
+        ),
         protect=[parse_span(text) for text in args.protect] or None,
         n_ctx=n_ctx,
         n_batch=args.n_batch,
@@ -153,7 +189,10 @@ def _fit_n_ctx(path: Path, prompt: str, args: argparse.Namespace) -> int:
     params = llama_cpp.llama_model_default_params()
     params.vocab_only = True
     vocab = LlamaModel(path_model=str(path), params=params, verbose=False)
-    n_tokens = len(vocab.tokenize(prompt.encode(), True, True)) + args.n_predict + N_CHAT_TEMPLATE * args.chat
+    n_held = args.n_predict
+    if args.kv_generated is not None:  # n_ctx bounds what is held
+        n_held = min(n_held, args.kv_generated + (args.kv_generated_slack or Options.kv_generated_slack) + 1)
+    n_tokens = len(vocab.tokenize(prompt.encode(), True, True)) + n_held + N_CHAT_TEMPLATE * args.chat
     vocab.close()
     n_ctx = round_n_ctx(max(n_tokens, args.kv_size or 0))
     n_ctx_train = _n_ctx_train(path)
@@ -263,8 +302,9 @@ def _kv_summary(llm: Llama, path: Path) -> str:
     beside = f"{which}, {format_bytes(stats.bytes_beside)} in the others" if which else ""
     n_held = stats.bytes_store + stats.bytes_staging
     n_cells = stats.n_cells[stats.n_cells > 0].mean()
+    evicted = f", {stats.n_evictions} evictions" if stats.n_evictions else ""
     archived = f", {stats.n_archived} tokens from the archive" if stats.archive is not None else ""
     return (
         f"KV cache {n_cells:.0f} cells per head, {format_bytes(n_held)} held, full {format_bytes(stats.bytes_full)} "
-        f"({n_held / max(1, stats.bytes_full):.1%}){beside}{archived}"
+        f"({n_held / max(1, stats.bytes_full):.1%}){beside}{archived}{evicted}"
     )

@@ -142,6 +142,37 @@ static void test_a_prompt_that_is_cut() {
     check(kept.cut(35) == 5 && kept.n_prompt == 35 && kept.n_whole == 3 && kept.n_tail == 21, "five of the prompt, whose rows wait", "compressed, cut");
 }
 
+static void test_generated_tokens_that_are_bounded() {
+    headkv_seq seq;
+    seq.on(HEADKV_EV_STORE);
+    seq.n_pos = seq.n_prompt = 40;
+    seq.n_whole = 8;
+    seq.bound.n_cells = 24;
+    seq.bound.n_slack = 16;
+    seq.bound.n_window = 8;
+    const auto say = [&](llama_pos n) {
+        for (llama_pos i = 0; i < n; ++i) {
+            check(!seq.is_eviction_due(1), "it is not due yet", "position " + std::to_string(seq.n_pos));
+            seq.add(HEADKV_EV_DECODE, seq.n_pos, 0, 12);
+        }
+    };
+    say(40);
+    check(seq.is_eviction_due(1) && seq.pos_min() == 32 && seq.can_cut(32), "it is due, and nothing is gone", "bounded");
+    seq.n_settled = 32;
+    check(seq.n_in_tail() == 8 && seq.tail_begin() == 72 && seq.pos_min() == 72 && !seq.can_cut(71), "the window is left", "bounded, evicted");
+    say(15);
+    seq.add(HEADKV_EV_DECODE, seq.n_pos, 0, 12);
+    check(seq.is_eviction_due(1), "a slack later it is due again", "bounded, evicted");
+    for (int i = 0; i < 5; ++i) {
+        seq.add(HEADKV_EV_DECODE, seq.n_pos, 0, 12);
+    }
+    check(seq.cut(seq.n_pos - 5) == 0 && !seq.is_eviction_due(1), "a draft of more tokens than the ring has room for: queries are missing", "bounded, cut");
+    say(1);
+    check(seq.is_eviction_due(1), "a token later there are as many as are looked at", "bounded, cut");
+    seq.on(HEADKV_EV_REMOVE);
+    check(seq.bound.n_cells == 0 && seq.n_settled == 0, "it is a new one", "bounded, removed");
+}
+
 // prompts of every length, read token by token
 static void test_references_are_there_whatever_the_length() {
     headkv_seq seq;
@@ -311,6 +342,21 @@ struct walk_t {
         }
     }
 
+    // as an eviction: of the tail, each head keeps the first rows, as many as it likes
+    void settle(int32_t s) {
+        for (size_t i = 0; i < store.layers.size(); ++i) {
+            for (int ih = 0; ih < H; ++ih) {
+                auto & range = store.layers[i].ranges[s][ih];
+                auto & rows = held[s][i][ih];
+                range.n_kept += below(n_generated[s] + 1);
+                range.pos.resize(range.n_kept);
+                rows.resize(range.n_kept);
+            }
+        }
+        n_generated[s] = 0;
+        n_tail[s] = store.n_tail(s);
+    }
+
     void verify() {
         for (size_t i = 0; i < store.layers.size(); ++i) {
             const auto & layer = store.layers[i];
@@ -355,6 +401,7 @@ struct walk_t {
                         check(!store.has(s), "it is gone", where);
                         break;
                     case 1: cut(s); break;
+                    case 2: settle(s); break;
                     default: generate(s);
                 }
             }
@@ -378,6 +425,7 @@ int main(int argc, char ** argv) {
     test_table();
     test_what_is_pending_dies_with_its_sequence();
     test_a_prompt_that_is_cut();
+    test_generated_tokens_that_are_bounded();
     test_references_are_there_whatever_the_length();
     for (const auto & [fused, n_buckets] : std::vector<std::pair<bool, uint32_t>>{ { true, 1 }, { false, 1 }, { false, 3 } }) {
         walk_t(1 + (int) n_buckets + fused, fused, n_buckets).run(n_steps);
