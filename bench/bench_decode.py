@@ -26,7 +26,7 @@ import statistics
 import sys
 import threading
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -55,13 +55,13 @@ class Shape:
 SHAPES = {"llama-3.2-1b": Shape(), "llama-3.1-8b": Shape(n_layer=32, n_embd=4096, head_dim=128, n_ff=14336)}
 
 
-def make_model(path: Path, ftype: Any, name: str = "llama-3.2-1b") -> None:
-    """Write the random model, once."""
+def make_model(path: Path, ftype: Any, name: str = "llama-3.2-1b", n_layer: int | None = None) -> None:
+    """Write the random model, once; n_layer : instead of the layers of its shape."""
     from pyheadkv.testing import write_random_model
 
     if path.is_file():
         return
-    shape = SHAPES[name]
+    shape = SHAPES[name] if n_layer is None else replace(SHAPES[name], n_layer=n_layer)
     mean_score = np.array(json.loads(IMPORTANCE.read_text())["mean_score"])
     importance = mean_score[:: len(mean_score) // shape.n_layer]
     write_random_model(path, arch="llama", ftype=ftype, repeat_layers=True, importance=importance, seed=1, **vars(shape))

@@ -1,6 +1,6 @@
 """Time and peak memory of reading a prompt: stock cache, token-major and layer-major.
 
-Of models with windows, "stock" has rings for their layers, and "full" caches all tokens there (``swa_full``, the default of llama.h).
+"layer-ggml" has the attention of ggml, as the stock cache; the others that compress have ours. Of models with windows, "stock" has rings for their layers, and "full" caches all tokens there (``swa_full``, the default of llama.h).
 
 Every kind of cache runs in a process of its own, so that the peak of resident memory
 is its own; the rounds are interleaved and ratios are medians of paired ones.
@@ -31,9 +31,11 @@ KINDS: dict[str, dict[str, Any]] = {
     "stock": {"flash_attn": True, "swa_full": False},
     "token": {"prefill": "token"},
     "layer": {"prefill": "layer"},
+    "layer-ggml": {"prefill": "layer", "attend": "composed"},
     "full": {"flash_attn": True, "swa_full": True},
 }
 DEFAULT_KINDS = "stock,token,layer"
+CELLS = {"f16": 1, "q8_0": 8, "q4_0": 2}  # enum ggml_type
 FLOOR = "model"  # the stock cache of one ubatch: what the loaded model and its compute buffers take
 
 
@@ -53,6 +55,8 @@ def read(kind: str, n: int, args: argparse.Namespace) -> dict[str, float]:
         n_ubatch=args.ubatch,
         n_threads=args.threads,
         n_threads_batch=args.threads,
+        type_k=CELLS[args.cells],
+        type_v=CELLS[args.cells],
         verbose=False,
         **options,
     )
@@ -107,6 +111,8 @@ def main() -> None:
     )
     parser.add_argument("--kinds", default=DEFAULT_KINDS, help=f"of {', '.join(KINDS)} (default: %(default)s)")
     parser.add_argument("--kv-size", type=int, default=128, help="mean cells per KV head (default: %(default)s)")
+    parser.add_argument("--cells", choices=CELLS, default="f16", help="type of K and V (default: %(default)s)")
+    parser.add_argument("--model-layers", type=int, help="layers of the random model, when it is made (default: those of its shape)")
     parser.add_argument("--out", type=Path, help="CSV to write")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -115,7 +121,7 @@ def main() -> None:
         print(json.dumps(read(kind, int(n), args)))
         return
 
-    make_model(args.model, "q8_0")
+    make_model(args.model, "q8_0", n_layer=args.model_layers)
 
     def run(kind: str, n: int) -> dict[str, float]:
         cmd = [
@@ -135,6 +141,8 @@ def main() -> None:
             str(args.layers),
             "--kv-size",
             str(args.kv_size),
+            "--cells",
+            args.cells,
         ]
         found: dict[str, float] = json.loads(subprocess.run(cmd, stdout=subprocess.PIPE, text=True, check=True).stdout.splitlines()[-1])
         return found

@@ -247,7 +247,7 @@ void attend_op(ggml_tensor * dst, int ith, int nth, void * userdata) {
     float * partials = out + (int64_t) n_embd_head_v * state.n_head * n_tokens;
     const size_t n_partial = (size_t) n_group * (n_embd_head_v + 2);
 
-    std::vector<float> own(2 * n_partial);
+    std::vector<float> own, buf(n_partial);
 
     headkv_attend_args args;
     args.nq = q->nb[1] / sizeof(float);
@@ -266,38 +266,51 @@ void attend_op(ggml_tensor * dst, int ith, int nth, void * userdata) {
         slopes.push_back(headkv_alibi_slope(op.max_bias, state.n_head, h));
     }
 
-    attend_job job;
-    while (jobs.seek(state.ticket.fetch_add(1, std::memory_order_relaxed), job)) {
-        const int32_t * range = jobs.ranges + 2 * (job.seq * state.n_head_kv + job.head);
-        const int token = job.seq * n_tps + job.token;
-
-        args.q = (const float *) ((const char *) q->data + token * q->nb[2] + (size_t) job.head * n_group * q->nb[1]);
-        args.k = (const char *) k->data + (size_t) (range[0] + job.row) * k->nb[1];
-        args.v = (const char *) v->data + (size_t) (range[0] + job.row) * v->nb[1];
-        args.n_rows = std::max(0, job.n_rows);
-        args.pos = pos ? (const float *) pos->data + range[0] + job.row : nullptr;
+    // rows [row, row + n_rows) of the range of a job to a partial result
+    const auto attend_rows = [&](const attend_job & job, int row, int n_rows, float * p) {
+        const int i_head = job.seq * state.n_head_kv + job.head;
+        const int64_t first = (int64_t) jobs.ranges[2 * i_head] + row;
+        args.q = (const float *) ((const char *) q->data + (job.seq * n_tps + job.token) * q->nb[2] + (size_t) job.head * n_group * q->nb[1]);
+        args.k = (const char *) k->data + (size_t) first * k->nb[1];
+        args.v = (const char *) v->data + (size_t) first * v->nb[1];
+        args.n_rows = n_rows;
+        args.pos = pos ? (const float *) pos->data + first : nullptr;
         args.slopes = slopes.data() + (pos ? job.head * n_group : 0);
 
-        float * o = out + (int64_t) token * n_embd_head_v * state.n_head + (int64_t) job.head * n_group * n_embd_head_v;
-
-        float * p = job.n_chunk > 1 ? partials + (job.slot + job.chunk) * n_partial : own.data();
-        const float b = bias && job.chunk == 0 ? ((const float *) bias->data)[job.seq * state.n_head_kv + job.head] : 0.0f;
-        if (b != 0.0f && args.n_rows > 0) {
-            attend_biased(state.kernel, args, b, p, p + n_group * n_embd_head_v, p + n_group * (n_embd_head_v + 1), own.data() + n_partial);
+        float * m = p + n_group * n_embd_head_v;
+        const float b = bias && row == 0 ? ((const float *) bias->data)[i_head] : 0.0f;
+        if (b != 0.0f && n_rows > 0) {
+            attend_biased(state.kernel, args, b, p, m, m + n_group, buf.data());
         } else {
-            state.kernel(args, p, p + n_group * n_embd_head_v, p + n_group * (n_embd_head_v + 1));
+            state.kernel(args, p, m, m + n_group);
         }
+    };
 
-        if (job.n_chunk > 1) {
+    attend_job job;
+    while (jobs.seek(state.ticket.fetch_add(1, std::memory_order_relaxed), job)) {
+        const int n_rows = std::max(0, job.n_rows);
+        const float * first = partials + job.slot * n_partial;
+        int n_chunk = job.n_chunk;
+        if (n_chunk > 1) {
+            attend_rows(job, job.row, n_rows, partials + (job.slot + job.chunk) * n_partial);
             // the last one to finish combines all chunks, in order
             std::atomic<int> & done = state.n_done[(job.seq * state.n_head_kv + job.head) * headkv_attend_state::N_TOKENS_SPLIT + job.token];
-            if (done.fetch_add(1, std::memory_order_acq_rel) + 1 < job.n_chunk) {
+            if (done.fetch_add(1, std::memory_order_acq_rel) + 1 < n_chunk) {
                 continue;
             }
             done.store(0, std::memory_order_relaxed);
+        } else {
+            // a range that no other thread has a part of is cut alike: its sums are rounded as if it were
+            n_chunk = std::max(1, (n_rows + headkv_attend_state::N_ROWS_CHUNK - 1) / headkv_attend_state::N_ROWS_CHUNK);
+            own.resize(std::max(own.size(), n_chunk * n_partial));
+            for (int c = 0; c < n_chunk; ++c) {
+                const int row = c * headkv_attend_state::N_ROWS_CHUNK;
+                attend_rows(job, row, std::min(headkv_attend_state::N_ROWS_CHUNK, n_rows - row), own.data() + c * n_partial);
+            }
+            first = own.data();
         }
-        const float * first = job.n_chunk > 1 ? partials + job.slot * n_partial : p;
-        combine_chunks(o, first, job.n_chunk, n_partial, n_group, n_embd_head_v, sinks ? (const float *) sinks->data + job.head * n_group : nullptr);
+        float * o = out + (int64_t) (job.seq * n_tps + job.token) * n_embd_head_v * state.n_head + (int64_t) job.head * n_group * n_embd_head_v;
+        combine_chunks(o, first, n_chunk, n_partial, n_group, n_embd_head_v, sinks ? (const float *) sinks->data + job.head * n_group : nullptr);
     }
 
     // the last thread to leave prepares the next run

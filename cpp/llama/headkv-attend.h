@@ -14,7 +14,7 @@
 //
 // Token t of the n tokens of its sequence sees the first len - (n - 1 - t) rows of each range: the ubatch's own
 // rows are the last ones. A range without rows gives zeros. Accumulation is in F32 and independent of the number
-// of threads: ranges are cut into chunks of fixed size and partial results are combined in order.
+// of threads and of tokens: ranges are cut into chunks of fixed size and partial results are combined in order.
 #pragma once
 
 #include "ggml.h"

@@ -220,6 +220,46 @@ static bool test_attend(const attend_case & c) {
     return true;
 }
 
+// a token has the bits that it has alone, whatever number of tokens comes with it
+static bool test_attend_at_once(const std::string & kernel, ggml_type type, int n_tps) {
+    setenv("HEADKV_KERNEL", kernel.c_str(), 1);
+    const int D = 64, G = 3, H = 3;
+    if (!headkv_attend_kernel_find(type, type, D, D, getenv("HEADKV_KERNEL"))) {
+        return true;
+    }
+    headkv_attend_state state(D, D, G * H, H, 1, type, type);
+    state.scale = 0.125f;
+    const std::vector<int32_t> ranges = { 0, 40, 40, 500, 540, 129 };
+    const std::vector<float> kf = random_floats((size_t) D * 700), vf = random_floats(kf.size()), qf = random_floats((size_t) D * G * H * n_tps);
+    const std::vector<float> bias = { 0.0f, 3.0f, 2.0f };
+    std::vector<float> got[2];
+    for (const bool alone : { false, true }) {
+        op_graph g;
+        ggml_context * ctx = g.ctx.get();
+        const int n = alone ? 1 : n_tps;
+        ggml_tensor * q = ggml_new_tensor_3d(ctx, GGML_TYPE_F32, D, G * H, n);
+        ggml_tensor * k = ggml_new_tensor_2d(ctx, type, D, 700);
+        ggml_tensor * v = ggml_new_tensor_2d(ctx, type, D, 700);
+        ggml_tensor * r = ggml_new_tensor_3d(ctx, GGML_TYPE_I32, 2, H, 1);
+        ggml_tensor * b = ggml_new_tensor_2d(ctx, GGML_TYPE_F32, H, 1);
+        ggml_tensor * out = headkv_build_attend_fused(ctx, &state, q, k, v, r, b);
+        g.alloc(out);
+        set_quantized(k, kf);
+        set_quantized(v, vf);
+        ggml_backend_tensor_set(q, qf.data() + (size_t) (n_tps - n) * D * G * H, 0, ggml_nbytes(q));
+        ggml_backend_tensor_set(r, ranges.data(), 0, ggml_nbytes(r));
+        ggml_backend_tensor_set(b, bias.data(), 0, ggml_nbytes(b));
+        g.run(2);
+        got[alone] = get_floats(out);
+    }
+    const std::vector<float> last(got[0].end() - (ptrdiff_t) got[1].size(), got[0].end());
+    if (memcmp(last.data(), got[1].data(), last.size() * sizeof(float)) != 0) {
+        printf("  the last one of %d differs\n", n_tps);
+        return false;
+    }
+    return true;
+}
+
 // a NaN among the keys of a head is seen in all that it gives, and in nothing else
 static bool test_attend_nan(const std::string & kernel, ggml_type type, int i_nan) {
     setenv("HEADKV_KERNEL", kernel.c_str(), 1);
@@ -1289,6 +1329,13 @@ int main(int argc, char ** argv) {
             for (int i_nan : { 0, 200, 299 }) {
                 cases.push_back({ std::string("nan,") + kernel + "," + ggml_type_name(type) + ",row=" + std::to_string(i_nan),
                         [=]() { return test_attend_nan(kernel, type, i_nan); } });
+            }
+        }
+    }
+    for (const char * kernel : { "portable", "avx2", "avx512", "neon" }) {
+        for (ggml_type type : { GGML_TYPE_F16, GGML_TYPE_Q8_0 }) {
+            for (int n_tps : { 2, 4, 5, 32 }) {
+                cases.push_back({ std::string("at_once,") + kernel + "," + ggml_type_name(type) + ",tokens=" + std::to_string(n_tps), [=]() { return test_attend_at_once(kernel, type, n_tps); } });
             }
         }
     }
