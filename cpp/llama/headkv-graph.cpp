@@ -184,7 +184,7 @@ static ggml_tensor * rows_2d(ggml_context * ctx, ggml_tensor * x) {
 
 // What the graph says of a layer; a worst-case graph is built when the context is created: a refusal ends up there.
 static void note_layer(const llm_graph_context & gctx, headkv_input & inp, ggml_tensor * wo, ggml_tensor * wo_s,
-        ggml_tensor * v_cur, ggml_tensor * kq_b, ggml_tensor * sinks, float kq_scale, int il) {
+        ggml_tensor * v_cur, bool is_flat, ggml_tensor * kq_b, ggml_tensor * sinks, float kq_scale, int il) {
     const auto * mctx = inp.mctx_ragged;
     auto * kv = mctx->get_kv();
     headkv_store_layer * layer = kv->store().find(il);
@@ -199,8 +199,10 @@ static void note_layer(const llm_graph_context & gctx, headkv_input & inp, ggml_
         kv->refuse(format("it attends in layer %d, which has no KV heads", il));
     }
     if (v_cur->ne[0] != layer->n_embd_head_v) {
-        kv->refuse(format("the V of layer %d comes in rows of %lld instead of heads of %d: llama.cpp aborts on that with flash attention, which is required",
-                il, (long long) v_cur->ne[0], layer->n_embd_head_v));
+        kv->refuse(format("the V of layer %d comes in rows of %lld, which is not what its cache holds", il, (long long) v_cur->ne[0]));
+    }
+    if (is_flat && !layer->fused_prompt) {
+        kv->refuse("V that comes in rows of all heads needs attend 'fused' on the CPU: use attend 'auto', and no GPU layers");
     }
     inp.ils_built.push_back(il);
     if (mctx->is_full()) {
@@ -216,8 +218,9 @@ static void note_layer(const llm_graph_context & gctx, headkv_input & inp, ggml_
             kv->refuse(why_not);
         }
     }
-    layer->attend->scale = kq_scale;
-    layer->attend->softcap = gctx.hparams.attn_soft_cap ? gctx.hparams.f_attn_logit_softcapping : 0.0f;
+    const bool is_grok = gctx.arch == LLM_ARCH_GROK; // its scale stands in the attention of upstream, and kq_scale is 1
+    layer->attend->scale = is_grok ? kq_scale * gctx.hparams.f_attn_out_scale : kq_scale;
+    layer->attend->softcap = is_grok || gctx.hparams.attn_soft_cap ? gctx.hparams.f_attn_logit_softcapping : 0.0f;
     layer->attend->max_bias = gctx.hparams.f_max_alibi_bias;
 }
 
@@ -346,7 +349,12 @@ ggml_tensor * headkv_build_attn(const llm_graph_context & gctx, llm_graph_input_
     } else if (!inp) {
         return nullptr;
     } else {
-        note_layer(gctx, *inp, wo, wo_s, v_cur, kq_b, sinks, kq_scale, il);
+        const int64_t n_embd_head_v = gctx.hparams.n_embd_head_v(il);
+        const bool is_flat = v_cur->ne[0] == n_embd_head_v * gctx.hparams.n_head_kv(il) && v_cur->ne[1] == gctx.n_tokens && n_embd_head_v != v_cur->ne[0];
+        if (is_flat) {
+            v_cur = ggml_reshape_3d(ctx, v_cur, n_embd_head_v, gctx.hparams.n_head_kv(il), gctx.n_tokens);
+        }
+        note_layer(gctx, *inp, wo, wo_s, v_cur, is_flat, kq_b, sinks, kq_scale, il);
         if (!inp->store) {
             build_capture(gctx, *inp, q_cur, k_cur, il);
         }

@@ -18,7 +18,7 @@
 static std::string refusal(const llama_model & model, const llama_memory_params & params, const llama_cparams & cparams) {
     const auto & hparams = model.hparams;
 
-    if (!cparams.flash_attn) {
+    if (!cparams.flash_attn && model.arch != LLM_ARCH_GROK) { // whose logits have a cap that flash attention is not told: ours is
         return "flash attention is off and is required: use flash_attn=True or -fa on";
     }
     if (!cparams.causal_attn) {
