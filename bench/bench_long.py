@@ -128,8 +128,8 @@ def quality(args: argparse.Namespace, about: dict[str, Any]) -> None:
     whole = {"kv_size": N_PROMPT + 1}  # keeps the prompt, and says nothing of the budgets
     settings: list[dict[str, Any]] = [{"policy": "lossless"}]
     for amount in amounts:
-        ranks = [{"policy": "lossless", "kv_generated_rank": rank} for rank in ("attention", "recent", "redundancy")]
-        budgets = [{**whole, "policy": policy} for policy in ("headkv", "adakv")]
+        ranks: list[dict[str, Any]] = [{"policy": "lossless", "kv_generated_rank": rank} for rank in ("attention", "recent", "redundancy")]
+        budgets: list[dict[str, Any]] = [{**whole, "policy": policy} for policy in ("headkv", "adakv")]
         streaming = {**whole, "policy": "snapkv", "kv_generated_rank": "recent", "kv_generated_scope": "all", "sinks": 4}
         settings += [{**setting, "kv_generated": amount} for setting in (*ranks, *budgets, streaming)]
     first = min(amounts) + 128  # generated tokens before the first eviction of the smallest amount

@@ -51,11 +51,11 @@ headkv_saved_queries headkv_read_generated(headkv_reader & from, headkv_seq & se
     seq.n_evicted = from.number<int64_t>();
     seq.n_evictions = from.number<int32_t>();
     res.n = from.number<uint32_t>();
-    const bool is_none = bound.n_cells == 0 && seq.n_settled == 0 && res.n == 0;
+    const bool is_none = bound.n_cells == 0 && res.n == 0;
     const bool is_bound = bound.n_cells > bound.n_window && bound.n_cells <= (uint32_t) HEADKV_MAX_CELLS && bound.n_slack > 0 && bound.n_slack <= 1 << 20 &&
             bound.n_window > 0 && scope <= HEADKV_SCOPE_ALL && rank <= HEADKV_GENERATED_REDUNDANCY;
     const bool ok = (is_none || is_bound) && seq.n_settled >= 0 && seq.n_settled <= seq.n_generated() && seq.n_evicted >= 0 && seq.n_evictions >= 0 &&
-            (seq.n_settled > 0) == (seq.n_evictions > 0) && res.n <= bound.n_window && (llama_pos) res.n <= seq.n_generated();
+            (seq.n_settled > 0 || seq.n_evictions == 0) && res.n <= bound.n_window && (llama_pos) res.n <= seq.n_generated();
     if (!ok) {
         throw std::runtime_error("it is damaged (generated tokens)");
     }

@@ -12,7 +12,6 @@
 
 #include <algorithm>
 #include <cmath>
-#include <cstring>
 #include <limits>
 #include <new>
 #include <numeric>
@@ -159,11 +158,14 @@ void headkv_eviction::decide(headkv_store_layer & layer, const std::vector<int64
     for (size_t ih = 0; ih < ranges.size(); ++ih) {
         head_t & head = of_layer[ih];
         const int64_t n = head.end - head.first;
-        head.kept = headkv_select_cells(scored.scores.data() + ih * n_max, n, std::min(scored.n_keep[ih], n));
-        n_dropped += n - (int64_t) head.kept.size();
+        head.rows = headkv_select_cells(scored.scores.data() + ih * n_max, n, std::min(scored.n_keep[ih], n));
+        n_dropped += n - (int64_t) head.rows.size();
         head.pos.assign(ranges[ih].pos.begin(), ranges[ih].pos.begin() + head.first);
-        for (int32_t i : head.kept) {
+        for (int32_t i : head.rows) {
             head.pos.push_back(pos_of(ranges[ih], head.first + i));
+        }
+        for (uint32_t i = 0; i < bound.n_window; ++i) {
+            head.rows.push_back((int32_t) (n + i));
         }
         const size_t n_bytes = std::max(layer.k->nb[1], layer.v->nb[1]) * (n + bound.n_window);
         raw.resize(std::max(raw.size(), n_bytes));
@@ -285,32 +287,11 @@ void headkv_eviction::apply() {
             head_t & head = heads[layer.il][ih];
             headkv_range & range = layer.ranges[seq_id][ih];
             for (ggml_tensor * pool : { layer.k, layer.v }) {
-                move_rows(pool, range.off, head);
+                headkv_gather_rows(pool, range.off + head.first, head.rows, raw);
             }
             range.n_kept = (uint32_t) head.pos.size();
             range.pos = std::move(head.pos);
         }
-    }
-}
-
-// what stays goes to the front of the cells that competed, and the window behind it
-void headkv_eviction::move_rows(ggml_tensor * pool, uint32_t off, const head_t & head) {
-    const size_t nb = pool->nb[1];
-    const uint32_t n = head.end - head.first + bound.n_window;
-    const size_t begin = (off + head.first) * nb;
-    const bool is_host = ggml_backend_buffer_is_host(pool->buffer);
-    uint8_t * rows = is_host ? (uint8_t *) pool->data + begin : raw.data();
-    if (!is_host) {
-        ggml_backend_tensor_get(pool, rows, begin, n * nb);
-    }
-    uint8_t * to = rows;
-    for (int32_t i : head.kept) {
-        memmove(to, rows + i * nb, nb); // never backwards: i is at least the row that it goes to
-        to += nb;
-    }
-    memmove(to, rows + (n - bound.n_window) * nb, bound.n_window * nb);
-    if (!is_host) {
-        ggml_backend_tensor_set(pool, rows, begin, (head.kept.size() + bound.n_window) * nb);
     }
 }
 

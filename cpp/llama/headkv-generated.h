@@ -70,7 +70,7 @@ private:
     struct head_t {
         uint32_t first; // cells that compete: [first, end) of the range
         uint32_t end;
-        std::vector<int32_t> kept; // of them, ascending, counted from first
+        std::vector<int32_t> rows; // of them and of the window, which stay; ascending, counted from first
         std::vector<int32_t> pos; // of the range, when the others are gone
     };
 
@@ -79,7 +79,6 @@ private:
     std::vector<float> score(headkv_store_layer & layer, const std::vector<head_t> & of_layer, int64_t n_max, const std::vector<int64_t> & n_keep);
     void score_by_attention(headkv_store_layer & layer, const std::vector<head_t> & of_layer, int64_t n_max, std::vector<float> & scores);
     std::vector<float> cosines(const headkv_store_layer & layer, uint32_t row, int64_t n); // of the keys in n rows of the pool, [n][n]
-    void move_rows(ggml_tensor * pool, uint32_t off, const head_t & head);
 
     headkv_store & store;
     const headkv_queries & queries;

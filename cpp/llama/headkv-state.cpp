@@ -296,7 +296,7 @@ static saved_seq read_seq(headkv_reader & from, const headkv_store & store, uint
     }
     int64_t n_left = 0; // cells that the heads may have: policies round by less than a cell per layer
     for (const auto & layer : store.layers) {
-        n_left += layer.n_head_kv * (seq.kv_size + n_protected + (int64_t) store.layers.size() + (seq.n_settled > 0 ? seq.bound.n_cells : 0));
+        n_left += layer.n_head_kv * (seq.kv_size + n_protected + (int64_t) store.layers.size() + seq.n_settled);
     }
     for (const auto & layer : store.layers) {
         auto & heads = res.heads.emplace_back(layer.n_head_kv);

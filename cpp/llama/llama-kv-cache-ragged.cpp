@@ -267,7 +267,11 @@ bool llama_kv_cache_ragged::seq_rm(llama_seq_id seq_id, llama_pos p0, llama_pos 
         return true;
     }
     if (p1 < seq.n_pos) {
-        return false; // a hole
+        const bool can = why_not_dropped(seq_id, p0, p1).empty();
+        if (can) {
+            drop(seq_id, p0, p1);
+        }
+        return can;
     }
     if (seq.state == HEADKV_SEQ_LAYERED && !is_reading(seq_id) && p0 > 0) {
         return false; // it is to be compressed first
