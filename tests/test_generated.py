@@ -294,6 +294,21 @@ def test_prompts_that_are_kept_whole(make_model: MakeModel) -> None:
         assert (llm.kv_stats().n_cells == 100 + 24 + 8).all()
 
 
+def test_sinks_stay_where_a_prompt_was_kept_whole(make_model: MakeModel) -> None:
+    options = {"kv_size": 101, "policy": "snapkv", "kv_generated": 24, "kv_generated_slack": 16, "kv_generated_scope": "all", "sinks": 4}
+    for rank in ("recent", "attention"):
+        with closing(load(make_model(GQA4), **options, kv_generated_rank=rank, protect=[(90, 94)])) as llm:
+            llm.read_prompt(tokens(100))
+            state = llm.save_state()
+            assert say(llm, GQA4, 150) >= 4
+            kept = held(llm, GQA4)
+            assert all({0, 1, 2, 3, 90, 91, 92, 93} <= set(row) for heads in kept for row in heads)
+            llm.load_state(state)
+            for token in tokens(151, seed=3)[1:]:
+                llm.eval([token])
+            assert held(llm, GQA4) == kept
+
+
 def test_positions_go_on_beyond_n_ctx(make_model: MakeModel) -> None:
     """n_ctx bounds what is held; a completion ends with the length that was trained, or with kv_limit."""
     path = make_model(GQA4, n_ctx_train=700)

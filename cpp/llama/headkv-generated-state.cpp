@@ -1,6 +1,7 @@
 // Of a saved sequence, where generated tokens can be bounded:
 //
-//   u32 kv_generated, slack, window, scope, rank; i32 n_settled, i64 cells that were evicted, i32 evictions, u32 queries
+//   u32 kv_generated, slack, window, scope, rank; i32 n_settled, i64 cells that were evicted, i32 evictions,
+//   u32 spans, i32 [start, end) of each, u32 queries
 //   of each layer: F32 [queries][n_embd_head_k*n_head], those of the last tokens
 
 #include "headkv-state-io.h"
@@ -29,6 +30,11 @@ void headkv_write_generated(headkv_writer & to, const headkv_seq & seq, llama_se
     to.number(seq.n_settled);
     to.number(seq.n_evicted);
     to.number(seq.n_evictions);
+    to.number((uint32_t) seq.bound_spans.size());
+    for (const auto & [start, end] : seq.bound_spans) {
+        to.number(start);
+        to.number(end);
+    }
     const uint32_t n = n_queries(seq);
     to.number(n);
     const auto slots = seq.window_slots(seq_id, (llama_pos) n);
@@ -50,6 +56,13 @@ headkv_saved_queries headkv_read_generated(headkv_reader & from, headkv_seq & se
     seq.n_settled = from.number<llama_pos>();
     seq.n_evicted = from.number<int64_t>();
     seq.n_evictions = from.number<int32_t>();
+    const auto bounds = from.array<int32_t>(2 * (size_t) from.number<uint32_t>());
+    for (size_t i = 0; i < bounds.size(); i += 2) {
+        if (bounds[i] < (i > 0 ? bounds[i - 1] : 0) || bounds[i + 1] <= bounds[i] || bounds[i + 1] > seq.n_prompt) {
+            throw std::runtime_error("it is damaged (protected cells)");
+        }
+        seq.bound_spans.push_back({ bounds[i], bounds[i + 1] });
+    }
     res.n = from.number<uint32_t>();
     const bool is_none = bound.n_cells == 0 && res.n == 0;
     const bool is_bound = bound.n_cells > bound.n_window && bound.n_cells <= (uint32_t) HEADKV_MAX_CELLS && bound.n_slack > 0 && bound.n_slack <= 1 << 20 &&

@@ -57,6 +57,12 @@ size_t headkv_queries::n_bytes() const {
     return res;
 }
 
+void headkv_queries::add_to(std::map<ggml_backend_buffer_type_t, size_t> & breakdown) const {
+    for (const auto & [buft, buffer] : buffers) {
+        breakdown[buft] += ggml_backend_buffer_get_size(buffer.buf.get());
+    }
+}
+
 //
 // budget and rank
 //
@@ -108,7 +114,7 @@ void headkv_rank_redundancy(float * scores, int64_t n, std::vector<float> cosine
 headkv_eviction::headkv_eviction(llama_context * lctx, const headkv_queries & queries, headkv_store & store, const headkv_heads & all_heads,
         const headkv_seq & seq, llama_seq_id seq_id) :
     store(store), queries(queries), cfg(*seq.bound_cfg), bound(seq.bound), seq_id(seq_id), n_pos(seq.n_pos), n_prompt(seq.n_prompt), tail_begin(seq.tail_begin()),
-    spans(seq.spans), slots(seq.window_slots(seq_id, (llama_pos) bound.n_window)), runner(lctx) {
+    spans(seq.bound_spans), slots(seq.window_slots(seq_id, (llama_pos) bound.n_window)), runner(lctx) {
     if (slots.size() != bound.n_window) {
         throw std::runtime_error("queries of the last tokens are missing");
     }

@@ -32,6 +32,7 @@ public:
     int64_t n_slots() const { return (int64_t) n * n_seq_max + 1; } // the last one takes what nobody needs
 
     size_t n_bytes() const;
+    void add_to(std::map<ggml_backend_buffer_type_t, size_t> & breakdown) const;
 
 private:
     struct buffer_t {

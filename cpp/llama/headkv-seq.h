@@ -80,6 +80,7 @@ struct headkv_seq {
     // where generated tokens are bounded; headkv-generated.h
     headkv_generated bound; // by what
     headkv_config_ptr bound_cfg; // whose budgets they have
+    std::vector<std::pair<int32_t, int32_t>> bound_spans; // of its prompt, whose cells stay whatever competes
     llama_pos n_settled = 0; // first generated tokens that are no longer in the tail: not all heads have their cells
     int64_t n_evicted = 0; // cells of all heads that were dropped since the compression
     int32_t n_evictions = 0;

@@ -168,6 +168,10 @@ uint64_t llama_kv_cache_ragged::get_fingerprint() const {
     return fingerprint;
 }
 
+bool llama_kv_cache_ragged::has_two_ropes() const {
+    return !model.layers.empty() && model.layers[0].rope_long != nullptr;
+}
+
 void llama_kv_cache_ragged::state_write(llama_io_write_i & io, llama_seq_id seq_id, llama_state_seq_flags flags) const {
     GGML_UNUSED(flags); // there is no part of it that could be left out, and no device where it is faster to keep
 

@@ -173,11 +173,17 @@ std::map<ggml_backend_buffer_type_t, size_t> llama_kv_cache_ragged::memory_break
         if (the_beside) {
             the_beside->add_to(res);
         }
+        if (the_queries) {
+            the_queries->add_to(res);
+        }
         return res;
     }
     std::map<ggml_backend_buffer_type_t, size_t> res;
     if (the_beside) {
         the_beside->add_to(res);
+    }
+    if (the_queries) {
+        the_queries->add_to(res);
     }
     the_staging.add_to(res);
     for (const auto & layer : the_store.layers) {

@@ -326,6 +326,7 @@ private:
     // headkv-generated.cpp
     void evict(llama_seq_id seq_id, uint32_t n_new); // generated tokens, before so many new ones; throws, and nothing is lost but what was dropped
     uint32_t n_held(llama_seq_id seq_id) const;
+    bool has_two_ropes() const; // rotary factors for contexts of one length and for longer ones
 
     std::string why_not_dropped(llama_seq_id seq_id, llama_pos p0, llama_pos p1) const;
 
