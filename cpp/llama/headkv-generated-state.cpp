@@ -2,11 +2,9 @@
 //
 //   u32 kv_generated, slack, window, scope, rank; i32 n_settled, i64 cells that were evicted, i32 evictions,
 //   u32 spans, i32 [start, end) of each, u32 queries
-//   of each layer: F32 [queries][n_embd_head_k*n_head], those of the last tokens
+//   of each layer: F16 [queries][n_embd_head_k*n_head], those of the last tokens
 
 #include "headkv-state-io.h"
-
-#include <cmath>
 
 // last tokens whose queries are in the ring one after the other
 static uint32_t n_queries(const headkv_seq & seq) {
@@ -84,9 +82,9 @@ headkv_saved_queries headkv_read_generated(headkv_reader & from, headkv_seq & se
         seq.bound_cfg = cfg;
     }
     for (const auto & layer : store.layers) {
-        res.of_layer.push_back(from.array<float>(res.n * (size_t) queries.of_layer(layer.il)->ne[0]));
-        const auto & values = res.of_layer.back();
-        if (std::any_of(values.begin(), values.end(), [](float x) { return !std::isfinite(x); })) {
+        const ggml_tensor * ring = queries.of_layer(layer.il);
+        const auto & rows = res.of_layer.emplace_back(from.array<uint8_t>(res.n * ring->nb[1]));
+        if (!ggml_validate_row_data(ring->type, rows.data(), rows.size())) {
             throw std::runtime_error("it is damaged (a query is not finite)");
         }
     }
@@ -100,11 +98,11 @@ void headkv_put_queries(const headkv_saved_queries & saved, llama_seq_id seq_id,
     seq.window.assign(queries.n_ring(), -1);
     size_t i_layer = 0;
     for (const auto & [il, ring] : queries.layers()) {
-        const auto & values = saved.of_layer.at(i_layer++);
+        const auto & rows = saved.of_layer.at(i_layer++);
         for (uint32_t i = 0; i < saved.n; ++i) {
             const llama_pos pos = seq.n_pos - (llama_pos) (saved.n - i);
             const int64_t slot = (int64_t) seq_id * queries.n_ring() + pos % queries.n_ring();
-            ggml_backend_tensor_set(ring, values.data() + i * ring->ne[0], slot * ring->nb[1], ring->nb[1]);
+            ggml_backend_tensor_set(ring, rows.data() + i * ring->nb[1], slot * ring->nb[1], ring->nb[1]);
             seq.window[pos % queries.n_ring()] = pos;
         }
     }

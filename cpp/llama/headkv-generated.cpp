@@ -29,7 +29,7 @@ headkv_queries::headkv_queries(const std::vector<headkv_layer_shape> & shapes, l
             ggml_init_params params = { /*.mem_size =*/shapes.size() * ggml_tensor_overhead(), /*.mem_buffer =*/nullptr, /*.no_alloc =*/true };
             buffer.ctx.reset(ggml_init(params));
         }
-        ggml_tensor * ring = ggml_new_tensor_2d(buffer.ctx.get(), GGML_TYPE_F32, (int64_t) shape.n_embd_head_k * shape.n_head, n_slots());
+        ggml_tensor * ring = ggml_new_tensor_2d(buffer.ctx.get(), GGML_TYPE_F16, (int64_t) shape.n_embd_head_k * shape.n_head, n_slots());
         ggml_format_name(ring, "headkv_queries_l%d", shape.il);
         rings[shape.il] = ring;
     }

@@ -24,7 +24,7 @@ class headkv_queries {
 public:
     headkv_queries(const std::vector<headkv_layer_shape> & shapes, llama_pos n_ring, uint32_t n_seq_max, bool no_alloc); // throws std::bad_alloc
 
-    ggml_tensor * of_layer(int32_t il) const { return rings.at(il); } // F32 [n_embd_head_k*n_head, n_slots()]
+    ggml_tensor * of_layer(int32_t il) const { return rings.at(il); } // F16 [n_embd_head_k*n_head, n_slots()]
 
     const std::map<int32_t, ggml_tensor *> & layers() const { return rings; }
 
