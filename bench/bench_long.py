@@ -5,8 +5,8 @@
 
 ``speed``: a prompt of ``--prompt`` tokens, then greedy tokens whose end is ignored, in the stock cache, with ``kv_size`` alone, and with
 ``kv_size`` and ``kv_generated``: one process each, which take turns of ``--turn`` tokens, so that other load hits all of them. A row
-is a turn: tokens per second, resident memory of the process that is not the model's file, cells per head, and the share of the
-time that evictions took. With ``--tokens 32768`` it takes hours on two cores.
+is about ``--row`` tokens: the median speed of their turns, and at their end resident memory of the process that is not the model's
+file and cells per head; the share of the time is that of evictions. With ``--tokens 32768`` it takes hours on two cores.
 
 ``quality``: a text is evaluated in batches of ``--batch`` tokens behind a prompt of 256 that is kept whole, and its likelihood
 counted from the token on at which the smallest amount begins to evict, so that all settings are measured on the same tokens. ``nats``
@@ -19,6 +19,7 @@ from __future__ import annotations
 import argparse
 import ctypes
 import multiprocessing as mp
+import statistics
 import sys
 import time
 from pathlib import Path
@@ -70,7 +71,7 @@ def work(connection: Any, model: Path, options: dict[str, Any], n_prompt: int) -
         row["cells"] = round(float(stats.n_cells.mean()), 1) if stats else llm.n_tokens
         row["store_mib"] = round(stats.bytes_store / MIB, 2) if stats else ""
         row["evictions"] = stats.n_evictions if stats else 0
-        row["evict_share"] = round((stats.evict_ms - evict_ms) / 1000 / seconds, 4) if stats else 0
+        row["seconds"], row["evict_s"] = seconds, (stats.evict_ms - evict_ms) / 1000 if stats else 0.0
         evict_ms = stats.evict_ms if stats else 0.0
         connection.send(row)
 
@@ -88,12 +89,19 @@ def speed(args: argparse.Namespace, about: dict[str, Any]) -> None:
         process.start()
         here.recv()
         workers[name] = here
-    for _ in range(args.tokens // args.turn):
-        for name, worker in workers.items():
-            worker.send(args.turn)
-            row = {"model": args.model.stem, "cache": name, **worker.recv(), **about}
+    for _ in range(args.tokens // args.row):
+        turns: dict[str, list[dict[str, Any]]] = {name: [] for name in kinds}
+        for _ in range(args.row // args.turn):
+            for name, worker in workers.items():
+                worker.send(args.turn)
+                turns[name].append(worker.recv())
+        for name, found in turns.items():
+            median = {key: statistics.median(turn[key] for turn in found) for key in ("tokens_per_s",)}
+            share = sum(turn["evict_s"] for turn in found) / sum(turn["seconds"] for turn in found)
+            last = {key: value for key, value in found[-1].items() if key not in ("seconds", "evict_s")}
+            row = {"model": args.model.stem, "cache": name, **last, **median, "evict_share": round(share, 4), **about}
             append_row(args.out, row)
-            print({key: row[key] for key in list(row)[1:8]}, flush=True)
+            print({key: row[key] for key in list(row)[1:9]}, flush=True)
     for worker in workers.values():
         worker.send(0)
 
@@ -128,8 +136,8 @@ def quality(args: argparse.Namespace, about: dict[str, Any]) -> None:
     whole = {"kv_size": N_PROMPT + 1}  # keeps the prompt, and says nothing of the budgets
     settings: list[dict[str, Any]] = [{"policy": "lossless"}]
     for amount in amounts:
-        ranks = [{"policy": "lossless", "kv_generated_rank": rank} for rank in ("attention", "recent", "redundancy")]
-        budgets = [{**whole, "policy": policy} for policy in ("headkv", "adakv")]
+        ranks: list[dict[str, Any]] = [{"policy": "lossless", "kv_generated_rank": rank} for rank in ("attention", "recent", "redundancy")]
+        budgets: list[dict[str, Any]] = [{**whole, "policy": policy} for policy in ("headkv", "adakv")]
         streaming = {**whole, "policy": "snapkv", "kv_generated_rank": "recent", "kv_generated_scope": "all", "sinks": 4}
         settings += [{**setting, "kv_generated": amount} for setting in (*ranks, *budgets, streaming)]
     first = min(amounts) + 128  # generated tokens before the first eviction of the smallest amount
@@ -168,7 +176,8 @@ def main() -> None:
     parser.add_argument("what", choices=("speed", "quality"))
     parser.add_argument("--tokens", type=int, default=8192, help="generated, or of the text")
     parser.add_argument("--prompt", type=int, default=2048)
-    parser.add_argument("--turn", type=int, default=512, help="tokens that a process generates before it is the next one's turn")
+    parser.add_argument("--turn", type=int, default=32, help="tokens that a process generates before it is the next one's turn")
+    parser.add_argument("--row", type=int, default=512, help="tokens of each process that a row of the table is about")
     parser.add_argument("--kv-size", type=int, default=128)
     parser.add_argument("--kv-generated", type=int, default=512)
     parser.add_argument("--amounts", default="256,512,1024", metavar="LIST", help="values of kv_generated whose likelihood is measured")

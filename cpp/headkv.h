@@ -300,6 +300,10 @@ LLAMA_API int32_t headkv_can_continue(const struct llama_context * ctx, llama_se
 // n_protected: cells that every head keeps as protected, sinks included.
 LLAMA_API int32_t headkv_limit_restore(struct llama_context * ctx, int32_t kv_size, int32_t n_protected, int32_t n_tokens);
 
+// Takes tokens [p0, p1) out of a compressed sequence, before its last one: every head lets go of their cells, and the positions of the others
+// stay. Takes a context with kv_generated. llama_memory_seq_rm() of tokens in the middle does the same, without a reason when it fails.
+LLAMA_API int32_t headkv_drop(struct llama_context * ctx, llama_seq_id seq_id, int32_t p0, int32_t p1);
+
 LLAMA_API int32_t headkv_get_stats(const struct llama_context * ctx, llama_seq_id seq_id, struct headkv_stats * stats);
 
 // Name of the policy in use, never "auto"; "full" for the stock cache. NULL: that of the contexts which this thread creates next.

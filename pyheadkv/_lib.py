@@ -251,6 +251,8 @@ _PROTOTYPES: dict[str, tuple[list[Any], Any]] = {
     "headkv_can_continue": ([_CTX, ctypes.c_int32, ctypes.POINTER(Params)], ctypes.c_int32),
     # int32_t headkv_limit_restore(struct llama_context * ctx, int32_t kv_size, int32_t n_protected, int32_t n_tokens);
     "headkv_limit_restore": ([_CTX] + [ctypes.c_int32] * 3, ctypes.c_int32),
+    # int32_t headkv_drop(struct llama_context * ctx, llama_seq_id seq_id, int32_t p0, int32_t p1);
+    "headkv_drop": ([_CTX] + [ctypes.c_int32] * 3, ctypes.c_int32),
     # int32_t headkv_get_stats(const struct llama_context * ctx, llama_seq_id seq_id, struct headkv_stats * stats);
     "headkv_get_stats": ([_CTX, ctypes.c_int32, ctypes.POINTER(Stats)], ctypes.c_int32),
     # const char * headkv_get_policy(const struct llama_context * ctx);

@@ -672,6 +672,28 @@ class Llama(llama_cpp.Llama):
         self._fit_ratio(self.n_tokens)
         _lib.check(_lib.lib.headkv_compress_as(self.ctx, 0, check_int("seq_id", seq_id, 1, self._n_seq_max - 1)))
 
+    def drop(self, start: int, end: int) -> None:
+        """Take tokens [start, end) out of what was compressed and generated, such as what a model thought before its answer.
+
+        Every head lets go of their cells; positions and ``n_tokens`` stay what they are. With ``kv_reuse`` a prompt that begins with all of
+        these tokens goes on behind what is left.
+
+        Parameters
+        ----------
+        start, end : positions, ``end`` at most that of the last token
+
+        Raises
+        ------
+        ValueError
+            nothing is compressed, the context was made without ``kv_generated``, the range is empty or reaches to the last token, or
+            the model has layers with windows or recurrent states; nothing has changed then
+        """
+        self._need_options()
+        for name, value in (("start", start), ("end", end)):
+            check_int(name, value, 0, max(0, self.n_tokens - 1), ", the tokens that were evaluated but the last")
+        _lib.check(_lib.lib.headkv_drop(self.ctx, 0, int(start), int(end)), ValueError)
+        self._requires_eval = True  # the same prompt without kv_reuse is read again
+
     def set_progress(self, progress: Callable[[int, int, int, int], bool | None] | None) -> None:
         """Call ``progress(il, n_layer, i_token, n_tokens)`` before each step of a prompt.
 

@@ -294,6 +294,21 @@ def test_prompts_that_are_kept_whole(make_model: MakeModel) -> None:
         assert (llm.kv_stats().n_cells == 100 + 24 + 8).all()
 
 
+def test_sinks_stay_where_a_prompt_was_kept_whole(make_model: MakeModel) -> None:
+    options = {"kv_size": 101, "policy": "snapkv", "kv_generated": 24, "kv_generated_slack": 16, "kv_generated_scope": "all", "sinks": 4}
+    for rank in ("recent", "attention"):
+        with closing(load(make_model(GQA4), **options, kv_generated_rank=rank, protect=[(90, 94)])) as llm:
+            llm.read_prompt(tokens(100))
+            state = llm.save_state()
+            assert say(llm, GQA4, 150) >= 4
+            kept = held(llm, GQA4)
+            assert all({0, 1, 2, 3, 90, 91, 92, 93} <= set(row) for heads in kept for row in heads)
+            llm.load_state(state)
+            for token in tokens(151, seed=3)[1:]:
+                llm.eval([token])
+            assert held(llm, GQA4) == kept
+
+
 def test_positions_go_on_beyond_n_ctx(make_model: MakeModel) -> None:
     """n_ctx bounds what is held; a completion ends with the length that was trained, or with kv_limit."""
     path = make_model(GQA4, n_ctx_train=700)
@@ -347,3 +362,79 @@ def test_copies_and_archived_prompts(make_model: MakeModel, tmp_path: Path) -> N
             outcomes.append((held(llm, GQA4), logits(llm).tobytes()))
             assert (llm.kv_stats().n_archived > 0) == (archive is not None and len(outcomes) == 3)
     assert outcomes[0] == outcomes[1] == outcomes[2]
+
+
+@pytest.mark.parametrize("attend", ["fused", "composed"])
+@pytest.mark.parametrize("shape", SHAPES[1:4], ids=lambda s: s.name)
+def test_tokens_in_the_middle_are_dropped(shape: Shape, attend: str, make_model: MakeModel) -> None:
+    """Of the prompt, across its end, of what is left by evictions, of the tail: the others stay as they are, and evictions go on."""
+    with closing(load(make_model(shape), attend=attend, **SMALL)) as llm, closing(load(make_model(shape), **SMALL)) as other:
+        for n_said, start, end in [
+            (30, 20, 120),
+            (30, 190, 205),
+            (30, 210, 229),
+            (70, 100, 180),
+            (70, 180, 240),
+            (70, 240, 266),
+            (70, 0, 269),
+        ]:
+            llm.read_prompt(tokens(200))
+            say(llm, shape, n_said)
+            before, positions = rows(llm, shape), held(llm, shape)
+            n_bytes = llm.kv_stats().bytes_store
+            llm.drop(start, end)
+            left = [[[pos for pos in row if not start <= pos < end] for row in heads] for heads in positions]
+            assert held(llm, shape) == left
+            now = rows(llm, shape)
+            assert now == {key: value for key, value in before.items() if not start <= key[3] < end}
+            assert llm.n_tokens == llm.kv_stats().n_past == 200 + n_said and llm.kv_stats().bytes_store == n_bytes
+            other.load_state(llm.save_state())
+            assert held(other, shape) == left
+            for to in (llm, other):
+                to.eval([7])
+            assert nmse(logits(llm), logits(other)) < 1e-4
+            assert say(llm, shape, 60) >= 1
+            llm.drop(start, end)  # there is nothing any more
+            assert not llm._ctx.kv_cache_seq_rm(0, max(start, 1), -1) or start >= 200
+
+
+def test_a_question_behind_what_was_dropped(make_model: MakeModel) -> None:
+    """A prompt that is read without a cell is another one than a dropped cell; kv_reuse goes on behind what is left."""
+    prompt = tokens(150)
+    with closing(load(make_model(GQA4), kv_reuse=True, **SMALL)) as llm:
+        answer = greedy(llm, prompt, 30)
+        llm.drop(150, 170)
+        chat = [*prompt, *answer[:-1], *tokens(12, seed=1)[1:]]
+        greedy(llm, chat, 2)
+        stats = llm.kv_stats()
+        assert stats.n_prompt == 150 and not {*range(150, 170)} & {pos for heads in held(llm, GQA4) for row in heads for pos in row}
+        llm.reset()
+        greedy(llm, prompt, 1)
+        llm.drop(10, 140)
+        assert greedy(llm, prompt, 30) != answer  # it was said to go on behind what is left
+
+
+def test_what_cannot_be_dropped_says_why(make_model: MakeModel) -> None:
+    with closing(load(make_model(GQA4), kv_size=40)) as llm:
+        llm.read_prompt(tokens(100))
+        with pytest.raises(ValueError, match="without kv_generated"):
+            llm.drop(3, 5)
+        assert not llm._ctx.kv_cache_seq_rm(0, 3, 5)
+    with closing(load(make_model(GQA4), **SMALL)) as llm:
+        llm.eval(tokens(100))
+        with pytest.raises(ValueError, match="it is not compressed"):
+            llm.drop(3, 5)
+        llm.read_prompt(tokens(100))
+        for start, end, why in [
+            (5, 5, "must not be empty"),
+            (7, 5, "must not be empty"),
+            (-1, 5, "start=-1"),
+            (90, 100, "end=100"),
+            (1.5, 3, "start=1.5"),
+        ]:
+            with pytest.raises(ValueError, match=why):
+                llm.drop(start, end)
+    with closing(load(make_model(WINDOWED), **SMALL)) as llm:
+        llm.read_prompt(tokens(100))
+        with pytest.raises(ValueError, match="layers with windows or recurrent states have seen them"):
+            llm.drop(3, 5)

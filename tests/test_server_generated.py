@@ -87,13 +87,35 @@ def test_an_answer_goes_on_as_far_as_it_is_told(model: Path, tmp_path: Path) -> 
         chat = [*prompt, *answer, *tokens(20, seed=4)[1:]]
         assert len(chat) > 1024
         more = found.complete(chat, 20)
-        assert "are continued on the compressed past" in found.output() and more["timings"]["kv"]["n_prompt"] == len(prompt)
+        assert more["timings"]["kv"]["n_prompt"] == len(prompt)
         assert more["timings"]["kv"]["generated"]["evictions"] >= 60
         slot = found.get("/slots")[0]["kv"]
         assert slot["cells"]["max"] <= 40 + 48 + 16 + 20
         assert slot["generated"]["evictions"] >= 60 and slot["n_tokens"] >= len(chat)
         status, failed = found.request("/completion", {"prompt": chat, "n_predict": 1, "kv_generated": 24})  # it would be read again
         assert status == 400 and failed["error"]["type"] == "exceed_context_size_error"
+
+
+def test_what_was_thought_leaves_the_store(model: Path, tmp_path: Path) -> None:
+    """kv_drop: behind the past that is continued on, and of a prompt that is read from its beginning."""
+    prompt = tokens(200)
+    with running(tmp_path / "log", "-c", 1024, *FLAGS, "--kv-reuse", model=model) as found:
+        thought = found.complete(prompt, 40, **ON_AND_ON)["tokens"]
+        chat = [*prompt, *thought, *tokens(10, seed=4)[1:]]
+        kept = found.complete(chat, 1)["timings"]["kv"]["cells"]
+        for again in (False, True):
+            found.complete(prompt, 40, cache_prompt=False, **ON_AND_ON)
+            answer = found.complete(chat, 1, kv_drop=[[200, 245]], cache_prompt=not again)
+            cells = found.get("/slots")[0]["kv"]["cells"]
+            assert answer["timings"]["kv"]["cells"] == cells
+            assert ("n_prompt", len(chat) if again else 200) in answer["timings"]["kv"].items()
+            assert cells["max"] == kept["max"] - 45 == 44 if not again else cells["max"] < 40
+        for wrong in ([[200, 500]], [[5, 5]], [[-1, 3]], 7, [[1]]):
+            status, failed = found.request("/completion", {"prompt": chat, "n_predict": 1, "kv_drop": wrong})
+            assert status == 400 and failed["error"]["message"].startswith("kv_drop is ")
+    with running(tmp_path / "log", "--kv-size", 40, model=model) as found:
+        status, failed = found.request("/completion", {"prompt": prompt, "n_predict": 1, "kv_drop": [[1, 3]]})
+        assert status == 400 and "--kv-generated" in failed["error"]["message"]
 
 
 def test_flags_that_do_not_fit_are_refused(model: Path) -> None:

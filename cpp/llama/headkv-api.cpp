@@ -286,6 +286,13 @@ int32_t headkv_limit_restore(struct llama_context * ctx, int32_t kv_size, int32_
     });
 }
 
+int32_t headkv_drop(struct llama_context * ctx, llama_seq_id seq_id, int32_t p0, int32_t p1) {
+    return guarded([&]() -> int32_t {
+        cache_of(ctx, seq_id).drop(seq_id, p0, p1);
+        return 0;
+    });
+}
+
 int32_t headkv_get_stats(const struct llama_context * ctx, llama_seq_id seq_id, struct headkv_stats * stats) {
     return guarded([&]() -> int32_t {
         const llama_kv_cache_ragged & kv = cache_of(ctx, seq_id);

@@ -164,7 +164,10 @@ headkv_seq headkv_compression::finish(const headkv_seq & seq) const {
     res.adapters = seq.adapters;
     res.n_archived = seq.n_archived;
     res.bound = cfg->generated;
-    res.bound_cfg = cfg->generated.n_cells > 0 ? cfg : nullptr;
+    if (cfg->generated.n_cells > 0) {
+        res.bound_cfg = cfg;
+        res.bound_spans = headkv_protected(*cfg, seq.n_pos); // of a prompt that is kept whole too
+    }
     return res;
 }
 

@@ -42,7 +42,9 @@ headkv_footprint llama_kv_cache_ragged::footprint(const headkv_config & with, ui
     const int64_t n_cells = GGML_PAD((int64_t) n_prompt, 256); // upstream attends multiples of 256 cells
     const int64_t n_sure = headkv_n_protected(with, n_prompt) + with.recent;
     const int64_t n_kept = std::min<int64_t>(std::max<int64_t>(with.kv_size, n_sure), n_prompt);
-    const int64_t n_tail = std::max<int64_t>(headkv_n_tail(with, n_prompt), n_predict);
+    const auto & bound = with.generated;
+    const uint32_t n_held = bound.n_cells > 0 ? std::min(n_predict, bound.n_cells + bound.n_slack) : n_predict;
+    const int64_t n_tail = std::max<int64_t>(headkv_n_tail(with, n_prompt), n_held);
 
     const int64_t n_slots = (int64_t) with.window * seqs.size() + 1;
     const int64_t n_refs = with.fit == HEADKV_FIT_VALUES ? std::min<int64_t>(HEADKV_REF_SLOTS, n_ctx_seq) * seqs.size() + 1 : 0;
@@ -52,6 +54,7 @@ headkv_footprint llama_kv_cache_ragged::footprint(const headkv_config & with, ui
     res.staging = n_cells * sum_bytes(the_store, layered, [](const headkv_layer_shape & s) { return (int64_t) s.n_bytes_cell(); });
     res.ring = sum_bytes(the_store, layered, [n_slots](const headkv_layer_shape & s) { return (int64_t) s.n_embd_head_k * s.n_head * n_slots * (int64_t) sizeof(float); });
     res.ring += sum_bytes(the_store, layered, [n_refs](const headkv_layer_shape & s) { return (int64_t) s.n_embd_head_k * s.n_head_kv * n_refs * (int64_t) sizeof(ggml_fp16_t); });
+    res.ring += (int64_t) bytes_queries();
     res.hidden = layered ? the_staging.hidden_bytes(n_prompt, n_ubatch, with.hidden_f16) : 0;
     res.store = (n_kept + n_tail) * (int64_t) bytes_cell();
     res.beside = (int64_t) bytes_beside();

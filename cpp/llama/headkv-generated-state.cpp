@@ -1,11 +1,10 @@
 // Of a saved sequence, where generated tokens can be bounded:
 //
-//   u32 kv_generated, slack, window, scope, rank; i32 n_settled, i64 cells that were evicted, i32 evictions, u32 queries
-//   of each layer: F32 [queries][n_embd_head_k*n_head], those of the last tokens
+//   u32 kv_generated, slack, window, scope, rank; i32 n_settled, i64 cells that were evicted, i32 evictions,
+//   u32 spans, i32 [start, end) of each, u32 queries
+//   of each layer: F16 [queries][n_embd_head_k*n_head], those of the last tokens
 
 #include "headkv-state-io.h"
-
-#include <cmath>
 
 // last tokens whose queries are in the ring one after the other
 static uint32_t n_queries(const headkv_seq & seq) {
@@ -29,6 +28,11 @@ void headkv_write_generated(headkv_writer & to, const headkv_seq & seq, llama_se
     to.number(seq.n_settled);
     to.number(seq.n_evicted);
     to.number(seq.n_evictions);
+    to.number((uint32_t) seq.bound_spans.size());
+    for (const auto & [start, end] : seq.bound_spans) {
+        to.number(start);
+        to.number(end);
+    }
     const uint32_t n = n_queries(seq);
     to.number(n);
     const auto slots = seq.window_slots(seq_id, (llama_pos) n);
@@ -50,12 +54,19 @@ headkv_saved_queries headkv_read_generated(headkv_reader & from, headkv_seq & se
     seq.n_settled = from.number<llama_pos>();
     seq.n_evicted = from.number<int64_t>();
     seq.n_evictions = from.number<int32_t>();
+    const auto bounds = from.array<int32_t>(2 * (size_t) from.number<uint32_t>());
+    for (size_t i = 0; i < bounds.size(); i += 2) {
+        if (bounds[i] < (i > 0 ? bounds[i - 1] : 0) || bounds[i + 1] <= bounds[i] || bounds[i + 1] > seq.n_prompt) {
+            throw std::runtime_error("it is damaged (protected cells)");
+        }
+        seq.bound_spans.push_back({ bounds[i], bounds[i + 1] });
+    }
     res.n = from.number<uint32_t>();
-    const bool is_none = bound.n_cells == 0 && seq.n_settled == 0 && res.n == 0;
+    const bool is_none = bound.n_cells == 0 && res.n == 0;
     const bool is_bound = bound.n_cells > bound.n_window && bound.n_cells <= (uint32_t) HEADKV_MAX_CELLS && bound.n_slack > 0 && bound.n_slack <= 1 << 20 &&
             bound.n_window > 0 && scope <= HEADKV_SCOPE_ALL && rank <= HEADKV_GENERATED_REDUNDANCY;
     const bool ok = (is_none || is_bound) && seq.n_settled >= 0 && seq.n_settled <= seq.n_generated() && seq.n_evicted >= 0 && seq.n_evictions >= 0 &&
-            (seq.n_settled > 0) == (seq.n_evictions > 0) && res.n <= bound.n_window && (llama_pos) res.n <= seq.n_generated();
+            (seq.n_settled > 0 || seq.n_evictions == 0) && res.n <= bound.n_window && (llama_pos) res.n <= seq.n_generated();
     if (!ok) {
         throw std::runtime_error("it is damaged (generated tokens)");
     }
@@ -71,9 +82,9 @@ headkv_saved_queries headkv_read_generated(headkv_reader & from, headkv_seq & se
         seq.bound_cfg = cfg;
     }
     for (const auto & layer : store.layers) {
-        res.of_layer.push_back(from.array<float>(res.n * (size_t) queries.of_layer(layer.il)->ne[0]));
-        const auto & values = res.of_layer.back();
-        if (std::any_of(values.begin(), values.end(), [](float x) { return !std::isfinite(x); })) {
+        const ggml_tensor * ring = queries.of_layer(layer.il);
+        const auto & rows = res.of_layer.emplace_back(from.array<uint8_t>(res.n * ring->nb[1]));
+        if (!ggml_validate_row_data(ring->type, rows.data(), rows.size())) {
             throw std::runtime_error("it is damaged (a query is not finite)");
         }
     }
@@ -87,11 +98,11 @@ void headkv_put_queries(const headkv_saved_queries & saved, llama_seq_id seq_id,
     seq.window.assign(queries.n_ring(), -1);
     size_t i_layer = 0;
     for (const auto & [il, ring] : queries.layers()) {
-        const auto & values = saved.of_layer.at(i_layer++);
+        const auto & rows = saved.of_layer.at(i_layer++);
         for (uint32_t i = 0; i < saved.n; ++i) {
             const llama_pos pos = seq.n_pos - (llama_pos) (saved.n - i);
             const int64_t slot = (int64_t) seq_id * queries.n_ring() + pos % queries.n_ring();
-            ggml_backend_tensor_set(ring, values.data() + i * ring->ne[0], slot * ring->nb[1], ring->nb[1]);
+            ggml_backend_tensor_set(ring, rows.data() + i * ring->nb[1], slot * ring->nb[1], ring->nb[1]);
             seq.window[pos % queries.n_ring()] = pos;
         }
     }

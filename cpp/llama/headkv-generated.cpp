@@ -12,7 +12,6 @@
 
 #include <algorithm>
 #include <cmath>
-#include <cstring>
 #include <limits>
 #include <new>
 #include <numeric>
@@ -30,7 +29,7 @@ headkv_queries::headkv_queries(const std::vector<headkv_layer_shape> & shapes, l
             ggml_init_params params = { /*.mem_size =*/shapes.size() * ggml_tensor_overhead(), /*.mem_buffer =*/nullptr, /*.no_alloc =*/true };
             buffer.ctx.reset(ggml_init(params));
         }
-        ggml_tensor * ring = ggml_new_tensor_2d(buffer.ctx.get(), GGML_TYPE_F32, (int64_t) shape.n_embd_head_k * shape.n_head, n_slots());
+        ggml_tensor * ring = ggml_new_tensor_2d(buffer.ctx.get(), GGML_TYPE_F16, (int64_t) shape.n_embd_head_k * shape.n_head, n_slots());
         ggml_format_name(ring, "headkv_queries_l%d", shape.il);
         rings[shape.il] = ring;
     }
@@ -56,6 +55,12 @@ size_t headkv_queries::n_bytes() const {
         res += ggml_backend_buffer_get_size(it.second.buf.get());
     }
     return res;
+}
+
+void headkv_queries::add_to(std::map<ggml_backend_buffer_type_t, size_t> & breakdown) const {
+    for (const auto & [buft, buffer] : buffers) {
+        breakdown[buft] += ggml_backend_buffer_get_size(buffer.buf.get());
+    }
 }
 
 //
@@ -109,7 +114,7 @@ void headkv_rank_redundancy(float * scores, int64_t n, std::vector<float> cosine
 headkv_eviction::headkv_eviction(llama_context * lctx, const headkv_queries & queries, headkv_store & store, const headkv_heads & all_heads,
         const headkv_seq & seq, llama_seq_id seq_id) :
     store(store), queries(queries), cfg(*seq.bound_cfg), bound(seq.bound), seq_id(seq_id), n_pos(seq.n_pos), n_prompt(seq.n_prompt), tail_begin(seq.tail_begin()),
-    spans(seq.spans), slots(seq.window_slots(seq_id, (llama_pos) bound.n_window)), runner(lctx) {
+    spans(seq.bound_spans), slots(seq.window_slots(seq_id, (llama_pos) bound.n_window)), runner(lctx) {
     if (slots.size() != bound.n_window) {
         throw std::runtime_error("queries of the last tokens are missing");
     }
@@ -159,11 +164,14 @@ void headkv_eviction::decide(headkv_store_layer & layer, const std::vector<int64
     for (size_t ih = 0; ih < ranges.size(); ++ih) {
         head_t & head = of_layer[ih];
         const int64_t n = head.end - head.first;
-        head.kept = headkv_select_cells(scored.scores.data() + ih * n_max, n, std::min(scored.n_keep[ih], n));
-        n_dropped += n - (int64_t) head.kept.size();
+        head.rows = headkv_select_cells(scored.scores.data() + ih * n_max, n, std::min(scored.n_keep[ih], n));
+        n_dropped += n - (int64_t) head.rows.size();
         head.pos.assign(ranges[ih].pos.begin(), ranges[ih].pos.begin() + head.first);
-        for (int32_t i : head.kept) {
+        for (int32_t i : head.rows) {
             head.pos.push_back(pos_of(ranges[ih], head.first + i));
+        }
+        for (uint32_t i = 0; i < bound.n_window; ++i) {
+            head.rows.push_back((int32_t) (n + i));
         }
         const size_t n_bytes = std::max(layer.k->nb[1], layer.v->nb[1]) * (n + bound.n_window);
         raw.resize(std::max(raw.size(), n_bytes));
@@ -285,32 +293,11 @@ void headkv_eviction::apply() {
             head_t & head = heads[layer.il][ih];
             headkv_range & range = layer.ranges[seq_id][ih];
             for (ggml_tensor * pool : { layer.k, layer.v }) {
-                move_rows(pool, range.off, head);
+                headkv_gather_rows(pool, range.off + head.first, head.rows, raw);
             }
             range.n_kept = (uint32_t) head.pos.size();
             range.pos = std::move(head.pos);
         }
-    }
-}
-
-// what stays goes to the front of the cells that competed, and the window behind it
-void headkv_eviction::move_rows(ggml_tensor * pool, uint32_t off, const head_t & head) {
-    const size_t nb = pool->nb[1];
-    const uint32_t n = head.end - head.first + bound.n_window;
-    const size_t begin = (off + head.first) * nb;
-    const bool is_host = ggml_backend_buffer_is_host(pool->buffer);
-    uint8_t * rows = is_host ? (uint8_t *) pool->data + begin : raw.data();
-    if (!is_host) {
-        ggml_backend_tensor_get(pool, rows, begin, n * nb);
-    }
-    uint8_t * to = rows;
-    for (int32_t i : head.kept) {
-        memmove(to, rows + i * nb, nb); // never backwards: i is at least the row that it goes to
-        to += nb;
-    }
-    memmove(to, rows + (n - bound.n_window) * nb, bound.n_window * nb);
-    if (!is_host) {
-        ggml_backend_tensor_set(pool, rows, begin, (head.kept.size() + bound.n_window) * nb);
     }
 }
 

@@ -24,7 +24,7 @@ class headkv_queries {
 public:
     headkv_queries(const std::vector<headkv_layer_shape> & shapes, llama_pos n_ring, uint32_t n_seq_max, bool no_alloc); // throws std::bad_alloc
 
-    ggml_tensor * of_layer(int32_t il) const { return rings.at(il); } // F32 [n_embd_head_k*n_head, n_slots()]
+    ggml_tensor * of_layer(int32_t il) const { return rings.at(il); } // F16 [n_embd_head_k*n_head, n_slots()]
 
     const std::map<int32_t, ggml_tensor *> & layers() const { return rings; }
 
@@ -32,6 +32,7 @@ public:
     int64_t n_slots() const { return (int64_t) n * n_seq_max + 1; } // the last one takes what nobody needs
 
     size_t n_bytes() const;
+    void add_to(std::map<ggml_backend_buffer_type_t, size_t> & breakdown) const;
 
 private:
     struct buffer_t {
@@ -70,7 +71,7 @@ private:
     struct head_t {
         uint32_t first; // cells that compete: [first, end) of the range
         uint32_t end;
-        std::vector<int32_t> kept; // of them, ascending, counted from first
+        std::vector<int32_t> rows; // of them and of the window, which stay; ascending, counted from first
         std::vector<int32_t> pos; // of the range, when the others are gone
     };
 
@@ -79,7 +80,6 @@ private:
     std::vector<float> score(headkv_store_layer & layer, const std::vector<head_t> & of_layer, int64_t n_max, const std::vector<int64_t> & n_keep);
     void score_by_attention(headkv_store_layer & layer, const std::vector<head_t> & of_layer, int64_t n_max, std::vector<float> & scores);
     std::vector<float> cosines(const headkv_store_layer & layer, uint32_t row, int64_t n); // of the keys in n rows of the pool, [n][n]
-    void move_rows(ggml_tensor * pool, uint32_t off, const head_t & head);
 
     headkv_store & store;
     const headkv_queries & queries;

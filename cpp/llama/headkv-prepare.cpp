@@ -205,6 +205,10 @@ bool llama_kv_cache_ragged::want_tails(const headkv_split & split, bool resumed)
         if (!seq.is_eviction_due(s) && (uint64_t) n_held(s) + n > n_ctx_seq) {
             throw std::runtime_error(format("the context is full: %u tokens and %u new ones do not fit into n_ctx = %u", n_held(s), n, n_ctx_seq));
         }
+        if (const uint32_t n_orig = cparams.n_ctx_orig_yarn; has_two_ropes() && n_ctx_seq <= n_orig && (uint64_t) seq.n_pos + n > n_orig) {
+            throw std::runtime_error(format("%d tokens and %u new ones: beyond %u the model rotates by other factors, which are chosen when a context is created: use an n_ctx above that",
+                    seq.n_pos, n, n_orig));
+        }
         const bool is_compressed = seq.state == HEADKV_SEQ_COMPRESSED;
         if (is_compressed || seq.state == HEADKV_SEQ_LAYERED) {
             const uint32_t n_have = is_compressed ? seq.n_tail : running->n_tail();

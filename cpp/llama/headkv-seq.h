@@ -80,7 +80,8 @@ struct headkv_seq {
     // where generated tokens are bounded; headkv-generated.h
     headkv_generated bound; // by what
     headkv_config_ptr bound_cfg; // whose budgets they have
-    llama_pos n_settled = 0; // first generated tokens, whose cells were looked at: those that are kept are no longer in the tail
+    std::vector<std::pair<int32_t, int32_t>> bound_spans; // of its prompt, whose cells stay whatever competes
+    llama_pos n_settled = 0; // first generated tokens that are no longer in the tail: not all heads have their cells
     int64_t n_evicted = 0; // cells of all heads that were dropped since the compression
     int32_t n_evictions = 0;
     int64_t t_evict_us = 0; // of all of them

@@ -72,10 +72,10 @@ struct headkv_reader {
     }
 };
 
-// Queries of the last generated tokens, [i_layer][n][n_embd_head_k*n_head].
+// Queries of the last generated tokens, [i_layer] n rows of a ring.
 struct headkv_saved_queries {
     uint32_t n = 0;
-    std::vector<std::vector<float>> of_layer;
+    std::vector<std::vector<uint8_t>> of_layer;
 };
 
 // What bounds the generated tokens of a sequence, and what the next eviction looks at; headkv-generated-state.cpp

@@ -168,6 +168,10 @@ uint64_t llama_kv_cache_ragged::get_fingerprint() const {
     return fingerprint;
 }
 
+bool llama_kv_cache_ragged::has_two_ropes() const {
+    return !model.layers.empty() && model.layers[0].rope_long != nullptr;
+}
+
 void llama_kv_cache_ragged::state_write(llama_io_write_i & io, llama_seq_id seq_id, llama_state_seq_flags flags) const {
     GGML_UNUSED(flags); // there is no part of it that could be left out, and no device where it is faster to keep
 
@@ -296,7 +300,7 @@ static saved_seq read_seq(headkv_reader & from, const headkv_store & store, uint
     }
     int64_t n_left = 0; // cells that the heads may have: policies round by less than a cell per layer
     for (const auto & layer : store.layers) {
-        n_left += layer.n_head_kv * (seq.kv_size + n_protected + (int64_t) store.layers.size() + (seq.n_settled > 0 ? seq.bound.n_cells : 0));
+        n_left += layer.n_head_kv * (seq.kv_size + n_protected + (int64_t) store.layers.size() + seq.n_settled);
     }
     for (const auto & layer : store.layers) {
         auto & heads = res.heads.emplace_back(layer.n_head_kv);

@@ -3,6 +3,7 @@
 #include "llama-impl.h"
 
 #include <algorithm>
+#include <cstring>
 #include <limits>
 #include <new>
 #include <numeric>
@@ -121,6 +122,24 @@ void headkv_copy_rows(ggml_tensor * src, uint32_t off_src, ggml_tensor * dst, ui
     ggml_backend_view_init(a);
     ggml_backend_view_init(b);
     ggml_backend_tensor_copy(a, b);
+}
+
+void headkv_gather_rows(ggml_tensor * t, uint32_t first, const std::vector<int32_t> & rows, std::vector<uint8_t> & raw) {
+    if (rows.empty()) {
+        return;
+    }
+    const size_t nb = t->nb[1];
+    const bool is_host = ggml_backend_buffer_is_host(t->buffer);
+    uint8_t * data = is_host ? (uint8_t *) t->data + first * nb : raw.data();
+    if (!is_host) {
+        ggml_backend_tensor_get(t, data, first * nb, (rows.back() + 1) * nb);
+    }
+    for (size_t i = 0; i < rows.size(); ++i) {
+        memmove(data + i * nb, data + rows[i] * nb, nb); // never backwards
+    }
+    if (!is_host) {
+        ggml_backend_tensor_set(t, data, first * nb, rows.size() * nb);
+    }
 }
 
 // K and V of a layer for n_rows rows, which are zero

@@ -121,5 +121,9 @@ public:
 // Returns the sizes of the runs.
 std::vector<uint32_t> headkv_bucket_sizes(const std::vector<uint32_t> & n_rows_sorted, uint32_t n_buckets);
 
+// Moves some of the rows of a 2-d tensor, [first + rows[i]], to its rows from first on; rows ascend. raw: room for all up to the last one,
+// where the tensor is not in host memory.
+void headkv_gather_rows(ggml_tensor * t, uint32_t first, const std::vector<int32_t> & rows, std::vector<uint8_t> & raw);
+
 // copies rows of one 2-d tensor into another one of the same type and row length, on whatever device they are
 void headkv_copy_rows(ggml_tensor * src, uint32_t off_src, ggml_tensor * dst, uint32_t off_dst, uint32_t n_rows);

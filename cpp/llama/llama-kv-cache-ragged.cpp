@@ -199,11 +199,17 @@ std::map<ggml_backend_buffer_type_t, size_t> llama_kv_cache_ragged::memory_break
         if (the_beside) {
             the_beside->add_to(res);
         }
+        if (the_queries) {
+            the_queries->add_to(res);
+        }
         return res;
     }
     std::map<ggml_backend_buffer_type_t, size_t> res;
     if (the_beside) {
         the_beside->add_to(res);
+    }
+    if (the_queries) {
+        the_queries->add_to(res);
     }
     the_staging.add_to(res);
     for (const auto & layer : the_store.layers) {
@@ -295,7 +301,11 @@ bool llama_kv_cache_ragged::seq_rm(llama_seq_id seq_id, llama_pos p0, llama_pos 
         return true;
     }
     if (p1 < seq.n_pos) {
-        return false; // a hole
+        const bool can = why_not_dropped(seq_id, p0, p1).empty();
+        if (can) {
+            drop(seq_id, p0, p1);
+        }
+        return can;
     }
     if (seq.state == HEADKV_SEQ_LAYERED && !is_reading(seq_id) && p0 > 0) {
         return false; // it is to be compressed first

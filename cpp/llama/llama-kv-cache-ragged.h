@@ -101,6 +101,9 @@ public:
     // why and nothing has changed.
     bool compress(llama_context * lctx, llama_seq_id seq_id, llama_seq_id seq_id_dst);
 
+    // Takes tokens [p0, p1) out of a compressed sequence; headkv-drop.cpp. Throws std::invalid_argument with the reason when it cannot be.
+    void drop(llama_seq_id seq_id, llama_pos p0, llama_pos p1);
+
     // makes room in the staging for a prompt in upstream's order
     bool make_room(llama_context * lctx, uint32_t n_tokens);
 
@@ -340,6 +343,9 @@ private:
     // headkv-generated.cpp
     void evict(llama_seq_id seq_id, uint32_t n_new); // generated tokens, before so many new ones; throws, and nothing is lost but what was dropped
     uint32_t n_held(llama_seq_id seq_id) const;
+    bool has_two_ropes() const; // rotary factors for contexts of one length and for longer ones
+
+    std::string why_not_dropped(llama_seq_id seq_id, llama_pos p0, llama_pos p1) const;
 
     bool compress_now(llama_seq_id seq_id);
     void begin_compression(llama_seq_id seq_id, llama_seq_id seq_id_dst); // throws

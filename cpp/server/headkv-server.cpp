@@ -304,15 +304,14 @@ static bool get_later(const common_json & value) {
     return name == "later";
 }
 
-static std::vector<std::pair<int32_t, int32_t>> get_spans(const common_json & value, int32_t n_tokens) {
+// ranges of tokens in a field, ascending
+static std::vector<std::pair<int32_t, int32_t>> get_ranges(const char * name, const common_json & value, int32_t n_tokens) {
     const auto refuse = [&](const std::string & why) {
-        throw std::invalid_argument(string_format("kv_protect is %.64s: %s", safe_json_to_str(value).c_str(), why.c_str()));
+        throw std::invalid_argument(string_format("%s is %.64s: %s", name, safe_json_to_str(value).c_str(), why.c_str()));
     };
     if (!value.is_array() || value.size() > MAX_SPANS) {
         refuse(string_format("it must be a list of at most %zu [start, end) ranges of tokens", MAX_SPANS));
     }
-    const int32_t n_max = kv_size_max() - headkv_get_args().params.recent;
-    int64_t n_protected = 0;
     std::vector<std::pair<int32_t, int32_t>> res;
     for (const auto & span : value) {
         if (!span.is_array() || span.size() != 2 || !span.at(0).is_number_integer() || !span.at(1).is_number_integer()) {
@@ -326,19 +325,34 @@ static std::vector<std::pair<int32_t, int32_t>> get_spans(const common_json & va
         res.push_back({ (int32_t) start, (int32_t) end });
     }
     std::sort(res.begin(), res.end());
+    return res;
+}
+
+static std::vector<std::pair<int32_t, int32_t>> get_spans(const common_json & value, int32_t n_tokens) {
+    const int32_t n_max = kv_size_max() - headkv_get_args().params.recent;
+    const auto res = get_ranges("kv_protect", value, n_tokens);
+    int64_t n_protected = 0;
     int64_t last = 0;
     for (const auto & [start, end] : res) { // cells of several ranges count once
         n_protected += std::max<int64_t>(0, end - std::max<int64_t>(start, last));
         last = std::max<int64_t>(last, end);
     }
     if (n_protected > n_max) {
-        refuse(string_format("%lld tokens, it may be up to %d, the server's limit without the recent cells", (long long) n_protected, n_max));
+        throw std::invalid_argument(string_format("kv_protect is %.64s: %lld tokens, it may be up to %d, the server's limit without the recent cells",
+                safe_json_to_str(value).c_str(), (long long) n_protected, n_max));
     }
     return res;
 }
 
+static std::vector<std::pair<int32_t, int32_t>> get_drop(const common_json & value, int32_t n_tokens) {
+    if (headkv_get_args().params.kv_generated == 0) {
+        throw std::invalid_argument("kv_drop: the server tells cells of generated tokens apart with --kv-generated alone, start it with that, or leave the field out");
+    }
+    return get_ranges("kv_drop", value, n_tokens - 1);
+}
+
 void headkv_server_keep_fields(common_json & body, const common_json & request) {
-    for (const char * name : { "kv_size", "kv_protect", "kv_question", "kv_generated" }) {
+    for (const char * name : { "kv_size", "kv_protect", "kv_question", "kv_generated", "kv_drop" }) {
         if (request.contains(name)) {
             body[name] = request.at(name);
         }
@@ -365,6 +379,9 @@ headkv_request headkv_server_check_request(const common_json & body, int32_t n_c
     res.later = body.contains("kv_question") && !body.at("kv_question").is_null() ? get_later(body.at("kv_question")) : server.asks_later;
     if (body.contains("kv_protect") && !body.at("kv_protect").is_null()) {
         res.protect = get_spans(body.at("kv_protect"), n_tokens);
+    }
+    if (body.contains("kv_drop") && !body.at("kv_drop").is_null()) {
+        res.drop = get_drop(body.at("kv_drop"), n_tokens);
     }
     return res;
 }
@@ -535,6 +552,14 @@ void headkv_server_check_restored(llama_context * ctx, llama_seq_id seq_id, size
         throw std::runtime_error(string_format("it names %zu tokens, its cache has %d", n_tokens, stats.n_past));
     }
     headkv_server_note(ctx, seq_id);
+}
+
+void headkv_server_drop_ranges(llama_context * ctx, llama_seq_id seq_id, const headkv_request & request, int32_t n_tokens) {
+    for (const auto & [start, end] : request.drop) {
+        if (start < n_tokens - 1) {
+            check(headkv_drop(ctx, seq_id, start, std::min(end, n_tokens - 1)));
+        }
+    }
 }
 
 int32_t headkv_server_n_ctx_of_prompts(int32_t n_ctx) {

@@ -39,6 +39,7 @@ struct headkv_request {
     int32_t kv_generated = -1; // same, 0 = generated tokens all stay; -1 = that of the server
     bool later = false; // questions about the prompt come later
     std::vector<std::pair<int32_t, int32_t>> protect; // [start, end) positions of the prompt that every head keeps
+    std::vector<std::pair<int32_t, int32_t>> drop; // same, whose cells all heads let go of when the prompt is compressed, or continued on
 };
 
 // Before a model is loaded: checks the flags against upstream's, adapts these, and makes the contexts of this thread
@@ -85,6 +86,9 @@ void headkv_server_check_restored(llama_context * ctx, llama_seq_id seq_id, size
 // Whether a released slot of n_tokens gives its cells back: nothing can be done with them, unless prompts may continue on them
 // and they are those of its tokens.
 bool headkv_server_forgets(llama_context * ctx, llama_seq_id seq_id, int32_t n_tokens);
+
+// Takes what a request drops out of a slot that holds its first n_tokens.
+void headkv_server_drop_ranges(llama_context * ctx, llama_seq_id seq_id, const headkv_request & request, int32_t n_tokens);
 
 // Tokens that prompts may have, which is the n_ctx of slots as upstream makes them: it is told before it is changed.
 int32_t headkv_server_n_ctx_of_prompts(int32_t n_ctx);

@@ -93,6 +93,7 @@ static bool headkv_server_begin(const std::vector<server_slot> & slots, server_s
         if (why_not.empty()) {
             SLT_INF(slot, "--kv-reuse: %d of %d tokens are continued on the compressed past\n", n_past, n_tokens);
             slot.n_ctx = headkv_server_n_ctx(slot.ctx_tgt, slot.id, n_ctx);
+            headkv_server_drop_ranges(slot.ctx_tgt, slot.id, slot.task->params.headkv, n_past); // before what is new sees it
             return true;
         }
         SLT_INF(slot, "--kv-reuse: the prompt is read from its beginning: %s\n", why_not.c_str());
@@ -150,6 +151,10 @@ static void headkv_server_end(server_slot & slot, server_metrics & metrics) {
     if (headkv_server_is_on() && slot.state == SLOT_STATE_DONE_PROMPT) {
         const bool is_noted = slot.stats.headkv_info.by_layer; // when it was read ahead
         slot.stats.headkv_info = headkv_server_compress(slot.ctx_tgt, slot.id);
+        if (!slot.task->params.headkv.drop.empty()) {
+            headkv_server_drop_ranges(slot.ctx_tgt, slot.id, slot.task->params.headkv, slot.prompt.n_tokens());
+            slot.stats.headkv_info = headkv_server_note(slot.ctx_tgt, slot.id);
+        }
         slot.n_ctx = headkv_server_n_ctx(slot.ctx_tgt, slot.id, headkv_server_n_ctx_of_prompts(slot.n_ctx));
         if (!is_noted) {
             metrics.add_prompt_cached(slot.stats.headkv_info.n_archived);

@@ -61,9 +61,9 @@ def budget(llm: Any, shape: Shape, n_generated: int) -> NDArray[np.int64]:
 
 def protected(llm: Any, positions: NDArray[np.int32]) -> NDArray[np.bool_]:
     """Whether cells of the prompt are sinks or in a protected span."""
-    options, n_prefix = llm.kv_options, llm.kv_stats().n_prompt - llm.kv_options.recent
-    mask = reference.protected(options.protect, sinks=options.sinks or 0, n_prefix=n_prefix)
-    inside = positions < n_prefix
+    options, n_prompt = llm.kv_options, llm.kv_stats().n_prompt
+    mask = reference.protected(options.protect, sinks=options.sinks or 0, n_prefix=n_prompt)
+    inside = positions < n_prompt
     found: NDArray[np.bool_] = inside & mask[np.where(inside, positions, 0)]
     return found
 
