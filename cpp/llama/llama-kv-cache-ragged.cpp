@@ -115,7 +115,8 @@ void llama_kv_cache_ragged::make_layers(headkv_store & store) const {
         }
         layer.fused = can_fuse && cfg->attend != HEADKV_ATTEND_COMPOSED;
         layer.fused_prompt = reads_fused(layer);
-        const char * what = hparams.use_alibi ? "ALiBi" : model.arch == LLM_ARCH_GROK ? "its cap of logits" : nullptr;
+        const char * what = hparams.use_alibi ? "ALiBi" : model.arch == LLM_ARCH_GROK ? "its cap of logits"
+                                                                                      : nullptr;
         if (what && !(layer.fused && headkv_is_cpu(layer.buft))) {
             refuse(format("%s needs attend 'fused' on the CPU: use attend 'auto', types with a dot product, and no GPU layers", what));
         }
