@@ -19,7 +19,7 @@ JOBS   ?= $(shell $(PYTHON) -c 'import os; print(len(os.sched_getaffinity(0)) if
 CMAKE  := PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/cmake
 SOURCES := $(shell find cpp patches -type f -not -name '*.pyc') CMakeLists.txt
 
-.PHONY: all demo check test coverage clean stock sanitize tsan
+.PHONY: all demo check test coverage clean stock sanitize tsan neon
 all: $(VENV)/.installed $(LIBS)/.built
 
 $(VENV)/.tools: pyproject.toml
@@ -73,6 +73,15 @@ tsan: $(VENV)/.llama-cpp-python
 	$(CMAKE) -G Ninja -S . -B $(TSAN) -DPYHEADKV_SANITIZE=thread -DGGML_OPENMP=OFF -DCMAKE_BUILD_TYPE=Debug \
 		-DCMAKE_CXX_FLAGS_DEBUG="-O1 -g1 -fsanitize=thread" -DCMAKE_C_FLAGS_DEBUG="-O1 -g1 -fsanitize=thread" $(CMAKE_DEFINES) > $(TSAN).log
 	$(CMAKE) --build $(TSAN) --parallel $(JOBS) --target llama-server >> $(TSAN).log
+
+# op tests of the NEON kernels: cross-compiled and emulated, with g++-aarch64-linux-gnu and qemu-user of Debian
+NEON := build/neon
+
+neon: $(VENV)/.llama-cpp-python
+	$(CMAKE) -G Ninja -S . -B $(NEON) -DCMAKE_SYSTEM_NAME=Linux -DCMAKE_SYSTEM_PROCESSOR=aarch64 -DCMAKE_C_COMPILER=aarch64-linux-gnu-gcc \
+		-DCMAKE_CXX_COMPILER=aarch64-linux-gnu-g++ -DGGML_NATIVE=OFF -DGGML_OPENMP=OFF -DPYHEADKV_SERVER=OFF -DPYHEADKV_TESTS=ON $(CMAKE_DEFINES) > $(NEON).log
+	$(CMAKE) --build $(NEON) --parallel $(JOBS) --target test-headkv-ops >> $(NEON).log
+	qemu-aarch64 -L /usr/aarch64-linux-gnu $(NEON)/bin/test-headkv-ops
 
 check: $(VENV)/.installed
 	$(BIN)/ruff check .

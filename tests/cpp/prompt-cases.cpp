@@ -312,14 +312,14 @@ void add_prompt_cases(op_cases & cases) {
     }
 }
 
-// layers of Qwen2.5-Coder-0.5B and -1.5B and of Llama-3.2-1B, the ubatch that ends a prompt of so many tokens
+// one thread; layers of Qwen2.5-Coder-0.5B and -1.5B and of Llama-3.2-1B, the ubatch that ends a prompt of so many tokens
 void perf_prompt() {
     const double rate = gemm_rate();
     printf("# product of F32 matrices, ggml, 1 thread: %.1f GFLOP/s\n", rate / 1e9);
     printf("kernel,type,D,G,H,cells,ms,ms_ggml,ratio,gflops,share_of_product\n");
     const int shapes[][3] = { { 64, 7, 2 }, { 128, 6, 2 }, { 64, 4, 8 } };
-    for (const char * kernel : { "avx512", "avx2", "neon", "portable" }) {
-        for (ggml_type type : { GGML_TYPE_F16, GGML_TYPE_Q8_0, GGML_TYPE_Q4_0 }) {
+    for (const char * kernel : { "avx512", "avx2", "neon" }) {
+        for (ggml_type type : { GGML_TYPE_F16, GGML_TYPE_Q8_0 }) {
             for (const auto & [D, G, H] : shapes) {
                 for (int n : { 4096, 16384 }) {
                     if (!has_kernel(kernel)) {

@@ -1357,6 +1357,11 @@ int main(int argc, char ** argv) {
         }
     }
     n_run -= n_skip;
+    std::string kernels; // those that the machine has; the cases of others do nothing
+    for (const char * kernel : { "portable", "avx2", "avx512", "neon" }) {
+        kernels += headkv_attend_kernel_find(GGML_TYPE_F16, GGML_TYPE_F16, 64, 64, kernel) ? std::string(" ") + kernel : "";
+    }
+    printf("kernels:%s\n", kernels.c_str());
     printf("%d of %d cases failed%s\n", n_fail, n_run, n_skip > 0 ? (", " + std::to_string(n_skip) + " skipped").c_str() : "");
     return n_fail > 0 || n_run == 0;
 }
