@@ -81,7 +81,7 @@ neon: $(VENV)/.llama-cpp-python
 	$(CMAKE) -G Ninja -S . -B $(NEON) -DCMAKE_SYSTEM_NAME=Linux -DCMAKE_SYSTEM_PROCESSOR=aarch64 -DCMAKE_C_COMPILER=aarch64-linux-gnu-gcc \
 		-DCMAKE_CXX_COMPILER=aarch64-linux-gnu-g++ -DGGML_NATIVE=OFF -DGGML_OPENMP=OFF -DPYHEADKV_SERVER=OFF -DPYHEADKV_TESTS=ON $(CMAKE_DEFINES) > $(NEON).log
 	$(CMAKE) --build $(NEON) --parallel $(JOBS) --target test-headkv-ops >> $(NEON).log
-	qemu-aarch64 -L /usr/aarch64-linux-gnu $(NEON)/bin/test-headkv-ops
+	qemu-aarch64 -L /usr/aarch64-linux-gnu $(NEON)/bin/test-headkv-ops -k neon
 
 check: $(VENV)/.installed
 	$(BIN)/ruff check .

@@ -7,6 +7,7 @@
 //   test-headkv-ops perf sinks   time per op of attend, without and with sinks
 //   test-headkv-ops perf prompt  attention of a prompt: ours and flash attention of ggml in turn, and the rate of the machine
 //   test-headkv-ops -c NAME   one case
+//   test-headkv-ops -k PART   cases with this in their names
 //   test-headkv-ops device    on the first GPU: the composed paths and, if it is CUDA, our kernels
 
 #include "op-graph.h"
@@ -1173,6 +1174,7 @@ int main(int argc, char ** argv) {
     }
     const bool has_kernels = on_gpu && strncmp(ggml_backend_dev_name(gpu), "CUDA", 4) == 0;
     const std::string only = argc > 2 && strcmp(argv[1], "-c") == 0 ? argv[2] : "";
+    const std::string part = argc > 2 && strcmp(argv[1], "-k") == 0 ? argv[2] : "";
 
     op_cases cases;
     for (bool is_refused : { false, true }) {
@@ -1347,7 +1349,7 @@ int main(int argc, char ** argv) {
     int n_run = 0;
     for (const auto & [name, run] : cases) {
         const auto is_of = [&](const char * what) { return name.find(what) != std::string::npos; };
-        if ((!only.empty() && name != only) || (on_gpu && !is_of("composed") && !(has_kernels && is_of("cuda")))) {
+        if ((!only.empty() && name != only) || !is_of(part.c_str()) || (on_gpu && !is_of("composed") && !(has_kernels && is_of("cuda")))) {
             continue;
         }
         n_run++;
