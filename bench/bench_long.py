@@ -96,7 +96,7 @@ def speed(args: argparse.Namespace, about: dict[str, Any]) -> None:
                 worker.send(args.turn)
                 turns[name].append(worker.recv())
         for name, found in turns.items():
-            median = {key: statistics.median(turn[key] for turn in found) for key in ("tokens_per_s",)}
+            median = {"tokens_per_s": round(statistics.median(turn["tokens_per_s"] for turn in found), 3)}
             share = sum(turn["evict_s"] for turn in found) / sum(turn["seconds"] for turn in found)
             last = {key: value for key, value in found[-1].items() if key not in ("seconds", "evict_s")}
             row = {"model": args.model.stem, "cache": name, **last, **median, "evict_share": round(share, 4), **about}

@@ -53,7 +53,11 @@ def say(llm: Any, shape: Shape, n: int, *, n_batch: int = 1, seed: int = 3) -> i
             slack=options.kv_generated_slack,
             window=options.window,
         )
-        expected = [[row.tolist() for row in heads] for heads in generated.kept_of(llm, shape)] if due else held(llm, shape)
+        expected = (
+            [[row.tolist() for row in heads] for heads in generated.kept_of(llm, shape, len(text[i : i + n_batch]))]
+            if due
+            else held(llm, shape)
+        )
         bytes_before = rows(llm, shape) if due else {}
         part = text[i : i + n_batch]
         new = list(range(llm.n_tokens, llm.n_tokens + len(part)))
@@ -292,6 +296,20 @@ def test_prompts_that_are_kept_whole(make_model: MakeModel) -> None:
         llm.read_prompt(tokens(100))
         assert say(llm, GQA4, 80) == 3
         assert (llm.kv_stats().n_cells == 100 + 24 + 8).all()
+
+
+def test_a_head_holds_no_more_than_the_context(make_model: MakeModel) -> None:
+    """Where the budget gives one head nearly everything, it keeps what n_ctx has room for."""
+    importance = np.full((GQA4.n_layer, GQA4.n_head), 1e-3)
+    importance[0, :4] = 1.0
+    options = {"kv_size": 40, "kv_generated": 150, "kv_generated_slack": 16, "policy": "headkv", "beta": 1.01}
+    with closing(load(make_model(GQA4), n_ctx=256, **options, importance=importance)) as llm:
+        llm.read_prompt(tokens(200))
+        for token in tokens(600, seed=5):
+            llm.eval([token])
+        stats = llm.kv_stats()
+        assert stats.n_evictions > 20 and stats.n_cells[0, 0] > 240 - 16 and stats.n_cells.max() <= 256
+        assert np.isfinite(logits(llm)).all()
 
 
 def test_sinks_stay_where_a_prompt_was_kept_whole(make_model: MakeModel) -> None:

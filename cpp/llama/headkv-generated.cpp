@@ -112,8 +112,8 @@ void headkv_rank_redundancy(float * scores, int64_t n, std::vector<float> cosine
 //
 
 headkv_eviction::headkv_eviction(llama_context * lctx, const headkv_queries & queries, headkv_store & store, const headkv_heads & all_heads,
-        const headkv_seq & seq, llama_seq_id seq_id) :
-    store(store), queries(queries), cfg(*seq.bound_cfg), bound(seq.bound), seq_id(seq_id), n_pos(seq.n_pos), n_prompt(seq.n_prompt), tail_begin(seq.tail_begin()),
+        const headkv_seq & seq, llama_seq_id seq_id, uint32_t n_most) :
+    store(store), queries(queries), cfg(*seq.bound_cfg), bound(seq.bound), n_most(n_most), seq_id(seq_id), n_pos(seq.n_pos), n_prompt(seq.n_prompt), tail_begin(seq.tail_begin()),
     spans(seq.bound_spans), slots(seq.window_slots(seq_id, (llama_pos) bound.n_window)), runner(lctx) {
     if (slots.size() != bound.n_window) {
         throw std::runtime_error("queries of the last tokens are missing");
@@ -164,7 +164,9 @@ void headkv_eviction::decide(headkv_store_layer & layer, const std::vector<int64
     for (size_t ih = 0; ih < ranges.size(); ++ih) {
         head_t & head = of_layer[ih];
         const int64_t n = head.end - head.first;
-        head.rows = headkv_select_cells(scored.scores.data() + ih * n_max, n, std::min(scored.n_keep[ih], n));
+        const int64_t n_room = (int64_t) n_most - head.first - bound.n_window; // of a head that the budget gives more than the context has
+        const int64_t n_keep_now = std::min({ scored.n_keep[ih], n, std::max<int64_t>(n_room, 0) });
+        head.rows = headkv_select_cells(scored.scores.data() + ih * n_max, n, n_keep_now);
         n_dropped += n - (int64_t) head.rows.size();
         head.pos.assign(ranges[ih].pos.begin(), ranges[ih].pos.begin() + head.first);
         for (int32_t i : head.rows) {
@@ -314,13 +316,14 @@ void headkv_eviction::finish(headkv_seq & seq) const {
 void llama_kv_cache_ragged::evict(llama_seq_id seq_id, uint32_t n_new) {
     const int64_t t_start = ggml_time_us();
     headkv_seq & seq = seqs[seq_id];
-    headkv_eviction eviction(lctx, *the_queries, the_store, heads, seq, seq_id);
+    const uint32_t n_more = seq.bound.n_slack + n_new - 1; // until the next one
+    headkv_eviction eviction(lctx, *the_queries, the_store, heads, seq, seq_id, n_ctx_seq - std::min(n_ctx_seq, n_more));
     eviction.apply();
     eviction.finish(seq);
     seq.n_tail = the_store.n_tail(seq_id);
 
     // heads keep other numbers than they had: what they own is changed once, or as often as these change
-    const uint32_t n_tail = (uint32_t) seq.n_in_tail() + seq.bound.n_slack + n_new - 1;
+    const uint32_t n_tail = (uint32_t) seq.n_in_tail() + n_more;
     for (auto & layer : the_store.layers) {
         headkv_rows rows;
         rows.n_tail = n_tail;

@@ -59,9 +59,9 @@ void headkv_rank_redundancy(float * scores, int64_t n, std::vector<float> cosine
 // one eviction: what is dropped is decided for all layers before anything moves
 class headkv_eviction {
 public:
-    // Throws when the queries are missing, memory is short, or a graph cannot be computed.
+    // n_most: cells that a head may hold afterwards. Throws when the queries are missing, memory is short, or a graph cannot be computed.
     headkv_eviction(llama_context * lctx, const headkv_queries & queries, headkv_store & store, const headkv_heads & heads,
-            const headkv_seq & seq, llama_seq_id seq_id);
+            const headkv_seq & seq, llama_seq_id seq_id, uint32_t n_most);
 
     void apply(); // moves the rows of what stays; never fails
 
@@ -85,6 +85,7 @@ private:
     const headkv_queries & queries;
     const headkv_config & cfg;
     const headkv_generated bound;
+    const uint32_t n_most;
     const llama_seq_id seq_id;
     const llama_pos n_pos;
     const llama_pos n_prompt;

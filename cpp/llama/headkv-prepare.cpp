@@ -202,7 +202,9 @@ bool llama_kv_cache_ragged::want_tails(const headkv_split & split, bool resumed)
         if (resumed && is_reading(s)) {
             continue;
         }
-        if (!seq.is_eviction_due(s) && (uint64_t) n_held(s) + n > n_ctx_seq) {
+        const bool is_full = (uint64_t) n_held(s) + n > n_ctx_seq;
+        const bool evicts = seq.is_eviction_due(s) || (is_full && seq.can_evict(s));
+        if (is_full && !evicts) {
             throw std::runtime_error(format("the context is full: %u tokens and %u new ones do not fit into n_ctx = %u", n_held(s), n, n_ctx_seq));
         }
         if (const uint32_t n_orig = cparams.n_ctx_orig_yarn; has_two_ropes() && n_ctx_seq <= n_orig && (uint64_t) seq.n_pos + n > n_orig) {
@@ -213,7 +215,7 @@ bool llama_kv_cache_ragged::want_tails(const headkv_split & split, bool resumed)
         if (is_compressed || seq.state == HEADKV_SEQ_LAYERED) {
             const uint32_t n_have = is_compressed ? seq.n_tail : running->n_tail();
             const uint32_t n_tail = n + (is_compressed ? seq.n_in_tail() : 0);
-            if (seq.is_eviction_due(s)) {
+            if (evicts) {
                 seq.n_new_next = n;
                 res = true;
             } else if (n_tail > n_have) {

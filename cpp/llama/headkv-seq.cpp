@@ -107,12 +107,14 @@ llama_pos headkv_seq::pos_min() const {
     return state == HEADKV_SEQ_COMPRESSED ? std::min(n_settled > 0 ? tail_begin() : n_prompt - n_whole, n_pos - 1) : 0;
 }
 
+bool headkv_seq::can_evict(llama_seq_id id) const {
+    return state == HEADKV_SEQ_COMPRESSED && bound.n_cells > 0 && n_in_tail() > (llama_pos) bound.n_window &&
+            window_slots(id, (llama_pos) bound.n_window).size() == bound.n_window;
+}
+
 bool headkv_seq::is_eviction_due(llama_seq_id id) const {
-    if (state != HEADKV_SEQ_COMPRESSED || bound.n_cells == 0) {
-        return false;
-    }
     const int64_t n_most = (n_settled > 0 ? bound.n_window : bound.n_cells) + (int64_t) bound.n_slack; // in the tail
-    return n_in_tail() >= n_most && window_slots(id, (llama_pos) bound.n_window).size() == bound.n_window;
+    return n_in_tail() >= n_most && can_evict(id);
 }
 
 std::vector<int32_t> headkv_seq::window_slots(llama_seq_id id, llama_pos n) const {

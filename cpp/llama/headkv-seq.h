@@ -106,8 +106,9 @@ struct headkv_seq {
     llama_pos tail_begin() const { return n_prompt + n_settled; }
     llama_pos n_in_tail() const { return n_pos - tail_begin(); } // tokens that every head has behind its kept cells
 
-    // Whether generated tokens are to be evicted: there are more than their bound, and the last queries are in the ring.
-    bool is_eviction_due(llama_seq_id id) const;
+    // Whether generated tokens can be evicted: there are some before the window, whose queries are in the ring.
+    bool can_evict(llama_seq_id id) const;
+    bool is_eviction_due(llama_seq_id id) const; // and whether there are more than their bound
 
     // A token at a position was computed: into the staging (STAGE or PASS), or behind what is stored (DECODE).
     void add(headkv_seq_event event, llama_pos pos, uint64_t adapters_set, llama_pos n_ring, int64_t n_refs = 0);

@@ -76,8 +76,8 @@ def positions_of(llm: Any, il: int, ih: int) -> NDArray[np.int32]:
     return np.concatenate([listed, tail])
 
 
-def kept_of(llm: Any, shape: Shape) -> Kept:
-    """Cells that an eviction now would leave to every head of sequence 0, the last tokens included."""
+def kept_of(llm: Any, shape: Shape, n_new: int = 1) -> Kept:
+    """Cells that an eviction before ``n_new`` tokens would leave to every head of sequence 0, the last tokens included."""
     options, n_prompt = llm.kv_options, llm.kv_stats().n_prompt
     window, is_all = options.window, options.kv_generated_scope == "all"
     cells, group = budget(llm, shape, llm.n_tokens - n_prompt), shape.n_head // shape.n_head_kv
@@ -121,8 +121,9 @@ def kept_of(llm: Any, shape: Shape) -> Kept:
             n_keep = reference.adapt_budget(padded, n_keep, floor=floor, normalize=options.adakv_normalize)
         rows = []
         for positions, (candidates, scores), n in zip(held, of_heads, n_keep.tolist(), strict=True):
-            best = np.sort(np.argsort(-scores, kind="stable")[:n])
             before = positions[: len(positions) - window - len(candidates)]
+            room = llm.n_ctx() - (options.kv_generated_slack + n_new - 1) - len(before) - window  # n_ctx bounds what a head holds
+            best = np.sort(np.argsort(-scores, kind="stable")[: min(n, max(0, room))])
             rows.append(np.concatenate([before, candidates[best], positions[len(positions) - window :]]).astype(np.int32))
         kept.append(rows)
     return kept
