@@ -74,12 +74,8 @@ def test_ubatches_of_any_size_are_those_of_a_fresh_context(n_ubatch: int, prefil
     assert n_archived(llm) > 700
 
 
-@ORDERS
-@pytest.mark.parametrize("seed", range(3))
-def test_prompts_of_any_length_are_those_of_a_fresh_context(seed: int, prefill: str, make_model: MakeModel) -> None:
-    """Of a growing text with edits, against a context without an archive."""
-    rng, path = np.random.default_rng(seed), make_model(SHAPE)
-    n_ubatch = int(rng.integers(64, 300))
+def check_growing_text(path: Path, outcome: Callable[..., Any], rng: np.random.Generator, *, n_ubatch: int, seed: int, prefill: str) -> None:
+    """Prompts of a growing text with edits, against a context without an archive."""
     llm, fresh = (load(path, kv_size=48, prefill=prefill, n_ubatch=n_ubatch, n_batch=512, kv_archive=kv) for kv in (True, None))
     text = tokens(1500, seed=seed)
     n_restored = 0
@@ -89,6 +85,13 @@ def test_prompts_of_any_length_are_those_of_a_fresh_context(seed: int, prefill: 
         n_restored += n_archived(llm)
         text[int(rng.integers(1, 1500))] = 7
     assert n_restored > 0
+
+
+@ORDERS
+@pytest.mark.parametrize("seed", range(3))
+def test_prompts_of_any_length_are_those_of_a_fresh_context(seed: int, prefill: str, make_model: MakeModel) -> None:
+    rng, path = np.random.default_rng(seed), make_model(SHAPE)
+    check_growing_text(path, outcome, rng, n_ubatch=int(rng.integers(64, 300)), seed=seed, prefill=prefill)
 
 
 @pytest.mark.parametrize("n_piece", [1, 30, 200])

@@ -13,6 +13,7 @@ import pytest
 from conftest import WINDOWED, Shape, load, logits, tokens
 from llama_cpp import llama_cpp
 from test_archive import ORDERS, blocks, n_archived, usable
+from test_archive_edges import check_growing_text
 
 pytestmark = pytest.mark.usefixtures("library")
 MakeModel = Callable[..., Path]
@@ -78,18 +79,9 @@ def test_edits_other_beginnings_and_the_same_prompt_again(window: int, make_mode
 @ORDERS
 @pytest.mark.parametrize("seed", range(4))
 def test_prompts_of_any_length_are_those_of_a_fresh_context(seed: int, prefill: str, make_model: MakeModel) -> None:
-    """Of a growing text with edits, against a context without an archive."""
     rng = np.random.default_rng(seed)
-    path, n_ubatch = make_model(WINDOWED, window=int(rng.integers(20, 400))), int(rng.integers(64, 300))
-    llm, fresh = (load(path, kv_size=48, prefill=prefill, n_ubatch=n_ubatch, n_batch=512, kv_archive=kv) for kv in (True, None))
-    text = tokens(1500, seed=seed)
-    n_restored = 0
-    for _ in range(8):
-        prompt = text[: int(rng.integers(64, 1500))]
-        assert outcome(llm, prompt) == outcome(fresh, prompt), (n_ubatch, len(prompt))
-        n_restored += n_archived(llm)
-        text[int(rng.integers(1, 1500))] = 7
-    assert n_restored > 0
+    path = make_model(WINDOWED, window=int(rng.integers(20, 400)))
+    check_growing_text(path, outcome, rng, n_ubatch=int(rng.integers(64, 300)), seed=seed, prefill=prefill)
 
 
 def test_a_restart_in_the_other_order_and_with_other_ubatches(make_model: MakeModel, tmp_path: Path) -> None:

@@ -1,4 +1,5 @@
 #include "headkv-attend-prompt.h"
+#include "headkv-kernels.h"
 #include "headkv-op.h"
 
 #define HEADKV_NO_SIMD // the portable kernel
@@ -12,22 +13,7 @@ const headkv_prompt_kernel * headkv_prompt_kernel_portable() {
 }
 
 const headkv_prompt_kernel * headkv_prompt_kernel_find(const char * name) {
-    static const struct {
-        const char * name;
-        const headkv_prompt_kernel * (*find)();
-    } kernels[] = {
-        { "avx512", headkv_prompt_kernel_avx512 },
-        { "avx2", headkv_prompt_kernel_avx2 },
-        { "neon", headkv_prompt_kernel_neon },
-        { "portable", headkv_prompt_kernel_portable },
-    };
-    for (const auto & k : kernels) {
-        const headkv_prompt_kernel * res = name && strcmp(name, k.name) != 0 ? nullptr : k.find();
-        if (res) {
-            return res;
-        }
-    }
-    return nullptr;
+    return headkv_find_kernel(name, headkv_prompt_kernel_avx512, headkv_prompt_kernel_avx2, headkv_prompt_kernel_neon, headkv_prompt_kernel_portable);
 }
 
 bool headkv_prompt_takes(ggml_type type_k, ggml_type type_v) {

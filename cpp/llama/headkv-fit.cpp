@@ -1,34 +1,17 @@
 #define HEADKV_NO_SIMD
 #include "headkv-fit-kernel.h"
 #include "headkv-fit-ops.h"
+#include "headkv-kernels.h"
 #include "headkv-refs.h"
 
 #include <algorithm>
-#include <cstring>
 
 const headkv_fit_kernel * headkv_fit_kernel_portable() {
     return &fit_kernel;
 }
 
 const headkv_fit_kernel * headkv_fit_kernel_find(const char * name) {
-    static const struct {
-        const char * name;
-        const headkv_fit_kernel * (*find)();
-    } kernels[] = {
-        { "avx512", headkv_fit_kernel_avx512 },
-        { "avx2", headkv_fit_kernel_avx2 },
-        { "neon", headkv_fit_kernel_neon },
-        { "portable", headkv_fit_kernel_portable },
-    };
-    for (const auto & k : kernels) {
-        if (name && strcmp(name, k.name) != 0) {
-            continue;
-        }
-        if (const headkv_fit_kernel * res = k.find()) {
-            return res;
-        }
-    }
-    return nullptr;
+    return headkv_find_kernel(name, headkv_fit_kernel_avx512, headkv_fit_kernel_avx2, headkv_fit_kernel_neon, headkv_fit_kernel_portable);
 }
 
 using namespace headkv_fitting;

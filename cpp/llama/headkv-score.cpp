@@ -1,4 +1,5 @@
 #define HEADKV_NO_SIMD
+#include "headkv-kernels.h"
 #include "headkv-op.h"
 #include "headkv-score-kernel.h"
 #include "headkv-stages.h"
@@ -6,7 +7,6 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdlib>
-#include <cstring>
 #include <vector>
 
 // Sum of the rows of x [n, n_rows], in place: halves are added until one row is left. Upstream's pooling and
@@ -129,24 +129,7 @@ const headkv_score_kernel * headkv_score_kernel_portable() {
 }
 
 const headkv_score_kernel * headkv_score_kernel_find(const char * name) {
-    static const struct {
-        const char * name;
-        const headkv_score_kernel * (*find)();
-    } kernels[] = {
-        { "avx512", headkv_score_kernel_avx512 },
-        { "avx2", headkv_score_kernel_avx2 },
-        { "neon", headkv_score_kernel_neon },
-        { "portable", headkv_score_kernel_portable },
-    };
-    for (const auto & k : kernels) {
-        if (name && strcmp(name, k.name) != 0) {
-            continue;
-        }
-        if (const headkv_score_kernel * res = k.find()) {
-            return res;
-        }
-    }
-    return nullptr;
+    return headkv_find_kernel(name, headkv_score_kernel_avx512, headkv_score_kernel_avx2, headkv_score_kernel_neon, headkv_score_kernel_portable);
 }
 
 namespace {
