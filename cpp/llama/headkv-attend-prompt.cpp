@@ -6,7 +6,7 @@
 #include "headkv-attend-prompt-kernel.h"
 
 #include <algorithm>
-#include <vector>
+#include <cstdint>
 
 const headkv_prompt_kernel * headkv_prompt_kernel_portable() {
     return &prompt_kernel;
@@ -21,11 +21,26 @@ bool headkv_prompt_takes(ggml_type type_k, ggml_type type_v) {
     return takes(type_k) && takes(type_v);
 }
 
+// floats of a thread's work space, and what begins it at a cache line
+static size_t n_work(const headkv_attend_state & state, int n_tokens) {
+    headkv_prompt_args args = {};
+    args.n_tokens = n_tokens;
+    args.n_group = state.n_head / state.n_head_kv;
+    args.n_embd_head_k = state.n_embd_head_k;
+    args.n_embd_head_v = state.n_embd_head_v;
+    constexpr size_t n_line = 64 / sizeof(float);
+    return (state.prompt_kernel->n_work(args) + 2 * n_line - 1) / n_line * n_line;
+}
+
+static float * at_line(float * p) {
+    return (float *) (((uintptr_t) p + 63) / 64 * 64);
+}
+
 // Tokens of a job: queries and answers of its GQA group stay in the cache beside a block of cells, and there are jobs for all threads.
-static int n_tokens_of_job(int n_tokens, int n_group, int n_embd_head, int n_head_kv, int nth) {
-    const int n_rows = std::max(64, 128 * 512 / n_embd_head);
-    const int n_share = (n_tokens * n_head_kv + 4 * nth - 1) / (4 * nth);
-    return std::clamp(std::min(n_rows / n_group, n_share), 1, n_tokens);
+static int n_tokens_of_job(const headkv_attend_state & state, int n_tokens, int n_threads) {
+    const int n_rows = std::max(64, 128 * 512 / std::max(state.n_embd_head_k, state.n_embd_head_v));
+    const int n_share = (n_tokens * state.n_head_kv + 4 * n_threads - 1) / (4 * n_threads);
+    return std::clamp(std::min(n_rows * state.n_head_kv / state.n_head, n_share), 1, n_tokens);
 }
 
 static void attend_prompt_op(ggml_tensor * dst, int ith, int nth, void * userdata) {
@@ -37,11 +52,13 @@ static void attend_prompt_op(ggml_tensor * dst, int ith, int nth, void * userdat
     const auto * cells = (const int32_t *) dst->src[3]->data;
     const auto * seen = (const int32_t *) dst->src[4]->data;
     const auto * sinks = dst->src[5] ? (const float *) dst->src[5]->data : nullptr;
-    GGML_UNUSED(ith);
 
     const int n_tokens = (int) q->ne[2];
-    const int n_job = n_tokens_of_job(n_tokens, state.n_head / state.n_head_kv, std::max(state.n_embd_head_k, state.n_embd_head_v), state.n_head_kv, nth);
-    const int n_blocks = (n_tokens + n_job - 1) / n_job;
+    const int n_blocks = (n_tokens + op.n_job - 1) / op.n_job;
+    const int64_t n_out = (int64_t) state.n_embd_head_v * state.n_head * n_tokens;
+    const auto n = (int64_t) n_work(state, op.n_job);
+    float * work = (float *) dst->data + n_out + ith * n;
+    const bool has_work = n_out + (ith + 1) * n <= ggml_nelements(dst);
 
     headkv_prompt_args args;
     args.nq_token = (int64_t) (q->nb[2] / sizeof(float));
@@ -57,23 +74,19 @@ static void attend_prompt_op(ggml_tensor * dst, int ith, int nth, void * userdat
     args.type_v = v->type;
     args.scale = op.scale;
     args.softcap = op.softcap;
-    args.n_tokens = n_job;
-    const size_t n_line = 64 / sizeof(float); // vectors do not cross cache lines
-    std::vector<float> memory(state.prompt_kernel->n_work(args) + n_line);
-    float * work = memory.data() + (n_line - (uintptr_t) memory.data() / sizeof(float) % n_line) % n_line;
 
     int job;
-    while ((job = state.ticket.fetch_add(1, std::memory_order_relaxed)) < n_blocks * state.n_head_kv) {
+    while (has_work && (job = state.ticket.fetch_add(1, std::memory_order_relaxed)) < n_blocks * state.n_head_kv) {
         const int h = job % state.n_head_kv;
-        const int t = (n_blocks - 1 - job / state.n_head_kv) * n_job; // those that see most come first
-        args.n_tokens = std::min(n_job, n_tokens - t);
+        const int t = (n_blocks - 1 - job / state.n_head_kv) * op.n_job; // those that see most come first
+        args.n_tokens = std::min(op.n_job, n_tokens - t);
         args.q = (const float *) q->data + t * args.nq_token + (int64_t) h * args.n_group * args.nq_head;
         args.k = (const char *) k->data + h * k->nb[1];
         args.v = (const char *) v->data + h * v->nb[1];
         args.seen = seen + 2 * t;
         args.sinks = sinks ? sinks + h * args.n_group : nullptr;
         args.dst = (float *) dst->data + t * args.nd_token + (int64_t) h * args.n_group * args.n_embd_head_v;
-        state.prompt_kernel->run(args, work);
+        state.prompt_kernel->run(args, at_line(work));
     }
 
     // the last thread to leave prepares the next run
@@ -83,7 +96,7 @@ static void attend_prompt_op(ggml_tensor * dst, int ith, int nth, void * userdat
     }
 }
 
-ggml_tensor * headkv_build_attend_prompt(ggml_context * ctx, headkv_attend_state * state,
+ggml_tensor * headkv_build_attend_prompt(ggml_context * ctx, headkv_attend_state * state, int n_threads,
         ggml_tensor * q, ggml_tensor * k, ggml_tensor * v, ggml_tensor * cells, ggml_tensor * seen, ggml_tensor * sinks) {
     GGML_ASSERT(q->type == GGML_TYPE_F32 && q->nb[0] == sizeof(float) && q->ne[3] == 1);
     GGML_ASSERT(q->ne[0] == state->n_embd_head_k && k->ne[0] == state->n_embd_head_k && v->ne[0] == state->n_embd_head_v);
@@ -92,13 +105,16 @@ ggml_tensor * headkv_build_attend_prompt(ggml_context * ctx, headkv_attend_state
     GGML_ASSERT(seen->ne[0] == 2 && seen->ne[1] == q->ne[2]);
     GGML_ASSERT(!sinks || (sinks->type == GGML_TYPE_F32 && ggml_nelements(sinks) == state->n_head && ggml_is_contiguous(sinks)));
 
-    ggml_tensor * args[] = { q, k, v, cells, seen, sinks ? ggml_view_1d(ctx, sinks, state->n_head, 0) : nullptr };
-    ggml_tensor * res = ggml_custom_4d(ctx, GGML_TYPE_F32, (int64_t) state->n_embd_head_v * state->n_head, q->ne[2], 1, 1, args, 6, attend_prompt_op, GGML_N_TASKS_MAX, state);
-
     headkv_op op;
     op.kind = HEADKV_OP_ATTEND_PROMPT;
     op.scale = state->scale;
     op.softcap = state->softcap;
+    op.n_job = n_tokens_of_job(*state, (int) q->ne[2], n_threads);
+
+    const int64_t n_row = (int64_t) state->n_embd_head_v * state->n_head;
+    const int64_t n_all = n_row * q->ne[2] + n_threads * (int64_t) n_work(*state, op.n_job);
+    ggml_tensor * args[] = { q, k, v, cells, seen, sinks ? ggml_view_1d(ctx, sinks, state->n_head, 0) : nullptr };
+    ggml_tensor * res = ggml_custom_4d(ctx, GGML_TYPE_F32, n_all, 1, 1, 1, args, 6, attend_prompt_op, GGML_N_TASKS_MAX, state);
     headkv_op_set(res, op);
-    return res;
+    return ggml_view_2d(ctx, res, n_row, q->ne[2], n_row * sizeof(float), 0);
 }

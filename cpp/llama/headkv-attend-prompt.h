@@ -54,6 +54,7 @@ const headkv_prompt_kernel * headkv_prompt_kernel_find(const char * name);
 // whether K and V of these types can be converted
 bool headkv_prompt_takes(ggml_type type_k, ggml_type type_v);
 
-// scale, softcap and kernel are those of the state when it is built
-ggml_tensor * headkv_build_attend_prompt(ggml_context * ctx, headkv_attend_state * state,
+// Scale, softcap and kernel are those of the state when it is built. What a thread needs besides lies behind the result, so that nothing is
+// allocated while it is computed: for n_threads of them, more would look on.
+ggml_tensor * headkv_build_attend_prompt(ggml_context * ctx, headkv_attend_state * state, int n_threads,
         ggml_tensor * q, ggml_tensor * k, ggml_tensor * v, ggml_tensor * cells, ggml_tensor * seen, ggml_tensor * sinks = nullptr);

@@ -280,7 +280,7 @@ static ggml_tensor * build_attend_prompt(const llm_graph_context & gctx, const h
         ggml_build_forward_expand(gctx.gf, staging->cpy_v(ctx, v_cur, inp.self_v_idxs, layer.il));
     }
     auto * attend = inp.mctx_ragged->get_kv()->store().find(layer.il)->attend.get();
-    return headkv_build_attend_prompt(ctx, attend, q_cur, staging->get_k(ctx, layer.il), staging->get_v(ctx, layer.il), inp.cells,
+    return headkv_build_attend_prompt(ctx, attend, gctx.cparams.n_threads_batch, q_cur, staging->get_k(ctx, layer.il), staging->get_v(ctx, layer.il), inp.cells,
             ggml_reshape_2d(ctx, inp.seen, 2, gctx.n_tokens), sinks);
 }
 

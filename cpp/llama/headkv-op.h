@@ -33,6 +33,7 @@ struct headkv_op {
     int32_t n_square = 0;    // score: probabilities are squared so often before their mean is taken
     int32_t pool_max = 1;    // score: pooling by the maximum, else by the average
     int32_t pool_kernel = 1;    // score
+    int32_t n_job = 0; // attend of a prompt: tokens that a thread takes at a time
 };
 
 // what ggml_custom_4d() takes: a function, the number of tasks, a pointer

@@ -11,6 +11,8 @@
 
 namespace {
 
+constexpr int N_THREADS = 3; // work spaces; some runs have more threads, and some fewer
+
 struct prompt_case {
     std::string kernel;
     ggml_type type;
@@ -159,7 +161,7 @@ bool test_prompt(const prompt_case & c) {
     state.softcap = c.softcap;
     op_graph g;
     prompt_data x(g.ctx.get(), c, c.n() + 37);
-    ggml_tensor * out = headkv_build_attend_prompt(g.ctx.get(), &state, x.q, x.k, x.v, x.cells, x.seen, x.sinks);
+    ggml_tensor * out = headkv_build_attend_prompt(g.ctx.get(), &state, N_THREADS, x.q, x.k, x.v, x.cells, x.seen, x.sinks);
     g.alloc(out);
     x.set(c, true);
     std::vector<float> first;
@@ -184,7 +186,7 @@ bool test_prompt(const prompt_case & c) {
     prompt_data y(last.ctx.get(), c, c.n() + 37);
     ggml_tensor * q = ggml_view_3d(last.ctx.get(), y.q, c.D, c.G * c.H, n_last, y.q->nb[1], y.q->nb[2], (c.n_tokens - n_last) * y.q->nb[2]);
     ggml_tensor * seen = ggml_view_2d(last.ctx.get(), y.seen, 2, n_last, y.seen->nb[1], (c.n_tokens - n_last) * y.seen->nb[1]);
-    ggml_tensor * out_last = headkv_build_attend_prompt(last.ctx.get(), &state, q, y.k, y.v, y.cells, seen, y.sinks);
+    ggml_tensor * out_last = headkv_build_attend_prompt(last.ctx.get(), &state, N_THREADS, q, y.k, y.v, y.cells, seen, y.sinks);
     last.alloc(out_last);
     for (const auto & [to, from] : { std::make_pair(y.q, x.q), { y.k, x.k }, { y.v, x.v }, { y.cells, x.cells }, { y.seen, x.seen }, { y.sinks, x.sinks } }) {
         if (to) {
@@ -211,7 +213,7 @@ bool test_prompt_beside_ggml(const prompt_case & c) {
     op_graph g;
     prompt_data x(g.ctx.get(), c, c.n());
     ggml_tensor * mask;
-    ggml_tensor * ours = headkv_build_attend_prompt(g.ctx.get(), &state, x.q, x.k, x.v, x.cells, x.seen, x.sinks);
+    ggml_tensor * ours = headkv_build_attend_prompt(g.ctx.get(), &state, N_THREADS, x.q, x.k, x.v, x.cells, x.seen, x.sinks);
     ggml_tensor * theirs = build_flash_attn(g.ctx.get(), c, x, &mask);
     ggml_build_forward_expand(g.gf, ours);
     g.alloc(theirs);
@@ -238,7 +240,7 @@ bool test_prompt_nan(const std::string & kernel, ggml_type type, int i_nan) {
     state.scale = 0.125f;
     op_graph g;
     prompt_data x(g.ctx.get(), c, c.n());
-    ggml_tensor * out = headkv_build_attend_prompt(g.ctx.get(), &state, x.q, x.k, x.v, x.cells, x.seen);
+    ggml_tensor * out = headkv_build_attend_prompt(g.ctx.get(), &state, N_THREADS, x.q, x.k, x.v, x.cells, x.seen);
     g.alloc(out);
     x.set(c, false);
     std::vector<float> kf = x.kf;
@@ -331,7 +333,7 @@ void perf_prompt() {
                     op_graph ours, theirs;
                     prompt_data x(ours.ctx.get(), c, n), y(theirs.ctx.get(), c, n);
                     ggml_tensor * mask;
-                    ours.alloc(headkv_build_attend_prompt(ours.ctx.get(), &state, x.q, x.k, x.v, x.cells, x.seen));
+                    ours.alloc(headkv_build_attend_prompt(ours.ctx.get(), &state, N_THREADS, x.q, x.k, x.v, x.cells, x.seen));
                     theirs.alloc(build_flash_attn(theirs.ctx.get(), c, y, &mask));
                     x.set(c, false);
                     y.set(c, false);
