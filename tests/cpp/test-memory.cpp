@@ -11,6 +11,7 @@
 #include "ggml-backend.h"
 #include "ggml-cpp.h"
 
+#include <algorithm>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -330,8 +331,9 @@ struct walk_t {
     }
 
     void cut(int32_t s) {
-        if (n_generated[s] > 0) {
-            return;
+        const auto has_none = [](const auto & layer) { return std::any_of(layer.begin(), layer.end(), [](const auto & rows) { return rows.empty(); }); };
+        if (n_generated[s] > 0 || std::any_of(held[s].begin(), held[s].end(), has_none)) {
+            return; // a head has no prompt cell to let go of
         }
         store.cut(s, 1);
         n_tail[s]++;
