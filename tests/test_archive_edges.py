@@ -74,7 +74,9 @@ def test_ubatches_of_any_size_are_those_of_a_fresh_context(n_ubatch: int, prefil
     assert n_archived(llm) > 700
 
 
-def check_growing_text(path: Path, outcome: Callable[..., Any], rng: np.random.Generator, *, n_ubatch: int, seed: int, prefill: str) -> None:
+def check_growing_text(
+    path: Path, outcome: Callable[..., Any], rng: np.random.Generator, *, n_ubatch: int, seed: int, prefill: str
+) -> None:
     """Prompts of a growing text with edits, against a context without an archive."""
     llm, fresh = (load(path, kv_size=48, prefill=prefill, n_ubatch=n_ubatch, n_batch=512, kv_archive=kv) for kv in (True, None))
     text = tokens(1500, seed=seed)
