@@ -1,5 +1,4 @@
 #include "headkv-attend-prompt.h"
-#include "headkv-kernels.h"
 #include "headkv-op.h"
 
 #define HEADKV_NO_SIMD // the portable kernel
@@ -10,10 +9,6 @@
 
 const headkv_prompt_kernel * headkv_prompt_kernel_portable() {
     return &prompt_kernel;
-}
-
-const headkv_prompt_kernel * headkv_prompt_kernel_find(const char * name) {
-    return headkv_find_kernel(name, headkv_prompt_kernel_avx512, headkv_prompt_kernel_avx2, headkv_prompt_kernel_neon, headkv_prompt_kernel_portable);
 }
 
 bool headkv_prompt_takes(ggml_type type_k, ggml_type type_v) {
@@ -98,6 +93,7 @@ static void attend_prompt_op(ggml_tensor * dst, int ith, int nth, void * userdat
 
 ggml_tensor * headkv_build_attend_prompt(ggml_context * ctx, headkv_attend_state * state, int n_threads,
         ggml_tensor * q, ggml_tensor * k, ggml_tensor * v, ggml_tensor * cells, ggml_tensor * seen, ggml_tensor * sinks) {
+    GGML_ASSERT(state->prompt_kernel && "HEADKV_KERNEL names no kernel of this build and machine");
     GGML_ASSERT(q->type == GGML_TYPE_F32 && q->nb[0] == sizeof(float) && q->ne[3] == 1);
     GGML_ASSERT(q->ne[0] == state->n_embd_head_k && k->ne[0] == state->n_embd_head_k && v->ne[0] == state->n_embd_head_v);
     GGML_ASSERT(q->ne[1] == state->n_head && k->ne[1] == state->n_head_kv && v->ne[1] == state->n_head_kv && k->ne[3] == 1 && v->ne[3] == 1);

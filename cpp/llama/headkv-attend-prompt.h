@@ -43,10 +43,6 @@ struct headkv_prompt_kernel {
     void (*run)(const headkv_prompt_args & args, float * work);
 };
 
-// as those of headkv-attend.h; every one takes all types and sizes
-const headkv_prompt_kernel * headkv_prompt_kernel_avx512();
-const headkv_prompt_kernel * headkv_prompt_kernel_avx2();
-const headkv_prompt_kernel * headkv_prompt_kernel_neon();
 const headkv_prompt_kernel * headkv_prompt_kernel_portable();
 
 const headkv_prompt_kernel * headkv_prompt_kernel_find(const char * name);

@@ -73,27 +73,6 @@ headkv_attend_kernel headkv_attend_kernel_portable(ggml_type type_k, ggml_type t
     return ok_k && ok_v ? attend_portable : nullptr;
 }
 
-headkv_attend_kernel headkv_attend_kernel_find(ggml_type type_k, ggml_type type_v, int n_embd_head_k, int n_embd_head_v, const char * name) {
-    static const struct {
-        const char * name;
-        headkv_attend_kernel (*find)(ggml_type, ggml_type, int, int);
-    } kernels[] = {
-        { "avx512", headkv_attend_kernel_avx512 },
-        { "avx2", headkv_attend_kernel_avx2 },
-        { "neon", headkv_attend_kernel_neon },
-        { "portable", headkv_attend_kernel_portable },
-    };
-    for (const auto & k : kernels) {
-        if (name && strcmp(name, k.name) != 0) {
-            continue;
-        }
-        if (headkv_attend_kernel res = k.find(type_k, type_v, n_embd_head_k, n_embd_head_v)) {
-            return res;
-        }
-    }
-    return nullptr;
-}
-
 //
 // the op
 //

@@ -46,11 +46,7 @@ struct headkv_attend_args {
 // acc [n_group*n_embd_head_v] sum of exp(s - m)*v, m [n_group] largest score, s [n_group] sum of exp(s - m)
 typedef void (*headkv_attend_kernel)(const headkv_attend_args & args, float * acc, float * m, float * s);
 
-// each returns null when the file was built without its instruction set, the machine lacks it, or it has no version
-// for these types and sizes
-headkv_attend_kernel headkv_attend_kernel_avx512(ggml_type type_k, ggml_type type_v, int n_embd_head_k, int n_embd_head_v);
-headkv_attend_kernel headkv_attend_kernel_avx2(ggml_type type_k, ggml_type type_v, int n_embd_head_k, int n_embd_head_v);
-headkv_attend_kernel headkv_attend_kernel_neon(ggml_type type_k, ggml_type type_v, int n_embd_head_k, int n_embd_head_v);
+// null = it has no version for these types and sizes
 headkv_attend_kernel headkv_attend_kernel_portable(ggml_type type_k, ggml_type type_v, int n_embd_head_k, int n_embd_head_v);
 
 // the fastest one; name (may be null) asks for one of "portable", "avx2", "avx512", "neon"

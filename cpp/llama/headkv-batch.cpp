@@ -489,31 +489,36 @@ void llama_kv_cache_ragged_context::set_input_cells(ggml_tensor * cells, ggml_te
     ggml_backend_tensor_set(seen, data_seen.data(), 0, data_seen.size() * sizeof(int32_t));
 }
 
-void llama_kv_cache_ragged_context::set_input_queries(ggml_tensor * slots, const llama_ubatch * ubatch) const {
-    const headkv_queries & queries = *kv->queries();
-    std::vector<int64_t> data(ubatch->n_tokens, queries.n_slots() - 1);
-    std::vector<llama_pos> n_seen(kv->n_seq_max(), 0);
-    for (int64_t i = (int64_t) ubatch->n_tokens - 1; i >= 0; --i) {
-        const llama_seq_id s = ubatch->seq_id[i][0];
-        if (n_seen[s]++ < queries.n_ring()) {
-            data[i] = s * queries.n_ring() + ubatch->pos[i] % queries.n_ring();
+// Slot of each token in a ring of the last n_ring tokens of each sequence, -1 = there are as many behind it.
+static std::vector<int64_t> ring_slots(const llama_ubatch & ubatch, int64_t n_ring, uint32_t n_seq_max) {
+    std::vector<int64_t> res(ubatch.n_tokens, -1);
+    std::vector<int64_t> n_seen(n_seq_max, 0);
+    for (int64_t i = (int64_t) ubatch.n_tokens - 1; i >= 0; --i) {
+        const llama_seq_id s = ubatch.seq_id[i][0];
+        if (n_seen[s]++ < n_ring) {
+            res[i] = s * n_ring + ubatch.pos[i] % n_ring;
         }
     }
+    return res;
+}
+
+void llama_kv_cache_ragged_context::set_input_queries(ggml_tensor * slots, const llama_ubatch * ubatch) const {
+    const headkv_queries & queries = *kv->queries();
+    std::vector<int64_t> data = ring_slots(*ubatch, queries.n_ring(), kv->n_seq_max());
+    std::replace(data.begin(), data.end(), (int64_t) -1, queries.n_slots() - 1);
     ggml_backend_tensor_set(slots, data.data(), 0, data.size() * sizeof(data[0]));
 }
 
 void llama_kv_cache_ragged_context::set_input_window(ggml_tensor * tokens, ggml_tensor * slots, const llama_ubatch * ubatch) const {
-    const int64_t n_ring = kv->staging().n_ring();
     const int64_t n = tokens->ne[0];
+    const std::vector<int64_t> of_token = ring_slots(*ubatch, kv->staging().n_ring(), kv->n_seq_max());
 
     std::vector<int32_t> data_tokens;
     std::vector<int64_t> data_slots;
-    std::vector<int64_t> n_seen(kv->n_seq_max(), 0);
     for (int64_t i = (int64_t) ubatch->n_tokens - 1; i >= 0 && (int64_t) data_tokens.size() < n; --i) {
-        const llama_seq_id s = ubatch->seq_id[i][0];
-        if (n_seen[s]++ < n_ring) {
+        if (of_token[i] >= 0) {
             data_tokens.push_back((int32_t) i);
-            data_slots.push_back(s * n_ring + ubatch->pos[i] % n_ring);
+            data_slots.push_back(of_token[i]);
         }
     }
     while ((int64_t) data_tokens.size() < n) {

@@ -1,17 +1,12 @@
 #define HEADKV_NO_SIMD
 #include "headkv-fit-kernel.h"
 #include "headkv-fit-ops.h"
-#include "headkv-kernels.h"
 #include "headkv-refs.h"
 
 #include <algorithm>
 
 const headkv_fit_kernel * headkv_fit_kernel_portable() {
     return &fit_kernel;
-}
-
-const headkv_fit_kernel * headkv_fit_kernel_find(const char * name) {
-    return headkv_find_kernel(name, headkv_fit_kernel_avx512, headkv_fit_kernel_avx2, headkv_fit_kernel_neon, headkv_fit_kernel_portable);
 }
 
 using namespace headkv_fitting;

@@ -37,10 +37,6 @@ struct headkv_fit_kernel {
     void (*solve)(const double * l, int n, double * b, int n_columns);
 };
 
-// each returns null when the file was built without its instruction set or the machine lacks it
-const headkv_fit_kernel * headkv_fit_kernel_avx512();
-const headkv_fit_kernel * headkv_fit_kernel_avx2();
-const headkv_fit_kernel * headkv_fit_kernel_neon();
 const headkv_fit_kernel * headkv_fit_kernel_portable();
 
 // the fastest one; name (may be null) asks for one of "portable", "avx2", "avx512", "neon"

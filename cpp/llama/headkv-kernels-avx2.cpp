@@ -1,50 +1,14 @@
 #include "headkv-attend-kernel.h"
 #include "headkv-attend-prompt-kernel.h"
 #include "headkv-fit-kernel.h"
+#include "headkv-kernels.h"
 #include "headkv-score-kernel.h"
 
+const headkv_kernels * headkv_kernels_avx2() {
 #if defined(HEADKV_SIMD) && defined(__AVX2__) && !defined(__AVX512F__)
-static bool is_available() {
-    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-}
-#endif
-
-headkv_attend_kernel headkv_attend_kernel_avx2(ggml_type type_k, ggml_type type_v, int n_embd_head_k, int n_embd_head_v) {
-#if defined(HEADKV_SIMD) && defined(__AVX2__) && !defined(__AVX512F__)
-    if (is_available()) {
-        return find_kernel(type_k, type_v, n_embd_head_k, n_embd_head_v);
-    }
-#endif
-    GGML_UNUSED(type_k);
-    GGML_UNUSED(type_v);
-    GGML_UNUSED(n_embd_head_k);
-    GGML_UNUSED(n_embd_head_v);
+    static const headkv_kernels kernels = { find_kernel, &prompt_kernel, &score_kernel, &fit_kernel };
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") ? &kernels : nullptr;
+#else
     return nullptr;
-}
-
-const headkv_score_kernel * headkv_score_kernel_avx2() {
-#if defined(HEADKV_SIMD) && defined(__AVX2__) && !defined(__AVX512F__)
-    if (is_available()) {
-        return &score_kernel;
-    }
 #endif
-    return nullptr;
-}
-
-const headkv_fit_kernel * headkv_fit_kernel_avx2() {
-#if defined(HEADKV_SIMD) && defined(__AVX2__) && !defined(__AVX512F__)
-    if (is_available()) {
-        return &fit_kernel;
-    }
-#endif
-    return nullptr;
-}
-
-const headkv_prompt_kernel * headkv_prompt_kernel_avx2() {
-#if defined(HEADKV_SIMD) && defined(__AVX2__) && !defined(__AVX512F__)
-    if (is_available()) {
-        return &prompt_kernel;
-    }
-#endif
-    return nullptr;
 }

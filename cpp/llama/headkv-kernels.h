@@ -1,19 +1,20 @@
-// Which version of a kernel runs: each is compiled once per instruction set (headkv-kernels-*.cpp).
+// The kernels of an instruction set: each headkv-kernels-*.cpp compiles the same loops with other flags.
 #pragma once
 
-#include <cstring>
+#include "headkv-attend-prompt.h"
+#include "headkv-attend.h"
+#include "headkv-fit.h"
+#include "headkv-score.h"
 
-// The first one of these that the machine has, of K const * (*)() each; name (may be null) asks for "avx512", "avx2", "neon" or "portable".
-template <typename F>
-auto headkv_find_kernel(const char * name, F avx512, F avx2, F neon, F portable) -> decltype(avx512()) {
-    const struct {
-        const char * name;
-        F find;
-    } kernels[] = { { "avx512", avx512 }, { "avx2", avx2 }, { "neon", neon }, { "portable", portable } };
-    for (const auto & k : kernels) {
-        if (const auto res = name && strcmp(name, k.name) != 0 ? nullptr : k.find()) {
-            return res;
-        }
-    }
-    return nullptr;
-}
+struct headkv_kernels {
+    headkv_attend_kernel (*attend)(ggml_type type_k, ggml_type type_v, int n_embd_head_k, int n_embd_head_v); // null = not for these types and sizes
+    const headkv_prompt_kernel * prompt;
+    const headkv_score_kernel * score;
+    const headkv_fit_kernel * fit;
+};
+
+// each returns null when the file was built without its instruction set or the machine lacks it
+const headkv_kernels * headkv_kernels_avx512();
+const headkv_kernels * headkv_kernels_avx2();
+const headkv_kernels * headkv_kernels_neon();
+const headkv_kernels * headkv_kernels_portable();

@@ -1,5 +1,4 @@
 #define HEADKV_NO_SIMD
-#include "headkv-kernels.h"
 #include "headkv-op.h"
 #include "headkv-score-kernel.h"
 #include "headkv-stages.h"
@@ -126,10 +125,6 @@ void headkv_build_sums(ggml_context * ctx, ggml_cgraph * gf, ggml_tensor * q, gg
 
 const headkv_score_kernel * headkv_score_kernel_portable() {
     return &score_kernel;
-}
-
-const headkv_score_kernel * headkv_score_kernel_find(const char * name) {
-    return headkv_find_kernel(name, headkv_score_kernel_avx512, headkv_score_kernel_avx2, headkv_score_kernel_neon, headkv_score_kernel_portable);
 }
 
 namespace {

@@ -20,10 +20,6 @@ struct headkv_score_kernel {
     void (*add_probs)(const float * x, float m, float f, int n_square, float * sum);
 };
 
-// each returns null when the file was built without its instruction set or the machine lacks it
-const headkv_score_kernel * headkv_score_kernel_avx512();
-const headkv_score_kernel * headkv_score_kernel_avx2();
-const headkv_score_kernel * headkv_score_kernel_neon();
 const headkv_score_kernel * headkv_score_kernel_portable();
 
 // the fastest one; name (may be null) asks for one of "portable", "avx2", "avx512", "neon"

@@ -306,10 +306,6 @@ bool headkv_store::has_fused_prompt() const {
     return std::any_of(layers.begin(), layers.end(), [](const headkv_store_layer & l) { return l.fused_prompt; });
 }
 
-bool headkv_store::is_all_fused_prompt() const {
-    return std::all_of(layers.begin(), layers.end(), [](const headkv_store_layer & l) { return l.fused_prompt; });
-}
-
 size_t headkv_store::n_bytes() const {
     size_t res = 0;
     for (const auto & layer : layers) {

@@ -108,7 +108,6 @@ public:
     bool has_fused() const; // any layer decodes with the fused op
     bool is_all_fused() const;
     bool has_fused_prompt() const; // same, of prompts
-    bool is_all_fused_prompt() const;
 
     void clear(); // frees all pools
 
