@@ -17,9 +17,10 @@ from ._lib import embedded_model, use_bundled_library
 
 if TYPE_CHECKING:
     from .llama import KVStats, Llama
+    from .picture import KVText
 
 __version__ = "0.1.0"
-__all__ = ["KVStats", "Llama", "__version__", "embedded_model"]
+__all__ = ["KVStats", "KVText", "Llama", "__version__", "embedded_model"]
 
 use_bundled_library()
 
@@ -30,4 +31,8 @@ def __getattr__(name: str) -> Any:
         from . import llama
 
         return getattr(llama, name)
+    if name == "KVText":
+        from .picture import KVText
+
+        return KVText
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

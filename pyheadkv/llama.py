@@ -11,7 +11,7 @@ from dataclasses import dataclass, fields, replace
 from inspect import signature
 from os import PathLike, fspath
 from reprlib import repr as short_repr
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import llama_cpp
 import numpy as np
@@ -44,9 +44,13 @@ from .options import (
     preset_changes,
     share_of_prompt,
 )
+from .picture import KVText, make_plot, make_text
 from .replay import FoundReplay, ReplayLike, find_replay, replay_for
 from .replay_values import ReplayTable
 from .units import parse_bytes, row_bytes
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 PIECE_MS = 250  # of reading a prompt layer by layer, before Python has its turn
 
@@ -954,6 +958,37 @@ class Llama(llama_cpp.Llama):
             evict_ms=s.t_evict_us / 1000,
             bytes_queries=s.bytes_queries,
         )
+
+    def kv_plot(self, *, seq_id: int = 0) -> Figure:
+        """A picture of what the cache holds of a sequence: cells of each head, and where in the text they are.
+
+        Returns
+        -------
+        matplotlib Figure, which a notebook shows and ``savefig()`` writes
+
+        Raises
+        ------
+        ValueError : the sequence is not compressed, or matplotlib is not installed
+        """
+        return make_plot(self, seq_id=seq_id)
+
+    def kv_text(self, layer: int | None = None, head: int | None = None, *, seq_id: int = 0, tokens: Sequence[int] | None = None) -> KVText:
+        """The text of a sequence and how many KV heads hold each token of it: what the model still sees.
+
+        Parameters
+        ----------
+        layer, head : of these KV heads only; None = of all
+        tokens : those of the sequence; needed where ``seq_id`` is not 0
+
+        Returns
+        -------
+        KVText, shaded in a notebook; ``str()`` is what any of the heads holds, ``save()`` writes a page of HTML
+
+        Raises
+        ------
+        ValueError : the sequence is not compressed, there is no such head, or ``tokens`` are too few
+        """
+        return make_text(self, layer=layer, head=head, seq_id=seq_id, tokens=tokens)
 
     @property
     def last_logits(self) -> npt.NDArray[np.float32]:

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from functools import lru_cache
+from importlib.util import find_spec
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -114,6 +115,18 @@ def check_names(what: str, given: Iterable[str], known: Sequence[str]) -> None:
     for name in given:
         if name not in known:
             raise TypeError(f"{what} has no option {name!r}{nearest(name, known) or ': its options are ' + ', '.join(known)}")
+
+
+def check_extra(what: str, *packages: str) -> None:
+    """``what`` can be made with these packages of the extra ``eval``, which inference does without.
+
+    Raises
+    ------
+    ValueError : one of them is missing
+    """
+    for name in packages:
+        if find_spec(name) is None:
+            raise ValueError(f'{what} is made with {name}, which is not installed: pip install "pyheadkv[eval]"')
 
 
 def check_choice(name: str, value: Any, choices: Any) -> str:

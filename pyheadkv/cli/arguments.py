@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import re
-from importlib.util import find_spec
 from typing import Any
 
 from ..options import SURPLUSES, Options, check_int
@@ -71,18 +70,6 @@ def parse_span(text: str) -> tuple[int, int]:
     if found is None:
         raise ValueError(f"--protect={text!r}: it must be START:END, two positions in the prompt such as 0:32")
     return int(found[1]), int(found[2])
-
-
-def check_extra(what: str, *packages: str) -> None:
-    """``what`` can be made with these packages of the extra ``eval``, which inference does without.
-
-    Raises
-    ------
-    ValueError : one of them is missing
-    """
-    for name in packages:
-        if find_spec(name) is None:
-            raise ValueError(f'{what} is made with {name}, which is not installed: pip install "pyheadkv[eval]"')
 
 
 def split(text: str | None) -> list[str]:

@@ -31,12 +31,13 @@ from ..options import (
     PRESETS,
     Options,
     check_choice,
+    check_extra,
     check_int,
     check_policy,
     policy_traits,
 )
 from ..units import parse_bytes
-from .arguments import AMOUNTS, add_amount_arguments, add_keep_arguments, check_extra, keep_kwargs, split
+from .arguments import AMOUNTS, add_amount_arguments, add_keep_arguments, keep_kwargs, split
 
 KV_SIZES = "32,64,128"
 RECENT = Options(kv_size=64).recent

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -117,7 +117,7 @@ def run(args: argparse.Namespace) -> int:
     check_int("--n-batch", args.n_batch, 1, 1 << 20)
     path, prompt = model_path(args.model), _read_prompt(args)
     if args.n_ctx is None:
-        n_ctx = _fit_n_ctx(path, prompt, args)
+        n_ctx = fit_n_ctx(path, prompt, n_more=_n_more(args), kv_size=args.kv_size)
     else:
         n_ctx = round_n_ctx(check_int("--n-ctx", args.n_ctx, 1, 1 << 30))
     llm = _open_model(path, args, n_ctx=n_ctx)
@@ -133,14 +133,27 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _read_prompt(args: argparse.Namespace) -> str:
-    where = "-p" if args.prompt is not None else args.file or "standard input"
+    if args.prompt is not None:
+        return checked_prompt("-p", lambda: str(args.prompt))
+    return read_prompt(args.file)
+
+
+def read_prompt(file: str | None) -> str:
+    """The text of a file, or of standard input for None.
+
+    Raises
+    ------
+    ValueError : it is empty, or not UTF-8
+    """
+    if file is None:
+        return checked_prompt("standard input", sys.stdin.read)
+    return checked_prompt(file, lambda: Path(file).read_text(encoding="utf-8"))
+
+
+def checked_prompt(where: str, read: Callable[[], str]) -> str:
+    """What ``read`` returns, if it is a prompt."""
     try:
-        if args.prompt is not None:
-            prompt = str(args.prompt)
-        elif args.file is not None:
-            prompt = Path(args.file).read_text(encoding="utf-8")
-        else:
-            prompt = sys.stdin.read()
+        prompt = read()
         prompt.encode("utf-8")  # bytes that are none come as surrogates in arguments, and from standard input in some locales
     except UnicodeError as error:
         raise ValueError(f"the prompt from {where} is not UTF-8 ({error}): convert it, such as with iconv -f latin1 -t utf-8") from None
@@ -179,8 +192,16 @@ def _open_model(path: Path, args: argparse.Namespace, *, n_ctx: int) -> Llama:
     )
 
 
-def _fit_n_ctx(path: Path, prompt: str, args: argparse.Namespace) -> int:
-    """Tokens that the prompt and the answer need, up to what the model was trained on."""
+def _n_more(args: argparse.Namespace) -> int:
+    """Tokens beside those of the prompt that the context holds at most."""
+    n_held: int = args.n_predict
+    if args.kv_generated is not None:  # n_ctx bounds what is held
+        n_held = min(n_held, args.kv_generated + (args.kv_generated_slack or Options.kv_generated_slack) + 1)
+    return n_held + N_CHAT_TEMPLATE * int(args.chat)
+
+
+def fit_n_ctx(path: Path, prompt: str, *, n_more: int, kv_size: int | None) -> int:
+    """Tokens that a prompt and ``n_more`` need, up to what the model was trained on."""
     import llama_cpp
     from llama_cpp._internals import LlamaModel
     from llama_cpp._logger import set_verbose
@@ -189,12 +210,9 @@ def _fit_n_ctx(path: Path, prompt: str, args: argparse.Namespace) -> int:
     params = llama_cpp.llama_model_default_params()
     params.vocab_only = True
     vocab = LlamaModel(path_model=str(path), params=params, verbose=False)
-    n_held = args.n_predict
-    if args.kv_generated is not None:  # n_ctx bounds what is held
-        n_held = min(n_held, args.kv_generated + (args.kv_generated_slack or Options.kv_generated_slack) + 1)
-    n_tokens = len(vocab.tokenize(prompt.encode(), True, True)) + n_held + N_CHAT_TEMPLATE * args.chat
+    n_tokens = len(vocab.tokenize(prompt.encode(), True, True)) + n_more
     vocab.close()
-    n_ctx = round_n_ctx(max(n_tokens, args.kv_size or 0))
+    n_ctx = round_n_ctx(max(n_tokens, kv_size or 0))
     n_ctx_train = _n_ctx_train(path)
     return min(n_ctx, n_ctx_train) if n_ctx_train else n_ctx
 

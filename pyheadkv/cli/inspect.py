@@ -1,4 +1,4 @@
-"""``pyheadkv inspect``: importance and budgets of a GGUF, as a table and as a heat map. No weights are loaded."""
+"""``pyheadkv inspect``: importance and budgets of a GGUF, as a table and as a heat map. No weights are loaded, but for ``--prompt``."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import argparse
 import ctypes
 import os
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -26,16 +27,18 @@ from ..options import (
     PRESETS,
     QUESTIONS,
     Options,
+    check_extra,
     check_int,
     load_importance,
 )
+from ..picture import draw_panel
 from ..replay import find_replay, replay_for
 from ..replay_values import ReplayTable
 from ..units import format_bytes, ggml_type
-from .arguments import check_extra, given
+from . import inspect_prompt
+from .arguments import given
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 BUDGET_OPTIONS = (
@@ -164,11 +167,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="tokens of the full cache to compare with (default: the model's context length)",
     )
-    parser.add_argument("-o", "--output", metavar="FILE.png", help="also draw a heat map of importance and budgets (default: none)")
+    parser.add_argument(
+        "-o",
+        "--output",
+        metavar="FILE",
+        help="also draw a heat map of importance and budgets; with --prompt of what is held (.png), or the text shaded by it (.html) "
+        "(default: none)",
+    )
+    inspect_prompt.add_arguments(parser.add_argument_group("what is held of a prompt"))
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print the plan of a model and draw it when asked to."""
+    """Print the plan of a model, or what it holds of a prompt, and draw it when asked to."""
+    if inspect_prompt.is_asked(args):
+        return inspect_prompt.run(args)
     if args.output is not None:
         check_extra("the heat map", "matplotlib")
     options = Options(kv_size=args.kv_size, **given(args, *BUDGET_OPTIONS))
@@ -337,31 +349,35 @@ def _layers_line(shape: ModelShape) -> str:
 
 
 def _table_lines(plan: Plan) -> list[str]:
-    bars = _bars(plan)
-    width = max(len(str(plan.budget.max())), 3)
-    n_head_kv = plan.shape.n_head_kv
-    n_sum = max(len(str(plan.budget.sum(axis=1).max())), 5)
     legend = "budget in cells"
     if plan.importance is not None:
         legend = "bar = importance (mean over its query heads), number = budget in cells"
+    return table_lines(plan.budget, _bars(plan), legend=legend)
+
+
+def table_lines(cells: NDArray[np.int32], bars: list[list[str]], *, legend: str) -> list[str]:
+    """A row for each layer: a bar of one character and a number for each KV head, and the sum."""
+    width = max(len(str(cells.max())), 3)
+    n_sum = max(len(str(cells.sum(axis=1).max())), 5)
     lines = [f"layer | KV head: {legend}"]
-    lines.append("      |" + "".join(f" {ih:>{width + 2}}" for ih in range(n_head_kv)) + f" | {'cells':>{n_sum}}")
-    for il, row in enumerate(plan.budget):
-        cells = "".join(f" {bar} {n or '-':>{width}}" for bar, n in zip(bars[il], row))
-        lines.append(f"{il:>5} |{cells} | {row.sum():>{n_sum}}")
+    lines.append("      |" + "".join(f" {ih:>{width + 2}}" for ih in range(cells.shape[1])) + f" | {'cells':>{n_sum}}")
+    for il, row in enumerate(cells):
+        heads = "".join(f" {bar} {n or '-':>{width}}" for bar, n in zip(bars[il], row))
+        lines.append(f"{il:>5} |{heads} | {row.sum():>{n_sum}}")
     return lines
 
 
 def _bars(plan: Plan) -> list[list[str]]:
-    """One character per KV head, its height relative to the most important one."""
     if plan.importance is None:
         return [[" "] * plan.shape.n_head_kv] * plan.shape.n_layer
+    return bars(importance_kv(plan.importance, plan.shape), [n_kv for _, n_kv in plan.shape.heads])
+
+
+def bars(values: NDArray[Any], n_heads: Sequence[int]) -> list[list[str]]:
+    """One character for each KV head of each layer, its height relative to the largest value; blank where there is no such head."""
     ramp = printable(BARS, BARS_ASCII)
-    values = importance_kv(plan.importance, plan.shape)
     steps = np.rint(values / values.max() * (len(ramp) - 1)).astype(int)
-    return [
-        [ramp[step] if ih < n_kv else " " for ih, step in enumerate(row)] for row, (_, n_kv) in zip(steps, plan.shape.heads, strict=True)
-    ]
+    return [[ramp[step] if ih < n else " " for ih, step in enumerate(row)] for row, n in zip(steps, n_heads, strict=True)]
 
 
 def _total_lines(plan: Plan) -> list[str]:
@@ -391,16 +407,21 @@ def draw(plan: Plan) -> Figure:
     axes = figure.subplots(1, n_panels, squeeze=False)[0]
     if plan.importance is not None:
         share = _blank(plan.importance, [n for n, _ in plan.shape.heads])
-        _draw_panel(
-            figure, axes[0], 100 * share / np.nansum(share), title="importance", head="query head", unit="share of the total importance (%)"
+        draw_panel(
+            figure,
+            axes[0],
+            100 * share / np.nansum(share),
+            title="importance",
+            x="query head (index)",
+            unit="share of the total importance (%)",
         )
     title = f"budget: {plan.options.policy}, kv_size {plan.options.kv_size}, beta {plan.options.beta}"
-    _draw_panel(
+    draw_panel(
         figure,
         axes[-1],
         _blank(plan.budget, [n for _, n in plan.shape.heads]),
         title=title,
-        head="KV head",
+        x="KV head (index)",
         unit="budget (cells, recent ones included)",
     )
     figure.suptitle(f"{plan.shape.name}: {format_bytes(plan.n_bytes)} of {format_bytes(plan.n_bytes_full)} at {plan.n_ctx} tokens")
@@ -411,15 +432,3 @@ def _blank(values: NDArray[Any], n_heads: list[int]) -> NDArray[np.float64]:
     """The values of the heads that are there, NaN elsewhere, which is drawn as nothing."""
     is_there = np.arange(values.shape[1]) < np.array(n_heads)[:, None]
     return np.where(is_there, values, np.nan)
-
-
-def _draw_panel(figure: Figure, axes: Axes, values: NDArray[Any], *, title: str, head: str, unit: str) -> None:
-    from matplotlib.ticker import MaxNLocator
-
-    image = axes.imshow(values, aspect="auto", interpolation="nearest", cmap="viridis", vmin=0)
-    axes.set_title(title, fontsize=10)
-    axes.set_xlabel(f"{head} (index)")
-    axes.set_ylabel("layer (index)")
-    for axis in (axes.xaxis, axes.yaxis):
-        axis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-    figure.colorbar(image, ax=axes, label=unit)
