@@ -1,6 +1,7 @@
 # make        install into .venv        make demo    ask a small model in English
 # make test   everything CI runs        make clean   remove what it made
 # make check  lint and types, no build
+# make docs   the pages as a site, build/docs/index.html
 # make coverage   the tests with counters of lines and branches (docs/coverage.md), half an hour
 # make test STAGE=select   what belongs to one stage of the data path (cpp/README.md)
 #
@@ -19,7 +20,7 @@ JOBS   ?= $(shell $(PYTHON) -c 'import os; print(len(os.sched_getaffinity(0)) if
 CMAKE  := PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/cmake
 SOURCES := $(shell find cpp patches -type f -not -name '*.pyc') CMakeLists.txt
 
-.PHONY: all demo check test coverage clean stock sanitize tsan neon
+.PHONY: all demo docs check test coverage clean stock sanitize tsan neon
 all: $(VENV)/.installed $(LIBS)/.built
 
 $(VENV)/.tools: pyproject.toml
@@ -47,11 +48,15 @@ $(LIBS)/.built: $(VENV)/.llama-cpp-python $(SOURCES)
 
 # the package is the one of the checkout: a Python file that is edited needs no make; with what tests and checks need
 $(VENV)/.installed: $(VENV)/.llama-cpp-python pyproject.toml
-	$(PIP) install --no-build-isolation -C wheel.cmake=false -C editable.mode=inplace --editable ".[test,check]"
+	$(PIP) install --no-build-isolation -C wheel.cmake=false -C editable.mode=inplace --editable ".[test,check,docs]"
 	touch $@
 
 demo: all
 	$(BIN)/pyheadkv demo --fetch
+
+# its notebook is run with SmolLM2, downloaded once; PYHEADKV_MODEL names another GGUF
+docs: all
+	$(BIN)/python -m sphinx -b html -W --keep-going -q docs build/docs
 
 # libraries that the tests compare with: upstream as it is, and ours with sanitizers
 STOCK := build/stock
