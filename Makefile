@@ -3,6 +3,7 @@
 # make check  lint and types, no build
 # make docs   the pages as a site, build/docs/index.html
 # make coverage   the tests with counters of lines and branches (docs/coverage.md), half an hour
+# make ui     upstream's web chat too, with npm: 3 minutes, 700 MB while it is built        make wheel  a wheel that has it, into dist
 # make test STAGE=select   what belongs to one stage of the data path (cpp/README.md)
 #
 # Python >= 3.10 and a C++17 compiler are needed, ccache is used when present.
@@ -20,7 +21,7 @@ JOBS   ?= $(shell $(PYTHON) -c 'import os; print(len(os.sched_getaffinity(0)) if
 CMAKE  := PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/cmake
 SOURCES := $(shell find cpp patches -type f -not -name '*.pyc') CMakeLists.txt
 
-.PHONY: all demo docs check test coverage clean stock sanitize tsan neon
+.PHONY: all ui wheel demo docs check test coverage clean stock sanitize tsan neon
 all: $(VENV)/.installed $(LIBS)/.built
 
 $(VENV)/.tools: pyproject.toml
@@ -50,6 +51,19 @@ $(LIBS)/.built: $(VENV)/.llama-cpp-python $(SOURCES)
 $(VENV)/.installed: $(VENV)/.llama-cpp-python pyproject.toml
 	$(PIP) install --no-build-isolation -C wheel.cmake=false -C editable.mode=inplace --editable ".[test,check,docs]"
 	touch $@
+
+# what its lock file names is installed below the build folder and removed again; later builds keep the chat
+NPM := npm_config_audit=false npm_config_fund=false npm_config_update_notifier=false
+
+ui: $(VENV)/.installed
+	command -v npm > /dev/null || { echo "make ui: npm is missing, install node 20 or later" >&2; exit 1; }
+	rm -f $(LIBS)/.built
+	$(NPM) $(MAKE) all CMAKE_ARGS="$(CMAKE_ARGS) -DPYHEADKV_UI=ON"
+
+wheel: $(VENV)/.llama-cpp-python
+	command -v npm > /dev/null || { echo "make wheel: npm is missing, install node 20 or later" >&2; exit 1; }
+	$(NPM) PATH="$(CURDIR)/$(BIN):$$PATH" $(PIP) wheel . --no-deps --no-build-isolation --wheel-dir dist -C build-dir=build/wheel \
+		-C cmake.define.PYHEADKV_UI=ON $(CMAKE_DEFINES:-D%=-C cmake.define.%)
 
 demo: all
 	$(BIN)/pyheadkv demo --fetch
