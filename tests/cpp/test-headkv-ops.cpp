@@ -1148,6 +1148,10 @@ static void add_two_sizes(op_cases & cases) {
 }
 
 int main(int argc, char ** argv) {
+    if (argc > 1 && strcmp(argv[1], "kept") == 0) {
+        print_kept();
+        return 0;
+    }
     if (argc > 1 && strcmp(argv[1], "perf") == 0) {
         if (argc > 2 && strcmp(argv[2], "score") == 0) {
             perf_score();
