@@ -3,6 +3,7 @@
 # make check  lint and types, no build
 # make docs   the pages as a site, build/docs/index.html
 # make coverage   the tests with counters of lines and branches (docs/coverage.md), half an hour
+# make test-page   the page at /kv in headless Chromium, which it installs with apt
 # make ui     upstream's web chat too, with npm: 3 minutes, 700 MB while it is built        make wheel  a wheel that has it, into dist
 # make test STAGE=select   what belongs to one stage of the data path (cpp/README.md)
 #
@@ -21,7 +22,7 @@ JOBS   ?= $(shell $(PYTHON) -c 'import os; print(len(os.sched_getaffinity(0)) if
 CMAKE  := PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/cmake
 SOURCES := $(shell find cpp patches -type f -not -name '*.pyc') CMakeLists.txt
 
-.PHONY: all ui wheel demo docs check test coverage clean stock sanitize tsan neon
+.PHONY: all ui wheel test-page demo docs check test coverage clean stock sanitize tsan neon
 all: $(VENV)/.installed $(LIBS)/.built
 
 $(VENV)/.tools: pyproject.toml
@@ -116,6 +117,12 @@ else
 test: check all stock sanitize
 	PYHEADKV_STOCK_LIB=$(CURDIR)/$(STOCK)/bin PYHEADKV_ASAN_DIR=$(CURDIR)/$(ASAN)/bin $(BIN)/pytest tests --durations=15
 endif
+
+# the page and, after make ui, the chat in headless Chromium
+test-page: all
+	command -v chromium > /dev/null || apt-get install -y -qq chromium
+	$(PIP) install "playwright>=1.50" "axe-playwright-python>=0.1.4"
+	$(BIN)/pytest tests/test_page.py tests/test_page_browser.py --durations=5
 
 # what the tests run of our sources; a test that fails here alone is one that measures time
 COVERAGE := build/coverage
