@@ -110,7 +110,7 @@ void llama_kv_cache_ragged::make_layers(headkv_store & store) const {
         const bool can_fuse = headkv_can_attend_fused(layer);
         if (cfg->attend == HEADKV_ATTEND_FUSED && !can_fuse) {
             throw std::invalid_argument(format("attend 'fused' is not possible in layer %d with K heads of %d and V heads of %d, of types %s and %s, on %s: "
-                                               "the CPU has it for types with a dot product, CUDA for K and V of one size, 64, 80, 96, 128 or 256, and both f16, bf16 or q8_0; use 'composed'",
+                                               "the CPU has it for types with a dot product, CUDA and Metal for K and V of one size, 64, 80, 96, 128 or 256, and both f16, bf16 or q8_0; use 'composed'",
                     layer.il, layer.n_embd_head_k, layer.n_embd_head_v, ggml_type_name(type_k), ggml_type_name(type_v), ggml_backend_buft_name(layer.buft)));
         }
         layer.fused = can_fuse && cfg->attend != HEADKV_ATTEND_COMPOSED;

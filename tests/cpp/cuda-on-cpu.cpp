@@ -16,7 +16,7 @@ bool cuda_on_cpu_supports(const ggml_tensor * op) {
 }
 
 void cuda_on_cpu_compute(ggml_tensor * op, bool descending) {
-    cuda_cpu::descending = descending;
+    gpu_cpu::descending = descending;
 
     // every tensor in memory of its own, for the address sanitizer
     ggml_tensor dst = *op;

@@ -35,18 +35,20 @@ inline std::vector<float> random_floats(size_t n, float stdev = 1.0f) {
     return res;
 }
 
-inline ggml_backend_dev_t gpu = nullptr; // where the cases of CUDA and the composed ones run, null: on the CPU
+inline ggml_backend_dev_t gpu = nullptr;   // where the cases of CUDA and the composed ones run, null: on the CPU
+inline ggml_backend_dev_t metal = nullptr; // where those of Metal run: the GPU, or a Metal device that is the CPU; null: nowhere
 inline int n_skip = 0;                   // cases that the device cannot run
 
 // a graph on the CPU backend or on the GPU
 struct op_graph {
     ggml_backend_ptr backend;
     ggml_context_ptr ctx;
-    ggml_backend_buffer_ptr buf;
+    std::vector<ggml_backend_buffer_ptr> bufs;
     ggml_cgraph * gf;
 
-    explicit op_graph(bool on_gpu = false) :
-        backend(on_gpu ? ggml_backend_dev_init(gpu, nullptr) : ggml_backend_cpu_init()) {
+    // dev: null = the CPU
+    explicit op_graph(ggml_backend_dev_t dev = nullptr) :
+        backend(dev ? ggml_backend_dev_init(dev, nullptr) : ggml_backend_cpu_init()) {
         ggml_init_params params = { 256 * ggml_tensor_overhead() + ggml_graph_overhead(), nullptr, true };
         ctx.reset(ggml_init(params));
         gf = ggml_new_graph(ctx.get());
@@ -54,9 +56,24 @@ struct op_graph {
 
     void alloc(ggml_tensor * out) {
         ggml_build_forward_expand(gf, out);
-        buf.reset(ggml_backend_alloc_ctx_tensors(ctx.get(), backend.get()));
+        if (metal && ggml_backend_get_device(backend.get()) == metal) {
+            // every tensor in memory of its own, for the address sanitizer
+            const ggml_backend_buffer_type_t buft = ggml_backend_get_default_buffer_type(backend.get());
+            for (ggml_tensor * t = ggml_get_first_tensor(ctx.get()); t; t = ggml_get_next_tensor(ctx.get(), t)) {
+                if (t->view_src) {
+                    ggml_backend_view_init(t);
+                } else {
+                    bufs.emplace_back(ggml_backend_buft_alloc_buffer(buft, ggml_backend_buft_get_alloc_size(buft, t)));
+                    ggml_backend_tensor_alloc(bufs.back().get(), t, ggml_backend_buffer_get_base(bufs.back().get()));
+                }
+            }
+        } else {
+            bufs.emplace_back(ggml_backend_alloc_ctx_tensors(ctx.get(), backend.get()));
+        }
         // what an op does not write must not matter
-        ggml_backend_buffer_clear(buf.get(), 0xff);
+        for (const auto & buf : bufs) {
+            ggml_backend_buffer_clear(buf.get(), 0xff);
+        }
     }
 
     // an engine sends what the device lacks elsewhere, this graph runs on one backend

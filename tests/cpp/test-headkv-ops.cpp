@@ -1,4 +1,4 @@
-// The CPU ops, and the CUDA kernels run on the CPU, against definitions in double precision, on shapes with empty, short,
+// The CPU ops, and the CUDA and Metal kernels run on the CPU, against definitions in double precision, on shapes with empty, short,
 // long and cut ranges.
 //
 //   test-headkv-ops [test]    every case, exit code 1 if one fails; prints the cases that fail as arguments for -c
@@ -8,7 +8,7 @@
 //   test-headkv-ops perf prompt  attention of a prompt: ours and flash attention of ggml in turn, and the rate of the machine
 //   test-headkv-ops -c NAME   one case
 //   test-headkv-ops -k PART   cases with this in their names
-//   test-headkv-ops device    on the first GPU: the composed paths and, if it is CUDA, our kernels
+//   test-headkv-ops device    on the first GPU: the composed paths and, if it is CUDA or Metal, our kernels
 
 #include "op-graph.h"
 
@@ -29,6 +29,29 @@
 // cuda-on-cpu.cpp; descending: the order in which the threads of a block run
 bool cuda_on_cpu_supports(const ggml_tensor * op);
 void cuda_on_cpu_compute(ggml_tensor * op, bool descending);
+
+#ifdef HEADKV_METAL_ON_CPU
+#include "ggml-metal.h"
+#include "metal-on-cpu-door.h"
+
+#include <sys/wait.h>
+#include <unistd.h>
+#endif
+
+// the device of the cases of a kernel, null = the CPU
+static ggml_backend_dev_t device_of(const std::string & kernel) {
+    return kernel == "metal" ? metal : kernel == "cuda" || kernel == "composed" ? gpu
+                                                                                : nullptr;
+}
+
+// where the cases of Metal run on the CPU, run i has the other order of threads than run i - 1
+static void set_metal_order(int i) {
+#ifdef HEADKV_METAL_ON_CPU
+    metal_on_cpu_order(i % 2 == 0);
+#else
+    GGML_UNUSED(i);
+#endif
+}
 
 //
 // attend
@@ -105,7 +128,8 @@ static std::vector<double> attend_in_doubles(const attend_case & c, const std::v
 
 static bool test_attend(const attend_case & c) {
     const bool cuda = c.kernel == "cuda";
-    setenv("HEADKV_KERNEL", cuda ? "portable" : c.kernel.c_str(), 1);
+    const bool on_device = cuda || c.kernel == "metal"; // or on the CPU, thread by thread
+    setenv("HEADKV_KERNEL", on_device ? "portable" : c.kernel.c_str(), 1);
     if (!headkv_attend_kernel_find(c.type, c.type, c.D, c.D_v(), getenv("HEADKV_KERNEL"))) {
         return true; // not on this machine or not for this type
     }
@@ -125,7 +149,7 @@ static bool test_attend(const attend_case & c) {
     }
     const int T = c.n_tps * c.n_seqs;
 
-    op_graph g(cuda && gpu);
+    op_graph g(device_of(c.kernel));
     ggml_context * ctx = g.ctx.get();
     ggml_tensor * q = ggml_new_tensor_3d(ctx, GGML_TYPE_F32, c.D, c.G * H, T);
     ggml_tensor * k = ggml_new_tensor_2d(ctx, c.type, c.D, n_rows);
@@ -136,7 +160,7 @@ static bool test_attend(const attend_case & c) {
     ggml_tensor * si = sinks.empty() ? nullptr : ggml_new_tensor_1d(ctx, GGML_TYPE_F32, c.G * H);
     ggml_tensor * po = c.max_bias > 0.0f ? ggml_new_tensor_1d(ctx, GGML_TYPE_F32, n_rows) : nullptr;
     ggml_tensor * out = headkv_build_attend_fused(ctx, &state, q, k, v, r, b, si, po);
-    if (cuda && !cuda_on_cpu_supports(out->view_src)) {
+    if (on_device && !(cuda ? cuda_on_cpu_supports(out->view_src) : ggml_backend_supports_op(g.backend.get(), out->view_src))) {
         printf("  not supported\n");
         return false;
     }
@@ -188,19 +212,21 @@ static bool test_attend(const attend_case & c) {
     double ref = 0.0;
     std::vector<float> first;
     for (int n_threads : { 1, 2, 3, 4, 7 }) {
-        if (cuda && n_threads > 2) {
+        if (on_device && n_threads > 2) {
             break;
         }
+        ggml_backend_tensor_memset(out->view_src, 0xff, 0, ggml_nbytes(out->view_src)); // the last run's must not matter
         if (cuda && !gpu) {
             cuda_on_cpu_compute(out->view_src, n_threads == 2);
         } else {
+            set_metal_order(n_threads);
             g.run(n_threads);
         }
         const std::vector<float> got = get_floats(out);
         if (first.empty()) {
             first = got;
         } else if (memcmp(first.data(), got.data(), got.size() * sizeof(float)) != 0) {
-            printf(cuda ? "  depends on the order of the threads\n" : "  differs with %d threads\n", n_threads);
+            printf(on_device ? "  depends on the order of the threads\n" : "  differs with %d threads\n", n_threads);
             return false;
         }
     }
@@ -267,7 +293,7 @@ static bool test_attend_nan(const std::string & kernel, ggml_type type, int i_na
     }
     headkv_attend_state state(D, D, G * H, H, 1, type, type);
     state.scale = 0.125f;
-    op_graph g(false);
+    op_graph g;
     ggml_context * ctx = g.ctx.get();
     ggml_tensor * q = ggml_new_tensor_3d(ctx, GGML_TYPE_F32, D, G * H, 1);
     ggml_tensor * k = ggml_new_tensor_2d(ctx, type, D, H * n);
@@ -307,7 +333,7 @@ static bool test_attend_low_sinks(const std::string & kernel, ggml_type type, in
     const auto qf = random_floats((size_t) D * G * H * n_tps), kf = random_floats((size_t) D * 377), vf = random_floats((size_t) D * 377);
     std::vector<float> got[2];
     for (int with : { 0, 1 }) {
-        op_graph g(false);
+        op_graph g;
         ggml_context * ctx = g.ctx.get();
         ggml_tensor * q = ggml_new_tensor_3d(ctx, GGML_TYPE_F32, D, G * H, n_tps);
         ggml_tensor * k = ggml_new_tensor_2d(ctx, type, D, 377);
@@ -352,8 +378,9 @@ struct score_case {
 
 static bool test_score(const score_case & c) {
     const bool cuda = c.kernel == "cuda";
+    const bool on_device = cuda || c.kernel == "metal";
     const bool composed = c.kernel == "composed"; // of ggml ops, head by head
-    setenv("HEADKV_KERNEL", cuda || composed ? "portable" : c.kernel.c_str(), 1);
+    setenv("HEADKV_KERNEL", on_device || composed ? "portable" : c.kernel.c_str(), 1);
     if (!headkv_score_kernel_find(getenv("HEADKV_KERNEL"))) {
         return true; // not on this machine
     }
@@ -362,7 +389,7 @@ static bool test_score(const score_case & c) {
     const int n_prefix = c.n_kv - (c.n_recent > 0 ? c.n_recent : c.n_window);
     const int n_query = c.n_window * c.G;
 
-    op_graph g((cuda || composed) && gpu);
+    op_graph g(device_of(c.kernel));
     ggml_context * ctx = g.ctx.get();
     ggml_tensor * q = ggml_new_tensor_3d(ctx, GGML_TYPE_F32, c.D, c.G * H, c.n_window);
     ggml_tensor * k = ggml_new_tensor_2d(ctx, c.type, c.D * H, n_cells);
@@ -415,10 +442,20 @@ static bool test_score(const score_case & c) {
 
     std::vector<float> first;
     for (int n_threads : { 1, 2, 4, 7 }) {
-        if (cuda && n_threads > 2) {
+        if (on_device && n_threads > 2) {
             break;
         }
+        if (c.kernel == "metal" && !(ggml_backend_supports_op(g.backend.get(), stats) && ggml_backend_supports_op(g.backend.get(), out))) {
+            printf("  not supported\n");
+            return false;
+        }
+        for (ggml_tensor * t : { stats, out }) {
+            if (t) {
+                ggml_backend_tensor_memset(t, 0xff, 0, ggml_nbytes(t));
+            }
+        }
         if (!cuda || gpu) {
+            set_metal_order(n_threads);
             g.run(n_threads);
         } else if (cuda_on_cpu_supports(stats) && cuda_on_cpu_supports(out)) {
             cuda_on_cpu_compute(stats, n_threads == 2);
@@ -559,7 +596,7 @@ static bool test_sums(int n_kv, int n_tokens, float softcap, const std::string &
 // select
 //
 
-static bool test_select(int n_prefix, int H, int n_recent, bool ties, bool cuda) {
+static bool test_select(int n_prefix, int H, int n_recent, bool ties, const std::string & kernel) {
     std::vector<float> scores = random_floats((size_t) n_prefix * H);
     for (float & s : scores) {
         s = ties ? std::floor(2.0f * s) / 2.0f : s; // plateaus, also of -0 and 0
@@ -577,7 +614,7 @@ static bool test_select(int n_prefix, int H, int n_recent, bool ties, bool cuda)
         plan.push_back(k);
         n_total += k + n_recent;
     }
-    op_graph g(cuda && gpu);
+    op_graph g(device_of(kernel));
     ggml_tensor * s = ggml_new_tensor_2d(g.ctx.get(), GGML_TYPE_F32, n_prefix, H);
     ggml_tensor * p = ggml_new_tensor_2d(g.ctx.get(), GGML_TYPE_I32, 2, H);
     ggml_tensor * out = headkv_build_select(g.ctx.get(), s, p, n_recent, n_total);
@@ -602,9 +639,11 @@ static bool test_select(int n_prefix, int H, int n_recent, bool ties, bool cuda)
         }
     }
     for (int n_threads : { 1, 2, 5 }) {
-        if (cuda && !gpu) {
+        ggml_backend_tensor_memset(out->view_src, 0xff, 0, ggml_nbytes(out->view_src));
+        if (kernel == "cuda" && !gpu) {
             cuda_on_cpu_compute(out->view_src, n_threads == 2);
         } else {
+            set_metal_order(n_threads);
             g.run(n_threads);
         }
         std::vector<int32_t> got(n_total);
@@ -616,52 +655,67 @@ static bool test_select(int n_prefix, int H, int n_recent, bool ties, bool cuda)
     return true;
 }
 
-// scored and selected by both: the same cells
-static bool test_kept(int n_kv, int n_window) {
-    const int D = 64;
-    const int H = 4;
+// Attended twice, scored and selected by the CPU and by a device's kernels on the CPU: the same cells, in both orders of threads and,
+// as the results of one op are what the next one reads, of ops.
+static bool test_kept(const std::string & kernel, int n_kv, int n_window) {
+    const int D = 64, G = 4, H = 4;
     const int n_prefix = n_kv - n_window;
+    unsetenv("HEADKV_KERNEL"); // the fastest
 
-    op_graph g;
-    ggml_context * ctx = g.ctx.get();
-    ggml_tensor * q = ggml_new_tensor_3d(ctx, GGML_TYPE_F32, D, 4 * H, n_window);
-    ggml_tensor * k = ggml_new_tensor_2d(ctx, GGML_TYPE_F16, D * H, n_kv);
-    ggml_tensor * c = ggml_new_tensor_1d(ctx, GGML_TYPE_I32, n_kv);
-    ggml_tensor * p = ggml_new_tensor_2d(ctx, GGML_TYPE_I32, 2, H);
+    headkv_attend_state state(D, D, G * H, H, 1, GGML_TYPE_F16, GGML_TYPE_F16);
+    state.scale = 0.125f;
     std::vector<int32_t> plan;
+    std::vector<int32_t> ranges;
     int n_total = 0;
     for (int h = 0; h < H; ++h) {
         plan.insert(plan.end(), { n_total, (h + 1) * n_prefix / (H + 1) });
         n_total += plan.back() + n_window;
+        ranges.insert(ranges.end(), { h * n_window, n_window });
     }
-    ggml_tensor * score = headkv_build_score_fused(ctx, q, k, c, n_prefix, 0.125f, 0.0f, 0, HEADKV_POOL_MAX, 7);
-    ggml_tensor * kept = headkv_build_select(ctx, score, p, n_window, n_total);
-    g.alloc(kept);
-
     std::vector<int32_t> cells(n_kv);
-    for (int i = 0; i < n_kv; ++i) {
-        cells[i] = i;
-    }
-    set_quantized(k, random_floats(ggml_nelements(k)));
-    const std::vector<float> qf = random_floats(ggml_nelements(q), 2.0f);
-    ggml_backend_tensor_set(q, qf.data(), 0, ggml_nbytes(q));
-    ggml_backend_tensor_set(c, cells.data(), 0, ggml_nbytes(c));
-    ggml_backend_tensor_set(p, plan.data(), 0, ggml_nbytes(p));
+    std::iota(cells.begin(), cells.end(), 0);
+    const std::vector<float> kf = random_floats((size_t) D * H * n_kv), pool = random_floats((size_t) D * H * n_window, 2.0f);
+    const std::vector<float> qf = random_floats((size_t) D * G * H * n_window, 2.0f);
 
-    std::vector<int32_t> got[2];
-    for (int cuda : { 0, 1 }) {
-        if (cuda) {
-            for (ggml_tensor * op : { score->src[3], score, kept->view_src }) {
-                ggml_backend_tensor_memset(op, 0xff, 0, ggml_nbytes(op));
-                cuda_on_cpu_compute(op, false);
+    std::vector<int32_t> want;
+    for (int i = 0; i < 3; ++i) {
+        op_graph g(device_of(i > 0 ? kernel : "cpu"));
+        ggml_context * ctx = g.ctx.get();
+        ggml_tensor * q = ggml_new_tensor_3d(ctx, GGML_TYPE_F32, D, G * H, n_window);
+        ggml_tensor * kv = ggml_new_tensor_2d(ctx, GGML_TYPE_F16, D, H * n_window);
+        ggml_tensor * r = ggml_new_tensor_2d(ctx, GGML_TYPE_I32, 2, H);
+        ggml_tensor * k = ggml_new_tensor_2d(ctx, GGML_TYPE_F16, D * H, n_kv);
+        ggml_tensor * c = ggml_new_tensor_1d(ctx, GGML_TYPE_I32, n_kv);
+        ggml_tensor * p = ggml_new_tensor_2d(ctx, GGML_TYPE_I32, 2, H);
+        ggml_tensor * once = headkv_build_attend_fused(ctx, &state, q, kv, kv, r);
+        ggml_tensor * twice = headkv_build_attend_fused(ctx, &state, ggml_reshape_3d(ctx, once, D, G * H, n_window), kv, kv, r);
+        ggml_tensor * score = headkv_build_score_fused(ctx, ggml_reshape_3d(ctx, twice, D, G * H, n_window), k, c, n_prefix, 0.5f, 0.0f, 0, HEADKV_POOL_MAX, 7);
+        ggml_tensor * kept = headkv_build_select(ctx, score, p, n_window, n_total);
+        g.alloc(kept);
+
+        set_quantized(k, kf);
+        set_quantized(kv, pool);
+        ggml_backend_tensor_set(q, qf.data(), 0, ggml_nbytes(q));
+        ggml_backend_tensor_set(r, ranges.data(), 0, ggml_nbytes(r));
+        ggml_backend_tensor_set(c, cells.data(), 0, ggml_nbytes(c));
+        ggml_backend_tensor_set(p, plan.data(), 0, ggml_nbytes(p));
+        if (i > 0 && kernel == "cuda") {
+            for (ggml_tensor * op : { once->view_src, twice->view_src, score->src[3], score, kept->view_src }) {
+                cuda_on_cpu_compute(op, i == 2);
             }
         } else {
-            g.run(2);
+            set_metal_order(i);
+            g.run(1); // no threads, because test_metal_barriers() forks
         }
-        got[cuda].resize(n_total);
-        ggml_backend_tensor_get(kept, got[cuda].data(), 0, ggml_nbytes(kept));
+        std::vector<int32_t> got(n_total);
+        ggml_backend_tensor_get(kept, got.data(), 0, ggml_nbytes(kept));
+        want = i == 0 ? got : want;
+        if (got != want) {
+            printf("  other cells\n");
+            return false;
+        }
     }
-    return got[0] == got[1];
+    return true;
 }
 
 // composed of ggml ops, one head: the same cells, ties included
@@ -686,7 +740,7 @@ static bool test_select_composed(int n_prefix, int n_keep, int n_values) {
     const std::vector<int32_t> plan = { 0, n_keep };
     std::vector<int32_t> got[2];
     for (int composed : { 0, 1 }) {
-        op_graph g(composed && gpu);
+        op_graph g(device_of(composed ? "composed" : "cpu"));
         ggml_tensor * s = ggml_new_tensor_2d(g.ctx.get(), GGML_TYPE_F32, n_prefix, 1);
         ggml_tensor * p = ggml_new_tensor_2d(g.ctx.get(), GGML_TYPE_I32, 2, 1);
         ggml_tensor * w = ggml_new_tensor_1d(g.ctx.get(), GGML_TYPE_F32, 1);
@@ -883,7 +937,7 @@ static void perf_score() {
                             // the graph allocator reuses what the context allocator does not: the products are the largest part
                             mib[0] = (4.0 * n_kv * n_window * G + ggml_nbytes(mask) + 4.0 * n_kv * H) / 1048576.0;
                             g[0].alloc(s);
-                            ggml_backend_buffer_clear(g[0].buf.get(), 0);
+                            ggml_backend_buffer_clear(g[0].bufs[0].get(), 0);
                         }
                         set_quantized(k[fused], random_floats(ggml_nelements(k[fused])));
                         const auto qf = random_floats(ggml_nelements(q[fused]));
@@ -1107,6 +1161,61 @@ static bool test_fit_answers(int n, float softcap, const std::string & kind, int
     return true;
 }
 
+#ifdef HEADKV_METAL_ON_CPU
+
+// of every stage: ranges that are cut and that are not, several tiles and chunks
+static bool run_metal_cases() {
+    return test_attend({ "metal", GGML_TYPE_F16, 64, 8, { 140 } }) && test_attend({ "metal", GGML_TYPE_F16, 64, 1, { 300 }, 1, 5 }) &&
+            test_score({ "metal", GGML_TYPE_F16, 64, 3, 3, 600, 7 }) && test_select(600, 3, 8, true, "metal") && test_kept("metal", 60, 8);
+}
+
+// Without any one of the barriers of the kernels, or of those between kernels, something is wrong in one of the orders of the threads. In
+// processes of their own, because what is wrong may be an address.
+static bool test_metal_barriers() {
+    if (!run_metal_cases()) {
+        return false;
+    }
+    bool res = true;
+    for (int i = 0; i < metal_on_cpu_n_barriers(); ++i) {
+        fflush(stdout);
+        const pid_t child = fork();
+        if (child == 0) {
+            alarm(30);
+            if (!freopen("/dev/null", "w", stdout) || !freopen("/dev/null", "w", stderr)) {
+                _exit(0);
+            }
+            metal_on_cpu_leave_out(i);
+            _exit(run_metal_cases() ? 0 : 1);
+        }
+        int status = 0;
+        if (child < 0 || waitpid(child, &status, 0) != child || (WIFEXITED(status) && WEXITSTATUS(status) == 0)) {
+            printf("  nothing is wrong without the barrier %s\n", metal_on_cpu_barrier(i));
+            res = false;
+        }
+    }
+    return res && metal_on_cpu_n_barriers() >= 15;
+}
+
+// what the CPU alone runs
+static bool test_metal_refuses() {
+    const auto is_refused = [](ggml_type type, int D, int D_v, float max_bias) {
+        headkv_attend_state state(D, D_v, 8, 2, 1, type, type);
+        state.max_bias = max_bias;
+        op_graph g(metal);
+        ggml_context * ctx = g.ctx.get();
+        ggml_tensor * q = ggml_new_tensor_3d(ctx, GGML_TYPE_F32, D, 8, 1);
+        ggml_tensor * k = ggml_new_tensor_2d(ctx, type, D, 10);
+        ggml_tensor * v = ggml_new_tensor_2d(ctx, type, D_v, 10);
+        ggml_tensor * r = ggml_new_tensor_2d(ctx, GGML_TYPE_I32, 2, 2);
+        ggml_tensor * pos = max_bias > 0.0f ? ggml_new_tensor_1d(ctx, GGML_TYPE_F32, 10) : nullptr;
+        return !ggml_backend_supports_op(g.backend.get(), headkv_build_attend_fused(ctx, &state, q, k, v, r, nullptr, nullptr, pos)->view_src);
+    };
+    return is_refused(GGML_TYPE_F16, 128, 64, 0.0f) && is_refused(GGML_TYPE_F16, 64, 64, 8.0f) && is_refused(GGML_TYPE_F16, 32, 32, 0.0f) &&
+            is_refused(GGML_TYPE_F32, 64, 64, 0.0f) && is_refused(GGML_TYPE_Q4_0, 64, 64, 0.0f) && !is_refused(GGML_TYPE_F16, 64, 64, 0.0f);
+}
+
+#endif
+
 // CUDA's kernels know one size
 static bool test_cuda_refuses_two_sizes() {
     headkv_attend_state state(128, 64, 8, 2, 1, GGML_TYPE_F16, GGML_TYPE_F16);
@@ -1173,7 +1282,15 @@ int main(int argc, char ** argv) {
         }
         printf("%s: %s\n", ggml_backend_dev_name(gpu), ggml_backend_dev_description(gpu));
     }
-    const bool has_kernels = on_gpu && strncmp(ggml_backend_dev_name(gpu), "CUDA", 4) == 0;
+    const std::string gpu_name = on_gpu ? ggml_backend_dev_name(gpu) : "";
+    const std::string gpu_kernels = gpu_name.rfind("CUDA", 0) == 0 ? "cuda" : gpu_name.rfind("MTL", 0) == 0 ? "metal"
+                                                                                                            : "";
+    if (gpu_kernels == "metal") {
+        metal = gpu;
+    }
+#ifdef HEADKV_METAL_ON_CPU
+    metal = ggml_backend_reg_dev_get(ggml_backend_metal_reg(), 0);
+#endif
     const std::string only = argc > 2 && strcmp(argv[1], "-c") == 0 ? argv[2] : "";
     const std::string part = argc > 2 && strcmp(argv[1], "-k") == 0 ? argv[2] : "";
 
@@ -1218,12 +1335,18 @@ int main(int argc, char ** argv) {
         }
     }
     // sinks: ranges of no row up to several chunks, of several sequences, with softcap and bias
-    for (const char * kernel : { "portable", "avx2", "avx512", "neon", "cuda" }) {
+    // thread by thread, the other types of Metal's kernels run in every shape and once for what the types have in common
+    const auto is_enough = [&](const char * kernel, ggml_type type) { return strcmp(kernel, "metal") == 0 && !on_gpu && type != GGML_TYPE_F16; };
+    const auto is_device = [](const char * kernel) { return strcmp(kernel, "cuda") == 0 || strcmp(kernel, "metal") == 0; };
+    for (const char * kernel : { "portable", "avx2", "avx512", "neon", "cuda", "metal" }) {
         for (ggml_type type : { GGML_TYPE_F16, GGML_TYPE_F32, GGML_TYPE_BF16, GGML_TYPE_Q8_0 }) {
-            if (strcmp(kernel, "cuda") == 0 && type == GGML_TYPE_F32) {
+            if (is_device(kernel) && type == GGML_TYPE_F32) {
                 continue;
             }
             for (const char * sinks : { "-1e30", "0", "20", "mixed" }) {
+                if (is_enough(kernel, type)) {
+                    continue;
+                }
                 add({ kernel, type, 64, 8, { 0, 1, 127, 128, 129, 1000 }, 1, 1, 0.0f, false, sinks });
                 add({ kernel, type, 64, 8, { 0, 1, 127, 128, 129, 1000 }, 3, 1, 30.0f, true, sinks });
                 add({ kernel, type, 128, 3, { 0, 1000, 129, 1 }, 2, 3, 0.0f, true, sinks });
@@ -1240,30 +1363,39 @@ int main(int argc, char ** argv) {
             }
         }
     }
-    for (ggml_type type : { GGML_TYPE_F16, GGML_TYPE_BF16, GGML_TYPE_Q8_0 }) {
-        for (int D : { 64, 80, 96, 128, 256 }) {
-            if (D % ggml_blck_size(type) == 0) {
-                for (int G : { 1, 4, 7 }) {
-                    add({ "cuda", type, D, G, lens[(D + G) % 2] });
+    for (const char * kernel : { "cuda", "metal" }) {
+        for (ggml_type type : { GGML_TYPE_F16, GGML_TYPE_BF16, GGML_TYPE_Q8_0 }) {
+            for (int D : { 64, 80, 96, 128, 256 }) {
+                if (D % ggml_blck_size(type) == 0) {
+                    for (int G : { 1, 4, 7 }) {
+                        add({ kernel, type, D, G, lens[(D + G) % 2] });
+                    }
                 }
             }
+            if (is_enough(kernel, type)) {
+                continue;
+            }
+            add({ kernel, type, 64, 12, { 3, 3000 } }); // skew, and a group of more queries than a block takes
+            add({ kernel, type, 128, 4, { 127, 0, 129, 0, 0, 385, 1, 1, 0, 2, 31, 255, 256, 257, 128, 1, 7 }, 17 }); // 17 sequences
+            for (int n_tps : { 2, 5 }) {
+                add({ kernel, type, 64, 7, { 9, 300, 140, 10, 20, 131 }, 3, n_tps, 0.0f, true });
+            }
+            add({ kernel, type, 64, 4, { 5, 300 }, 1, 1, 30.0f, true });
         }
-        add({ "cuda", type, 64, 12, { 3, 3000 } }); // skew, and a group of more queries than a block takes
-        add({ "cuda", type, 128, 4, { 127, 0, 129, 0, 0, 385, 1, 1, 0, 2, 31, 255, 256, 257, 128, 1, 7 }, 17 }); // 17 sequences
-        for (int n_tps : { 2, 5 }) {
-            add({ "cuda", type, 64, 7, { 9, 300, 140, 10, 20, 131 }, 3, n_tps, 0.0f, true });
-        }
-        add({ "cuda", type, 64, 4, { 5, 300 }, 1, 1, 30.0f, true });
+        add({ kernel, GGML_TYPE_F16, 64, 4, std::vector<int>(40, 3), 20, 1, 0.0f, true }); // more ranges than a warp has lanes
+        // so many tokens that ranges are not cut
+        add({ kernel, GGML_TYPE_F16, 64, 4, { 7, 300 }, 1, strcmp(kernel, "cuda") == 0 || on_gpu ? 1030 : 17 });
     }
-    add({ "cuda", GGML_TYPE_F16, 64, 4, std::vector<int>(40, 3), 20, 1, 0.0f, true }); // more ranges than a warp has lanes
-    add({ "cuda", GGML_TYPE_F16, 64, 4, { 7, 130 }, 1, 1030 });                        // so many tokens that ranges are not cut
     const auto add_score = [&](const score_case & c) { cases.push_back({ c.name(), [c]() { return test_score(c); } }); };
-    for (const char * kernel : { "portable", "avx2", "avx512", "neon", "composed", "cuda" }) {
+    for (const char * kernel : { "portable", "avx2", "avx512", "neon", "composed", "cuda", "metal" }) {
         for (ggml_type type : { GGML_TYPE_F16, GGML_TYPE_BF16, GGML_TYPE_Q8_0 }) {
             for (int D : { 64, 80, 96, 128, 256 }) {
                 if (D % ggml_blck_size(type) == 0) {
                     add_score({ kernel, type, D, D == 64 ? 7 : 2, 8, D == 128 ? 700 : 100, 7 });
                 }
+            }
+            if (is_enough(kernel, type)) {
+                continue;
             }
             for (int n_kv : { 2, 3, 32, 129, 256, 257, 513 }) {
                 add_score({ kernel, type, 64, 3, std::min(8, n_kv - 1), n_kv, 5 });
@@ -1271,11 +1403,11 @@ int main(int argc, char ** argv) {
             add_score({ kernel, type, 64, 1, 1, 300, 31, HEADKV_POOL_AVG });
             add_score({ kernel, type, 64, 4, 3, 300, 1, HEADKV_POOL_AVG, 30.0f });
             add_score({ kernel, type, 64, 1, 32, 1000, 63 }); // a query sees none of a chunk but its beginning
-            add_score({ kernel, type, 64, 4, 64, 300, 31, HEADKV_POOL_MAX, 0.0f, 8, 2 });
+            add_score({ kernel, type, 64, 4, is_device(kernel) && !on_gpu ? 9 : 64, 300, 31, HEADKV_POOL_MAX, 0.0f, 8, 2 });
             add_score({ kernel, type, 64, 3, 5, 300, 7, HEADKV_POOL_AVG, 0.0f, 20, 1 });
             add_score({ kernel, type, 64, 2, 40, 90, 1, HEADKV_POOL_MAX, 30.0f, 1, 3 });
             for (float max_bias : { 8.0f, 1.0f }) {
-                if (strcmp(kernel, "composed") != 0 && strcmp(kernel, "cuda") != 0) {
+                if (strcmp(kernel, "composed") != 0 && !is_device(kernel)) {
                     add_score({ kernel, type, 64, 1, 8, 600, 7, HEADKV_POOL_MAX, 0.0f, 0, 0, "", max_bias });
                     add_score({ kernel, type, 64, 6, 9, 300, 31, HEADKV_POOL_AVG, 30.0f, 8, 2, "", max_bias });
                 }
@@ -1303,9 +1435,9 @@ int main(int argc, char ** argv) {
     }
     for (int n_prefix : { 1, 2, 31, 257, 5000 }) {
         for (bool ties : { false, true }) {
-            for (bool cuda : { false, true }) {
-                cases.push_back({ std::string("select,") + (cuda ? "cuda" : "cpu") + ",n=" + std::to_string(n_prefix) + ",ties=" + std::to_string(ties),
-                        [=]() { return test_select(n_prefix, 6, 8, ties, cuda); } });
+            for (const std::string kernel : { "cpu", "cuda", "metal" }) {
+                cases.push_back({ "select," + kernel + ",n=" + std::to_string(n_prefix) + ",ties=" + std::to_string(ties),
+                        [=]() { return test_select(n_prefix, 6, 8, ties, kernel); } });
             }
         }
     }
@@ -1319,8 +1451,12 @@ int main(int argc, char ** argv) {
             }
         }
     }
-    for (int n_kv : { 40, 300, 1000, 3000 }) {
-        cases.push_back({ "kept,n=" + std::to_string(n_kv), [=]() { return test_kept(n_kv, 8); } });
+    for (int n_kv : { 40, 300, 1000 }) {
+        for (const std::string kernel : { "cuda", "metal" }) {
+            if (!on_gpu) { // whose scores differ in their last bits
+                cases.push_back({ "kept," + kernel + ",n=" + std::to_string(n_kv), [=]() { return test_kept(kernel, n_kv, 8); } });
+            }
+        }
     }
     for (const char * kernel : { "portable", "avx2", "avx512", "neon" }) {
 #ifndef NDEBUG
@@ -1343,6 +1479,10 @@ int main(int argc, char ** argv) {
         }
     }
     cases.push_back({ "buckets", test_buckets });
+#ifdef HEADKV_METAL_ON_CPU
+    cases.push_back({ "metal barriers", test_metal_barriers });
+    cases.push_back({ "metal refuses", test_metal_refuses });
+#endif
     add_two_sizes(cases);
     add_prompt_cases(cases);
 
@@ -1350,7 +1490,10 @@ int main(int argc, char ** argv) {
     int n_run = 0;
     for (const auto & [name, run] : cases) {
         const auto is_of = [&](const char * what) { return name.find(what) != std::string::npos; };
-        if ((!only.empty() && name != only) || !is_of(part.c_str()) || (on_gpu && !is_of("composed") && !(has_kernels && is_of("cuda")))) {
+        if ((!only.empty() && name != only) || !is_of(part.c_str()) || (on_gpu && !is_of("composed") && !(!gpu_kernels.empty() && is_of(gpu_kernels.c_str())))) {
+            continue;
+        }
+        if (!metal && is_of("metal")) {
             continue;
         }
         n_run++;

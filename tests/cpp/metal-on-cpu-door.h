@@ -1,0 +1,21 @@
+// What tests tell the device of metal-on-cpu-device.cpp, beside ggml's interface.
+#pragma once
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+// the order of threads, threadgroups, and of dispatches between two barriers
+void metal_on_cpu_order(bool descending);
+
+// barriers that were reached so far, "file:line" or "before kernel"; which one is left out from now on, -1 = none
+int metal_on_cpu_n_barriers(void);
+const char * metal_on_cpu_barrier(int i);
+void metal_on_cpu_leave_out(int i);
+
+// dispatches of our kernels so far
+int metal_on_cpu_n_dispatches(void);
+
+#ifdef __cplusplus
+}
+#endif

@@ -1,0 +1,74 @@
+// The kernels of cpp/ggml-metal, compiled for the CPU in every shape.
+#include "metal-on-cpu.h"
+
+#include "headkv-args.h"
+
+static std::vector<metal_cpu::kernel_t> & all() {
+    static std::vector<metal_cpu::kernel_t> res;
+    return res;
+}
+
+static bool add(std::initializer_list<metal_cpu::kernel_t> kernels) {
+    all().insert(all().end(), kernels);
+    return true;
+}
+
+const std::vector<metal_cpu::kernel_t> & metal_cpu::kernels() { return all(); }
+
+namespace shape_none {
+#include "headkv-device.metal"
+#include "headkv-select.metal"
+[[maybe_unused]] static const bool added = add({ metal_cpu::make_kernel("headkv_select", 0, 0, 0, headkv_select) });
+} // namespace shape_none
+
+
+#define HEADKV_TYPE HEADKV_F16
+#define HEADKV_D 64
+#include "metal-on-cpu-shape.h"
+#undef HEADKV_D
+#define HEADKV_D 80
+#include "metal-on-cpu-shape.h"
+#undef HEADKV_D
+#define HEADKV_D 96
+#include "metal-on-cpu-shape.h"
+#undef HEADKV_D
+#define HEADKV_D 128
+#include "metal-on-cpu-shape.h"
+#undef HEADKV_D
+#define HEADKV_D 256
+#include "metal-on-cpu-shape.h"
+#undef HEADKV_D
+#undef HEADKV_TYPE
+
+#define HEADKV_TYPE HEADKV_BF16
+#define HEADKV_D 64
+#include "metal-on-cpu-shape.h"
+#undef HEADKV_D
+#define HEADKV_D 80
+#include "metal-on-cpu-shape.h"
+#undef HEADKV_D
+#define HEADKV_D 96
+#include "metal-on-cpu-shape.h"
+#undef HEADKV_D
+#define HEADKV_D 128
+#include "metal-on-cpu-shape.h"
+#undef HEADKV_D
+#define HEADKV_D 256
+#include "metal-on-cpu-shape.h"
+#undef HEADKV_D
+#undef HEADKV_TYPE
+
+#define HEADKV_TYPE HEADKV_Q8_0
+#define HEADKV_D 64
+#include "metal-on-cpu-shape.h"
+#undef HEADKV_D
+#define HEADKV_D 96
+#include "metal-on-cpu-shape.h"
+#undef HEADKV_D
+#define HEADKV_D 128
+#include "metal-on-cpu-shape.h"
+#undef HEADKV_D
+#define HEADKV_D 256
+#include "metal-on-cpu-shape.h"
+#undef HEADKV_D
+#undef HEADKV_TYPE

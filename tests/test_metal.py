@@ -1,0 +1,149 @@
+"""The Metal kernels, without a Mac: Clang reads them with address spaces as types, and the engine attends, scores and selects with them.
+
+What they compute is checked op by op in ``tests/cpp/test-headkv-ops.cpp``, where their text is compiled for the CPU and runs thread by
+thread in both orders, and where every barrier is left out once (``test_sanitizers.py`` runs it).
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+METAL = ROOT / "cpp" / "ggml-metal"
+LANGUAGE = Path(__file__).parent / "metal_as_clang_sees_it.h"
+TYPES = {"HEADKV_F16": 1, "HEADKV_BF16": 2, "HEADKV_Q8_0": 3}
+SIZES = {"HEADKV_F16": (80, 128), "HEADKV_BF16": (128,), "HEADKV_Q8_0": (64, 256)}  # what is unlike in the others are numbers
+SPACES = {"device", "constant", "threadgroup", "thread"}
+WHERE = (  # the last parameters of every kernel
+    "uint3 group [[threadgroup_position_in_grid]]",
+    "uint thread_index [[thread_index_in_threadgroup]]",
+    "uint simd_index [[simdgroup_index_in_threadgroup]]",
+    "uint lane_index [[thread_index_in_simdgroup]]",
+)
+
+
+def kernel_text(name: str) -> str:
+    """The text that Metal gets, without the definitions before it: headkv-metal-source.cpp.in, headkv-metal.cpp."""
+    parts = ("headkv-args.h", "headkv-device.metal", f"headkv-{name}.metal")
+    text = "".join((METAL / part).read_text(encoding="utf-8") for part in parts).replace("#pragma once", "")
+    return "#include <metal_stdlib>\nusing namespace metal;\n" + text
+
+
+def programs() -> list[tuple[str, str]]:
+    """Kernel and definitions of sources that the backend puts together."""
+    res = [("select", "")]
+    for kind, sizes in SIZES.items():
+        for d in sizes:
+            for name, nq in (("score", 0), ("attend", 4), ("attend", 8)):
+                res.append((name, f"#define HEADKV_TYPE {TYPES[kind]}\n#define HEADKV_D {d}\n#define HEADKV_NQ {nq}\n"))
+    return res
+
+
+def findings(text: str) -> list[str]:
+    """What Metal would refuse in a source, as far as Clang can say: C++14, no double, address spaces, no recursion, no lambda."""
+    cindex = pytest.importorskip("clang.cindex", reason="libclang is not installed: run make")
+    text = re.sub(r"\[\[.*?\]\]", "", text).replace("#include <metal_stdlib>", f'#include "{LANGUAGE}"')
+    args = ["-x", "c++", "-std=c++14", "-nostdinc", "-D__METAL_VERSION__=310", "-Wall", "-Wdouble-promotion", "-Wno-unknown-attributes"]
+    unit = cindex.Index.create().parse("kernel.cpp", args=args, unsaved_files=[("kernel.cpp", text)])
+    res = [str(d) for d in unit.diagnostics if d.severity >= cindex.Diagnostic.Warning]
+
+    kinds = cindex.CursorKind
+    declared = (kinds.PARM_DECL, kinds.VAR_DECL, kinds.FIELD_DECL)
+    pointers = (cindex.TypeKind.POINTER, cindex.TypeKind.LVALUEREFERENCE, cindex.TypeKind.RVALUEREFERENCE)
+    refused = (kinds.LAMBDA_EXPR, kinds.CXX_NEW_EXPR, kinds.CXX_DELETE_EXPR, kinds.GOTO_STMT, kinds.CXX_TRY_STMT, kinds.CXX_THROW_EXPR)
+
+    def walk(cursor: object, function: str) -> None:
+        for c in cursor.get_children():  # type: ignore[attr-defined]
+            if not c.location.file or c.location.file.name != "kernel.cpp":
+                continue
+            if c.kind in refused:
+                res.append(f"{c.location.line}: {c.kind.name}")
+            before_name = re.split(r"[(,;{]", text[: c.location.offset])[-1]
+            if c.kind in declared and c.type.get_canonical().kind in pointers and not SPACES & set(before_name.split()):
+                res.append(f"{c.location.line}: no address space: {before_name.strip()} {c.spelling}")
+            if c.kind in declared and c.type.get_canonical().spelling.endswith(("double", "long double")):
+                res.append(f"{c.location.line}: double")
+            if c.kind == kinds.CALL_EXPR and c.spelling == function:
+                res.append(f"{c.location.line}: {function} calls itself")
+            is_function = c.kind in (kinds.FUNCTION_DECL, kinds.FUNCTION_TEMPLATE, kinds.CXX_METHOD)
+            walk(c, c.spelling if is_function else function)
+
+    walk(unit.cursor, "")
+    # what the compiler may assume away, and what is not in the language
+    for word in ("INFINITY", "NAN", "isnan", "isinf", "double", "std::", "virtual", "static_cast", "dynamic_cast"):
+        res += [f"{word} is used" for line in text.splitlines() if re.search(rf"\b{word}", line.split("//")[0])]
+    return res
+
+
+@pytest.mark.parametrize(("name", "definitions"), programs(), ids=lambda x: re.sub(r"#define HEADKV_|\n", "", x).replace(" ", "="))
+def test_clang_finds_nothing_in_a_source(name: str, definitions: str) -> None:
+    assert findings(definitions + kernel_text(name)) == []
+
+
+MISTAKES = {
+    "a threadgroup's pointer is a device's": ("attend", "threadgroup float * p [[threadgroup(1)]]", "device float * p [[buffer(9)]]"),
+    "an argument is in no address space": (
+        "attend",
+        "constant headkv_metal_attend & a, int range, int j",
+        "headkv_metal_attend & a, int range, int j",
+    ),
+    "a constant is written": ("select", "uint limit = 0;", "uint limit = 0; a.n_recent = 1;"),
+    "a double": ("score", "float sum = 0.0f;", "double sum = 0.0f;"),
+    "a double by its digits": ("score", "float res = 0.0f;", "float res = 0.5 * a.scale;"),
+    "an infinity": ("score", "float m = LOWEST;", "float m = -INFINITY;"),
+    "a lambda": ("select", "uint limit = 0;", "const auto f = [](int i) { return i; }; uint limit = f(0);"),
+    "a function that calls itself": ("select", "return bits & 0x80000000u ?", "return bits == 7 ? score_key(bits) : bits & 0x80000000u ?"),
+    "something of the standard library": ("select", "uint limit = 0;", "uint limit = std::min(0u, 1u);"),
+    "too few parameters": ("attend", "simd_shuffle(sum - n, (ushort) found)", "simd_shuffle(sum - n)"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_clang_finds_a_mistake(mistake: str) -> None:
+    name, old, new = MISTAKES[mistake]
+    text = kernel_text(name)
+    assert text.count(old) >= 1
+    definitions = "#define HEADKV_TYPE 1\n#define HEADKV_D 64\n#define HEADKV_NQ 8\n" if name != "select" else ""
+    assert findings(definitions + text.replace(old, new)) != []
+
+
+def kernels() -> dict[str, tuple[str, list[str]]]:
+    """Threads and parameters of each kernel."""
+    res = {}
+    for name in ("attend", "score", "select"):
+        text = re.sub(r"//.*", "", (METAL / f"headkv-{name}.metal").read_text(encoding="utf-8"))
+        for threads, kernel, rest in re.findall(
+            r"\[\[kernel, max_total_threads_per_threadgroup\((\w+)\)\]\] void (\w+)\((.*?)\) \{", text, re.S
+        ):
+            res[kernel] = threads, [" ".join(p.split()) for p in re.split(r",(?![^(\[]*[\])])", rest)]
+    return res
+
+
+def test_parameters_are_where_the_host_puts_them() -> None:
+    """The CPU runs the kernels by the order of their parameters, Metal by what stands behind them: both are the same."""
+    host = (METAL / "headkv-metal.cpp").read_text(encoding="utf-8")
+    found = kernels()
+    assert set(found) == set(re.findall(r'"(headkv_\w+)"', host)) and len(found) == 5
+    for kernel, (threads, parameters) in found.items():
+        assert tuple(parameters[-4:]) == WHERE, kernel
+        shared = [p for p in parameters if p.startswith("threadgroup ")]
+        buffers = parameters[: -4 - len(shared)]
+        assert [re.findall(r"\[\[buffer\((\d+)\)\]\]$", p) for p in buffers] == [[str(i)] for i in range(len(buffers))]
+        assert [re.findall(r"\[\[threadgroup\((\d+)\)\]\]$", p) for p in shared] == [[str(i)] for i in range(len(shared))]
+        # the last argument of its dispatch
+        dispatch = re.search(rf'dispatch\(enc, all, "{kernel}"\)(.*?);', host, re.S)
+        assert dispatch and dispatch[1].rstrip().endswith(f", {threads})"), kernel
+
+
+def test_our_c_interface_is_upstreams() -> None:
+    """No Objective-C: what our code calls is declared in one header of upstream's, which is plain C."""
+    header = ROOT / "build" / "llama" / "llama.cpp" / "ggml" / "src" / "ggml-metal" / "ggml-metal-device.h"
+    if not header.is_file():
+        pytest.skip("no patched source tree: run make")
+    declared = set(re.findall(r"\b(ggml_metal_\w+) *\(", header.read_text(encoding="utf-8")))
+    called = set(re.findall(r"\b(ggml_metal_\w+)\(", (METAL / "headkv-metal.cpp").read_text(encoding="utf-8")))
+    assert called and called <= declared
+    assert [p.name for p in METAL.iterdir() if p.suffix in (".m", ".mm")] == []
