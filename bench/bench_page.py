@@ -1,9 +1,11 @@
 """What the page at /kv costs the answers of llama-server: when nobody looks, when somebody does, and when it is flooded.
 
-Two servers, one without the page, take turns; a round has each kind once, in an order that changes. Ratios are medians of those within a
-round, with their quartiles.
+Two servers, one without the page, take turns; a round has each kind once, in random order. Ratios are medians of those within a round,
+with an interval that has the true one in it 19 times out of 20. Beside the time by the clock there is the processor time of the server, all
+its threads, which other load on the machine changes less.
 
     python bench/bench_page.py decode --model MODEL.gguf --out bench/results/page_decode.csv
+    python bench/bench_page.py look --model MODEL.gguf --out bench/results/page_look.csv
     python bench/bench_page.py flood --model MODEL.gguf --out bench/results/page_flood.csv
 """
 
@@ -11,7 +13,7 @@ from __future__ import annotations
 
 import argparse
 import collections
-import itertools
+import random
 import statistics
 import sys
 import tempfile
@@ -73,32 +75,68 @@ def answer(server: Server, args: argparse.Namespace) -> dict[str, Any]:
     return server.complete(make_prompt(args.n_prompt), args.n_predict, ignore_eos=True, cache_prompt=False)
 
 
+def processor_ms(server: Server) -> float:
+    """Of all threads of the server so far."""
+    return 1000 * time.clock_gettime((~server.process.pid << 3) | 2)  # the clock of another process, see clock_getcpuclockid(3)
+
+
+def median_and_interval(values: list[float]) -> tuple[float, float, float]:
+    """Median, and an interval of the order statistics that has the true one in it with 95 %."""
+    ordered, n = sorted(values), len(values)
+    reach = 0.98 * n**0.5
+    return statistics.median(ordered), ordered[max(0, int(n / 2 - reach))], ordered[min(n - 1, int(n / 2 + reach))]
+
+
 def decode(args: argparse.Namespace) -> None:
-    """Milliseconds per generated token: without the page, with it, and with so many looks in a second."""
+    """An answer without the page, with it, and with so many looks in a second."""
     rates = [float(rate) for rate in args.rates.split(",")]
     kinds = ["off", "off again", "on", *(f"{rate:g} a second" for rate in rates)]
     looks = dict(zip(kinds, [0.0, 0.0, 0.0, *rates]))
-    times: dict[str, list[float]] = {kind: [] for kind in kinds}
+    times: dict[str, list[dict[str, float]]] = {kind: [] for kind in kinds}
     n_looks: collections.Counter[str] = collections.Counter()
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
         servers = {page: stack.enter_context(running(*flags(args, page=page), log=Path(folder) / str(page))) for page in (False, True)}
         expected = [answer(server, args)["tokens"] for server in servers.values()]
         assert expected[0] == expected[1]
         for i in range(args.rounds):
-            order = list(itertools.islice(itertools.cycle(kinds), i % len(kinds), i % len(kinds) + len(kinds)))
-            for kind in order if i % 2 == 0 else order[::-1]:
+            for kind in random.Random(i).sample(kinds, len(kinds)):
                 server = servers[not kind.startswith("off")]
                 with watched(server, looks[kind]) as codes:
+                    before = processor_ms(server)
                     found = answer(server, args)
+                    spent = processor_ms(server) - before
                 assert found["tokens"] == expected[0] and set(codes) <= {200}, codes
-                times[kind].append(found["timings"]["predicted_per_token_ms"])
+                times[kind].append({"decode_ms": found["timings"]["predicted_per_token_ms"], "processor_ms": spent})
                 n_looks[kind] += len(codes) // len(LOOK)
-            print(f"round {i}: " + ", ".join(f"{kind} {times[kind][-1]:.3f} ms" for kind in kinds), flush=True)
     for kind in kinds:
-        ratios = [a / b for a, b in zip(times[kind], times["off"])]
-        low, middle, high = statistics.quantiles(ratios, n=4)
-        row = {"kind": kind, "rounds": args.rounds, "looks": n_looks[kind], "decode_ms": round(statistics.median(times[kind]), 4)}
-        write({**row, "ratio": round(middle, 4), "ratio_25": round(low, 4), "ratio_75": round(high, 4)}, args)
+        row: dict[str, Any] = {"kind": kind, "rounds": args.rounds, "looks": n_looks[kind]}
+        for name in ("decode_ms", "processor_ms"):
+            row[name] = round(statistics.median(t[name] for t in times[kind]), 4)
+            ratios = median_and_interval([a[name] / b[name] for a, b in zip(times[kind], times["off"])])
+            row |= dict(zip((f"{name}_ratio", f"{name}_ratio_low", f"{name}_ratio_high"), (round(x, 4) for x in ratios)))
+        write(row, args)
+
+
+def look(args: argparse.Namespace) -> None:
+    """What one look takes of the processor while nothing is computed, and the thread of the context does nothing else."""
+    with tempfile.TemporaryDirectory() as folder, running(*flags(args, page=True), "--kv-reuse", log=Path(folder) / "log") as server:
+        server.complete(make_prompt(args.n_prompt), 2)
+        time.sleep(1)
+        before, start = processor_ms(server), time.monotonic()
+        time.sleep(3)
+        idle = (processor_ms(server) - before) / (time.monotonic() - start)
+        spent, size = [], 0
+        for _ in range(args.rounds):
+            before, start = processor_ms(server), time.monotonic()
+            for path in LOOK:
+                response = server.open(path)
+                assert response.status_code == 200
+                size += len(response.content)
+            time.sleep(0.1)  # what it leaves behind counts too
+            spent.append(processor_ms(server) - before - idle * (time.monotonic() - start))
+    middle, low, high = (round(x, 3) for x in median_and_interval(spent))
+    row = {"kind": "look", "rounds": args.rounds, "processor_ms": middle, "processor_ms_low": low, "processor_ms_high": high}
+    write({**row, "bytes": size // args.rounds, "idle_ms_per_s": round(idle, 3)}, args)
 
 
 def flood(args: argparse.Namespace) -> None:
@@ -156,19 +194,19 @@ def write(row: dict[str, Any], args: argparse.Namespace) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("decode", "flood"))
+    parser.add_argument("what", choices=("decode", "look", "flood"))
     parser.add_argument("--model", type=Path, default=Path(__file__).parents[1] / "pyheadkv" / "data" / "needle.gguf")
-    parser.add_argument("--n-prompt", type=int, default=2048)
-    parser.add_argument("--n-predict", type=int, default=6000)
+    parser.add_argument("--n-prompt", type=int, default=1024)
+    parser.add_argument("--n-predict", type=int, default=1500)
     parser.add_argument("--kv-size", type=int, default=128)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--rates", default="1,10", help="looks in a second (default: %(default)s)")
     parser.add_argument("--questions", type=int, default=10000)
     parser.add_argument("--clients", type=int, default=8)
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
-    {"decode": decode, "flood": flood}[args.what](args)
+    {"decode": decode, "look": look, "flood": flood}[args.what](args)
 
 
 if __name__ == "__main__":
