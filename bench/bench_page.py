@@ -2,7 +2,8 @@
 
 Two servers, one without the page, take turns; a round has each kind once, in random order. Ratios are medians of those within a round,
 with an interval that has the true one in it 19 times out of 20. Beside the time by the clock there is the processor time of the server, all
-its threads, which other load on the machine changes less.
+its threads, which other load on the machine changes less. Both servers are on the first core, with all that they do for the page, and who asks
+is on the others: a first run left it to the system, which kept each server on another core, one of them busy.
 
     python bench/bench_page.py decode --model MODEL.gguf --out bench/results/page_decode.csv
     python bench/bench_page.py look --model MODEL.gguf --out bench/results/page_look.csv
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import collections
+import os
 import random
 import statistics
 import sys
@@ -95,7 +97,10 @@ def decode(args: argparse.Namespace) -> None:
     times: dict[str, list[dict[str, float]]] = {kind: [] for kind in kinds}
     n_looks: collections.Counter[str] = collections.Counter()
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
+        cores = sorted(os.sched_getaffinity(0))
+        os.sched_setaffinity(0, cores[:1])  # what is started has it too
         servers = {page: stack.enter_context(running(*flags(args, page=page), log=Path(folder) / str(page))) for page in (False, True)}
+        os.sched_setaffinity(0, cores[1:] or cores)
         expected = [answer(server, args)["tokens"] for server in servers.values()]
         assert expected[0] == expected[1]
         for i in range(args.rounds):
