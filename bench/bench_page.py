@@ -113,6 +113,7 @@ def decode(args: argparse.Namespace) -> None:
                 assert found["tokens"] == expected[0] and set(codes) <= {200}, codes
                 times[kind].append({"decode_ms": found["timings"]["predicted_per_token_ms"], "processor_ms": spent})
                 n_looks[kind] += len(codes) // len(LOOK)
+    os.sched_setaffinity(0, cores)
     for kind in kinds:
         row: dict[str, Any] = {"kind": kind, "rounds": args.rounds, "looks": n_looks[kind]}
         for name in ("decode_ms", "processor_ms"):
