@@ -685,8 +685,7 @@ static void note_turn(llama_seq_id seq_id, const server_slot_stats & stats, bool
     turn.per_second = stats.n_gen_tps();
     turn.n_bytes = server.slots.at(seq_id).n_bytes;
     turn.n_bytes_full = server.slots.at(seq_id).n_bytes_full;
-    turn.state = is_over ? "done" : is_read ? "answering"
-                                            : "reading";
+    turn.state = is_read ? (is_over ? "done" : "answering") : (is_over ? "given up" : "reading");
 }
 
 void headkv_server_note_turn(llama_seq_id seq_id, const server_slot_stats & stats) {
