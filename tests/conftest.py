@@ -1,16 +1,18 @@
 """Fixtures: random models (made once), both libraries, and helpers around one decode step.
 
 ``pytest --device cpu,cuda0`` runs the tests of the engine once on each device (cpu, cuda0, vulkan0, metal, ...). A device
-that the library does not have is a skip.
+that the library does not have is a skip. PYHEADKV_TEST_BACKEND names a library with one more backend, that of tests/cpp/metal-on-cpu.h.
 """
 
 from __future__ import annotations
 
+import ctypes
 import os
 import re
 import subprocess
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +48,16 @@ STAGES = {
 }
 
 
+@cache
+def load_backend(path: str) -> None:
+    """Give ggml the backend of a library, for as long as the process lives."""
+    from llama_cpp import llama_cpp
+
+    llama_cpp._lib.ggml_backend_load.argtypes, llama_cpp._lib.ggml_backend_load.restype = [ctypes.c_char_p], ctypes.c_void_p
+    if not llama_cpp._lib.ggml_backend_load(path.encode()):
+        raise ValueError(f"PYHEADKV_TEST_BACKEND is {path}: no backend")
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--device", default="cpu", help="devices of the engine tests, comma-separated (default: %(default)s)")
 
@@ -68,6 +80,8 @@ def device(request: pytest.FixtureRequest) -> str:
     device_options.clear()
     if name != "cpu":
         lib = pytest.importorskip("pyheadkv._lib", reason="the library is not built: run make")
+        if os.environ.get("PYHEADKV_TEST_BACKEND"):
+            load_backend(os.environ["PYHEADKV_TEST_BACKEND"])
         names = [n.lower() for n in lib.gpu_names()]
         found = [i for i, n in enumerate(names) if n == name or (name == "metal" and n.startswith(("metal", "mtl")))]
         if not found:
