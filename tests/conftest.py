@@ -162,6 +162,35 @@ def stock_lib() -> Path:
     return Path(path)
 
 
+@pytest.fixture(scope="session")
+def asan_dir() -> Path:
+    """Folder of the build with sanitizers."""
+    path = os.environ.get("PYHEADKV_ASAN_DIR")
+    if not path or not Path(path).is_dir():
+        pytest.skip("no build with sanitizers: run make test, or make sanitize and set PYHEADKV_ASAN_DIR")
+    return Path(path)
+
+
+def run_sanitized(cmd: list[str], **env: str) -> str:
+    """Output of a command of the build with sanitizers, run in the folder of the tests; its errors are the caller's."""
+    options = "detect_leaks=0:abort_on_error=0:exitcode=99:halt_on_error=1"
+    env = {**os.environ, "ASAN_OPTIONS": options, "UBSAN_OPTIONS": "print_stacktrace=1:halt_on_error=1:exitcode=99", **env}
+    res = subprocess.run(cmd, env=env, cwd=Path(__file__).parent, capture_output=True, text=True)
+    assert res.returncode == 0, (res.stdout + res.stderr)[-4000:]
+    return res.stdout
+
+
+def sanitizer_libs() -> str:
+    """What Python has to preload: libstdc++ too, or the sanitizer does not find the functions of it that it wraps."""
+    found = [
+        subprocess.run(["gcc", f"-print-file-name={name}"], capture_output=True, text=True).stdout.strip()
+        for name in ("libasan.so", "libstdc++.so.6")
+    ]
+    if not all(Path(path).is_file() for path in found):
+        pytest.skip("no shared libasan and libstdc++ to preload into Python")
+    return " ".join(found)
+
+
 def tokens(n: int, *, seed: int = 0, n_vocab: int = 384) -> list[int]:
     """A random prompt of n tokens, BOS first, without other special tokens."""
     rng = np.random.default_rng(seed)
