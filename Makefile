@@ -1,7 +1,10 @@
 # make        install into .venv        make demo    ask a small model in English
 # make test   everything CI runs        make clean   remove what it made
 # make check  lint and types, no build
+# make docs   the pages as a site, build/docs/index.html
 # make coverage   the tests with counters of lines and branches (docs/coverage.md), half an hour
+# make test-page   the page at /kv in headless Chromium, which it installs with apt
+# make ui     upstream's web chat too, with npm: 3 minutes, 700 MB while it is built        make wheel  a wheel that has it, into dist
 # make test STAGE=select   what belongs to one stage of the data path (cpp/README.md)
 #
 # Python >= 3.10 and a C++17 compiler are needed, ccache is used when present.
@@ -19,7 +22,7 @@ JOBS   ?= $(shell $(PYTHON) -c 'import os; print(len(os.sched_getaffinity(0)) if
 CMAKE  := PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/cmake
 SOURCES := $(shell find cpp patches -type f -not -name '*.pyc') CMakeLists.txt
 
-.PHONY: all demo check test coverage clean stock sanitize tsan neon
+.PHONY: all ui wheel test-page demo docs check test coverage clean stock sanitize tsan neon
 all: $(VENV)/.installed $(LIBS)/.built
 
 $(VENV)/.tools: pyproject.toml
@@ -47,11 +50,28 @@ $(LIBS)/.built: $(VENV)/.llama-cpp-python $(SOURCES)
 
 # the package is the one of the checkout: a Python file that is edited needs no make; with what tests and checks need
 $(VENV)/.installed: $(VENV)/.llama-cpp-python pyproject.toml
-	$(PIP) install --no-build-isolation -C wheel.cmake=false -C editable.mode=inplace --editable ".[test,check]"
+	$(PIP) install --no-build-isolation -C wheel.cmake=false -C editable.mode=inplace --editable ".[test,check,docs]"
 	touch $@
+
+# what its lock file names is installed below the build folder and removed again; later builds keep the chat
+NPM := npm_config_audit=false npm_config_fund=false npm_config_update_notifier=false
+
+ui: $(VENV)/.installed
+	command -v npm > /dev/null || { echo "make ui: npm is missing, install node 20 or later" >&2; exit 1; }
+	rm -f $(LIBS)/.built
+	$(NPM) $(MAKE) all CMAKE_ARGS="$(CMAKE_ARGS) -DPYHEADKV_UI=ON"
+
+wheel: $(VENV)/.llama-cpp-python
+	command -v npm > /dev/null || { echo "make wheel: npm is missing, install node 20 or later" >&2; exit 1; }
+	$(NPM) PATH="$(CURDIR)/$(BIN):$$PATH" $(PIP) wheel . --no-deps --no-build-isolation --wheel-dir dist -C build-dir=build/wheel \
+		-C cmake.define.PYHEADKV_UI=ON $(CMAKE_DEFINES:-D%=-C cmake.define.%)
 
 demo: all
 	$(BIN)/pyheadkv demo --fetch
+
+# its notebook is run with SmolLM2, downloaded once; PYHEADKV_MODEL names another GGUF
+docs: all
+	$(BIN)/python -m sphinx -b html -W --keep-going -q docs build/docs
 
 # libraries that the tests compare with: upstream as it is, and ours with sanitizers
 STOCK := build/stock
@@ -97,6 +117,12 @@ else
 test: check all stock sanitize
 	PYHEADKV_STOCK_LIB=$(CURDIR)/$(STOCK)/bin PYHEADKV_ASAN_DIR=$(CURDIR)/$(ASAN)/bin $(BIN)/pytest tests --durations=15
 endif
+
+# the page and, after make ui, the chat in headless Chromium
+test-page: all
+	command -v chromium > /dev/null || apt-get install -y -qq chromium
+	$(PIP) install "playwright>=1.50" "axe-playwright-python>=0.1.4"
+	$(BIN)/pytest tests/test_page.py tests/test_page_browser.py --durations=5
 
 # what the tests run of our sources; a test that fails here alone is one that measures time
 COVERAGE := build/coverage

@@ -11,7 +11,7 @@ from dataclasses import dataclass, fields, replace
 from inspect import signature
 from os import PathLike, fspath
 from reprlib import repr as short_repr
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import llama_cpp
 import numpy as np
@@ -48,9 +48,6 @@ from .picture import KVText, make_plot, make_text
 from .replay import FoundReplay, ReplayLike, find_replay, replay_for
 from .replay_values import ReplayTable
 from .units import parse_bytes, row_bytes
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 PIECE_MS = 250  # of reading a prompt layer by layer, before Python has its turn
 
@@ -959,12 +956,12 @@ class Llama(llama_cpp.Llama):
             bytes_queries=s.bytes_queries,
         )
 
-    def kv_plot(self, *, seq_id: int = 0) -> Figure:
+    def kv_plot(self, *, seq_id: int = 0) -> Any:
         """A picture of what the cache holds of a sequence: cells of each head, and where in the text they are.
 
         Returns
         -------
-        matplotlib Figure, which a notebook shows and ``savefig()`` writes
+        matplotlib.figure.Figure, which a notebook shows and ``savefig()`` writes
 
         Raises
         ------

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import codecs
 import html
+import io
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -123,9 +124,10 @@ class KVText:
         shades = np.ceil(self.n_heads / self.n_heads_max * N_SHADES).astype(int)
         yield f"<style>{STYLE}</style>"
         yield f'<figure class="pyheadkv"><figcaption>{html.escape(self.title)}<br>'
-        yield '<span class="k0">held by none</span>'
+        last = "held" if self.n_heads_max == 1 else f"by all {self.n_heads_max} KV heads"
+        yield f'<span class="k0">{"not held" if self.n_heads_max == 1 else "held by none"}</span>'
         yield "".join(f'<span class="k{i}">&nbsp;</span>' for i in range(1, N_SHADES))
-        yield f'<span class="k{N_SHADES}">by all {self.n_heads_max} KV heads</span></figcaption><pre>'
+        yield f'<span class="k{N_SHADES}">{last}</span></figcaption><pre>'
         begin = 0
         for (n_heads, is_answer), run in groupby(zip(self.n_heads, np.arange(len(self.pieces)) >= self.n_prompt)):
             end = begin + sum(1 for _ in run)
@@ -195,9 +197,15 @@ def make_plot(llm: Llama, *, seq_id: int) -> Figure:
     check_extra("kv_plot()", "matplotlib")
     from matplotlib.figure import Figure  # not pyplot: no window system, no global state
 
+    class Picture(Figure):
+        def _repr_png_(self) -> bytes:  # a notebook shows it without %matplotlib
+            image = io.BytesIO()
+            self.savefig(image, format="png", dpi=100)
+            return image.getvalue()
+
     held = read_held(llm, seq_id)
     n_layer = held.n_cells.shape[0]
-    figure = Figure(figsize=(11.0, 1.6 + min(8.0, max(2.4, 0.2 * n_layer))), layout="constrained")
+    figure = Picture(figsize=(11.0, 1.6 + min(8.0, max(2.4, 0.2 * n_layer))), layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=(2, 3))
     cells = np.where(held.n_cells > 0, held.n_cells, np.nan)
     draw_panel(figure, left, cells, title="what each KV head holds", x="KV head (index)", unit="cells")

@@ -22,8 +22,9 @@ from pyheadkv.testing import reference
 # measured are 1e-5, of which the stock cache's own sums in f16 are most, and 0
 MAX_NMSE_FUSED = 1e-4
 MAX_NMSE_COMPOSED = 1e-6
-# by how much more random weights make of a rounding error there: measured are 1e-3 and 3e-5, 2e-6 and 4e-5
-AMPLIFIED = {"gemma3n": 30, "gemma4 (shared cells)": 5}
+# by how much more random weights make of a rounding error there, which depends on the CPU: measured are 1e-3 to 3e-3 and 3e-5, 2e-6 and 4e-5;
+# with the kernel of ggml ("composed") they are 0
+AMPLIFIED = {"gemma3n": 100, "gemma4 (shared cells)": 5}
 # measured are 2e-6 and at least 2e-2
 MAX_NMSE_PATHS = 2e-5
 MIN_NMSE_EVICTED = 1e-3

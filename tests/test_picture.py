@@ -87,7 +87,7 @@ def test_the_plot_shows_cells_and_positions(llm: pyheadkv.Llama) -> None:
     n_tokens = np.histogram(np.arange(held.n_past), np.linspace(0, held.n_past, where.get_array().shape[1] + 1))[0]
     n_heads = (held.n_cells > 0).sum(axis=1)
     assert (where.get_array().filled() / 100 * n_tokens).sum(axis=1) * n_heads == pytest.approx(held.n_cells.sum(axis=1))
-    assert held.summary in figure.get_suptitle()
+    assert held.summary in figure.get_suptitle() and figure._repr_png_().startswith(b"\x89PNG")
     held_bytes = llm.kv_stats().bytes_full * held.n_cells.sum() / (n_heads.sum() * held.n_past)
     assert held.bytes == pytest.approx(held_bytes, abs=1)
 

@@ -191,13 +191,17 @@ LIMIT_SCRIPT = """
 import resource, sys
 from pathlib import Path
 from pyheadkv import Llama
+import llama_cpp
+from llama_cpp._internals import LlamaModel
 path, prefill, n, mib = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
 options = dict(n_threads=2, n_threads_batch=2, verbose=False)
 options.update({"flash_attn": True} if prefill == "stock" else {"kv_size": 64, "policy": "snapkv", "prefill": prefill})
 first = Llama(path, n_ctx=512, **options)
 first.read_prompt([1, 5, 6])
 first.close()
-size = Path(path).stat().st_size + int(Path("/proc/self/status").read_text().split("VmSize:")[1].split()[0]) * 1024
+model = LlamaModel(path_model=path, params=llama_cpp.llama_model_default_params(), verbose=False)  # mapped, or copied for AMX
+size = int(Path("/proc/self/status").read_text().split("VmSize:")[1].split()[0]) * 1024
+model.close()
 resource.setrlimit(resource.RLIMIT_AS, (size + (mib << 20), resource.RLIM_INFINITY))
 llm = Llama(path, n_ctx=n + 256, **options)
 llm.read_prompt([1] + [5 + i % 300 for i in range(n - 1)])

@@ -30,6 +30,7 @@ OTHERS = {
     "score": NEEDED | {"tqdm"},
     "cli": NEEDED | {"tqdm", "matplotlib"},
 }
+DRAWS = {"pyheadkv.picture": {"matplotlib"}}  # and what one module needs of the extra, when it is called
 MODULES = [path for path in sorted(PACKAGE.rglob("*.py")) if "lib" not in path.relative_to(PACKAGE).parts]
 
 
@@ -56,7 +57,7 @@ def faults(source: str, name: str) -> list[str]:
         if top == "pyheadkv":
             is_wrong = room_of(other) not in (mine, *ROOMS[mine])
         else:
-            is_wrong = top not in sys.stdlib_module_names and top not in OTHERS[mine]
+            is_wrong = top not in sys.stdlib_module_names and top not in OTHERS[mine] | DRAWS.get(name, set())
         wrong += [other] * is_wrong
     return wrong
 

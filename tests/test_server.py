@@ -75,6 +75,8 @@ FLAGS = {
     "--kv-generated-rank": "attention",
     "--kv-generated-slack": "128",
     "--kv-limit": "those that the model was trained with",
+    "--kv-page": "off, with pyheadkv serve its own",
+    "--kv-positions": "auto",
 }  # and their defaults
 
 
@@ -352,11 +354,11 @@ def test_serve_finds_the_importance_that_python_finds(tmp_path: Path, monkeypatc
     plain, given = tmp_path / "plain.gguf", ["--kv-size", "64"]
     without_importance(MODEL, plain)
     monkeypatch.setenv("PYHEADKV_CACHE", str(tmp_path / "cache"))
-    assert serve.command_line([str(plain), *given])[1:] == ["-m", str(plain), *given]
+    assert serve.command_line([str(plain), *given])[3:] == ["-m", str(plain), *given]
     values = gguf_keys.read_importance(MODEL)
     importance.sidecar_path(plain).write_text(json.dumps({"importance": values.values.tolist(), "method": "r2"}))
     command = serve.command_line([str(plain), *given])
-    assert command[1:-2] == ["-m", str(plain), *given] and command[-2] == "--kv-importance"
+    assert command[3:-2] == ["-m", str(plain), *given] and command[-2] == "--kv-importance"
     np.testing.assert_array_equal(gguf_keys.read_importance(command[-1]).values, values.values)
     for more in (["--kv-policy", "snapkv"], ["--kv-importance", "a.gguf"]):
         assert (
@@ -1412,11 +1414,13 @@ def run_serve(*args: Any) -> subprocess.CompletedProcess[str]:
 
 
 def test_serve_passes_every_flag_on() -> None:
-    assert serve.command_line([]) == [str(SERVER), "-m", str(MODEL)]
-    assert serve.command_line(["--kv-size", "64", "-c", "512"]) == [str(SERVER), "-m", str(MODEL), "--kv-size", "64", "-c", "512"]
-    assert serve.command_line([str(MODEL), "-np", "2"]) == [str(SERVER), "-m", str(MODEL), "-np", "2"]
+    page = ["--kv-page", str(serve.page_path())]
+    assert serve.command_line([]) == [str(SERVER), *page, "-m", str(MODEL)]
+    assert serve.command_line(["--kv-size", "64", "-c", "512"]) == [str(SERVER), *page, "-m", str(MODEL), "--kv-size", "64", "-c", "512"]
+    assert serve.command_line([str(MODEL), "-np", "2"]) == [str(SERVER), *page, "-m", str(MODEL), "-np", "2"]
     for flags in (["--model", "other.gguf"], ["-hf", "user/repo"], ["-c", "512", "--hf_repo", "user/repo"]):
-        assert serve.command_line(flags) == [str(SERVER), *flags]
+        assert serve.command_line(flags) == [str(SERVER), *page, *flags]
+    assert serve.command_line(["-m", "other.gguf", "--kv-page", "off"]) == [str(SERVER), "-m", "other.gguf", "--kv-page", "off"]
     with pytest.raises(ValueError, match="missing.gguf.*no such file"):
         serve.command_line(["missing.gguf"])
 

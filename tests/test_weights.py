@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import SHAPES, load, logits, tokens
+from conftest import HYBRID, SHAPES, load, logits, tokens
 
 pytest.importorskip("pyheadkv", reason="pyheadkv is not installed")
 
@@ -43,3 +43,15 @@ def test_preferred_buffers_answer_as_plain_ones(
         llm.close()
     error = ((found[0] - found[1]) ** 2).sum() / (found[1] ** 2).sum()
     assert error < (1e-5 if ftype == "f16" else 1e-3)  # activations are rounded to 8 bits in either, in blocks of other sizes
+
+
+@pytest.mark.parametrize("ftype", ["f16", "q8_0"])
+def test_sequences_side_by_side_share_the_weights(make_model: Callable[..., Path], library: None, ftype: str) -> None:
+    """A recurrent layer takes a batch of matrices, one for each sequence, with one matrix of weights."""
+    from pyheadkv.eval.trial import FULL, Setting, Trial
+
+    trial = Trial(load(make_model(HYBRID, ftype=ftype), kv_size=64, preset="default", policy="snapkv", prefill="token", n_seq_max=4))
+    copies = [trial.compress(Setting(FULL), tokens(N_TOKENS)) for _ in range(3)]
+    trial.go_on(copies, N_TOKENS, [9, 10, 11])
+    said = trial.generate(copies, 11, 8)
+    assert said[0] == said[1] == said[2] and len(set(said[0])) > 1

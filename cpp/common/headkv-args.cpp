@@ -4,6 +4,8 @@
 
 #include <cerrno>
 #include <cstdlib>
+#include <fstream>
+#include <iterator>
 #include <limits>
 #include <stdexcept>
 
@@ -90,6 +92,20 @@ static const char * const SCOPES[] = { "generated", "all" }; // enum headkv_scop
 static const char * const GENERATED_RANKS[] = { "attention", "recent", "redundancy" }; // enum headkv_generated_rank
 
 static const char * const QUESTIONS[] = { "known", "later" };
+
+static const char * const POSITIONS[] = { "auto", "on", "off" }; // enum headkv_tell_positions
+
+static std::map<std::string, std::string> read_page(const std::string & folder) {
+    std::map<std::string, std::string> res;
+    for (const char * name : HEADKV_PAGE_FILES) {
+        std::ifstream file(folder + "/" + name, std::ios::binary);
+        res[name].assign(std::istreambuf_iterator<char>(file), std::istreambuf_iterator<char>());
+        if (res[name].empty()) {
+            throw std::invalid_argument("'" + folder + "': it has no file " + name + ", it must be the folder of a page, or off");
+        }
+    }
+    return res;
+}
 
 template <size_t N>
 static int32_t to_choice(const std::string & value, const char * const (&names)[N]) {
@@ -256,4 +272,20 @@ void headkv_add_args(const std::function<void(common_arg)> & add_opt) {
                 "f16, bf16, q8_0 or q4_0: what the archive rounds K and V to; smaller, and no longer exact (default: as the cache has them)",
                 [](common_params &, const std::string & value) { set("--kv-archive-type").archive_params.type = to_type(value); }),
             "LLAMA_ARG_KV_ARCHIVE_TYPE");
+
+    const auto add_to_server = [&](common_arg arg, const char * env) {
+        add_opt(arg.set_env(env).set_examples({ LLAMA_EXAMPLE_SERVER }));
+    };
+    add_to_server(common_arg({ "--kv-page" }, "DIR|off",
+                          "serve the page of this folder at /kv, which shows what the slots hold (default: off, with pyheadkv serve its own)",
+                          [](common_params &, const std::string & value) {
+                              headkv_get_args().page = value == "off" ? std::map<std::string, std::string>() : read_page(value);
+                          }),
+            "LLAMA_ARG_KV_PAGE");
+    add_to_server(common_arg({ "--kv-positions" }, "auto|on|off",
+                          with_default("tell the page the text of prompts and which positions of it are held, at /kv/positions: auto = where the server listens on "
+                                       "this machine alone",
+                                  POSITIONS[def.positions]),
+                          [](common_params &, const std::string & value) { headkv_get_args().positions = to_choice(value, POSITIONS); }),
+            "LLAMA_ARG_KV_POSITIONS");
 }

@@ -4,12 +4,23 @@
 #include "headkv.h"
 
 #include <functional>
+#include <map>
 #include <string>
 #include <vector>
 
 struct common_arg;
 
 constexpr const char * HEADKV_ARCHIVE_RAM = "ram";
+
+// whether the server tells the text of prompts and which positions of it heads hold
+enum headkv_tell_positions {
+    HEADKV_POSITIONS_AUTO = 0, // where it listens on this machine alone
+    HEADKV_POSITIONS_ON = 1,
+    HEADKV_POSITIONS_OFF = 2,
+};
+
+// files of a page, as its folder has them
+constexpr const char * HEADKV_PAGE_FILES[] = { "kv.html", "kv.css", "kv.js", "kv.svg" };
 
 struct headkv_args {
     struct headkv_params params; // kv_size 0 = off; names and importance_gguf are those below
@@ -24,6 +35,8 @@ struct headkv_args {
     int32_t kv_limit = 0; // tokens of a slot whose generated ones are bounded, 0 = as many as the model was trained with
     std::string archive; // folder, or HEADKV_ARCHIVE_RAM; empty = none
     struct headkv_archive_params archive_params; // but for the folder
+    std::map<std::string, std::string> page; // files of the page at /kv by their names; empty = there is none
+    int32_t positions = HEADKV_POSITIONS_AUTO;
     std::vector<std::string> given; // flags that were set, other than --kv-size
 
     bool has_archive() const { return !archive.empty(); }

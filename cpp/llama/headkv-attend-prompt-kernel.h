@@ -6,6 +6,7 @@
 #pragma once
 
 #include "headkv-attend-prompt.h"
+#include "headkv-op.h"
 #include "headkv-simd.h"
 
 #include <algorithm>
@@ -159,13 +160,8 @@ void prompt_step(const headkv_prompt_args & a, const prompt_block & block, promp
 
 // cells to rows of F32
 inline void prompt_convert(const char * data, size_t nb, const int32_t * cells, int n, ggml_type type, int n_embd, float * dst) {
-    const auto to_float = ggml_get_type_traits(type)->to_float;
     for (int i = 0; i < n; ++i, dst += n_embd) {
         const char * row = data + (size_t) cells[i] * nb;
-        if (type == GGML_TYPE_F32) {
-            memcpy(dst, row, n_embd * sizeof(float));
-            continue;
-        }
         int d = 0;
 #ifdef HEADKV_SIMD
         const int n_vec = n_embd - n_embd % W;
@@ -184,7 +180,7 @@ inline void prompt_convert(const char * data, size_t nb, const int32_t * cells, 
         }
 #endif
         if (d < n_embd) {
-            to_float(row + ggml_row_size(type, d), dst + d, n_embd - d);
+            headkv_to_floats(type, row + ggml_row_size(type, d), dst + d, n_embd - d);
         }
     }
 }

@@ -12,8 +12,7 @@ const headkv_prompt_kernel * headkv_prompt_kernel_portable() {
 }
 
 bool headkv_prompt_takes(ggml_type type_k, ggml_type type_v) {
-    const auto takes = [](ggml_type type) { return type == GGML_TYPE_F32 || ggml_get_type_traits(type)->to_float; };
-    return takes(type_k) && takes(type_v);
+    return headkv_has_floats(type_k) && headkv_has_floats(type_v);
 }
 
 // floats of a thread's work space, and what begins it at a cache line

@@ -2,48 +2,41 @@
 #include "headkv-attend-prompt.h"
 #include "headkv-op.h"
 
-#include "ggml-cpu.h"
-
 #include <algorithm>
 #include <cmath>
 #include <cstdlib>
 #include <cstring>
 
 //
-// portable kernel: the vec_dot and the conversions of ggml, for every type and machine
+// portable kernel: the conversions of ggml, for every type and machine
 //
 
-static void attend_portable(const headkv_attend_args & a, float * acc, float * m, float * s) {
-    const auto * traits = ggml_get_type_traits_cpu(a.type_k);
-    const auto dot_type = traits->vec_dot_type;
-    const size_t nb_q = ggml_row_size(dot_type, a.n_embd_head_k);
-
-    // a query is rounded to the type that K is multiplied with, as ggml's own attention does
-    std::vector<char> q(nb_q * a.n_group);
-    std::vector<float> vf(a.n_embd_head_v);
-    for (int g = 0; g < a.n_group; ++g) {
-        if (dot_type == GGML_TYPE_F32) {
-            memcpy(q.data() + g * nb_q, a.q + g * a.nq, nb_q);
-        } else {
-            ggml_get_type_traits_cpu(dot_type)->from_float(a.q + g * a.nq, q.data() + g * nb_q, a.n_embd_head_k);
+// eight sums, which a compiler may keep in a vector
+static float dot(const float * a, const float * b, int n) {
+    float sums[8] = {};
+    int i = 0;
+    for (; i + 8 <= n; i += 8) {
+        for (int j = 0; j < 8; ++j) {
+            sums[j] += a[i + j] * b[i + j];
         }
-        m[g] = -INFINITY;
-        s[g] = 0.0f;
     }
-    std::fill(acc, acc + a.n_group * a.n_embd_head_v, 0.0f);
+    for (; i < n; ++i) {
+        sums[i % 8] += a[i] * b[i];
+    }
+    return ((sums[0] + sums[4]) + (sums[1] + sums[5])) + ((sums[2] + sums[6]) + (sums[3] + sums[7]));
+}
 
-    const auto to_float = ggml_get_type_traits(a.type_v)->to_float;
+static void attend_portable(const headkv_attend_args & a, float * acc, float * m, float * s) {
+    std::vector<float> kf(a.n_embd_head_k), vf(a.n_embd_head_v);
+    std::fill_n(m, a.n_group, -INFINITY);
+    std::fill_n(s, a.n_group, 0.0f);
+    std::fill_n(acc, a.n_group * a.n_embd_head_v, 0.0f);
 
     for (int r = 0; r < a.n_rows; ++r) {
-        const char * v = a.v + r * a.nb_v;
-        if (a.type_v == GGML_TYPE_F32) {
-            memcpy(vf.data(), v, a.n_embd_head_v * sizeof(float));
-        } else {
-            to_float(v, vf.data(), a.n_embd_head_v);
-        }
+        headkv_to_floats(a.type_k, a.k + r * a.nb_k, kf.data(), a.n_embd_head_k);
+        headkv_to_floats(a.type_v, a.v + r * a.nb_v, vf.data(), a.n_embd_head_v);
         for (int g = 0; g < a.n_group; ++g) {
-            float x;
-            traits->vec_dot(a.n_embd_head_k, &x, 0, a.k + r * a.nb_k, 0, q.data() + g * nb_q, 0, 1);
+            float x = dot(a.q + g * a.nq, kf.data(), a.n_embd_head_k);
             x = a.softcap > 0.0f ? a.softcap * std::tanh(x * a.scale / a.softcap) : x * a.scale;
             if (a.pos) {
                 x += a.slopes[g] * a.pos[r];
@@ -68,9 +61,8 @@ static void attend_portable(const headkv_attend_args & a, float * acc, float * m
 }
 
 headkv_attend_kernel headkv_attend_kernel_portable(ggml_type type_k, ggml_type type_v, int n_embd_head_k, int n_embd_head_v) {
-    const bool ok_k = ggml_get_type_traits_cpu(type_k)->vec_dot != nullptr && n_embd_head_k % ggml_blck_size(type_k) == 0;
-    const bool ok_v = (type_v == GGML_TYPE_F32 || ggml_get_type_traits(type_v)->to_float != nullptr) && n_embd_head_v % ggml_blck_size(type_v) == 0;
-    return ok_k && ok_v ? attend_portable : nullptr;
+    const auto takes = [](ggml_type type, int n) { return headkv_has_floats(type) && n % ggml_blck_size(type) == 0; };
+    return takes(type_k, n_embd_head_k) && takes(type_v, n_embd_head_v) ? attend_portable : nullptr;
 }
 
 //

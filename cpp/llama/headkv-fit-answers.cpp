@@ -19,7 +19,7 @@ static void answer(const job_t & job, answers_t & w, int64_t ih, int64_t first, 
         const int64_t n_now = std::min(N_KEYS, n_cells - cell);
         load_keys(job.score, l.k_all->type, s.D_k, n_now, [&](int64_t i) { return job.staged(l.k_all, cell + i, ih); }, w.keys.data());
         for (int64_t i = 0; i < n_now; ++i) {
-            to_floats(l.v_all->type, job.staged(l.v_all, cell + i, ih), w.values.data() + i * s.n_value, s.D_v);
+            headkv_to_floats(l.v_all->type, job.staged(l.v_all, cell + i, ih), w.values.data() + i * s.n_value, s.D_v);
         }
         job.score.logits(w.q.data(), n_rows, w.keys.data(), (int) s.D_k, w.x.data());
         job.cap(w.x.data(), n * N_KEYS);

@@ -1,6 +1,7 @@
 // What the two ops of the fit share: the first answers the references with all cells, the second fits the values of a head.
 #pragma once
 
+#include "headkv-op.h"
 #include "headkv-fit.h"
 #include "headkv-refs.h"
 #include "headkv-score.h"
@@ -171,14 +172,6 @@ struct job_t {
     }
 };
 
-inline void to_floats(ggml_type type, const char * src, float * dst, int64_t n) {
-    if (type == GGML_TYPE_F32) {
-        std::copy_n((const float *) src, n, dst);
-    } else {
-        ggml_get_type_traits(type)->to_float(src, dst, n);
-    }
-}
-
 // up to N_KEYS keys as columns; row_of says where each is
 template <typename F>
 void load_keys(const headkv_score_kernel & score, ggml_type type, int64_t D, int64_t n, const F & row_of, float * dst) {
@@ -189,7 +182,7 @@ void load_keys(const headkv_score_kernel & score, ggml_type type, int64_t D, int
             to_column(row_of(i), dst + i, (int) D);
             continue;
         }
-        to_floats(type, row_of(i), row.data(), D);
+        headkv_to_floats(type, row_of(i), row.data(), D);
         for (int64_t d = 0; d < D; ++d) {
             dst[d * N_KEYS + i] = row[d];
         }

@@ -87,7 +87,7 @@ struct head_fit {
 
     void load_values(int64_t cell, int64_t n) {
         for (int64_t c = 0; c < n; ++c) {
-            to_floats(job.layer.v->type, kept(job.layer.v, cell + c), w.values.data() + c * s.n_value, s.D_v);
+            headkv_to_floats(job.layer.v->type, kept(job.layer.v, cell + c), w.values.data() + c * s.n_value, s.D_v);
         }
     }
 

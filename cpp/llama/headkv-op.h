@@ -54,6 +54,18 @@ inline float headkv_alibi_slope(float max_bias, int64_t n_head, int64_t ih) {
     return std::exp2(ih < n ? -step * (ih + 1) : -0.5f * step * (2 * (ih - n) + 1));
 }
 
+inline void headkv_to_floats(ggml_type type, const void * src, float * dst, int64_t n) {
+    if (type == GGML_TYPE_F32) {
+        memcpy(dst, src, n * sizeof(float));
+    } else {
+        ggml_get_type_traits(type)->to_float(src, dst, n);
+    }
+}
+
+inline bool headkv_has_floats(ggml_type type) {
+    return type == GGML_TYPE_F32 || ggml_get_type_traits(type)->to_float;
+}
+
 // kind NONE: not ours
 inline headkv_op headkv_op_get(const ggml_tensor * t) {
     headkv_op op;

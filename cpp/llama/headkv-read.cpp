@@ -229,11 +229,7 @@ static void read_rows(ggml_tensor * t, size_t offset, size_t nb_row, int64_t n_e
     std::vector<uint8_t> raw(ggml_row_size(t->type, n_embd));
     for (int64_t i = 0; i < n_rows; ++i) {
         ggml_backend_tensor_get(t, raw.data(), offset + i * nb_row, raw.size());
-        if (t->type == GGML_TYPE_F32) {
-            memcpy(dst + i * n_embd, raw.data(), raw.size());
-        } else {
-            ggml_get_type_traits(t->type)->to_float(raw.data(), dst + i * n_embd, n_embd);
-        }
+        headkv_to_floats(t->type, raw.data(), dst + i * n_embd, n_embd);
     }
 }
 

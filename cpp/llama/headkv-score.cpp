@@ -199,7 +199,6 @@ struct score_block {
     // keys first to first + n - 1; a key that a query does not see has the logit -INFINITY
     void compute(int64_t first, int64_t n) {
         const size_t nb_head = ggml_row_size(a.k->type, a.n_embd_head);
-        const auto to_float = ggml_get_type_traits(a.k->type)->to_float;
         for (int64_t i = 0; i < n; ++i) {
             const char * src = (const char *) a.k->data + a.cells[first + i] * a.k->nb[1] + head * nb_head;
             if (first + i + N < a.n_kv) {
@@ -210,11 +209,7 @@ struct score_block {
                 to_column(src, keys.data() + i, (int) a.n_embd_head);
                 continue;
             }
-            if (a.k->type == GGML_TYPE_F32) {
-                std::copy_n((const float *) src, a.n_embd_head, row.data());
-            } else {
-                to_float(src, row.data(), a.n_embd_head);
-            }
+            headkv_to_floats(a.k->type, src, row.data(), a.n_embd_head);
             for (int64_t d = 0; d < a.n_embd_head; ++d) {
                 keys[d * N + i] = row[d];
             }

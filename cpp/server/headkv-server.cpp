@@ -6,6 +6,8 @@
 #include "server-common.h"
 
 #include <algorithm>
+#include <atomic>
+#include <deque>
 #include <functional>
 #include <memory>
 #include <mutex>
@@ -13,10 +15,48 @@
 #include <stdexcept>
 #include <vector>
 
+// a request and its answer
+struct turn_t {
+    int32_t id_task = 0;
+    int32_t n_prompt = 0;
+    int32_t n_archived = 0;  // of them, from the archive
+    int32_t n_continued = 0; // held by the slot already
+    int32_t n_read = 0;      // the others, as far as they are read
+    double read_ms = 0;
+    int32_t n_generated = 0;
+    double generate_ms = 0;
+    double per_second = 0; // generated tokens
+    int64_t n_bytes = 0; // as last seen
+    int64_t n_bytes_full = 0;
+    const char * state = "reading";
+};
+
+// what a head holds: the listed positions, and all from the tail on
+struct head_t {
+    int32_t il;
+    int32_t ih;
+    std::vector<int32_t> listed; // ascending; a first -1 stands for those that were dropped
+    int32_t tail;
+};
+
+struct held_t {
+    int32_t state = 0;
+    int32_t n_prompt = 0;
+    std::vector<llama_token> tokens;
+    std::vector<head_t> heads;
+};
+
+static constexpr size_t MAX_TURNS = 32; // of a slot
+static constexpr int64_t MAX_LOOK_US = 60 * 1000 * 1000; // after which nobody looks any more
+static std::atomic<int64_t> t_look_us = -MAX_LOOK_US;
+static std::vector<held_t> past; // of slots whose cells were given back while somebody looked; for the thread of the context
+
 // one server per process
 static struct {
     std::mutex mutex; // of what is noted for other threads
     std::vector<headkv_slot_info> slots;
+    std::vector<std::vector<std::vector<int32_t>>> heads; // of a slot: [n_layer][KV heads] cells, of layers that are not compressed none
+    std::vector<std::deque<turn_t>> turns;
     int64_t bytes_store = 0;
     int64_t bytes_staging = 0;
     int64_t bytes_beside = 0;
@@ -228,6 +268,9 @@ bool headkv_server_open(common_params & params) {
 
     std::lock_guard<std::mutex> lock(server.mutex);
     server.slots.assign(std::max(1, params.n_parallel), {});
+    server.heads.assign(server.slots.size(), {});
+    server.turns.assign(server.slots.size(), {});
+    past.assign(server.slots.size(), {});
     server.bytes_store = server.bytes_staging = server.bytes_beside = 0;
     server.n_ctx = 0;
     return true;
@@ -237,8 +280,16 @@ bool headkv_server_is_on() {
     return headkv_get_args().params.kv_size > 0 || headkv_get_args().is_lossless();
 }
 
+bool headkv_server_has_page() {
+    return !headkv_get_args().page.empty();
+}
+
 bool headkv_server_reuses() {
     return headkv_server_is_on() && headkv_get_args().reuse;
+}
+
+bool headkv_server_asks_later() {
+    return server.asks_later;
 }
 
 bool headkv_server_only_layer() {
@@ -475,11 +526,15 @@ headkv_slot_info headkv_server_note(llama_context * ctx, llama_seq_id seq_id) {
     check(headkv_get_budget(ctx, budget.data(), (int32_t) budget.size()));
     check(headkv_get_n_cells(ctx, seq_id, table.data(), (int32_t) table.size()));
     std::vector<int32_t> cells;
+    std::vector<std::vector<int32_t>> heads(headkv_server_has_page() ? llama_model_n_layer(llama_get_model(ctx)) : 0);
     int64_t n_cells = 0;
     for (size_t i = 0; i < table.size(); ++i) {
         if (budget[i] > 0) {
             cells.push_back(table[i]);
             n_cells += table[i];
+            if (!heads.empty()) {
+                heads[i * heads.size() / table.size()].push_back(table[i]);
+            }
         }
     }
     std::sort(cells.begin(), cells.end());
@@ -516,6 +571,7 @@ headkv_slot_info headkv_server_note(llama_context * ctx, llama_seq_id seq_id) {
         server.bytes_beside = stats.bytes_beside;
     }
     server.archive = archive;
+    server.heads.at(seq_id) = std::move(heads);
     return info;
 }
 
@@ -577,12 +633,200 @@ int32_t headkv_server_n_ctx(const llama_context * ctx, llama_seq_id seq_id, int3
     return n_limit > 0 ? n_limit : std::max(n_ctx, llama_model_n_ctx_train(llama_get_model(ctx)));
 }
 
-bool headkv_server_forgets(llama_context * ctx, llama_seq_id seq_id, int32_t n_tokens) {
+static bool is_forgotten(llama_context * ctx, llama_seq_id seq_id, int32_t n_tokens) {
     if (!headkv_server_reuses()) {
         return headkv_server_is_on();
     }
     const headkv_stats stats = get_stats(ctx, seq_id);
     return stats.state != 2 || stats.n_past != n_tokens;
+}
+
+//
+// turns, and what is shown of them
+//
+
+void headkv_server_note_look() {
+    t_look_us = ggml_time_us();
+}
+
+static bool is_looked_at() {
+    return headkv_server_has_page() && ggml_time_us() - t_look_us < MAX_LOOK_US;
+}
+
+void headkv_server_begin_turn(llama_seq_id seq_id, int32_t id_task, int32_t n_prompt) {
+    if (!headkv_server_has_page()) {
+        return;
+    }
+    past.at(seq_id) = {};
+    std::lock_guard<std::mutex> lock(server.mutex);
+    auto & turns = server.turns.at(seq_id);
+    if (turns.size() == MAX_TURNS) {
+        turns.pop_front();
+    }
+    turns.emplace_back();
+    turns.back().id_task = id_task;
+    turns.back().n_prompt = n_prompt;
+}
+
+static void note_turn(llama_seq_id seq_id, const server_slot_stats & stats, bool is_over) {
+    std::lock_guard<std::mutex> lock(server.mutex);
+    if (!headkv_server_has_page() || server.turns.at(seq_id).empty()) {
+        return;
+    }
+    turn_t & turn = server.turns.at(seq_id).back();
+    const headkv_slot_info & info = stats.headkv_info;
+    const bool is_read = stats.n_gen > 0 || info.state == 2; // info has a state when the prompt is compressed
+    turn.n_archived = info.n_archived;
+    turn.n_continued = (int32_t) stats.n_prompt_cached - (is_read || info.by_layer ? info.n_archived : 0);
+    turn.n_read = is_read ? (int32_t) stats.n_prompt_processed : std::max(0, (info.by_layer ? info.n_read : (int32_t) stats.n_prompt_processed) - info.n_archived);
+    turn.read_ms = stats.t_prompt_ms();
+    turn.n_generated = (int32_t) stats.n_gen;
+    turn.generate_ms = stats.t_gen_ms();
+    turn.per_second = stats.n_gen_tps();
+    turn.n_bytes = server.slots.at(seq_id).n_bytes;
+    turn.n_bytes_full = server.slots.at(seq_id).n_bytes_full;
+    turn.state = is_over ? "done" : is_read ? "answering"
+                                            : "reading";
+}
+
+void headkv_server_note_turn(llama_seq_id seq_id, const server_slot_stats & stats) {
+    note_turn(seq_id, stats, false);
+}
+
+// what the heads of a sequence hold; nothing where it is not compressed
+static held_t read_held(const llama_context * ctx, llama_seq_id seq_id, const std::vector<llama_token> & tokens) {
+    const headkv_stats stats = get_stats(ctx, seq_id);
+    held_t res;
+    res.state = stats.state;
+    if (stats.state != 2) {
+        return res;
+    }
+    const int32_t n_past = stats.n_past;
+    res.n_prompt = stats.n_prompt;
+    res.tokens.assign(tokens.begin(), tokens.begin() + std::min<size_t>(tokens.size(), n_past));
+    std::vector<int32_t> budget(std::max(0, headkv_get_budget(ctx, nullptr, 0)));
+    std::vector<int32_t> cells(budget.size());
+    check(headkv_get_budget(ctx, budget.data(), (int32_t) budget.size()));
+    check(headkv_get_n_cells(ctx, seq_id, cells.data(), (int32_t) cells.size()));
+    const int32_t n_head = (int32_t) budget.size() / llama_model_n_layer(llama_get_model(ctx));
+    for (int32_t i = 0; i < (int32_t) budget.size(); ++i) {
+        if (budget[i] == 0) {
+            continue;
+        }
+        head_t head = { i / n_head, i % n_head, {}, 0 };
+        if (cells[i] < n_past) { // else it holds all
+            const int32_t n = headkv_get_positions(ctx, seq_id, head.il, head.ih, nullptr, 0);
+            check(n);
+            head.listed.resize(n);
+            check(headkv_get_positions(ctx, seq_id, head.il, head.ih, head.listed.data(), n));
+            head.tail = n_past - (cells[i] - n);
+        }
+        res.heads.push_back(std::move(head));
+    }
+    return res;
+}
+
+bool headkv_server_forgets(llama_context * ctx, llama_seq_id seq_id, const server_tokens & tokens, const server_slot_stats & stats) {
+    const bool res = is_forgotten(ctx, seq_id, (int32_t) tokens.size());
+    if (headkv_server_is_on()) {
+        note_turn(seq_id, stats, true);
+        if (res && is_looked_at()) {
+            past.at(seq_id) = read_held(ctx, seq_id, tokens.get_tokens());
+        }
+    }
+    return res;
+}
+
+// bytes at the end of a text that begin a character and do not end it
+static size_t n_unfinished(const std::string & text) {
+    for (size_t n = 1; n <= std::min<size_t>(3, text.size()); ++n) {
+        const uint8_t c = text[text.size() - n];
+        if (c >= 0xC0) {
+            return n < (c >= 0xF0 ? 4u : c >= 0xE0 ? 3u
+                                                   : 2u)
+                    ? n
+                    : 0;
+        }
+        if (c < 0x80) {
+            return 0;
+        }
+    }
+    return 0;
+}
+
+// The texts of tokens [first, first + n): a character that is made of several tokens stands at the last one. Ends early behind
+// MAX_TEXT bytes.
+static std::vector<std::string> read_text(const llama_vocab * vocab, const std::vector<llama_token> & tokens, int32_t first, int32_t n) {
+    static constexpr size_t MAX_TEXT = 128 << 10;
+    static constexpr int32_t MAX_PARTS = 8; // tokens of a character before its last one
+
+    std::vector<std::string> res;
+    std::string rest;
+    size_t n_bytes = 0;
+    for (int32_t i = std::max(0, first - MAX_PARTS); i < first + n && n_bytes < MAX_TEXT; ++i) {
+        std::string text = rest + common_token_to_piece(vocab, tokens[i], true);
+        const size_t n_rest = n_unfinished(text);
+        rest = text.substr(text.size() - n_rest);
+        text.resize(text.size() - n_rest);
+        if (i >= first) {
+            n_bytes += text.size();
+            res.push_back(std::move(text));
+        }
+    }
+    return res;
+}
+
+void headkv_server_fill_view(llama_context * ctx, const std::vector<llama_token> & tokens, headkv_view & view) {
+    static constexpr int32_t MAX_PARTS = 256; // of the overview
+
+    held_t now = read_held(ctx, view.id_slot, tokens);
+    view.is_past = now.state == 0 && past.at(view.id_slot).state != 0;
+    const held_t & held = view.is_past ? past.at(view.id_slot) : now;
+    view.state = held.state;
+    view.n_tokens = (int32_t) held.tokens.size();
+    view.n_prompt = held.n_prompt;
+    if (held.state != 2) {
+        view.n = 0;
+        return;
+    }
+    view.cells.resize(llama_model_n_layer(llama_get_model(ctx)));
+    for (const head_t & head : held.heads) {
+        view.cells[head.il].push_back((int32_t) head.listed.size() + std::max(0, view.n_tokens - head.tail));
+    }
+    std::vector<int32_t> n_held(view.n_tokens + 1); // first: how many heads more than at the position before
+    for (const head_t & head : held.heads) {
+        n_held[std::min(head.tail, view.n_tokens)] += view.il < 0 || (head.il == view.il && head.ih == view.ih);
+    }
+    for (int32_t i = 1; i < view.n_tokens; ++i) {
+        n_held[i] += n_held[i - 1];
+    }
+    for (const head_t & head : held.heads) {
+        if (view.il >= 0 && (head.il != view.il || head.ih != view.ih)) {
+            continue;
+        }
+        view.n_heads += 1;
+        for (int32_t pos : head.listed) {
+            if (pos >= 0 && pos < std::min(head.tail, view.n_tokens)) {
+                n_held[pos] += 1;
+            }
+        }
+    }
+    if (view.n_heads == 0) {
+        view.error = string_format("layer %d, head %d: no such KV head is compressed", view.il, view.ih);
+        return;
+    }
+    view.first = std::min(view.first, view.n_tokens);
+    view.text = read_text(llama_model_get_vocab(llama_get_model(ctx)), held.tokens, view.first, std::min(view.n, view.n_tokens - view.first));
+    view.n = (int32_t) view.text.size();
+    view.held.assign(n_held.begin() + view.first, n_held.begin() + view.first + view.n);
+    view.n_seen = view.n_tokens - (int32_t) std::count(n_held.begin(), n_held.end() - 1, 0);
+    const int64_t n_parts = std::min(MAX_PARTS, view.n_tokens);
+    for (int64_t i = 0; i < n_parts; ++i) {
+        const int64_t begin = i * view.n_tokens / n_parts;
+        const int64_t end = (i + 1) * view.n_tokens / n_parts;
+        const int64_t sum = std::accumulate(n_held.begin() + begin, n_held.begin() + end, (int64_t) 0);
+        view.overview.push_back((float) sum / ((end - begin) * view.n_heads));
+    }
 }
 
 //
@@ -619,10 +863,38 @@ static common_json slot_to_json(const headkv_slot_info & info) {
     return res.contains("kv") ? res.at("kv") : common_json{ { "state", STATES[0] }, { "n_tokens", 0 }, { "bytes", 0 }, { "bytes_full", 0 } };
 }
 
+static common_json turns_to_json(const std::deque<turn_t> & turns) {
+    common_json res = common_json::array();
+    for (const turn_t & turn : turns) {
+        res.push_back({
+                { "id_task", turn.id_task },
+                { "state", turn.state },
+                { "n_prompt", turn.n_prompt },
+                { "n_archived", turn.n_archived },
+                { "n_continued", turn.n_continued },
+                { "n_read", turn.n_read },
+                { "read_ms", turn.read_ms },
+                { "n_generated", turn.n_generated },
+                { "generate_ms", turn.generate_ms },
+                { "per_second", turn.per_second },
+                { "bytes", turn.n_bytes },
+                { "bytes_full", turn.n_bytes_full },
+        });
+    }
+    return res;
+}
+
 void headkv_server_add_slot(common_json & slot, llama_seq_id seq_id) {
     if (headkv_server_is_on()) {
         std::lock_guard<std::mutex> lock(server.mutex);
         slot["kv"] = slot_to_json(server.slots.at(seq_id));
+        if (headkv_server_has_page()) {
+            slot["kv_heads"] = common_json::array();
+            for (const auto & layer : server.heads.at(seq_id)) {
+                slot["kv_heads"].push_back(layer);
+            }
+            slot["kv_turns"] = turns_to_json(server.turns.at(seq_id));
+        }
     }
 }
 

@@ -6,11 +6,17 @@
 #include "llama.h"
 
 #include <cstdint>
+#include <memory>
 #include <string>
+#include <unordered_set>
 #include <utility>
 #include <vector>
 
 struct common_params;
+struct server_context;
+struct server_http_context;
+struct server_slot_stats;
+struct server_tokens;
 
 // What a sequence holds, as last seen between two batches; timings have that of the moment of compression.
 struct headkv_slot_info {
@@ -33,6 +39,27 @@ struct headkv_slot_info {
     int64_t n_evicted_generated = 0; // cells that were dropped with that
 };
 
+// What is shown of the prompt and the answer of a slot: n tokens from the first one on, and which heads hold them.
+struct headkv_view {
+    int32_t id_slot = 0;
+    int32_t il = -1; // of one head, or of all
+    int32_t ih = -1;
+    int32_t first = 0;
+    int32_t n = 0;
+
+    std::string error;      // why there is no answer, empty = there is one
+    int32_t state = 0;      // as in headkv_stats
+    bool is_past = false;   // the cells were given back when the answer ended, this is what they were
+    int32_t n_tokens = 0;
+    int32_t n_prompt = 0;   // of them
+    int32_t n_heads = 0;    // that could hold a token
+    int32_t n_seen = 0;     // tokens that one of them holds
+    std::vector<std::string> text; // [n]
+    std::vector<int32_t> held;     // [n] heads that hold it
+    std::vector<std::vector<int32_t>> cells; // [n_layer][KV heads] of each head, of layers that are not compressed none
+    std::vector<float> overview;   // of all tokens, in as many equal parts: the mean share of the heads
+};
+
 // What a request may choose.
 struct headkv_request {
     int32_t kv_size = 0; // 0 = that of the server
@@ -40,6 +67,7 @@ struct headkv_request {
     bool later = false; // questions about the prompt come later
     std::vector<std::pair<int32_t, int32_t>> protect; // [start, end) positions of the prompt that every head keeps
     std::vector<std::pair<int32_t, int32_t>> drop; // same, whose cells all heads let go of when the prompt is compressed, or continued on
+    std::shared_ptr<headkv_view> view; // it is no completion, but asks for this
 };
 
 // Before a model is loaded: checks the flags against upstream's, adapts these, and makes the contexts of this thread
@@ -48,6 +76,7 @@ bool headkv_server_open(common_params & params);
 
 bool headkv_server_is_on();
 bool headkv_server_reuses();
+bool headkv_server_asks_later(); // questions about a prompt come later, where a request does not say
 bool headkv_server_only_layer(); // --kv-prefill layer
 bool headkv_server_by_layer(const llama_context * ctx); // prompts are read layer by layer
 int32_t headkv_server_n_batch();    // prompt tokens per batch where they are not
@@ -83,9 +112,9 @@ void headkv_server_limit_restore(llama_context * ctx, int32_t n_ctx);
 void headkv_server_check_restore(size_t n_read);
 void headkv_server_check_restored(llama_context * ctx, llama_seq_id seq_id, size_t n_tokens);
 
-// Whether a released slot of n_tokens gives its cells back: nothing can be done with them, unless prompts may continue on them
-// and they are those of its tokens.
-bool headkv_server_forgets(llama_context * ctx, llama_seq_id seq_id, int32_t n_tokens);
+// Whether a released slot of these tokens gives its cells back: nothing can be done with them, unless prompts may continue on
+// them and they are those of its tokens. Where somebody looks at the page, it is noted before what they were.
+bool headkv_server_forgets(llama_context * ctx, llama_seq_id seq_id, const server_tokens & tokens, const server_slot_stats & stats);
 
 // Takes what a request drops out of a slot that holds its first n_tokens.
 void headkv_server_drop_ranges(llama_context * ctx, llama_seq_id seq_id, const headkv_request & request, int32_t n_tokens);
@@ -96,8 +125,30 @@ int32_t headkv_server_n_ctx_of_prompts(int32_t n_ctx);
 // Tokens of a slot at which an answer ends: n_ctx, or more where its generated tokens are bounded.
 int32_t headkv_server_n_ctx(const llama_context * ctx, llama_seq_id seq_id, int32_t n_ctx);
 
+// A turn is a request and its answer. The last ones of each slot are noted where there is a page.
+void headkv_server_begin_turn(llama_seq_id seq_id, int32_t id_task, int32_t n_prompt);
+void headkv_server_note_turn(llama_seq_id seq_id, const server_slot_stats & stats);
+
+// Answers what a view asks of a slot of these tokens.
+void headkv_server_fill_view(llama_context * ctx, const std::vector<llama_token> & tokens, headkv_view & view);
+
 // What was noted; from any thread.
 void headkv_server_add_slot(common_json & slot, llama_seq_id seq_id);
 void headkv_server_add_info(common_json & timings, const headkv_slot_info & info);
 void headkv_server_add_props(common_json & props);
 std::string headkv_server_metrics(); // in the text format of Prometheus
+
+// The page, see headkv-page.cpp; called once, by the thread that starts the server.
+
+bool headkv_server_has_page();
+
+// Paths that need no key: the files of the page.
+void headkv_server_add_paths(std::unordered_set<std::string> & paths);
+
+void headkv_server_add_routes(server_http_context & http, server_context & ctx_server, const common_params & params);
+
+// Logs what was decided, and where the pages are, when the server listens.
+void headkv_server_tell_start(server_context & ctx_server, const common_params & params, const std::vector<std::string> & addresses);
+
+// Somebody looks at the page, as of now.
+void headkv_server_note_look();

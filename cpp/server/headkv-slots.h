@@ -83,6 +83,7 @@ static bool headkv_server_begin(const std::vector<server_slot> & slots, server_s
         return false; // the last slots of a nearly full context have to finish
     }
 
+    headkv_server_begin_turn(slot.id, slot.task->id, n_tokens);
     const int32_t n_ctx = headkv_server_n_ctx_of_prompts(slot.n_ctx);
     slot.n_ctx = n_ctx;
     if (headkv_server_reuses() && slot.task->params.cache_prompt && slot.prompt.n_tokens() > 0) {
@@ -124,6 +125,7 @@ static bool headkv_server_read(server_slot & slot, const server_batch & batch, i
     const bool is_ahead = headkv_server_read_ahead(slot.ctx_tgt, slot.id, slot.task->tokens.get_text_tokens(), info);
     slot.stats.update_prompt_last();
     slot.stats.n_prompt_cached = info.n_archived;
+    headkv_server_note_turn(slot.id, slot.stats);
     metrics.add_prompt(0, slot.stats.t_prompt_last - t_start); // its tokens are counted with the batch
     if (!is_ahead || batch.size() + n_tokens > n_batch) {
         if (slot.stats.t_prompt_last - std::max(slot.t_print_last, slot.stats.t_start) > 3 * 1000 * 1000) {
@@ -223,6 +225,32 @@ static void headkv_server_note_slots(std::vector<server_slot> & slots) {
             const headkv_slot_info now = headkv_server_note(slot.ctx_tgt, slot.id);
             slot.stats.headkv_info.n_evictions = now.n_evictions;
             slot.stats.headkv_info.n_evicted_generated = now.n_evicted_generated;
+            headkv_server_note_turn(slot.id, slot.stats);
         }
     }
+}
+
+struct headkv_result : server_task_result {
+    json to_json() override { return {}; } // the answer is in the view
+};
+
+// Between two batches: what the page asks of a slot. Upstream's own tasks of the kind ask nothing.
+static void headkv_server_look(const std::vector<server_slot> & slots, const server_task & task, server_response & results) {
+    headkv_view * view = task.params.headkv.view.get();
+    if (!view) {
+        return;
+    }
+    if (view->id_slot < 0 || (size_t) view->id_slot >= slots.size()) {
+        view->error = string_format("slot is %d: it must be in [0, %zu)", view->id_slot, slots.size());
+    } else {
+        const server_slot & slot = slots[view->id_slot];
+        try {
+            headkv_server_fill_view(slot.ctx_tgt, slot.prompt.tokens.get_tokens(), *view);
+        } catch (const std::exception & e) {
+            view->error = e.what();
+        }
+    }
+    auto res = std::make_unique<headkv_result>();
+    res->id = task.id;
+    results.send(std::move(res));
 }

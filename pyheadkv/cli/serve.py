@@ -47,7 +47,18 @@ def command_line(arguments: Sequence[str]) -> list[str]:
         model = []
     else:
         model = ["-m", str(model_path(None))]
-    return [str(server_path()), *model, *rest, *_importance_flags(model, rest)]
+    return [str(server_path()), *_page_flags(rest), *model, *rest, *_importance_flags(model, rest)]
+
+
+def page_path() -> Path:
+    """Folder of the page at /kv."""
+    return Path(__file__).resolve().parent.parent / "page"
+
+
+def _page_flags(rest: Sequence[str]) -> list[str]:
+    """``--kv-page`` with our page, unless another one, or none, is asked for."""
+    is_given = any(flag.replace("_", "-") == "--kv-page" for flag in rest) or os.environ.get("LLAMA_ARG_KV_PAGE")
+    return [] if is_given else ["--kv-page", str(page_path())]
 
 
 def _importance_flags(model: Sequence[str], rest: Sequence[str]) -> list[str]:

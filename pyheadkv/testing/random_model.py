@@ -120,6 +120,7 @@ def write_random_model(
     scale: float = 1.5,
     window: int = 32,
     period: int = 2,
+    texts: Sequence[str] = (),
 ) -> None:
     """Write a GGUF of random weights that stock llama.cpp loads.
 
@@ -138,6 +139,7 @@ def write_random_model(
     scale : standard deviation of the attention logits before softmax; near 0 gives flat attention
     window : tokens that the windowed layers of gemma3 and gpt-oss attend to
     period : of gemma3, gpt-oss and lfm2: layers period - 1, 2 * period - 1, .. attend to all tokens
+    texts : of tokens that take the place of the last unused ones
     """
     if head_dim is None:
         if n_head < 1 or n_embd % n_head:
@@ -168,7 +170,7 @@ def write_random_model(
     writer = gguf.GGUFWriter(path, arch)
     try:
         _add_hparams(writer, shape)
-        _add_tokenizer(writer, n_vocab)
+        _add_tokenizer(writer, n_vocab, texts)
         _add_importance(writer, shape, importance, seed)
         _add_tensors(writer, shape, seed=seed, repeat_layers=repeat_layers, scale=scale)
         writer.write_header_to_file()
@@ -232,7 +234,7 @@ def _pieces() -> list[str]:
     return list(dict.fromkeys(letters + merged))
 
 
-def _add_tokenizer(writer: gguf.GGUFWriter, n_vocab: int) -> None:
+def _add_tokenizer(writer: gguf.GGUFWriter, n_vocab: int, texts: Sequence[str]) -> None:
     """SPM tokenizer: special, byte and word tokens, then unused padding; any text tokenizes."""
     from gguf import TokenType
 
@@ -241,9 +243,13 @@ def _add_tokenizer(writer: gguf.GGUFWriter, n_vocab: int) -> None:
     pieces = _pieces()[: n_vocab - len(tokens)]
     tokens += pieces
     types += [TokenType.NORMAL] * len(pieces)
-    n_pad = n_vocab - len(tokens)
+    n_pad = n_vocab - len(tokens) - len(texts)
+    if n_pad < 0:
+        raise ValueError(f"{len(texts)} texts are more than the {n_pad + len(texts)} unused tokens: raise n_vocab = {n_vocab}")
     tokens += [f"<pad{i}>" for i in range(n_pad)]
     types += [TokenType.UNUSED] * n_pad
+    tokens += texts
+    types += [TokenType.NORMAL] * len(texts)
     # longer pieces first, as a trained SPM vocabulary has them
     scores = [float(len(t)) if ty == TokenType.NORMAL else 0.0 for t, ty in zip(tokens, types)]
 

@@ -21,6 +21,9 @@ using op_cases = std::vector<std::pair<std::string, std::function<bool()>>>;
 void add_prompt_cases(op_cases & cases);
 void perf_prompt();
 
+// kept-cells.cpp
+void print_kept();
+
 inline std::mt19937 rng(1);
 
 inline std::vector<float> random_floats(size_t n, float stdev = 1.0f) {
