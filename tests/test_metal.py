@@ -6,7 +6,9 @@ thread in both orders, and where every barrier is left out once (``test_sanitize
 
 from __future__ import annotations
 
+import os
 import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -184,3 +186,12 @@ def test_heads_that_no_kernel_has_are_refused(asan_dir: Path) -> None:
             PYHEADKV_TEST_BACKEND=str(asan_dir / "libggml-metal-on-cpu.so"),
             PYTHONMALLOC="malloc",
         )
+
+
+def test_the_check_for_a_mac_says_where_it_runs(tmp_path: Path) -> None:
+    if sys.platform == "darwin":
+        pytest.skip("it would build")
+    for backend, said in (("metal", "only macOS has it"), ("none", "use cuda, metal, vulkan or cpu")):
+        env = {**os.environ, "GPU_CHECK_BACKEND": backend}
+        res = subprocess.run(["sh", str(ROOT / "scripts" / "gpu_check.sh"), "all", str(tmp_path)], env=env, capture_output=True, text=True)
+        assert res.returncode == 2 and said in res.stderr
