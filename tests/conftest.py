@@ -1,16 +1,18 @@
 """Fixtures: random models (made once), both libraries, and helpers around one decode step.
 
 ``pytest --device cpu,cuda0`` runs the tests of the engine once on each device (cpu, cuda0, vulkan0, metal, ...). A device
-that the library does not have is a skip.
+that the library does not have is a skip. PYHEADKV_TEST_BACKEND names a library with one more backend, that of tests/cpp/metal-on-cpu.h.
 """
 
 from __future__ import annotations
 
+import ctypes
 import os
 import re
 import subprocess
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +48,16 @@ STAGES = {
 }
 
 
+@cache
+def load_backend(path: str) -> None:
+    """Give ggml the backend of a library, for as long as the process lives."""
+    from llama_cpp import llama_cpp
+
+    llama_cpp._lib.ggml_backend_load.argtypes, llama_cpp._lib.ggml_backend_load.restype = [ctypes.c_char_p], ctypes.c_void_p
+    if not llama_cpp._lib.ggml_backend_load(path.encode()):
+        raise ValueError(f"PYHEADKV_TEST_BACKEND is {path}: no backend")
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--device", default="cpu", help="devices of the engine tests, comma-separated (default: %(default)s)")
 
@@ -68,6 +80,8 @@ def device(request: pytest.FixtureRequest) -> str:
     device_options.clear()
     if name != "cpu":
         lib = pytest.importorskip("pyheadkv._lib", reason="the library is not built: run make")
+        if os.environ.get("PYHEADKV_TEST_BACKEND"):
+            load_backend(os.environ["PYHEADKV_TEST_BACKEND"])
         names = [n.lower() for n in lib.gpu_names()]
         found = [i for i, n in enumerate(names) if n == name or (name == "metal" and n.startswith(("metal", "mtl")))]
         if not found:
@@ -146,6 +160,35 @@ def stock_lib() -> Path:
     if not path or not Path(path).is_dir():
         pytest.skip("no unpatched library: run make test, or make stock and set PYHEADKV_STOCK_LIB")
     return Path(path)
+
+
+@pytest.fixture(scope="session")
+def asan_dir() -> Path:
+    """Folder of the build with sanitizers."""
+    path = os.environ.get("PYHEADKV_ASAN_DIR")
+    if not path or not Path(path).is_dir():
+        pytest.skip("no build with sanitizers: run make test, or make sanitize and set PYHEADKV_ASAN_DIR")
+    return Path(path)
+
+
+def run_sanitized(cmd: list[str], **env: str) -> str:
+    """Output of a command of the build with sanitizers, run in the folder of the tests; its errors are the caller's."""
+    options = "detect_leaks=0:abort_on_error=0:exitcode=99:halt_on_error=1"
+    env = {**os.environ, "ASAN_OPTIONS": options, "UBSAN_OPTIONS": "print_stacktrace=1:halt_on_error=1:exitcode=99", **env}
+    res = subprocess.run(cmd, env=env, cwd=Path(__file__).parent, capture_output=True, text=True)
+    assert res.returncode == 0, (res.stdout + res.stderr)[-4000:]
+    return res.stdout
+
+
+def sanitizer_libs() -> str:
+    """What Python has to preload: libstdc++ too, or the sanitizer does not find the functions of it that it wraps."""
+    found = [
+        subprocess.run(["gcc", f"-print-file-name={name}"], capture_output=True, text=True).stdout.strip()
+        for name in ("libasan.so", "libstdc++.so.6")
+    ]
+    if not all(Path(path).is_file() for path in found):
+        pytest.skip("no shared libasan and libstdc++ to preload into Python")
+    return " ".join(found)
 
 
 def tokens(n: int, *, seed: int = 0, n_vocab: int = 384) -> list[int]:

@@ -6,10 +6,14 @@ thread in both orders, and where every barrier is left out once (``test_sanitize
 
 from __future__ import annotations
 
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+from conftest import run_sanitized, sanitizer_libs
 
 ROOT = Path(__file__).resolve().parents[1]
 METAL = ROOT / "cpp" / "ggml-metal"
@@ -147,3 +151,47 @@ def test_our_c_interface_is_upstreams() -> None:
     called = set(re.findall(r"\b(ggml_metal_\w+)\(", (METAL / "headkv-metal.cpp").read_text(encoding="utf-8")))
     assert called and called <= declared
     assert [p.name for p in METAL.iterdir() if p.suffix in (".m", ".mm")] == []
+
+
+ENGINE = (
+    "(qwen3 and (decode_after_compression or truncated_down or (kept_positions_equal_the_oracle and 512 and power))) "
+    "or quantised_cells_move or (llama-gqa4 and composed and decode_after_compression)"
+)
+
+
+def test_the_engine_attends_scores_and_selects_on_metal(asan_dir: Path, tmp_path: Path) -> None:
+    """Heads of 64 by our kernels, of 32 by existing ops."""
+    report = tmp_path / "report"
+    out = run_sanitized(
+        [sys.executable, "-m", "pytest", "-q", "-s", "-p", "no:cacheprovider", "test_engine.py", "--device", "metal", "-k", ENGINE],
+        LD_PRELOAD=sanitizer_libs(),
+        PYHEADKV_LIB_PATH=str(asan_dir),
+        PYHEADKV_TEST_BACKEND=str(asan_dir / "libggml-metal-on-cpu.so"),
+        METAL_ON_CPU_REPORT=str(report),
+        PYTHONMALLOC="malloc",
+    )
+    passed = re.search(r"(\d+) passed", out)
+    assert passed and int(passed[1]) >= 8
+    dispatches = dict(line.split() for line in report.read_text().splitlines())
+    assert set(dispatches) == set(kernels())
+
+
+def test_heads_that_no_kernel_has_are_refused(asan_dir: Path) -> None:
+    with pytest.raises(AssertionError, match="attend 'fused' is not possible in layer 0 with K heads of 32 .* on MTL0"):
+        run_sanitized(
+            [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "test_engine.py", "--device", "metal"]
+            + ["-k", "llama-gqa4 and fused and decode_after_compression"],
+            LD_PRELOAD=sanitizer_libs(),
+            PYHEADKV_LIB_PATH=str(asan_dir),
+            PYHEADKV_TEST_BACKEND=str(asan_dir / "libggml-metal-on-cpu.so"),
+            PYTHONMALLOC="malloc",
+        )
+
+
+def test_the_check_for_a_mac_says_where_it_runs(tmp_path: Path) -> None:
+    if sys.platform == "darwin":
+        pytest.skip("it would build")
+    for backend, said in (("metal", "only macOS has it"), ("none", "use cuda, metal, vulkan or cpu")):
+        env = {**os.environ, "GPU_CHECK_BACKEND": backend}
+        res = subprocess.run(["sh", str(ROOT / "scripts" / "gpu_check.sh"), "all", str(tmp_path)], env=env, capture_output=True, text=True)
+        assert res.returncode == 2 and said in res.stderr

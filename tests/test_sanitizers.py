@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 
-import pytest
+from conftest import run_sanitized, sanitizer_libs
 
-TESTS = Path(__file__).parent
 # one of each kind of engine test; the names are checked to exist by pytest's exit code
 SELECTION = (
     "after_compression_equals_the_oracle or tail or prefix or quantised or shifting or removed_window or context_full or c_api or corrupt "
@@ -21,25 +18,9 @@ SELECTION = (
 )
 
 
-@pytest.fixture(scope="session")
-def asan_dir() -> Path:
-    path = os.environ.get("PYHEADKV_ASAN_DIR")
-    if not path or not Path(path).is_dir():
-        pytest.skip("no build with sanitizers: run make test, or make sanitize and set PYHEADKV_ASAN_DIR")
-    return Path(path)
-
-
-def run(cmd: list[str], **env: str) -> str:
-    options = "detect_leaks=0:abort_on_error=0:exitcode=99:halt_on_error=1"
-    env = {**os.environ, "ASAN_OPTIONS": options, "UBSAN_OPTIONS": "print_stacktrace=1:halt_on_error=1:exitcode=99", **env}
-    res = subprocess.run(cmd, env=env, cwd=TESTS, capture_output=True, text=True)
-    assert res.returncode == 0, (res.stdout + res.stderr)[-4000:]
-    return res.stdout
-
-
 def test_ops_are_clean(asan_dir: Path) -> None:
     """And run with every kernel that the machine has."""
-    out = run([str(asan_dir / "test-headkv-ops")])
+    out = run_sanitized([str(asan_dir / "test-headkv-ops")])
     found = re.search(r"^0 of (\d+) cases failed$", out, re.M)
     assert found and int(found[1]) > 1000
     flags = set(Path("/proc/cpuinfo").read_text().split()) if Path("/proc/cpuinfo").is_file() else set()
@@ -49,19 +30,11 @@ def test_ops_are_clean(asan_dir: Path) -> None:
 
 
 def test_states_and_store_are_sound_and_clean(asan_dir: Path) -> None:
-    found = re.search(r"^0 of (\d+) checks failed$", run([str(asan_dir / "test-memory")]), re.M)
+    found = re.search(r"^0 of (\d+) checks failed$", run_sanitized([str(asan_dir / "test-memory")]), re.M)
     assert found and int(found[1]) > 100_000
 
 
 def test_engine_is_clean(asan_dir: Path) -> None:
-    # libstdc++ too, or the sanitizer does not find the functions of it that it wraps
-    found = [
-        subprocess.run(["gcc", f"-print-file-name={name}"], capture_output=True, text=True).stdout.strip()
-        for name in ("libasan.so", "libstdc++.so.6")
-    ]
-    if not all(Path(path).is_file() for path in found):
-        pytest.skip("no shared libasan and libstdc++ to preload into Python")
-    preload = " ".join(found)
     cmd = [
         sys.executable,
         "-m",
@@ -82,5 +55,5 @@ def test_engine_is_clean(asan_dir: Path) -> None:
         "-k",
         SELECTION,
     ]
-    out = run(cmd, LD_PRELOAD=preload, PYHEADKV_LIB_PATH=str(asan_dir), PYHEADKV_STOCK_LIB="", PYTHONMALLOC="malloc")
+    out = run_sanitized(cmd, LD_PRELOAD=sanitizer_libs(), PYHEADKV_LIB_PATH=str(asan_dir), PYHEADKV_STOCK_LIB="", PYTHONMALLOC="malloc")
     assert " passed" in out

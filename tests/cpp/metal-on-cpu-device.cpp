@@ -17,15 +17,29 @@
 #include "ggml-cpu.h"
 #include "ggml-impl.h"
 
+#include <map>
 #include <mutex>
 
-static int n_dispatches = 0;
+// dispatches of each kernel, written to the file that METAL_ON_CPU_REPORT names when the process ends
+static struct report {
+    std::map<std::string, int> n;
+
+    ~report() {
+        const char * path = getenv("METAL_ON_CPU_REPORT");
+        FILE * file = path ? fopen(path, "w") : nullptr;
+        if (file) {
+            for (const auto & [kernel, n_dispatches] : n) {
+                fprintf(file, "%s %d\n", kernel.c_str(), n_dispatches);
+            }
+            fclose(file);
+        }
+    }
+} dispatches;
 
 void metal_on_cpu_order(bool descending) { gpu_cpu::descending = descending; }
 int metal_on_cpu_n_barriers(void) { return (int) metal_cpu::barriers.size(); }
 const char * metal_on_cpu_barrier(int i) { return metal_cpu::barriers.at(i).c_str(); }
 void metal_on_cpu_leave_out(int i) { metal_cpu::left_out = i; }
-int metal_on_cpu_n_dispatches(void) { return n_dispatches; }
 
 //
 // library
@@ -153,7 +167,7 @@ void ggml_metal_encoder_dispatch_threadgroups(ggml_metal_encoder_t enc, int tg0,
     }
     enc->is_barrier = false;
     enc->waiting.push_back([kernel = enc->kernel, bound = enc->bound]() { kernel->run(bound); });
-    n_dispatches++;
+    dispatches.n[enc->kernel->name]++;
 }
 
 void ggml_metal_encoder_memory_barrier(ggml_metal_encoder_t enc) { enc->is_barrier = true; }

@@ -13,9 +13,6 @@ int metal_on_cpu_n_barriers(void);
 const char * metal_on_cpu_barrier(int i);
 void metal_on_cpu_leave_out(int i);
 
-// dispatches of our kernels so far
-int metal_on_cpu_n_dispatches(void);
-
 #ifdef __cplusplus
 }
 #endif
