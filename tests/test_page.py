@@ -314,7 +314,7 @@ def test_the_root_is_the_chat_or_says_how_to_get_it(server: llama_server.Server)
     if answer.status_code == 200:
         assert "text/html" in answer.headers["Content-Type"] and "<script" in answer.text
     else:
-        assert answer.status_code == 404 and answer.text.count("\n") == 1 and "make ui" in answer.text and "/kv" in answer.text
+        assert answer.status_code == 501 and answer.text.count("\n") == 1 and "make ui" in answer.text and "/kv" in answer.text
 
 
 def test_the_start_says_what_was_decided(model: Path, log: Path) -> None:

@@ -250,7 +250,7 @@ void headkv_server_add_routes(server_http_context & http, server_context & ctx_s
 #if !defined(LLAMA_UI_HAS_ASSETS)
     if (params.ui && params.public_path.empty()) {
         http.get("/", [](const server_http_req &) {
-            return answer(404, "text/plain; charset=utf-8",
+            return answer(501, "text/plain; charset=utf-8", // upstream replaces the text of a 404
                     std::string("This build has no web chat: 'make ui' builds it, 'make wheel' a wheel that has it.") +
                             (headkv_server_has_page() ? " What the cache holds: /kv\n" : "\n"));
         });
