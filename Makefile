@@ -23,7 +23,7 @@ JOBS   ?= $(shell $(PYTHON) -c 'import os; print(len(os.sched_getaffinity(0)) if
 CMAKE  := PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/cmake
 SOURCES := $(shell find cpp patches -type f -not -name '*.pyc') CMakeLists.txt
 
-.PHONY: all ui wheel test-page demo docs check test coverage clean stock sanitize tsan neon
+.PHONY: all ui wheel test-page demo docs check test coverage clean stock sanitize tsan neon x86
 all: $(VENV)/.installed $(LIBS)/.built
 
 $(VENV)/.tools: pyproject.toml
@@ -114,6 +114,16 @@ neon: $(VENV)/.llama-cpp-python
 		-DCMAKE_CXX_COMPILER=aarch64-linux-gnu-g++ -DGGML_NATIVE=OFF -DGGML_OPENMP=OFF -DPYHEADKV_SERVER=OFF -DPYHEADKV_TESTS=ON $(CMAKE_DEFINES) > $(NEON).log
 	$(CMAKE) --build $(NEON) --parallel $(JOBS) --target test-headkv-ops >> $(NEON).log
 	qemu-aarch64 -L /usr/aarch64-linux-gnu $(NEON)/bin/test-headkv-ops -k neon
+
+# op tests of the kernels of older x86 CPUs, emulated with qemu-user of Debian: Nehalem has none of AVX, Haswell has AVX2
+X86 := build/x86
+
+x86: $(VENV)/.llama-cpp-python
+	$(CMAKE) -G Ninja -S . -B $(X86) -DGGML_NATIVE=OFF -DGGML_SSE42=ON -DGGML_AVX=OFF -DGGML_AVX2=OFF -DGGML_BMI2=OFF -DGGML_FMA=OFF -DGGML_F16C=OFF \
+		-DGGML_OPENMP=OFF -DPYHEADKV_SERVER=OFF -DPYHEADKV_TESTS=ON $(CMAKE_DEFINES) > $(X86).log
+	$(CMAKE) --build $(X86) --parallel $(JOBS) --target test-headkv-ops >> $(X86).log
+	qemu-x86_64 -cpu Nehalem $(X86)/bin/test-headkv-ops -k portable
+	qemu-x86_64 -cpu Haswell $(X86)/bin/test-headkv-ops -k avx2
 
 check: $(VENV)/.installed
 	$(BIN)/ruff check .
