@@ -6,7 +6,7 @@
 //   test-headkv-ops perf score   time per layer of score, composed and fused
 //   test-headkv-ops perf sinks   time per op of attend, without and with sinks
 //   test-headkv-ops perf prompt  attention of a prompt: ours and flash attention of ggml in turn, and the rate of the machine
-//   test-headkv-ops cells [MACHINE]   which cells each kernel keeps, as CSV
+//   test-headkv-ops kept      which cells each kernel keeps, for scripts/compare_kept.py
 //   test-headkv-ops -c NAME   one case
 //   test-headkv-ops -k PART   cases with this in their names
 //   test-headkv-ops device    on the first GPU: the composed paths and, if it is CUDA or Metal, our kernels
@@ -1258,88 +1258,9 @@ static void add_two_sizes(op_cases & cases) {
     cases.push_back({ "cuda refuses two sizes", test_cuda_refuses_two_sizes });
 }
 
-// FNV-1a
-static uint64_t hash_of(const void * data, size_t n, uint64_t h = 0xcbf29ce484222325) {
-    for (size_t i = 0; i < n; ++i) {
-        h = (h ^ ((const uint8_t *) data)[i]) * 0x100000001b3;
-    }
-    return h;
-}
-
-// Which cells the kernels of this machine keep: half of them, of random keys and queries, without and with pooling. Inputs, scores and
-// cells as hashes, so that machines can be compared; cells that the portable kernel does not keep are counted, with how much less than
-// the worst cell it keeps the best of them scores there: what the sums of the kernels, which are rounded unlike, leave undecided.
-static void print_cells(const char * machine) {
-    printf("machine,kernel,type,head_size,n_kv,pool_kernel,inputs,scores,cells,other_cells,relative_gap\n");
-    for (const ggml_type type : { GGML_TYPE_F16, GGML_TYPE_BF16, GGML_TYPE_Q8_0 }) {
-        for (const auto & [D, n_kv, pool_kernel] : { std::make_tuple(64, 1000, 1), std::make_tuple(64, 1000, 7), std::make_tuple(128, 3000, 1), std::make_tuple(128, 3000, 31) }) {
-            const int G = 4, H = 2, n_window = 8, n_prefix = n_kv - n_window, n_keep = n_prefix / 2;
-            std::vector<float> portable;
-            std::vector<int32_t> kept_by_portable;
-            for (const char * kernel : { "portable", "avx2", "avx512", "neon" }) {
-                if (!headkv_score_kernel_find(kernel)) {
-                    continue;
-                }
-                setenv("HEADKV_KERNEL", kernel, 1);
-                rng.seed(1);
-                op_graph g;
-                ggml_context * ctx = g.ctx.get();
-                ggml_tensor * q = ggml_new_tensor_3d(ctx, GGML_TYPE_F32, D, G * H, n_window);
-                ggml_tensor * k = ggml_new_tensor_2d(ctx, type, D * H, n_kv);
-                ggml_tensor * c = ggml_new_tensor_1d(ctx, GGML_TYPE_I32, n_kv);
-                ggml_tensor * p = ggml_new_tensor_2d(ctx, GGML_TYPE_I32, 2, H);
-                ggml_tensor * score = headkv_build_score_fused(ctx, q, k, c, n_prefix, 1.0f / std::sqrt((float) D), 0.0f, 0, HEADKV_POOL_MAX, pool_kernel);
-                ggml_tensor * kept = headkv_build_select(ctx, score, p, 0, H * n_keep);
-                g.alloc(kept);
-                std::vector<int32_t> cells(n_kv);
-                std::iota(cells.begin(), cells.end(), 0);
-                const int32_t plan[] = { 0, n_keep, n_keep, n_keep };
-                const std::vector<float> qf = random_floats(ggml_nelements(q), 2.0f);
-                set_quantized(k, random_floats(ggml_nelements(k)));
-                ggml_backend_tensor_set(q, qf.data(), 0, ggml_nbytes(q));
-                ggml_backend_tensor_set(c, cells.data(), 0, ggml_nbytes(c));
-                ggml_backend_tensor_set(p, plan, 0, ggml_nbytes(p));
-                g.run(1);
-
-                const std::vector<float> scores = get_floats(score);
-                std::vector<int32_t> got(H * n_keep);
-                ggml_backend_tensor_get(kept, got.data(), 0, ggml_nbytes(kept));
-                if (portable.empty()) {
-                    portable = scores;
-                    kept_by_portable = got;
-                }
-                int n_other = 0;
-                double gap = 0.0;
-                for (int h = 0; h < H; ++h) {
-                    const float * s = portable.data() + (size_t) h * n_prefix;
-                    const int32_t * first = kept_by_portable.data() + h * n_keep;
-                    float worst = INFINITY;
-                    for (int i = 0; i < n_keep; ++i) {
-                        worst = std::min(worst, s[first[i]]);
-                    }
-                    for (int i = 0; i < n_keep; ++i) {
-                        const int32_t cell = got[h * n_keep + i];
-                        if (!std::binary_search(first, first + n_keep, cell)) {
-                            n_other++;
-                            gap = std::max(gap, (double) (worst - s[cell]) / worst);
-                        }
-                    }
-                }
-                printf("%s,%s,%s,%d,%d,%d,%016llx,%016llx,%016llx,%d,%.3g\n", machine, kernel, ggml_type_name(type), D, n_kv, pool_kernel,
-                        (unsigned long long) hash_of(k->data, ggml_nbytes(k), hash_of(qf.data(), ggml_nbytes(q))),
-                        (unsigned long long) hash_of(scores.data(), ggml_nbytes(score)), (unsigned long long) hash_of(got.data(), ggml_nbytes(kept)), n_other, gap);
-            }
-        }
-    }
-}
-
 int main(int argc, char ** argv) {
     if (argc > 1 && strcmp(argv[1], "kept") == 0) {
         print_kept();
-        return 0;
-    }
-    if (argc > 1 && strcmp(argv[1], "cells") == 0) {
-        print_cells(argc > 2 ? argv[2] : "");
         return 0;
     }
     if (argc > 1 && strcmp(argv[1], "perf") == 0) {
