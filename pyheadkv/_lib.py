@@ -321,6 +321,19 @@ class _Functions:
 lib = _Functions()
 
 
+def piece(vocab: Any, token: int, special: bool) -> bytes:
+    """Text of a token, empty if it is a special one and these are not wanted."""
+    from llama_cpp import llama_cpp
+
+    size = 32
+    while True:
+        buffer = ctypes.create_string_buffer(size)
+        n = llama_cpp.llama_token_to_piece(vocab, token, buffer, size, 0, special)
+        if n >= 0:
+            return buffer.raw[:n]
+        size = -n
+
+
 def last_error() -> str:
     """Reason of the last failure of a C function on this thread."""
     return str(lib.headkv_last_error().decode("utf-8", "replace"))

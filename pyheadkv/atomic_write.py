@@ -25,14 +25,23 @@ def check_destination(src: Path, dst: Path, *, force: bool) -> None:
 
 
 def replace_file(dst: Path, write: Callable[[BinaryIO], object]) -> None:
-    """Create ``dst`` completely or not at all."""
+    """Create ``dst`` completely or not at all; what a link leads to keeps its mode.
+
+    Raises
+    ------
+    ValueError : it is a device, a pipe or a folder
+    """
+    dst = dst.resolve()
+    if dst.exists() and not dst.is_file():
+        raise ValueError(f"output {dst} is no regular file: choose another name")
+    mode = dst.stat().st_mode & 0o777 if dst.exists() else 0o666 & ~_umask()
     handle, temporary = tempfile.mkstemp(dir=dst.parent, prefix=dst.name + ".", suffix=".part")
     try:
         with open(handle, "wb") as out:
             write(out)
             out.flush()
             os.fsync(out.fileno())
-        os.chmod(temporary, 0o666 & ~_umask())  # mkstemp makes it private
+        os.chmod(temporary, mode)  # mkstemp makes it private
         os.replace(temporary, dst)
     except BaseException:
         os.unlink(temporary)

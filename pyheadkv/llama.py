@@ -17,6 +17,7 @@ import llama_cpp
 import numpy as np
 import numpy.typing as npt
 from llama_cpp.llama import LlamaState
+from llama_cpp.llama_tokenizer import LlamaTokenizer
 
 from . import _lib
 from .archive import ArchiveLike, ArchiveStats, archive_stats, check_archive
@@ -47,8 +48,9 @@ from .options import (
 from .picture import KVText, make_plot, make_text
 from .replay import FoundReplay, ReplayLike, find_replay, replay_for
 from .replay_values import ReplayTable
-from .units import parse_bytes, row_bytes
+from .units import parse_bytes, round_n_ctx, row_bytes
 
+N_PIECE = 32  # bytes of a token that llama_cpp.Llama.detokenize has room for
 PIECE_MS = 250  # of reading a prompt layer by layer, before Python has its turn
 
 STATES = ("empty", "staged", "compressed", "layered")
@@ -304,8 +306,10 @@ class Llama(llama_cpp.Llama):
         more = {name: value for name, value in dict(
             importance=importance, replay=replay, kv_reuse=kv_reuse, n_seq_max=n_seq_max, kv_limit=kv_limit,
             kv_archive=kv_archive, kv_archive_size=kv_archive_size, kv_archive_type=kv_archive_type).items() if value is not None}  # fmt: skip
+        _check_generated(given, kv_generated)
         self._kv_args: dict[str, Any] = {**given, **amount, **more}
         self._kv_reuse = bool(kv_reuse)
+        self._pieces: dict[tuple[int, bool], bytes] = {}  # see _long_piece()
         if kv_limit is not None:
             check_int("kv_limit", kv_limit, 1, MAX_CELLS)
             if kv_generated is None:
@@ -379,6 +383,8 @@ class Llama(llama_cpp.Llama):
         if kwargs.get("embedding"):
             raise ValueError("embedding=True: embeddings have no generation to speed up, use kv_size=None")
         kwargs["flash_attn"], kwargs["swa_full"] = True, False
+        if isinstance(n_ctx, int) and n_ctx > 0:
+            kwargs["n_ctx"] = round_n_ctx(n_ctx)  # as the library does, after it has limited a batch to less
 
         params = options.to_params(self._importance, None, self._replay)
         try:
@@ -632,6 +638,7 @@ class Llama(llama_cpp.Llama):
             wrong value, or an option that sizes what the context owns; nothing has changed then
         """
         check_names("configure()", options, [field.name for field in fields(Options)])
+        _check_generated(options, options.get("kv_generated", self._need_options().kv_generated))
         self._configure(importance, replay, **options)
         self._kv_args |= options
         self._kv_args |= {name: value for name, value in dict(importance=importance, replay=replay).items() if value is not None}
@@ -875,10 +882,32 @@ class Llama(llama_cpp.Llama):
         except ValueError:
             self.reset()
             raise
+        if n > len(self.input_ids):  # an answer that went on beyond n_ctx
+            self.input_ids = np.zeros(n + self.n_ctx(), dtype=np.intc)
         self.input_ids[:n] = state.input_ids[:n]
         self.n_tokens = n
         self._requires_eval = True  # logits are not part of it
         self._seed = state.seed
+
+    def detokenize(self, tokens: list[int], prev_tokens: list[int] | None = None, special: bool = False) -> bytes:
+        """As ``llama_cpp.Llama.detokenize``, which loses tokens of more than 32 bytes, such as deep indentation and rulers."""
+        check_tokens(tokens, n_vocab=self.n_vocab())
+        text, begin = b"", 0
+        for i, token in enumerate(tokens):
+            if long := self._long_piece(token, special):
+                text += super().detokenize(tokens[begin:i], prev_tokens, special) + long
+                begin = i + 1
+        return text + super().detokenize(tokens[begin:], prev_tokens, special)
+
+    def _long_piece(self, token: int, special: bool) -> bytes:
+        """Text of a token that is longer than upstream's buffer, else empty."""
+        if not isinstance(self.tokenizer_, LlamaTokenizer):
+            return b""
+        key = (token, special)
+        if key not in self._pieces:
+            piece = _lib.piece(self._model.vocab, token, special)
+            self._pieces[key] = piece if len(piece) > N_PIECE else b""
+        return self._pieces[key]
 
     def set_cache(self, cache: Any) -> None:
         """As ``llama_cpp.Llama.set_cache``; with compression it needs ``kv_reuse=True``.
@@ -1075,6 +1104,12 @@ class _Rendered(BaseException):
 
 
 PARAMETERS = tuple(name for cls in (Llama, llama_cpp.Llama) for name in signature(cls).parameters if name != "kwargs")
+
+
+def _check_generated(options: dict[str, Any], kv_generated: int | None) -> None:
+    idle = {name: value for name, value in options.items() if name.startswith("kv_generated_") and kv_generated is None}
+    if idle:
+        raise ValueError(f"{_assigned(idle)}: nothing that is generated is evicted, give kv_generated or leave it out")
 
 
 def _assigned(values: dict[str, Any]) -> str:

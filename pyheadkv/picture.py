@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from .atomic_write import replace_file
-from .options import check_extra, check_int
+from .options import check_extra, check_int, check_tokens
 from .units import format_bytes
 
 if TYPE_CHECKING:
@@ -165,6 +165,7 @@ def make_text(llm: Llama, *, layer: int | None, head: int | None, seq_id: int, t
         tokens = llm.input_ids[: held.n_past].tolist()
     if len(tokens) < held.n_past:
         raise ValueError(f"{len(tokens)} tokens: sequence {seq_id} has {held.n_past}")
+    check_tokens(tokens, n_vocab=llm.n_vocab())
     n_heads = np.zeros(held.n_past, dtype=np.int32)
     for i in chosen:
         n_heads[held.positions[i]] += 1

@@ -456,3 +456,19 @@ def test_what_cannot_be_dropped_says_why(make_model: MakeModel) -> None:
         llm.read_prompt(tokens(100))
         with pytest.raises(ValueError, match="layers with windows or recurrent states have seen them"):
             llm.drop(3, 5)
+
+
+def test_a_state_of_an_answer_beyond_the_context_is_restored(make_model: MakeModel) -> None:
+    options = {**SMALL, "n_ctx": 512}
+    with closing(load(make_model(GQA4), **options)) as llm, closing(load(make_model(GQA4), **options)) as other:
+        llm.read_prompt(tokens(200))
+        for token in tokens(400, seed=2):
+            llm.eval([token])
+        assert llm.n_tokens > llm.n_ctx()
+        other.load_state(llm.save_state())
+        for each in (llm, other):
+            each.eval([7])
+        assert (
+            np.array_equal(logits(llm), logits(other))
+            and other.input_ids[: other.n_tokens].tolist() == llm.input_ids[: llm.n_tokens].tolist()
+        )

@@ -9,11 +9,13 @@ import random
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import SHAPES, load, tokens
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -165,3 +167,42 @@ def test_an_adapter_that_cannot_be_loaded_is_an_error(kv_size: int | None, tmp_p
     for lora in (tmp_path / "nope.gguf", embedded_model()):
         with pytest.raises(ValueError, match="it is not an adapter of this model"):
             Llama(embedded_model(), kv_size=kv_size, n_ctx=256, n_threads=1, lora_path=str(lora), verbose=False)
+
+
+@pytest.mark.parametrize("kv_size", [None, 24])
+def test_tokens_longer_than_upstreams_buffer_keep_their_text(
+    make_model: Callable[..., Path], library: None, monkeypatch: pytest.MonkeyPatch, kv_size: int | None
+) -> None:
+    import pyheadkv.llama as module
+
+    llm = load(make_model(SHAPES[1]), kv_size=kv_size)
+    ids = llm.tokenize("A long text, in tokens. é".encode(), add_bos=False)
+    text = llm.detokenize(ids)
+    real = module._lib.piece
+    long = ids[2]
+
+    def piece(vocab: Any, token: int, special: bool) -> bytes:
+        return b"-" * 40 if token == long else real(vocab, token, special)
+
+    monkeypatch.setattr(module._lib, "piece", piece)
+    llm._pieces.clear()
+    one = real(llm._model.vocab, long, False)
+    found = llm.detokenize(ids)
+    assert len(found) == len(text) + ids.count(long) * (40 - len(one)) and b"-" * 40 in found
+    with pytest.raises(ValueError, match="999999"):
+        llm.detokenize([999999])
+
+
+def test_a_prompt_fills_the_context_as_it_is_rounded(make_model: Callable[..., Path], library: None) -> None:
+    llm = load(make_model(SHAPES[1]), kv_size=24, n_ctx=300)
+    llm.read_prompt(tokens(400))
+    assert llm.kv_stats().n_prompt == 400 and llm.n_ctx() == 512
+
+
+@pytest.mark.parametrize("option", [{"kv_generated_rank": "recent"}, {"kv_generated_scope": "all"}, {"kv_generated_slack": 8}])
+def test_options_of_evictions_without_evictions_are_refused(make_model: Callable[..., Path], library: None, option: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="give kv_generated"):
+        load(make_model(SHAPES[1]), kv_size=24, **option)
+    llm = load(make_model(SHAPES[1]), kv_size=24)
+    with pytest.raises(ValueError, match="give kv_generated"):
+        llm.configure(**option)

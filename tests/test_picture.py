@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import os
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -107,6 +108,8 @@ def test_what_cannot_be_shown_is_refused(make_model: Callable[..., Path], librar
         (dict(layer=99), "layer=99"),
         (dict(layer=0, head=99), "head=99"),
         (dict(tokens=[1, 2]), "2 tokens: sequence 0 has 307"),
+        (dict(tokens=[999999] * 307), r"tokens\[0\] *= *999999"),
+        (dict(tokens=[-1] * 307), r"tokens\[0\] *= *-1"),
     ):
         with pytest.raises(ValueError, match=message):
             llm.kv_text(**args)
@@ -155,3 +158,29 @@ def test_inspect_refuses_in_one_line(
     assert cli.main(["inspect", str(make_model(SHAPES[1])), *options]) == 1
     err = capsys.readouterr().err
     assert word in err and err.count("\n") == 1
+
+
+def test_a_page_is_written_through_links_and_into_files_alone(llm: pyheadkv.Llama, tmp_path: Path) -> None:
+    text = llm.kv_text()
+    (tmp_path / "real.html").write_text("")
+    (tmp_path / "real.html").chmod(0o600)
+    (tmp_path / "link.html").symlink_to("real.html")
+    text.save(tmp_path / "link.html")
+    assert (tmp_path / "link.html").is_symlink() and (tmp_path / "real.html").stat().st_mode & 0o777 == 0o600
+    assert text.title in html.unescape((tmp_path / "real.html").read_text())
+    os.mkfifo(tmp_path / "pipe.html")
+    with pytest.raises(ValueError, match="no regular file"):
+        text.save(tmp_path / "pipe.html")
+    assert not [path for path in tmp_path.iterdir() if ".part" in path.name]
+
+
+def test_inspect_shows_what_a_policy_holds_that_keeps_all(
+    make_model: Callable[..., Path], library: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "text.txt").write_text("a b c " * 40)
+    command = ["inspect", str(make_model(SHAPES[1])), "--prompt", str(tmp_path / "text.txt")]
+    assert cli.main([*command, "--policy", "lossless"]) == 0
+    assert "(100.0%)" in capsys.readouterr().out
+    assert cli.main([*command, "--kv-size", "24", "--n-ctx", "230"]) == 0  # a context of 256
+    assert cli.main([*command[:2], "-o", str(tmp_path / "a.html")]) == 1
+    assert "--prompt FILE" in capsys.readouterr().err

@@ -729,7 +729,7 @@ bool headkv_server_forgets(llama_context * ctx, llama_seq_id seq_id, const serve
     const bool res = is_forgotten(ctx, seq_id, (int32_t) tokens.size());
     if (headkv_server_is_on()) {
         note_turn(seq_id, stats, true);
-        if (res && is_looked_at()) {
+        if (res && is_looked_at() && get_stats(ctx, seq_id).state == 2) { // compressed
             past.at(seq_id) = read_held(ctx, seq_id, tokens.get_tokens());
         }
     }

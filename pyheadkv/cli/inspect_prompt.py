@@ -8,8 +8,9 @@ import time
 from pathlib import Path
 
 from ..model import model_path
-from ..options import check_extra, check_int
+from ..options import AUTO, check_extra, check_int, policy_traits
 from ..picture import read_held
+from ..units import round_n_ctx
 from .arguments import given, threads_kwargs
 
 SUFFIXES = (".png", ".svg", ".pdf", ".html")
@@ -34,6 +35,8 @@ def is_asked(args: argparse.Namespace) -> bool:
         for name in ONLY:
             if getattr(args, name):
                 raise ValueError(f"--{name} without --prompt: name the text with --prompt FILE")
+        if args.output is not None and args.output.endswith(".html"):
+            raise ValueError(f"output {args.output} without --prompt: a page shows a text, name it with --prompt FILE, or draw to FILE.png")
     return args.prompt is not None
 
 
@@ -50,8 +53,10 @@ def run(args: argparse.Namespace) -> int:
     if args.n_ctx is None:
         n_ctx = generate.fit_n_ctx(path, text, n_more=1 + generate.N_CHAT_TEMPLATE * args.chat, kv_size=args.kv_size)
     else:
-        n_ctx = check_int("--n-ctx", args.n_ctx, 1, 1 << 30)
+        n_ctx = round_n_ctx(check_int("--n-ctx", args.n_ctx, 1, 1 << 30))
     options = given(args, "kv_size", *inspect.BUDGET_OPTIONS, "importance", "replay")
+    if policy_traits(args.policy or AUTO, args.budget, args.rank, args.fit).keeps_all:
+        del options["kv_size"]  # it has a default
     llm = Llama(path, **options, n_ctx=n_ctx, verbose=False, **threads_kwargs(args.threads))
     try:
         begin = time.perf_counter()
@@ -69,7 +74,8 @@ def run(args: argparse.Namespace) -> int:
                 llm.read_prompt(llm.tokenize(text.encode(), special=True))
         seconds = time.perf_counter() - begin
         held = read_held(llm)
-        print(f"prompt  {held.n_prompt} tokens of {args.prompt}, read in {seconds:.1f} s with policy {llm.policy}, kv_size {args.kv_size}")
+        amount = f", kv_size {options['kv_size']}" if "kv_size" in options else ""
+        print(f"prompt  {held.n_prompt} tokens of {args.prompt}, read in {seconds:.1f} s with policy {llm.policy}{amount}")
         print(f"held    {held.summary}\n")
         bars = inspect.bars(held.n_cells, [int((row > 0).sum()) for row in held.n_cells])
         print("\n".join(inspect.table_lines(held.n_cells, bars, legend="cells held")))
@@ -88,7 +94,7 @@ def _output(name: str | None) -> Path | None:
     if name is None:
         return None
     output = Path(name)
-    if output.suffix not in SUFFIXES or not output.parent.is_dir():
+    if output.suffix not in SUFFIXES or not output.parent.is_dir() or output.is_dir():
         raise ValueError(f"output {output}: name a file that ends in {', '.join(SUFFIXES)}, in a folder that exists")
     if output.suffix != ".html":
         check_extra("the picture", "matplotlib")
