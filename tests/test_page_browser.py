@@ -283,7 +283,8 @@ def test_the_key_is_asked_for_and_used(browser: Any, make_model: Callable[..., P
             page.fill("#key", "secret")
             page.keyboard.press("Enter")
             page.wait_for_selector("h1:has-text('The model still sees')")
-            assert page.locator("#key-form").is_hidden() and value(page, "n-read") == len(PROMPT)
+            page.wait_for_selector("#key-form", state="hidden")
+            assert value(page, "n-read") == len(PROMPT)
             assert page.evaluate("localStorage.length + sessionStorage.length + document.cookie.length") == 0
 
 

@@ -322,6 +322,7 @@ async function look() {
       put("model", [(props.model_alias || props.model_path)?.split("/").at(-1), props.kv?.policy].filter(Boolean).join(" · "));
     }
     const slots = await ask("slots");
+    $("key-form").hidden = true;
     const slot = slots.find((one) => one.id === (state.isChosen ? state.slot : lastUsed(slots))) ?? slots[0];
     if (slot && slot.id !== state.slot) Object.assign(state, { slot: slot.id, layer: null, head: null, first: 0 });
     showSlots(slots);
@@ -338,7 +339,6 @@ async function look() {
       showText(isText ? view : { hint: state.whyNoText ? "It is not told." : slot.is_processing ? "It is shown when the prompt has been read." : "None yet." });
       showTurns(slot.kv_turns ?? []);
     }
-    $("key-form").hidden = true;
     put("notice", "");
     document.body.dataset.looks = 1 + Number(document.body.dataset.looks ?? 0);
   } catch (error) {
