@@ -282,7 +282,7 @@ def test_the_key_is_asked_for_and_used(browser: Any, make_model: Callable[..., P
             assert axe.Axe().run(page).violations_count == 0
             page.fill("#key", "secret")
             page.keyboard.press("Enter")
-            page.wait_for_selector("h1:has-text('The model still sees')")
+            page.wait_for_selector("body[data-looks]", state="attached")
             page.wait_for_selector("#key-form", state="hidden")
             assert value(page, "n-read") == len(PROMPT)
             assert page.evaluate("localStorage.length + sessionStorage.length + document.cookie.length") == 0
