@@ -892,6 +892,8 @@ class Llama(llama_cpp.Llama):
     def detokenize(self, tokens: list[int], prev_tokens: list[int] | None = None, special: bool = False) -> bytes:
         """As ``llama_cpp.Llama.detokenize``, which loses tokens of more than 32 bytes, such as deep indentation and rulers."""
         check_tokens(tokens, n_vocab=self.n_vocab())
+        if not isinstance(self.tokenizer_, LlamaTokenizer):
+            return super().detokenize(tokens, prev_tokens, special)
         text, begin = b"", 0
         for i, token in enumerate(tokens):
             if long := self._long_piece(token, special):
@@ -901,8 +903,6 @@ class Llama(llama_cpp.Llama):
 
     def _long_piece(self, token: int, special: bool) -> bytes:
         """Text of a token that is longer than upstream's buffer, else empty."""
-        if not isinstance(self.tokenizer_, LlamaTokenizer):
-            return b""
         key = (token, special)
         if key not in self._pieces:
             piece = _lib.piece(self._model.vocab, token, special)

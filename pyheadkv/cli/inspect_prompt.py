@@ -10,7 +10,6 @@ from pathlib import Path
 from ..model import model_path
 from ..options import AUTO, check_extra, check_int, policy_traits
 from ..picture import read_held
-from ..units import round_n_ctx
 from .arguments import given, threads_kwargs
 
 SUFFIXES = (".png", ".svg", ".pdf", ".html")
@@ -53,7 +52,7 @@ def run(args: argparse.Namespace) -> int:
     if args.n_ctx is None:
         n_ctx = generate.fit_n_ctx(path, text, n_more=1 + generate.N_CHAT_TEMPLATE * args.chat, kv_size=args.kv_size)
     else:
-        n_ctx = round_n_ctx(check_int("--n-ctx", args.n_ctx, 1, 1 << 30))
+        n_ctx = check_int("--n-ctx", args.n_ctx, 1, 1 << 30)
     options = given(args, "kv_size", *inspect.BUDGET_OPTIONS, "importance", "replay")
     if policy_traits(args.policy or AUTO, args.budget, args.rank, args.fit).keeps_all:
         del options["kv_size"]  # it has a default

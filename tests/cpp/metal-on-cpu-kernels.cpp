@@ -23,52 +23,13 @@ namespace shape_none {
 
 
 #define HEADKV_TYPE HEADKV_F16
-#define HEADKV_D 64
-#include "metal-on-cpu-shape.h"
-#undef HEADKV_D
-#define HEADKV_D 80
-#include "metal-on-cpu-shape.h"
-#undef HEADKV_D
-#define HEADKV_D 96
-#include "metal-on-cpu-shape.h"
-#undef HEADKV_D
-#define HEADKV_D 128
-#include "metal-on-cpu-shape.h"
-#undef HEADKV_D
-#define HEADKV_D 256
-#include "metal-on-cpu-shape.h"
-#undef HEADKV_D
+#include "metal-on-cpu-sizes.h"
 #undef HEADKV_TYPE
 
 #define HEADKV_TYPE HEADKV_BF16
-#define HEADKV_D 64
-#include "metal-on-cpu-shape.h"
-#undef HEADKV_D
-#define HEADKV_D 80
-#include "metal-on-cpu-shape.h"
-#undef HEADKV_D
-#define HEADKV_D 96
-#include "metal-on-cpu-shape.h"
-#undef HEADKV_D
-#define HEADKV_D 128
-#include "metal-on-cpu-shape.h"
-#undef HEADKV_D
-#define HEADKV_D 256
-#include "metal-on-cpu-shape.h"
-#undef HEADKV_D
+#include "metal-on-cpu-sizes.h"
 #undef HEADKV_TYPE
 
 #define HEADKV_TYPE HEADKV_Q8_0
-#define HEADKV_D 64
-#include "metal-on-cpu-shape.h"
-#undef HEADKV_D
-#define HEADKV_D 96
-#include "metal-on-cpu-shape.h"
-#undef HEADKV_D
-#define HEADKV_D 128
-#include "metal-on-cpu-shape.h"
-#undef HEADKV_D
-#define HEADKV_D 256
-#include "metal-on-cpu-shape.h"
-#undef HEADKV_D
+#include "metal-on-cpu-sizes.h"
 #undef HEADKV_TYPE
