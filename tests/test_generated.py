@@ -277,11 +277,14 @@ def test_what_is_not_possible_says_why(make_model: MakeModel) -> None:
         ({"kv_generated": 24, "kv_generated_scope": "prompt"}, "kv_generated_scope='prompt': it must be one of 'generated', 'all'"),
         ({"kv_generated": 24, "kv_generated_rank": "rkv"}, "kv_generated_rank='rkv': it must be one of"),
         ({"kv_generated": 24, "kv_generated_slack": 0}, "kv_generated_slack=0"),
-        ({"kv_generated": 2000}, "kv_generated is 2000, 2128 with generated_slack: it must be less than n_ctx = 2048"),
+        (
+            {"kv_generated": 2000},
+            "kv_generated is 2000, 2128 with kv_generated_slack: it must be less than n_ctx = 2048, use a smaller one or leave it out",
+        ),
         ({"kv_limit": 100}, "kv_limit=100: completions end with n_ctx"),
         (
             {"kv_generated": 24, "kv_size": None, "policy": "lossless", "kv_generated_scope": "all", "preset": "paper"},
-            "policy 'lossless' keeps all",
+            "kv_generated_scope is 'all': policy 'lossless' keeps all",
         ),
         ({"kv_generated": 24, "kv_size": None}, "kv_generated=24: nothing says how much is kept"),
     ]:
