@@ -4,7 +4,7 @@
     python bench/bench_long_quality.py MODEL.gguf chat --amounts 256,512 --out bench/results/long_chat.csv
 
 ``text``: parts of a novel stand for what a model says: their tokens are evaluated in batches of ``--batch`` behind a prompt of 256 that is
-kept whole, so that all settings are measured on the same ones. Near the begin eight facts are said ("The secret code of Anna is
+kept whole, so that all settings are measured on the same ones. Near the begin sixteen facts are said ("The secret code of Anna is
 48311."). Likelihood is counted from the token on at which the largest amount begins to evict; ``nats`` is per token, ``error`` that of
 the difference to all cells. Then, 4096 tokens behind the last fact, each of them is asked for, from the same state: ``right`` of
 ``facts`` are answered with the code.
@@ -37,8 +37,8 @@ from pyheadkv.eval.journal import append_row, commit, machine
 from pyheadkv.eval.prose import render_chat_messages
 
 TEXT = Path(__file__).parent.parent / "pyheadkv" / "data" / "haystack.txt"
-N_PROMPT, N_AGO, SLACK = 256, 4096, 128
-NAMES = ("Anna", "Boris", "Clara", "Dmitri", "Elena", "Felix", "Greta", "Hugo")
+N_PROMPT, N_BETWEEN, N_AGO, SLACK = 256, 16, 4096, 128  # N_BETWEEN: tokens of the novel between two facts
+NAMES = "Anna Boris Clara Dmitri Elena Felix Greta Hugo Irina Jonas Katja Lukas Maria Nikolai Olga Peter".split()
 THINGS = "dog cat boat street teacher brother sister doctor garden horse bicycle village river school lamp piano clock chair knife coat bridge uncle aunt neighbour hotel island mountain baker tailor violin parrot rabbit harbour castle library market museum station tower mill".split()  # fmt: skip
 WORDS = "Alder Birch Cobalt Dune Ember Falcon Granite Harvest Indigo Juniper Kestrel Lantern Marble Nectar Opal Pepper Quartz Raven Saffron Thistle Umber Velvet Willow Yarrow Zephyr Amber Basil Copper Drift Echo Fern Garnet Hazel Iris Jasper Kelp Lotus Maple Nimbus Onyx".split()  # fmt: skip
 
@@ -90,15 +90,15 @@ class Part:
     def __init__(self, llm: Llama, seed: int) -> None:
         rng = random.Random(seed)
         text = list(llm.tokenize(TEXT.read_bytes(), add_bos=False))
-        begin = seed * (N_PROMPT + 32 * len(NAMES) + N_AGO) % (len(text) - N_PROMPT - 32 * len(NAMES) - N_AGO)
+        begin = seed * (N_PROMPT + N_BETWEEN * len(NAMES) + N_AGO) % (len(text) - N_PROMPT - N_BETWEEN * len(NAMES) - N_AGO)
         self.prompt, rest = text[begin : begin + N_PROMPT], text[begin + N_PROMPT :]
         self.codes = {name: str(rng.randrange(10000, 99999)) for name in NAMES}
         self.said: list[int] = []
         for i, (name, code) in enumerate(self.codes.items()):
             fact = llm.tokenize(f" The secret code of {name} is {code}.".encode(), add_bos=False)
-            self.said += [*rest[32 * i : 32 * i + 32], *fact]
+            self.said += [*rest[N_BETWEEN * i : N_BETWEEN * (i + 1)], *fact]
         self.n_facts_end = len(self.said)
-        self.said += rest[32 * len(NAMES) : 32 * len(NAMES) + N_AGO]
+        self.said += rest[N_BETWEEN * len(NAMES) : N_BETWEEN * len(NAMES) + N_AGO]
 
     def n_right(self, llm: Llama) -> int:
         """How many facts the model still says."""
@@ -120,7 +120,7 @@ def text(args: argparse.Namespace, about: dict[str, Any]) -> None:
     full: npt.NDArray[np.float64] | None = None
     for name, setting in settings_of(args.amounts, "generated", N_PROMPT + 1):
         options = {
-            "n_ctx": N_PROMPT + 32 * len(NAMES) + 16 * len(NAMES) + N_AGO + 512,
+            "n_ctx": N_PROMPT + N_BETWEEN * len(NAMES) + 24 * len(NAMES) + N_AGO + 512,
             "n_threads": args.threads,
             "n_threads_batch": args.threads,
         }
@@ -213,7 +213,7 @@ def main() -> None:
     parser.add_argument("model", type=Path, metavar="MODEL.gguf")
     parser.add_argument("what", choices=("text", "chat"))
     parser.add_argument("--amounts", default="256,512,1024,2048", metavar="LIST", help="values of kv_generated (default: %(default)s)")
-    parser.add_argument("--seeds", type=int, default=2, help="parts of the text with other facts, or chats (default: %(default)s)")
+    parser.add_argument("--seeds", type=int, default=1, help="parts of the text with other facts, or chats (default: %(default)s)")
     parser.add_argument("--turns", type=int, default=40, help="of a chat (default: %(default)s)")
     parser.add_argument("--batch", type=int, default=64, help="tokens of the text at a time (default: %(default)s)")
     parser.add_argument("--threads", type=int, default=2, help="(default: %(default)s)")

@@ -35,7 +35,7 @@ from pyheadkv.eval.journal import commit
 from pyheadkv.eval.report import table
 
 TEXT = Path(__file__).parent.parent / "pyheadkv" / "data" / "haystack.txt"
-N_CTX, KV_SIZE, GENERATED, SLACK, WINDOW = 1024, 128, 128, 64, 32
+N_CTX, KV_SIZE, GENERATED, SLACK, WINDOW, POLICY = 1024, 128, 128, 64, 32, "headkv"
 N_FULL, N_ANSWER = 512, 384  # a budget, and an answer that does not exceed it
 LENGTHS = (1200, 2400)  # of answers beyond the context
 OWN = (40, 64, 96, 250)  # budgets of requests
@@ -49,7 +49,9 @@ class Expected:
     """Prompts, and what contexts of their own say behind them without evictions."""
 
     def __init__(self, model: Path, n_prompts: int, threads: int) -> None:
-        llm = Llama(model, n_ctx=N_CTX, kv_size=KV_SIZE, window=WINDOW, n_threads=threads, n_threads_batch=threads, verbose=False)
+        llm = Llama(
+            model, n_ctx=N_CTX, kv_size=KV_SIZE, policy=POLICY, window=WINDOW, n_threads=threads, n_threads_batch=threads, verbose=False
+        )
         vocab = llama_cpp.llama_model_get_vocab(llm.model)
         ends = [token for token in range(llm.n_vocab()) if llama_cpp.llama_vocab_is_eog(vocab, token)]
         self.text = list(llm.tokenize(TEXT.read_bytes(), add_bos=False))
@@ -250,7 +252,18 @@ def main() -> int:
     print("the answers are known", flush=True)
     with tempfile.TemporaryDirectory() as folder:
         flags: list[Any] = ["-m", args.model, "-c", N_CTX * args.slots, "-np", args.slots, "-b", 512, "-ub", 512, "-t", args.threads, "-tb", args.threads]  # fmt: skip
-        flags += ["--kv-size", KV_SIZE, "--kv-window", WINDOW, "--kv-generated", GENERATED, "--kv-generated-slack", SLACK]
+        flags += [
+            "--kv-size",
+            KV_SIZE,
+            "--kv-policy",
+            POLICY,
+            "--kv-window",
+            WINDOW,
+            "--kv-generated",
+            GENERATED,
+            "--kv-generated-slack",
+            SLACK,
+        ]
         flags += ["--kv-limit", 10**6, "--kv-reuse", "--slot-save-path", folder, "--cache-ram", 0]
         with running(*flags, log=Path(folder) / "log", path=args.server) as server:
             start = time.monotonic()
