@@ -123,6 +123,20 @@ def test_what_was_thought_leaves_the_store(model: Path, tmp_path: Path) -> None:
         assert status == 400 and "--kv-generated" in failed["error"]["message"]
 
 
+def test_an_archived_prompt_is_answered_with_the_same_evictions(model: Path, tmp_path: Path) -> None:
+    prompt = tokens(400)
+    with running(tmp_path / "log", "-c", 1024, *FLAGS, "--kv-archive", tmp_path / "kv", model=model) as found:
+        first, again = (found.complete(prompt, 200, **ON_AND_ON) for _ in range(2))
+    assert first["tokens"] == again["tokens"] == wanted(model, prompt, 200)
+    assert (first["timings"]["kv"]["n_archived"], again["timings"]["kv"]["n_archived"]) == (
+        0,
+        320,
+    )  # whole steps of 64 tokens, but for the window
+    assert (
+        first["timings"]["kv"]["generated"] == again["timings"]["kv"]["generated"] and first["timings"]["kv"]["generated"]["evictions"] == 9
+    )
+
+
 def test_a_slot_beyond_the_context_is_restored_after_a_restart(model: Path, tmp_path: Path) -> None:
     """By a slot that is empty, and holds a shorter context than the answer is long; an unbounded one of as many tokens is refused."""
     prompt, flags = tokens(200), (*FLAGS, "--kv-reuse", "--slot-save-path", tmp_path)
