@@ -248,6 +248,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
 
+    begun_with = commit()
     expected = Expected(args.model, args.prompts, args.threads)
     print("the answers are known", flush=True)
     with tempfile.TemporaryDirectory() as folder:
@@ -281,7 +282,7 @@ def main() -> int:
     lines = [
         f"{sum(soak.counts.values())} requests from {args.slots} clients to {args.slots} slots of {N_CTX} tokens in {seconds:.0f} s, {soak.n_tokens} tokens "
         f"generated, the longest answer ended at token {soak.n_longest}; {evictions:.0f} evictions of {evicted:.0f} cells; {soak.n_drops} ranges dropped "
-        f"({platform.machine()}, {args.threads} threads, busy machine, commit {commit()}, `python scripts/soak_long.py {' '.join(sys.argv[1:])}`)",
+        f"({platform.machine()}, {args.threads} threads, busy machine, commit {begun_with}, `python scripts/soak_long.py {' '.join(sys.argv[1:])}`)",
         "",
         *table(["request", "number"], [(what, str(count)) for what, count in sorted(soak.counts.items())]),
         "",
