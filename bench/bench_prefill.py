@@ -1,6 +1,6 @@
 """Time and peak memory of reading a prompt: stock cache, token-major and layer-major.
 
-"layer-ggml" has the attention of ggml, as the stock cache; the others that compress have ours. Of models with windows, "stock" has rings for their layers, and "full" caches all tokens there (``swa_full``, the default of llama.h).
+"layer-ggml" has the attention of ggml, as the stock cache; the others that compress have ours. "h2o" sums the attention of all queries, too. Of models with windows, "stock" has rings for their layers, and "full" caches all tokens there (``swa_full``, the default of llama.h).
 
 Every kind of cache runs in a process of its own, so that the peak of resident memory
 is its own; the rounds are interleaved and ratios are medians of paired ones.
@@ -32,6 +32,8 @@ KINDS: dict[str, dict[str, Any]] = {
     "token": {"prefill": "token"},
     "layer": {"prefill": "layer"},
     "layer-ggml": {"prefill": "layer", "attend": "composed"},
+    "h2o": {"prefill": "layer", "policy": "h2o"},
+    "h2o-ggml": {"prefill": "layer", "policy": "h2o", "attend": "composed"},
     "full": {"flash_attn": True, "swa_full": True},
 }
 DEFAULT_KINDS = "stock,token,layer"
