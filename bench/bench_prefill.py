@@ -6,6 +6,7 @@ Every kind of cache runs in a process of its own, so that the peak of resident m
 is its own; the rounds are interleaved and ratios are medians of paired ones.
 
     python bench/bench_prefill.py --lengths 4096,8192 --out bench/results/prefill_cpu.csv
+    python bench/bench_prefill.py --model MODEL.gguf --some-layers 2 --lengths 16384,32768 --kinds stock,layer --out ...
     python bench/bench_prefill.py --model GEMMA.gguf --kv-size 256 --kinds stock,full,token,layer --lengths 4096,16384 --out ...
 """
 
@@ -21,11 +22,40 @@ import time
 from pathlib import Path
 from typing import Any
 
+import gguf
 import numpy as np
 from bench_decode import make_model
 from tqdm import tqdm
 
 from pyheadkv.eval.journal import commit, machine
+
+
+def some_layers(path: Path, n: int) -> Path:
+    """A copy of a model with n of its layers, evenly spread (types of weights differ between them), made when missing."""
+    out = Path("build") / f"{path.stem}-{n}-layers.gguf"
+    if out.is_file():
+        return out
+    reader = gguf.GGUFReader(path)
+    arch = reader.fields["general.architecture"].contents()
+    n_layer = reader.fields[f"{arch}.block_count"].contents()
+    number = {str(i * n_layer // n): str(i) for i in range(n)}
+    writer = gguf.GGUFWriter(out, arch)
+    for name, field in reader.fields.items():
+        if not name.startswith("GGUF.") and name != "general.architecture":
+            value = n if name == f"{arch}.block_count" else field.contents()
+            writer.add_key_value(name, value, field.types[0], sub_type=field.types[-1] if len(field.types) > 1 else None)
+    for tensor in reader.tensors:
+        part = tensor.name.split(".")
+        if part[0] == "blk":
+            part[1] = number.get(part[1], "")
+        if "" not in part:
+            writer.add_tensor(".".join(part), tensor.data, raw_dtype=tensor.tensor_type)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return out
+
 
 KINDS: dict[str, dict[str, Any]] = {
     "stock": {"flash_attn": True, "swa_full": False},
@@ -115,6 +145,9 @@ def main() -> None:
     parser.add_argument("--kv-size", type=int, default=128, help="mean cells per KV head (default: %(default)s)")
     parser.add_argument("--cells", choices=CELLS, default="f16", help="type of K and V (default: %(default)s)")
     parser.add_argument("--model-layers", type=int, help="layers of the random model, when it is made (default: those of its shape)")
+    parser.add_argument(
+        "--some-layers", type=int, metavar="N", help="so many of the model's layers, in a copy: a part of the time (default: all)"
+    )
     parser.add_argument("--out", type=Path, help="CSV to write")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -124,6 +157,8 @@ def main() -> None:
         return
 
     make_model(args.model, "q8_0", n_layer=args.model_layers)
+    if args.some_layers:
+        args.model = some_layers(args.model, args.some_layers)
 
     def run(kind: str, n: int) -> dict[str, float]:
         cmd = [
