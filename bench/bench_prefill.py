@@ -6,7 +6,7 @@ Every kind of cache runs in a process of its own, so that the peak of resident m
 is its own; the rounds are interleaved and ratios are medians of paired ones.
 
     python bench/bench_prefill.py --lengths 4096,8192 --out bench/results/prefill_cpu.csv
-    python bench/bench_prefill.py --model MODEL.gguf --some-layers 2 --lengths 16384,32768 --kinds stock,layer --out ...
+    python bench/bench_prefill.py --model MODEL.gguf --some-layers 2 4 --lengths 16384,32768 --kinds stock,layer --out ...
     python bench/bench_prefill.py --model GEMMA.gguf --kv-size 256 --kinds stock,full,token,layer --lengths 4096,16384 --out ...
 """
 
@@ -146,7 +146,12 @@ def main() -> None:
     parser.add_argument("--cells", choices=CELLS, default="f16", help="type of K and V (default: %(default)s)")
     parser.add_argument("--model-layers", type=int, help="layers of the random model, when it is made (default: those of its shape)")
     parser.add_argument(
-        "--some-layers", type=int, metavar="N", help="so many of the model's layers, in a copy: a part of the time (default: all)"
+        "--some-layers",
+        type=int,
+        nargs=2,
+        metavar=("FEW", "MORE"),
+        help="two copies of the model with so many of its layers are read, and seconds are those of one layer, by their difference (default: "
+        "the model). The last layer of a model is not computed for tokens without output, so that a copy alone would say too little",
     )
     parser.add_argument("--out", type=Path, help="CSV to write")
     parser.add_argument("--one", help=argparse.SUPPRESS)
@@ -157,17 +162,28 @@ def main() -> None:
         return
 
     make_model(args.model, "q8_0", n_layer=args.model_layers)
-    if args.some_layers:
-        args.model = some_layers(args.model, args.some_layers)
 
     def run(kind: str, n: int) -> dict[str, float]:
+        if not args.some_layers:
+            return run_model(args.model, kind, n)
+        if kind == FLOOR:
+            return run_model(some_layers(args.model, args.some_layers[1]), kind, n)
+        few, more = (run_model(some_layers(args.model, n_layer), kind, n) for n_layer in args.some_layers)
+        n_layer = args.some_layers[1] - args.some_layers[0]
+        return {
+            **more,
+            "seconds": (more["seconds"] - few["seconds"]) / n_layer,
+            "compress_ms": (more["compress_ms"] - few["compress_ms"]) / n_layer,
+        }
+
+    def run_model(model: Path, kind: str, n: int) -> dict[str, float]:
         cmd = [
             sys.executable,
             __file__,
             "--one",
             f"{kind}:{n}",
             "--model",
-            str(args.model),
+            str(model),
             "--ubatch",
             str(args.ubatch),
             "--threads",
@@ -196,7 +212,7 @@ def main() -> None:
             def median(key: str, found: list[dict[str, float]] = found) -> float:
                 return statistics.median(run[key] for run in found)
 
-            row: dict[str, Any] = {"tokens": n, "prefill": kind, "seconds": round(median("seconds"), 2)}
+            row: dict[str, Any] = {"tokens": n, "prefill": kind, "seconds": round(median("seconds"), 3)}
             if "stock" in runs:
                 pairs = zip(found, runs["stock"])
                 row["time_ratio_to_stock"] = round(statistics.median(a["seconds"] / b["seconds"] for a, b in pairs), 4)
