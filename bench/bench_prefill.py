@@ -41,7 +41,9 @@ def some_layers(path: Path, n: int) -> Path:
     number = {str(i * n_layer // n): str(i) for i in range(n)}
     writer = gguf.GGUFWriter(out, arch)
     for name, field in reader.fields.items():
-        if not name.startswith("GGUF.") and name != "general.architecture":
+        if (
+            not name.startswith(("GGUF.", f"{arch}.attention.head_importance")) and name != "general.architecture"
+        ):  # importance is of all layers
             value = n if name == f"{arch}.block_count" else field.contents()
             writer.add_key_value(name, value, field.types[0], sub_type=field.types[-1] if len(field.types) > 1 else None)
     for tensor in reader.tensors:
