@@ -455,8 +455,10 @@ class Llama(llama_cpp.Llama):
         try:
             yield
         except BaseException:
-            workers.close()
-            workers.check()  # is the reason, if it fails
+            try:
+                workers.check()  # is the reason, if it fails
+            finally:
+                workers.close()
             raise
         workers.guard(self._ctx)
         workers.check()

@@ -21,6 +21,7 @@ except ImportError as error:
 from conftest import Shape, greedy, load, nmse, read_prompt, tokens
 from rpc_worker import Worker, free_port
 
+from pyheadkv import rpc
 from pyheadkv.cli import rpc_worker, serve
 from pyheadkv.rpc import Relay, WorkerLostError, parse_endpoint
 
@@ -126,6 +127,27 @@ def test_a_worker_that_dies_in_an_answer_ends_it_with_its_name(path: Path, own: 
     llm.close()
 
 
+@pytest.mark.parametrize("options", [{}, KV], ids=["stock", "compressed"])
+def test_a_worker_that_dies_while_it_gets_the_weights_is_named(
+    path: Path, own: Worker, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]
+) -> None:
+    send = rpc._Connection.send
+
+    def until_it_dies(self: rpc._Connection, data: bytes) -> None:
+        send(self, data)
+        if self.relay.traffic.bytes_sent > 100000 and own.process.poll() is None:
+            own.kill()
+
+    monkeypatch.setattr(rpc._Connection, "send", until_it_dies)
+    with pytest.raises(WorkerLostError, match=own.endpoint):
+        load(path, **options, rpc_servers=own.endpoint)
+    monkeypatch.undo()
+    own.start()
+    llm = load(path, **options, rpc_servers=own.endpoint)
+    assert greedy(llm, tokens(50), 2)
+    llm.close()
+
+
 def test_a_worker_that_answers_too_little_is_lost_in_the_middle_of_its_answer() -> None:
     # a tensor of which 10 of 100 bytes come
     with socket.create_server(("127.0.0.1", 0)) as fake:
@@ -194,7 +216,6 @@ def test_endpoints() -> None:
 
 def test_the_protocol_is_the_one_that_the_relay_knows() -> None:
     # sizes of answers and numbers of commands are read off this version of it
-    from pyheadkv import rpc
     from pyheadkv.rpc import ANSWERS, VERSION
 
     tree = Path(__file__).resolve().parents[1] / "build" / "llama" / "llama.cpp" / "ggml"
