@@ -40,11 +40,12 @@ double median(std::vector<double> x) {
 
 void print_row(const char * op, ggml_type type, int D, int G, int n, const std::vector<std::string> & kernels, const times & us) {
     for (size_t k = 0; k < kernels.size(); ++k) {
-        std::vector<double> ratio; // of the speed to that of the first one
+        std::vector<double> ratio; // of the speed to that of the kernel before it
         for (size_t i = 0; i < us[k].size(); ++i) {
-            ratio.push_back(us[0][i] / us[k][i]);
+            ratio.push_back(us[k > 0 ? k - 1 : 0][i] / us[k][i]);
         }
-        printf("%s,%s,%d,%d,%d,%s,%.1f,%.3f\n", op, ggml_type_name(type), D, G, n, kernels[k].c_str(), median(us[k]), median(ratio));
+        printf("%s,%s,%d,%d,%d,%s,%.1f,%s,%.3f\n", op, ggml_type_name(type), D, G, n, kernels[k].c_str(), median(us[k]), k > 0 ? kernels[k - 1].c_str() : "",
+                median(ratio));
     }
     fflush(stdout);
 }
@@ -142,7 +143,7 @@ void score(const std::vector<std::string> & kernels, ggml_type type, int D, int 
 } // namespace
 
 void perf_isa() {
-    printf("op,type,D,G,cells,kernel,us,speed_ratio\n");
+    printf("op,type,D,G,cells,kernel,us,against,speed_ratio\n");
     std::vector<std::string> kernels, of_prompts; // attention of prompts has no portable one
     for (const char * kernel : { "portable", "avx2", "avx512", "neon" }) {
         if (headkv_attend_kernel_find(GGML_TYPE_F16, GGML_TYPE_F16, 64, 64, kernel)) {
