@@ -49,6 +49,7 @@ BACKENDS = {
     "wheel": "the wheel on emulated CPUs",
 }
 ISA = {("avx2", "speed"), ("avx512", "speed")}
+AGAINST = {"rpc": "two workers against one process: ", "cuda": "", "metal": ""}
 BY_HAND = {
     ("vulkan-lavapipe", "ops"): "vulkan_lavapipe.md",
     ("cuda-no-gpu", "engine"): "cuda_build.md",
@@ -119,7 +120,7 @@ def describe(backend: str, result: Any) -> str:
                 name = op.replace("_", " ")
                 parts.append(f"{name} {statistics.median(ratios):.2f} times {rows[0]['against']} ({min(ratios):.2f} to {max(ratios):.2f})")
         return "; ".join(parts)
-    return "; ".join(f"{row['what']}: {float(row['speed_ratio']):.2f}" for row in result if row["speed_ratio"])
+    return AGAINST[backend] + "; ".join(f"{row['what']} {float(row['speed_ratio']):.2f}" for row in result if row["speed_ratio"])
 
 
 def wheel_cell() -> str:
