@@ -172,7 +172,7 @@ class Llama(llama_cpp.Llama):
         with "later" "replay/value", "importance/value" or "adaptive/value", the first for which enough is known.
         "headkv" (importance/attention), "snapkv" (uniform/attention), "streaming" (uniform/recent), "pyramidkv"
         (pyramid/attention), "adakv" (adaptive/attention), "headkv+adakv" (importance+adaptive/attention), "criticalkv"
-        (uniform/critical), "h2o" (uniform/sums; reading a prompt takes n_ctx * n_ubatch * n_head * 4 bytes more), "razor"
+        (uniform/critical), "h2o" (uniform/sums; where a GPU or attend="composed" reads, a prompt takes n_ctx * n_ubatch * n_head * 4 bytes more), "razor"
         (whole/recent/mean), or any "budget/rank" or "budget/rank/fit"; without an amount "full", the stock cache, and "lossless":
         every head keeps all, in the store that decoding reads faster than the stock cache
     budget : how many cells a head keeps, in place of the policy's own: "uniform", "importance" (of the query heads), "replay" (by a
