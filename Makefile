@@ -129,7 +129,7 @@ check: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check --quiet .
 	$(BIN)/mypy
-	sh -c "$(BIN)/clang-format --dry-run --Werror cpp/*.h cpp/*/*.h cpp/*/*.cpp cpp/*/*.cu cpp/*/*.cuh cpp/*/*.metal tests/cpp/*.h tests/cpp/*.cpp"
+	sh -c "$(BIN)/clang-format --dry-run --Werror cpp/*.h cpp/*/*.h cpp/*/*.cpp cpp/*/*.cu cpp/*/*.cuh cpp/*/*.metal tests/cpp/*.h tests/cpp/*.cpp bench/*.cpp"
 
 # a stage: what needs another build than ours is skipped; a variable of the environment is not meant
 ifeq ($(origin STAGE),command line)

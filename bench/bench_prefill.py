@@ -1,11 +1,12 @@
 """Time and peak memory of reading a prompt: stock cache, token-major and layer-major.
 
-"layer-ggml" has the attention of ggml, as the stock cache; the others that compress have ours. Of models with windows, "stock" has rings for their layers, and "full" caches all tokens there (``swa_full``, the default of llama.h).
+"layer-ggml" has the attention of ggml, as the stock cache; the others that compress have ours. "h2o" sums the attention of all queries, too. Of models with windows, "stock" has rings for their layers, and "full" caches all tokens there (``swa_full``, the default of llama.h).
 
 Every kind of cache runs in a process of its own, so that the peak of resident memory
 is its own; the rounds are interleaved and ratios are medians of paired ones.
 
     python bench/bench_prefill.py --lengths 4096,8192 --out bench/results/prefill_cpu.csv
+    python bench/bench_prefill.py --model MODEL.gguf --some-layers 2 4 --lengths 16384,32768 --kinds stock,layer --out ...
     python bench/bench_prefill.py --model GEMMA.gguf --kv-size 256 --kinds stock,full,token,layer --lengths 4096,16384 --out ...
 """
 
@@ -21,17 +22,50 @@ import time
 from pathlib import Path
 from typing import Any
 
+import gguf
 import numpy as np
 from bench_decode import make_model
 from tqdm import tqdm
 
 from pyheadkv.eval.journal import commit, machine
 
+
+def some_layers(path: Path, n: int) -> Path:
+    """A copy of a model with n of its layers, evenly spread (types of weights differ between them), made when missing."""
+    out = Path("build") / f"{path.stem}-{n}-layers.gguf"
+    if out.is_file():
+        return out
+    reader = gguf.GGUFReader(path)
+    arch = reader.fields["general.architecture"].contents()
+    n_layer = reader.fields[f"{arch}.block_count"].contents()
+    number = {str(i * n_layer // n): str(i) for i in range(n)}
+    writer = gguf.GGUFWriter(out, arch)
+    for name, field in reader.fields.items():
+        if (
+            not name.startswith(("GGUF.", f"{arch}.attention.head_importance")) and name != "general.architecture"
+        ):  # importance is of all layers
+            value = n if name == f"{arch}.block_count" else field.contents()
+            writer.add_key_value(name, value, field.types[0], sub_type=field.types[-1] if len(field.types) > 1 else None)
+    for tensor in reader.tensors:
+        part = tensor.name.split(".")
+        if part[0] == "blk":
+            part[1] = number.get(part[1], "")
+        if "" not in part:
+            writer.add_tensor(".".join(part), tensor.data, raw_dtype=tensor.tensor_type)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return out
+
+
 KINDS: dict[str, dict[str, Any]] = {
     "stock": {"flash_attn": True, "swa_full": False},
     "token": {"prefill": "token"},
     "layer": {"prefill": "layer"},
     "layer-ggml": {"prefill": "layer", "attend": "composed"},
+    "h2o": {"prefill": "layer", "policy": "h2o"},
+    "h2o-ggml": {"prefill": "layer", "policy": "h2o", "attend": "composed"},
     "full": {"flash_attn": True, "swa_full": True},
 }
 DEFAULT_KINDS = "stock,token,layer"
@@ -113,6 +147,14 @@ def main() -> None:
     parser.add_argument("--kv-size", type=int, default=128, help="mean cells per KV head (default: %(default)s)")
     parser.add_argument("--cells", choices=CELLS, default="f16", help="type of K and V (default: %(default)s)")
     parser.add_argument("--model-layers", type=int, help="layers of the random model, when it is made (default: those of its shape)")
+    parser.add_argument(
+        "--some-layers",
+        type=int,
+        nargs=2,
+        metavar=("FEW", "MORE"),
+        help="two copies of the model with so many of its layers are read, and seconds are those of one layer, by their difference (default: "
+        "the model). The last layer of a model is not computed for tokens without output, so that a copy alone would say too little",
+    )
     parser.add_argument("--out", type=Path, help="CSV to write")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -124,13 +166,26 @@ def main() -> None:
     make_model(args.model, "q8_0", n_layer=args.model_layers)
 
     def run(kind: str, n: int) -> dict[str, float]:
+        if not args.some_layers:
+            return run_model(args.model, kind, n)
+        if kind == FLOOR:
+            return run_model(some_layers(args.model, args.some_layers[1]), kind, n)
+        few, more = (run_model(some_layers(args.model, n_layer), kind, n) for n_layer in args.some_layers)
+        n_layer = args.some_layers[1] - args.some_layers[0]
+        return {
+            **more,
+            "seconds": (more["seconds"] - few["seconds"]) / n_layer,
+            "compress_ms": (more["compress_ms"] - few["compress_ms"]) / n_layer,
+        }
+
+    def run_model(model: Path, kind: str, n: int) -> dict[str, float]:
         cmd = [
             sys.executable,
             __file__,
             "--one",
             f"{kind}:{n}",
             "--model",
-            str(args.model),
+            str(model),
             "--ubatch",
             str(args.ubatch),
             "--threads",
@@ -159,7 +214,7 @@ def main() -> None:
             def median(key: str, found: list[dict[str, float]] = found) -> float:
                 return statistics.median(run[key] for run in found)
 
-            row: dict[str, Any] = {"tokens": n, "prefill": kind, "seconds": round(median("seconds"), 2)}
+            row: dict[str, Any] = {"tokens": n, "prefill": kind, "seconds": round(median("seconds"), 3)}
             if "stock" in runs:
                 pairs = zip(found, runs["stock"])
                 row["time_ratio_to_stock"] = round(statistics.median(a["seconds"] / b["seconds"] for a, b in pairs), 4)

@@ -361,8 +361,8 @@ def find_policy(policy: str, budget: str | None = None, rank: str | None = None,
     return found
 
 
-def _gpus() -> list[int]:
-    # ggml_backend_dev_t of each GPU
+def gpus() -> list[int]:
+    """ggml_backend_dev_t of each GPU of this machine."""
     from llama_cpp import llama_cpp
 
     ggml = llama_cpp._lib  # its dependencies are searched too
@@ -379,7 +379,7 @@ def gpu_names() -> list[str]:
 
     ggml = llama_cpp._lib
     ggml.ggml_backend_dev_name.argtypes, ggml.ggml_backend_dev_name.restype = [ctypes.c_void_p], ctypes.c_char_p
-    return [ggml.ggml_backend_dev_name(d).decode() for d in _gpus()]
+    return [ggml.ggml_backend_dev_name(d).decode() for d in gpus()]
 
 
 def gpu_description(i_gpu: int) -> str:
@@ -388,7 +388,7 @@ def gpu_description(i_gpu: int) -> str:
 
     ggml = llama_cpp._lib
     ggml.ggml_backend_dev_description.argtypes, ggml.ggml_backend_dev_description.restype = [ctypes.c_void_p], ctypes.c_char_p
-    return str(ggml.ggml_backend_dev_description(_gpus()[i_gpu]).decode())
+    return str(ggml.ggml_backend_dev_description(gpus()[i_gpu]).decode())
 
 
 def gpu_bytes_used(i_gpu: int) -> int:
@@ -396,7 +396,7 @@ def gpu_bytes_used(i_gpu: int) -> int:
     from llama_cpp import llama_cpp
 
     ggml = llama_cpp._lib
-    device = _gpus()[i_gpu]
+    device = gpus()[i_gpu]
     free, total = ctypes.c_size_t(), ctypes.c_size_t()
     ggml.ggml_backend_dev_memory.argtypes = [ctypes.c_void_p, ctypes.POINTER(ctypes.c_size_t), ctypes.POINTER(ctypes.c_size_t)]
     ggml.ggml_backend_dev_memory(device, ctypes.byref(free), ctypes.byref(total))

@@ -8,10 +8,11 @@ import sys
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
+from functools import wraps
 from inspect import signature
 from os import PathLike, fspath
 from reprlib import repr as short_repr
-from typing import Any
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import llama_cpp
 import numpy as np
@@ -48,6 +49,7 @@ from .options import (
 from .picture import KVText, make_plot, make_text
 from .replay import FoundReplay, ReplayLike, find_replay, replay_for
 from .replay_values import ReplayTable
+from .rpc import Traffic, Workers
 from .units import parse_bytes, round_n_ctx, row_bytes
 
 N_PIECE = 32  # bytes of a token that llama_cpp.Llama.detokenize has room for
@@ -128,6 +130,21 @@ class _WholePromptParams(llama_cpp.llama_context_params):
         self.n_outputs_max = value
 
 
+Params = ParamSpec("Params")
+Result = TypeVar("Result")
+
+
+def _on_workers(method: Callable[Concatenate[Llama, Params], Result]) -> Callable[Concatenate[Llama, Params], Result]:
+    """A method whose result may come from workers: it has none when one of them is lost."""
+
+    @wraps(method)
+    def checked(self: Llama, /, *args: Params.args, **kwargs: Params.kwargs) -> Result:
+        with self._asking_workers():
+            return method(self, *args, **kwargs)
+
+    return checked
+
+
 class Llama(llama_cpp.Llama):
     """``llama_cpp.Llama`` whose KV heads keep only the cells that matter.
 
@@ -155,7 +172,7 @@ class Llama(llama_cpp.Llama):
         with "later" "replay/value", "importance/value" or "adaptive/value", the first for which enough is known.
         "headkv" (importance/attention), "snapkv" (uniform/attention), "streaming" (uniform/recent), "pyramidkv"
         (pyramid/attention), "adakv" (adaptive/attention), "headkv+adakv" (importance+adaptive/attention), "criticalkv"
-        (uniform/critical), "h2o" (uniform/sums; reading a prompt takes n_ctx * n_ubatch * n_head * 4 bytes more), "razor"
+        (uniform/critical), "h2o" (uniform/sums; where a GPU or attend="composed" reads, a prompt takes n_ctx * n_ubatch * n_head * 4 bytes more), "razor"
         (whole/recent/mean), or any "budget/rank" or "budget/rank/fit"; without an amount "full", the stock cache, and "lossless":
         every head keeps all, in the store that decoding reads faster than the stock cache
     budget : how many cells a head keeps, in place of the policy's own: "uniform", "importance" (of the query heads), "replay" (by a
@@ -233,6 +250,8 @@ class Llama(llama_cpp.Llama):
     attend : "auto", "fused" or "composed": attention by ops of this package where they are (prompts: on the CPU), or by those of ggml
         everywhere, which reads a prompt with the bits of the stock cache
     n_tail, n_buckets : see ``cpp/headkv.h``
+    rpc_servers : ``host:port`` of workers (``pyheadkv rpc-worker``) that take layers, the last ``n_gpu_layers`` of the model (all), several
+        with commas between them, ``tensor_split`` says in which shares; each holds K and V of its layers. None = this machine alone
     **kwargs : every argument of ``llama_cpp.Llama``; ``flash_attn`` is on when
         compression is, also where False is passed: that is upstream's default, which
         wrappers pass on, and there is no compression without it. ``swa_full`` is off then: layers with
@@ -247,6 +266,9 @@ class Llama(llama_cpp.Llama):
     ValueError
         wrong option, an option of the compression without an amount, no importance for a policy that needs it, or an architecture that
         cannot be compressed; the message names value, limit and remedy
+    ConnectionError
+        a worker of ``rpc_servers`` does not answer; ``pyheadkv.rpc.WorkerLostError``, one of these, where it went away later: whatever was asked
+        for ends with it, and the model has to be loaded again
 
     References
     ----------
@@ -295,6 +317,7 @@ class Llama(llama_cpp.Llama):
         n_tail: int | None = None,
         attend: str | None = None,
         n_buckets: int | None = None,
+        rpc_servers: str | Sequence[str] | None = None,
         **kwargs: Any,
     ) -> None:
         given: dict[str, Any] = {name: value for name, value in dict(
@@ -308,7 +331,10 @@ class Llama(llama_cpp.Llama):
             importance=importance, replay=replay, kv_reuse=kv_reuse, n_seq_max=n_seq_max, kv_limit=kv_limit,
             kv_archive=kv_archive, kv_archive_size=kv_archive_size, kv_archive_type=kv_archive_type).items() if value is not None}  # fmt: skip
         _check_generated(given, kv_generated)
+        self._workers: Workers | None = None
         self._kv_args: dict[str, Any] = {**given, **amount, **more}
+        if rpc_servers is not None:
+            self._kv_args["rpc_servers"] = rpc_servers
         self._kv_reuse = bool(kv_reuse)
         self._pieces: dict[tuple[int, bool], bytes] = {}  # see _long_piece()
         if kv_limit is not None:
@@ -356,7 +382,8 @@ class Llama(llama_cpp.Llama):
                     "has no such options"
                 )
             self.kv_options: Options | None = None
-            super().__init__(model_path, **kwargs)
+            with self._using_workers(rpc_servers, kwargs):
+                super().__init__(model_path, **kwargs)
             self._check_adapter()
             return
 
@@ -391,7 +418,7 @@ class Llama(llama_cpp.Llama):
 
         params = options.to_params(self._importance, None, self._replay)
         try:
-            with _lib.creating(params):
+            with self._using_workers(rpc_servers, kwargs), _lib.creating(params):
                 super().__init__(model_path, **kwargs)
         except ValueError as e:
             self._close_partial()
@@ -418,6 +445,51 @@ class Llama(llama_cpp.Llama):
         self._has_archive = archive is not None
         if self.verbose:
             print(f"pyheadkv: policy {self.policy}{self._origins()}", file=sys.stderr)
+
+    @contextmanager
+    def _using_workers(self, rpc_servers: str | Sequence[str] | None, kwargs: dict[str, Any]) -> Iterator[None]:
+        """The model that is loaded meanwhile has layers on them, and no result of its context is used that came from none."""
+        if rpc_servers is None:
+            yield
+            return
+        if kwargs.setdefault("n_gpu_layers", -1) == 0:
+            raise ValueError(f"rpc_servers={rpc_servers!r}, n_gpu_layers=0: no layer would be on a worker, leave one of them out")
+        self._workers = workers = Workers(rpc_servers)
+        try:
+            yield
+        except BaseException:
+            try:
+                workers.check()  # is the reason, if it fails
+            finally:
+                workers.close()
+            raise
+        workers.guard(self._ctx)
+        workers.check()
+
+    @contextmanager
+    def _asking_workers(self) -> Iterator[None]:
+        """What is computed meanwhile comes from workers that are there, or ``WorkerLostError`` names the one that is not."""
+        if self._workers is None:
+            yield
+            return
+        try:
+            yield
+        except Exception:
+            self._workers.check()  # is the reason, if it fails
+            raise
+        llama_cpp.llama_synchronize(self.ctx)
+        self._workers.check()
+
+    @property
+    def rpc_traffic(self) -> dict[str, Traffic]:
+        """Bytes and messages to and from each of ``rpc_servers`` since the model was loaded, loading included."""
+        return {} if self._workers is None else self._workers.traffic
+
+    def close(self) -> None:
+        """Free the model from memory, also that of workers."""
+        super().close()
+        if self._workers is not None:
+            self._workers.close()
 
     def _check_adapter(self) -> None:
         if self.lora_path and not self._lora_adapter:  # a null pointer, which llama_cpp takes for an adapter
@@ -474,6 +546,8 @@ class Llama(llama_cpp.Llama):
         return policy_traits(self.policy)
 
     def __setattr__(self, name: str, value: Any) -> None:
+        if name == "model_params" and self._workers is not None:
+            value.devices = self._workers.devices
         if name == "context_params" and self.kv_options is not None:
             value.n_seq_max, value.kv_unified = self._n_seq_max, True
             if self.kv_options.prefill != "token":
@@ -500,6 +574,7 @@ class Llama(llama_cpp.Llama):
 
     # ------------------------------------------------------------------ generation
 
+    @_on_workers
     def end_prompt(self) -> None:
         """Compress what has been evaluated so far; ``generate`` does it after the prompt.
 
@@ -520,6 +595,7 @@ class Llama(llama_cpp.Llama):
             options = self._need_options()
             self._configure(kv_size=min(share_of_prompt(self._kv_ratio, n_tokens, recent=options.recent), self.n_ctx()))
 
+    @_on_workers
     def eval(self, tokens: Sequence[int]) -> None:
         """Evaluate tokens; the first evaluation of a ``generate`` call is the prompt."""
         check_tokens(tokens, n_vocab=self._n_vocab)
@@ -664,6 +740,7 @@ class Llama(llama_cpp.Llama):
         if STATES[self._stats().state] == "compressed":
             self._requires_eval = True  # the same prompt would be compressed in another way now
 
+    @_on_workers
     def compress_as(self, seq_id: int) -> None:
         """Compress what has been evaluated so far as another sequence; here it stays uncompressed.
 
@@ -683,6 +760,7 @@ class Llama(llama_cpp.Llama):
         self._fit_ratio(self.n_tokens)
         _lib.check(_lib.lib.headkv_compress_as(self.ctx, 0, check_int("seq_id", seq_id, 1, self._n_seq_max - 1)))
 
+    @_on_workers
     def drop(self, start: int, end: int) -> None:
         """Take tokens [start, end) out of what was compressed and generated, such as what a model thought before its answer.
 
@@ -830,6 +908,7 @@ class Llama(llama_cpp.Llama):
         if self.kv_options is not None:
             self._ctx.kv_cache_clear()
 
+    @_on_workers
     def save_state(self) -> LlamaState:
         """The compressed cache and its tokens, to go on from later, in another process too (``pickle``).
 
@@ -853,6 +932,7 @@ class Llama(llama_cpp.Llama):
             seed=self._seed,
         )
 
+    @_on_workers
     def load_state(self, state: LlamaState) -> None:
         """Go back to what ``save_state`` saw; ``generate`` continues on it with ``kv_reuse=True``.
 
@@ -1024,6 +1104,7 @@ class Llama(llama_cpp.Llama):
         """Logits after the last evaluated token, float32 (n_vocab,)."""
         return np.array(np.ctypeslib.as_array(self._ctx.get_logits_ith(-1), shape=(self.n_vocab(),)))
 
+    @_on_workers
     def read_attention(
         self, spans: Sequence[tuple[int, int]], n_top: int, *, n_queries: int = 1
     ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int32]]:
@@ -1059,6 +1140,7 @@ class Llama(llama_cpp.Llama):
         _lib.check(_lib.lib.headkv_read_attention(*head, mass.ctypes.data_as(f32), top.ctypes.data_as(i32), n), ValueError)
         return mass, top
 
+    @_on_workers
     def read_attention_max(self, n_positions: int, *, n_queries: int = 1) -> npt.NDArray[np.float32]:
         """The most that the last evaluated tokens attend to each of the first positions of a prompt that is not compressed yet.
 

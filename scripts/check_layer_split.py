@@ -1,8 +1,7 @@
 #!/usr/bin/env python3
 """Layers split over two devices: the engine on two RPC servers against the engine on the CPU.
 
-    cmake -G Ninja -S . -B build/rpc -DGGML_RPC=ON && ninja -C build/rpc llama ggml-rpc-server
-    PYHEADKV_LIB_PATH=build/rpc/bin python scripts/check_layer_split.py build/rpc/bin/ggml-rpc-server
+    make && .venv/bin/python scripts/check_layer_split.py
 
 Needs no GPU: each server computes on the CPU, but its memory is not the host's, so all that a GPU build uses is used:
 the composed path, staging, hidden states and store on two devices, copies between them. Exit code 1 when anything differs.
@@ -11,53 +10,18 @@ the composed path, staging, hidden states and store on two devices, copies betwe
 from __future__ import annotations
 
 import argparse
-import ctypes
-import socket
-import subprocess
 import sys
 import tempfile
-import time
-from pathlib import Path
 from typing import Any
 
 import numpy as np
+from rpc_worker import Worker
 
 from pyheadkv import Llama
-from pyheadkv._lib import library_path
 from pyheadkv.testing import write_random_model
 
 N_LAYER, N_HEAD_KV, N_PROMPT = 6, 2, 700
 MAX_NMSE = 1e-4
-
-
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return int(s.getsockname()[1])
-
-
-def start_server(binary: Path) -> tuple[subprocess.Popen[bytes], str]:
-    """A server and its endpoint."""
-    port = free_port()
-    server = subprocess.Popen(
-        [str(binary), "--host", "127.0.0.1", "--port", str(port), "--threads", "1"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
-    for _ in range(100):
-        try:
-            socket.create_connection(("127.0.0.1", port), timeout=1).close()
-            return server, f"127.0.0.1:{port}"
-        except OSError:
-            time.sleep(0.1)
-    raise RuntimeError(f"{binary} does not listen")
-
-
-def register(endpoint: str) -> None:
-    """Make the device of a server one of llama.cpp's devices."""
-    rpc = ctypes.CDLL(str(next(library_path().glob("libggml-rpc.*"))))
-    ggml = ctypes.CDLL(str(next(library_path().glob("libggml.*"))))
-    rpc.ggml_backend_rpc_add_server.argtypes, rpc.ggml_backend_rpc_add_server.restype = [ctypes.c_char_p], ctypes.c_void_p
-    ggml.ggml_backend_register.argtypes = [ctypes.c_void_p]
-    ggml.ggml_backend_register(rpc.ggml_backend_rpc_add_server(endpoint.encode()))
 
 
 def run(path: str, **options: Any) -> tuple[np.ndarray, list[list[int]]]:
@@ -74,6 +38,7 @@ def run(path: str, **options: Any) -> tuple[np.ndarray, list[list[int]]]:
         rows.append(llm.last_logits)
     kept = [llm.kv_positions(il, ih).tolist() for il in range(N_LAYER) for ih in range(N_HEAD_KV)]
     assert llm.kv_stats().bytes_staging == 0
+    options["rpc_servers"] = len(options.get("rpc_servers", []))
     print(f"  {options}: {llm.prefill_mode}, {llm.kv_stats().bytes_store} bytes held")
     llm.close()
     return np.stack(rows), kept
@@ -86,26 +51,24 @@ def nmse(a: np.ndarray, b: np.ndarray) -> float:
 def main() -> int:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("server", type=Path, help="the ggml-rpc-server of the same build")
-    args = parser.parse_args()
-    servers = [start_server(args.server) for _ in range(2)]
+    parser.parse_args()
+    workers = [Worker() for _ in range(2)]
     failures = []
     try:
-        for _, endpoint in servers:
-            register(endpoint)
         with tempfile.TemporaryDirectory() as folder:
             path = f"{folder}/model.gguf"
             write_random_model(
                 path, arch="qwen3", n_layer=N_LAYER, n_embd=256, n_head=4, n_head_kv=N_HEAD_KV, head_dim=64, n_ff=512, seed=5
             )
-            split = {"n_gpu_layers": -1, "tensor_split": [0.5, 0.5]}
+            both = {"rpc_servers": [worker.endpoint for worker in workers]}
+            split = {**both, "tensor_split": [0.5, 0.5]}
             cpu, cpu_kept = run(path, n_gpu_layers=0, prefill="token", attend="composed")
             token, token_kept = run(path, prefill="token", **split)
             layer, layer_kept = run(path, prefill="layer", **split)
-            half, half_kept = run(path, prefill="layer", n_gpu_layers=N_LAYER // 2)
+            half, half_kept = run(path, prefill="layer", n_gpu_layers=N_LAYER // 2, **both)
     finally:
-        for server, _ in servers:
-            server.kill()
+        for worker in workers:
+            worker.kill()
     for name, (a, kept_a), (b, kept_b), exact in [
         ("two devices, layer against token", (layer, layer_kept), (token, token_kept), True),
         ("two devices against the CPU", (token, token_kept), (cpu, cpu_kept), False),

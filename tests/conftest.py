@@ -1,7 +1,7 @@
 """Fixtures: random models (made once), both libraries, and helpers around one decode step.
 
-``pytest --device cpu,cuda0`` runs the tests of the engine once on each device (cpu, cuda0, vulkan0, metal, ...). A device
-that the library does not have is a skip. PYHEADKV_TEST_BACKEND names a library with one more backend, that of tests/cpp/metal-on-cpu.h.
+``pytest --device cpu,cuda0`` runs the tests of the engine once on each device (cpu, cuda0, vulkan0, metal, rpc, ...). A device
+that the library does not have is a skip; rpc is a worker on this machine. PYHEADKV_TEST_BACKEND names a library with one more backend, that of tests/cpp/metal-on-cpu.h.
 """
 
 from __future__ import annotations
@@ -10,7 +10,8 @@ import ctypes
 import os
 import re
 import subprocess
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -19,6 +20,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pytest
+
+sys.path.append(str(Path(__file__).parent.parent / "scripts"))
 
 N_THREADS = 1  # small models are fastest so, and more threads than free cores wait for each other
 
@@ -73,12 +76,28 @@ def pytest_itemcollected(item: pytest.Item) -> None:
     item.extra_keyword_matches.update(word for word, parts in STAGES.items() if any(part in item.nodeid for part in parts))
 
 
+@pytest.fixture(scope="session")
+def worker() -> Iterator[Any]:
+    """A worker for layers on another machine."""
+    pytest.importorskip("pyheadkv._lib", reason="the library is not built: run make")
+    from rpc_worker import Worker
+
+    try:
+        started = Worker()
+    except ValueError as error:
+        pytest.skip(str(error))
+    with started:
+        yield started
+
+
 @pytest.fixture(autouse=True)
 def device(request: pytest.FixtureRequest) -> str:
     """Name of the device that load() uses; skips the test when the library does not have it."""
     name = str(getattr(request, "param", "cpu"))
     device_options.clear()
-    if name != "cpu":
+    if name == "rpc":
+        device_options.update(n_gpu_layers=99, rpc_servers=request.getfixturevalue("worker").endpoint)
+    elif name != "cpu":
         lib = pytest.importorskip("pyheadkv._lib", reason="the library is not built: run make")
         if os.environ.get("PYHEADKV_TEST_BACKEND"):
             load_backend(os.environ["PYHEADKV_TEST_BACKEND"])

@@ -30,6 +30,7 @@ MakeModel = Callable[..., Path]
 ALL_SHAPES = pytest.mark.parametrize("shape", SHAPES, ids=lambda s: s.name)
 
 WINDOW = 8
+MAX_GAP = 1e-4  # of scores, for devices that sum in another order
 DIGEST_SCRIPT = """
 import sys, ctypes, hashlib, numpy as np
 if sys.argv[2] == "ours":
@@ -140,10 +141,13 @@ def test_prompt_logits_do_not_change_with_compression(make_model: MakeModel) -> 
 # ---------------------------------------------------------------- kept cells
 
 
-def oracle_positions(llm: Any, shape: Shape) -> list[list[npt.NDArray[np.int32]]]:
-    """Kept positions by the oracle, from the engine's own window queries and keys."""
+Kept = list[list[npt.NDArray[np.int32]]]
+
+
+def oracle_positions(llm: Any, shape: Shape) -> tuple[Kept, list[npt.NDArray[np.float64]]]:
+    """Kept positions by the oracle, from the engine's own window queries and keys, and the scores of each layer."""
     n, options = llm.n_tokens, llm.kv_options
-    kept = []
+    kept, all_scores = [], []
     for il in range(shape.n_layer):
         k = np.stack([head_cells(llm, il, ih) for ih in range(shape.n_head_kv)], axis=1)
         n_prefix = max(0, n - options.recent)
@@ -158,7 +162,18 @@ def oracle_positions(llm: Any, shape: Shape) -> list[list[npt.NDArray[np.int32]]
             pool_kernel=kernel,
         )
         kept.append(reference.keep(scores, llm.kv_budget[il], kv_size=options.kv_size, recent=options.recent, n_tokens=n))
-    return kept
+        all_scores.append(scores)
+    return kept, all_scores
+
+
+def assert_kept(kept: npt.NDArray[np.int32], expected: npt.NDArray[np.int32], scores: npt.NDArray[np.float64], *, is_exact: bool) -> None:
+    """The same cells; on a device that sums in another order also one whose score is as good as equal to that of the one it replaces."""
+    if is_exact or np.array_equal(kept, expected):
+        np.testing.assert_array_equal(kept, expected)
+        return
+    gained, lost = np.setdiff1d(kept, expected), np.setdiff1d(expected, kept)
+    assert len(gained) == len(lost) <= 1 + len(kept) // 50
+    assert scores[gained].min() >= (1 - MAX_GAP) * scores[lost].max()
 
 
 @ALL_SHAPES
@@ -182,11 +197,11 @@ def oracle_positions(llm: Any, shape: Shape) -> list[list[npt.NDArray[np.int32]]
     ids=str,
 )
 def test_kept_positions_equal_the_oracle(
-    shape: Shape, n_ubatch: int, n_prompt: int, options: dict[str, Any], make_model: MakeModel
+    shape: Shape, n_ubatch: int, n_prompt: int, options: dict[str, Any], make_model: MakeModel, device: str
 ) -> None:
     llm = load(make_model(shape), n_ubatch=n_ubatch, **options)
     llm.eval(tokens(n_prompt, seed=n_prompt))
-    expected = oracle_positions(llm, shape)
+    expected, scores = oracle_positions(llm, shape)
     rows = {
         (il, ih, v): head_cells(llm, il, ih, v=v) for il in range(shape.n_layer) for ih in range(shape.n_head_kv) for v in (False, True)
     }
@@ -194,7 +209,7 @@ def test_kept_positions_equal_the_oracle(
     for il in range(shape.n_layer):
         for ih in range(shape.n_head_kv):
             kept = llm.kv_positions(il, ih)
-            np.testing.assert_array_equal(kept, expected[il][ih])
+            assert_kept(kept, expected[il][ih], scores[il][ih], is_exact=device == "cpu")
             for v in (False, True):  # the rows moved unchanged
                 np.testing.assert_array_equal(head_cells(llm, il, ih, v=v), rows[il, ih, v][kept])
 

@@ -1,5 +1,7 @@
 #include "headkv-args.h"
 
+#include "headkv-workers.h"
+
 #include "arg.h"
 
 #include <cerrno>
@@ -131,6 +133,7 @@ static std::string with_default(const std::string & help, const std::string & va
 
 void headkv_add_args(const std::function<void(common_arg)> & add_opt) {
     const headkv_args def = default_args();
+    headkv_name_lost_workers(); // before --rpc is read, which connects to them
 
     const auto add = [&](common_arg arg, const char * env) {
         add_opt(arg.set_env(env).set_examples({ LLAMA_EXAMPLE_SERVER, LLAMA_EXAMPLE_CLI }));

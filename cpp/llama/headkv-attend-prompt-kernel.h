@@ -12,6 +12,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <type_traits>
 
 namespace {
 
@@ -136,10 +137,9 @@ struct prompt_block {
     int n;
 };
 
-// one panel over one block; NV vectors of queries are in use
+// S of n cells and a panel; what makes it an exponent of 2
 template <int NV>
-void prompt_step(const headkv_prompt_args & a, const prompt_block & block, prompt_panel & p, const float * q, float * s, float * o) {
-    const int n = std::min(block.n, p.max_end - block.i0);
+inline float prompt_scores(const headkv_prompt_args & a, const prompt_block & block, int n, const float * q, float * s) {
     for (int i = 0; i < n; i += N_PROMPT_TILE) {
         prompt_tile<N_PROMPT_TILE, NV, false>(block.k + (int64_t) i * a.n_embd_head_k, a.n_embd_head_k, 1, q, a.n_embd_head_k, s + i * N_PROMPT_PANEL, nullptr);
     }
@@ -153,9 +153,57 @@ void prompt_step(const headkv_prompt_args & a, const prompt_block & block, promp
         }
         scale = a.softcap;
     }
+    return scale * LOG2_E;
+}
+
+// one panel over one block; NV vectors of queries are in use
+template <int NV>
+void prompt_step(const headkv_prompt_args & a, const prompt_block & block, prompt_panel & p, const float * q, float * s, float * o) {
+    const int n = std::min(block.n, p.max_end - block.i0);
+    const float scale = prompt_scores<NV>(a, block, n, q, s);
     vf factor[NV];
-    prompt_softmax<NV>(p, s, block.i0, n, scale * LOG2_E, factor);
+    prompt_softmax<NV>(p, s, block.i0, n, scale, factor);
     prompt_answers<NV>(block.v, a.n_embd_head_v, s, n, o, factor);
+}
+
+// once more, when the sum of a query is a factor: the attention that each cell gets, in whole numbers, which add up to the same in any order
+template <int NV>
+void prompt_step_sums(const headkv_prompt_args & a, const prompt_block & block, const prompt_panel & p, const float * q, float * s) {
+    const int n = std::min(block.n, p.max_end - block.i0);
+    const vf c = vf_set(prompt_scores<NV>(a, block, n, q, s));
+    const vf most = vf_set(2.0f * HEADKV_PROMPT_ONE);
+    for (int v = 0; v < NV; ++v) {
+        const vf first = vf_load(p.first + v * W);
+        const vf end = vf_load(p.end + v * W);
+        const vf shift = vf_mul(vf_load(p.max + v * W), c);
+        const vf factor = vf_load(p.sum + v * W);
+        for (int i = 0; i < n; ++i) {
+            float * si = s + i * N_PROMPT_PANEL + v * W;
+            const vf number = vf_set((float) (block.i0 + i));
+            vf e = vf_mul(prompt_exp2(vf_fma(vf_load(si), c, vf_sub(vf_zero(), shift))), factor);
+            e = vf_if_less(e, most, e, vf_zero()); // no NaN
+            vf_store(si, vf_round(vf_if_less(number, first, vf_zero(), vf_if_less(number, end, e, vf_zero()))));
+        }
+    }
+    for (int i = 0; i < n; ++i) {
+        int64_t sum = 0;
+        for (int l = 0; l < NV * W; ++l) {
+            sum += (int32_t) s[i * N_PROMPT_PANEL + l];
+        }
+        a.sums[block.i0 + i] += sum;
+    }
+}
+
+// f(number of vectors that n_lanes queries take)
+template <typename F>
+inline void prompt_with_lanes(int n_lanes, const F & f) {
+    if (n_lanes <= W) {
+        f(std::integral_constant<int, 1>());
+    } else if (n_lanes <= 2 * W) {
+        f(std::integral_constant<int, 2>());
+    } else {
+        f(std::integral_constant<int, N_PROMPT_VEC>());
+    }
 }
 
 // cells to rows of F32
@@ -250,32 +298,28 @@ void prompt_run(const headkv_prompt_args & a, float * work) {
         end = std::max(end, p.max_end);
     }
 
-    for (int i0 = first - first % N_PROMPT_CELLS; i0 < end; i0 += N_PROMPT_CELLS) {
-        const int n = std::min(N_PROMPT_CELLS, end - i0);
-        prompt_convert(a.k, a.nb_k, a.cells + i0, n, a.type_k, a.n_embd_head_k, k);
-        prompt_convert(a.v, a.nb_v, a.cells + i0, n, a.type_v, a.n_embd_head_v, v);
-        const prompt_block block = { k, v, i0, n };
-        for (int i = 0; i < n_panels; ++i) {
-            prompt_panel & p = panels[i];
-            if (i0 + n <= p.min_first || i0 >= p.max_end) {
-                continue;
+    const auto sweep = [&](bool with_v, const auto & step) { // step(lanes, block, number of a panel that sees some of it)
+        for (int i0 = first - first % N_PROMPT_CELLS; i0 < end; i0 += N_PROMPT_CELLS) {
+            const int n = std::min(N_PROMPT_CELLS, end - i0);
+            prompt_convert(a.k, a.nb_k, a.cells + i0, n, a.type_k, a.n_embd_head_k, k);
+            if (with_v) {
+                prompt_convert(a.v, a.nb_v, a.cells + i0, n, a.type_v, a.n_embd_head_v, v);
             }
-            const float * qi = q + (int64_t) i * a.n_embd_head_k * N_PROMPT_PANEL;
-            float * oi = o + (int64_t) i * a.n_embd_head_v * N_PROMPT_PANEL;
-            const int n_lanes = std::min(N_PROMPT_PANEL, n_rows - i * N_PROMPT_PANEL);
-            if (n_lanes <= W) {
-                prompt_step<1>(a, block, p, qi, s, oi);
-            } else if (n_lanes <= 2 * W) {
-                prompt_step<2>(a, block, p, qi, s, oi);
-            } else {
-                prompt_step<N_PROMPT_VEC>(a, block, p, qi, s, oi);
+            const prompt_block block = { k, v, i0, n };
+            for (int i = 0; i < n_panels; ++i) {
+                if (i0 + n > panels[i].min_first && i0 < panels[i].max_end) {
+                    prompt_with_lanes(std::min(N_PROMPT_PANEL, n_rows - i * N_PROMPT_PANEL), [&](auto lanes) { step(lanes, block, i); });
+                }
             }
         }
-    }
+    };
+    sweep(true, [&](auto lanes, const prompt_block & block, int64_t i) {
+        prompt_step<decltype(lanes)::value>(a, block, panels[i], q + i * a.n_embd_head_k * N_PROMPT_PANEL, s, o + i * a.n_embd_head_v * N_PROMPT_PANEL);
+    });
 
     for (int r = 0; r < n_rows; ++r) {
         const int g = r % a.n_group;
-        const prompt_panel & p = panels[r / N_PROMPT_PANEL];
+        prompt_panel & p = panels[r / N_PROMPT_PANEL];
         const int l = r % N_PROMPT_PANEL;
         const float * src = o + (int64_t) (r / N_PROMPT_PANEL) * a.n_embd_head_v * N_PROMPT_PANEL + l;
         float sum = p.sum[l];
@@ -291,7 +335,20 @@ void prompt_run(const headkv_prompt_args & a, float * work) {
         for (int d = 0; d < a.n_embd_head_v; ++d) {
             dst[d] = src[d * N_PROMPT_PANEL] * f;
         }
+        p.sum[l] = f == f ? f * HEADKV_PROMPT_ONE : 0.0f;
+        if (a.sums && f != f) {
+            ++a.sums[a.n_cells];
+        }
     }
+    if (!a.sums) {
+        return;
+    }
+    for (int64_t r = n_rows; r < (int64_t) n_panels * N_PROMPT_PANEL; ++r) {
+        panels[r / N_PROMPT_PANEL].sum[r % N_PROMPT_PANEL] = 0.0f;
+    }
+    sweep(false, [&](auto lanes, const prompt_block & block, int64_t i) {
+        prompt_step_sums<decltype(lanes)::value>(a, block, panels[i], q + i * a.n_embd_head_k * N_PROMPT_PANEL, s);
+    });
 }
 
 const headkv_prompt_kernel prompt_kernel = { prompt_n_work, prompt_run };

@@ -242,9 +242,9 @@ static void build_capture(const llm_graph_context & gctx, headkv_input & inp, gg
         const auto & to = refs_of(gctx, inp, *mctx->get_layer(il));
         ggml_build_forward_expand(gctx.gf, headkv_build_refs(ctx, q_cur, inp.self_k_rot, refs, to.rows, to.slots));
     }
-    if (ggml_tensor * sums = mctx->get_sums(il)) {
+    const headkv_store_layer & layer = *mctx->get_kv()->store().find(il);
+    if (ggml_tensor * sums = mctx->get_sums(il); sums && !layer.fused_prompt) { // else attention adds to them itself
         const auto * staging = mctx->get_staging();
-        const headkv_store_layer & layer = *mctx->get_kv()->store().find(il);
         ggml_tensor * q = inp.self_k_rot ? llama_mul_mat_hadamard(ctx, q_cur, inp.self_k_rot) : q_cur;
         ggml_tensor * k = inp.self_k_rot ? llama_mul_mat_hadamard(ctx, k_cur, inp.self_k_rot) : k_cur;
         ggml_build_forward_expand(gctx.gf, staging->cpy_k(ctx, k, inp.self_k_idxs, il)); // upstream will do it again
@@ -280,8 +280,9 @@ static ggml_tensor * build_attend_prompt(const llm_graph_context & gctx, const h
         ggml_build_forward_expand(gctx.gf, staging->cpy_v(ctx, v_cur, inp.self_v_idxs, layer.il));
     }
     auto * attend = inp.mctx_ragged->get_kv()->store().find(layer.il)->attend.get();
+    ggml_tensor * sums = k_cur ? inp.mctx_ragged->get_sums(layer.il) : nullptr; // of the layer whose cells they are
     return headkv_build_attend_prompt(ctx, attend, gctx.cparams.n_threads_batch, q_cur, staging->get_k(ctx, layer.il), staging->get_v(ctx, layer.il), inp.cells,
-            ggml_reshape_2d(ctx, inp.seen, 2, gctx.n_tokens), sinks);
+            ggml_reshape_2d(ctx, inp.seen, 2, gctx.n_tokens), sinks, sums, sums ? inp.self_k_idxs : nullptr);
 }
 
 // while tokens are generated: their rows go to the store, and every head attends to its own; without k_cur they are there

@@ -26,7 +26,7 @@ public:
         int64_t n_refs;      // references of a sequence, 0 = none
         bool with_sums;  // attention that each cell got from all queries is summed
         bool hidden_f16; // hidden states in f16
-        bool with_mask;  // a layer attends with a mask, or sums are made with it
+        bool with_mask;  // a layer attends with a mask
     };
 
     // shapes: of the layers with KV heads; shared: [il] the layer whose cells another one attends to, -1 = its own or none.

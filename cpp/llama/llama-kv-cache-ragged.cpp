@@ -98,7 +98,7 @@ bool llama_kv_cache_ragged::reads_fused(const headkv_layer_shape & shape) const 
 
 bool llama_kv_cache_ragged::masks() const {
     const auto all = shapes();
-    return cfg->rank->by_sums || !std::all_of(all.begin(), all.end(), [this](const headkv_layer_shape & s) { return reads_fused(s); });
+    return !std::all_of(all.begin(), all.end(), [this](const headkv_layer_shape & s) { return reads_fused(s); });
 }
 
 void llama_kv_cache_ragged::make_layers(headkv_store & store) const {

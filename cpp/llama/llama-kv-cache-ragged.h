@@ -301,7 +301,7 @@ private:
     std::vector<headkv_layer_shape> shapes() const;
     headkv_staging::params_t staging_params() const;
     bool reads_fused(const headkv_layer_shape & shape) const;
-    bool masks() const; // attention of prompts is told by a mask in some layer, or for its sums
+    bool masks() const; // attention of prompts is told by a mask in some layer
     void make_layers(headkv_store & store) const;
     void make_twin();
     void log_created() const;

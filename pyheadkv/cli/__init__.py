@@ -12,7 +12,7 @@ from typing import Any
 
 from .. import __version__
 from ..options import nearest
-from . import archive, demo, evaluate, generate, inspect, plan, score, serve
+from . import archive, demo, evaluate, generate, inspect, plan, rpc_worker, score, serve
 
 EXIT_ERROR, EXIT_INTERRUPT = 1, 130
 
@@ -55,6 +55,7 @@ COMMANDS = (
         serve.run,
         passes_on=True,
     ),
+    Command("rpc-worker", "lend this machine to models of others (rpc_servers=, serve --rpc)", rpc_worker.add_arguments, rpc_worker.run),
 )
 
 

@@ -87,14 +87,18 @@ def sha256(path: str | os.PathLike[str]) -> str:
 
 
 def commit() -> str:
-    """Of the checkout that this package runs from, "-dirty" behind it if files differ, or of the bundle; "" if it is installed."""
+    """Of the checkout that this package runs from, "-dirty" behind it if files other than results differ, or of the bundle; "" if it is installed."""
     root = Path(__file__).resolve().parents[2]
     if (root / "COMMIT").is_file():
         return (root / "COMMIT").read_text().strip()
     if shutil.which("git") is None or not (root / "cpp" / "headkv.h").is_file():
         return ""
-    found = subprocess.run(["git", "-C", str(root), "describe", "--always", "--dirty"], capture_output=True, text=True, check=False)
-    return found.stdout.strip()
+
+    def git(*args: str) -> str:
+        return subprocess.run(["git", "-C", str(root), *args], capture_output=True, text=True, check=False).stdout.strip()
+
+    is_dirty = git("status", "--porcelain", "--untracked-files=no", "--", ".", ":(exclude)bench/results") != ""
+    return git("describe", "--always") + "-dirty" * is_dirty
 
 
 def append_row(path: Path, row: dict[str, Any]) -> None:

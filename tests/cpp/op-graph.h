@@ -21,6 +21,9 @@ using op_cases = std::vector<std::pair<std::string, std::function<bool()>>>;
 void add_prompt_cases(op_cases & cases);
 void perf_prompt();
 
+// perf-isa.cpp
+void perf_isa();
+
 // kept-cells.cpp
 void print_kept();
 

@@ -36,6 +36,7 @@ struct prompt_case {
 // the tensors of a case, filled
 struct prompt_data {
     ggml_tensor *q, *k, *v, *cells, *seen, *sinks;
+    ggml_tensor *sums = nullptr, *fresh = nullptr;
     std::vector<float> qf, kf, vf, sinksf;
     std::vector<int32_t> cellsf, seenf;
 
@@ -82,8 +83,28 @@ struct prompt_data {
         vf = get_floats(v);
     }
 
-    std::vector<double> in_doubles(const prompt_case & c) const {
+    void make_sums(ggml_context * ctx, const prompt_case & c) {
+        sums = ggml_new_tensor_3d(ctx, GGML_TYPE_F32, 1, cells->ne[0], c.H);
+        fresh = ggml_new_tensor_1d(ctx, GGML_TYPE_I64, c.n_tokens);
+    }
+
+    // 1 everywhere, which the cells of the tokens are to forget
+    void set_sums(const prompt_case & c) const {
+        const std::vector<float> ones(ggml_nelements(sums), 1.0f);
+        ggml_backend_tensor_set(sums, ones.data(), 0, ggml_nbytes(sums));
+        const std::vector<int64_t> own(cellsf.begin() + c.n_past, cellsf.begin() + c.n());
+        ggml_backend_tensor_set(fresh, own.data(), 0, ggml_nbytes(fresh));
+    }
+
+    // answers; attention: that of each cell, [H][all cells], begun as by set_sums()
+    std::vector<double> in_doubles(const prompt_case & c, std::vector<double> * attention = nullptr) const {
         std::vector<double> res;
+        if (attention) {
+            attention->assign(cells->ne[0] * c.H, 1.0);
+            for (int i = 0; i < c.n_tokens * c.H; ++i) {
+                (*attention)[i / c.n_tokens * cells->ne[0] + cellsf[c.n_past + i % c.n_tokens]] = 0.0;
+            }
+        }
         for (int t = 0; t < c.n_tokens; ++t) {
             for (int g = 0; g < c.G * c.H; ++g) {
                 const float * query = qf.data() + ((size_t) t * c.G * c.H + g) * c.D;
@@ -108,6 +129,9 @@ struct prompt_data {
                 }
                 std::vector<double> o(c.D_v(), 0.0);
                 for (int i = seenf[2 * t]; i < seenf[2 * t + 1]; ++i) {
+                    if (attention) {
+                        (*attention)[h * cells->ne[0] + cellsf[i]] += s[i - seenf[2 * t]] / sum;
+                    }
                     for (int d = 0; d < c.D_v(); ++d) {
                         o[d] += s[i - seenf[2 * t]] / sum * vf[((size_t) cellsf[i] * c.H + h) * c.D_v() + d];
                     }
@@ -161,26 +185,38 @@ bool test_prompt(const prompt_case & c) {
     state.softcap = c.softcap;
     op_graph g;
     prompt_data x(g.ctx.get(), c, c.n() + 37);
-    ggml_tensor * out = headkv_build_attend_prompt(g.ctx.get(), &state, N_THREADS, x.q, x.k, x.v, x.cells, x.seen, x.sinks);
+    x.make_sums(g.ctx.get(), c);
+    ggml_tensor * out = headkv_build_attend_prompt(g.ctx.get(), &state, N_THREADS, x.q, x.k, x.v, x.cells, x.seen, x.sinks, x.sums, x.fresh);
     g.alloc(out);
     x.set(c, true);
-    std::vector<float> first;
+    std::vector<float> first, first_sums;
     for (int n_threads : { 1, 3, 8 }) {
+        x.set_sums(c);
         g.run(n_threads);
         const std::vector<float> got = get_floats(out);
+        const std::vector<float> got_sums = get_floats(x.sums);
         if (first.empty()) {
             first = got;
-        } else if (memcmp(first.data(), got.data(), got.size() * sizeof(float)) != 0) {
+            first_sums = got_sums;
+        } else if (memcmp(first.data(), got.data(), got.size() * sizeof(float)) != 0 || memcmp(first_sums.data(), got_sums.data(), got_sums.size() * sizeof(float)) != 0) {
             printf("  differs with %d threads\n", n_threads);
             return false;
         }
     }
-    const double nmse = nmse_of(first, x.in_doubles(c));
+    std::vector<double> attention;
+    const double nmse = nmse_of(first, x.in_doubles(c, &attention));
     if (!(nmse <= 2e-11)) {
         printf("  nmse %g\n", nmse);
         return false;
     }
-    // the last tokens alone: the same bits
+    for (size_t i = 0; i < attention.size(); ++i) {
+        const double rounding = 0.5 / HEADKV_PROMPT_ONE * c.n_tokens * c.G; // each query's share is a whole number
+        if (!(std::abs(attention[i] - first_sums[i]) <= 1e-5 * attention[i] + rounding)) {
+            printf("  sum %zu is %g, not %g\n", i, first_sums[i], attention[i]);
+            return false;
+        }
+    }
+    // the last tokens alone, without sums: the same bits
     const int n_last = std::min(c.n_tokens, 5);
     op_graph last;
     prompt_data y(last.ctx.get(), c, c.n() + 37);
@@ -241,9 +277,11 @@ bool test_prompt_nan(const std::string & kernel, ggml_type type, int i_nan) {
     state.scale = 0.125f;
     op_graph g;
     prompt_data x(g.ctx.get(), c, c.n());
-    ggml_tensor * out = headkv_build_attend_prompt(g.ctx.get(), &state, N_THREADS, x.q, x.k, x.v, x.cells, x.seen);
+    x.make_sums(g.ctx.get(), c);
+    ggml_tensor * out = headkv_build_attend_prompt(g.ctx.get(), &state, N_THREADS, x.q, x.k, x.v, x.cells, x.seen, nullptr, x.sums, x.fresh);
     g.alloc(out);
     x.set(c, false);
+    x.set_sums(c);
     std::vector<float> kf = x.kf;
     kf[(size_t) i_nan * c.H * c.D + 5] = NAN;
     set_quantized(x.k, kf);
@@ -256,6 +294,13 @@ bool test_prompt_nan(const std::string & kernel, ggml_type type, int i_nan) {
                 printf("  value %d of token %d is %g\n", i, t, got[(size_t) t * c.D * c.G * c.H + i]);
                 return false;
             }
+        }
+    }
+    const std::vector<float> sums = get_floats(x.sums);
+    for (int i = 0; i < c.n() * c.H; ++i) {
+        if (std::isnan(sums[i]) != (i < c.n())) {
+            printf("  sum %d is %g\n", i, sums[i]);
+            return false;
         }
     }
     return true;

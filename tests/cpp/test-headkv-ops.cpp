@@ -6,10 +6,12 @@
 //   test-headkv-ops perf score   time per layer of score, composed and fused
 //   test-headkv-ops perf sinks   time per op of attend, without and with sinks
 //   test-headkv-ops perf prompt  attention of a prompt: ours and flash attention of ggml in turn, and the rate of the machine
+//   test-headkv-ops perf isa     the instruction sets of this machine in turn
 //   test-headkv-ops kept      which cells each kernel keeps, for scripts/compare_kept.py
 //   test-headkv-ops -c NAME   one case
 //   test-headkv-ops -k PART   cases with this in their names
 //   test-headkv-ops device    on the first GPU: the composed paths and, if it is CUDA or Metal, our kernels
+//   .. --out FILE             behind any of the tests: what ran, as JSON
 
 #include "op-graph.h"
 
@@ -24,6 +26,7 @@
 #include <algorithm>
 #include <chrono>
 #include <cmath>
+#include <map>
 #include <numeric>
 #include <stdexcept>
 #include <tuple>
@@ -1264,7 +1267,27 @@ static void add_two_sizes(op_cases & cases) {
     cases.push_back({ "cuda refuses two sizes", test_cuda_refuses_two_sizes });
 }
 
+// kernel: cases run and failed; kernels of other machines are not among them, since their cases do nothing here
+static void write_result(const char * path, const std::map<std::string, std::pair<int, int>> & of, int n_run, int n_fail) {
+    FILE * file = fopen(path, "w");
+    if (!file) {
+        printf("cannot write %s\n", path);
+        exit(2);
+    }
+    fprintf(file, "{\"run\": %d, \"failed\": %d, \"skipped\": %d, \"kernels\": {", n_run, n_fail, n_skip);
+    for (auto it = of.begin(); it != of.end(); ++it) {
+        fprintf(file, "%s\"%s\": [%d, %d]", it == of.begin() ? "" : ", ", it->first.c_str(), it->second.first, it->second.second);
+    }
+    fprintf(file, "}}\n");
+    fclose(file);
+}
+
 int main(int argc, char ** argv) {
+    const char * out = nullptr;
+    if (argc > 2 && strcmp(argv[argc - 2], "--out") == 0) {
+        out = argv[argc - 1];
+        argc -= 2;
+    }
     if (argc > 1 && strcmp(argv[1], "kept") == 0) {
         print_kept();
         return 0;
@@ -1276,6 +1299,8 @@ int main(int argc, char ** argv) {
             perf_sinks();
         } else if (argc > 2 && strcmp(argv[2], "prompt") == 0) {
             perf_prompt();
+        } else if (argc > 2 && strcmp(argv[2], "isa") == 0) {
+            perf_isa();
         } else {
             perf();
         }
@@ -1494,6 +1519,14 @@ int main(int argc, char ** argv) {
     add_two_sizes(cases);
     add_prompt_cases(cases);
 
+    std::vector<std::string> kernels; // those that the machine has; the cases of others do nothing
+    for (const char * kernel : { "portable", "avx2", "avx512", "neon" }) {
+        if (headkv_attend_kernel_find(GGML_TYPE_F16, GGML_TYPE_F16, 64, 64, kernel)) {
+            kernels.push_back(kernel);
+        }
+    }
+    std::map<std::string, std::pair<int, int>> of_kernel; // cases run and failed
+
     int n_fail = 0;
     int n_run = 0;
     for (const auto & [name, run] : cases) {
@@ -1505,17 +1538,28 @@ int main(int argc, char ** argv) {
             continue;
         }
         n_run++;
-        if (!run()) {
+        const int n_skip_before = n_skip;
+        const bool ok = run();
+        if (!ok) {
             printf("FAIL -c '%s'\n", name.c_str());
             n_fail++;
         }
+        for (const std::string kernel : { "portable", "avx2", "avx512", "neon", "composed", "cuda", "metal" }) {
+            const bool is_here = kernel == "composed" || kernel == "cuda" || kernel == "metal" || std::find(kernels.begin(), kernels.end(), kernel) != kernels.end();
+            if (is_here && n_skip == n_skip_before && is_of(kernel.c_str())) {
+                of_kernel[kernel].first++;
+                of_kernel[kernel].second += !ok;
+            }
+        }
     }
     n_run -= n_skip;
-    std::string kernels; // those that the machine has; the cases of others do nothing
-    for (const char * kernel : { "portable", "avx2", "avx512", "neon" }) {
-        kernels += headkv_attend_kernel_find(GGML_TYPE_F16, GGML_TYPE_F16, 64, 64, kernel) ? std::string(" ") + kernel : "";
+    printf("kernels:");
+    for (const std::string & kernel : kernels) {
+        printf(" %s", kernel.c_str());
     }
-    printf("kernels:%s\n", kernels.c_str());
-    printf("%d of %d cases failed%s\n", n_fail, n_run, n_skip > 0 ? (", " + std::to_string(n_skip) + " skipped").c_str() : "");
+    printf("\n%d of %d cases failed%s\n", n_fail, n_run, n_skip > 0 ? (", " + std::to_string(n_skip) + " skipped").c_str() : "");
+    if (out) {
+        write_result(out, of_kernel, n_run, n_fail);
+    }
     return n_fail > 0 || n_run == 0;
 }
