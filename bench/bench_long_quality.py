@@ -10,8 +10,8 @@ the difference to all cells. Then, 4096 tokens behind the last fact, each of the
 ``facts`` are answered with the code.
 
 ``chat``: ``--turns`` turns of a chat that goes on from turn to turn (kv_reuse): in each one a person names a thing of theirs and
-asks for another one, of the turn before, or in every second turn from the 21st on of 20 turns before, which is then some 1000 tokens ago. The model's own answers are part of the
-chat. An answer is right if the thing is in it.
+asks for another one, of the turn before, or in every second turn from the 21st on of 20 turns before, which is then some 1000 tokens ago. Answers begin with "The name of your dog is"; it
+is right if the name follows, and the right one is what the chat goes on with.
 
 Settings: all cells; the same number for all heads by attention (as SnapKV), less redundancy (as R-KV), by importance (headkv), and 4 sinks
 and the last ones (StreamingLLM). In ``text`` the first three bound what is generated and leave the prompt; StreamingLLM, and all of them in ``chat``, let the
@@ -169,13 +169,14 @@ def chat(args: argparse.Namespace, about: dict[str, Any]) -> None:
             for turn in range(args.turns):
                 asked = turn - 20 if turn > 20 and turn % 2 else max(0, turn - 1)
                 say = f"The name of my {things[turn]} is {words[turn]}. What is the name of my {things[asked]}?"
-                tokens += llm.tokenize(f"<|im_start|>user\n{say}<|im_end|>\n<|im_start|>assistant\n".encode(), add_bos=False, special=True)
+                ask = f"<|im_start|>user\n{say}<|im_end|>\n<|im_start|>assistant\nThe name of your {things[asked]} is"
+                tokens += llm.tokenize(ask.encode(), add_bos=False, special=True)
                 answer: list[int] = []
                 for token in llm.generate(tokens, temp=0.0):
-                    if token == llm.token_eos() or len(answer) == 24:
+                    if token == llm.token_eos() or len(answer) == 6:
                         break
                     answer.append(int(token))
-                tokens += [*answer, *llm.tokenize(b"<|im_end|>\n", add_bos=False, special=True)]
+                tokens += llm.tokenize(f" {words[asked]}.<|im_end|>\n".encode(), add_bos=False, special=True)
                 if turn > 0:
                     of = counts["old" if asked == turn - 20 else "recent"]
                     of[0] += words[asked].lower() in llm.detokenize(answer).decode(errors="replace").lower()
