@@ -297,7 +297,7 @@ LLAMA_API int32_t headkv_archive_prune(const char * folder, int64_t max_bytes);
 LLAMA_API int32_t headkv_can_continue(const struct llama_context * ctx, llama_seq_id seq_id, const struct headkv_params * params);
 
 // Limits of the sequences that llama_state_*() restores from now on, which are refused beyond them; 0 = that of the context.
-// n_protected: cells that every head keeps as protected, sinks included.
+// n_protected: cells that every head keeps as protected, sinks included. n_tokens: of the prompt alone where generated tokens are bounded.
 LLAMA_API int32_t headkv_limit_restore(struct llama_context * ctx, int32_t kv_size, int32_t n_protected, int32_t n_tokens);
 
 // Takes tokens [p0, p1) out of a compressed sequence, before its last one: every head lets go of their cells, and the positions of the others

@@ -245,7 +245,8 @@ class Llama(llama_cpp.Llama):
         or "redundancy" (attention, less for keys that others are near to, as in R-KV)
     kv_generated_slack : tokens from one eviction to the next (128)
     kv_limit : tokens, prompt and answer, at which a completion ends with the reason "length" where ``kv_generated`` lets it go on
-        beyond ``n_ctx``; None = the length that the model was trained with, or ``n_ctx`` if that is more
+        beyond ``n_ctx``; None = the length that the model was trained with, or ``n_ctx`` if that is more. With ``logits_all`` or a
+        ``draft_model`` it ends with ``n_ctx``
     attend : "auto", "fused" or "composed": attention by ops of this package where they are (prompts: on the CPU), or by those of ggml
         everywhere, which reads a prompt with the bits of the stock cache
     n_tail, n_buckets : see ``cpp/headkv.h``
@@ -340,6 +341,8 @@ class Llama(llama_cpp.Llama):
             check_int("kv_limit", kv_limit, 1, MAX_CELLS)
             if kv_generated is None:
                 raise ValueError(f"kv_limit={kv_limit}: completions end with n_ctx, give kv_generated or leave it out")
+            if kwargs.get("logits_all") or kwargs.get("draft_model") is not None:
+                raise ValueError(f"kv_limit={kv_limit}: with logits_all or a draft_model completions end with n_ctx, leave it out")
         archive = check_archive(kv_archive, kv_archive_size, kv_archive_type)
         if archive is not None and kv_reuse:
             raise ValueError(
@@ -427,7 +430,7 @@ class Llama(llama_cpp.Llama):
         self._check_adapter()
         # the library rounds n_ctx up, and completions go on to what it made of it
         self.input_ids = np.zeros(self.n_ctx(), dtype=np.intc)
-        if options.kv_generated is not None:
+        if options.kv_generated is not None and not self._logits_all:  # their logits are kept, n_ctx of them
             self._n_ctx = kv_limit or max(self.n_ctx(), self._model.n_ctx_train())  # where upstream's completions end
         if options.prefill == "layer" and self.prefill_mode != "layer":
             why = _lib.lib.headkv_why_token_prefill(self.ctx).decode()

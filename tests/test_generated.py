@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
@@ -10,6 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import HYBRID, SHAPES, WINDOWED, Shape, greedy, load, logits, nmse, tokens
+from llama_cpp import LlamaGrammar
+from llama_cpp.llama_speculative import LlamaPromptLookupDecoding
 from test_sequences import params_of, sequences
 
 from pyheadkv import _lib
@@ -142,6 +145,7 @@ def test_an_amount_that_is_never_exceeded_changes_nothing(options: dict[str, Any
                 llm.eval([token])
                 out.append(logits(llm).tobytes())
             outcomes.append((out, held(llm, GQA4), llm.kv_stats().n_evictions))
+            assert (llm.kv_stats().bytes_queries > 0) == bool(more)  # without an amount no query is kept
     assert outcomes[0] == outcomes[1]
 
 
@@ -277,11 +281,18 @@ def test_what_is_not_possible_says_why(make_model: MakeModel) -> None:
         ({"kv_generated": 24, "kv_generated_scope": "prompt"}, "kv_generated_scope='prompt': it must be one of 'generated', 'all'"),
         ({"kv_generated": 24, "kv_generated_rank": "rkv"}, "kv_generated_rank='rkv': it must be one of"),
         ({"kv_generated": 24, "kv_generated_slack": 0}, "kv_generated_slack=0"),
-        ({"kv_generated": 2000}, "kv_generated is 2000, 2128 with generated_slack: it must be less than n_ctx = 2048"),
+        (
+            {"kv_generated": 2000},
+            "kv_generated is 2000, 2128 with kv_generated_slack: it must be less than n_ctx = 2048, use a smaller one or leave it out",
+        ),
         ({"kv_limit": 100}, "kv_limit=100: completions end with n_ctx"),
         (
+            {"kv_limit": 3000, "kv_generated": 24, "logits_all": True},
+            "kv_limit=3000: with logits_all or a draft_model completions end with n_ctx",
+        ),
+        (
             {"kv_generated": 24, "kv_size": None, "policy": "lossless", "kv_generated_scope": "all", "preset": "paper"},
-            "policy 'lossless' keeps all",
+            "kv_generated_scope is 'all': policy 'lossless' keeps all",
         ),
         ({"kv_generated": 24, "kv_size": None}, "kv_generated=24: nothing says how much is kept"),
     ]:
@@ -347,6 +358,41 @@ def test_positions_go_on_beyond_n_ctx(make_model: MakeModel) -> None:
     with closing(load(path, **options, kv_limit=300)) as llm:
         choice = llm.create_completion(tokens(200), max_tokens=None, temperature=0.0, logit_bias={2: -1e9})
         assert choice["choices"][0]["finish_reason"] == "length" and 299 <= llm.n_tokens <= 302
+
+
+ON_AND_ON: dict[str, Any] = {"temperature": 0.0, "logit_bias": {2: -1e9}}  # without an end
+
+
+def test_a_stream_and_a_grammar_go_on_behind_evictions(make_model: MakeModel) -> None:
+    prompt = tokens(200)
+    with closing(load(make_model(GQA4), **SMALL)) as llm:
+        text = llm.create_completion(prompt, max_tokens=150, **ON_AND_ON)["choices"][0]["text"]
+        said, n_evictions = llm._input_ids.tolist(), llm.kv_stats().n_evictions
+        pieces = [chunk["choices"][0]["text"] for chunk in llm.create_completion(prompt, max_tokens=150, stream=True, **ON_AND_ON)]
+        assert llm._input_ids.tolist() == said and llm.kv_stats().n_evictions == n_evictions >= 6
+        # upstream's streams lose characters of several bytes that come byte by byte
+        assert len(pieces) > 50 and "".join(filter(str.isascii, "".join(pieces))) == "".join(filter(str.isascii, text))
+        grammar = LlamaGrammar.from_string("root ::= ([a-z]{7} [0-9]){30}", verbose=False)
+        choice = llm.create_completion(prompt, max_tokens=400, temperature=0.0, grammar=grammar)["choices"][0]
+        assert re.fullmatch("([a-z]{7}[0-9]){30}", choice["text"]) and choice["finish_reason"] == "stop"
+        assert llm.kv_stats().n_evictions >= 3
+
+
+def test_drafts_that_are_taken_back_between_evictions(make_model: MakeModel) -> None:
+    """A draft model of llama-cpp-python: within the budget the answer of a context without it, beyond it evictions go on."""
+    prompt = tokens(40) * 5
+    draft = LlamaPromptLookupDecoding(max_ngram_size=2, num_pred_tokens=6)
+    options = {**SMALL, "n_ctx": 512}
+    answers = []
+    for more in ({"kv_generated": 150}, {"draft_model": draft, "kv_generated": 150}, {"draft_model": draft}):
+        with closing(load(make_model(GQA4), **{**options, **more})) as llm:
+            answers.append(greedy(llm, prompt, 120))
+            n_evictions = llm.kv_stats().n_evictions
+            if "draft_model" in more:
+                ascii_only = {2: -1e9} | {3 + byte: -1e9 for byte in range(128, 256)}  # upstream goes on until a character is complete
+                choice = llm.create_completion(prompt, max_tokens=None, temperature=0.0, logit_bias=ascii_only)["choices"][0]
+                assert choice["finish_reason"] == "length" and 500 < llm.n_tokens <= 512
+    assert answers[0] == answers[1] and len(answers[2]) == 120 and n_evictions >= 4
 
 
 def test_a_chat_continues_on_what_is_left(make_model: MakeModel) -> None:

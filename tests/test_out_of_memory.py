@@ -152,6 +152,47 @@ with sequences(sys.argv[1], n_seq_max=2, n_tail=8) as many:
 """
 
 
+EVICTION_SCRIPT = """
+import ctypes, json, sys
+from conftest import load, logits, tokens
+
+hook = ctypes.CDLL(None)
+hook.fail_alloc_arm.argtypes = [ctypes.c_long]
+hook.fail_alloc_disarm.restype = ctypes.c_long
+bound = dict(kv_size=400, window=16, n_ctx=2048, kv_generated=600, kv_generated_slack=40, n_tail=8)
+llm = load(sys.argv[1], **{**bound, **json.loads(sys.argv[2])})
+llm.read_prompt(tokens(700))
+llm.eval(tokens(631, seed=1)[1:])  # ten tokens before the first eviction
+state, answer = llm.save_state(), tokens(101, seed=2)[1:]
+
+def run(k):
+    errors = []
+    llm.load_state(state)
+    hook.fail_alloc_arm(k)
+    for token in answer:
+        try:
+            llm.eval([token])
+        except (MemoryError, RuntimeError) as error:
+            errors.append(f"{type(error).__name__}: {error}")
+            assert len(errors) == 1, errors
+            llm.eval([token])  # it can be said again
+    n = hook.fail_alloc_disarm()
+    stats = llm.kv_stats()
+    kept = [llm.kv_positions(il, ih).tolist() for il in range(2) for ih in range(32)]
+    return errors, n, (logits(llm).tobytes(), kept, stats.n_evictions, stats.n_evicted, stats.n_cells.tolist())
+
+run(0)
+no_errors, n, expected = run(0)
+assert no_errors == [] and expected[2] == 3
+outcomes = []
+for k in range(1, n + 1):
+    errors, _, found = run(k)
+    assert found == expected, (k, errors)
+    outcomes += errors
+print(json.dumps([n, outcomes]))
+"""
+
+
 @pytest.fixture(scope="module")
 def fail_alloc(tmp_path_factory: pytest.TempPathFactory) -> Path:
     compiler = shutil.which("cc")
@@ -188,3 +229,25 @@ def test_a_shortage_that_lasts_leaves_nothing_pending(options: str, fail_alloc: 
     script = SHORTAGE_SCRIPT.replace("n_tail=8", f"n_tail=8, {options}")
     res = subprocess.run([sys.executable, "-c", script, str(path)], env=env, cwd=TESTS, capture_output=True, text=True)
     assert res.returncode == 0, res.stderr[-3000:]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"policy": "snapkv"}, {"policy": "adakv"}, {"policy": "snapkv", "kv_generated_rank": "redundancy"}],
+    ids=["uniform", "adaptive", "redundancy"],
+)
+def test_an_eviction_that_fails_leaves_all_cells_and_is_done_with_the_next_token(
+    options: dict[str, Any], fail_alloc: Path, make_model: MakeModel
+) -> None:
+    """Each large allocation of three evictions in turn: nothing is lost, and the answer is what it would have been."""
+    path = make_model(Shape("evictions", "llama", 32, 32, n_layer=2, head_dim=64, n_ff=128))
+    env = dict(os.environ, PYTHONPATH=os.pathsep.join([*sys.path, str(TESTS)]), LD_PRELOAD=str(fail_alloc), MALLOC_ARENA_MAX="1")
+    command = [sys.executable, "-c", EVICTION_SCRIPT, str(path), json.dumps(options)]
+    res = subprocess.run(command, env=env, cwd=TESTS, capture_output=True, text=True)
+    assert res.returncode == 0, res.stderr[-3000:]
+    n, errors = json.loads(res.stdout.splitlines()[-1])
+    assert n >= len(errors) >= 10 and all("memory" in text.lower() for text in errors), (
+        n,
+        errors,
+    )  # a graph that is not reserved is computed without
+    assert any("to evict generated tokens of sequence 0" in text for text in errors), errors

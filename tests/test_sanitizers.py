@@ -14,7 +14,8 @@ SELECTION = (
     "or abort or again_and_again or streaming_keeps or come_and_go or others_decode_on or part_of_the_budget or "
     "edits_other or (goes_while and remove) or cannot_be_written or moves_to_another_one or ends_early or forged_file or something_else or that_lie or adapters_that_change or gives_its_memory or "
     "values_equal_the_oracle or heads_of_any_size or not_taken or side_by_side or one_thread or "
-    "(keeps_what_the_oracle and gqa7 and 300-40) or (kept_positions_equal_the_oracle and gqa7) or (test_head_sizes and (oracle or state or archive))"
+    "(keeps_what_the_oracle and gqa7 and 300-40) or (kept_positions_equal_the_oracle and gqa7) or (test_head_sizes and (oracle or state or archive)) or "
+    "((evictions_keep or are_dropped) and llama-gqa4) or evict_each or saved_between or taken_back or are_not_compressed_go_on or drafts_that"
 )
 
 
@@ -46,6 +47,7 @@ def test_engine_is_clean(asan_dir: Path) -> None:
         "test_c_api.py",
         "test_engine.py",
         "test_fit.py",
+        "test_generated.py",
         "test_head_sizes.py",
         "test_prefill_layer.py",
         "test_policies.py",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
@@ -54,9 +55,12 @@ def test_requests_choose_their_own(server: Server, model: Path) -> None:
     assert [len(answer["tokens"]) for answer in again] == [150] * 4
     assert [answer["tokens"][:64] for answer in again] == [answer[:64] for answer in answers]  # then near ties, computed two at a time
     assert [answer["timings"]["kv"].get("generated", {}).get("evictions") for answer in again] == [6, 7, None, 6]
-    for wrong in (16, -1, 24.5, "48", True):
+    for wrong in (16, -1, 24.5, "48", True, 496, 10**6, 10**12):
         status, answer = server.request("/completion", {"prompt": prompts[0], "n_predict": 1, "kv_generated": wrong})
-        assert status == 400 and answer["error"]["message"].startswith("kv_generated is ")
+        assert status == 400 and answer["error"]["message"].startswith(
+            f"kv_generated is {json.dumps(wrong)}: it must be an integer in [17, 495]"
+        )
+    assert server.complete(prompts[0], 1, kv_generated=495)["tokens"] == answers[0][:1]
 
 
 def test_an_answer_ends_with_the_trained_length(server: Server) -> None:
@@ -66,6 +70,7 @@ def test_an_answer_ends_with_the_trained_length(server: Server) -> None:
     assert long["stop_type"] == "limit" and long["truncated"] and len(long["tokens"]) == N_CTX_TRAIN - len(prompt)
     kv = long["timings"]["kv"]
     assert kv["generated"]["size"] == 48 and kv["generated"]["evictions"] > 80 and kv["generated"]["cells_evicted"] > 0
+    assert [slot["n_ctx"] for slot in server.get("/slots")] == [512, 512]  # that of the next prompt
     short = server.complete(prompt, -1, kv_generated=0, **ON_AND_ON)
     assert short["truncated"] and len(short["tokens"]) == 512 - len(prompt)
     status, answer = server.request("/completion", {"prompt": tokens(600), "n_predict": 1})
@@ -118,12 +123,59 @@ def test_what_was_thought_leaves_the_store(model: Path, tmp_path: Path) -> None:
         assert status == 400 and "--kv-generated" in failed["error"]["message"]
 
 
+def test_an_archived_prompt_is_answered_with_the_same_evictions(model: Path, tmp_path: Path) -> None:
+    prompt = tokens(400)
+    with running(tmp_path / "log", "-c", 1024, *FLAGS, "--kv-archive", tmp_path / "kv", model=model) as found:
+        first, again = (found.complete(prompt, 200, **ON_AND_ON) for _ in range(2))
+    assert first["tokens"] == again["tokens"] == wanted(model, prompt, 200)
+    assert (first["timings"]["kv"]["n_archived"], again["timings"]["kv"]["n_archived"]) == (
+        0,
+        320,
+    )  # whole steps of 64 tokens, but for the window
+    assert (
+        first["timings"]["kv"]["generated"] == again["timings"]["kv"]["generated"] and first["timings"]["kv"]["generated"]["evictions"] == 9
+    )
+
+
+def test_a_slot_beyond_the_context_is_restored_after_a_restart(model: Path, tmp_path: Path) -> None:
+    """By a slot that is empty, and holds a shorter context than the answer is long; an unbounded one of as many tokens is refused."""
+    prompt, flags = tokens(200), (*FLAGS, "--kv-reuse", "--slot-save-path", tmp_path)
+    with running(tmp_path / "log", "-c", 512, *flags, model=model) as found:
+        chat = [*prompt, *found.complete(prompt, 700, **ON_AND_ON)["tokens"], *tokens(20, seed=4)[1:]]
+        assert found.request("/slots/0?action=save", {"filename": "long"})[0] == 200
+        answer = found.complete(chat, 100, **ON_AND_ON)
+    with running(tmp_path / "log", "-c", 1024, *flags, model=model) as found:
+        found.complete(prompt, 600, kv_generated=0, **ON_AND_ON)
+        assert found.request("/slots/0?action=save", {"filename": "unbounded"})[0] == 200
+    with running(tmp_path / "log", "-c", 512, *flags, model=model) as found:
+        status, failed = found.request("/slots/0?action=restore", {"filename": "unbounded"})
+        assert status == 400 and "it holds 799 tokens, the limit is 512" in failed["error"]["message"]
+        assert found.get("/slots")[0]["n_ctx"] == 512
+        status, restored = found.request("/slots/0?action=restore", {"filename": "long"})
+        assert status == 200 and restored["n_restored"] == len(prompt) + 699
+        again = found.complete(chat, 100, **ON_AND_ON)
+        assert again["tokens"] == answer["tokens"] and again["timings"]["kv"]["generated"] == answer["timings"]["kv"]["generated"]
+        assert again["timings"]["kv"]["n_prompt"] == len(prompt)
+
+
 def test_flags_that_do_not_fit_are_refused(model: Path) -> None:
     for flags, why in [
         (("--kv-size", 40, "--kv-generated", 64), "kv_generated is 64: it counts the last 64 tokens (window)"),
-        (("--kv-size", 40, "--kv-generated", 400), "kv_generated is 400, 528 with generated_slack: it must be less than n_ctx = 512"),
+        (
+            ("--kv-size", 40, "--kv-generated", 400),
+            "kv_generated is 400, 528 with kv_generated_slack: it must be less than n_ctx = 512, use a smaller one or leave it out",
+        ),
         (("--kv-size", 40, "--kv-generated", 100, "--kv-generated-scope", "none"), "'none': it must be one of generated, all"),
         (("--kv-size", 40, "--kv-limit", 1000), "--kv-limit: answers end with the context, use --kv-generated"),
         (("--kv-generated", 100), "--kv-generated has no effect without --kv-size"),
+        (("--kv-size", 40, "--kv-generated-slack", 0, "--kv-generated", 100), "kv_generated_slack is 0: it must be in [1, "),
+        (
+            ("--kv-policy", "lossless", "--kv-generated-scope", "all", "--kv-generated", 100),
+            "kv_generated_scope is 'all': policy 'lossless'",
+        ),
+        *(
+            (("--kv-size", 40, flag, value), f"{flag}: nothing that is generated is evicted, use --kv-generated, or leave it out")
+            for flag, value in [("--kv-generated-slack", 16), ("--kv-generated-rank", "recent"), ("--kv-generated-scope", "all")]
+        ),
     ]:
         assert why in refusal(*flags, model=model)

@@ -54,7 +54,7 @@ void headkv_config_check_ctx(const headkv_config & cfg, uint32_t n_ctx) {
         throw std::invalid_argument(format("kv_size is %u: it must not be larger than n_ctx = %u", cfg.kv_size, n_ctx));
     }
     if (cfg.generated.n_cells + cfg.generated.n_slack >= n_ctx && cfg.generated.n_cells > 0) {
-        throw std::invalid_argument(format("kv_generated is %u, %u with generated_slack: it must be less than n_ctx = %u, or 0",
+        throw std::invalid_argument(format("kv_generated is %u, %u with kv_generated_slack: it must be less than n_ctx = %u, use a smaller one or leave it out",
                 cfg.generated.n_cells, cfg.generated.n_cells + cfg.generated.n_slack, n_ctx));
     }
     if (!cfg.spans.empty() && (uint32_t) cfg.spans.back().second > n_ctx) {
@@ -172,14 +172,14 @@ static void choose_policy(headkv_config & cfg, const headkv_params & params, con
 
 static headkv_generated generated_of(const headkv_params & params, const headkv_config & cfg) {
     headkv_generated res;
-    const int32_t n_slack = check_range("generated_slack", params.generated_slack, 1, 1 << 20);
-    const int32_t scope = check_range("generated_scope", params.generated_scope, HEADKV_SCOPE_GENERATED, HEADKV_SCOPE_ALL);
-    const int32_t rank = check_range("generated_rank", params.generated_rank, HEADKV_GENERATED_ATTENTION, HEADKV_GENERATED_REDUNDANCY);
+    const int32_t n_slack = check_range("kv_generated_slack", params.generated_slack, 1, 1 << 20);
+    const int32_t scope = check_range("kv_generated_scope", params.generated_scope, HEADKV_SCOPE_GENERATED, HEADKV_SCOPE_ALL);
+    const int32_t rank = check_range("kv_generated_rank", params.generated_rank, HEADKV_GENERATED_ATTENTION, HEADKV_GENERATED_REDUNDANCY);
     if (params.kv_generated == 0) {
         return res;
     }
     if (params.kv_generated <= params.window || params.kv_generated > HEADKV_MAX_CELLS) {
-        throw std::invalid_argument(format("kv_generated is %d: it counts the last %d tokens (window), so it must be at least %d (and at most %d), or 0 = generated tokens all stay",
+        throw std::invalid_argument(format("kv_generated is %d: it counts the last %d tokens (window), so it must be at least %d (and at most %d): leave it out and all generated tokens stay",
                 params.kv_generated, params.window, params.window + 1, HEADKV_MAX_CELLS));
     }
     if (cfg.fit == HEADKV_FIT_MEAN) {
@@ -193,7 +193,7 @@ static headkv_generated generated_of(const headkv_params & params, const headkv_
     res.scope = (headkv_scope) scope;
     res.rank = (headkv_generated_rank) rank;
     if (res.scope == HEADKV_SCOPE_ALL && cfg.budget->keeps_all) {
-        throw std::invalid_argument(format("generated_scope is %d: policy '%s' keeps all cells of prompts, use the scope of generated tokens, or another policy", scope, cfg.policy.c_str()));
+        throw std::invalid_argument(format("kv_generated_scope is 'all': policy '%s' keeps all cells of prompts, use 'generated', or another policy", cfg.policy.c_str()));
     }
     return res;
 }

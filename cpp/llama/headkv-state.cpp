@@ -263,9 +263,6 @@ static saved_seq read_seq(headkv_reader & from, const headkv_store & store, uint
     seq.selection = from.number<uint64_t>();
     seq.adapters = from.number<uint64_t>();
     seq.state = HEADKV_SEQ_COMPRESSED;
-    if (limits.n_tokens > 0 && seq.n_pos > limits.n_tokens) {
-        throw std::runtime_error(format("it holds %d tokens, the limit is %d", seq.n_pos, limits.n_tokens));
-    }
     if (limits.kv_size > 0 && seq.kv_size > (uint32_t) limits.kv_size) {
         throw std::runtime_error(format("it was compressed with kv_size %u, the limit is %d", seq.kv_size, limits.kv_size));
     }
@@ -292,8 +289,12 @@ static saved_seq read_seq(headkv_reader & from, const headkv_store & store, uint
     if (queries) {
         res.generated = headkv_read_generated(from, seq, *queries, store, cfg);
     }
-    if (const llama_pos n = seq.bound.n_cells > 0 ? seq.n_prompt : seq.n_pos; n > (llama_pos) n_ctx_seq) {
-        throw std::runtime_error(format("it holds %d tokens: use a context of at least as many, n_ctx is %u", n, n_ctx_seq));
+    const llama_pos n_tokens = seq.bound.n_cells > 0 ? seq.n_prompt : seq.n_pos; // that a context bounds
+    if (limits.n_tokens > 0 && n_tokens > limits.n_tokens) {
+        throw std::runtime_error(format("it holds %d tokens, the limit is %d", n_tokens, limits.n_tokens));
+    }
+    if (n_tokens > (llama_pos) n_ctx_seq) {
+        throw std::runtime_error(format("it holds %d tokens: use a context of at least as many, n_ctx is %u", n_tokens, n_ctx_seq));
     }
     if (limits.n_protected > 0 && n_protected > limits.n_protected) {
         throw std::runtime_error(format("every head keeps %lld protected cells, the limit is %d", (long long) n_protected, limits.n_protected));

@@ -314,6 +314,7 @@ void headkv_server_tell_start(server_context & ctx_server, const common_params &
         LOG_INF("pyheadkv: %s, %d slot%s of %d tokens\n", *name ? name : params.model.get_name().c_str(), n_slots, n_slots > 1 ? "s" : "", llama_n_ctx_seq(ctx));
     }
     if (ctx && headkv_server_is_on()) {
+        headkv_server_note_context(ctx);
         std::vector<int32_t> budget(std::max(0, headkv_get_budget(ctx, nullptr, 0)));
         headkv_get_budget(ctx, budget.data(), (int32_t) budget.size());
         budget.erase(std::remove(budget.begin(), budget.end(), 0), budget.end());

@@ -69,6 +69,7 @@ static struct {
 
     int32_t n_batch = 0; // that was asked for
     int32_t n_ctx = 0; // of a slot, as upstream made it
+    std::atomic<int32_t> n_ctx_seq{ 0 }; // that a sequence of the context may have, 0 = it is not there yet
     std::string policy;  // never "auto"; of prompts that end with the question
     std::string policy_later; // of the others
     bool asks_later = false; // where a request does not say which they are
@@ -130,8 +131,15 @@ static std::string refusal(const common_params & params) {
     if (!headkv_get_args().has_archive() && (headkv_get_args().archive_params.max_bytes > 0 || headkv_get_args().archive_params.type >= 0)) {
         return "--kv-archive-size, --kv-archive-type: there is no archive, use --kv-archive DIR";
     }
-    if (headkv_get_args().kv_limit > 0 && headkv_get_args().params.kv_generated == 0) {
-        return "--kv-limit: answers end with the context, use --kv-generated";
+    if (headkv_get_args().params.kv_generated == 0) {
+        for (const std::string flag : headkv_get_args().given) {
+            if (flag == "--kv-limit") {
+                return flag + ": answers end with the context, use --kv-generated";
+            }
+            if (flag.rfind("--kv-generated-", 0) == 0) {
+                return flag + ": nothing that is generated is evicted, use --kv-generated, or leave it out";
+            }
+        }
     }
     if (params.flash_attn_type == LLAMA_FLASH_ATTN_TYPE_DISABLED) {
         return "-fa off: compression needs flash attention";
@@ -340,9 +348,11 @@ static int32_t get_generated(const common_json & value) {
         throw std::invalid_argument(string_format("kv_generated is %.32s: the server keeps no queries of generated tokens, start it with --kv-generated, or leave it out",
                 safe_json_to_str(value).c_str()));
     }
-    if (n != 0 && (n <= p.window || n > MAX_CELLS)) {
-        throw std::invalid_argument(string_format("kv_generated is %.32s: it must be an integer in [%d, %d], more than --kv-window, or 0 = generated tokens all stay",
-                safe_json_to_str(value).c_str(), p.window + 1, MAX_CELLS));
+    const int32_t n_most = (server.n_ctx_seq > 0 ? server.n_ctx_seq.load() : MAX_CELLS) - p.generated_slack - 1;
+    if (n != 0 && (n <= p.window || n > n_most)) {
+        throw std::invalid_argument(string_format("kv_generated is %.32s: it must be an integer in [%d, %d], more than --kv-window and less than the context without "
+                                                  "--kv-generated-slack, or 0 = generated tokens all stay",
+                safe_json_to_str(value).c_str(), p.window + 1, n_most));
     }
     return (int32_t) n;
 }
@@ -625,8 +635,16 @@ int32_t headkv_server_n_ctx_of_prompts(int32_t n_ctx) {
     return server.n_ctx;
 }
 
+void headkv_server_note_context(const llama_context * ctx) {
+    server.n_ctx_seq = (int32_t) llama_n_ctx_seq(ctx);
+}
+
 int32_t headkv_server_n_ctx(const llama_context * ctx, llama_seq_id seq_id, int32_t n_ctx) {
-    if (!headkv_server_is_on() || get_stats(ctx, seq_id).kv_generated == 0) {
+    return headkv_server_is_on() && get_stats(ctx, seq_id).kv_generated > 0 ? headkv_server_n_ctx_most(ctx, n_ctx) : n_ctx;
+}
+
+int32_t headkv_server_n_ctx_most(const llama_context * ctx, int32_t n_ctx) {
+    if (headkv_get_args().params.kv_generated == 0) {
         return n_ctx;
     }
     const int32_t n_limit = headkv_get_args().kv_limit;
@@ -887,6 +905,9 @@ void headkv_server_add_slot(common_json & slot, llama_seq_id seq_id) {
     if (headkv_server_is_on()) {
         std::lock_guard<std::mutex> lock(server.mutex);
         slot["kv"] = slot_to_json(server.slots.at(seq_id));
+        if (server.slots.at(seq_id).kv_generated == 0 && server.n_ctx > 0) {
+            slot["n_ctx"] = server.n_ctx; // the next prompt may have as many, whatever the last answer might
+        }
         if (headkv_server_has_page()) {
             slot["kv_heads"] = common_json::array();
             for (const auto & layer : server.heads.at(seq_id)) {

@@ -122,8 +122,12 @@ void headkv_server_drop_ranges(llama_context * ctx, llama_seq_id seq_id, const h
 // Tokens that prompts may have, which is the n_ctx of slots as upstream makes them: it is told before it is changed.
 int32_t headkv_server_n_ctx_of_prompts(int32_t n_ctx);
 
-// Tokens of a slot at which an answer ends: n_ctx, or more where its generated tokens are bounded.
+// Tokens of a slot at which an answer ends: n_ctx, or more where its generated tokens are bounded; the most that any may have.
 int32_t headkv_server_n_ctx(const llama_context * ctx, llama_seq_id seq_id, int32_t n_ctx);
+int32_t headkv_server_n_ctx_most(const llama_context * ctx, int32_t n_ctx);
+
+// When there is a context: what a request may choose depends on it.
+void headkv_server_note_context(const llama_context * ctx);
 
 // A turn is a request and its answer. The last ones of each slot are noted where there is a page.
 void headkv_server_begin_turn(llama_seq_id seq_id, int32_t id_task, int32_t n_prompt);

@@ -25,9 +25,12 @@ static int32_t headkv_server_fill(const std::vector<server_slot> & slots, int32_
 }
 
 // Before a slot is restored: what was not computed with these adapters is refused then, and what exceeds the slot.
-static void headkv_server_before_restore(const server_slot & slot, std::vector<common_adapter_lora_info> lora) {
+// An answer whose tokens are bounded may be longer than the context of a slot.
+static void headkv_server_before_restore(server_slot & slot, std::vector<common_adapter_lora_info> lora) {
     if (headkv_server_reuses()) {
-        headkv_server_limit_restore(slot.ctx_tgt, slot.n_ctx);
+        const int32_t n_ctx = headkv_server_n_ctx_of_prompts(slot.n_ctx);
+        headkv_server_limit_restore(slot.ctx_tgt, n_ctx);
+        slot.n_ctx = headkv_server_n_ctx_most(slot.ctx_tgt, n_ctx);
         common_set_adapter_lora(slot.ctx_tgt, lora);
     }
 }
@@ -36,12 +39,16 @@ static void headkv_server_before_restore(const server_slot & slot, std::vector<c
 static void headkv_server_after_restore(server_slot & slot, const std::vector<common_adapter_lora_info> & lora) {
     if (headkv_server_reuses()) {
         headkv_server_check_restored(slot.ctx_tgt, slot.id, slot.prompt.tokens.size());
+        slot.n_ctx = headkv_server_n_ctx(slot.ctx_tgt, slot.id, headkv_server_n_ctx_of_prompts(slot.n_ctx));
         slot.lora = lora;
     }
 }
 
 // Whether a slot still holds what it held before its restoring failed, n_read bytes of the file were put in.
-static bool headkv_server_keeps(const server_slot & slot, size_t n_read) {
+static bool headkv_server_keeps(server_slot & slot, size_t n_read) {
+    if (headkv_server_reuses()) {
+        slot.n_ctx = headkv_server_n_ctx(slot.ctx_tgt, slot.id, headkv_server_n_ctx_of_prompts(slot.n_ctx));
+    }
     return headkv_server_reuses() && n_read == 0 &&
             llama_memory_seq_pos_max(llama_get_memory(slot.ctx_tgt), slot.id) + 1 == slot.prompt.tokens.pos_next();
 }
