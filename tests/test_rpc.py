@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 try:
@@ -76,6 +77,20 @@ def test_the_stock_cache_on_a_worker_is_that_of_this_machine(path: Path, worker:
     there.close()
     assert greedy(twin, prompt, 6) == greedy(here, prompt, 6)
     twin.close()
+
+
+@pytest.mark.parametrize("prefill", ["token", "layer"])
+def test_the_archive_gives_workers_their_rows_back(path: Path, worker: Worker, own: Worker, tmp_path: Path, prefill: str) -> None:
+    prompt = tokens(700)
+    options: dict[str, Any] = {**KV, "prefill": prefill, "rpc_servers": [worker.endpoint, own.endpoint], "tensor_split": [0.5, 0.5]}
+    fresh = load(path, **options)
+    base, base_kept = read_prompt(fresh, prompt), kept(fresh)
+    fresh.close()
+    llm = load(path, **options, kv_archive=tmp_path)
+    read_prompt(llm, prompt[:512])
+    np.testing.assert_array_equal(read_prompt(llm, prompt), base)
+    assert llm.kv_stats().n_archived == 512 and kept(llm) == base_kept
+    llm.close()
 
 
 def killed(worker: Worker, after: float) -> threading.Timer:
