@@ -946,7 +946,7 @@ def test_a_file_that_is_no_saved_slot_is_a_400_and_leaves_the_slot_as_it_is(llm:
     with running(log, "--kv-size", 256, *flags) as server:
         server.complete(prompt, 1)
         assert slot_action(server, "save", filename="large")[0] == 200
-        server.complete(prompt_ids(llm, 1, 1200), 1)
+        server.complete(prompt_ids(llm, 1, 1200), 1, kv_size=200)
         assert slot_action(server, "save", filename="long")[0] == 200
         server.complete(prompt, 1, kv_size=200, kv_protect=[[0, 240]])
         assert slot_action(server, "save", filename="protected")[0] == 200
