@@ -11,8 +11,6 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import HYBRID, SHAPES, WINDOWED, Shape, greedy, load, logits, nmse, tokens
-from llama_cpp import LlamaGrammar
-from llama_cpp.llama_speculative import LlamaPromptLookupDecoding
 from test_sequences import params_of, sequences
 
 from pyheadkv import _lib
@@ -364,6 +362,8 @@ ON_AND_ON: dict[str, Any] = {"temperature": 0.0, "logit_bias": {2: -1e9}}  # wit
 
 
 def test_a_stream_and_a_grammar_go_on_behind_evictions(make_model: MakeModel) -> None:
+    from llama_cpp import LlamaGrammar
+
     prompt = tokens(200)
     with closing(load(make_model(GQA4), **SMALL)) as llm:
         text = llm.create_completion(prompt, max_tokens=150, **ON_AND_ON)["choices"][0]["text"]
@@ -380,6 +380,8 @@ def test_a_stream_and_a_grammar_go_on_behind_evictions(make_model: MakeModel) ->
 
 def test_drafts_that_are_taken_back_between_evictions(make_model: MakeModel) -> None:
     """A draft model of llama-cpp-python: within the budget the answer of a context without it, beyond it evictions go on."""
+    from llama_cpp.llama_speculative import LlamaPromptLookupDecoding
+
     prompt = tokens(40) * 5
     draft = LlamaPromptLookupDecoding(max_ngram_size=2, num_pred_tokens=6)
     options = {**SMALL, "n_ctx": 512}

@@ -22,8 +22,10 @@ struct headkv_writer {
     std::vector<uint8_t> raw;
 
     void bytes(const void * data, size_t n_bytes) {
-        sum.add(data, n_bytes);
-        io.write(data, n_bytes);
+        if (n_bytes > 0) { // of an empty vector data is null
+            sum.add(data, n_bytes);
+            io.write(data, n_bytes);
+        }
     }
     template <typename T>
     void number(const T & x) {
@@ -43,8 +45,10 @@ struct headkv_reader {
     headkv_checksum sum;
 
     void bytes(void * data, size_t n_bytes) {
-        io.read(data, n_bytes);
-        sum.add(data, n_bytes);
+        if (n_bytes > 0) {
+            io.read(data, n_bytes);
+            sum.add(data, n_bytes);
+        }
     }
     template <typename T>
     T number() {
