@@ -26,7 +26,7 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
-from pyheadkv.eval.journal import machine
+from pyheadkv.eval.journal import commit, machine
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDER = ROOT / "bench" / "results" / "backends"
@@ -54,16 +54,6 @@ BY_HAND = {
     ("vulkan-lavapipe", "ops"): "vulkan_lavapipe.md",
     ("cuda-no-gpu", "engine"): "cuda_build.md",
 }  # before there were files of results
-
-
-def commit() -> str:
-    """Of this checkout, "-dirty" behind it if anything but results and pages differs."""
-
-    def git(*args: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(["git", "-C", str(ROOT), *args], capture_output=True, text=True)
-
-    is_clean = git("diff", "--quiet", "HEAD", "--", ".", ":!bench/results", ":!*.md").returncode == 0
-    return git("rev-parse", "--short", "HEAD").stdout.strip() + ("" if is_clean else "-dirty")
 
 
 def read_output(out: str) -> Any:

@@ -11,7 +11,6 @@
 
 #if !defined(_WIN32)
 #include <netdb.h>
-#include <poll.h>
 #include <sys/socket.h>
 #include <unistd.h>
 
