@@ -24,6 +24,11 @@ static int32_t headkv_server_fill(const std::vector<server_slot> & slots, int32_
     return whole ? n_batch : std::min(n_batch, headkv_server_n_batch());
 }
 
+// A slot may be as long as what it holds lets it be.
+static void headkv_server_update_n_ctx(server_slot & slot) {
+    slot.n_ctx = headkv_server_n_ctx(slot.ctx_tgt, slot.id, headkv_server_n_ctx_of_prompts(slot.n_ctx));
+}
+
 // Before a slot is restored: what was not computed with these adapters is refused then, and what exceeds the slot.
 // An answer whose tokens are bounded may be longer than the context of a slot.
 static void headkv_server_before_restore(server_slot & slot, std::vector<common_adapter_lora_info> lora) {
@@ -39,15 +44,15 @@ static void headkv_server_before_restore(server_slot & slot, std::vector<common_
 static void headkv_server_after_restore(server_slot & slot, const std::vector<common_adapter_lora_info> & lora) {
     if (headkv_server_reuses()) {
         headkv_server_check_restored(slot.ctx_tgt, slot.id, slot.prompt.tokens.size());
-        slot.n_ctx = headkv_server_n_ctx(slot.ctx_tgt, slot.id, headkv_server_n_ctx_of_prompts(slot.n_ctx));
+        headkv_server_update_n_ctx(slot);
         slot.lora = lora;
     }
 }
 
-// Whether a slot still holds what it held before its restoring failed, n_read bytes of the file were put in.
+// Where the restoring of a slot failed, n_read bytes of the file were put in: it is as long as before, and whether it still holds what it held.
 static bool headkv_server_keeps(server_slot & slot, size_t n_read) {
     if (headkv_server_reuses()) {
-        slot.n_ctx = headkv_server_n_ctx(slot.ctx_tgt, slot.id, headkv_server_n_ctx_of_prompts(slot.n_ctx));
+        headkv_server_update_n_ctx(slot);
     }
     return headkv_server_reuses() && n_read == 0 &&
             llama_memory_seq_pos_max(llama_get_memory(slot.ctx_tgt), slot.id) + 1 == slot.prompt.tokens.pos_next();
@@ -164,7 +169,7 @@ static void headkv_server_end(server_slot & slot, server_metrics & metrics) {
             headkv_server_drop_ranges(slot.ctx_tgt, slot.id, slot.task->params.headkv, slot.prompt.n_tokens());
             slot.stats.headkv_info = headkv_server_note(slot.ctx_tgt, slot.id);
         }
-        slot.n_ctx = headkv_server_n_ctx(slot.ctx_tgt, slot.id, headkv_server_n_ctx_of_prompts(slot.n_ctx));
+        headkv_server_update_n_ctx(slot);
         if (!is_noted) {
             metrics.add_prompt_cached(slot.stats.headkv_info.n_archived);
             metrics.add_prompt(-(uint64_t) slot.stats.headkv_info.n_archived, 0);
