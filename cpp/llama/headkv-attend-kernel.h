@@ -28,8 +28,9 @@ constexpr int fit_registers(int G, int limit) {
 // s[g*N_BLOCK + r] = q_g . k_r for R rows
 template <int G, int R, class K>
 inline void scores(const headkv_attend_args & a, const float * q, const char * k, float * s) {
-    vf acc[R * G];
-    for (int i = 0; i < R * G; ++i) {
+    constexpr int N_SUM = (R * G + 3) / 4 * 4; // summed four at a time
+    vf acc[N_SUM];
+    for (int i = 0; i < N_SUM; ++i) {
         acc[i] = vf_zero();
     }
     for (int d = 0; d < a.n_embd_head_k; d += W) {
@@ -44,12 +45,9 @@ inline void scores(const headkv_attend_args & a, const float * q, const char * k
             }
         }
     }
-    float sum[(R * G + 3) / 4 * 4];
-    for (int i = 0; i + 3 < R * G; i += 4) {
+    float sum[N_SUM];
+    for (int i = 0; i < N_SUM; i += 4) {
         vf_sum4(acc[i], acc[i + 1], acc[i + 2], acc[i + 3], sum + i);
-    }
-    for (int i = R * G / 4 * 4; i < R * G; ++i) {
-        sum[i] = vf_sum(acc[i]);
     }
     for (int g = 0; g < G; ++g) {
         for (int r = 0; r < R; ++r) {
@@ -58,9 +56,9 @@ inline void scores(const headkv_attend_args & a, const float * q, const char * k
     }
 }
 
-// acc_g += sum_r p[g*N_BLOCK + r]*v_r, N vectors of columns at a time
+// acc_g += sum_r p[g*N_BLOCK + r]*v_r, N vectors of columns at a time; n_bytes of each row of K behind next are fetched meanwhile
 template <int G, int N, class V>
-inline void accumulate(const headkv_attend_args & a, const float * p, const char * v, int n, int d0, float * acc) {
+inline void accumulate(const headkv_attend_args & a, const float * p, const char * v, int n, int d0, float * acc, const char * next, size_t n_bytes) {
     vf t[G * N];
     for (int g = 0; g < G; ++g) {
         for (int i = 0; i < N; ++i) {
@@ -68,6 +66,7 @@ inline void accumulate(const headkv_attend_args & a, const float * p, const char
         }
     }
     for (int r = 0; r < n; ++r) {
+        vf_prefetch(next + r * a.nb_k, n_bytes);
         vf vr[N];
         for (int i = 0; i < N; ++i) {
             vr[i] = V::load(v + r * a.nb_v, d0 + i * W);
@@ -100,6 +99,8 @@ void attend_group(const headkv_attend_args & a, const float * q, const float * s
         s[g] = 0.0f;
     }
     alignas(64) float p[G * N_BLOCK];
+    const size_t n_bytes_k = ggml_row_size(a.type_k, a.n_embd_head_k);
+    const size_t n_bytes_v = ggml_row_size(a.type_v, a.n_embd_head_v);
 
     for (int r0 = 0; r0 < a.n_rows; r0 += N_BLOCK) {
         const int n = std::min(N_BLOCK, a.n_rows - r0);
@@ -108,6 +109,9 @@ void attend_group(const headkv_attend_args & a, const float * q, const float * s
 
         int r = 0;
         for (; r + R <= n; r += R) {
+            for (int i = 0; i < R; ++i) {
+                vf_prefetch(v + (r + i) * a.nb_v, n_bytes_v);
+            }
             scores<G, R, K>(a, q, k + r * a.nb_k, p + r);
         }
         for (; r < n; ++r) {
@@ -148,12 +152,16 @@ void attend_group(const headkv_attend_args & a, const float * q, const float * s
             s[g] += vf_sum(sv);
         }
 
+        const char * next = k + N_BLOCK * a.nb_k;
+        size_t n_fetch = r0 + N_BLOCK < a.n_rows ? n_bytes_k : 0;
         int d = 0;
         for (; d + N * W <= a.n_embd_head_v; d += N * W) {
-            accumulate<G, N, V>(a, p, v, n, d, acc);
+            accumulate<G, N, V>(a, p, v, n, d, acc, next, n_fetch);
+            n_fetch = 0;
         }
         for (; d < a.n_embd_head_v; d += W) {
-            accumulate<G, 1, V>(a, p, v, n, d, acc);
+            accumulate<G, 1, V>(a, p, v, n, d, acc, next, n_fetch);
+            n_fetch = 0;
         }
     }
 }
