@@ -58,8 +58,7 @@ static __global__ void __launch_bounds__(N_THREADS) score_stats(const score_para
     const int lane = threadIdx.x % 32;
 
     for (int j0 = 0; j0 < n_query; j0 += NQ) {
-        __syncthreads();
-        load_queries<D>(a, head, j0, q);
+        load_queries<D>(a, head, j0, q); // the last ones were read before a barrier
         float m[NQ / N_WARPS]; // of queries warp, warp + N_WARPS, ..
         float s[NQ / N_WARPS];
 #pragma unroll
@@ -146,8 +145,7 @@ static __global__ void __launch_bounds__(N_THREADS) score_pooled(const score_par
 
     float sum = 0.0f;
     for (int j0 = 0; j0 < n_query; j0 += NQ) {
-        __syncthreads();
-        load_queries<D>(a, head, j0, q);
+        load_queries<D>(a, head, j0, q); // the last ones were read before a barrier
         __syncthreads();
         tile_dots<D, NQ, Row>(q, a.k + head * a.nb_head, a.nb_k, a.cells + r0, n, p);
         __syncthreads();

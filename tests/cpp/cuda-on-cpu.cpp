@@ -17,6 +17,10 @@ bool cuda_on_cpu_supports(const ggml_tensor * op) {
 
 void cuda_on_cpu_compute(ggml_tensor * op, bool descending) {
     gpu_cpu::descending = descending;
+int cuda_on_cpu_n_barriers() { return (int) cuda_cpu::barriers.places.size(); }
+const char * cuda_on_cpu_barrier(int i) { return cuda_cpu::barriers.places.at(i).c_str(); }
+void cuda_on_cpu_leave_out(int i) { cuda_cpu::barriers.left_out = i; }
+
 
     // every tensor in memory of its own, for the address sanitizer
     ggml_tensor dst = *op;

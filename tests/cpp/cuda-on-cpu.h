@@ -30,7 +30,13 @@
         gpu_cpu::launch(grid, block, [&]() { HEADKV_UNPAREN kernel(__VA_ARGS__); }); \
     } while (false)
 
-inline void __syncthreads() { gpu_cpu::wait(gpu_cpu::block); }
+namespace cuda_cpu {
+
+inline gpu_cpu::barriers_t barriers;
+
+} // namespace cuda_cpu
+
+#define __syncthreads() GPU_ON_CPU_BARRIER(cuda_cpu::barriers)
 
 template <class T> T __shfl_sync(unsigned, T x, int lane) { return gpu_cpu::exchange(x, lane); }
 template <class T> T __shfl_xor_sync(unsigned, T x, int mask) { return gpu_cpu::exchange(x, (gpu_cpu::current % 32) ^ mask); }

@@ -15,6 +15,7 @@
 #include <cstring>
 #include <functional>
 #include <memory>
+#include <string>
 #include <vector>
 
 #if defined(__SANITIZE_ADDRESS__)
@@ -182,6 +183,32 @@ void launch(dim3 grid, dim3 threads, F && kernel, const std::function<void()> & 
         switch_to(descending ? n_threads - 1 : 0);
     }
 }
+
+// Places of barriers, "file:line" or another name, in the order in which they are first reached. One can be left out by number, to see that
+// it is needed.
+struct barriers_t {
+    std::vector<std::string> places;
+    int left_out = -1;
+
+    int at(const std::string & place) {
+        for (size_t i = 0; i < places.size(); ++i) {
+            if (places[i] == place) {
+                return (int) i;
+            }
+        }
+        places.push_back(place);
+        return (int) places.size() - 1;
+    }
+};
+
+// of all threads of a block; one number for each place, found once
+#define GPU_ON_CPU_BARRIER(barriers)                                                                                                              \
+    do {                                                                                                                                          \
+        static const int at = (barriers).at(std::string(__FILE__).substr(std::string(__FILE__).rfind('/') + 1) + ":" + std::to_string(__LINE__)); \
+        if ((barriers).left_out != at) {                                                                                                          \
+            gpu_cpu::wait(gpu_cpu::block);                                                                                                        \
+        }                                                                                                                                         \
+    } while (false)
 
 // the values of the 32 lanes, until the next call of this kind
 template <class T>

@@ -37,9 +37,9 @@ static struct report {
 } dispatches;
 
 void metal_on_cpu_order(bool descending) { gpu_cpu::descending = descending; }
-int metal_on_cpu_n_barriers(void) { return (int) metal_cpu::barriers.size(); }
-const char * metal_on_cpu_barrier(int i) { return metal_cpu::barriers.at(i).c_str(); }
-void metal_on_cpu_leave_out(int i) { metal_cpu::left_out = i; }
+int metal_on_cpu_n_barriers(void) { return (int) metal_cpu::barriers.places.size(); }
+const char * metal_on_cpu_barrier(int i) { return metal_cpu::barriers.places.at(i).c_str(); }
+void metal_on_cpu_leave_out(int i) { metal_cpu::barriers.left_out = i; }
 
 //
 // library
@@ -162,7 +162,7 @@ void ggml_metal_encoder_dispatch_threadgroups(ggml_metal_encoder_t enc, int tg0,
     GGML_ASSERT(n_shared <= 32768 && tg0 > 0 && tg1 > 0 && tg2 > 0);
     enc->bound.grid = dim3(tg0, tg1, tg2);
     enc->bound.threads = dim3(tptg0, tptg1, tptg2);
-    if (enc->is_barrier && metal_cpu::barrier_at("before " + enc->kernel->name) != metal_cpu::left_out) {
+    if (enc->is_barrier && metal_cpu::barriers.at("before " + enc->kernel->name) != metal_cpu::barriers.left_out) {
         enc->run();
     }
     enc->is_barrier = false;

@@ -1,6 +1,6 @@
 // Runs Metal kernels on the CPU, for tests: enough of the language for the sources in cpp/ggml-metal and nothing more.
 //
-// Whether address spaces are right is checked with Clang (tests/test_metal.py). A threadgroup's memory is NaN when it begins. A barrier can be left out by number, to see that it is needed.
+// Whether address spaces are right is checked with Clang (tests/test_metal.py). A threadgroup's memory is NaN when it begins.
 #pragma once
 
 #include "gpu-on-cpu.h"
@@ -15,29 +15,14 @@
 
 namespace metal_cpu {
 
-// places of barriers, "file:line" or "before kernel", in the order in which they are first reached
-inline std::vector<std::string> barriers;
-inline int left_out = -1;
-
-inline int barrier_at(const std::string & place) {
-    const auto it = std::find(barriers.begin(), barriers.end(), place);
-    if (it == barriers.end()) {
-        barriers.push_back(place);
-        return (int) barriers.size() - 1;
-    }
-    return (int) (it - barriers.begin());
-}
+inline gpu_cpu::barriers_t barriers;
 
 } // namespace metal_cpu
 
-// one number for each place, found once
-#define threadgroup_barrier(flags)                                                                                                                        \
-    do {                                                                                                                                                  \
-        static_assert((flags) == mem_flags::mem_threadgroup, "what the kernels share lies in threadgroup memory");                                        \
-        static const int at = metal_cpu::barrier_at(std::string(__FILE__).substr(std::string(__FILE__).rfind('/') + 1) + ":" + std::to_string(__LINE__)); \
-        if (metal_cpu::left_out != at) {                                                                                                                  \
-            gpu_cpu::wait(gpu_cpu::block);                                                                                                                \
-        }                                                                                                                                                 \
+#define threadgroup_barrier(flags)                                                                                 \
+    do {                                                                                                           \
+        static_assert((flags) == mem_flags::mem_threadgroup, "what the kernels share lies in threadgroup memory"); \
+        GPU_ON_CPU_BARRIER(metal_cpu::barriers);                                                                   \
     } while (false)
 
 namespace metal {

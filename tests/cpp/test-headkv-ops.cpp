@@ -31,16 +31,22 @@
 #include <stdexcept>
 #include <tuple>
 
+#include <sys/mman.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
 // cuda-on-cpu.cpp; descending: the order in which the threads of a block run
 bool cuda_on_cpu_supports(const ggml_tensor * op);
 void cuda_on_cpu_compute(ggml_tensor * op, bool descending);
 
+// as those of metal-on-cpu-door.h
+int cuda_on_cpu_n_barriers();
+const char * cuda_on_cpu_barrier(int i);
+void cuda_on_cpu_leave_out(int i);
+
 #ifdef HEADKV_METAL_ON_CPU
 #include "ggml-metal.h"
 #include "metal-on-cpu-door.h"
-
-#include <sys/wait.h>
-#include <unistd.h>
 #endif
 
 // the device of the cases of a kernel, null = the CPU
@@ -710,7 +716,7 @@ static bool test_kept(const std::string & kernel, int n_kv, int n_window) {
             }
         } else {
             set_metal_order(i);
-            g.run(1); // no threads, because test_metal_barriers() forks
+            g.run(1); // no threads, because test_barriers() forks
         }
         std::vector<int32_t> got(n_total);
         ggml_backend_tensor_get(kept, got.data(), 0, ggml_nbytes(kept));
@@ -1166,23 +1172,23 @@ static bool test_fit_answers(int n, float softcap, const std::string & kind, int
     return true;
 }
 
-#ifdef HEADKV_METAL_ON_CPU
-
 // of every stage: ranges that are cut and that are not, several tiles and chunks
-static bool run_metal_cases() {
-    return test_attend({ "metal", GGML_TYPE_F16, 64, 8, { 140 } }) && test_attend({ "metal", GGML_TYPE_F16, 64, 1, { 300 }, 1, 5 }) &&
-            test_score({ "metal", GGML_TYPE_F16, 64, 3, 3, 600, 7 }) && test_select(600, 3, 8, true, "metal") && test_kept("metal", 60, 8);
+static bool run_cases(const std::string & kernel) {
+    std::vector<int> many(kernel == "cuda" ? 128 : 0, 0); // which does not cut so many ranges
+    many.push_back(300);
+    return test_attend({ kernel, GGML_TYPE_F16, 64, 8, { 140 } }) && test_attend({ kernel, GGML_TYPE_F16, 64, 1, many, 1, kernel == "cuda" ? 64 : 5 }) &&
+            test_score({ kernel, GGML_TYPE_F16, 64, 3, 3, 600, 7 }) && test_select(600, 3, 8, true, kernel) && test_kept(kernel, 60, 8);
 }
 
 // Without any one of the barriers of the kernels, or of those between kernels, something is wrong in one of the orders of the threads. In
 // processes of their own, because what is wrong may be an address.
-static bool test_metal_barriers() {
+static bool test_barriers(const std::string & kernel, int n_least, int (*n_barriers)(), const char * (*barrier)(int), void (*leave_out)(int)) {
     rng.seed(1);
-    if (!run_metal_cases()) {
+    if (!run_cases(kernel)) {
         return false;
     }
     bool res = true;
-    for (int i = 0; i < metal_on_cpu_n_barriers(); ++i) {
+    for (int i = 0; i < n_barriers(); ++i) {
         fflush(stdout);
         const pid_t child = fork();
         if (child == 0) {
@@ -1190,21 +1196,25 @@ static bool test_metal_barriers() {
             if (!freopen("/dev/null", "w", stdout) || !freopen("/dev/null", "w", stderr)) {
                 _exit(0);
             }
-            metal_on_cpu_leave_out(i);
+            leave_out(i);
             bool ok = true;
             for (int seed = 1; ok && seed <= 8; ++seed) { // what is drawn decides whether it shows, and not the cases before this one
                 rng.seed(seed);
-                ok = run_metal_cases();
+                ok = run_cases(kernel);
             }
             _exit(ok ? 0 : 1);
         }
         int status = 0;
         if (child < 0 || waitpid(child, &status, 0) != child || (WIFEXITED(status) && WEXITSTATUS(status) == 0)) {
-            printf("  nothing is wrong without the barrier %s\n", metal_on_cpu_barrier(i));
+            printf("  nothing is wrong without the barrier %s\n", barrier(i));
             res = false;
         }
     }
-    return res && metal_on_cpu_n_barriers() >= 15;
+    if (n_barriers() < n_least) {
+        printf("  only %d barriers are reached\n", n_barriers());
+        return false;
+    }
+    return res;
 }
 
 // what the CPU alone runs
@@ -1408,6 +1418,8 @@ int main(int argc, char ** argv) {
             if (is_enough(kernel, type)) {
                 continue;
             }
+#ifdef HEADKV_METAL_ON_CPU
+
             add({ kernel, type, 64, 12, { 3, 3000 } }); // skew, and a group of more queries than a block takes
             add({ kernel, type, 128, 4, { 127, 0, 129, 0, 0, 385, 1, 1, 0, 2, 31, 255, 256, 257, 128, 1, 7 }, 17 }); // 17 sequences
             for (int n_tps : { 2, 5 }) {
@@ -1513,7 +1525,7 @@ int main(int argc, char ** argv) {
     }
     cases.push_back({ "buckets", test_buckets });
 #ifdef HEADKV_METAL_ON_CPU
-    cases.push_back({ "metal barriers", test_metal_barriers });
+    cases.push_back({ "metal barriers", []() { return test_barriers("metal", 15, metal_on_cpu_n_barriers, metal_on_cpu_barrier, metal_on_cpu_leave_out); } });
     cases.push_back({ "metal refuses", test_metal_refuses });
 #endif
     add_two_sizes(cases);
@@ -1563,3 +1575,6 @@ int main(int argc, char ** argv) {
     }
     return n_fail > 0 || n_run == 0;
 }
+    if (!on_gpu) {
+        cases.push_back({ "cuda barriers", []() { return test_barriers("cuda", 15, cuda_on_cpu_n_barriers, cuda_on_cpu_barrier, cuda_on_cpu_leave_out); } });
+    }
