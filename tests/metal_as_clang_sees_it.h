@@ -14,17 +14,9 @@ typedef unsigned int uint;
 typedef unsigned short ushort;
 typedef unsigned long ulong;
 
-struct uint2 {
-    uint x, y;
-    uint2(device const uint2 &);
-};
-struct uint3 {
-    uint x, y, z;
-};
-struct uint4 {
-    uint x, y, z, w;
-    uint4(device const uint4 &);
-};
+typedef uint uint2 __attribute__((ext_vector_type(2)));
+typedef uint uint3 __attribute__((ext_vector_type(3)));
+typedef uint uint4 __attribute__((ext_vector_type(4)));
 struct half {
     ushort bits;
     explicit operator float() const;

@@ -1,4 +1,4 @@
-"""The Metal kernels, without a Mac: Clang reads them with address spaces as types, and the engine attends, scores and selects with them.
+"""The Metal kernels, without a Mac: Clang reads them with address spaces as types, and the engine runs with them.
 
 What they compute is checked op by op in ``tests/cpp/test-headkv-ops.cpp``, where their text is compiled for the CPU and runs thread by
 thread in both orders, and where every barrier is left out once (``test_sanitizers.py`` runs it).
@@ -10,10 +10,11 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import run_sanitized, sanitizer_libs
+from conftest import Shape, run_sanitized, sanitizer_libs
 
 ROOT = Path(__file__).resolve().parents[1]
 METAL = ROOT / "cpp" / "ggml-metal"
@@ -38,7 +39,7 @@ def kernel_text(name: str) -> str:
 
 def programs() -> list[tuple[str, str]]:
     """Kernel and definitions of sources that the backend puts together."""
-    res = [("select", "")]
+    res = [("select", ""), ("compact", "")]
     for kind, sizes in SIZES.items():
         for d in sizes:
             for name, nq in (("score", 0), ("attend", 4), ("attend", 8)):
@@ -101,6 +102,7 @@ MISTAKES = {
     "a lambda": ("select", "uint limit = 0;", "const auto f = [](int i) { return i; }; uint limit = f(0);"),
     "a function that calls itself": ("select", "return bits & 0x80000000u ?", "return bits == 7 ? score_key(bits) : bits & 0x80000000u ?"),
     "something of the standard library": ("select", "uint limit = 0;", "uint limit = std::min(0u, 1u);"),
+    "what is read is written": ("compact", "((device Word *) to)[w] = t;", "((device const Word *) from)[w] = t;"),
     "too few parameters": ("attend", "simd_shuffle(sum - n, (ushort) found)", "simd_shuffle(sum - n)"),
 }
 
@@ -110,14 +112,14 @@ def test_clang_finds_a_mistake(mistake: str) -> None:
     name, old, new = MISTAKES[mistake]
     text = kernel_text(name)
     assert text.count(old) >= 1
-    definitions = "#define HEADKV_TYPE 1\n#define HEADKV_D 64\n#define HEADKV_NQ 8\n" if name != "select" else ""
+    definitions = "#define HEADKV_TYPE 1\n#define HEADKV_D 64\n#define HEADKV_NQ 8\n" if name not in ("select", "compact") else ""
     assert findings(definitions + text.replace(old, new)) != []
 
 
 def kernels() -> dict[str, tuple[str, list[str]]]:
     """Threads and parameters of each kernel."""
     res = {}
-    for name in ("attend", "score", "select"):
+    for name in ("attend", "score", "select", "compact"):
         text = re.sub(r"//.*", "", (METAL / f"headkv-{name}.metal").read_text(encoding="utf-8"))
         for threads, kernel, rest in re.findall(
             r"\[\[kernel, max_total_threads_per_threadgroup\((\w+)\)\]\] void (\w+)\((.*?)\) \{", text, re.S
@@ -130,7 +132,7 @@ def test_parameters_are_where_the_host_puts_them() -> None:
     """The CPU runs the kernels by the order of their parameters, Metal by what stands behind them: both are the same."""
     host = (METAL / "headkv-metal.cpp").read_text(encoding="utf-8")
     found = kernels()
-    assert set(found) == set(re.findall(r'"(headkv_\w+)"', host)) and len(found) == 5
+    assert set(found) == set(re.findall(r'"(headkv_\w+)"', host)) and len(found) == 6
     for kernel, (threads, parameters) in found.items():
         assert tuple(parameters[-4:]) == WHERE, kernel
         shared = [p for p in parameters if p.startswith("threadgroup ")]
@@ -159,7 +161,7 @@ ENGINE = (
 )
 
 
-def test_the_engine_attends_scores_and_selects_on_metal(asan_dir: Path, tmp_path: Path) -> None:
+def test_the_engine_attends_scores_selects_and_compacts_on_metal(asan_dir: Path, tmp_path: Path) -> None:
     """Heads of 64 by our kernels, of 32 by existing ops."""
     report = tmp_path / "report"
     out = run_sanitized(
@@ -174,6 +176,40 @@ def test_the_engine_attends_scores_and_selects_on_metal(asan_dir: Path, tmp_path
     assert passed and int(passed[1]) >= 8
     dispatches = dict(line.split() for line in report.read_text().splitlines())
     assert set(dispatches) == set(kernels())
+
+
+GRAPHS = """
+import ctypes, os, sys
+from conftest import device_options, load, load_backend, tokens
+from pyheadkv import _lib
+
+path = os.environ["PYHEADKV_TEST_BACKEND"]
+load_backend(path)
+device_options.update(n_gpu_layers=99, split_mode=0, main_gpu=_lib.gpu_names().index("MTL0"))
+n_graphs = ctypes.CDLL(path).metal_on_cpu_n_graphs
+for options in ({"attend": "fused"}, {"type_k": 2, "type_v": 2}, {"attend": "composed"}):
+    llm = load(sys.argv[1], kv_size=40, **options)
+    llm.eval(tokens(300))
+    before = n_graphs()
+    llm.end_prompt()
+    print(n_graphs() - before)
+"""
+
+
+def test_a_layer_is_compressed_by_two_graphs(make_model: Callable[..., Path], asan_dir: Path) -> None:
+    """Its scores, then what all of its heads keep; of cells that no kernel reads (q4_0) and with existing ops alone each head has its own."""
+    shape = Shape("heads", "qwen3", 8, 4, head_dim=64)
+    out = run_sanitized(
+        [sys.executable, "-c", GRAPHS, str(make_model(shape))],
+        LD_PRELOAD=sanitizer_libs(),
+        PYHEADKV_LIB_PATH=str(asan_dir),
+        PYHEADKV_TEST_BACKEND=str(asan_dir / "libggml-metal-on-cpu.so"),
+        PYTHONMALLOC="malloc",
+    )
+    fused, unread, composed = (int(n) for n in out.split())
+    assert fused == 2 * shape.n_layer
+    assert unread == (shape.n_head_kv + 1) * shape.n_layer
+    assert composed >= 2 * shape.n_layer * shape.n_head_kv
 
 
 def test_heads_that_no_kernel_has_are_refused(asan_dir: Path) -> None:

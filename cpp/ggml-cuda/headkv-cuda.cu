@@ -1,6 +1,7 @@
 #include "headkv-cuda.h"
 
 #include "headkv-attend.cuh"
+#include "headkv-compact.cuh"
 #include "headkv-score.cuh"
 #include "headkv-select.cuh"
 
@@ -16,6 +17,7 @@ bool headkv_cuda_supports(const ggml_tensor * op) {
         case HEADKV_OP_STATS:
         case HEADKV_OP_SCORE: return headkv::score_supports(op);
         case HEADKV_OP_SELECT: return headkv::select_supports(op);
+        case HEADKV_OP_COMPACT: return headkv::compact_supports(op);
         default: return false;
     }
 }
@@ -36,6 +38,9 @@ bool headkv_cuda_compute(ggml_backend_cuda_context & ctx, ggml_tensor * dst) {
         } break;
         case HEADKV_OP_SELECT: {
             headkv::select_run(dst, ctx.stream());
+        } break;
+        case HEADKV_OP_COMPACT: {
+            headkv::compact_run(dst, ctx.stream());
         } break;
         default:
             return false;

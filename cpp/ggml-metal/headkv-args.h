@@ -12,6 +12,7 @@ enum {
     HEADKV_METAL_CHUNK = 512,    // keys that share an element of the statistics of score, HEADKV_SCORE_CHUNK
     HEADKV_METAL_QUERIES = 8,    // queries of score at a time
     HEADKV_METAL_SELECT = 512,   // threads of a threadgroup of select
+    HEADKV_METAL_COMPACT = 256,  // same of compact
     HEADKV_METAL_WHOLE = 1 << 30 // rows of a chunk where ranges are not cut
 };
 
@@ -57,4 +58,13 @@ struct headkv_metal_select {
     uint64_t n_plan;   // integers from head to head
     int32_t n_prefix;
     int32_t n_recent;
+};
+
+struct headkv_metal_compact {
+    uint64_t nb_pool;  // bytes from row to row
+    uint64_t nb_cells; // from cell to cell
+    uint64_t nb_head;  // from head to head of a cell: those of a row
+    uint64_t n_plan;   // integers from head to head
+    int32_t n_word;    // bytes that are copied at a time: 16, 8, 4 or 2
+    int32_t n_groups;  // threadgroups of a head
 };

@@ -5,3 +5,4 @@ extern const char * const HEADKV_METAL_COMMON; // headkv-args.h and headkv-devic
 extern const char * const HEADKV_METAL_ATTEND;
 extern const char * const HEADKV_METAL_SCORE;
 extern const char * const HEADKV_METAL_SELECT_BEST;
+extern const char * const HEADKV_METAL_COMPACT_ROWS;

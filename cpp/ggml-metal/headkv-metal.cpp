@@ -101,6 +101,11 @@ struct program {
                     kind = HEADKV_OP_SELECT;
                 }
             } break;
+            case HEADKV_OP_COMPACT: {
+                if (headkv_compact_word(op) >= 2 && op->src[2]->ne[0] < 1 << 30) {
+                    kind = HEADKV_OP_COMPACT;
+                }
+            } break;
             default: break;
         }
     }
@@ -110,20 +115,25 @@ struct program {
     }
 
     std::string source() const {
-        const char * text = kind == HEADKV_OP_ATTEND ? HEADKV_METAL_ATTEND : kind == HEADKV_OP_SCORE ? HEADKV_METAL_SCORE
-                                                                                                     : HEADKV_METAL_SELECT_BEST;
         std::string res;
         if (type) {
             res = "#define HEADKV_TYPE " + std::to_string(type) + "\n#define HEADKV_D " + std::to_string(d) + "\n#define HEADKV_NQ " + std::to_string(nq) + "\n";
         }
-        return res + HEADKV_METAL_COMMON + text;
+        res += HEADKV_METAL_COMMON;
+        switch (kind) {
+            case HEADKV_OP_ATTEND: return res + HEADKV_METAL_ATTEND;
+            case HEADKV_OP_SCORE: return res + HEADKV_METAL_SCORE;
+            case HEADKV_OP_SELECT: return res + HEADKV_METAL_SELECT_BEST;
+            default: return res + HEADKV_METAL_COMPACT_ROWS;
+        }
     }
 
     std::vector<const char *> kernels() const {
         switch (kind) {
             case HEADKV_OP_ATTEND: return { "headkv_attend", "headkv_combine" };
             case HEADKV_OP_SCORE: return { "headkv_stats", "headkv_pooled" };
-            default: return { "headkv_select" };
+            case HEADKV_OP_SELECT: return { "headkv_select" };
+            default: return { "headkv_compact" };
         }
     }
 
@@ -163,7 +173,7 @@ const pipelines & pipelines_of(ggml_metal_device_t dev, const program & p) {
         for (const char * name : p.kernels()) {
             const auto pipeline = lib ? ggml_metal_library_compile_pipeline(lib, name, name, nullptr) : ggml_metal_pipeline_with_params{};
             if (!pipeline.pipeline) {
-                GGML_LOG_ERROR("%s: Metal does not compile %s (type %d, head size %d): such layers are attended, scored and selected by ggml's own ops\n",
+                GGML_LOG_ERROR("%s: Metal does not compile %s (type %d, head size %d): such layers take ggml's own ops\n",
                         __func__, name, p.type, p.d);
                 it->second.clear();
                 break;
@@ -308,6 +318,31 @@ void encode_select(ggml_metal_encoder_t enc, const pipelines & all, ggml_tensor 
             .run(a, { buffer_of(scores), buffer_of(plan), kept }, { 256, HEADKV_METAL_SELECT / HEADKV_METAL_SIMD, 2 }, (int) scores->ne[1], 1, HEADKV_METAL_SELECT);
 }
 
+// tensors of the op: pool, cells, kept, cell, plan
+void encode_compact(ggml_metal_encoder_t enc, const pipelines & all, ggml_tensor * dst) {
+    const ggml_tensor * cells = dst->src[1];
+    const ggml_tensor * kept = dst->src[2];
+    const ggml_tensor * cell = dst->src[3];
+    const ggml_tensor * plan = dst->src[4];
+    const int n_head = (int) plan->ne[1];
+
+    headkv_metal_compact a = {};
+    a.nb_pool = dst->nb[1];
+    a.nb_cells = cells->nb[1];
+    a.nb_head = ggml_row_size(dst->type, dst->ne[0]);
+    a.n_plan = plan->nb[1] / sizeof(int32_t);
+    a.n_word = (int) headkv_compact_word(dst);
+
+    // as if one head had all rows, but no more threadgroups than every device has work for
+    constexpr int N_GROUPS = 1024;
+    const int n_rows = HEADKV_METAL_COMPACT / std::min<int>((int) a.nb_head / a.n_word, HEADKV_METAL_COMPACT);
+    a.n_groups = (int) std::min<int64_t>((kept->ne[0] + n_rows - 1) / n_rows, (N_GROUPS + n_head - 1) / n_head);
+    if (a.n_groups > 0) {
+        dispatch(enc, all, "headkv_compact")
+                .run(a, { buffer_of(cells), buffer_of(kept), buffer_of(cell), buffer_of(plan), buffer_of(dst) }, {}, a.n_groups, n_head, HEADKV_METAL_COMPACT);
+    }
+}
+
 } // namespace
 
 bool headkv_metal_supports(ggml_metal_device * dev, const ggml_tensor * op) {
@@ -329,7 +364,8 @@ bool headkv_metal_encode(ggml_metal_device * dev, ggml_metal_encoder * enc, ggml
     switch (p.kind) {
         case HEADKV_OP_ATTEND: encode_attend(enc, all, dst); break;
         case HEADKV_OP_SCORE: encode_score(enc, all, dst); break;
-        default: encode_select(enc, all, dst); break;
+        case HEADKV_OP_SELECT: encode_select(enc, all, dst); break;
+        default: encode_compact(enc, all, dst); break;
     }
     return true;
 }

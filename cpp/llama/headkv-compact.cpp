@@ -1,3 +1,4 @@
+#include "headkv-op.h"
 #include "headkv-stages.h"
 
 #include <cstring>
@@ -26,7 +27,12 @@ ggml_tensor * headkv_build_compact(ggml_context * ctx, ggml_tensor * pool, ggml_
         ggml_tensor * cell, ggml_tensor * plan) {
     GGML_ASSERT(pool->type == cells->type && cells->ne[0] == pool->ne[0] * plan->ne[1]);
     ggml_tensor * args[] = { cells, kept, cell, plan };
-    return ggml_custom_inplace(ctx, pool, args, 4, compact_op, GGML_N_TASKS_MAX, nullptr);
+    ggml_tensor * res = ggml_custom_inplace(ctx, pool, args, 4, compact_op, GGML_N_TASKS_MAX, nullptr);
+
+    headkv_op op;
+    op.kind = HEADKV_OP_COMPACT;
+    headkv_op_set(res, op);
+    return res;
 }
 
 ggml_tensor * headkv_build_mean(ggml_context * ctx, ggml_tensor * rows, ggml_tensor * share) {

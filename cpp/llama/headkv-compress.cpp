@@ -132,9 +132,7 @@ void headkv_compression::layer(headkv_store_layer & layer) {
     protect(w);
     refine(w);
     make_room(w);
-    if (headkv_is_cpu(layer.buft)) {
-        keep_on_cpu(w);
-    } else {
+    if (!keep_fused(w)) {
         keep_composed(w);
     }
     note_kept(w);
@@ -381,34 +379,38 @@ void headkv_compression::make_room(work_t & w) {
     headkv_set_data(w.t_plan, w.plan);
 }
 
-void headkv_compression::keep_on_cpu(work_t & w) {
+// all heads at once, whatever attends to them; false: the device lacks the ops, or existing ones are asked for
+bool headkv_compression::keep_fused(work_t & w) {
+    const bool on_cpu = headkv_is_cpu(w.layer.buft);
+    if (!on_cpu && cfg->attend == HEADKV_ATTEND_COMPOSED) {
+        return false;
+    }
     runner.begin();
     ggml_context * ctx = runner.ctx.get();
     ggml_tensor * of_prefix = ggml_view_2d(ctx, w.t_scores, n_prefix, w.H, w.t_scores->nb[1], 0);
-    ggml_tensor * kept = ggml_cpy(ctx, headkv_build_select(ctx, of_prefix, w.t_select, n_recent, w.n_total), w.t_kept);
-    ggml_build_forward_expand(runner.gf, headkv_build_compact(ctx, w.layer.k, w.k_all, kept, w.t_cells, w.t_plan));
-    ggml_build_forward_expand(runner.gf, headkv_build_compact(ctx, w.layer.v, w.v_all, kept, w.t_cells, w.t_plan));
+    ggml_tensor * selected = headkv_build_select(ctx, of_prefix, w.t_select, n_recent, w.n_total);
+    ggml_tensor * kept = ggml_cpy(ctx, selected, w.t_kept);
+    ggml_tensor * k = headkv_build_compact(ctx, w.layer.k, w.k_all, kept, w.t_cells, w.t_plan);
+    ggml_tensor * v = headkv_build_compact(ctx, w.layer.v, w.v_all, kept, w.t_cells, w.t_plan);
+    for (const ggml_tensor * op : { selected->view_src, k, v }) {
+        if (!on_cpu && !headkv_device_supports(w.layer.buft, op)) {
+            return false;
+        }
+    }
+    ggml_build_forward_expand(runner.gf, k);
+    ggml_build_forward_expand(runner.gf, v);
     runner.run();
+    return true;
 }
 
+// one head at a time, because what existing ops select with is as large as its scores
 void headkv_compression::keep_composed(work_t & w) {
-    runner.begin();
-    ggml_context * ctx = runner.ctx.get();
-    ggml_tensor * of_prefix = ggml_view_2d(ctx, w.t_scores, n_prefix, w.H, w.t_scores->nb[1], 0);
-    ggml_tensor * all_kept = headkv_build_select(ctx, of_prefix, w.t_select, n_recent, w.n_total);
-    const bool selected = w.layer.fused && headkv_device_supports(w.layer.buft, all_kept->view_src);
-    if (selected) {
-        ggml_build_forward_expand(runner.gf, ggml_cpy(ctx, all_kept, w.t_kept));
-        runner.run();
-    }
     for (int64_t ih = 0; ih < w.H; ++ih) {
         runner.begin();
-        ctx = runner.ctx.get();
+        ggml_context * ctx = runner.ctx.get();
         const int64_t n_rows = w.plan[3 * ih + 1];
-        ggml_tensor * kept = ggml_view_1d(ctx, w.t_kept, n_rows, w.plan_select[2 * ih] * sizeof(int32_t));
-        if (!selected) {
-            kept = ggml_cpy(ctx, w.n_keep[ih] == n_prefix ? ggml_cast(ctx, ggml_arange(ctx, 0.0f, (float) n, 1.0f), GGML_TYPE_I32) : headkv_build_select_composed(ctx, w.scores_of_head(ctx, n_prefix, ih), w.n_keep[ih], w.t_recent), kept);
-        }
+        ggml_tensor * kept = w.n_keep[ih] == n_prefix ? ggml_cast(ctx, ggml_arange(ctx, 0.0f, (float) n, 1.0f), GGML_TYPE_I32) : headkv_build_select_composed(ctx, w.scores_of_head(ctx, n_prefix, ih), w.n_keep[ih], w.t_recent);
+        kept = ggml_cpy(ctx, kept, ggml_view_1d(ctx, w.t_kept, n_rows, w.plan_select[2 * ih] * sizeof(int32_t)));
         ggml_build_forward_expand(runner.gf, kept);
         for (auto & [pool, all] : { std::make_pair(w.layer.k, w.k_all), std::make_pair(w.layer.v, w.v_all) }) {
             ggml_tensor * rows = ggml_get_rows(ctx, head_cells(w, all, ih), kept); // F32

@@ -47,7 +47,7 @@ private:
     void protect(work_t & w);
     void refine(work_t & w);
     void make_room(work_t & w);
-    void keep_on_cpu(work_t & w);
+    bool keep_fused(work_t & w);
     void keep_composed(work_t & w);
     void note_kept(work_t & w);
     void fit_values(work_t & w);

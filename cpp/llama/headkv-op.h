@@ -16,6 +16,7 @@ enum headkv_op_kind : int32_t {
     HEADKV_OP_SCORE = 3, // same
     HEADKV_OP_SELECT = 4, // same
     HEADKV_OP_ATTEND_PROMPT = 5, // headkv-attend-prompt.h; on the CPU
+    HEADKV_OP_COMPACT = 6, // headkv-stages.h
 };
 
 constexpr int HEADKV_SCORE_CHUNK = 512; // keys that share an element of the result of STATS
@@ -64,6 +65,14 @@ inline void headkv_to_floats(ggml_type type, const void * src, float * dst, int6
 
 inline bool headkv_has_floats(ggml_type type) {
     return type == GGML_TYPE_F32 || ggml_get_type_traits(type)->to_float;
+}
+
+// Bytes that a device copies at a time in compact: the largest power of two up to 16 that divides rows and where they may lie. A backend
+// aligns the memory of a tensor to more.
+inline size_t headkv_compact_word(const ggml_tensor * op) {
+    const ggml_tensor * cells = op->src[1];
+    const size_t all = 16 | ggml_row_size(op->type, op->ne[0]) | op->nb[1] | op->view_offs | cells->nb[1] | cells->view_offs;
+    return all & (~all + 1);
 }
 
 // kind NONE: not ours

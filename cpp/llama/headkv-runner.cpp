@@ -14,7 +14,18 @@ bool headkv_is_cpu(ggml_backend_buffer_type_t buft) {
 
 bool headkv_device_supports(ggml_backend_buffer_type_t buft, const ggml_tensor * op) {
     const ggml_backend_dev_t dev = ggml_backend_buft_get_device(buft);
-    return dev && ggml_backend_dev_supports_op(dev, op);
+    if (!dev || !ggml_backend_dev_supports_op(dev, op)) {
+        return false;
+    }
+    if (op->op != GGML_OP_CUSTOM) {
+        return true;
+    }
+    // a device that says the same of a function that it cannot know says it of everything, as RPC does
+    ggml_tensor unknown = *op;
+    headkv_op of_nobody;
+    of_nobody.tag = 0;
+    headkv_op_set(&unknown, of_nobody);
+    return !ggml_backend_dev_supports_op(dev, &unknown);
 }
 
 bool headkv_can_attend_fused(const headkv_store_layer & layer) {
@@ -29,15 +40,7 @@ bool headkv_can_attend_fused(const headkv_store_layer & layer) {
     ggml_tensor * k = scratch.new_tensor(layer.type_k, layer.n_embd_head_k, 256);
     ggml_tensor * v = scratch.new_tensor(layer.type_v, layer.n_embd_head_v, 256);
     ggml_tensor * r = scratch.new_tensor(GGML_TYPE_I32, 2, layer.n_head_kv);
-    ggml_tensor * op = headkv_build_attend_fused(scratch.ctx.get(), layer.attend.get(), q, k, v, r)->view_src;
-    if (!headkv_device_supports(layer.buft, op)) {
-        return false;
-    }
-    // a device that says the same of a function that it cannot know says it of everything, as RPC does
-    headkv_op unknown;
-    unknown.tag = 0;
-    headkv_op_set(op, unknown);
-    return !headkv_device_supports(layer.buft, op);
+    return headkv_device_supports(layer.buft, headkv_build_attend_fused(scratch.ctx.get(), layer.attend.get(), q, k, v, r)->view_src);
 }
 
 headkv_scratch::headkv_scratch() {

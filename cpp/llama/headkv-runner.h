@@ -12,6 +12,8 @@
 struct llama_context;
 
 bool headkv_is_cpu(ggml_backend_buffer_type_t buft);
+
+// whether the device runs an op; of ours, whether it knows it
 bool headkv_device_supports(ggml_backend_buffer_type_t buft, const ggml_tensor * op);
 
 // whether the device of a layer runs the fused attention: a CPU calls its function, any other has to know the op

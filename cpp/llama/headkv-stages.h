@@ -109,11 +109,12 @@ ggml_tensor * headkv_build_select_composed(ggml_context * ctx, ggml_tensor * sco
 // Returns F32 [D, 1].
 ggml_tensor * headkv_build_mean(ggml_context * ctx, ggml_tensor * rows, ggml_tensor * share);
 
-// Stage 6, compact: pool row row[h] + i = cell kept[i] of head h, as raw bytes.
-//   pool     [D, n_rows], of K or of V
+// Stage 6, compact: pool row row[h] + i = cell kept[i] of head h, as raw bytes. Rows that no head takes stay as they are.
+//   pool     [D, n_rows], of K or of V; no two heads take the same row
 //   cells    [D*n_head_kv, n_cells] the staged ones of the layer
 //   kept I32 [n_total], positions
 //   cell I32 [n_pos]: cell of each position
 //   plan I32 [3, n_head_kv]: first element in kept, number, first row in pool
+// Returns the written pool.
 ggml_tensor * headkv_build_compact(ggml_context * ctx, ggml_tensor * pool, ggml_tensor * cells, ggml_tensor * kept,
         ggml_tensor * cell, ggml_tensor * plan);

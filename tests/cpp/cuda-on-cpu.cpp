@@ -2,6 +2,7 @@
 #include "cuda-on-cpu.h"
 
 #include "headkv-attend.cuh"
+#include "headkv-compact.cuh"
 #include "headkv-score.cuh"
 #include "headkv-select.cuh"
 
@@ -11,28 +12,35 @@ bool cuda_on_cpu_supports(const ggml_tensor * op) {
         case HEADKV_OP_STATS:
         case HEADKV_OP_SCORE: return headkv::score_supports(op);
         case HEADKV_OP_SELECT: return headkv::select_supports(op);
+        case HEADKV_OP_COMPACT: return headkv::compact_supports(op);
         default: return false;
     }
 }
 
-void cuda_on_cpu_compute(ggml_tensor * op, bool descending) {
-    gpu_cpu::descending = descending;
 int cuda_on_cpu_n_barriers() { return (int) cuda_cpu::barriers.places.size(); }
 const char * cuda_on_cpu_barrier(int i) { return cuda_cpu::barriers.places.at(i).c_str(); }
 void cuda_on_cpu_leave_out(int i) { cuda_cpu::barriers.left_out = i; }
 
+void cuda_on_cpu_compute(ggml_tensor * op, bool descending) {
+    gpu_cpu::descending = descending;
 
-    // every tensor in memory of its own, for the address sanitizer
+    // every tensor in memory of its own, for the address sanitizer, and aligned as it is; those that are too large stay where they are
     ggml_tensor dst = *op;
     std::vector<ggml_tensor> srcs(GGML_MAX_SRC);
     std::vector<std::vector<char>> data;
-    data.emplace_back((char *) op->data, (char *) op->data + ggml_nbytes(op));
-    dst.data = data.back().data();
+    const auto copy = [&](ggml_tensor & t) {
+        const size_t n_bytes = ggml_nbytes(&t), n_before = (uintptr_t) t.data % 16;
+        if (n_bytes < (size_t) 1 << 30) {
+            data.emplace_back(n_before + n_bytes);
+            memcpy(data.back().data() + n_before, t.data, n_bytes);
+            t.data = data.back().data() + n_before;
+        }
+    };
+    copy(dst);
     for (int i = 0; i < GGML_MAX_SRC; ++i) {
         if (op->src[i]) {
             srcs[i] = *op->src[i];
-            data.emplace_back((char *) srcs[i].data, (char *) srcs[i].data + ggml_nbytes(&srcs[i]));
-            srcs[i].data = data.back().data();
+            copy(srcs[i]);
             dst.src[i] = &srcs[i];
         }
     }
@@ -43,7 +51,10 @@ void cuda_on_cpu_leave_out(int i) { cuda_cpu::barriers.left_out = i; }
         case HEADKV_OP_STATS:
         case HEADKV_OP_SCORE: headkv::score_run(&dst, scratch(headkv::score_scratch(&dst)).data(), stream); break;
         case HEADKV_OP_SELECT: headkv::select_run(&dst, stream); break;
+        case HEADKV_OP_COMPACT: headkv::compact_run(&dst, stream); break;
         default: GGML_ABORT("not an op of ours");
     }
-    memcpy(op->data, dst.data, data.front().size());
+    if (dst.data != op->data) {
+        memcpy(op->data, dst.data, ggml_nbytes(op));
+    }
 }

@@ -36,6 +36,9 @@ static struct report {
     }
 } dispatches;
 
+static int n_graphs = 0;
+
+int metal_on_cpu_n_graphs(void) { return n_graphs; }
 void metal_on_cpu_order(bool descending) { gpu_cpu::descending = descending; }
 int metal_on_cpu_n_barriers(void) { return (int) metal_cpu::barriers.places.size(); }
 const char * metal_on_cpu_barrier(int i) { return metal_cpu::barriers.places.at(i).c_str(); }
@@ -314,6 +317,7 @@ bool ggml_metal_cpy_tensor_async(ggml_metal_t, ggml_metal_t, const ggml_tensor *
 ggml_status ggml_metal_graph_compute(ggml_metal_t ctx, ggml_cgraph * gf) {
     static std::mutex mutex; // the threads of a device are those of the process
     std::lock_guard<std::mutex> lock(mutex);
+    n_graphs++;
 
     const auto is_ours = [&](int i) { return gf->nodes[i]->op == GGML_OP_CUSTOM; };
     const auto is_view = [&](int i) { return ggml_op_is_empty(gf->nodes[i]->op); };

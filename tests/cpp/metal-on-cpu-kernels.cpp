@@ -18,7 +18,11 @@ const std::vector<metal_cpu::kernel_t> & metal_cpu::kernels() { return all(); }
 namespace shape_none {
 #include "headkv-device.metal"
 #include "headkv-select.metal"
-[[maybe_unused]] static const bool added = add({ metal_cpu::make_kernel("headkv_select", 0, 0, 0, headkv_select) });
+#include "headkv-compact.metal"
+[[maybe_unused]] static const bool added = add({
+        metal_cpu::make_kernel("headkv_select", 0, 0, 0, headkv_select),
+        metal_cpu::make_kernel("headkv_compact", 0, 0, 0, headkv_compact),
+});
 } // namespace shape_none
 
 

@@ -666,7 +666,203 @@ static bool test_select(int n_prefix, int H, int n_recent, bool ties, const std:
     return true;
 }
 
-// Attended twice, scored and selected by the CPU and by a device's kernels on the CPU: the same cells, in both orders of threads and,
+//
+// compact
+//
+
+struct compact_case {
+    std::string kernel;
+    ggml_type type;
+    int D;
+    std::vector<int> n_keep; // of each head; -1 = all
+    int n_pos;
+    bool is_cut = false; // pool and cells are parts of larger tensors, aligned to no more than a block
+
+    std::string name() const {
+        std::string res = "compact," + kernel + "," + ggml_type_name(type) + ",D=" + std::to_string(D) + ",n=" + std::to_string(n_pos) + ",cut=" + std::to_string(is_cut) + ",keep=";
+        if (n_keep.size() > 8) {
+            return res + std::to_string(n_keep[0]) + "x" + std::to_string(n_keep.size());
+        }
+        for (int n : n_keep) {
+            res += n < 0 ? "all/" : std::to_string(n) + "/";
+        }
+        return res;
+    }
+};
+
+static std::vector<uint8_t> random_bytes(size_t n) {
+    std::vector<uint8_t> res(n);
+    for (uint8_t & x : res) {
+        x = (uint8_t) rng();
+    }
+    return res;
+}
+
+// rows of n, or the same of a larger tensor, a block behind its beginning and with a block between rows
+static ggml_tensor * new_rows(ggml_context * ctx, ggml_type type, int64_t n, int64_t n_rows, bool is_cut) {
+    const int64_t n_block = is_cut ? ggml_blck_size(type) : 0;
+    ggml_tensor * whole = ggml_new_tensor_2d(ctx, type, n + n_block, n_rows + is_cut);
+    return is_cut ? ggml_view_2d(ctx, whole, n, n_rows, whole->nb[1], ggml_type_size(type)) : whole;
+}
+
+// Some positions of each head, ascending; their cells lie anywhere in the staging, the ranges of the heads in the pool in another order
+// and with rows between them that nothing may touch.
+static bool test_compact(const compact_case & c) {
+    const int H = (int) c.n_keep.size();
+    const int n_cells = c.n_pos + 5;
+    std::vector<int32_t> kept, plan(3 * H), cell(n_cells), order(H);
+    std::iota(cell.begin(), cell.end(), 0);
+    std::shuffle(cell.begin(), cell.end(), rng);
+    cell.resize(c.n_pos);
+    std::iota(order.begin(), order.end(), 0);
+    std::shuffle(order.begin(), order.end(), rng);
+    for (int h = 0; h < H; ++h) {
+        std::vector<int32_t> pos(c.n_pos);
+        std::iota(pos.begin(), pos.end(), 0);
+        std::shuffle(pos.begin(), pos.end(), rng);
+        pos.resize(c.n_keep[h] < 0 ? c.n_pos : c.n_keep[h]);
+        std::sort(pos.begin(), pos.end());
+        plan[3 * h] = (int32_t) kept.size();
+        plan[3 * h + 1] = (int32_t) pos.size();
+        kept.insert(kept.end(), pos.begin(), pos.end());
+    }
+    int n_rows = 1;
+    for (int h : order) {
+        plan[3 * h + 2] = n_rows;
+        n_rows += plan[3 * h + 1] + 2;
+    }
+    const size_t n_bytes = ggml_row_size(c.type, c.D);
+
+    op_graph g(device_of(c.kernel));
+    ggml_context * ctx = g.ctx.get();
+    ggml_tensor * pool = new_rows(ctx, c.type, c.D, n_rows, c.is_cut);
+    ggml_tensor * cells = new_rows(ctx, c.type, (int64_t) c.D * H, n_cells, c.is_cut);
+    ggml_tensor * t_kept = ggml_new_tensor_1d(ctx, GGML_TYPE_I32, std::max<int64_t>(kept.size(), 1));
+    ggml_tensor * t_cell = ggml_new_tensor_1d(ctx, GGML_TYPE_I32, c.n_pos);
+    ggml_tensor * t_plan = ggml_new_tensor_2d(ctx, GGML_TYPE_I32, 3, H);
+    ggml_tensor * out = headkv_build_compact(ctx, pool, cells, t_kept, t_cell, t_plan);
+    const bool on_cpu = c.kernel == "cuda" && !gpu;
+    if (on_cpu ? !cuda_on_cpu_supports(out) : !ggml_backend_supports_op(g.backend.get(), out)) {
+        printf("  not supported\n");
+        return false;
+    }
+    g.alloc(out);
+
+    const std::vector<uint8_t> staged = random_bytes(ggml_nbytes(cells)), before = random_bytes(ggml_nbytes(pool->view_src ? pool->view_src : pool));
+    ggml_backend_tensor_set(cells, staged.data(), 0, staged.size());
+    ggml_backend_tensor_set(t_kept, kept.data(), 0, kept.size() * sizeof(int32_t));
+    ggml_backend_tensor_set(t_cell, cell.data(), 0, ggml_nbytes(t_cell));
+    ggml_backend_tensor_set(t_plan, plan.data(), 0, ggml_nbytes(t_plan));
+
+    std::vector<uint8_t> want = before;
+    for (int h = 0; h < H; ++h) {
+        for (int i = 0; i < plan[3 * h + 1]; ++i) {
+            memcpy(want.data() + pool->view_offs + (plan[3 * h + 2] + i) * pool->nb[1],
+                    staged.data() + cell[kept[plan[3 * h] + i]] * cells->nb[1] + h * n_bytes, n_bytes);
+        }
+    }
+    ggml_tensor * whole = pool->view_src ? pool->view_src : pool;
+    for (int n_threads : { 1, 2, 5 }) {
+        ggml_backend_tensor_set(whole, before.data(), 0, before.size());
+        if (on_cpu) {
+            cuda_on_cpu_compute(out, n_threads == 2);
+        } else {
+            set_metal_order(n_threads);
+            g.run(n_threads);
+        }
+        std::vector<uint8_t> got(want.size());
+        ggml_backend_tensor_get(whole, got.data(), 0, got.size());
+        if (got != want) {
+            printf("  other bytes\n");
+            return false;
+        }
+    }
+    return true;
+}
+
+// rows that lie beyond 4 GiB in pool and cells, of which nothing but these is memory
+static bool test_compact_far(const std::string & kernel) {
+    const int D = 64, H = 2, n_pos = 40;
+    const int64_t n_far = ((int64_t) 5 << 30) / (D * H * sizeof(ggml_fp16_t)); // cells
+    struct mapped {
+        void * data;
+        size_t size;
+        explicit mapped(size_t size) :
+            data(mmap(nullptr, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0)), size(size) {}
+        ~mapped() { munmap(data, size); }
+    };
+
+    op_graph g(device_of(kernel));
+    ggml_context * ctx = g.ctx.get();
+    ggml_tensor * pool = ggml_new_tensor_2d(ctx, GGML_TYPE_F16, D, H * n_far);
+    ggml_tensor * cells = ggml_new_tensor_2d(ctx, GGML_TYPE_F16, D * H, n_far);
+    const ggml_backend_dev_t dev = ggml_backend_get_device(g.backend.get());
+    mapped of_pool(ggml_nbytes(pool)), of_cells(ggml_nbytes(cells));
+    if (of_pool.data == MAP_FAILED || of_cells.data == MAP_FAILED) {
+        printf("  no addresses\n");
+        return false;
+    }
+    for (auto & [t, at] : { std::make_pair(pool, &of_pool), std::make_pair(cells, &of_cells) }) {
+        g.bufs.emplace_back(ggml_backend_dev_buffer_from_host_ptr(dev, at->data, at->size, at->size));
+        ggml_backend_tensor_alloc(g.bufs.back().get(), t, ggml_backend_buffer_get_base(g.bufs.back().get()));
+    }
+    ggml_tensor * t_kept = ggml_new_tensor_1d(ctx, GGML_TYPE_I32, H * n_pos);
+    ggml_tensor * t_cell = ggml_new_tensor_1d(ctx, GGML_TYPE_I32, n_pos);
+    ggml_tensor * t_plan = ggml_new_tensor_2d(ctx, GGML_TYPE_I32, 3, H);
+    ggml_tensor * out = headkv_build_compact(ctx, pool, cells, t_kept, t_cell, t_plan);
+    for (ggml_tensor * t : { t_kept, t_cell, t_plan }) {
+        g.bufs.emplace_back(ggml_backend_alloc_buffer(g.backend.get(), ggml_nbytes(t)));
+        ggml_backend_tensor_alloc(g.bufs.back().get(), t, ggml_backend_buffer_get_base(g.bufs.back().get()));
+    }
+    ggml_backend_view_init(out);
+    ggml_build_forward_expand(g.gf, out);
+
+    // the last cells, backwards, and the last rows of the pool
+    const int32_t last = (int32_t) n_far - n_pos, first_row = (int32_t) (H * n_far) - H * n_pos;
+    std::vector<int32_t> kept(H * n_pos), cell(n_pos), plan;
+    for (int i = 0; i < H * n_pos; ++i) {
+        kept[i] = i % n_pos;
+        cell[i % n_pos] = last + n_pos - 1 - i % n_pos;
+    }
+    for (int h = 0; h < H; ++h) {
+        plan.insert(plan.end(), { h * n_pos, n_pos, first_row + h * n_pos });
+    }
+    ggml_backend_tensor_set(t_kept, kept.data(), 0, ggml_nbytes(t_kept));
+    ggml_backend_tensor_set(t_cell, cell.data(), 0, ggml_nbytes(t_cell));
+    ggml_backend_tensor_set(t_plan, plan.data(), 0, ggml_nbytes(t_plan));
+    const std::vector<uint8_t> staged = random_bytes(n_pos * cells->nb[1]);
+    ggml_backend_tensor_set(cells, staged.data(), last * cells->nb[1], staged.size());
+    if (kernel == "cuda") {
+        cuda_on_cpu_compute(out, false);
+    } else {
+        set_metal_order(1);
+        g.run(1);
+    }
+    std::vector<uint8_t> got(H * n_pos * pool->nb[1]), want;
+    ggml_backend_tensor_get(pool, got.data(), first_row * pool->nb[1], got.size());
+    for (int h = 0; h < H; ++h) {
+        for (int i = 0; i < n_pos; ++i) {
+            const auto at = staged.begin() + (n_pos - 1 - i) * cells->nb[1] + h * pool->nb[1];
+            want.insert(want.end(), at, at + (ptrdiff_t) pool->nb[1]);
+        }
+    }
+    return got == want;
+}
+
+// a type that no cache has
+static bool test_compact_refuses(const std::string & kernel) {
+    op_graph g(device_of(kernel));
+    ggml_context * ctx = g.ctx.get();
+    const auto is_refused = [&](int D) {
+        ggml_tensor * kept = ggml_new_tensor_1d(ctx, GGML_TYPE_I32, 2);
+        ggml_tensor * plan = ggml_new_tensor_2d(ctx, GGML_TYPE_I32, 3, 2);
+        ggml_tensor * out = headkv_build_compact(ctx, ggml_new_tensor_2d(ctx, GGML_TYPE_I8, D, 9), ggml_new_tensor_2d(ctx, GGML_TYPE_I8, 2 * D, 9), kept, kept, plan);
+        return kernel == "cuda" && !gpu ? !cuda_on_cpu_supports(out) : !ggml_backend_supports_op(g.backend.get(), out);
+    };
+    return is_refused(3) && !is_refused(6);
+}
+
+// Attended twice, scored, selected and compacted by the CPU and by a device's kernels on the CPU: the same cells, in both orders of threads and,
 // as the results of one op are what the next one reads, of ops.
 static bool test_kept(const std::string & kernel, int n_kv, int n_window) {
     const int D = 64, G = 4, H = 4;
@@ -675,11 +871,12 @@ static bool test_kept(const std::string & kernel, int n_kv, int n_window) {
 
     headkv_attend_state state(D, D, G * H, H, 1, GGML_TYPE_F16, GGML_TYPE_F16);
     state.scale = 0.125f;
-    std::vector<int32_t> plan;
+    std::vector<int32_t> plan, of_compact;
     std::vector<int32_t> ranges;
     int n_total = 0;
     for (int h = 0; h < H; ++h) {
         plan.insert(plan.end(), { n_total, (h + 1) * n_prefix / (H + 1) });
+        of_compact.insert(of_compact.end(), { n_total, plan.back() + n_window, n_total });
         n_total += plan.back() + n_window;
         ranges.insert(ranges.end(), { h * n_window, n_window });
     }
@@ -689,6 +886,7 @@ static bool test_kept(const std::string & kernel, int n_kv, int n_window) {
     const std::vector<float> qf = random_floats((size_t) D * G * H * n_window, 2.0f);
 
     std::vector<int32_t> want;
+    std::vector<float> want_rows;
     for (int i = 0; i < 3; ++i) {
         op_graph g(device_of(i > 0 ? kernel : "cpu"));
         ggml_context * ctx = g.ctx.get();
@@ -702,16 +900,20 @@ static bool test_kept(const std::string & kernel, int n_kv, int n_window) {
         ggml_tensor * twice = headkv_build_attend_fused(ctx, &state, ggml_reshape_3d(ctx, once, D, G * H, n_window), kv, kv, r);
         ggml_tensor * score = headkv_build_score_fused(ctx, ggml_reshape_3d(ctx, twice, D, G * H, n_window), k, c, n_prefix, 0.5f, 0.0f, 0, HEADKV_POOL_MAX, 7);
         ggml_tensor * kept = headkv_build_select(ctx, score, p, n_window, n_total);
-        g.alloc(kept);
+        ggml_tensor * rows = ggml_new_tensor_2d(ctx, GGML_TYPE_F16, D, n_total);
+        ggml_tensor * p_compact = ggml_new_tensor_2d(ctx, GGML_TYPE_I32, 3, H);
+        ggml_tensor * compacted = headkv_build_compact(ctx, rows, k, kept, c, p_compact);
+        g.alloc(compacted);
 
         set_quantized(k, kf);
         set_quantized(kv, pool);
+        ggml_backend_tensor_set(p_compact, of_compact.data(), 0, ggml_nbytes(p_compact));
         ggml_backend_tensor_set(q, qf.data(), 0, ggml_nbytes(q));
         ggml_backend_tensor_set(r, ranges.data(), 0, ggml_nbytes(r));
         ggml_backend_tensor_set(c, cells.data(), 0, ggml_nbytes(c));
         ggml_backend_tensor_set(p, plan.data(), 0, ggml_nbytes(p));
         if (i > 0 && kernel == "cuda") {
-            for (ggml_tensor * op : { once->view_src, twice->view_src, score->src[3], score, kept->view_src }) {
+            for (ggml_tensor * op : { once->view_src, twice->view_src, score->src[3], score, kept->view_src, compacted }) {
                 cuda_on_cpu_compute(op, i == 2);
             }
         } else {
@@ -720,8 +922,10 @@ static bool test_kept(const std::string & kernel, int n_kv, int n_window) {
         }
         std::vector<int32_t> got(n_total);
         ggml_backend_tensor_get(kept, got.data(), 0, ggml_nbytes(kept));
+        const std::vector<float> got_rows = get_floats(rows);
         want = i == 0 ? got : want;
-        if (got != want) {
+        want_rows = i == 0 ? got_rows : want_rows;
+        if (got != want || got_rows != want_rows) {
             printf("  other cells\n");
             return false;
         }
@@ -1217,6 +1421,8 @@ static bool test_barriers(const std::string & kernel, int n_least, int (*n_barri
     return res;
 }
 
+#ifdef HEADKV_METAL_ON_CPU
+
 // what the CPU alone runs
 static bool test_metal_refuses() {
     const auto is_refused = [](ggml_type type, int D, int D_v, float max_bias) {
@@ -1418,8 +1624,6 @@ int main(int argc, char ** argv) {
             if (is_enough(kernel, type)) {
                 continue;
             }
-#ifdef HEADKV_METAL_ON_CPU
-
             add({ kernel, type, 64, 12, { 3, 3000 } }); // skew, and a group of more queries than a block takes
             add({ kernel, type, 128, 4, { 127, 0, 129, 0, 0, 385, 1, 1, 0, 2, 31, 255, 256, 257, 128, 1, 7 }, 17 }); // 17 sequences
             for (int n_tps : { 2, 5 }) {
@@ -1486,6 +1690,29 @@ int main(int argc, char ** argv) {
             }
         }
     }
+    for (const std::string kernel : { "cpu", "cuda", "metal" }) {
+        const auto add_compact = [&](const compact_case & c) { cases.push_back({ c.name(), [c]() { return test_compact(c); } }); };
+        for (ggml_type type : { GGML_TYPE_F32, GGML_TYPE_F16, GGML_TYPE_BF16, GGML_TYPE_Q8_0, GGML_TYPE_Q4_0, GGML_TYPE_Q4_1, GGML_TYPE_Q5_0, GGML_TYPE_Q5_1, GGML_TYPE_IQ4_NL }) {
+            for (int D : { 32, 64, 80, 96, 128, 256, 608 }) { // of the last one rows have more words of 2 bytes than a block has threads
+                for (bool is_cut : { false, true }) {
+                    if (D % ggml_blck_size(type) == 0) {
+                        add_compact({ kernel, type, D, { 9, 0, -1, 1 }, 31, is_cut });
+                    }
+                }
+            }
+        }
+        add_compact({ kernel, GGML_TYPE_F16, 128, { 0 }, 10 });
+        add_compact({ kernel, GGML_TYPE_F16, 128, { 0, 0, 0 }, 10 });
+        add_compact({ kernel, GGML_TYPE_F16, 64, { -1 }, 1 });
+        add_compact({ kernel, GGML_TYPE_Q8_0, 128, { 1000, 3, 0, 5, 17, 200, 64, -1 }, 3000 });
+        add_compact({ kernel, GGML_TYPE_Q8_0, 608, std::vector<int>(512, 5), 8 }); // two blocks of each head, which take a row at a time
+        if (!on_gpu) {
+            cases.push_back({ "compact," + kernel + ",far", [=]() { return test_compact_far(kernel); } });
+        }
+        if (kernel != "cpu") {
+            cases.push_back({ "compact," + kernel + ",refused", [=]() { return test_compact_refuses(kernel); } });
+        }
+    }
     for (int n_prefix : { 1, 2, 31, 257, 5000 }) {
         for (int n_values : { 1, 3, 1 << 20 }) {
             for (int n_keep : { 1, n_prefix / 3, n_prefix - 1 }) {
@@ -1524,8 +1751,11 @@ int main(int argc, char ** argv) {
         }
     }
     cases.push_back({ "buckets", test_buckets });
+    if (!on_gpu) {
+        cases.push_back({ "cuda barriers", []() { return test_barriers("cuda", 15, cuda_on_cpu_n_barriers, cuda_on_cpu_barrier, cuda_on_cpu_leave_out); } });
+    }
 #ifdef HEADKV_METAL_ON_CPU
-    cases.push_back({ "metal barriers", []() { return test_barriers("metal", 15, metal_on_cpu_n_barriers, metal_on_cpu_barrier, metal_on_cpu_leave_out); } });
+    cases.push_back({ "metal barriers", []() { return test_barriers("metal", 16, metal_on_cpu_n_barriers, metal_on_cpu_barrier, metal_on_cpu_leave_out); } });
     cases.push_back({ "metal refuses", test_metal_refuses });
 #endif
     add_two_sizes(cases);
@@ -1575,6 +1805,3 @@ int main(int argc, char ** argv) {
     }
     return n_fail > 0 || n_run == 0;
 }
-    if (!on_gpu) {
-        cases.push_back({ "cuda barriers", []() { return test_barriers("cuda", 15, cuda_on_cpu_n_barriers, cuda_on_cpu_barrier, cuda_on_cpu_leave_out); } });
-    }
