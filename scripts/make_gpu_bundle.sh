@@ -36,7 +36,7 @@ if [ $kind != sources ]; then
         cublas=$site/nvidia/cu$toolkit
         if [ -d "$cublas/include" ]; then
             define="$define -DCUDA_cublas_LIBRARY=$cublas/lib/libcublas.so.$toolkit -DCUDA_cublasLt_LIBRARY=$cublas/lib/libcublasLt.so.$toolkit \
-                -DCMAKE_CUDA_FLAGS=-I$cublas/include"
+                -DCMAKE_CUDA_FLAGS=-I$cublas/include -DCMAKE_EXE_LINKER_FLAGS=-Wl,-rpath-link,$cublas/lib"
         fi
     fi
     # shellcheck disable=SC2086
