@@ -129,7 +129,8 @@ check_machine() {
         return
     fi
     "$bin/bench_device" devices > "$out/devices.txt" 2> "$out/devices.log" || {
-        driver="nvidia-smi lists: $(nvidia-smi -L 2>&1 | head -n 1 || true)"
+        driver="there is no nvidia-smi"
+        ! command -v nvidia-smi > /dev/null || driver="nvidia-smi lists: $(nvidia-smi -L 2>&1 | head -n 1 || true)"
         [ "$backend" = cuda ] || driver="see $out/devices.log"
         refuse "no $backend device; $driver. Run this on a machine with such a GPU and its driver, or with GPU_CHECK_BACKEND=cpu for a rehearsal"
     }
