@@ -11,7 +11,7 @@ import ctypes
 import socket
 import struct
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -39,6 +39,7 @@ ANSWERS = {
 }
 N_CHUNK = 1 << 20
 CONNECT_S, HELLO_S = 5.0, 10.0  # a worker has to accept, and to say which version it is
+BUSY = "it serves one client at a time, end the other one"
 
 
 class WorkerLostError(ConnectionError):
@@ -78,7 +79,11 @@ def _read(sock: socket.socket, n: int) -> bytes:
 def parse_endpoint(endpoint: str) -> tuple[str, int]:
     """Host and port of ``host:port``."""
     host, colon, port = endpoint.strip().rpartition(":")
-    if not colon or not host or not port.isdigit() or not 0 < int(port) < 65536:
+    try:
+        host.encode("idna")  # as connecting does
+    except UnicodeError:
+        host = ""
+    if not colon or not host or not (port.isascii() and port.isdigit()) or not 0 < int(port) < 65536:
         raise ValueError(f"rpc_servers: {endpoint!r} is no host:port, such as 192.168.1.5:50052")
     return host, int(port)
 
@@ -143,9 +148,7 @@ class Relay:
                 (n,) = SIZE.unpack(_read(sock, SIZE.size))
                 version = tuple(_read(sock, min(n, 64)))[:2]
             except TimeoutError:
-                raise ConnectionError(
-                    f"{what} does not answer within {HELLO_S:.0f} s: it serves one client at a time, end the other one"
-                ) from None
+                raise ConnectionError(f"{what} does not answer within {HELLO_S:.0f} s: {BUSY}") from None
             except (OSError, _End) as e:
                 raise ConnectionError(f"{what} does not answer as one ({e}): start 'pyheadkv rpc-worker' there") from None
         if version != VERSION:
@@ -259,6 +262,9 @@ class _Connection:
                     part = _recv(self.worker, n_left)
                     yield part
                     n_left -= len(part)
+            except TimeoutError as e:
+                # before HELLO is answered there is a limit; then it is the system's, for one that says nothing any more
+                self.relay.lose(TimeoutError(f"no answer within {HELLO_S:.0f} s: {BUSY}") if command == HELLO else e)
             except (OSError, _End) as e:
                 self.relay.lose(e)
         if n_left > 0:
@@ -291,7 +297,7 @@ class Workers:
     """The workers of one model, and the device of each for llama.cpp."""
 
     def __init__(self, endpoints: str | Sequence[str]) -> None:
-        names = endpoints.split(",") if isinstance(endpoints, str) else list(endpoints)
+        names = endpoints.split(",") if isinstance(endpoints, str) else list(endpoints) if isinstance(endpoints, Iterable) else []
         if not names or not all(isinstance(name, str) and name.strip() for name in names):
             raise ValueError(f"rpc_servers={endpoints!r}: name host:port of at least one worker, several with commas between them")
         self.relays: list[Relay] = []

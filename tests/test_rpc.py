@@ -93,6 +93,16 @@ def test_the_archive_gives_workers_their_rows_back(path: Path, worker: Worker, o
     llm.close()
 
 
+def test_the_log_says_why_layers_of_a_worker_are_composed(path: Path, worker: Worker, capfd: pytest.CaptureFixture[str]) -> None:
+    load(path, **KV, rpc_servers=worker.endpoint, verbose=True).close()
+    why = "layer 0 with K heads of 64 and V heads of 64, of types f16 and f16, on RPC0"
+    assert f"attend is not fused in {why}" in capfd.readouterr().err
+    load(path, **KV, verbose=True).close()
+    assert "attend is not fused" not in capfd.readouterr().err
+    with pytest.raises(ValueError, match=f"attend 'fused' is not possible in {why}"):
+        load(path, **KV, rpc_servers=worker.endpoint, attend="fused")
+
+
 def killed(worker: Worker, after: float) -> threading.Timer:
     timer = threading.Timer(after, worker.kill)
     timer.start()
@@ -197,6 +207,9 @@ def test_a_worker_that_answers_too_little_is_lost_in_the_middle_of_its_answer() 
     [
         ({"rpc_servers": "nowhere"}, "'nowhere' is no host:port"),
         ({"rpc_servers": "host:99999"}, "no host:port"),
+        ({"rpc_servers": "gpu..local:50052"}, "no host:port"),
+        ({"rpc_servers": "127.0.0.1:\u0665"}, "no host:port"),  # a digit, of another script
+        ({"rpc_servers": 50052}, "rpc_servers=50052: name host:port of at least one worker"),
         ({"rpc_servers": []}, "name host:port of at least one worker"),
         ({"rpc_servers": "127.0.0.1:1,"}, "name host:port of at least one worker"),
         ({"rpc_servers": "127.0.0.1:1", "n_gpu_layers": 0}, "no layer would be on a worker"),
@@ -223,6 +236,20 @@ def test_a_worker_that_serves_another_process_says_so(monkeypatch: pytest.Monkey
     with socket.create_connection(("127.0.0.1", own.port)):
         with pytest.raises(ConnectionError, match="serves one client at a time"):
             Relay(own.endpoint)
+
+
+def test_a_worker_that_another_model_took_meanwhile_says_so(monkeypatch: pytest.MonkeyPatch, own: Worker) -> None:
+    relay = Relay(own.endpoint)
+    monkeypatch.setattr("pyheadkv.rpc.HELLO_S", 0.3)
+    with socket.create_connection(("127.0.0.1", own.port)):
+        time.sleep(0.2)
+        with socket.create_connection(("127.0.0.1", int(relay.address.split(":")[1]))) as sock:
+            sock.sendall(rpc.HEAD.pack(rpc.HELLO, rpc.N_CAPS) + bytes(rpc.N_CAPS))
+            n = rpc.SIZE.size + len(rpc.ANSWERS[rpc.HELLO])
+            assert len(sock.recv(n, socket.MSG_WAITALL)) == n
+            with pytest.raises(WorkerLostError, match="no answer within 0 s: it serves one client at a time"):
+                relay.check()
+    relay.close()
 
 
 def test_endpoints() -> None:
@@ -255,6 +282,20 @@ def test_the_command_line(monkeypatch: pytest.MonkeyPatch) -> None:
     args.port = 70000
     with pytest.raises(ValueError, match="--port 70000: it must be 1 to 65535"):
         rpc_worker.command_line(args)
+
+
+def test_an_address_where_a_worker_cannot_listen_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    from pyheadkv.cli import main
+
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        for host, message in (
+            ("127.0.0.1", f"--host 127.0.0.1 --port {port}: Address already in use: use another --port"),
+            ("192.0.2.1", f"--host 192.0.2.1 --port {port}: "),
+            ("gpu.local", "--host gpu.local: it must be an IPv4 address of this machine"),
+        ):
+            assert main(["rpc-worker", "--host", host, "--port", str(port)]) == 1
+            assert message in capsys.readouterr().err
 
 
 def start_server(path: Path, endpoint: str, *flags: str) -> tuple[subprocess.Popen[str], int]:
@@ -317,3 +358,4 @@ def test_the_server_names_a_worker_that_is_not_there(path: Path) -> None:
     server, _ = start_server(path, "127.0.0.1:1")
     _, said = server.communicate(timeout=60)
     assert server.returncode == 1 and "Failed to connect to 127.0.0.1:1" in said
+    assert "--rpc: no worker was there: name HOST:PORT of one that 'pyheadkv rpc-worker' has started" in said and "is gone" not in said

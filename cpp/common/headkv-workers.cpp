@@ -57,10 +57,13 @@ static void on_abort(const char * message) {
     }
     const char * text = strstr(message, ": ");
     fprintf(stderr, "%s\n", text ? text + 2 : message);
+    if (all.empty()) { // upstream has named it
+        fprintf(stderr, "--rpc: no worker was there: name HOST:PORT of one that 'pyheadkv rpc-worker' has started, several with commas between them\n");
+        fflush(stderr);
+        _Exit(1);
+    }
     fprintf(stderr, "RPC worker %s: this program ends. What a worker had of the model and of the cache is gone: start it again, then this program\n",
-            !lost.empty()          ? (lost + " was lost").c_str()
-                    : !all.empty() ? ("of " + all + " ended the connection").c_str()
-                                   : "cannot be used");
+            !lost.empty() ? (lost + " was lost").c_str() : ("of " + all + " ended the connection").c_str());
     fflush(stderr);
     _Exit(1);
 }

@@ -101,6 +101,13 @@ bool llama_kv_cache_ragged::masks() const {
     return !std::all_of(all.begin(), all.end(), [this](const headkv_layer_shape & s) { return reads_fused(s); });
 }
 
+// what a layer has that our op may not take, and what it takes
+static std::string why_composed(const headkv_store_layer & layer) {
+    return format("layer %d with K heads of %d and V heads of %d, of types %s and %s, on %s: "
+                  "the CPU has it for types with a dot product, CUDA and Metal for K and V of one size, 64, 80, 96, 128 or 256, and both f16, bf16 or q8_0",
+            layer.il, layer.n_embd_head_k, layer.n_embd_head_v, ggml_type_name(layer.type_k), ggml_type_name(layer.type_v), ggml_backend_buft_name(layer.buft));
+}
+
 void llama_kv_cache_ragged::make_layers(headkv_store & store) const {
     for (const auto & shape : shapes()) {
         headkv_store_layer layer;
@@ -109,9 +116,7 @@ void llama_kv_cache_ragged::make_layers(headkv_store & store) const {
 
         const bool can_fuse = headkv_can_attend_fused(layer);
         if (cfg->attend == HEADKV_ATTEND_FUSED && !can_fuse) {
-            throw std::invalid_argument(format("attend 'fused' is not possible in layer %d with K heads of %d and V heads of %d, of types %s and %s, on %s: "
-                                               "the CPU has it for types with a dot product, CUDA and Metal for K and V of one size, 64, 80, 96, 128 or 256, and both f16, bf16 or q8_0; use 'composed'",
-                    layer.il, layer.n_embd_head_k, layer.n_embd_head_v, ggml_type_name(type_k), ggml_type_name(type_v), ggml_backend_buft_name(layer.buft)));
+            throw std::invalid_argument(format("attend 'fused' is not possible in %s; use 'composed'", why_composed(layer).c_str()));
         }
         layer.fused = can_fuse && cfg->attend != HEADKV_ATTEND_COMPOSED;
         layer.fused_prompt = reads_fused(layer);
@@ -156,6 +161,10 @@ void llama_kv_cache_ragged::log_created() const {
     LLAMA_LOG_INFO("%s: policy %s, kv_size %u: %.1f cells per KV head of %llu, window %u, power %d, recent %u, beta %g, attend fused in %d of %d layers, else composed\n", "llama_kv_cache_ragged",
             cfg->policy.c_str(), cfg->kv_size, (double) n_cells / n_heads, (unsigned long long) n_heads,
             cfg->window, 1 << cfg->n_square, cfg->recent, cfg->beta, n_fused, (int) layers.size());
+    const auto first = std::find_if(layers.begin(), layers.end(), [](const headkv_store_layer & l) { return !l.fused; });
+    if (first != layers.end() && cfg->attend == HEADKV_ATTEND_AUTO) {
+        LLAMA_LOG_INFO("%s: attend is not fused in %s\n", "llama_kv_cache_ragged", why_composed(*first).c_str());
+    }
 }
 
 //

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import socket
 import subprocess
 from pathlib import Path
 
@@ -40,10 +41,29 @@ def command_line(args: argparse.Namespace) -> list[str]:
     """What is run."""
     if not 0 < args.port < 65536:
         raise ValueError(f"--port {args.port}: it must be 1 to 65535")
+    _check_address(args.host, args.port)
     command = [str(worker_path()), "--host", args.host, "--port", str(args.port)]
     command += [] if args.threads is None else ["--threads", str(args.threads)]
     command += [] if args.device is None else ["--device", args.device]
     return command + (["--cache"] if args.cache else [])
+
+
+def _check_address(host: str, port: int) -> None:
+    """That the worker can listen there, which it would say with exit code 0 if it cannot."""
+    try:
+        socket.inet_aton(host)
+    except OSError:
+        raise ValueError(f"--host {host}: it must be an IPv4 address of this machine, 127.0.0.1 or 0.0.0.0 = all of them") from None
+    with socket.socket() as sock:
+        if os.name == "posix":
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as the worker
+        try:
+            sock.bind((host, port))
+            sock.listen(1)
+        except OSError as e:
+            raise ValueError(
+                f"--host {host} --port {port}: {e.strerror}: use another --port, or an address of this machine for --host"
+            ) from None
 
 
 def run(args: argparse.Namespace) -> int:
