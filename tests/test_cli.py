@@ -231,6 +231,10 @@ def test_generate_refuses_what_it_cannot_read(model: Path, tmp_path: Path, capsy
     for args in cases:
         assert generate(*args) == 1
         error_line(capsys)
+    for name in ("", tmp_path):
+        for command in (["generate", model, "-f", name], ["inspect", model, "--prompt", name]):
+            assert cli.main([str(arg) for arg in command]) == 1
+            assert f"the prompt from {str(name)!r}: it must be a file of text in UTF-8" in error_line(capsys)
     assert generate(model, "-p", "a", n=0) == 1
     assert "-n=0" in error_line(capsys)
 

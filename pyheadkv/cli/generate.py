@@ -143,10 +143,12 @@ def read_prompt(file: str | None) -> str:
 
     Raises
     ------
-    ValueError : it is empty, or not UTF-8
+    ValueError : it is empty, not UTF-8, or no file
     """
     if file is None:
         return checked_prompt("standard input", sys.stdin.read)
+    if not file or Path(file).is_dir():
+        raise ValueError(f"the prompt from {file!r}: it must be a file of text in UTF-8")
     return checked_prompt(file, lambda: Path(file).read_text(encoding="utf-8"))
 
 
