@@ -227,19 +227,19 @@ def test_the_help_has_every_flag_its_variable_and_its_default() -> None:
         (["--kv-size", "many"], "'many': it must be an integer"),
         (["--kv-size", "128x"], "'128x': it must be an integer"),
         (["--kv-size", "-1"], "'-1': it must be more than --kv-recent"),
-        (["--kv-size", "8"], "kv_size is 8: it counts the 8 recent cells, so it must be at least 9"),
+        (["--kv-size", "8"], "--kv-size is 8: it counts the 8 recent cells, so it must be at least 9"),
         (["--kv-size", "4096"], "kv_size is 4096: it must not be larger than n_ctx = 512"),
-        (["--kv-policy", "nope"], "policy is 'nope': it must be one of headkv"),
-        (["--kv-beta", "1"], "beta is 1: it must be a finite number > 1"),
+        (["--kv-policy", "nope"], "--kv-policy is 'nope': it must be one of headkv"),
+        (["--kv-beta", "1"], "--kv-beta is 1: it must be a finite number > 1"),
         (["--kv-beta", "large"], "'large': it must be a number"),
-        (["--kv-window", "257"], "window is 257: it must be in [1, 256]"),
-        (["--kv-power", "3"], "power is 3: it must be 1, 2, 4 or 8"),
+        (["--kv-window", "257"], "--kv-window is 257: it must be in [1, 256]"),
+        (["--kv-power", "3"], "--kv-power is 3: it must be 1, 2, 4 or 8"),
         (["--kv-policy", "lossless"], "--kv-policy lossless: it keeps all cells, leave --kv-size out"),
         (["--kv-pool", "min"], "'min': it must be one of max, avg"),
-        (["--kv-pool-kernel", "4"], "pool_kernel is 4: it must be odd"),
+        (["--kv-pool-kernel", "4"], "--kv-pool-kernel is 4: it must be odd"),
         (["--kv-prefill", "row"], "'row': it must be one of auto, token, layer"),
         (["--kv-importance", "missing.gguf"], "missing.gguf"),
-        (["--kv-recent", "0"], "recent is 0: it must be in [1, 1048576]"),
+        (["--kv-recent", "0"], "--kv-recent is 0: it must be in [1, 1048576]"),
         (["--kv-size-max", "0"], "'0': it must be at least --kv-size"),
         (["--kv-size-max", "63"], "--kv-size-max 63: it must be at least --kv-size 64"),
         (["--kv-size-max", "513"], "kv_size is 513: it must not be larger than n_ctx = 512"),
@@ -249,7 +249,8 @@ def test_the_help_has_every_flag_its_variable_and_its_default() -> None:
         (["--kv-archive", "ram", "--kv-archive-size", "much"], "'much': it must be a positive size such as 20GiB"),
         (["--kv-archive", "ram", "--kv-archive-type", "q9"], "'q9': it must be one of f16, bf16, q8_0, q4_0"),
         (["--kv-archive-size", "1GiB"], "--kv-archive-size, --kv-archive-type: there is no archive"),
-        (["--kv-sinks", "-2"], "sinks is -2"),
+        (["--kv-sinks", "-2"], "--kv-sinks is -2"),
+        (["--kv-generated", "64"], "--kv-generated is 64: it counts the last 64 tokens"),
         (["--kv-sinks", "513"], "sinks or protect reach to position 513: they must end at or before n_ctx = 512"),
     ],
     ids=lambda x: " ".join(x) if isinstance(x, list) else "",
@@ -1039,6 +1040,19 @@ def test_a_wrong_size_is_a_400_with_field_value_and_range(size: Any, small_serve
         status, answer = small_server.request(path, {**body, "kv_size": size, "n_predict": 1})
         assert status == 400
         assert f"kv_size is {json.dumps(size, separators=(',', ':'))}: it must be an integer in [9, 128]" in answer["error"]["message"]
+
+
+@pytest.mark.parametrize("name", ["kv_sise", "kv_generated_slack", "kv_policy"])
+def test_a_field_that_is_none_of_ours_is_a_400_that_names_them(name: str, small_server: Server) -> None:
+    messages = [{"role": "user", "content": "the"}]
+    for path, body in {
+        "/completion": {"prompt": "the"},
+        "/v1/chat/completions": {"messages": messages},
+        "/v1/messages": {"messages": messages},
+    }.items():
+        status, answer = small_server.request(path, {**body, name: 32, "max_tokens": 1})
+        assert status == 400
+        assert f"{name}: there is no such field, those of a request are kv_size, kv_protect, " in answer["error"]["message"]
 
 
 @pytest.mark.parametrize(

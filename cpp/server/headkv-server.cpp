@@ -147,6 +147,20 @@ static std::string refusal(const common_params & params) {
     return "";
 }
 
+// what the library says of a parameter, by the flag that sets it: "window is 300: .."
+static std::string by_flags(const std::string & error) {
+    const std::string name = error.substr(0, error.find(" is "));
+    for (const std::string flag : { "kv_size", "kv_generated", "kv_generated_slack", "kv_generated_scope", "policy", "budget", "rank", "fit", "question", "window", "recent",
+                 "power", "pool_kernel", "beta", "sinks" }) {
+        if (name == flag) {
+            std::string res = flag.rfind("kv_", 0) == 0 ? "--" + flag : "--kv-" + flag;
+            std::replace(res.begin(), res.end(), '_', '-');
+            return res + error.substr(name.size());
+        }
+    }
+    return error;
+}
+
 static constexpr int32_t MAX_CELLS = 1 << 26; // of a head, beyond every context
 
 // largest kv_size of a request
@@ -226,7 +240,7 @@ bool headkv_server_open(common_params & params) {
     const auto set = [&](const char * question, std::string & policy) {
         p.question = question;
         if (headkv_set_params(&p) != 0) {
-            SRV_ERR("%s: %s\n", args.amount().c_str(), headkv_last_error());
+            SRV_ERR("%s: %s\n", args.amount().c_str(), by_flags(headkv_last_error()).c_str());
             return false;
         }
         policy = headkv_get_policy(nullptr);
@@ -412,10 +426,25 @@ static std::vector<std::pair<int32_t, int32_t>> get_drop(const common_json & val
     return get_ranges("kv_drop", value, n_tokens - 1);
 }
 
+static const char * const FIELDS[] = { "kv_size", "kv_protect", "kv_question", "kv_generated", "kv_drop" };
+
 void headkv_server_keep_fields(common_json & body, const common_json & request) {
-    for (const char * name : { "kv_size", "kv_protect", "kv_question", "kv_generated", "kv_drop" }) {
-        if (request.contains(name)) {
-            body[name] = request.at(name);
+    for (const auto & [name, value] : request.items()) {
+        if (name.rfind("kv_", 0) == 0) { // also one that is none of ours, which is refused
+            body[name] = value;
+        }
+    }
+}
+
+// a field that is misspelt would do nothing
+static void check_fields(const common_json & body) {
+    for (const auto & [name, value] : body.items()) {
+        if (name.rfind("kv_", 0) == 0 && std::find(std::begin(FIELDS), std::end(FIELDS), name) == std::end(FIELDS)) {
+            std::string known;
+            for (const char * field : FIELDS) {
+                known += std::string(known.empty() ? "" : ", ") + field;
+            }
+            throw std::invalid_argument(string_format("%.64s: there is no such field, those of a request are %s; all else is chosen when the server is started", name.c_str(), known.c_str()));
         }
     }
 }
@@ -425,6 +454,7 @@ headkv_request headkv_server_check_request(const common_json & body, int32_t n_c
     if (!headkv_server_is_on()) {
         return res;
     }
+    check_fields(body);
     if (n_completions > 1) {
         throw std::invalid_argument(string_format("n is %d: it must be 1 with --kv-size, send the request several times", n_completions));
     }
