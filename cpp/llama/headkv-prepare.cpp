@@ -205,7 +205,9 @@ bool llama_kv_cache_ragged::want_tails(const headkv_split & split, bool resumed)
         const bool is_full = (uint64_t) n_held(s) + n > n_ctx_seq;
         const bool evicts = seq.is_eviction_due(s) || (is_full && seq.can_evict(s));
         if (is_full && !evicts) {
-            throw std::runtime_error(format("the context is full: %u tokens and %u new ones do not fit into n_ctx = %u", n_held(s), n, n_ctx_seq));
+            const bool is_bounded = seq.state == HEADKV_SEQ_COMPRESSED && seq.bound.n_cells > 0;
+            throw std::runtime_error(format("the context is full: %u tokens and %u new ones do not fit into n_ctx = %u: use a larger n_ctx%s", n_held(s), n, n_ctx_seq,
+                    is_bounded ? format(", a head holds as many cells, and the last %u tokens (window) before one is evicted", seq.bound.n_window).c_str() : ""));
         }
         if (const uint32_t n_orig = cparams.n_ctx_orig_yarn; has_two_ropes() && n_ctx_seq <= n_orig && (uint64_t) seq.n_pos + n > n_orig) {
             throw std::runtime_error(format("%d tokens and %u new ones: beyond %u the model rotates by other factors, which are chosen when a context is created: use an n_ctx above that",
