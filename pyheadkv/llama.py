@@ -35,6 +35,7 @@ from .options import (
     ImportanceLike,
     MissingFileError,
     Options,
+    check_bool,
     check_int,
     check_names,
     check_policy,
@@ -50,7 +51,7 @@ from .picture import KVText, make_plot, make_text
 from .replay import FoundReplay, ReplayLike, find_replay, replay_for
 from .replay_values import ReplayTable
 from .rpc import Traffic, Workers
-from .units import parse_bytes, round_n_ctx, row_bytes
+from .units import check_cell_type, parse_bytes, round_n_ctx, row_bytes
 
 N_PIECE = 32  # bytes of a token that llama_cpp.Llama.detokenize has room for
 PIECE_MS = 250  # of reading a prompt layer by layer, before Python has its turn
@@ -335,7 +336,7 @@ class Llama(llama_cpp.Llama):
         self._kv_args: dict[str, Any] = {**given, **amount, **more}
         if rpc_servers is not None:
             self._kv_args["rpc_servers"] = rpc_servers
-        self._kv_reuse = bool(kv_reuse)
+        self._kv_reuse = kv_reuse is not None and check_bool("kv_reuse", kv_reuse)
         self._pieces: dict[tuple[int, bool], bytes] = {}  # see _long_piece()
         if kv_limit is not None:
             check_int("kv_limit", kv_limit, 1, MAX_CELLS)
@@ -359,6 +360,8 @@ class Llama(llama_cpp.Llama):
         if not os.path.exists(model_path):
             raise MissingFileError(f"Model path does not exist: {model_path}")
         check_names("Llama()", kwargs, PARAMETERS)
+        for name in ("type_k", "type_v"):
+            check_cell_type(name, kwargs.get(name))
         check_policy("policy", given.get("policy", FULL), (AUTO, FULL))
         if len(amount) > 1:
             raise ValueError(f"{_assigned(amount)}: give one of them, they are three ways to say how much is kept")
@@ -422,7 +425,7 @@ class Llama(llama_cpp.Llama):
                 super().__init__(model_path, **kwargs)
         except ValueError as e:
             self._close_partial()
-            reason = _lib.last_error()
+            reason = _lib.last_error() or _why_no_cells(model_path, kwargs)
             raise ValueError(reason or str(e)) from None
         except BaseException:
             self._close_partial()
@@ -486,8 +489,13 @@ class Llama(llama_cpp.Llama):
         return {} if self._workers is None else self._workers.traffic
 
     def close(self) -> None:
-        """Free the model from memory, also that of workers."""
+        """Free the model from memory, also that of workers. What is asked of it then is a ValueError."""
         super().close()
+        if hasattr(self, "tokenizer_"):  # it was made to its end
+            gone: Any = _Closed()  # in place of null pointers, with which the library ends the process
+            self._model = self._ctx = self._batch = gone
+            if isinstance(self.tokenizer_, LlamaTokenizer):
+                self.tokenizer_ = LlamaTokenizer(self)
         if self._workers is not None:
             self._workers.close()
 
@@ -1011,6 +1019,9 @@ class Llama(llama_cpp.Llama):
         _lib.check(_lib.lib.headkv_get_stats(self.ctx, seq_id, ctypes.byref(stats)))
         return stats
 
+    def _check_seq(self, seq_id: int) -> None:
+        check_int("seq_id", seq_id, 0, self._n_seq_max - 1, ", the sequences of the context: create Llama with a larger n_seq_max")
+
     def _need_options(self) -> Options:
         if self.kv_options is None:
             raise ValueError("the cache is the stock one (kv_size=None): create Llama with kv_size=...")
@@ -1036,6 +1047,7 @@ class Llama(llama_cpp.Llama):
         """Prompt positions that KV head ``ih`` of layer ``il`` kept, ascending int32; a first -1 is a cell that stands for
         all that were dropped (policy "razor")."""
         self._need_options()
+        self._check_seq(seq_id)
         n = _lib.check(_lib.lib.headkv_get_positions(self.ctx, seq_id, il, ih, None, 0), ValueError)
         positions = np.zeros(n, dtype=np.int32)
         _lib.check(_lib.lib.headkv_get_positions(self.ctx, seq_id, il, ih, positions.ctypes.data_as(ctypes.POINTER(ctypes.c_int32)), n))
@@ -1044,6 +1056,7 @@ class Llama(llama_cpp.Llama):
     def kv_stats(self, seq_id: int = 0) -> KVStats:
         """What the cache holds now of a sequence, in cells and bytes; ``bytes_store`` are those of all sequences."""
         self._need_options()
+        self._check_seq(seq_id)
         s = self._stats(seq_id)
         return KVStats(
             state=STATES[s.state],
@@ -1181,6 +1194,13 @@ class Llama(llama_cpp.Llama):
         return values[:n]
 
 
+class _Closed:
+    """What a model that was closed has in place of its objects."""
+
+    def __getattr__(self, name: str) -> Any:
+        raise ValueError("the model was closed: load it again, as another Llama")
+
+
 class _Rendered(BaseException):
     """The prompt of a chat whose completion was not wanted."""
 
@@ -1195,6 +1215,18 @@ def _check_generated(options: dict[str, Any], kv_generated: int | None) -> None:
     idle = {name: value for name, value in options.items() if name.startswith("kv_generated_") and kv_generated is None}
     if idle:
         raise ValueError(f"{_assigned(idle)}: nothing that is generated is evicted, give kv_generated or leave it out")
+
+
+def _why_no_cells(model_path: str, kwargs: dict[str, Any]) -> str:
+    """Why there is no context with these types of K and V, which llama.cpp says in its log alone; empty where it is something else."""
+    shape = read_shape(model_path)
+    for name, n_values in (("type_k", shape.n_embd_head_k), ("type_v", shape.n_embd_head_v)):
+        if kwargs.get(name) is not None:
+            try:
+                row_bytes(kwargs[name], n_values)
+            except ValueError as e:
+                return f"{name}={kwargs[name]!r}: {e}"
+    return ""
 
 
 def _assigned(values: dict[str, Any]) -> str:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import re
 from fractions import Fraction
+from typing import Any
 
 UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
          "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}  # fmt: skip
+CELL_TYPES = ("f32", "f16", "bf16", "q8_0", "q4_0", "q4_1", "iq4_nl", "q5_0", "q5_1")  # as --cache-type-k of llama.cpp
 N_CTX_STEP = 256  # tokens, llama.cpp rounds contexts up to it
 
 
@@ -31,6 +33,20 @@ def ggml_type(name: str) -> int:
     from gguf import GGMLQuantizationType
 
     return int(GGMLQuantizationType[name.upper()])
+
+
+def check_cell_type(name: str, value: Any) -> None:
+    """A number of a type that cells may have, or None; with others the library ends the process, or computes with whole numbers.
+
+    Raises
+    ------
+    ValueError
+        names those that there are
+    """
+    numbers = {ggml_type(cell_type): cell_type for cell_type in CELL_TYPES}
+    if value is not None and (isinstance(value, (bool, float)) or value not in list(numbers)):
+        known = ", ".join(f"{n} = {cell_type}" for n, cell_type in numbers.items())
+        raise ValueError(f"{name}={value!r}: it must be the number of a type, one of {known}")
 
 
 def row_bytes(cell_type: str | int, n_values: int) -> int:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import SHAPES, load, tokens
+from conftest import SHAPES, Shape, load, tokens
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -197,6 +197,67 @@ def test_a_prompt_fills_the_context_as_it_is_rounded(make_model: Callable[..., P
     llm = load(make_model(SHAPES[1]), kv_size=24, n_ctx=300)
     llm.read_prompt(tokens(400))
     assert llm.kv_stats().n_prompt == 400 and llm.n_ctx() == 512
+
+
+@pytest.mark.parametrize("options", [{}, {"kv_size": 24}], ids=["stock", "compressed"])
+def test_a_model_that_was_closed_says_so(make_model: Callable[..., Path], library: None, options: dict[str, Any]) -> None:
+    llm = load(make_model(SHAPES[1]), **options)
+    answer = llm.generate(tokens(40), temp=0.0)
+    next(answer)
+    llm.close()
+    llm.close()
+    asked: list[Callable[[], Any]] = [
+        lambda: next(answer), lambda: next(llm.generate(tokens(40))), lambda: llm("a", max_tokens=1), lambda: llm.eval([5]), lambda: llm.policy,
+        lambda: llm.save_state(), lambda: llm.tokenize(b"a"), lambda: llm.n_ctx(), lambda: llm.last_logits,
+    ]  # fmt: skip
+    if options:
+        asked += [
+            lambda: llm.reset(),
+            lambda: llm.kv_stats(),
+            lambda: llm.kv_positions(0, 0),
+            lambda: llm.configure(kv_size=32),
+            lambda: llm.kv_text(),
+        ]
+    for what in asked:
+        with pytest.raises(ValueError, match="the model was closed: load it again"):
+            what()
+
+
+@pytest.mark.parametrize("name", ["type_k", "type_v"])
+def test_types_whose_blocks_a_head_does_not_fill_are_refused_with_the_remedy(
+    name: str, make_model: Callable[..., Path], library: None
+) -> None:
+    path = make_model(Shape("llama-80", "llama", 4, 2, head_dim=80))
+    with pytest.raises(ValueError, match=f"{name}=8: q8_0 joins 32 values to a block, which heads of 80 values do not fill: use f16"):
+        load(path, kv_size=24, **{name: 8})
+
+
+@pytest.mark.parametrize("value", [999, -1, 5, 26, "q8_0", True])
+@pytest.mark.parametrize("options", [{}, {"kv_size": 24}], ids=["stock", "compressed"])
+def test_types_that_cells_cannot_have_are_refused(
+    make_model: Callable[..., Path], library: None, options: dict[str, Any], value: Any
+) -> None:
+    for name in ("type_k", "type_v"):
+        with pytest.raises(
+            ValueError, match=f"{name}={value!r}: it must be the number of a type, one of 0 = f32, 1 = f16, 30 = bf16, 8 = q8_0"
+        ):
+            load(make_model(SHAPES[1]), **options, **{name: value})
+
+
+@pytest.mark.parametrize("seq_id", [1, -1, True, "a", 0.5])
+def test_a_sequence_that_is_not_there_is_refused_with_the_remedy(make_model: Callable[..., Path], library: None, seq_id: Any) -> None:
+    llm = load(make_model(SHAPES[1]), kv_size=24)
+    llm.read_prompt(tokens(40))
+    for what in (
+        lambda: llm.kv_text(seq_id=seq_id),
+        lambda: llm.kv_plot(seq_id=seq_id),
+        lambda: llm.kv_stats(seq_id),
+        lambda: llm.kv_positions(0, 0, seq_id),
+    ):
+        with pytest.raises(
+            ValueError, match=f"seq_id={seq_id!r}: .*in .0, 0., the sequences of the context: create Llama with a larger n_seq_max"
+        ):
+            what()
 
 
 @pytest.mark.parametrize("option", [{"kv_generated_rank": "recent"}, {"kv_generated_scope": "all"}, {"kv_generated_slack": 8}])

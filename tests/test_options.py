@@ -56,6 +56,12 @@ def test_an_option_of_the_compression_without_an_amount_is_an_error(options: dic
         load(make_model(SHAPES[1]), **options)
 
 
+@pytest.mark.parametrize("value", ["no", 1, "True"])
+def test_kv_reuse_is_true_or_false(value: Any, make_model: MakeModel) -> None:
+    with pytest.raises(ValueError, match=f"kv_reuse={value!r}: it must be True or False"):
+        load(make_model(SHAPES[1]), kv_size=64, kv_reuse=value)
+
+
 def test_a_misspelt_policy_names_the_nearest_one(make_model: MakeModel) -> None:
     for amount in ({}, {"kv_size": 64}):
         with pytest.raises(ValueError, match="policy='razr': it must be one of .*: did you mean 'razor'"):
