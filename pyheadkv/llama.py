@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import re
 import sys
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
@@ -844,6 +845,18 @@ class Llama(llama_cpp.Llama):
         if self._is_rendering:
             raise _Rendered(prompt)
         return super().create_completion(prompt, *args, **kwargs)
+
+    def _create_completion(self, *args: Any, **kwargs: Any) -> Iterator[Any]:
+        try:
+            yield from super()._create_completion(*args, **kwargs)
+        except ValueError as e:
+            found = re.match(r"Requested tokens \((\d+)\) exceed", str(e))
+            if found is None or self._n_ctx == self.n_ctx():  # what it says is right
+                raise
+            raise ValueError(
+                f"{found[1]} tokens of a prompt: completions end at {self._n_ctx} (kv_limit, or the length that the model was trained with): "
+                "use a larger kv_limit or a shorter prompt"
+            ) from None
 
     def create_chat_completion(self, messages: list[Any], *args: Any, protect_system: bool = False, **kwargs: Any) -> Any:
         """As ``llama_cpp.Llama.create_chat_completion``.

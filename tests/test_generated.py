@@ -178,10 +178,14 @@ def test_states_that_do_not_fit_are_refused(make_model: MakeModel) -> None:
         for token in tokens(50):
             llm.eval([token])
         state = llm.save_state()
-        with pytest.raises(ValueError, match="its version is 9, that of this context is 5"):
+        with pytest.raises(
+            ValueError, match="its version is 9, that of this context is 5: it was saved with kv_generated, which this context has not"
+        ):
             off.load_state(state)
         off.read_prompt(tokens(200))
-        with pytest.raises(ValueError, match="its version is 5, that of this context is 9"):
+        with pytest.raises(
+            ValueError, match="its version is 5, that of this context is 9: it was saved without kv_generated, which this context has"
+        ):
             llm.load_state(off.save_state())
         llm.configure(policy="snapkv", power=2)
         with pytest.raises(ValueError, match="bounded by the budgets of another policy"):
@@ -356,6 +360,12 @@ def test_positions_go_on_beyond_n_ctx(make_model: MakeModel) -> None:
     with closing(load(path, **options, kv_limit=300)) as llm:
         choice = llm.create_completion(tokens(200), max_tokens=None, temperature=0.0, logit_bias={2: -1e9})
         assert choice["choices"][0]["finish_reason"] == "length" and 299 <= llm.n_tokens <= 302
+        for stream in (False, True):
+            with pytest.raises(
+                ValueError, match=r"310 tokens of a prompt: completions end at 300 .*: use a larger kv_limit or a shorter prompt"
+            ):
+                answer = llm.create_completion(tokens(310), max_tokens=4, stream=stream)
+                next(answer)
 
 
 ON_AND_ON: dict[str, Any] = {"temperature": 0.0, "logit_bias": {2: -1e9}}  # without an end

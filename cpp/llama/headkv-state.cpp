@@ -367,7 +367,13 @@ void llama_kv_cache_ragged::state_read(llama_io_read_i & io, llama_seq_id seq_id
         if (from.number<uint32_t>() != STATE_MAGIC) {
             throw std::runtime_error("it is not one of a compressed cache");
         }
-        from.expect(version_of(the_store, the_beside != nullptr, the_queries != nullptr), "its version");
+        const uint32_t version = version_of(the_store, the_beside != nullptr, the_queries != nullptr);
+        if (const uint32_t x = from.number<uint32_t>(); x != version) {
+            const char * why = version == x + STATE_GENERATED ? "it was saved without kv_generated, which this context has"
+                    : x == version + STATE_GENERATED          ? "it was saved with kv_generated, which this context has not"
+                                                              : "it is of another kind of model, or of another version of this library";
+            throw std::runtime_error(format("its version is %u, that of this context is %u: %s", x, version, why));
+        }
         if (from.number<uint32_t>() != (one ? STATE_SEQUENCE : STATE_CONTEXT)) {
             throw std::runtime_error(one ? "it is one of a whole context, not of a sequence" : "it is one of a sequence, not of a whole context");
         }
