@@ -18,6 +18,7 @@ import json
 import platform
 import random
 import socket
+import statistics
 import sys
 import tempfile
 import threading
@@ -277,7 +278,8 @@ def main() -> int:
             crashed = server.process.poll() is not None
             evictions, evicted = server.metric("kv_generated_evictions_total"), server.metric("kv_generated_cells_evicted_total")
     quarter = max(1, len(soak.rss) // 4)
-    first, last = max(soak.rss[quarter : 2 * quarter] or soak.rss), max(soak.rss[-quarter:])
+    second, fourth = soak.rss[quarter : 2 * quarter] or soak.rss, soak.rss[-quarter:]
+    first, last = max(second), max(fourth)
     is_flat = last < 1.05 * first + 4 * 2**20
     lines = [
         f"{sum(soak.counts.values())} requests from {args.slots} clients to {args.slots} slots of {N_CTX} tokens in {seconds:.0f} s, {soak.n_tokens} tokens "
@@ -290,7 +292,8 @@ def main() -> int:
         f"answers that took the other one of two tokens whose logits differ by less than {TIE}: {len(soak.ties)} "
         f"(largest difference {max(soak.ties, default=0.0):.4f}); left at the end: {left or 'nothing'}",
         "",
-        f"resident memory of no file, largest: {first / 2**20:.1f} MiB in the second quarter, {last / 2**20:.1f} MiB in the last",
+        f"resident memory of no file, largest: {first / 2**20:.1f} MiB in the second quarter, {last / 2**20:.1f} MiB in the last; "
+        f"median: {statistics.median(second) / 2**20:.1f} and {statistics.median(fourth) / 2**20:.1f} MiB",
         "",
         *soak.wrong[:20],
     ]
