@@ -68,7 +68,7 @@ static headkv_policy_info info_of(const headkv_config & cfg) {
     const std::lock_guard<std::mutex> lock(mutex);
     const auto & b = *cfg.budget;
     return { names.insert(cfg.policy).first->c_str(), b.name, cfg.rank->name, headkv_fit_name(cfg.fit), b.by_importance, b.by_beta, b.by_replay,
-        cfg.rank->by_window, cfg.rank->by_sums || cfg.fit == HEADKV_FIT_VALUES, b.keeps_all };
+        cfg.rank->by_window, cfg.rank->by_sums || headkv_needs_refs(cfg), b.keeps_all };
 }
 
 int32_t headkv_find_policy(const char * policy, const char * budget, const char * rank, const char * fit, struct headkv_policy_info * dst) {

@@ -142,8 +142,8 @@ headkv_archive_hit llama_kv_cache_ragged::find_archived(const headkv_split & spl
     const headkv_seq & seq = seqs[split.to_staging[0].seq_id_unq[0]];
     const headkv_config & with = *(seq.cfg ? seq.cfg : seq.cfg_next ? seq.cfg_next
                                                                     : cfg);
-    // attention cannot be summed, nor values fitted, without the queries of all tokens; other prompts are in the way
-    if (with.rank->by_sums || with.fit == HEADKV_FIT_VALUES || n_staged() != (uint32_t) seq.n_pos || (seq.n_pos > 0 && (seq.adapters != adapters || seq.n_alike != seq.n_pos))) {
+    // attention cannot be summed or expected, nor values fitted, without the queries of all tokens; other prompts are in the way
+    if (with.rank->by_sums || headkv_needs_refs(with) || n_staged() != (uint32_t) seq.n_pos || (seq.n_pos > 0 && (seq.adapters != adapters || seq.n_alike != seq.n_pos))) {
         return {};
     }
     // the queries of the last ones score, and an output is computed

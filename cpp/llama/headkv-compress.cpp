@@ -106,13 +106,21 @@ headkv_compression::headkv_compression(llama_context * lctx, headkv_staging & st
     if (std::find(cells.begin(), cells.end(), -1) != cells.end()) {
         throw std::runtime_error("the prompt has holes: evaluate it again");
     }
-    if (cfg->fit == HEADKV_FIT_VALUES && !keep_all) {
+    if (headkv_needs_refs(*cfg) && !keep_all) {
         auto of_refs = seq.ref_slots(seq_id);
         if (of_refs.empty()) {
-            throw std::runtime_error("queries that fit 'values' looks at are missing, because tokens were removed from the end of the prompt, or came "
-                                     "from the archive: configure the fit before the prompt, and evaluate it again");
+            const bool for_rank = cfg->rank->by_refs;
+            throw std::runtime_error(format("queries that %s looks at are missing, because tokens were removed from the end of the prompt, or came "
+                                            "from the archive: configure the %s before the prompt, and evaluate it again",
+                    for_rank ? "rank 'expected'" : "fit 'values'", for_rank ? "rank" : "fit"));
         }
-        fit = std::make_unique<headkv_values_fit>(headkv_ref_positions(seq.n_pos), std::move(of_refs), lctx->n_threads_batch());
+        const auto at = headkv_ref_positions(seq.n_pos);
+        if (cfg->rank->by_refs) {
+            expected = std::make_unique<headkv_expected>(at, of_refs, n, staging.twin());
+        }
+        if (cfg->fit == HEADKV_FIT_VALUES) {
+            fit = std::make_unique<headkv_values_fit>(at, std::move(of_refs), lctx->n_threads_batch());
+        }
     }
     contiguous = cells.back() - cells.front() == n - 1 && std::is_sorted(cells.begin(), cells.end());
 
@@ -194,6 +202,8 @@ void headkv_compression::score(work_t & w) {
         return;
     } else if (cfg->rank->by_sums) {
         score_by_sums(w);
+    } else if (expected) {
+        score_expected(w);
     } else if (cfg->rank->by_window) {
         headkv_set_data(w.t_slots, slots);
         if (!score_fused(w)) {
@@ -215,6 +225,11 @@ void headkv_compression::score_by_sums(work_t & w) {
         ggml_build_forward_expand(runner.gf, ggml_cpy(ctx, ggml_reshape_1d(ctx, s, n_prefix), w.scores_of_head(ctx, n_prefix, ih)));
     }
     runner.run();
+}
+
+void headkv_compression::score_expected(work_t & w) {
+    headkv_set_data(w.t_scores, expected->layer(runner, w.layer, staging.refs(w.layer.il), w.k_all, w.t_cells, n_prefix));
+    note_peak(w.scratch.n_bytes() + expected->n_bytes() + runner.n_bytes());
 }
 
 // all heads at once; false: the device lacks the ops

@@ -2,6 +2,7 @@
 // the store. All or nothing: abort() gives back what it has written.
 #pragma once
 
+#include "headkv-expected.h"
 #include "headkv-fit.h"
 #include "headkv-policy.h"
 #include "headkv-runner.h"
@@ -41,6 +42,7 @@ private:
 
     void score(work_t & w);
     void score_by_sums(work_t & w);
+    void score_expected(work_t & w);
     bool score_fused(work_t & w);
     void score_composed(work_t & w);
     void pool_by_budget(work_t & w);
@@ -81,6 +83,7 @@ private:
 
     std::vector<float> scores; // [n_prefix] of a policy that does not look at the queries
 
+    std::unique_ptr<headkv_expected> expected; // attention, if cells are ranked by it
     std::unique_ptr<headkv_values_fit> fit; // of the values, if they are fitted
 
     int64_t t_us_ = 0;

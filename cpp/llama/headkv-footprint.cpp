@@ -4,6 +4,7 @@
 #include "llama-kv-cache-ragged.h"
 
 #include "headkv-budget.h"
+#include "headkv-expected.h"
 #include "headkv-op.h"
 #include "headkv-refs.h"
 
@@ -34,8 +35,9 @@ static int64_t scratch_bytes(const headkv_layer_shape & layer, const headkv_conf
     const int64_t tensors = n * (H + 1) * sizeof(float) + n_kept + (n_window + cfg.recent + 5 * H) * sizeof(int32_t) + 10 * 64; // and what aligns them
     const int64_t score = n_window * sizeof(float) * (n_query + 2 * layer.n_head * n_chunk) + n * H * sizeof(float); // queries, sums, result
     const int64_t select = 2 * n * H * sizeof(int32_t) + n_kept; // sort keys, result
+    const int64_t expected = cfg.rank->by_refs ? headkv_expected_bytes(layer, n) : 0;
     const int64_t fit = cfg.fit == HEADKV_FIT_VALUES ? headkv_fit_bytes(layer, n, n_threads) : 0;
-    return tensors + std::max(score, select) + fit;
+    return tensors + std::max({ score, select, expected }) + fit;
 }
 
 headkv_footprint llama_kv_cache_ragged::footprint(const headkv_config & with, uint32_t n_prompt, uint32_t n_predict, bool layered, int64_t n_ubatch) const {
@@ -47,7 +49,7 @@ headkv_footprint llama_kv_cache_ragged::footprint(const headkv_config & with, ui
     const int64_t n_tail = std::max<int64_t>(headkv_n_tail(with, n_prompt), n_held);
 
     const int64_t n_slots = (int64_t) with.window * seqs.size() + 1;
-    const int64_t n_refs = with.fit == HEADKV_FIT_VALUES ? std::min<int64_t>(HEADKV_REF_SLOTS, n_ctx_seq) * seqs.size() + 1 : 0;
+    const int64_t n_refs = headkv_needs_refs(with) ? std::min<int64_t>(HEADKV_REF_SLOTS, n_ctx_seq) * seqs.size() + 1 : 0;
 
     headkv_footprint res = {};
     res.size = sizeof(res);

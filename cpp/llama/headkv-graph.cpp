@@ -5,6 +5,7 @@
 
 #include "headkv-attend-prompt.h"
 #include "headkv-error.h"
+#include "headkv-expected.h"
 #include "headkv-refs.h"
 #include "headkv-stages.h"
 #include "llama-kv-cache-ragged.h"
@@ -27,14 +28,14 @@ void llama_kv_cache_ragged::refuse(const std::string & why) const {
     throw std::runtime_error(what);
 }
 
-std::string llama_kv_cache_ragged::why_no_values(const headkv_config & c) const {
+std::string llama_kv_cache_ragged::why_no_rank(const headkv_config & c) const {
     for (const auto & layer : the_store.layers) {
         if (c.rank->values == HEADKV_VALUES_OUTPUT && !layer.wo) {
             return format("policy '%s' needs the output matrix of layer %d, which is not applied to the attention as it is: use policy 'snapkv'",
                     c.policy.c_str(), layer.il);
         }
     }
-    return "";
+    return c.rank->by_refs ? headkv_why_no_expected(the_store.layers) : "";
 }
 
 void llama_kv_cache_ragged::note_layers(const std::string & why_not) {
@@ -184,7 +185,7 @@ static ggml_tensor * rows_2d(ggml_context * ctx, ggml_tensor * x) {
 
 // What the graph says of a layer; a worst-case graph is built when the context is created: a refusal ends up there.
 static void note_layer(const llm_graph_context & gctx, headkv_input & inp, ggml_tensor * wo, ggml_tensor * wo_s,
-        ggml_tensor * v_cur, bool is_flat, ggml_tensor * kq_b, ggml_tensor * sinks, float kq_scale, int il) {
+        const ggml_tensor * q_cur, ggml_tensor * v_cur, bool is_flat, ggml_tensor * kq_b, ggml_tensor * sinks, float kq_scale, int il) {
     const auto * mctx = inp.mctx_ragged;
     auto * kv = mctx->get_kv();
     headkv_store_layer * layer = kv->store().find(il);
@@ -212,8 +213,9 @@ static void note_layer(const llm_graph_context & gctx, headkv_input & inp, ggml_
     layer->wo = wo && wo->ne[0] == (int64_t) layer->n_embd_head_v * layer->n_head ? wo : nullptr;
     layer->wo_s = wo_s;
     layer->sinks = sinks;
+    layer->rope = headkv_rope_of(q_cur);
     if (mctx->is_full() && kv->is_graph_complete()) {
-        const std::string why_not = kv->why_no_values(kv->config());
+        const std::string why_not = kv->why_no_rank(kv->config());
         if (!why_not.empty()) {
             kv->refuse(why_not);
         }
@@ -355,7 +357,7 @@ ggml_tensor * headkv_build_attn(const llm_graph_context & gctx, llm_graph_input_
         if (is_flat) {
             v_cur = ggml_reshape_3d(ctx, v_cur, n_embd_head_v, gctx.hparams.n_head_kv(il), gctx.n_tokens);
         }
-        note_layer(gctx, *inp, wo, wo_s, v_cur, is_flat, kq_b, sinks, kq_scale, il);
+        note_layer(gctx, *inp, wo, wo_s, q_cur, v_cur, is_flat, kq_b, sinks, kq_scale, il);
         if (!inp->store) {
             build_capture(gctx, *inp, q_cur, k_cur, il);
         }

@@ -9,6 +9,10 @@
 
 static const char * const FITS[] = { "none", "mean", "values" }; // enum headkv_fit
 
+bool headkv_needs_refs(const headkv_config & cfg) {
+    return cfg.rank->by_refs || cfg.fit == HEADKV_FIT_VALUES;
+}
+
 const char * headkv_fit_name(headkv_fit fit) {
     return FITS[fit];
 }
@@ -31,14 +35,15 @@ const std::vector<headkv_budget_kind> & headkv_budget_list() {
 
 const std::vector<headkv_rank_kind> & headkv_rank_list() {
     static const std::vector<headkv_rank_kind> kinds = {
-        // name, window, sums, values, sinks
-        { "attention", true, false, HEADKV_VALUES_NONE, 0, nullptr, nullptr },
-        { "value", false, false, HEADKV_VALUES_NORM, 4, nullptr, headkv_rank_value },
-        { "attention*value", true, false, HEADKV_VALUES_NORM, 4, nullptr, headkv_rank_product },
-        { "output", false, false, HEADKV_VALUES_OUTPUT, 4, nullptr, headkv_rank_value },
-        { "critical", true, false, HEADKV_VALUES_OUTPUT, 0, nullptr, headkv_rank_critical },
-        { "sums", false, true, HEADKV_VALUES_NONE, 0, nullptr, nullptr },
-        { "recent", false, false, HEADKV_VALUES_NONE, 4, headkv_rank_recent, nullptr },
+        // name, window, sums, references, values, sinks
+        { "attention", true, false, false, HEADKV_VALUES_NONE, 0, nullptr, nullptr },
+        { "value", false, false, false, HEADKV_VALUES_NORM, 4, nullptr, headkv_rank_value },
+        { "attention*value", true, false, false, HEADKV_VALUES_NORM, 4, nullptr, headkv_rank_product },
+        { "expected", false, false, true, HEADKV_VALUES_NORM, 4, nullptr, headkv_rank_expected },
+        { "output", false, false, false, HEADKV_VALUES_OUTPUT, 4, nullptr, headkv_rank_value },
+        { "critical", true, false, false, HEADKV_VALUES_OUTPUT, 0, nullptr, headkv_rank_critical },
+        { "sums", false, true, false, HEADKV_VALUES_NONE, 0, nullptr, nullptr },
+        { "recent", false, false, false, HEADKV_VALUES_NONE, 4, headkv_rank_recent, nullptr },
     };
     return kinds;
 }

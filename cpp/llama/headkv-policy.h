@@ -57,6 +57,7 @@ struct headkv_rank_kind {
     const char * name;
     bool by_window; // scores begin as the attention that the window pays to each cell
     bool by_sums;   // same, of all queries of the prompt, not pooled
+    bool by_refs;   // as the attention that queries like the references are expected to pay
     headkv_values values;
     int32_t n_sinks; // default of the option
 
@@ -73,6 +74,9 @@ struct headkv_policy {
     const char * rank;
     headkv_fit fit;
 };
+
+// whether it looks at the reference queries of a prompt
+bool headkv_needs_refs(const headkv_config & cfg);
 
 const std::vector<headkv_budget_kind> & headkv_budget_list();
 const std::vector<headkv_rank_kind> & headkv_rank_list();

@@ -30,10 +30,10 @@ std::vector<std::vector<uint32_t>> llama_kv_cache_ragged::checked_budgets(const 
     if (b.rank->by_sums && !the_staging.sums(the_store.layers[0].il, true)) {
         throw std::invalid_argument(format("policy '%s' looks at all tokens while they are read: create the context with it", b.policy.c_str()));
     }
-    if (b.fit == HEADKV_FIT_VALUES && the_staging.n_refs() == 0) {
-        throw std::invalid_argument("fit 'values' looks at queries of the whole prompt while it is read: create the context with it");
+    if (headkv_needs_refs(b) && the_staging.n_refs() == 0) {
+        throw std::invalid_argument(format("%s looks at queries of the whole prompt while it is read: create the context with it", b.rank->by_refs ? "rank 'expected'" : "fit 'values'"));
     }
-    for (const std::string & why_not : { why_no_fit(b), why_no_values(b) }) {
+    for (const std::string & why_not : { why_no_fit(b), why_no_rank(b) }) {
         if (!why_not.empty()) {
             throw std::invalid_argument(why_not);
         }

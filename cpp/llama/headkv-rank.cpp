@@ -19,6 +19,11 @@ void headkv_rank_product(headkv_scored & layer) {
             [](float s, float v) { return s < HEADKV_PROTECTED ? s * v : s; });
 }
 
+void headkv_rank_expected(headkv_scored & layer) {
+    std::transform(layer.scores.begin(), layer.scores.end(), layer.values.begin(), layer.scores.begin(),
+            [](float s, float v) { return s < HEADKV_PROTECTED ? (s + HEADKV_EXPECTED_EPSILON) * v : s; });
+}
+
 void headkv_rank_critical(headkv_scored & layer) {
     const int64_t n = layer.n_prefix;
     std::vector<int64_t> order(n);

@@ -1,6 +1,7 @@
-// The reference queries of a prompt, by which the values of kept cells are fitted (headkv-fit.h): those of tokens spread
-// evenly over it, one query head of each group. Nobody has to know how long it will be: whenever it has outgrown the slots,
-// twice as far apart is close enough, and every second one of those that are there makes room for a later one.
+// The reference queries of a prompt, by which the values of kept cells are fitted (headkv-fit.h) and attention is expected
+// (headkv-expected.h): those of tokens spread evenly over it, one query head of each group. Nobody has to know how long it will be:
+// whenever it has outgrown the slots, twice as far apart is close enough, and every second one of those that are there makes
+// room for a later one.
 #pragma once
 
 #include "llama.h"

@@ -9,6 +9,7 @@
 
 #include "headkv-attend.h"
 
+#include <array>
 #include <cstdint>
 #include <map>
 #include <memory>
@@ -57,6 +58,15 @@ struct headkv_layer_shape {
     size_t n_bytes_cell() const; // K and V of one token
 };
 
+// how the graph rotates queries by their positions, see headkv_rope_of()
+struct headkv_rope {
+    bool is_known = false;
+    std::array<int32_t, 16> params = {}; // of GGML_OP_ROPE, but that lengths stay
+    ggml_tensor * factors = nullptr; // of its frequencies, or null
+
+    bool operator==(const headkv_rope & other) const { return is_known == other.is_known && params == other.params && factors == other.factors; }
+};
+
 struct headkv_store_layer : headkv_layer_shape {
     bool fused = false; // decode with the fused op, else composed of ggml ops
     bool fused_prompt = false; // same, while a prompt is read
@@ -74,6 +84,8 @@ struct headkv_store_layer : headkv_layer_shape {
     // output matrix [n_embd_head_v*n_head, n_embd] and its scale, as the graph applies them to the attention; null = it does not
     ggml_tensor * wo = nullptr;
     ggml_tensor * wo_s = nullptr;
+
+    headkv_rope rope;
 
     ggml_tensor * sinks = nullptr; // F32 [n_head] of its attention, see headkv-stages.h; null = it has none
 };

@@ -68,7 +68,7 @@ std::string llama_kv_cache_ragged::why_no_fit(const headkv_config & c) const {
 
 headkv_staging::params_t llama_kv_cache_ragged::staging_params() const {
     return { type_k, type_v, cparams.offload_kqv, cparams.n_ctx, cparams.n_seq_max, (llama_pos) cfg->window,
-        cfg->fit == HEADKV_FIT_VALUES ? std::min<int64_t>(HEADKV_REF_SLOTS, n_ctx_seq) : 0, cfg->rank->by_sums, cfg->hidden_f16, masks() };
+        headkv_needs_refs(*cfg) ? std::min<int64_t>(HEADKV_REF_SLOTS, n_ctx_seq) : 0, cfg->rank->by_sums, cfg->hidden_f16, masks() };
 }
 
 std::vector<headkv_layer_shape> llama_kv_cache_ragged::shapes() const {

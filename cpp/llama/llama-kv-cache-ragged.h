@@ -193,7 +193,7 @@ public:
     //
 
     // why the policy cannot have the values that it needs, empty = it can; after the first worst-case graph
-    std::string why_no_values(const headkv_config & c) const;
+    std::string why_no_rank(const headkv_config & c) const;
 
     // the layer whose sums or states are in a tensor, -1 = those of none
     int32_t layer_of(const ggml_tensor * t) const;

@@ -40,7 +40,7 @@ MAX_COPIES = 32  # of a prompt at a time; each has window queries in the memory 
 N_ROOM = 512  # tokens of the context for follow-up questions and answers
 
 
-FITTING = "uniform/value/values"  # a policy that fits values
+REFERRING = "uniform/value/values"  # a policy for which queries of the whole prompt are noted
 
 
 @dataclass(frozen=True)
@@ -133,11 +133,12 @@ class Worker:
         return self.trials[policy, archived]
 
     def _reads(self, setting: Setting) -> str:
-        """The policy that a prompt has to be read with, "" = any; those that fit values share a context, and others take part."""
+        """The policy that a prompt has to be read with, "" = any; those that look at queries of all of it share a context, and others take part."""
         compressed = [s.policy for s in self.job.settings if s.policy not in (FULL, NONE)]
         if setting.policy in compressed and policy_traits(setting.policy).rank == b"sums":
             return setting.policy
-        return FITTING if any(policy_traits(policy).fit == b"values" for policy in compressed) else ""
+        traits = [policy_traits(policy) for policy in compressed]
+        return REFERRING if any(t.fit == b"values" or t.rank == b"expected" for t in traits) else ""
 
     def run(self, i_task: int, i_quiz: int) -> dict[str, Any]:
         """All answers about one context: one line of the output."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -13,12 +13,13 @@ from .. import _lib
 from ..options import DEFAULT_BETA, policy_traits
 from . import reference
 
-SINKS = {"recent": 4, "value": 4, "attention*value": 4, "output": 4}  # of the ranks
+SINKS = {"recent": 4, "value": 4, "attention*value": 4, "expected": 4, "output": 4}  # of the ranks
 FLOORS = {"adaptive": 0.2, "importance+adaptive": 0.5}  # budgets by which the prompt moves cells within a layer
 F16 = 1  # ggml type
 
 Kept = list[list[NDArray[np.int32]]]
 Rows = dict[tuple[int, int], NDArray[np.float32]]  # by layer and KV head
+Rope = Callable[[NDArray[np.float64], NDArray[np.int64]], NDArray[np.float64]]
 Fitted = dict[tuple[int, int], tuple[NDArray[np.float64], float, float]]
 
 
@@ -145,6 +146,8 @@ def scores_of(llm: Any, shape: Shape, il: int, cells: NDArray[np.int64]) -> NDAr
         return lengths_of(llm, shape, il, n_prefix)
     if rank == "output":
         return norms_of(llm, shape, il, n_prefix)
+    if rank == "expected":
+        return (expected_of(llm, shape, il, n_prefix) + reference.EXPECTED_EPSILON) * lengths_of(llm, shape, il, n_prefix)
     if rank == "sums":
         q = all_queries(llm, shape)[il]
         sums = reference.attention_sums(q, head_rows(llm, shape, il, v=False), q_round=np.float16, **uncapped(llm, il))
@@ -168,9 +171,29 @@ def lengths_of(llm: Any, shape: Shape, il: int, n_prefix: int) -> NDArray[np.flo
     return norms.T
 
 
+def expected_of(llm: Any, shape: Shape, il: int, n_prefix: int) -> NDArray[np.float64]:
+    """Expected attention to the cells of a layer, (n_head_kv, n_prefix): of the engine's references, of which its keys are not rotated."""
+    q, rope, how = references(llm, shape, il).astype(np.float64), rope_of(llm.model_path), uncapped(llm, il)
+    at = reference.reference_positions(llm.n_tokens)
+    of_heads = reference.reference_heads(at, n_head=shape.n_head, n_head_kv=shape.n_head_kv)
+    counts = at >= reference.N_EXPECTED_FIRST
+    q, of_heads = rope(q, -at.astype(np.int64))[counts], of_heads[counts]
+    k = head_rows(llm, shape, il, v=False)[:n_prefix]
+    rotation = reference.mean_rotation(rope, llm.n_tokens, head_dim=shape.head_dim)
+    return np.stack([
+        reference.expected_attention(q[:, ih], of_heads[:, ih], k[:, ih], rotation=rotation, scale=how["scale"])
+        for ih in range(shape.n_head_kv)
+    ])  # fmt: skip
+
+
 @functools.lru_cache(maxsize=4)
 def _model_of(path: str) -> reference.ReferenceModel:
     return reference.ReferenceModel(path)
+
+
+def rope_of(path: str) -> Rope:
+    """The rotation of queries (n, n_heads, head_dim) at positions (n,)."""
+    return _model_of(path).rope
 
 
 def norms_of(llm: Any, shape: Shape, il: int, n_prefix: int) -> NDArray[np.float64]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -528,6 +528,56 @@ def value_norms(v: ArrayLike, wo: ArrayLike, *, n_head: int) -> NDArray[np.float
     return mean
 
 
+N_EXPECTED_FIRST = 4  # tokens whose queries and cells take no part
+N_AHEAD = 512  # positions behind a prompt
+EXPECTED_EPSILON = 0.02
+
+
+def mean_rotation(
+    rope: Callable[[NDArray[np.float64], NDArray[np.int64]], NDArray[np.float64]], first: int, *, head_dim: int, n: int = N_AHEAD
+) -> NDArray[np.float64]:
+    """What positions first to first + n - 1 make of a query that is not rotated yet, on average: (head_dim, head_dim), x @ it.
+
+    Parameters
+    ----------
+    rope : of x (n, n_heads, head_dim) and positions (n,)
+    """
+    turned = rope(np.tile(np.eye(head_dim), (n, 1, 1)), np.arange(first, first + n))
+    mean: NDArray[np.float64] = turned.mean(axis=0)
+    return mean
+
+
+def expected_attention(
+    q: ArrayLike, heads: ArrayLike, k: ArrayLike, *, rotation: ArrayLike, scale: float, softcap: float = 0.0
+) -> NDArray[np.float64]:
+    """Attention that queries are expected to pay if they are normally distributed, with the mean and covariance of those of the prompt.
+
+    After Expected Attention (arXiv 2510.00636). The first cells have the score 1 and take no part.
+
+    Parameters
+    ----------
+    q : (n, head_dim) queries of the group of one KV head, before RoPE
+    heads : (n,) which query head each one is of; heads of which there is none do not count
+    k : (n_prefix, head_dim) keys, after RoPE
+    rotation : see :func:`mean_rotation`
+
+    Returns
+    -------
+    (n_prefix,) float64, mean over the query heads
+    """
+    queries, keys = np.asarray(q, dtype=np.float64) @ np.asarray(rotation), np.asarray(k, dtype=np.float64)
+    which, rest = np.asarray(heads), keys[N_EXPECTED_FIRST:]
+    scores = np.ones(len(keys))
+    rows = []
+    for head in np.unique(which):
+        some = queries[which == head]
+        mean, covariance = some.mean(axis=0), np.cov(some.T, bias=True)
+        logits = scale * rest @ mean + scale**2 / 2 * np.einsum("nd,de,ne->n", rest, covariance, rest)
+        rows.append(softmax(softcap * np.tanh(logits / softcap) if softcap else logits))
+    scores[N_EXPECTED_FIRST:] = np.mean(rows, axis=0)
+    return scores
+
+
 def critical_scores(scores: ArrayLike, norms: ArrayLike, cells: ArrayLike, *, protected: ArrayLike | None = None) -> NDArray[np.float64]:
     """Scores of policy "criticalkv": the first half of a head's cells by score are certain, the odd one included; the
     other cells score what they did times the norm of their value.
@@ -927,8 +977,8 @@ class ReferenceModel:
         if self.arch == "qwen3":
             q = self._rms_norm(q, f"blk.{il}.attn_q_norm.weight")
             k = self._rms_norm(k, f"blk.{il}.attn_k_norm.weight")
-        self.q[il] = np.concatenate([self.q[il], self._rope(q, position)])
-        self.k[il] = np.concatenate([self.k[il], _round(self._rope(k, position), self.kv_round)])
+        self.q[il] = np.concatenate([self.q[il], self.rope(q, position)])
+        self.k[il] = np.concatenate([self.k[il], _round(self.rope(k, position), self.kv_round)])
         self.v[il] = np.concatenate([self.v[il], _round(v, self.kv_round)])
         rows = position.astype(np.int32)
         self.positions[il] = [np.concatenate([kept, rows]) for kept in self.positions[il]]
@@ -953,7 +1003,7 @@ class ReferenceModel:
         gate = self._linear(x, f"blk.{il}.ffn_gate")
         return self._linear(gate / (1 + np.exp(-gate)) * self._linear(x, f"blk.{il}.ffn_up"), f"blk.{il}.ffn_down")
 
-    def _rope(self, x: NDArray[np.float64], position: NDArray[np.int64]) -> NDArray[np.float64]:
+    def rope(self, x: NDArray[np.float64], position: NDArray[np.int64]) -> NDArray[np.float64]:
         """Rotate (n_tokens, n_heads, head_dim): pairs (2i, 2i+1) in llama, (i, i + n_rot/2) in qwen2 and qwen3."""
         half = self.n_rot // 2
         freq = self.rope_theta ** (-np.arange(half) / half)
