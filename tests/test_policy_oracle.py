@@ -568,7 +568,10 @@ def test_auto_knows_the_two_situations(has_importance: bool, has_table: bool, ma
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"policy": "mix/values"}, "rank is 'values': it must be one of attention, value, attention.value, expected, output, critical, sums, recent"),
+        (
+            {"policy": "mix/values"},
+            "rank is 'values': it must be one of attention, value, attention.value, expected, outlying, output, critical, sums, recent",
+        ),
         ({"policy": "mixed/value"}, "budget is 'mixed': it must be one of uniform, importance, replay, mix, adaptive"),
         ({"policy": "snapkv", "fit": "value"}, "fit is 'value': it must be one of none, mean, values"),
         ({"policy": "uniform/value/none/x"}, "fit is 'none/x'"),

@@ -1,6 +1,7 @@
 #include "headkv-compress.h"
 
 #include "headkv-budget.h"
+#include "headkv-rank.h"
 #include "headkv-refs.h"
 #include "headkv-stages.h"
 
@@ -293,7 +294,7 @@ void headkv_compression::refine(work_t & w) {
     if (keep_all || !(cfg->rank->refine || cfg->budget->adapts)) {
         return;
     }
-    headkv_scored scored = { n_prefix, n_protected, headkv_get_data<float>(w.t_scores, n_prefix * w.H), {}, std::move(w.n_keep) };
+    headkv_scored scored = { n_prefix, n_protected, headkv_get_data<float>(w.t_scores, n_prefix * w.H), {}, std::move(w.n_keep), &tokens };
     if (cfg->rank->refine) {
         scored.values = number_values(w);
         cfg->rank->refine(scored);
@@ -325,9 +326,32 @@ void headkv_compression::output_columns(work_t & w, int64_t ih, ggml_tensor * t_
     runner.run();
 }
 
+// values of a head and of some positions, F32
+static ggml_tensor * values_of(ggml_context * ctx, const ggml_tensor * v_all, int64_t D, int64_t ih, ggml_tensor * cells) {
+    ggml_tensor * of_head = ggml_view_2d(ctx, const_cast<ggml_tensor *>(v_all), D, v_all->ne[1], v_all->nb[1], ih * ggml_row_size(v_all->type, D));
+    return ggml_get_rows(ctx, of_head, cells);
+}
+
+void headkv_compression::mean_value(work_t & w, int64_t ih, int64_t n_step, ggml_tensor * t_share, ggml_tensor * t_mean) {
+    std::vector<double> sum(w.D_v, 0.0);
+    for (int64_t i = 0; i < n_prefix; i += n_step) {
+        const int64_t n_now = std::min(n_step, n_prefix - i);
+        runner.begin();
+        ggml_context * ctx = runner.ctx.get();
+        ggml_tensor * v = values_of(ctx, w.v_all, w.D_v, ih, ggml_view_1d(ctx, w.t_cells, n_now, i * sizeof(int32_t)));
+        ggml_tensor * part = headkv_build_mean(ctx, v, ggml_view_1d(ctx, t_share, n_now, i * sizeof(float)));
+        ggml_build_forward_expand(runner.gf, ggml_cpy(ctx, part, t_mean));
+        runner.run();
+        const auto found = headkv_get_data<float>(t_mean, w.D_v);
+        std::transform(sum.begin(), sum.end(), found.begin(), sum.begin(), std::plus<double>());
+    }
+    headkv_set_data(t_mean, std::vector<float>(sum.begin(), sum.end()));
+}
+
 std::vector<float> headkv_compression::number_values(work_t & w) {
     // cells at a time: what is made of their values takes 4 MiB
     const bool by_output = cfg->rank->values == HEADKV_VALUES_OUTPUT;
+    const bool by_distance = cfg->rank->values == HEADKV_VALUES_DISTANCE;
     const int64_t n_out = by_output ? w.layer.wo->ne[1] * w.G : w.D_v;
     const int64_t n_step = std::max<int64_t>(64, (1 << 20) / n_out);
 
@@ -335,7 +359,14 @@ std::vector<float> headkv_compression::number_values(work_t & w) {
     ggml_tensor * t_values = scratch.new_tensor(GGML_TYPE_F32, 1, n_prefix * w.H);
     ggml_tensor * t_columns = by_output ? scratch.new_tensor(GGML_TYPE_F32, w.D_v * w.G * w.H, w.D_v * w.G) : nullptr;
     ggml_tensor * t_wo = by_output ? scratch.new_tensor(GGML_TYPE_F32, w.D_v, n_out) : nullptr;
+    ggml_tensor * t_mean = by_distance ? scratch.new_tensor(GGML_TYPE_F32, w.D_v, 1) : nullptr;
+    ggml_tensor * t_share = by_distance ? scratch.new_tensor(GGML_TYPE_F32, n_prefix) : nullptr;
     scratch.alloc(w.layer.buft);
+    if (by_distance) {
+        std::vector<float> share(n_prefix, 1.0f / (float) std::max<int64_t>(1, n_prefix - HEADKV_N_FIRST));
+        std::fill_n(share.begin(), std::min(n_prefix, HEADKV_N_FIRST), 0.0f);
+        headkv_set_data(t_share, share);
+    }
 
     // quantised values are rotated, which does not change their norms
     headkv_scratch scratch_rot;
@@ -348,13 +379,17 @@ std::vector<float> headkv_compression::number_values(work_t & w) {
     for (int64_t ih = 0; ih < w.H; ++ih) {
         if (by_output) {
             output_columns(w, ih, t_columns, t_wo);
+        } else if (by_distance) {
+            mean_value(w, ih, n_step, t_share, t_mean);
         }
         for (int64_t i = 0; i < n_prefix; i += n_step) {
             const int64_t n_now = std::min(n_step, n_prefix - i);
             runner.begin();
             ggml_context * ctx = runner.ctx.get();
-            ggml_tensor * v_head = ggml_view_2d(ctx, w.v_all, w.D_v, w.v_all->ne[1], w.v_all->nb[1], ih * ggml_row_size(w.v_all->type, w.D_v));
-            ggml_tensor * v = ggml_get_rows(ctx, v_head, ggml_view_1d(ctx, w.t_cells, n_now, i * sizeof(int32_t)));
+            ggml_tensor * v = values_of(ctx, w.v_all, w.D_v, ih, ggml_view_1d(ctx, w.t_cells, n_now, i * sizeof(int32_t)));
+            if (by_distance) {
+                v = ggml_sub(ctx, v, t_mean);
+            }
             if (t_rot) {
                 v = llama_mul_mat_hadamard(ctx, v, t_rot);
             }

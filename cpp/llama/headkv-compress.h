@@ -56,6 +56,7 @@ private:
     void compensate(work_t & w); // writes the means of the cells that heads drop
     std::vector<float> number_values(work_t & w); // headkv_scored::values of the layer
     void output_columns(work_t & w, int64_t ih, ggml_tensor * t_columns, ggml_tensor * t_wo);
+    void mean_value(work_t & w, int64_t ih, int64_t n_step, ggml_tensor * t_share, ggml_tensor * t_mean); // of what is ranked
 
     // keys or values of one head in position order, [n_embd_head_k or n_embd_head_v, n]
     ggml_tensor * head_cells(work_t & w, ggml_tensor * all, int64_t ih);
@@ -80,6 +81,8 @@ private:
 
     headkv_cells n_keep;      // [il][ih] prefix cells
     int64_t n_protected; // of them, of every head
+
+    std::vector<double> tokens; // [n_prefix] what ranks note of them from layer to layer
 
     std::vector<float> scores; // [n_prefix] of a policy that does not look at the queries
 

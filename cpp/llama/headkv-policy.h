@@ -25,6 +25,7 @@ struct headkv_scored {
     std::vector<float> scores; // [n_head_kv][n_prefix], HEADKV_PROTECTED for these
     std::vector<float> values; // [n_head_kv][n_prefix], see headkv_values; empty unless the rank needs them
     std::vector<int64_t> n_keep; // [n_head_kv], at least n_protected, at most n_prefix
+    std::vector<double> * tokens = nullptr; // [n_prefix] what the layers before have noted of them, empty before the first one
 };
 
 // above every other score
@@ -50,6 +51,7 @@ struct headkv_budget_kind {
 enum headkv_values {
     HEADKV_VALUES_NONE,
     HEADKV_VALUES_NORM,   // its L2 norm
+    HEADKV_VALUES_DISTANCE, // how far it is from the mean of its head, L2
     HEADKV_VALUES_OUTPUT, // L1 norm of what it adds to the output of the layer, mean over the query heads
 };
 

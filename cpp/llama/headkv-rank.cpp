@@ -1,5 +1,7 @@
 #include "headkv-rank.h"
 
+#include "headkv-stages.h"
+
 #include <algorithm>
 #include <cmath>
 #include <numeric>
@@ -22,6 +24,28 @@ void headkv_rank_product(headkv_scored & layer) {
 void headkv_rank_expected(headkv_scored & layer) {
     std::transform(layer.scores.begin(), layer.scores.end(), layer.values.begin(), layer.scores.begin(),
             [](float s, float v) { return s < HEADKV_PROTECTED ? (s + HEADKV_EXPECTED_EPSILON) * v : s; });
+}
+
+void headkv_rank_outlying(headkv_scored & layer) {
+    const int64_t n = layer.n_prefix;
+    std::vector<double> & tokens = *layer.tokens;
+    tokens.resize(n, 0.0);
+    for (size_t ih = 0; ih < layer.n_keep.size() && n > HEADKV_N_FIRST; ++ih) {
+        const float * first = layer.values.data() + ih * n + HEADKV_N_FIRST;
+        const float * last = layer.values.data() + (ih + 1) * n;
+        const double mean = std::accumulate(first, last, 0.0) / (double) (last - first);
+        const double squares = std::accumulate(first, last, 0.0, [&](double sum, float x) { return sum + (x - mean) * (x - mean); });
+        const double deviation = std::sqrt(squares / (double) (last - first));
+        for (int64_t i = HEADKV_N_FIRST; i < n && deviation > 0.0; ++i) {
+            tokens[i] += (layer.values[ih * n + i] - mean) / deviation;
+        }
+    }
+    std::vector<float> spans(tokens.begin(), tokens.end());
+    headkv_pool_scores(spans.data(), n, HEADKV_POOL_AVG, HEADKV_SPAN);
+    headkv_pool_scores(spans.data(), n, HEADKV_POOL_MAX, HEADKV_SPAN);
+    for (size_t ih = 0; ih < layer.n_keep.size(); ++ih) {
+        std::copy(spans.begin(), spans.end(), layer.scores.begin() + ih * n);
+    }
 }
 
 void headkv_rank_critical(headkv_scored & layer) {

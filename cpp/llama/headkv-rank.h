@@ -16,6 +16,13 @@ void headkv_rank_product(headkv_scored & layer);
 constexpr float HEADKV_EXPECTED_EPSILON = 0.02f;
 void headkv_rank_expected(headkv_scored & layer);
 
+// By how far the values of a token are from the mean of their head, in standard deviations, the sum over all heads of this layer and of those
+// before: all heads of a layer have the same scores. Of whole spans: the mean over HEADKV_SPAN neighbours, then the largest of as many. The
+// first HEADKV_N_FIRST tokens take no part.
+constexpr int HEADKV_SPAN = 7;
+constexpr int64_t HEADKV_N_FIRST = 4;
+void headkv_rank_outlying(headkv_scored & layer);
+
 // CriticalKV: half of a head's cells by attention alone, the other half by attention times what the value moves the output
 // of the layer.
 void headkv_rank_critical(headkv_scored & layer);

@@ -578,6 +578,30 @@ def expected_attention(
     return scores
 
 
+SPAN = 7  # tokens
+
+
+def outlying_scores(v: Sequence[ArrayLike], *, n_prefix: int) -> NDArray[np.float64]:
+    """How far the values of each token are from those of the others, the same for all heads of a layer.
+
+    Parameters
+    ----------
+    v : of this layer and of those before, each (n_tokens, n_head_kv, head_dim)
+
+    Returns
+    -------
+    (n_prefix,) float64, pooled; the first tokens take no part
+    """
+    tokens = np.zeros(n_prefix)
+    for layer in v:
+        rest = np.asarray(layer, dtype=np.float64)[N_EXPECTED_FIRST:n_prefix]
+        if len(rest):
+            far = np.linalg.norm(rest - rest.mean(axis=0), axis=-1)
+            spread = far.std(axis=0)
+            tokens[N_EXPECTED_FIRST:] += ((far - far.mean(axis=0)) / np.where(spread > 0, spread, 1)).sum(axis=1)
+    return pool_scores(pool_scores(tokens, pool="avg", kernel=SPAN), pool="max", kernel=SPAN)
+
+
 def critical_scores(scores: ArrayLike, norms: ArrayLike, cells: ArrayLike, *, protected: ArrayLike | None = None) -> NDArray[np.float64]:
     """Scores of policy "criticalkv": the first half of a head's cells by score are certain, the odd one included; the
     other cells score what they did times the norm of their value.
