@@ -75,9 +75,10 @@ struct headkv_params {
                               // layers), "whole" (the most important heads keep all, the others what is protected and one), "all"
     const char * rank;        // which ones, same: "attention" (of the window), "value" (norm of the value), "attention*value", "expected"
                               // (attention that queries like those of the prompt are expected to pay, and the value; on the CPU),
-                              // "outlying" (tokens whose values, in all layers up to this one, are far from the mean), "output" (of
-                              // what the value adds to the output of the layer), "critical" (half by attention, half by attention times
-                              // output), "sums" (attention of all tokens of the prompt), "recent" (the last ones)
+                              // "outlying" (tokens whose values, in all layers up to this one, are far from the mean), "outlying+value"
+                              // (these, and in heads that keep more than the mean their own farthest), "output" (of what the value adds
+                              // to the output of the layer), "critical" (half by attention, half by attention times output), "sums"
+                              // (attention of all tokens of the prompt), "recent" (the last ones)
     const char * fit;         // what becomes of their values, same: "none", "mean" (one cell stands for those that are dropped), "values"
                               // (fitted to the answers that the prompt's own queries get from the full cache)
     const char * question;    // for "auto": "known" (the prompt ends with it) or "later" (a document for questions to come); NULL = known

@@ -185,8 +185,9 @@ class Llama(llama_cpp.Llama):
     rank : which cells, in place of the policy's own: "attention" (of the last queries), "value" (L2 norm of the value, the first 4
         cells are kept), "attention*value", "expected" (the attention that queries like those of the prompt are expected to pay, and the
         value; on the CPU), "outlying" (tokens whose values, in all layers up to this one, are far from the mean of their head, with their
-        neighbours), "output" (L1 norm of what the value adds to the output of the layer), "critical" (half by attention, half by
-        attention times output), "sums" (attention of all tokens), "recent" (the last ones)
+        neighbours), "outlying+value" (these, and in heads that keep more than the mean their own farthest), "output" (L1 norm of what the
+        value adds to the output of the layer), "critical" (half by attention, half by attention times output), "sums" (attention of all
+        tokens), "recent" (the last ones)
     fit : what becomes of their values, in place of the policy's own: "none", "mean" (one cell stands for those that are dropped)
         or "values" (fitted, so that the prompt's own queries get the answers of the full cache)
     question : for "auto": "known" (prompts end with it) or "later" (a document for questions to come); None = later with
@@ -226,7 +227,7 @@ class Llama(llama_cpp.Llama):
     n_seq_max : sequences of the context; this object reads and generates in the first one, the others take copies of its
         prompt, see ``compress_as`` (1)
     sinks : first cells of a prompt that every head keeps; None = 4 with ranks "recent", "value", "output", "expected", "outlying",
-        "attention*value", as far as ``kv_size`` reaches, else 0
+        "outlying+value", "attention*value", as far as ``kv_size`` reaches, else 0
     protect : (start, end) spans of prompt positions whose cells every head keeps; what lies
         behind the end of a prompt is no matter. Sinks and protected cells are part of a
         head's budget; a head whose budget they exceed grows, which ``kv_stats()`` tells

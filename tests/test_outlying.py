@@ -19,17 +19,21 @@ pytestmark = pytest.mark.usefixtures("library")
 MakeModel = Callable[..., Path]
 ALL_SHAPES = pytest.mark.parametrize("shape", SHAPES, ids=lambda s: s.name)
 POLICY = "uniform/outlying"
+RANKS = pytest.mark.parametrize("rank", ["outlying", "outlying+value"])
 
 
+@RANKS
 @ALL_SHAPES
 @SIZES
-def test_kept_cells_equal_the_oracle(shape: Shape, n_prompt: int, kv_size: int, make_model: MakeModel) -> None:
-    check_kept(shape, make_model, n_prompt, kv_size=kv_size, policy=POLICY)
+def test_kept_cells_equal_the_oracle(shape: Shape, n_prompt: int, kv_size: int, rank: str, make_model: MakeModel) -> None:
+    check_kept(shape, make_model, n_prompt, kv_size=kv_size, policy="importance/attention", rank=rank)
 
 
-@pytest.mark.parametrize("policy", ["replay/outlying", "adaptive/outlying", "importance/outlying/mean", "mix/outlying"])
-def test_every_budget_goes_with_it(policy: str, make_model: MakeModel) -> None:
-    check_kept(SHAPES[1], make_model, 300, kv_size=40, policy=policy, replay=random_table(SHAPES[1]))
+@RANKS
+@pytest.mark.parametrize("budget", ["replay", "adaptive", "whole", "mix", "uniform"])
+def test_every_budget_goes_with_it(budget: str, rank: str, make_model: MakeModel) -> None:
+    check_kept(SHAPES[1], make_model, 300, kv_size=40, policy=f"{budget}/{rank}", replay=random_table(SHAPES[1]))
+    check_kept(SHAPES[1], make_model, 300, kv_size=40, policy=f"{budget}/{rank}/mean", replay=random_table(SHAPES[1]))
 
 
 @pytest.mark.parametrize("type_v", [8, 2], ids=["q8_0", "q4_0"])
@@ -40,6 +44,7 @@ def test_quantised_values(type_v: int, make_model: MakeModel) -> None:
 
 
 def test_sinks_and_spans(make_model: MakeModel) -> None:
+    check_kept(SHAPES[1], make_model, 300, kv_size=40, policy="importance/outlying+value", protect=[(100, 120)])
     check_kept(SHAPES[1], make_model, 300, kv_size=40, policy=POLICY, sinks=0)
     check_kept(SHAPES[1], make_model, 300, kv_size=40, policy=POLICY, sinks=2, protect=[(100, 120)], recent=3)
 

@@ -69,7 +69,7 @@ FLAGS = {
     "--kv-archive": "off",
     "--kv-archive-size": "20GiB, of ram a quarter of it",
     "--kv-archive-type": "as the cache has them",
-    "--kv-sinks": "4 with the ranks recent, value, output, expected, outlying and attention*value, else 0",
+    "--kv-sinks": "4 with the ranks recent, value, output, expected, outlying, outlying+value and attention*value, else 0",
     "--kv-generated": "0",
     "--kv-generated-scope": "generated",
     "--kv-generated-rank": "attention",

@@ -294,7 +294,7 @@ void headkv_compression::refine(work_t & w) {
     if (keep_all || !(cfg->rank->refine || cfg->budget->adapts)) {
         return;
     }
-    headkv_scored scored = { n_prefix, n_protected, headkv_get_data<float>(w.t_scores, n_prefix * w.H), {}, std::move(w.n_keep), &tokens };
+    headkv_scored scored = { n_prefix, n_protected, headkv_get_data<float>(w.t_scores, n_prefix * w.H), {}, std::move(w.n_keep), std::max<int64_t>(0, (int64_t) cfg->kv_size - n_recent), &tokens };
     if (cfg->rank->refine) {
         scored.values = number_values(w);
         cfg->rank->refine(scored);

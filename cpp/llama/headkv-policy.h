@@ -25,6 +25,7 @@ struct headkv_scored {
     std::vector<float> scores; // [n_head_kv][n_prefix], HEADKV_PROTECTED for these
     std::vector<float> values; // [n_head_kv][n_prefix], see headkv_values; empty unless the rank needs them
     std::vector<int64_t> n_keep; // [n_head_kv], at least n_protected, at most n_prefix
+    int64_t n_mean = 0; // cells of the prefix that a head keeps on average
     std::vector<double> * tokens = nullptr; // [n_prefix] what the layers before have noted of them, empty before the first one
 };
 

@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <functional>
 #include <numeric>
 
 std::vector<float> headkv_rank_recent(int64_t n_prefix) {
@@ -48,20 +49,41 @@ void headkv_rank_outlying(headkv_scored & layer) {
     }
 }
 
-void headkv_rank_critical(headkv_scored & layer) {
+// The best n_first of a head are certain, the others score what `rest` makes of their score and their value.
+static void certain_first(headkv_scored & layer, size_t ih, int64_t n_first, std::vector<int64_t> & order, const std::function<float(float, float)> & rest) {
     const int64_t n = layer.n_prefix;
-    std::vector<int64_t> order(n);
-    for (size_t ih = 0; ih < layer.n_keep.size(); ++ih) {
-        float * scores = layer.scores.data() + ih * n;
-        const float * values = layer.values.data() + ih * n;
+    float * scores = layer.scores.data() + ih * n;
+    const float * values = layer.values.data() + ih * n;
+    std::replace_if(scores, scores + n, [](float s) { return std::isnan(s); }, std::numeric_limits<float>::lowest());
+    order.resize(n);
+    std::iota(order.begin(), order.end(), 0);
+    std::nth_element(order.begin(), order.begin() + n_first, order.end(),
+            [&](int64_t a, int64_t b) { return scores[a] != scores[b] ? scores[a] > scores[b] : a < b; });
+    for (int64_t i = 0; i < n; ++i) {
+        scores[order[i]] = i < n_first ? HEADKV_CERTAIN : rest(scores[order[i]], values[order[i]]);
+    }
+}
 
-        const int64_t n_first = std::max(layer.n_keep[ih] - layer.n_keep[ih] / 2, layer.n_protected);
-        std::replace_if(scores, scores + n, [](float s) { return std::isnan(s); }, std::numeric_limits<float>::lowest());
-        std::iota(order.begin(), order.end(), 0);
-        std::nth_element(order.begin(), order.begin() + n_first, order.end(),
-                [&](int64_t a, int64_t b) { return scores[a] != scores[b] ? scores[a] > scores[b] : a < b; });
-        for (int64_t i = 0; i < n; ++i) {
-            scores[order[i]] = i < n_first ? HEADKV_CERTAIN : scores[order[i]] * values[order[i]];
+void headkv_rank_outlying_first(headkv_scored & layer) {
+    std::vector<bool> is_protected;
+    for (int64_t i = 0; i < layer.n_prefix; ++i) {
+        is_protected.push_back(layer.scores[i] == HEADKV_PROTECTED);
+    }
+    headkv_rank_outlying(layer);
+    std::vector<int64_t> order;
+    for (size_t ih = 0; ih < layer.n_keep.size(); ++ih) {
+        for (int64_t i = 0; i < layer.n_prefix; ++i) {
+            float & score = layer.scores[ih * layer.n_prefix + i];
+            score = is_protected[i] ? HEADKV_PROTECTED : score;
         }
+        certain_first(layer, ih, std::max(std::min(layer.n_keep[ih], layer.n_mean), layer.n_protected), order, [](float, float v) { return v; });
+    }
+}
+
+void headkv_rank_critical(headkv_scored & layer) {
+    std::vector<int64_t> order;
+    for (size_t ih = 0; ih < layer.n_keep.size(); ++ih) {
+        const int64_t n_first = std::max(layer.n_keep[ih] - layer.n_keep[ih] / 2, layer.n_protected);
+        certain_first(layer, ih, n_first, order, [](float s, float v) { return s * v; });
     }
 }

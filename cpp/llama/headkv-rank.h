@@ -23,6 +23,9 @@ constexpr int HEADKV_SPAN = 7;
 constexpr int64_t HEADKV_N_FIRST = 4;
 void headkv_rank_outlying(headkv_scored & layer);
 
+// The same for as many cells as a head has on average; what it keeps beyond that by how far its own values are from their mean.
+void headkv_rank_outlying_first(headkv_scored & layer);
+
 // CriticalKV: half of a head's cells by attention alone, the other half by attention times what the value moves the output
 // of the layer.
 void headkv_rank_critical(headkv_scored & layer);

@@ -25,7 +25,7 @@ def add_keep_arguments(group: argparse._ActionsContainer) -> None:
         "--sinks",
         type=int,
         metavar="N",
-        help="first cells of a prompt that every head keeps (default: 4 with ranks recent, value, output, expected, outlying, attention*value, else 0)",
+        help="first cells of a prompt that every head keeps (default: 4 with ranks recent, value, output, expected, outlying, outlying+value, attention*value, else 0)",
     )
     group.add_argument(
         "--protect",

@@ -13,7 +13,7 @@ from .. import _lib
 from ..options import DEFAULT_BETA, policy_traits
 from . import reference
 
-SINKS = {"recent": 4, "value": 4, "attention*value": 4, "expected": 4, "outlying": 4, "output": 4}  # of the ranks
+SINKS = {"recent": 4, "value": 4, "attention*value": 4, "expected": 4, "outlying": 4, "outlying+value": 4, "output": 4}  # of the ranks
 FLOORS = {"adaptive": 0.2, "importance+adaptive": 0.5}  # budgets by which the prompt moves cells within a layer
 F16 = 1  # ggml type
 
@@ -148,9 +148,13 @@ def scores_of(llm: Any, shape: Shape, il: int, cells: NDArray[np.int64]) -> NDAr
         return norms_of(llm, shape, il, n_prefix)
     if rank == "expected":
         return (expected_of(llm, shape, il, n_prefix) + reference.EXPECTED_EPSILON) * lengths_of(llm, shape, il, n_prefix)
-    if rank == "outlying":
+    if rank in ("outlying", "outlying+value"):
         before = [head_rows(llm, shape, i, v=True) for i in layers_of(shape) if i <= il]
-        return np.tile(reference.outlying_scores(before, n_prefix=n_prefix), (shape.n_head_kv, 1))
+        spans = np.tile(reference.outlying_scores(before, n_prefix=n_prefix), (shape.n_head_kv, 1))
+        if rank == "outlying":
+            return spans
+        n_first, sure = np.minimum(cells, options.kv_size - options.recent), protected_by(llm, n_prefix)
+        return reference.certain_first(spans, reference.distances(before[-1][:n_prefix]), n_first, protected=sure)
     if rank == "sums":
         q = all_queries(llm, shape)[il]
         sums = reference.attention_sums(q, head_rows(llm, shape, il, v=False), q_round=np.float16, **uncapped(llm, il))

@@ -581,6 +581,14 @@ def expected_attention(
 SPAN = 7  # tokens
 
 
+def distances(v: ArrayLike) -> NDArray[np.float64]:
+    """How far each value is from the mean of its head, the first tokens left out: (n_head_kv, n_tokens) of v (n_tokens, n_head_kv, head_dim)."""
+    values = np.asarray(v, dtype=np.float64)
+    mean = values[N_EXPECTED_FIRST:].mean(axis=0) if len(values) > N_EXPECTED_FIRST else 0.0
+    far: NDArray[np.float64] = np.linalg.norm(values - mean, axis=-1).T
+    return far
+
+
 def outlying_scores(v: Sequence[ArrayLike], *, n_prefix: int) -> NDArray[np.float64]:
     """How far the values of each token are from those of the others, the same for all heads of a layer.
 
@@ -594,12 +602,21 @@ def outlying_scores(v: Sequence[ArrayLike], *, n_prefix: int) -> NDArray[np.floa
     """
     tokens = np.zeros(n_prefix)
     for layer in v:
-        rest = np.asarray(layer, dtype=np.float64)[N_EXPECTED_FIRST:n_prefix]
-        if len(rest):
-            far = np.linalg.norm(rest - rest.mean(axis=0), axis=-1)
-            spread = far.std(axis=0)
-            tokens[N_EXPECTED_FIRST:] += ((far - far.mean(axis=0)) / np.where(spread > 0, spread, 1)).sum(axis=1)
+        far = distances(np.asarray(layer)[:n_prefix])[:, N_EXPECTED_FIRST:]
+        if far.size:
+            spread = far.std(axis=1, keepdims=True)
+            tokens[N_EXPECTED_FIRST:] += ((far - far.mean(axis=1, keepdims=True)) / np.where(spread > 0, spread, 1)).sum(axis=0)
     return pool_scores(pool_scores(tokens, pool="avg", kernel=SPAN), pool="max", kernel=SPAN)
+
+
+def certain_first(scores: ArrayLike, rest: ArrayLike, n_first: ArrayLike, *, protected: ArrayLike) -> NDArray[np.float64]:
+    """The best cells of each head, as many as n_first and protected ones among them, are certain; the others have the score ``rest``."""
+    mask = np.asarray(protected)
+    first = select(np.where(mask, np.inf, np.asarray(scores, dtype=np.float64)), np.maximum(n_first, mask.sum()))
+    res = np.array(rest, dtype=np.float64)
+    for row, certain in zip(res, first):
+        row[certain] = np.finfo(np.float64).max
+    return res
 
 
 def critical_scores(scores: ArrayLike, norms: ArrayLike, cells: ArrayLike, *, protected: ArrayLike | None = None) -> NDArray[np.float64]:
@@ -617,12 +634,8 @@ def critical_scores(scores: ArrayLike, norms: ArrayLike, cells: ArrayLike, *, pr
     (n_head_kv, n_prefix) float64, the largest number where a cell is certain: protected ones, inf, stay where there is no room for both
     """
     scores, cells = np.asarray(scores, dtype=np.float64), np.asarray(cells)
-    mask = np.zeros(scores.shape[1], dtype=np.bool_) if protected is None else np.asarray(protected)
-    first = select(np.where(mask, np.inf, scores), np.maximum(cells - cells // 2, mask.sum()))
-    res = scores * np.asarray(norms, dtype=np.float64)
-    for row, certain in zip(res, first):
-        row[certain] = np.finfo(np.float64).max
-    return res
+    mask = np.zeros(scores.shape[1], dtype=np.bool_) if protected is None else protected
+    return certain_first(scores, scores * np.asarray(norms, dtype=np.float64), cells - cells // 2, protected=mask)
 
 
 # select -> compact
