@@ -2,7 +2,8 @@
 
 Each answers a prompt of the embedded model with the stock cache and a compressed one, through the library and through llama-server; the
 CPU backend that was loaded, and whether answers and kept cells are those of the first row, stand in the table. The linear layers of
-another backend round otherwise, and so queries and keys do: cells whose scores are close may differ.
+another backend round otherwise, and so queries and keys do: cells whose scores are close may differ. With the CPU at hand all layers are also
+computed by a worker (RPC), which must give the tokens of this process.
 
     make wheel
     python scripts/check_wheel.py --python python3.10,python3.13 --cpu Nehalem,Haswell --out bench/results/wheel.md
@@ -72,6 +73,47 @@ finally:
     server.wait()
 """
 
+RPC = """
+import json, socket, subprocess, sys, time
+import numpy as np
+import pyheadkv
+with socket.socket() as s:
+    s.bind(("127.0.0.1", 0))
+    port = s.getsockname()[1]
+command = [sys.executable, "-m", "pyheadkv.cli", "rpc-worker", "--threads", "1", "--port", str(port)]
+worker = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+try:
+    prompt = [1, *np.random.default_rng(0).integers(20, 200, 400).tolist()]
+    answers = []
+    for options in ({}, {"rpc_servers": f"127.0.0.1:{port}"}):
+        for _ in range(100):
+            try:
+                llm = pyheadkv.Llama(str(pyheadkv.embedded_model()), n_ctx=512, n_threads=1, n_threads_batch=1, verbose=False,
+                    kv_size=48, attend="composed", **options)
+                break
+            except ConnectionError as e:
+                assert worker.poll() is None, f"the worker ended: {worker.returncode}"
+                why = e
+                time.sleep(0.1)
+        else:
+            raise why
+        llm.read_prompt(prompt)
+        answers.append([])
+        for _ in range(8):
+            answers[-1].append(int(np.argmax(llm.last_logits)))
+            llm.eval(answers[-1][-1:])
+        sent = sum(t.bytes_sent for t in llm.rpc_traffic().values()) if options else 0
+        llm.close()
+    print("FOUND" + json.dumps({"same": answers[0] == answers[1], "sent": sent}))
+finally:
+    worker.terminate()
+    worker.wait()
+"""
+
+
+# Python, CPU, and what was found: by the library, the server, and a worker of RPC
+Row = tuple[str, str, dict[str, Any], dict[str, Any], dict[str, Any]]
+
 
 def found(command: list[str], source: str, *, cwd: Path) -> dict[str, Any]:
     """What a probe prints, or why it printed nothing."""
@@ -104,7 +146,7 @@ def main() -> None:
     cpus = [cpu for cpu in args.cpu.split(",") if cpu]
     if cpus and not shutil.which("qemu-x86_64"):
         raise SystemExit("no qemu-x86_64: install qemu-user, or leave --cpu out")
-    rows: list[tuple[str, str, dict[str, Any], dict[str, Any]]] = []
+    rows: list[Row] = []
     with tempfile.TemporaryDirectory() as folder:
         for i, python in enumerate(args.python.split(",")):
             inside = install(python, args.dist.resolve(), Path(folder) / str(i))
@@ -115,13 +157,14 @@ def main() -> None:
                     "this one",
                     found([str(inside)], PROBE, cwd=Path(folder)),
                     found([str(inside)], SERVE, cwd=Path(folder)),
+                    found([str(inside)], RPC, cwd=Path(folder)),
                 )
             )
             if i == 0:
                 real = str(inside)
                 for cpu in cpus:
                     emulated = ["qemu-x86_64", "-cpu", cpu, real]
-                    rows.append((version.stdout.strip(), cpu, found(emulated, PROBE, cwd=Path(folder)), {}))
+                    rows.append((version.stdout.strip(), cpu, found(emulated, PROBE, cwd=Path(folder)), {}, {}))
     lines = table(rows)
     files = [
         f"- {path.name}: {path.stat().st_size / 1e6:.1f} MB, sha256 {hashlib.sha256(path.read_bytes()).hexdigest()[:16]}.."
@@ -141,7 +184,7 @@ def main() -> None:
     print(text)
     if args.out:
         args.out.write_text(text, encoding="utf-8")
-    if any("failed" in probe or "failed" in served for *_, probe, served in rows):
+    if any("failed" in outcome for *_, probe, served, shared in rows for outcome in (probe, served, shared)):
         raise SystemExit("some failed")
 
 
@@ -150,22 +193,26 @@ def shown(arguments: list[str]) -> list[str]:
     return [",".join(Path(part).name if "/" in part and "python" in part else part for part in arg.split(",")) for arg in arguments]
 
 
-def table(rows: list[tuple[str, str, dict[str, Any], dict[str, Any]]]) -> list[str]:
+def table(rows: list[Row]) -> list[str]:
     """Rows of markdown."""
     first = rows[0][2]
     lines = [
-        "| Python | CPU | backend | tokens, stock | tokens, compressed | kept cells | seconds | llama-server |",
-        "|---|---|---|---|---|---|---|---|",
+        "| Python | CPU | backend | tokens, stock | tokens, compressed | kept cells | seconds | llama-server | with a worker |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
-    for version, cpu, probe, served in rows:
+    for version, cpu, probe, served, shared in rows:
         if "failed" in probe:
-            lines.append(f"| {version} | {cpu} | {probe['failed']} | | | | | |")
+            lines.append(f"| {version} | {cpu} | {probe['failed']} | | | | | | |")
             continue
         same = ["the same" if probe[key] == first.get(key) else "others" for key in ("stock", "kv_size=48")]
         heads = list(zip(probe["kept"], first["kept"], strict=True))
         same.append(f"{sum(len(set(a) - set(b)) for a, b in heads)} of {sum(len(b) for _, b in heads)} differ")
         server = served.get("failed") or (f"{served['tokens']} tokens" if served else "not asked")
-        lines.append(f"| {version} | {cpu} | {', '.join(probe['backend'])} | {' | '.join(same)} | {probe['seconds']} | {server} |")
+        tokens = "the same tokens" if shared.get("same") else "other tokens"
+        worker = shared.get("failed") or (f"{tokens}, {shared['sent'] / 1e6:.1f} MB sent" if shared else "not asked")
+        lines.append(
+            f"| {version} | {cpu} | {', '.join(probe['backend'])} | {' | '.join(same)} | {probe['seconds']} | {server} | {worker} |"
+        )
     return lines
 
 
