@@ -102,7 +102,7 @@ try:
         for _ in range(8):
             answers[-1].append(int(np.argmax(llm.last_logits)))
             llm.eval(answers[-1][-1:])
-        sent = sum(t.bytes_sent for t in llm.rpc_traffic().values()) if options else 0
+        sent = sum(t.bytes_sent for t in llm.rpc_traffic.values()) if options else 0
         llm.close()
     print("FOUND" + json.dumps({"same": answers[0] == answers[1], "sent": sent}))
 finally:
