@@ -71,9 +71,10 @@ def test_tokens_at_once_see_what_they_see_one_by_one(model: Any) -> None:
         for context in (each, at_once):
             read_prompt(context)
         wanted = decode_each(each)[-1]
-        assert nmse(at_once.decode(list(NEXT), N_PROMPT), wanted) < 1e-10
+        # linear layers of several tokens round otherwise, and K and V are rounded to f16: measured are up to 3e-9
+        assert nmse(at_once.decode(list(NEXT), N_PROMPT), wanted) < 1e-7
         again = at_once.decode([5], N_PROMPT + len(NEXT))
-        assert nmse(again, each.decode([5], N_PROMPT + len(NEXT))) < 1e-10
+        assert nmse(again, each.decode([5], N_PROMPT + len(NEXT))) < 1e-7
 
 
 def test_a_restored_sequence_beside_another_one(model: Any) -> None:

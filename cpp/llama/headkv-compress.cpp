@@ -213,6 +213,8 @@ void headkv_compression::score(work_t & w) {
         if (cfg->pool_kernel == 0) {
             pool_by_budget(w);
         }
+    } else {
+        ggml_backend_tensor_memset(w.t_scores, 0, 0, ggml_nbytes(w.t_scores)); // the rank refines what protect() marks
     }
 }
 
