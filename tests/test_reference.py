@@ -333,7 +333,7 @@ def test_rope_rotates_neighbours_in_llama_and_halves_in_qwen(model_path: Callabl
     x, angle = np.zeros((1, 1, 32)), 3.0
     x[..., 0] = 1
     for name, partner in (("llama-gqa1", 1), ("qwen3-gqa4", 16)):
-        turned = ReferenceModel(model_path(name))._rope(x, np.array([3]))[0, 0]
+        turned = ReferenceModel(model_path(name)).rope(x, np.array([3]))[0, 0]
         assert np.flatnonzero(turned).tolist() == [0, partner]
         np.testing.assert_allclose(turned[[0, partner]], [math.cos(angle), math.sin(angle)], rtol=1e-14)
 
@@ -342,7 +342,7 @@ def test_rope_rotates_neighbours_in_llama_and_halves_in_qwen(model_path: Callabl
 def test_rope_makes_logits_depend_on_distance_only(name: str, model_path: Callable[[str], Path]) -> None:
     model, rng = ReferenceModel(model_path(name)), np.random.default_rng(2)
     q, k = rng.normal(size=(2, 1, 1, model.head_dim))
-    logits = [float((model._rope(q, np.array([n + 5])) * model._rope(k, np.array([n]))).sum()) for n in (0, 1, 17, 1000)]
+    logits = [float((model.rope(q, np.array([n + 5])) * model.rope(k, np.array([n]))).sum()) for n in (0, 1, 17, 1000)]
     np.testing.assert_allclose(logits, logits[0], rtol=1e-10)
 
 
