@@ -1443,7 +1443,7 @@ def test_serve_becomes_the_server() -> None:
     text = run_serve("model.gguf", "--help").stdout
     assert text.startswith("usage: pyheadkv serve [MODEL.gguf]") and "--kv-size" in text
     done = run_serve("--kv-size", "8", "--port", free_port())
-    assert done.returncode == 1 and "kv_size is 8" in done.stdout + done.stderr
+    assert done.returncode == 1 and "--kv-size is 8" in done.stdout + done.stderr
     done = run_serve("missing.gguf", "--port", "1")
     assert done.returncode == 1 and done.stderr.startswith("pyheadkv: error: model='missing.gguf'")
 

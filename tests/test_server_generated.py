@@ -160,7 +160,7 @@ def test_a_slot_beyond_the_context_is_restored_after_a_restart(model: Path, tmp_
 
 def test_flags_that_do_not_fit_are_refused(model: Path) -> None:
     for flags, why in [
-        (("--kv-size", 40, "--kv-generated", 64), "kv_generated is 64: it counts the last 64 tokens (window)"),
+        (("--kv-size", 40, "--kv-generated", 64), "--kv-generated is 64: it counts the last 64 tokens (window)"),
         (
             ("--kv-size", 40, "--kv-generated", 400),
             "kv_generated is 400, 528 with kv_generated_slack: it must be less than n_ctx = 512, use a smaller one or leave it out",
@@ -168,10 +168,10 @@ def test_flags_that_do_not_fit_are_refused(model: Path) -> None:
         (("--kv-size", 40, "--kv-generated", 100, "--kv-generated-scope", "none"), "'none': it must be one of generated, all"),
         (("--kv-size", 40, "--kv-limit", 1000), "--kv-limit: answers end with the context, use --kv-generated"),
         (("--kv-generated", 100), "--kv-generated has no effect without --kv-size"),
-        (("--kv-size", 40, "--kv-generated-slack", 0, "--kv-generated", 100), "kv_generated_slack is 0: it must be in [1, "),
+        (("--kv-size", 40, "--kv-generated-slack", 0, "--kv-generated", 100), "--kv-generated-slack is 0: it must be in [1, "),
         (
             ("--kv-policy", "lossless", "--kv-generated-scope", "all", "--kv-generated", 100),
-            "kv_generated_scope is 'all': policy 'lossless'",
+            "--kv-generated-scope is 'all': policy 'lossless'",
         ),
         *(
             (("--kv-size", 40, flag, value), f"{flag}: nothing that is generated is evicted, use --kv-generated, or leave it out")
