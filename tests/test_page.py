@@ -165,8 +165,10 @@ def test_what_an_answer_held_is_told_to_who_looks(model: Path, log: Path) -> Non
     """Without --kv-reuse the cells are given back with the answer; what they were is noted while somebody looks."""
     with running(log, model) as server:
         server.complete(PROMPT, 3)
+        server.request("/slots")  # its turn comes when the answer, which is sent before, has ended
         assert positions(server)["state"] == "empty"  # nobody has looked before
         server.complete(PROMPT, 3)
+        server.request("/slots")
         view = positions(server)
         assert (view["state"], view["is_past"], view["n_tokens"]) == ("compressed", True, len(PROMPT) + 2)
         assert sum(view["held"]) == sum(map(sum, view["cells"])) > 0
