@@ -214,7 +214,7 @@ void headkv_compression::score(work_t & w) {
             pool_by_budget(w);
         }
     } else {
-        ggml_backend_tensor_memset(w.t_scores, 0, 0, ggml_nbytes(w.t_scores)); // the rank refines what protect() marks
+        headkv_set_data(w.t_scores, std::vector<float>(ggml_nelements(w.t_scores), 0.0f)); // the rank refines what protect() marks
     }
 }
 
