@@ -1,5 +1,6 @@
 #include "headkv-expected.h"
 
+#include "headkv-rank.h"
 #include "headkv-refs.h"
 
 #include "llama-impl.h"
@@ -46,7 +47,7 @@ static ggml_tensor * build_rope(ggml_context * ctx, ggml_tensor * x, ggml_tensor
 headkv_expected::headkv_expected(const std::vector<llama_pos> & pos_all, const std::vector<int32_t> & slots_all, int64_t n, const llama_kv_cache & cache) :
     n(n), cache(cache) {
     for (size_t i = 0; i < pos_all.size(); ++i) {
-        if (pos_all[i] >= HEADKV_EXPECTED_FIRST) {
+        if (pos_all[i] >= HEADKV_N_FIRST) {
             pos.push_back(pos_all[i]);
             slots.push_back(slots_all[i]);
         }
@@ -173,15 +174,15 @@ static void add_probs(const std::vector<float> & logits, int64_t G, int64_t g, f
     const int64_t n = (int64_t) logits.size() / G;
     const auto logit = [&](int64_t i) { return softcap > 0.0f ? softcap * std::tanh(logits[i * G + g] / softcap) : logits[i * G + g]; };
     float largest = -INFINITY;
-    for (int64_t i = HEADKV_EXPECTED_FIRST; i < n; ++i) {
+    for (int64_t i = HEADKV_N_FIRST; i < n; ++i) {
         largest = std::max(largest, logit(i));
     }
     std::vector<double> p(n, 0.0);
     double sum = 0.0;
-    for (int64_t i = HEADKV_EXPECTED_FIRST; i < n; ++i) {
+    for (int64_t i = HEADKV_N_FIRST; i < n; ++i) {
         sum += p[i] = std::exp((double) logit(i) - largest);
     }
-    for (int64_t i = HEADKV_EXPECTED_FIRST; i < n; ++i) {
+    for (int64_t i = HEADKV_N_FIRST; i < n; ++i) {
         scores[i] += (float) (share * p[i] / sum);
     }
 }
@@ -198,9 +199,9 @@ std::vector<float> headkv_expected::layer(headkv_runner & runner, const headkv_s
     const int64_t G = layer.n_group();
     std::vector<float> scores(n_prefix * H, 0.0f);
     for (int64_t ih = 0; ih < H; ++ih) {
-        std::fill_n(scores.begin() + ih * n_prefix, std::min(n_prefix, HEADKV_EXPECTED_FIRST), 1.0f);
+        std::fill_n(scores.begin() + ih * n_prefix, std::min(n_prefix, HEADKV_N_FIRST), 1.0f);
     }
-    if (pos.empty() || n_prefix <= HEADKV_EXPECTED_FIRST) {
+    if (pos.empty() || n_prefix <= HEADKV_N_FIRST) {
         return scores;
     }
     const std::vector<float> q = turned(runner, layer, refs);

@@ -1,9 +1,10 @@
 // Expected Attention: what tokens to come would attend to, if their queries were distributed as those of the prompt are.
 //
-// The references (headkv-refs.h) of a query head, but for those of the first tokens, are turned to the positions behind the prompt, on
-// average over the next HEADKV_EXPECTED_AHEAD ones: the mean of their rotations is a matrix. mu and S are the mean and the covariance of
-// what it makes of them. The logit of key k is log E exp(x) of a normal x = scale*q k, scale*mu k + scale^2/2 k S k, capped where the layer caps
-// its logits; a softmax over the cells behind the first ones, and the mean over the query heads of a group. Sinks of a layer take no part.
+// The references (headkv-refs.h) of a query head, but for those of the first HEADKV_N_FIRST tokens, whose cells have the score 1, are turned to
+// the positions behind the prompt, on average over the next HEADKV_EXPECTED_AHEAD ones: the mean of their rotations is a matrix. mu and S are
+// the mean and the covariance of what it makes of them. The logit of key k is log E exp(x) of a normal x = scale*q k, scale*mu k +
+// scale^2/2 k S k, capped where the layer caps its logits; a softmax over the cells behind the first ones, and the mean over the query heads
+// of a group. Sinks of a layer take no part.
 #pragma once
 
 #include "headkv-runner.h"
@@ -19,7 +20,6 @@
 
 class llama_kv_cache;
 
-constexpr int64_t HEADKV_EXPECTED_FIRST = 4;   // tokens whose queries are not counted, and whose cells have the score 1
 constexpr int64_t HEADKV_EXPECTED_AHEAD = 512; // positions behind the prompt
 
 // The scores of one compression, layer by layer.

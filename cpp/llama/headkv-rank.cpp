@@ -45,7 +45,8 @@ void headkv_rank_outlying(headkv_scored & layer) {
     headkv_pool_scores(spans.data(), n, HEADKV_POOL_AVG, HEADKV_SPAN);
     headkv_pool_scores(spans.data(), n, HEADKV_POOL_MAX, HEADKV_SPAN);
     for (size_t ih = 0; ih < layer.n_keep.size(); ++ih) {
-        std::copy(spans.begin(), spans.end(), layer.scores.begin() + ih * n);
+        float * scores = layer.scores.data() + ih * n;
+        std::transform(scores, scores + n, spans.begin(), scores, [](float s, float span) { return s < HEADKV_PROTECTED ? span : s; });
     }
 }
 
@@ -65,17 +66,9 @@ static void certain_first(headkv_scored & layer, size_t ih, int64_t n_first, std
 }
 
 void headkv_rank_outlying_first(headkv_scored & layer) {
-    std::vector<bool> is_protected;
-    for (int64_t i = 0; i < layer.n_prefix; ++i) {
-        is_protected.push_back(layer.scores[i] == HEADKV_PROTECTED);
-    }
     headkv_rank_outlying(layer);
     std::vector<int64_t> order;
     for (size_t ih = 0; ih < layer.n_keep.size(); ++ih) {
-        for (int64_t i = 0; i < layer.n_prefix; ++i) {
-            float & score = layer.scores[ih * layer.n_prefix + i];
-            score = is_protected[i] ? HEADKV_PROTECTED : score;
-        }
         certain_first(layer, ih, std::max(std::min(layer.n_keep[ih], layer.n_mean), layer.n_protected), order, [](float, float v) { return v; });
     }
 }

@@ -3,6 +3,9 @@
 
 #include "headkv-policy.h"
 
+// tokens that are attended to wherever they stand, and say nothing of the others
+constexpr int64_t HEADKV_N_FIRST = 4;
+
 // later cells score higher
 std::vector<float> headkv_rank_recent(int64_t n_prefix);
 
@@ -20,7 +23,6 @@ void headkv_rank_expected(headkv_scored & layer);
 // before: all heads of a layer have the same scores. Of whole spans: the mean over HEADKV_SPAN neighbours, then the largest of as many. The
 // first HEADKV_N_FIRST tokens take no part.
 constexpr int HEADKV_SPAN = 7;
-constexpr int64_t HEADKV_N_FIRST = 4;
 void headkv_rank_outlying(headkv_scored & layer);
 
 // The same for as many cells as a head has on average; what it keeps beyond that by how far its own values are from their mean.

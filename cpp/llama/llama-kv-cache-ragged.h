@@ -192,7 +192,7 @@ public:
     // for the graph
     //
 
-    // why the policy cannot have the values that it needs, empty = it can; after the first worst-case graph
+    // why the policy's rank cannot have what it looks at, empty = it can; after the first worst-case graph
     std::string why_no_rank(const headkv_config & c) const;
 
     // the layer whose sums or states are in a tensor, -1 = those of none

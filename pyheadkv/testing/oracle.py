@@ -183,7 +183,7 @@ def expected_of(llm: Any, shape: Shape, il: int, n_prefix: int) -> NDArray[np.fl
     q, rope, how = references(llm, shape, il).astype(np.float64), rope_of(llm.model_path), uncapped(llm, il)
     at = reference.reference_positions(llm.n_tokens)
     of_heads = reference.reference_heads(at, n_head=shape.n_head, n_head_kv=shape.n_head_kv)
-    counts = at >= reference.N_EXPECTED_FIRST
+    counts = at >= reference.N_FIRST
     q, of_heads = rope(q, -at.astype(np.int64))[counts], of_heads[counts]
     k = head_rows(llm, shape, il, v=False)[:n_prefix]
     rotation = reference.mean_rotation(rope, llm.n_tokens, head_dim=shape.head_dim)

@@ -528,7 +528,7 @@ def value_norms(v: ArrayLike, wo: ArrayLike, *, n_head: int) -> NDArray[np.float
     return mean
 
 
-N_EXPECTED_FIRST = 4  # tokens whose queries and cells take no part
+N_FIRST = 4  # tokens whose queries and cells take no part
 N_AHEAD = 512  # positions behind a prompt
 EXPECTED_EPSILON = 0.02
 
@@ -566,7 +566,7 @@ def expected_attention(
     (n_prefix,) float64, mean over the query heads
     """
     queries, keys = np.asarray(q, dtype=np.float64) @ np.asarray(rotation), np.asarray(k, dtype=np.float64)
-    which, rest = np.asarray(heads), keys[N_EXPECTED_FIRST:]
+    which, rest = np.asarray(heads), keys[N_FIRST:]
     scores = np.ones(len(keys))
     rows = []
     for head in np.unique(which):
@@ -574,7 +574,7 @@ def expected_attention(
         mean, covariance = some.mean(axis=0), np.cov(some.T, bias=True)
         logits = scale * rest @ mean + scale**2 / 2 * np.einsum("nd,de,ne->n", rest, covariance, rest)
         rows.append(softmax(softcap * np.tanh(logits / softcap) if softcap else logits))
-    scores[N_EXPECTED_FIRST:] = np.mean(rows, axis=0)
+    scores[N_FIRST:] = np.mean(rows, axis=0)
     return scores
 
 
@@ -584,7 +584,7 @@ SPAN = 7  # tokens
 def distances(v: ArrayLike) -> NDArray[np.float64]:
     """How far each value is from the mean of its head, the first tokens left out: (n_head_kv, n_tokens) of v (n_tokens, n_head_kv, head_dim)."""
     values = np.asarray(v, dtype=np.float64)
-    mean = values[N_EXPECTED_FIRST:].mean(axis=0) if len(values) > N_EXPECTED_FIRST else 0.0
+    mean = values[N_FIRST:].mean(axis=0) if len(values) > N_FIRST else 0.0
     far: NDArray[np.float64] = np.linalg.norm(values - mean, axis=-1).T
     return far
 
@@ -602,10 +602,10 @@ def outlying_scores(v: Sequence[ArrayLike], *, n_prefix: int) -> NDArray[np.floa
     """
     tokens = np.zeros(n_prefix)
     for layer in v:
-        far = distances(np.asarray(layer)[:n_prefix])[:, N_EXPECTED_FIRST:]
+        far = distances(np.asarray(layer)[:n_prefix])[:, N_FIRST:]
         if far.size:
             spread = far.std(axis=1, keepdims=True)
-            tokens[N_EXPECTED_FIRST:] += ((far - far.mean(axis=1, keepdims=True)) / np.where(spread > 0, spread, 1)).sum(axis=0)
+            tokens[N_FIRST:] += ((far - far.mean(axis=1, keepdims=True)) / np.where(spread > 0, spread, 1)).sum(axis=0)
     return pool_scores(pool_scores(tokens, pool="avg", kernel=SPAN), pool="max", kernel=SPAN)
 
 
