@@ -247,7 +247,8 @@ class Worker:
         if copies[0].policy == FULL and not expected.tokens:
             expected.tokens = first[0]
         if expected.tokens and (self.job.kl or ask.follows):
-            trial.go_on(copies, n, rest)
+            if not trial.go_back(copies, n + len(rest) - 1):
+                trial.go_on(copies, n, rest)
             distances = measure(trial, copies, rest[-1], expected)
             answers[: len(copies)] = [replace(a, distance=d) for a, d in zip(answers, distances)]
         yield from answers

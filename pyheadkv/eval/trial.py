@@ -234,6 +234,14 @@ class Trial:
             copy.n_tokens = n
         self.say(copies, [tokens[:-1]] * len(copies))
 
+    def go_back(self, copies: Sequence[Copy], n: int) -> bool:
+        """Have copies as they were with ``n`` tokens; False where a window or a recurrent state has gone too far, then ``go_on``."""
+        if not all([self._cut(copy.seq_id, n) for copy in copies]):
+            return False
+        for copy in copies:
+            copy.n_tokens = n
+        return True
+
     def say(self, copies: Sequence[Copy], rows: Sequence[Sequence[int]]) -> None:
         """Read tokens, a row for each copy."""
         n_each = max(1, llama_cpp.llama_n_batch(self.llm.ctx) // max(1, len(copies)))
