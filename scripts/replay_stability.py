@@ -22,7 +22,7 @@ from pyheadkv.eval.report import table
 from pyheadkv.gguf_header import read_header
 from pyheadkv.importance import find_importance
 from pyheadkv.layers import heads_by_layer
-from pyheadkv.score.measure import kv_scores, rank_correlation
+from pyheadkv.score.measure import kv_scores, rank_correlation, write_json
 from pyheadkv.score.replay import SHARES, head_shares, outcomes_of_entries
 
 BIG, FEW, MOST = 1 / 4, 1 / 64, 2 / 3  # of a prompt
@@ -71,16 +71,30 @@ def report(model: Path, run: Path, log: Path | None) -> list[str]:
     return [title, "", f"{what}.{how}", "", *lines, "", "Kinds of text against each other, at 1/8:", "", *table(["", *names], against), ""]
 
 
+def write_tables(run: Path, folder: Path) -> None:
+    """A replay table of each kind of text, as those of all are stored: FOLDER/RUN-KIND.json."""
+    made = json.loads(run.read_text(encoding="utf-8"))
+    outcomes = outcomes_of_entries(read_lines(run.with_name(run.name + ".part"))[1], name=str(run))
+    for kind in dict.fromkeys(o.kind for o in outcomes):
+        values = np.mean([o.values for o in outcomes if o.kind == kind], axis=0)
+        content = made | {"values": values.tolist(), "texts": [text for text in made["texts"] if text["kind"] == kind]}
+        content |= {"reliability": [], "n_texts": len(content["texts"])}
+        write_json(folder / f"{run.stem}-{kind}.json", content)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", metavar="MODEL.gguf,RUN.json[,RUN.log]")
     parser.add_argument("-o", "--output", type=Path, metavar="FILE.md")
+    parser.add_argument("--tables", type=Path, metavar="FOLDER", help="also write a table of each kind of text, for eval --replay")
     args = parser.parse_args()
     lines = ["# Replay tables: texts, kinds of text, importance", "", *(__doc__ or "").split("\n\n")[-1].strip().splitlines(), ""]
     lines += [f"Commit {commit()}, {machine()}. Seconds are those of the clock; other work may have run beside it.", ""]
     for run in args.runs:
         model, made, *log = map(Path, run.split(","))
         lines += report(model, made, log[0] if log else None)
+        if args.tables is not None:
+            write_tables(made, args.tables)
     text = "\n".join(lines).rstrip() + "\n"
     print(text, end="")
     if args.output is not None:

@@ -166,6 +166,24 @@ def test_a_batch_answers_as_one_copy_after_the_other(make_model: MakeModel) -> N
         trial.drop([copy])
 
 
+def test_settings_have_replay_tables_of_their_own(make_model: MakeModel, tmp_path: Path) -> None:
+    """Those of files, each beside the other and beside the model's own; another prompt changes nothing."""
+    path, (n_layer, n_head_kv) = make_model(SHAPE), (SHAPE.n_layer, SHAPE.n_head_kv)
+    tables = []
+    for i in (0, 1):
+        values = np.tile(np.array([0.125, 0.25])[:, None, None], (1, n_layer, n_head_kv))
+        values *= np.where(np.arange(n_head_kv) == i, 1.5, (n_head_kv - 1.5) / (n_head_kv - 1))
+        (tmp_path / f"{i}.json").write_text(json.dumps({"shares": [0.125, 0.25], "values": values.tolist()}))
+        tables.append(Setting("replay/value", kv_size=48, replay=str(tmp_path / f"{i}.json")))
+    assert [t.name for t in tables] == ["replay/value 0 48", "replay/value 1 48"]
+    trial = open_trial(path, n_copies=3, policy="uniform/value")
+    for seed in (1, 2):
+        copies = [trial.compress(setting, tokens(200, seed=seed)) for setting in (*tables, tables[0])]
+        cells = [trial.llm.kv_stats(copy.seq_id).n_cells for copy in copies]
+        assert (cells[0][:, 0] > cells[0][:, 1]).all() and (cells[1][:, 0] < cells[1][:, 1]).all() and (cells[0] == cells[2]).all()
+        trial.drop(copies)
+
+
 def test_a_trial_needs_room_for_copies(make_model: MakeModel) -> None:
     for options in ({}, {"n_seq_max": 2}, {"prefill": "token"}):
         with pytest.raises(ValueError, match="prefill='token', n_seq_max=2 or more"):
@@ -549,6 +567,7 @@ def test_evaluation_writes_resumes_and_reports(tmp_path: Path, capsys: pytest.Ca
     (["needle", "--policy", "snap"], "did you mean 'snapkv'"),
     (["needle", "--policy", "snapkv", "--beta", "2"], "--beta=2: no policy of 'snapkv' looks at it"),
     (["needle", "--policy", "razor,streaming", "--pool", "avg"], "--pool=avg: no policy"),
+    (["needle", "--policy", "headkv", "--replay", "t.json"], "--replay=t.json: no policy of 'headkv' looks at it"),
     (["needle", "--policy", "full", "--kv-size", "64"], "--kv-size=64: no policy of 'full'"),
     (["needle", "--window", "x"], "--window='x': it must be a whole number"),
     (["needle", "--power", "3"], "power=3: it must be one of 1, 2, 4, 8"),
@@ -650,7 +669,8 @@ def test_distances_are_those_of_the_logits(make_model: MakeModel, monkeypatch: p
     (rows,) = trial.follow(copies, [prompt[-1], *follows[:-1]])
     log_p = [row.astype(np.float64) - np.log(np.exp(row.astype(np.float64)).sum(axis=1, keepdims=True)) for row in rows]
     monkeypatch.setattr(Trial, "N_LOGITS", 5 * 2 * trial.llm.n_vocab())  # in pieces
-    trial.go_on(copies, 199, prompt[-1:])
+    trial.generate(copies, 7, 9)
+    assert trial.go_back(copies, 199) and [c.n_tokens for c in copies] == [199, 199]
     found = evaluation.measure(trial, copies, prompt[-1], evaluation.Expected(follows))
     for distance, mine in zip(found, log_p, strict=True):
         assert distance.n == len(follows)

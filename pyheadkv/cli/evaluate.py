@@ -70,6 +70,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         group.add_argument(f"--{name.replace('_', '-')}", default="", metavar="LIST", help=f"{what} (default: that of the preset)")
     group.add_argument("--beta", default="", metavar="LIST", help=f"(default: the one stored with the importance, else {DEFAULT_BETA})")
     group.add_argument("--importance", default="", metavar="LIST", help="score files or GGUFs (default: the importance of the model)")
+    group.add_argument("--replay", default="", metavar="LIST", help="replay tables, score files or GGUFs (default: the table of the model)")
     add_keep_arguments(parser.add_argument_group("cells that every head keeps, under all settings"))
     group = parser.add_argument_group("questions")
     group.add_argument(
@@ -111,7 +112,7 @@ def _beta(text: str) -> float:
 
 
 def make_settings(args: argparse.Namespace, model: Path, *, n_ctx: int) -> tuple[Setting, ...]:
-    """The full cache, no context if wanted, then every combination that differs; pooling, beta and importance only where they count.
+    """The full cache, no context if wanted, then every combination that differs; pooling, beta and tables only where they count.
 
     Parameters
     ----------
@@ -124,11 +125,11 @@ def make_settings(args: argparse.Namespace, model: Path, *, n_ctx: int) -> tuple
         dict(zip(SCORING, values, strict=True)) for values in product(*(_numbers(args, name) for name in SCORING))
     ]
     betas = [_beta(b) for b in split(args.beta)] or [0.0]
-    files = split(args.importance) or [""]
+    files = product(split(args.importance) or [""], split(args.replay) or [""])
     _check_used(args, policies)
     out = [Setting()]
     amounts = _amounts(args, model, n_ctx=n_ctx)
-    for policy, amount, preset, pool, scoring, beta, file in product(policies, amounts, presets, pools, scorings, betas, files):
+    for policy, amount, preset, pool, scoring, beta, (file, table) in product(policies, amounts, presets, pools, scorings, betas, files):
         if policy in (FULL, NONE):
             out += [Setting(policy)]
             continue
@@ -139,7 +140,9 @@ def make_settings(args: argparse.Namespace, model: Path, *, n_ctx: int) -> tuple
             Options(
                 kv_size=setting.kv_size or MAX_CELLS, preset=preset or "default", **setting.scoring
             )  # or an error that names what is wrong
-        out.append(replace(setting, beta=beta, importance=file) if traits.by_importance else setting)
+        if traits.by_importance:
+            setting = replace(setting, beta=beta, importance=file)
+        out.append(replace(setting, replay=table) if traits.by_replay else setting)
     return tuple(dict.fromkeys(out))
 
 
@@ -148,6 +151,7 @@ def _check_used(args: argparse.Namespace, policies: Sequence[str]) -> None:
     traits = [policy_traits(p) for p in compressed]
     by_importance, by_score = any(t.by_importance for t in traits), any(t.by_window for t in traits)
     used = {"preset": by_score, "pool": by_score, **dict.fromkeys(SCORING, by_score), "beta": by_importance, "importance": by_importance}
+    used["replay"] = any(t.by_replay for t in traits)
     used |= dict.fromkeys((*AMOUNTS, "sinks", "protect", "surplus"), bool(compressed))
     for name, is_used in used.items():
         value = getattr(args, name)

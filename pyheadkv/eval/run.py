@@ -317,13 +317,15 @@ def describe(job: Job) -> dict[str, Any]:
     """What decides the answers: first line of the output."""
     import llama_cpp
 
-    files = {Path(s.importance) for s in job.settings if s.importance} | {f for t in job.tasks for f in (t.file, t.prompts) if f}
+    files = {Path(file) for s in job.settings for file in (s.importance, s.replay) if file}
+    files |= {f for t in job.tasks for f in (t.file, t.prompts) if f}
     return {
         "model": job.model.name,
         "model_sha256": sha256(job.model),
         "files_sha256": {file.name: sha256(file) for file in sorted(files)},
         "settings": [
-            {**asdict(s), "name": s.name, "method": s.method, "budget": s.budget, "importance": Path(s.importance).name}
+            {**asdict(s), "name": s.name, "method": s.method, "budget": s.budget}
+            | {"importance": Path(s.importance).name, "replay": Path(s.replay).name}
             for s in job.settings
         ],
         "keep": job.keep,

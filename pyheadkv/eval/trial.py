@@ -20,10 +20,12 @@ from .. import _lib
 from ..importance import find_importance
 from ..llama import n_common
 from ..options import AUTO, FULL, NONE, PRESETS, load_importance, policy_traits, share_of_prompt
+from ..replay import find_replay, replay_for
 
 if TYPE_CHECKING:
     from ..importance_values import Importance
     from ..llama import Llama
+    from ..replay_values import ReplayTable
 
 
 @dataclass(frozen=True, order=True)
@@ -36,6 +38,7 @@ class Setting:
     kv_size : mean cells per KV head, recent ones included; 0 for "full" and with ``kv_ratio``
     pool, beta : None = the default
     importance : path of a score file or GGUF, or a name given to ``Trial.use``; "" = the model's own
+    replay : path of a replay table or GGUF; "" = the model's own
     kv_ratio : share of the prompt in place of ``kv_size``; 0 = none
     kv_bytes : how ``kv_size`` was given, if as bytes; "" = it was not
     preset : of window, recent, power and pooling; "" = the default
@@ -47,6 +50,7 @@ class Setting:
     pool: str = ""
     beta: float = 0.0
     importance: str = ""
+    replay: str = ""
     kv_ratio: float = 0.0
     kv_bytes: str = ""
     preset: str = ""
@@ -65,7 +69,8 @@ class Setting:
     def method(self) -> str:
         """What is compared at equal budgets."""
         scoring = " ".join(str(v) if name == "pool" else f"{name.removeprefix('pool_')} {v}" for name, v in self.scoring.items())
-        parts = [self.policy, PurePath(self.importance).stem if self.importance else "", self.preset, scoring]
+        files = [PurePath(file).stem if file else "" for file in (self.importance, self.replay)]
+        parts = [self.policy, *files, self.preset, scoring]
         return " ".join(filter(None, [*parts, f"beta {self.beta:g}" if self.beta else ""]))
 
     @property
@@ -139,6 +144,7 @@ class Trial:
         self._by_all_tokens = llm.kv_options.traits.by_all_tokens
         self._tokens: list[int] = []  # what is there uncompressed
         self._loaded: dict[str, Importance | None] = {}
+        self._tables: dict[str, ReplayTable | None] = {}
         self._used: set[int] = set()  # sequences of copies
         llm.reset()
 
@@ -180,7 +186,7 @@ class Trial:
         kv_size = share_of_prompt(setting.kv_ratio, len(prompt), recent=recent) if setting.kv_ratio else setting.kv_size
         options: dict[str, Any] = {"policy": setting.policy, "kv_size": kv_size, "beta": setting.beta or None}
         options["question"] = question if setting.policy == AUTO else None
-        self.llm.configure(importance=self._importance(setting), **preset, **options)
+        self.llm.configure(importance=self._importance(setting), replay=self._replay(setting), **preset, **options)
 
     def _copy(self, seq_id: int, setting: Setting, before: int) -> Copy:
         """What is held of a prompt that has just been compressed; ``before``: bytes that the store had."""
@@ -305,6 +311,15 @@ class Trial:
             self._loaded[source] = None if found is None else found.importance
         return self._loaded[source]
 
+    def _replay(self, setting: Setting) -> ReplayTable | None:
+        if not policy_traits(setting.policy).by_replay:
+            return None
+        if setting.replay not in self._tables:
+            path = self.llm.model_path
+            found = None if setting.replay else find_replay(path)
+            self._tables[setting.replay] = found.table if found else replay_for(setting.replay, path) if setting.replay else None
+        return self._tables[setting.replay]
+
     def _remove(self, seq_id: int, n: int) -> None:
         """All of a sequence but its first n tokens; -1 = all."""
         if not self._cut(seq_id, n):
@@ -347,7 +362,7 @@ class ArchivedTrial(Trial):
 
     def __init__(self, llm: Llama) -> None:
         self.n_copies, self.llm = 1, llm
-        self._loaded = {}
+        self._loaded, self._tables = {}, {}
 
     def compress(self, setting: Setting, prompt: Sequence[int], *, question: str = "known") -> Copy:
         """Read a prompt and compress it; it takes the place of the one before."""
