@@ -10,6 +10,7 @@ of a fixed length that are evaluated token by token, as if they had been generat
 ``again``         kv_size=128 without an archive: reads the whole chat at each turn, too
 ``archive``       the same with an archive in a folder
 ``archive restart`` the same in a new process at each turn
+``reuse``, ``razor`` kv_reuse with a quarter of the prompt, by the model's replay table and with whole heads: goes on in what was kept
 """
 
 from __future__ import annotations
@@ -30,7 +31,8 @@ from typing import Any
 from pyheadkv.eval.journal import commit, machine
 from pyheadkv.units import format_bytes
 
-KINDS = ("stock", "stock restart", "again", "archive", "archive restart")
+KINDS = ("stock", "stock restart", "again", "archive", "archive restart", "reuse", "razor")
+REUSE = {"reuse": "replay/value", "razor": "razor"}
 QUESTIONS = (
     "What is the first thing that the text says?",
     "Who is mentioned most often, and why?",
@@ -76,6 +78,8 @@ def run(args: argparse.Namespace, kind: str, folder: str, turns: range) -> list[
     from pyheadkv import Llama
 
     options: dict[str, Any] = {} if kind.startswith("stock") else {"kv_size": args.kv_size}
+    if kind in REUSE:
+        options = {"policy": REUSE[kind], "kv_ratio": 0.25, "kv_reuse": True}
     if kind.startswith("archive"):
         options |= {"kv_archive": folder, "kv_archive_type": args.type}
     n_ctx = -(-(args.tokens + 1024) // 256) * 256
@@ -89,7 +93,7 @@ def run(args: argparse.Namespace, kind: str, folder: str, turns: range) -> list[
         token = next(llm.generate(prompts[turn], temp=0.0))
         seconds = time.perf_counter() - start
         stats = None if llm.kv_options is None else llm.kv_stats()
-        outcome = "" if stats is None else digest(llm)
+        outcome = "" if stats is None or kind in REUSE else digest(llm)
         for answer in answers[turn]:
             llm.eval([answer])
         full = llm.n_ctx() * args.token_bytes
@@ -99,6 +103,7 @@ def run(args: argparse.Namespace, kind: str, folder: str, turns: range) -> list[
                 "turn": turn + 1,
                 "tokens": len(prompts[turn]),
                 "archived": 0 if stats is None else stats.n_archived,
+                "disk": sum(file.stat().st_size for file in Path(folder).rglob("*") if file.is_file()),
                 "seconds": round(seconds, 4),
                 "first_token": token,
                 "outcome": outcome,
@@ -146,19 +151,19 @@ def report(rows: list[dict[str, Any]], args: argparse.Namespace) -> str:
         f"{machine()}, {args.threads} threads, commit {commit()}, kv_size {args.kv_size}, "
         f"archive {args.type or 'as the cache has them'}. Seconds to the first token of a turn.",
         "",
-        "| | turn 1 | later turns, median | tokens read, median | K and V held | peak of K and V | resident, last turn |",
-        "|---|---|---|---|---|---|---|",
+        "| | turn 1 | later turns, median | tokens read, median | K and V held | peak of K and V | on disk | resident, last turn |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for kind in dict.fromkeys(row["kind"] for row in rows):
         mine = [row for row in rows if row["kind"] == kind]
         first, later = [row for row in mine if row["turn"] == 1], [row for row in mine if row["turn"] > 1]
         n_read = [row["tokens"] - row["archived"] for row in later]
-        if kind == "stock":
+        if kind == "stock" or kind in REUSE:
             n_read = [b["tokens"] - a["tokens"] - args.answer for a, b in zip(mine, mine[1:], strict=False)]
         lines.append(
             f"| {kind} | {first[0]['seconds'] if first else '-'} | {statistics.median(row['seconds'] for row in later):.3f} | "
             f"{statistics.median(n_read):.0f} | {format_bytes(later[-1]['kv_bytes'])} | {format_bytes(max(row['kv_peak'] for row in later))} | "
-            f"{format_bytes(later[-1]['rss'])} |"
+            f"{format_bytes(later[-1]['disk']) if later[-1]['disk'] else '-'} | {format_bytes(later[-1]['rss'])} |"
         )
     outcomes: dict[int, set[str]] = {}
     for row in rows:
@@ -177,6 +182,7 @@ def draw(rows: list[dict[str, Any]], path: Path, title: str) -> None:
     figure = Figure(figsize=(9, 3.2), layout="constrained")
     times, sizes = figure.subplots(1, 2)
     colors = {"stock": "#888888", "stock restart": "#bbbbbb", "again": "#4c72b0", "archive": "#c1440e", "archive restart": "#e39a78"}
+    colors |= {"reuse": "#4f8f4f", "razor": "#9a6fb0"}
     for kind, color in colors.items():
         mine = [row for row in rows if row["kind"] == kind]
         if mine:

@@ -415,7 +415,7 @@ class Llama(llama_cpp.Llama):
         if n_ctx and options.kv_size > n_ctx and not keeps_all:
             raise ValueError(f"kv_size={options.kv_size}: it must not be larger than n_ctx = {n_ctx}")
         self._find_known(importance, replay)
-        if kv_reuse and question is None and self._found_replay is not None:
+        if kv_reuse and options.policy == AUTO and question is None and self._found_replay is not None:
             self.kv_options = options = replace(options, question="later")
         if kwargs.get("embedding"):
             raise ValueError("embedding=True: embeddings have no generation to speed up, use kv_size=None")

@@ -563,6 +563,9 @@ def test_auto_knows_the_two_situations(has_importance: bool, has_table: bool, ma
         llm.configure(question="later")
     with pytest.raises(ValueError, match="question='never': it must be one of 'known', 'later'"):
         llm.configure(question="never")
+    if has_table:  # kv_reuse says that questions come later, which a policy that is named does not look at
+        for policy, used in (("auto", "replay/value"), ("replay/value", "replay/value"), ("snapkv", "snapkv")):
+            assert load(path, kv_size=40, policy=policy, replay=replay, kv_reuse=True).policy == used
 
 
 @pytest.mark.parametrize(
