@@ -127,7 +127,7 @@ class HFReader:
     @torch.inference_mode()
     def _step(self, tokens: Sequence[int], **options: Any) -> Any:
         ids = torch.tensor([list(tokens)], device=self.model.device)
-        return self.model(ids, past_key_values=self._cache, use_cache=True, logits_to_keep=1, **options)
+        return self.model(ids, cache=self._cache, use_cache=True, logits_to_keep=1, **options)
 
 
 class HFVocab:
@@ -350,7 +350,7 @@ def run(args: argparse.Namespace) -> None:
     if args.check_logits:
         content["logits_nmse"] = logits_error(reader, source, examples.make(examples.slots[0]).tokens)
     score.write_json(args.output, content)
-    print(score_command.report(content, n_read=sum(o.n_tokens for o in outcomes), seconds=seconds))
+    print(score_command.report(content, reader.heads, n_read=sum(o.n_tokens for o in outcomes), seconds=seconds))
     for path, native in natives:
         agreement = ", ".join(f"{name} {cell}" for name, cell in compare(content, native).items() if cell)
         print(f"{path.name}: {agreement}; settings that differ: {differing(content, native) or 'none'}")

@@ -101,12 +101,11 @@ def test_scores_are_those_of_the_engine(score_hf: ModuleType, method: str, make_
     example = Example(tuple(tokens(70, seed=2)), ((9, 21), (40, 44)), 16, "", 6)
     readers = score_hf.HFReader(score_hf.load_gguf(path, dtype=torch.float32)), score.LlamaReader(native(path))
     (found, said), (expected, wanted) = (score.score_example(reader, example, method=method, examples=Asked(example)) for reader in readers)
-    assert said == wanted
-    np.testing.assert_allclose(found, expected, atol=5e-3)
-    assert method == "r" or expected.any()
+    assert said == wanted and (method == "r" or expected.any())
     forced = replace(example, answer_tokens=tuple(example.tokens[9:15]))
-    found, expected = (score.score_forced(reader, forced, method=method) for reader in readers)
-    np.testing.assert_allclose(found, expected, atol=5e-3)
+    for one, other in ((found, expected), [score.score_forced(reader, forced, method=method) for reader in readers]):
+        # method r: the most attended position counts or it does not, and two may be nearly equal
+        assert np.isclose(one, other, atol=5e-3).sum() >= one.size - (method == "r")
 
 
 def llama() -> Any:
@@ -123,23 +122,23 @@ def test_prompt_in_chunks_is_the_prompt(score_hf: ModuleType) -> None:
         reader = score_hf.HFReader(llama(), n_chunk=n_chunk)
         for _ in range(2):  # the second prompt does not see the first
             reader.begin(prompt)
-            results.append((reader.last_logits, reader.attention([(0, 50)], 40)[0]))
+            results.append((reader.last_logits, reader.attention([(0, 50)], 40, 3)[0]))
     for logits, mass in results[1:]:
         np.testing.assert_allclose(logits, results[0][0], atol=1e-5)
         np.testing.assert_allclose(mass, results[0][1], atol=1e-5)
     whole = reader.model(torch.tensor([prompt]), output_attentions=True)
-    rows = torch.stack([layer[0, :, -1] for layer in whole.attentions])
-    np.testing.assert_allclose(reader.attention([(0, 50)], 100)[0], rows[..., :50].sum(-1).detach(), atol=1e-5)
+    rows = torch.stack([torch.stack([layer[0, :, i] for layer in whole.attentions]) for i in (-3, -2, -1)])
+    np.testing.assert_allclose(reader.attention([(0, 50)], 100, 3)[0], rows[..., :50].sum(-1).detach(), atol=1e-5)
 
 
 def test_rows_are_reduced_by_definition(score_hf: ModuleType) -> None:
     reader = score_hf.HFReader(llama())
-    reader._rows = torch.tensor([[[0.1, 0.3, 0.3, 0.2, 0.1], [0.0, 0.0, 0.0, 0.0, 1.0]]])
-    mass, top = reader.attention([(2, 4)], 2)
-    assert mass.tolist() == [[pytest.approx(0.3), 0]] and top.tolist() == [[1, 4]]
-    mass, top = reader.attention([(2, 4)], 1)  # of two equal ones the first
-    assert mass.tolist() == [[0, 0]] and top.tolist() == [[1, 4]]
-    assert reader.attention([(2, 4), (0, 3)], 5)[0].tolist() == [[pytest.approx(0.9), 0]]  # overlapping spans
+    reader._rows = [torch.tensor([[[0.1, 0.3, 0.3, 0.2, 0.1], [0.0, 0.0, 0.0, 0.0, 1.0]]])]  # one layer, two heads
+    mass, top = reader.attention([(2, 4)], 2, 1)
+    assert mass.tolist() == [[[pytest.approx(0.3), 0]]] and top.tolist() == [[[1, 4]]]
+    mass, top = reader.attention([(2, 4)], 1, 1)  # of two equal ones the first
+    assert mass.tolist() == [[[0, 0]]] and top.tolist() == [[[1, 4]]]
+    assert reader.attention([(2, 4), (0, 3)], 5, 1)[0].tolist() == [[[pytest.approx(0.9), 0]]]  # overlapping spans
 
 
 def test_scaled_rope_of_a_gguf_is_refused(score_hf: ModuleType, tmp_path: Path) -> None:
@@ -200,7 +199,7 @@ def test_vocabulary_has_the_functions_of_llama(vocab: Any) -> None:
     assert [vocab.is_end(i) for i in (0, 1, 2, 3)] == [False, True, True, False]
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", [method for method in METHODS if method != "mix"])  # whose spans are in test_score.py
 def test_spans_of_the_tokenizer_are_exactly_the_answer(vocab: Any, method: str) -> None:
     examples = make_examples(vocab, method=method, protocol="clean", max_tokens=1200, n_examples=16)
     for slot in examples.slots:
@@ -221,7 +220,7 @@ def command(score_hf: ModuleType, *args: str | Path) -> int:
     return int(score_hf.main([str(arg) for arg in args]))
 
 
-SHORT: Sequence[str] = ("--examples", "6", "--max-tokens", "512")
+SHORT: Sequence[str] = ("--examples", "12", "--max-tokens", "512")
 
 
 @embedded
@@ -255,7 +254,7 @@ def test_embedded_model_scores_as_through_llama_cpp(
 
 def test_report_compares_like_with_like(score_hf: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     content = {"importance": [[1.0, 0.0]], "examples": [], "accepted": 1, "n_examples": 1, "model_sha256": "a"}
-    content |= {"method": "r", "protocol": "clean", "max_tokens": 9, "seed": 0}
+    content |= {"method": "r", "protocol": "clean", "answers": "forced", "max_tokens": 9, "seed": 0}
     paths = [tmp_path / "hf.json", tmp_path / "native.json", tmp_path / "report.md"]
     for path, seed in zip(paths, (0, 1), strict=False):
         path.write_text(json.dumps({**content, "seed": seed}))
@@ -274,7 +273,7 @@ def test_checkpoint_with_the_vocabulary_of_a_gguf_reads_the_same_prompts(score_h
     plain = transformers.LlamaForCausalLM(loaded.config)
     plain.load_state_dict(loaded.state_dict())
     plain.save_pretrained(folder)
-    options = ("--examples", "2", "--max-tokens", "512")
+    options = ("--examples", "8", "--max-tokens", "512")
     assert command(score_hf, "--from-gguf", model, "-o", tmp_path / "a.json", *options) == 0
     assert command(score_hf, folder, "--vocab", model, "-o", tmp_path / "b.json", *options) == 0
     a, b = (score_hf.read_scores(tmp_path / name) for name in ("a.json", "b.json"))
@@ -288,7 +287,7 @@ def test_checkpoint_is_read_with_its_own_tokenizer(
     out = tmp_path / "hf.json"
     options = ("-o", out, "--examples", "2", "--max-tokens", "400")
     assert command(score_hf, checkpoint, *options, "--dtype", "bfloat16") == 1
-    assert "answered none of 2 examples" in capsys.readouterr().err and not out.exists()
+    assert "2 of 2 examples count, at least 8 are needed" in capsys.readouterr().err and not out.exists()
     out.write_text("mine")
     assert command(score_hf, checkpoint, *options) == 1
     assert "--force" in capsys.readouterr().err and out.read_text() == "mine"
