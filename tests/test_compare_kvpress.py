@@ -149,12 +149,12 @@ def test_weights_are_dequantised_once_for_both(script: ModuleType, make_model: C
         assert shipped == path
 
 
-def test_scores_differ_by_the_rounding_of_the_attention(script: ModuleType, make_model: Callable[..., Path]) -> None:
+def test_scores_are_those_of_float64_and_the_stock_cache_rounds(script: ModuleType, make_model: Callable[..., Path]) -> None:
     path = make_model(SHAPES[1], ftype="f32")
     ours, theirs = sides(script, path)
     found = script.trace_scores(path, ours, theirs, PROMPT)
     mine, exact, rounded = (median for median, _ in found.values())
-    assert exact < 1e-5 < rounded and 0.2 < mine / rounded < 5
+    assert max(mine, exact) < 1e-5 < rounded
     assert theirs.model.config._attn_implementation == "sdpa"
     logits = script.trace_logits(path, theirs.model, PROMPT)
     assert logits["no flash attention"] < 1e-9 < logits["flash attention"]
