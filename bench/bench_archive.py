@@ -10,7 +10,7 @@ of a fixed length that are evaluated token by token, as if they had been generat
 ``again``         kv_size=128 without an archive: reads the whole chat at each turn, too
 ``archive``       the same with an archive in a folder
 ``archive restart`` the same in a new process at each turn
-``reuse``, ``razor`` kv_reuse with a quarter of the prompt, by the model's replay table and with whole heads: goes on in what was kept
+``reuse``, ``razor`` kv_reuse with a quarter of the prompt, what "auto" takes and whole heads: goes on in what was kept
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from pyheadkv.eval.journal import commit, machine
 from pyheadkv.units import format_bytes
 
 KINDS = ("stock", "stock restart", "again", "archive", "archive restart", "reuse", "razor")
-REUSE = {"reuse": "replay/value", "razor": "razor"}
+REUSE = {"reuse": "auto", "razor": "razor"}
 QUESTIONS = (
     "What is the first thing that the text says?",
     "Who is mentioned most often, and why?",

@@ -548,10 +548,10 @@ def test_auto_knows_the_two_situations(has_importance: bool, has_table: bool, ma
     path = make_model(shape) if has_importance else make_model(shape, importance=None)
     replay = random_table(shape) if has_table else None
     later = {
-        (True, True): "replay/value",
-        (False, True): "replay/value",
-        (True, False): "importance/value",
-        (False, False): "adaptive/value",
+        (True, True): "mix/outlying+value",
+        (False, True): "replay/outlying+value",
+        (True, False): "importance/outlying",
+        (False, False): "uniform/outlying",
     }
     llm = load(path, kv_size=40, policy="auto", replay=replay)
     assert llm.policy == ("headkv" if has_importance else "adakv")
@@ -564,7 +564,7 @@ def test_auto_knows_the_two_situations(has_importance: bool, has_table: bool, ma
     with pytest.raises(ValueError, match="question='never': it must be one of 'known', 'later'"):
         llm.configure(question="never")
     if has_table:  # kv_reuse says that questions come later, which a policy that is named does not look at
-        for policy, used in (("auto", "replay/value"), ("replay/value", "replay/value"), ("snapkv", "snapkv")):
+        for policy, used in (("auto", later[has_importance, True]), ("replay/value", "replay/value"), ("snapkv", "snapkv")):
             assert load(path, kv_size=40, policy=policy, replay=replay, kv_reuse=True).policy == used
 
 
@@ -632,7 +632,7 @@ def test_what_is_not_known_is_looked_for_once(make_model: MakeModel, monkeypatch
     for n in (50, 60):
         llm.read_prompt(tokens(n))
     llm.configure(question="later")
-    assert llm.policy == "adaptive/value" and sorted(calls) == ["find_importance", "find_replay"]
+    assert llm.policy == "uniform/outlying" and sorted(calls) == ["find_importance", "find_replay"]
 
 
 @pytest.mark.parametrize("n_layer", [1, 3])

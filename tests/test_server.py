@@ -308,11 +308,11 @@ def test_a_request_says_when_its_question_comes(llm: Any, log: Path, tmp_path: P
     both = with_table(tmp_path / "both.gguf")
     with closing(load(MODEL, **options)) as later, closing(load(both, **options)) as by_table:
         answers = expected(llm, prompt, n), expected(later, prompt, n), expected(by_table, prompt, n)
-        assert (later.policy, by_table.policy) == ("importance/value", "replay/value")
+        assert (later.policy, by_table.policy) == ("importance/outlying", "mix/outlying+value")
     for model, flags, policy, other, default in (
-        (MODEL, (), "importance/value", answers[1], answers[0]),
-        (both, (), "replay/value", answers[2], answers[0]),
-        (both, ("--kv-question", "later"), "replay/value", answers[2], answers[2]),
+        (MODEL, (), "importance/outlying", answers[1], answers[0]),
+        (both, (), "mix/outlying+value", answers[2], answers[0]),
+        (both, ("--kv-question", "later"), "mix/outlying+value", answers[2], answers[2]),
     ):
         with running(log, "--kv-size", KV_SIZE, *flags, model=model) as server:
             props = server.get("/props")["kv"]
@@ -329,7 +329,7 @@ def test_a_request_says_when_its_question_comes(llm: Any, log: Path, tmp_path: P
 def test_later_is_what_reuse_means_where_the_table_is_known(log: Path, tmp_path: Path) -> None:
     for model, flags, policy in (
         (MODEL, (), "headkv"),
-        (with_table(tmp_path / "both.gguf"), (), "replay/value"),
+        (with_table(tmp_path / "both.gguf"), (), "mix/outlying+value"),
         (tmp_path / "both.gguf", ("--kv-question", "known"), "headkv"),
     ):
         with running(log, "--kv-size", KV_SIZE, "--kv-reuse", *flags, model=model) as server:

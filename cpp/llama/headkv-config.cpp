@@ -137,9 +137,10 @@ static const char * choose_auto(const headkv_known & known, bool later) {
     if (!later) {
         return has_importance ? HEADKV_AUTO_IMPORTANCE : HEADKV_AUTO_UNKNOWN;
     }
-    return !known.replay.values.empty() ? HEADKV_LATER_REPLAY
-            : has_importance            ? HEADKV_LATER_IMPORTANCE
-                                        : HEADKV_LATER_UNKNOWN;
+    if (!known.replay.values.empty()) {
+        return has_importance ? HEADKV_LATER_BOTH : HEADKV_LATER_REPLAY;
+    }
+    return has_importance ? HEADKV_LATER_IMPORTANCE : HEADKV_LATER_UNKNOWN;
 }
 
 // budget, rank and fit, and what they look at

@@ -89,10 +89,11 @@ const std::vector<headkv_policy> & headkv_policy_list(); // in the order in whic
 constexpr const char * HEADKV_AUTO_IMPORTANCE = "headkv";
 constexpr const char * HEADKV_AUTO_UNKNOWN = "adakv";
 
-// and when it comes later; a table is better than the mean of both
-constexpr const char * HEADKV_LATER_REPLAY = "replay/value";
-constexpr const char * HEADKV_LATER_IMPORTANCE = "importance/value";
-constexpr const char * HEADKV_LATER_UNKNOWN = "adaptive/value";
+// and when it comes later
+constexpr const char * HEADKV_LATER_BOTH = "mix/outlying+value";
+constexpr const char * HEADKV_LATER_REPLAY = "replay/outlying+value";
+constexpr const char * HEADKV_LATER_IMPORTANCE = "importance/outlying";
+constexpr const char * HEADKV_LATER_UNKNOWN = "uniform/outlying";
 
 // Sets budget, rank, fit and name of the configuration from the name of a policy, or "budget/rank" or "budget/rank/fit", and
 // choices that replace its own; null or empty = none. Throws std::invalid_argument with what is known.
