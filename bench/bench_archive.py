@@ -77,9 +77,11 @@ def run(args: argparse.Namespace, kind: str, folder: str, turns: range) -> list[
     """Some turns in this process; those before the first one are not had."""
     from pyheadkv import Llama
 
-    options: dict[str, Any] = {} if kind.startswith("stock") else {"kv_size": args.kv_size}
+    options: dict[str, Any] = {}
     if kind in REUSE:
         options = {"policy": REUSE[kind], "kv_ratio": 0.25, "kv_reuse": True}
+    elif not kind.startswith("stock"):
+        options = {"kv_size": args.kv_size}
     if kind.startswith("archive"):
         options |= {"kv_archive": folder, "kv_archive_type": args.type}
     n_ctx = -(-(args.tokens + 1024) // 256) * 256
@@ -181,8 +183,8 @@ def draw(rows: list[dict[str, Any]], path: Path, title: str) -> None:
 
     figure = Figure(figsize=(9, 3.2), layout="constrained")
     times, sizes = figure.subplots(1, 2)
-    colors = {"stock": "#888888", "stock restart": "#bbbbbb", "again": "#4c72b0", "archive": "#c1440e", "archive restart": "#e39a78"}
-    colors |= {"reuse": "#4f8f4f", "razor": "#9a6fb0"}
+    colors = {"stock": "#888888", "stock restart": "#bbbbbb", "again": "#4c72b0", "archive": "#c1440e", "archive restart": "#e39a78",
+              "reuse": "#4f8f4f", "razor": "#9a6fb0"}  # fmt: skip
     for kind, color in colors.items():
         mine = [row for row in rows if row["kind"] == kind]
         if mine:

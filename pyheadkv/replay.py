@@ -102,3 +102,16 @@ def replay_for(source: str | os.PathLike[str] | ReplayTable, model: str | os.Pat
         table = found
     check_model_replay(read_header(model), table)
     return table
+
+
+def known_table(model: str | os.PathLike[str], source: str | os.PathLike[str] | None = None) -> ReplayTable | None:
+    """The table that was named for a model, or else what is found for it; None = nothing is known of it.
+
+    Raises
+    ------
+    ValueError : as ``replay_for`` and ``find_replay``
+    """
+    if source is not None:
+        return replay_for(source, model)
+    found = find_replay(model)
+    return None if found is None else found.table

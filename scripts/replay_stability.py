@@ -12,7 +12,9 @@ from __future__ import annotations
 import argparse
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,7 +25,7 @@ from pyheadkv.gguf_header import read_header
 from pyheadkv.importance import find_importance
 from pyheadkv.layers import heads_by_layer
 from pyheadkv.score.measure import kv_scores, rank_correlation, write_json
-from pyheadkv.score.replay import SHARES, head_shares, outcomes_of_entries
+from pyheadkv.score.replay import SHARES, Outcome, head_shares, outcomes_of_entries
 
 BIG, FEW, MOST = 1 / 4, 1 / 64, 2 / 3  # of a prompt
 AT = SHARES.index(1 / 8)
@@ -36,10 +38,14 @@ def spread(values: NDArray[np.float64], least: float) -> str:
     return f"{100 * np.median(values.std(0, ddof=1)[chosen] / mean[chosen]):.0f} ({chosen.sum()})" if chosen.any() else ""
 
 
-def report(model: Path, run: Path, log: Path | None) -> list[str]:
-    """The tables of one model."""
+def read_run(run: Path) -> tuple[dict[str, Any], list[Outcome]]:
+    """The score file of a run, and its texts."""
     made = json.loads(run.read_text(encoding="utf-8"))
-    outcomes = outcomes_of_entries(read_lines(run.with_name(run.name + ".part"))[1], name=str(run))
+    return made, outcomes_of_entries(read_lines(run.with_name(run.name + ".part"))[1], name=str(run))
+
+
+def report(model: Path, made: dict[str, Any], outcomes: Sequence[Outcome], log: Path | None) -> list[str]:
+    """The tables of one model."""
     heads = heads_by_layer(read_header(model))
     found = find_importance(model)
     importance = None if found is None else kv_scores(found.importance.values, heads)
@@ -71,15 +77,13 @@ def report(model: Path, run: Path, log: Path | None) -> list[str]:
     return [title, "", f"{what}.{how}", "", *lines, "", "Kinds of text against each other, at 1/8:", "", *table(["", *names], against), ""]
 
 
-def write_tables(run: Path, folder: Path) -> None:
-    """A replay table of each kind of text, as those of all are stored: FOLDER/RUN-KIND.json."""
-    made = json.loads(run.read_text(encoding="utf-8"))
-    outcomes = outcomes_of_entries(read_lines(run.with_name(run.name + ".part"))[1], name=str(run))
+def write_tables(name: str, made: dict[str, Any], outcomes: Sequence[Outcome], folder: Path) -> None:
+    """A replay table of each kind of text, as those of all are stored: FOLDER/NAME-KIND.json."""
     for kind in dict.fromkeys(o.kind for o in outcomes):
         values = np.mean([o.values for o in outcomes if o.kind == kind], axis=0)
         content = made | {"values": values.tolist(), "texts": [text for text in made["texts"] if text["kind"] == kind]}
         content |= {"reliability": [], "n_texts": len(content["texts"])}
-        write_json(folder / f"{run.stem}-{kind}.json", content)
+        write_json(folder / f"{name}-{kind}.json", content)
 
 
 def main() -> None:
@@ -91,10 +95,11 @@ def main() -> None:
     lines = ["# Replay tables: texts, kinds of text, importance", "", *(__doc__ or "").split("\n\n")[-1].strip().splitlines(), ""]
     lines += [f"Commit {commit()}, {machine()}. Seconds are those of the clock; other work may have run beside it.", ""]
     for run in args.runs:
-        model, made, *log = map(Path, run.split(","))
-        lines += report(model, made, log[0] if log else None)
+        model, path, *log = map(Path, run.split(","))
+        made, outcomes = read_run(path)
+        lines += report(model, made, outcomes, log[0] if log else None)
         if args.tables is not None:
-            write_tables(made, args.tables)
+            write_tables(path.stem, made, outcomes, args.tables)
     text = "\n".join(lines).rstrip() + "\n"
     print(text, end="")
     if args.output is not None:

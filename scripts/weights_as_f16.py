@@ -1,4 +1,4 @@
-"""A model with the weights of a quantised one written as f16: the same numbers, read half as fast again by a CPU without AVX512.
+"""A model with the weights of a quantised one written as f16: the same numbers, which a CPU without AVX512 reads faster.
 
     python scripts/weights_as_f16.py qwen25-coder-0.5b.gguf qwen25-coder-0.5b-f16.gguf
 

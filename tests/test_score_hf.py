@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -98,14 +99,15 @@ def test_reader_gives_what_the_engine_gives(
 @pytest.mark.parametrize("method", METHODS)
 def test_scores_are_those_of_the_engine(score_hf: ModuleType, method: str, make_model: Callable[..., Path]) -> None:
     path = make_model(SHAPES[1])
-    example = Example(tuple(tokens(70, seed=2)), ((9, 21), (40, 44)), 16, "", 6)
+    example = Example(tuple(tokens(70, seed=3)), ((9, 21), (40, 44)), 16, "", 6)
     readers = score_hf.HFReader(score_hf.load_gguf(path, dtype=torch.float32)), score.LlamaReader(native(path))
     (found, said), (expected, wanted) = (score.score_example(reader, example, method=method, examples=Asked(example)) for reader in readers)
-    assert said == wanted and (method == "r" or expected.any())
+    assert said == wanted
+    np.testing.assert_allclose(found, expected, atol=5e-3)
+    assert method == "r" or expected.any()
     forced = replace(example, answer_tokens=tuple(example.tokens[9:15]))
-    for one, other in ((found, expected), [score.score_forced(reader, forced, method=method) for reader in readers]):
-        # method r: the most attended position counts or it does not, and two may be nearly equal
-        assert np.isclose(one, other, atol=5e-3).sum() >= one.size - (method == "r")
+    found, expected = (score.score_forced(reader, forced, method=method) for reader in readers)
+    np.testing.assert_allclose(found, expected, atol=5e-3)
 
 
 def llama() -> Any:
@@ -199,14 +201,21 @@ def test_vocabulary_has_the_functions_of_llama(vocab: Any) -> None:
     assert [vocab.is_end(i) for i in (0, 1, 2, 3)] == [False, True, True, False]
 
 
-@pytest.mark.parametrize("method", [method for method in METHODS if method != "mix"])  # whose spans are in test_score.py
+@pytest.mark.parametrize("method", METHODS)
 def test_spans_of_the_tokenizer_are_exactly_the_answer(vocab: Any, method: str) -> None:
     examples = make_examples(vocab, method=method, protocol="clean", max_tokens=1200, n_examples=16)
     for slot in examples.slots:
         example = examples.make(slot)
-        ((start, end),) = example.spans
-        assert vocab.detokenize(example.tokens[start:end]).decode() == " " + example.answer
+        said = [vocab.detokenize(example.tokens[start:end]).decode() for start, end in example.spans]
+        if slot.kind == "facts":
+            assert [s.strip(" .") for s in said] == re.split(", | and ", example.answer.strip("."))
+        elif slot.kind in ("passage", "code"):  # the sentence or line that has it
+            assert len(said) == 1 and example.answer.lower() in said[0].lower()
+        else:
+            assert said == [" " + example.answer]
         assert example.tokens[0] == 0 and example.tokens.count(0) == 1 and example.tokens[-1] == 1
+    if method == "mix":  # which the authors do not have
+        return
     examples = make_examples(vocab, method=method, protocol="authors", max_tokens=800)
     example = examples.make(examples.slots[24])
     ((start, end),) = example.spans

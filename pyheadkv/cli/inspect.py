@@ -32,7 +32,7 @@ from ..options import (
     load_importance,
 )
 from ..picture import draw_panel
-from ..replay import find_replay, replay_for
+from ..replay import known_table
 from ..replay_values import ReplayTable
 from ..units import format_bytes, ggml_type
 from . import inspect_prompt
@@ -228,7 +228,7 @@ def make_plan(
     if found is None and options.policy != AUTO and options.traits.by_importance:
         raise ValueError(f"{path}: nothing is known of the importance of its heads: {REMEDY_IMPORTANCE}")
     values = None if found is None else found.importance
-    table = _replay(path, source=replay) if options.traits.by_replay else None
+    table = known_table(path, replay) if options.traits.by_replay else None
     policy = policy_of(options, values, table)
     options = replace(options, beta=options.beta or (values and values.beta) or DEFAULT_BETA)
     return Plan(
@@ -255,13 +255,6 @@ def _importance(path: str | os.PathLike[str], *, source: str | os.PathLike[str] 
         return find_importance(path)
     given = load_importance(source, path)
     return None if given is None else Found(given, str(source))
-
-
-def _replay(path: str | os.PathLike[str], *, source: str | os.PathLike[str] | None) -> ReplayTable | None:
-    if source is not None:
-        return replay_for(source, path)
-    found = find_replay(path)
-    return None if found is None else found.table
 
 
 def policy_of(options: Options, importance: Importance | None, replay: ReplayTable | None) -> str:

@@ -20,7 +20,7 @@ from .. import _lib
 from ..importance import find_importance
 from ..llama import n_common
 from ..options import AUTO, FULL, NONE, PRESETS, load_importance, policy_traits, share_of_prompt
-from ..replay import find_replay, replay_for
+from ..replay import known_table
 
 if TYPE_CHECKING:
     from ..importance_values import Importance
@@ -315,9 +315,7 @@ class Trial:
         if not policy_traits(setting.policy).by_replay:
             return None
         if setting.replay not in self._tables:
-            path = self.llm.model_path
-            found = None if setting.replay else find_replay(path)
-            self._tables[setting.replay] = found.table if found else replay_for(setting.replay, path) if setting.replay else None
+            self._tables[setting.replay] = known_table(self.llm.model_path, setting.replay or None)
         return self._tables[setting.replay]
 
     def _remove(self, seq_id: int, n: int) -> None:
