@@ -106,6 +106,7 @@ def all_queries(llm: Any, shape: Shape) -> dict[int, NDArray[np.float32]]:
         window=n_ubatch,
         policy="snapkv",
         prefill="token",
+        attend=llm.kv_options.attend,
         n_ctx=llm.n_ctx(),
         n_ubatch=n_ubatch,
         n_threads=llm.n_threads,
