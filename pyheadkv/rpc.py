@@ -300,10 +300,13 @@ class Workers:
         names = endpoints.split(",") if isinstance(endpoints, str) else list(endpoints) if isinstance(endpoints, Iterable) else []
         if not names or not all(isinstance(name, str) and name.strip() for name in names):
             raise ValueError(f"rpc_servers={endpoints!r}: name host:port of at least one worker, several with commas between them")
+        names = [name.strip() for name in names]
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise ValueError(f"rpc_servers names {', '.join(twice)} twice: a worker serves one client, name each once")
         self.relays: list[Relay] = []
         try:
             for name in names:
-                self.relays.append(_take(name.strip()))
+                self.relays.append(_take(name))
             self._devices = [device for relay in self.relays for device in _devices(relay)]
         except BaseException:
             self.close()

@@ -212,6 +212,7 @@ def test_a_worker_that_answers_too_little_is_lost_in_the_middle_of_its_answer() 
         ({"rpc_servers": 50052}, "rpc_servers=50052: name host:port of at least one worker"),
         ({"rpc_servers": []}, "name host:port of at least one worker"),
         ({"rpc_servers": "127.0.0.1:1,"}, "name host:port of at least one worker"),
+        ({"rpc_servers": "127.0.0.1:1, 127.0.0.1:1"}, "names 127.0.0.1:1 twice"),
         ({"rpc_servers": "127.0.0.1:1", "n_gpu_layers": 0}, "no layer would be on a worker"),
     ],
 )

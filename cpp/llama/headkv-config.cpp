@@ -157,7 +157,7 @@ static void choose_policy(headkv_config & cfg, const headkv_params & params, con
         cfg.importance = cfg.known.importance;
         if (cfg.importance.values.empty()) {
             throw std::invalid_argument(format("policy '%s' needs the importance of each head and nothing is known of this model's: measure it with "
-                                               "'pyheadkv score MODEL.gguf --write OUT.gguf', pass importance=, or use policy 'auto'",
+                                               "'pyheadkv score MODEL.gguf --write OUT.gguf', pass importance= (llama-server: --kv-importance FILE), or use policy 'auto'",
                     cfg.policy.c_str()));
         }
     }
@@ -165,7 +165,7 @@ static void choose_policy(headkv_config & cfg, const headkv_params & params, con
         cfg.replay = cfg.known.replay;
         if (cfg.replay.values.empty()) {
             throw std::invalid_argument(format("policy '%s' needs the replay table of each head and nothing is known of this model's: measure it with "
-                                               "'pyheadkv score MODEL.gguf --method replay', pass replay=, or use policy 'auto'",
+                                               "'pyheadkv score MODEL.gguf --method replay', pass replay= (llama-server: --kv-importance FILE), or use policy 'auto'",
                     cfg.policy.c_str()));
         }
     }
