@@ -41,7 +41,7 @@ def make_worker(model: Path, n_tokens: int, task: str, n_copies: int) -> evaluat
     """Settings in batches of ``n_copies``."""
     settings = (Setting(), *(Setting(policy, n) for policy, n in product(POLICIES, SIZES)))
     evaluate.MAX_COPIES = n_copies
-    return evaluate.Worker(evaluate.Job(model, (TaskOptions(task, n_tokens),), settings, evaluate.PROTOCOLS, {}, 1, 0))
+    return evaluate.Worker(evaluate.Job(model, (TaskOptions(task, n_tokens),), settings, evaluate.DEFAULT_PROTOCOLS, {}, 1, 0))
 
 
 def main() -> None:
