@@ -137,7 +137,7 @@ test: all
 	$(BIN)/pytest tests --durations=15 -k "$(STAGE)"
 else
 test: check all stock sanitize
-	PYHEADKV_STOCK_LIB=$(CURDIR)/$(STOCK)/bin PYHEADKV_ASAN_DIR=$(CURDIR)/$(ASAN)/bin $(BIN)/pytest tests --durations=15
+	PYHEADKV_STOCK_LIB=$(CURDIR)/$(STOCK)/bin PYHEADKV_ASAN_DIR=$(CURDIR)/$(ASAN)/bin $(BIN)/pytest tests -n $(JOBS) --dist worksteal --durations=15
 endif
 
 # the page and, after make ui, the chat in headless Chromium

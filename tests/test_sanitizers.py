@@ -6,6 +6,7 @@ import re
 import sys
 from pathlib import Path
 
+import pytest
 from conftest import run_sanitized, sanitizer_libs
 
 # one of each kind of engine test; the names are checked to exist by pytest's exit code
@@ -19,11 +20,15 @@ SELECTION = (
 )
 
 
-def test_ops_are_clean(asan_dir: Path) -> None:
+N_SHARES = 7  # neighbours, which cost alike, come into different ones
+
+
+@pytest.mark.parametrize("share", range(N_SHARES))
+def test_ops_are_clean(asan_dir: Path, share: int) -> None:
     """And run with every kernel that the machine has."""
-    out = run_sanitized([str(asan_dir / "test-headkv-ops")])
+    out = run_sanitized([str(asan_dir / "test-headkv-ops"), "-s", f"{share}/{N_SHARES}"])
     found = re.search(r"^0 of (\d+) cases failed$", out, re.M)
-    assert found and int(found[1]) > 1000
+    assert found and int(found[1]) > 1000 / N_SHARES
     flags = set(Path("/proc/cpuinfo").read_text().split()) if Path("/proc/cpuinfo").is_file() else set()
     needs = {"avx2": {"avx2", "fma", "f16c"}, "avx512": {"avx512f", "avx512bw", "avx512vl", "avx512dq"}, "neon": {"asimd"}}
     kernels = re.search(r"^kernels: (.*)$", out, re.M)

@@ -1542,6 +1542,12 @@ int main(int argc, char ** argv) {
 #endif
     const std::string only = argc > 2 && strcmp(argv[1], "-c") == 0 ? argv[2] : "";
     const std::string part = argc > 2 && strcmp(argv[1], "-k") == 0 ? argv[2] : "";
+    int share = 0;
+    int n_shares = 1; // "-s 1/4": the second, sixth, tenth .. case, where processes share them
+    if (argc > 2 && strcmp(argv[1], "-s") == 0 && (sscanf(argv[2], "%d/%d", &share, &n_shares) != 2 || share < 0 || share >= n_shares)) {
+        printf("-s %s: want SHARE/SHARES, the first share is 0\n", argv[2]);
+        return 1;
+    }
 
     op_cases cases;
     for (bool is_refused : { false, true }) {
@@ -1771,9 +1777,10 @@ int main(int argc, char ** argv) {
 
     int n_fail = 0;
     int n_run = 0;
-    for (const auto & [name, run] : cases) {
+    for (size_t i = 0; i < cases.size(); ++i) {
+        const auto & [name, run] = cases[i];
         const auto is_of = [&](const char * what) { return name.find(what) != std::string::npos; };
-        if ((!only.empty() && name != only) || !is_of(part.c_str()) || (on_gpu && !is_of("composed") && !(!gpu_kernels.empty() && is_of(gpu_kernels.c_str())))) {
+        if ((int) (i % n_shares) != share || (!only.empty() && name != only) || !is_of(part.c_str()) || (on_gpu && !is_of("composed") && !(!gpu_kernels.empty() && is_of(gpu_kernels.c_str())))) {
             continue;
         }
         if (!metal && is_of("metal")) {
@@ -1781,6 +1788,7 @@ int main(int argc, char ** argv) {
         }
         n_run++;
         const int n_skip_before = n_skip;
+        unsetenv("HEADKV_KERNEL"); // what the case before asked for
         const bool ok = run();
         if (!ok) {
             printf("FAIL -c '%s'\n", name.c_str());
