@@ -35,7 +35,7 @@ def running(log: Path, model: Path, *flags: Any, n_slots: int = 1, kv_size: int 
 def get(server: llama_server.Server, path: str, **headers: str) -> Any:
     """The answer to a GET with these headers, as requests has it."""
     return llama_server.HTTP.get(
-        f"http://127.0.0.1:{server.port}{path}", headers={name.replace("_", "-"): value for name, value in headers.items()}, timeout=300
+        f"http://127.0.0.1:{server.port}{path}", headers={name.replace("_", "-"): value for name, value in headers.items()}, timeout=60
     )
 
 

@@ -30,7 +30,7 @@ from pyheadkv.model import read_shape
 PATH = pyheadkv.embedded_model()
 N_CTX, N_UBATCH = 2048, 512
 MAX_BYTES = 8 << 20
-SECONDS = 300  # for the server to start
+SECONDS = 60  # for the server to start
 SHARE_RIGHT = 0.8
 
 pytestmark = pytest.mark.skipif(not PATH.is_file(), reason="the embedded model is not there yet")

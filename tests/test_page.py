@@ -290,7 +290,7 @@ def test_without_a_page_nothing_is_there(model: Path, log: Path) -> None:
 
 def test_a_folder_that_is_no_page_ends_the_server(model: Path, tmp_path: Path) -> None:
     (tmp_path / "kv.html").write_text("<p>", encoding="utf-8")
-    done = subprocess.run([SERVER, "-m", model, "--kv-size", "96", "--kv-page", tmp_path], capture_output=True, text=True, timeout=300)
+    done = subprocess.run([SERVER, "-m", model, "--kv-size", "96", "--kv-page", tmp_path], capture_output=True, text=True, timeout=60)
     assert done.returncode == 1 and "it has no file kv.css, it must be the folder of a page, or off" in done.stdout + done.stderr
 
 
@@ -378,7 +378,7 @@ def test_hundreds_of_questions_block_nothing(server: llama_server.Server) -> Non
         clients = [pool.submit(client) for _ in range(8)]
         try:
             t_start = time.monotonic()
-            beside = pool.submit(server.complete, PROMPT, 300, **options).result(timeout=300)
+            beside = pool.submit(server.complete, PROMPT, 300, **options).result(timeout=60)
             while len(codes) < 500:
                 time.sleep(0.05)
             seconds = time.monotonic() - t_start

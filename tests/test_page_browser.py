@@ -275,7 +275,7 @@ def test_a_hostile_name_and_state_are_text(browser: Any, server: llama_server.Se
 def test_the_key_is_asked_for_and_used(browser: Any, make_model: Callable[..., Path], log: Path) -> None:
     with running(log, make_model(SHAPE), "--kv-reuse", "--api-key", "secret") as server:
         url = f"http://127.0.0.1:{server.port}/completion"
-        done = llama_server.HTTP.post(url, json={"prompt": PROMPT, "n_predict": 2}, headers={"Authorization": "Bearer secret"}, timeout=300)
+        done = llama_server.HTTP.post(url, json={"prompt": PROMPT, "n_predict": 2}, headers={"Authorization": "Bearer secret"}, timeout=60)
         assert done.status_code == 200
         with opened(browser, server, quiet=False) as page:
             page.wait_for_selector("#key-form:not([hidden])")

@@ -347,7 +347,7 @@ def test_the_server_answers_with_a_worker_and_ends_with_its_name(path: Path, own
         with pytest.raises((urllib.error.URLError, ConnectionError)):
             for _ in range(1000):
                 assert ask(64)["tokens"][:4] == right
-        _, said = server.communicate(timeout=300)
+        _, said = server.communicate(timeout=30)
         assert server.returncode == 1
         assert f"RPC worker {own.endpoint} was lost: this program ends." in said and "start it again" in said
     finally:
@@ -357,6 +357,6 @@ def test_the_server_answers_with_a_worker_and_ends_with_its_name(path: Path, own
 
 def test_the_server_names_a_worker_that_is_not_there(path: Path) -> None:
     server, _ = start_server(path, "127.0.0.1:1")
-    _, said = server.communicate(timeout=300)
+    _, said = server.communicate(timeout=60)
     assert server.returncode == 1 and "Failed to connect to 127.0.0.1:1" in said
     assert "--rpc: no worker was there: name HOST:PORT of one that 'pyheadkv rpc-worker' has started" in said and "is gone" not in said
