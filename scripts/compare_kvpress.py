@@ -2,11 +2,10 @@
 """Compare the cells that pyheadkv keeps, and the answers they give, with those of NVIDIA's kvpress on the same weights.
 
     python scripts/compare_kvpress.py MODEL.gguf -o FILE.jsonl --ask passkey:1024,ruler-keys:1024 --contexts 16
-    python scripts/compare_kvpress.py --report OUT.md FILE.jsonl .. --traces FILE.jsonl ..
+    python scripts/compare_kvpress.py --report OUT.md FILE.jsonl ..
 
 Both read one GGUF whose weights were dequantised to float32, llama.cpp with float32 cells, transformers in float32, so
-that only rounding is left between them: float32, and f16 in the flash attention of llama.cpp's prompts, which casts K and V
-whatever their type. With --as-shipped llama.cpp reads MODEL.gguf itself and has f16 cells.
+that only the rounding of float32 is left between them. With --as-shipped llama.cpp reads MODEL.gguf itself and has f16 cells.
 Both have the same window, average pooling of the same kernel (kvpress has no other), the plain mean over window and GQA
 group, and keep the window.
 
@@ -424,25 +423,8 @@ def n_moved(a: Kept, b: Kept) -> int:
 # where the scores differ
 
 
-@contextmanager
-def half_attention(model: transformers.PreTrainedModel) -> Iterator[None]:
-    """Attention of prompts with K and V rounded to f16, as llama.cpp's prompts have it (llama-graph.cpp, build_attn_mha)."""
-    functions, before = transformers.modeling_utils.ALL_ATTENTION_FUNCTIONS, model.config._attn_implementation
-    plain = functions[before]
-
-    def rounded(module: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: Any, **how: Any) -> Any:
-        return plain(module, q, k.half().float(), v.half().float(), mask, **how)
-
-    functions["rounded"] = rounded
-    model.set_attn_implementation("rounded")
-    try:
-        yield
-    finally:
-        model.set_attn_implementation(before)
-
-
 def trace_scores(path: Path, ours: Ours, theirs: Theirs, prompt: Sequence[int]) -> dict[str, tuple[float, float]]:
-    """``compare_scores`` of both sides, and of transformers with rounded K and V, with a forward pass in float64."""
+    """``compare_scores`` of both sides with a forward pass in float64."""
     oracle = reference.ReferenceModel(path)
     oracle.weights["output.weight"] = np.zeros((1, oracle.n_embd))  # no logits are needed
     oracle.prefill(prompt)
@@ -450,30 +432,12 @@ def trace_scores(path: Path, ours: Ours, theirs: Theirs, prompt: Sequence[int]) 
     exact = [oracle.scores(il, **how) for il in range(oracle.n_layer)]
     ours.read(prompt)
     theirs.read(prompt, ())
-    found = {"pyheadkv": ours.scores(), "kvpress": theirs.scores()}
-    with half_attention(theirs.model):
-        theirs.read(prompt, ())
-    found["kvpress, K and V of the attention in f16"] = theirs.scores()
-    return {name: compare_scores(scores, exact) for name, scores in found.items()}
+    return {name: compare_scores(scores, exact) for name, scores in (("pyheadkv", ours.scores()), ("kvpress", theirs.scores()))}
 
 
 def logits_nmse(found: NDArray[np.float32], expected: NDArray[np.float32]) -> float:
     """Mean squared error relative to what is expected."""
     return float(np.mean((found - expected) ** 2) / np.mean(expected.astype(np.float64) ** 2))
-
-
-@torch.inference_mode()
-def trace_logits(path: Path, model: transformers.PreTrainedModel, prompt: Sequence[int]) -> dict[str, float]:
-    """``logits_nmse`` after a prompt, of the stock cache with float32 cells against transformers."""
-    expected = model(torch.tensor([list(prompt)]), logits_to_keep=1).logits[0, -1].float().numpy()
-    found = {}
-    for name, flash_attn in (("flash attention", True), ("no flash attention", False)):
-        how = {"n_threads": 1, "n_threads_batch": 1, "flash_attn": flash_attn, **F32_CELLS}
-        llm = Llama(path, n_ctx=len(prompt), verbose=False, **how)
-        llm.eval(prompt)
-        found[name] = logits_nmse(llm.last_logits, expected)
-        llm.close()
-    return found
 
 
 # a run
@@ -528,7 +492,6 @@ def run(args: argparse.Namespace) -> None:
             if args.exact and (i, name, n_tokens) == places[0]:
                 prompt = task.quiz(i)[0].prompt[:-1]
                 entry["exact"] = trace_scores(path, ours, theirs, prompt)
-                entry["logits"] = trace_logits(path, theirs.model, prompt)
             log.append(entry)
 
 
@@ -558,11 +521,11 @@ def percent(part: float, whole: float, *, digits: int = 2) -> str:
     return f"{100 * part / whole:.{digits}f} %"
 
 
-def write_report(path: Path, files: Sequence[Path], traces: Sequence[Path], *, command: str, note: str) -> None:
-    """Tables of kept cells and of answers as Markdown, and what ``--exact`` found in the runs ``traces``."""
-    runs, traced = ([journal.read_lines(file)[:2] for file in some] for some in (files, traces))
+def write_report(path: Path, files: Sequence[Path], *, command: str, note: str) -> None:
+    """Tables of kept cells and of answers as Markdown, and what ``--exact`` found."""
+    runs = [journal.read_lines(file)[:2] for file in files]
     lines = ["# The same cells as kvpress?", "", f"`{command}`, each file by:", ""]
-    lines += [f"- {made_by(header, entries)}" for header, entries in [*runs, *traced]]
+    lines += [f"- {made_by(header, entries)}" for header, entries in runs]
     lines += ["", ABOUT, "## Kept cells", "", CELLS]
     cells, moved, errors, answers = [], [], [], []
     for header, entries in runs:
@@ -578,9 +541,7 @@ def write_report(path: Path, files: Sequence[Path], traces: Sequence[Path], *, c
     lines += table(("model", "asked", "cells", "pyheadkv", "kvpress"), moved)
     lines += ["", "Scores of all cells before the window, difference as a share of kvpress':", ""]
     lines += table(("model", "asked", "prompts", "median", "largest"), errors)
-    lines += [""]
-    if traced:
-        lines += rows_of_traces(traced)
+    lines += ["", *rows_of_traces(runs)]
     lines += ["## Answers", "", ANSWERS]
     lines += table(("model", "task", "setting", "cells", "pyheadkv", "kvpress", "same tokens", "logit NMSE, median", "largest"), answers)
     lines += ["", note, ""] if note else [""]
@@ -600,15 +561,12 @@ def made_by(header: dict[str, Any], entries: Sequence[dict[str, Any]]) -> str:
 
 
 def rows_of_traces(runs: Sequence[tuple[dict[str, Any], Sequence[dict[str, Any]]]]) -> list[str]:
-    """What ``trace_scores`` and ``trace_logits`` found, two tables."""
+    """What ``trace_scores`` found."""
     found = [(name_of(header), e) for header, entries in runs for e in entries if "exact" in e]
     scores = [[name, side, f"{a:.1e}", f"{b:.1e}"] for name, e in found for side, (a, b) in e["exact"].items()]
-    logits = [[name, *(f"{x:.1e}" for x in e["logits"].values())] for name, e in found]
-    return [
+    return [] if not scores else [
         "The same against a forward pass in float64 (`pyheadkv.testing.reference`), the first prompt alone:", "",
         *table(("model", "scores", "median", "largest"), scores), "",
-        "Logits after this prompt, the stock cache with float32 cells against transformers, NMSE:", "",
-        *table(("model", "flash attention", "no flash attention"), logits), "",
     ]  # fmt: skip
 
 
@@ -684,10 +642,9 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--kernel", type=int, default=5, metavar="N", help="of the average pooling (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="(default: %(default)s)")
     parser.add_argument("--as-shipped", action="store_true", help="llama.cpp reads MODEL.gguf itself, and has f16 cells")
-    parser.add_argument("--exact", action="store_true", help="trace what is left of the first prompt: float64, flash attention")
+    parser.add_argument("--exact", action="store_true", help="scores of the first prompt against float64")
     parser.add_argument("--resume", action="store_true", help="go on with FILE.jsonl")
     parser.add_argument("--report", type=Path, nargs="+", metavar=("OUT.md", "FILE.jsonl"), help="only write the tables")
-    parser.add_argument("--traces", type=Path, nargs="+", default=[], metavar="FILE.jsonl", help="runs with --exact, of which only that")
     parser.add_argument("--note", default="", metavar="TEXT", help="what stands below them")
     args = parser.parse_args(argv)
     if args.report is not None and len(args.report) < 2:
@@ -701,9 +658,8 @@ def report(args: argparse.Namespace) -> None:
     """Write the tables of some runs."""
     out, *files = args.report
     names = " ".join(file.name for file in (out, *files))
-    names += " --traces " * bool(args.traces) + " ".join(file.name for file in args.traces)
     command = f"python scripts/compare_kvpress.py --report {names}"
-    write_report(out, files, args.traces, command=command, note=args.note)
+    write_report(out, files, command=command, note=args.note)
 
 
 def main(argv: list[str] | None = None) -> int:

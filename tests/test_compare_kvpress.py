@@ -149,15 +149,11 @@ def test_weights_are_dequantised_once_for_both(script: ModuleType, make_model: C
         assert shipped == path
 
 
-def test_scores_are_those_of_float64_and_the_stock_cache_rounds(script: ModuleType, make_model: Callable[..., Path]) -> None:
+def test_scores_are_those_of_float64(script: ModuleType, make_model: Callable[..., Path]) -> None:
     path = make_model(SHAPES[1], ftype="f32")
     ours, theirs = sides(script, path)
     found = script.trace_scores(path, ours, theirs, PROMPT)
-    mine, exact, rounded = (median for median, _ in found.values())
-    assert max(mine, exact) < 1e-5 < rounded
-    assert theirs.model.config._attn_implementation == "sdpa"
-    logits = script.trace_logits(path, theirs.model, PROMPT)
-    assert logits["no flash attention"] < 1e-9 < logits["flash attention"]
+    assert list(found) == ["pyheadkv", "kvpress"] and max(median for median, _ in found.values()) < 1e-5
 
 
 def test_report_has_what_was_measured(script: ModuleType, make_model: Callable[..., Path], tmp_path: Path) -> None:
@@ -167,19 +163,11 @@ def test_report_has_what_was_measured(script: ModuleType, make_model: Callable[.
     found = script.compare_question(ours, theirs, ask(), script.make_settings([40]), frozenset())
     header = {"model": path.name, "model_sha256": "a" * 64, "as_shipped": False, "ask": "random:200", "kv_size": "40", "window": WINDOW}
     header |= {"kernel": KERNEL, "seed": 0, "versions": {"kvpress": "1"}}
-    entry = {
-        "task": "random",
-        "length": 200,
-        "context": 0,
-        "questions": [found],
-        "exact": {"pyheadkv": [1e-4, 1e-2]},
-        "logits": {"a": 3e-5, "b": 4e-5},
-    }
+    entry = {"task": "random", "length": 200, "context": 0, "questions": [found], "exact": {"pyheadkv": [1e-4, 1e-2]}}
     file.write_text(f"{json.dumps(header)}\n{json.dumps(entry)}\n")
-    assert script.main(["--report", str(out), str(file), "--traces", str(file), "--note", "End."]) == 0
+    assert script.main(["--report", str(out), str(file), "--note", "End."]) == 0
     text = unpadded(out.read_text())
     assert str(tmp_path) not in text and text.rstrip().endswith("End.") and "| pyheadkv | 1.0e-04 | 1.0e-02 |" in text
-    assert f"| {path.stem} | 3.0e-05 | 4.0e-05 |" in text
     cells = found["results"][1]["cells"]
     assert f"| random:200 | snapkv | 40 | {100 * cells['n_heads_same'] / cells['n_heads']:.2f} % |" in text
     assert f"{100 * cells['n_cells_same'] / cells['n_cells']:.3f} %" in text
