@@ -24,6 +24,7 @@ import pytest
 sys.path.append(str(Path(__file__).parent.parent / "scripts"))
 
 N_THREADS = 1  # small models are fastest so, and more threads than free cores wait for each other
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # and where a test wants more, they do not wait by spinning: every core has a test
 
 # tests of the engine: what load() loads in them goes to the device at hand
 ENGINE = (
