@@ -1498,6 +1498,15 @@ static void write_result(const char * path, const std::map<std::string, std::pai
     fclose(file);
 }
 
+static int usage(const std::string & what) {
+    const bool is_asked = what == "-h" || what == "--help";
+    fprintf(is_asked ? stdout : stderr, "%susage: test-headkv-ops [device | -c CASE | -k PART_OF_THE_NAMES | -s SHARE/SHARES] [--out FILE.json]\n"
+                                        "       test-headkv-ops kept\n"
+                                        "       test-headkv-ops perf [attend | score | sinks | prompt | isa]\n",
+            is_asked ? "" : ("'" + what + "' is no option\n").c_str());
+    return is_asked ? 0 : 2;
+}
+
 int main(int argc, char ** argv) {
     const char * out = nullptr;
     if (argc > 2 && strcmp(argv[argc - 2], "--out") == 0) {
@@ -1509,20 +1518,21 @@ int main(int argc, char ** argv) {
         return 0;
     }
     if (argc > 1 && strcmp(argv[1], "perf") == 0) {
-        if (argc > 2 && strcmp(argv[2], "score") == 0) {
-            perf_score();
-        } else if (argc > 2 && strcmp(argv[2], "sinks") == 0) {
-            perf_sinks();
-        } else if (argc > 2 && strcmp(argv[2], "prompt") == 0) {
-            perf_prompt();
-        } else if (argc > 2 && strcmp(argv[2], "isa") == 0) {
-            perf_isa();
-        } else {
-            perf();
+        const std::string what = argc > 2 ? argv[2] : "attend";
+        for (const auto & [name, measure] : std::map<std::string, void (*)()>{
+                     { "attend", perf }, { "score", perf_score }, { "sinks", perf_sinks }, { "prompt", perf_prompt }, { "isa", perf_isa } }) {
+            if (what == name) {
+                measure();
+                return 0;
+            }
         }
-        return 0;
+        return usage(argv[2]);
     }
-    const bool on_gpu = argc > 1 && strcmp(argv[1], "device") == 0;
+    const bool on_gpu = argc == 2 && strcmp(argv[1], "device") == 0;
+    const bool is_choice = argc == 3 && (strcmp(argv[1], "-c") == 0 || strcmp(argv[1], "-k") == 0 || strcmp(argv[1], "-s") == 0);
+    if (argc > 1 && !on_gpu && !is_choice) {
+        return usage(argv[1]);
+    }
     if (on_gpu) {
         gpu = ggml_backend_dev_by_type(GGML_BACKEND_DEVICE_TYPE_GPU);
         if (!gpu) {
