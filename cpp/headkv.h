@@ -76,8 +76,9 @@ struct headkv_params {
     const char * rank;        // which ones, same: "attention" (of the window), "value" (norm of the value), "attention*value", "expected"
                               // (attention that queries like those of the prompt are expected to pay, and the value; on the CPU),
                               // "outlying" (tokens whose values, in all layers up to this one, are far from the mean), "outlying+value"
-                              // (these, and in heads that keep more than the mean their own farthest), "output" (of what the value adds
-                              // to the output of the layer), "critical" (half by attention, half by attention times output), "sums"
+                              // (these, and in heads that keep more than the mean their own farthest), "attention+outlying" (half by
+                              // attention, above 128 cells, the other half these), "output" (of what the value adds to the output of
+                              // the layer), "critical" (half by attention, half by attention times output), "sums"
                               // (attention of all tokens of the prompt), "recent" (the last ones)
     const char * fit;         // what becomes of their values, same: "none", "mean" (one cell stands for those that are dropped), "values"
                               // (fitted to the answers that the prompt's own queries get from the full cache)

@@ -186,7 +186,8 @@ class Llama(llama_cpp.Llama):
     rank : which cells, in place of the policy's own: "attention" (of the last queries), "value" (L2 norm of the value, the first 4
         cells are kept), "attention*value", "expected" (the attention that queries like those of the prompt are expected to pay, and the
         value; on the CPU), "outlying" (tokens whose values, in all layers up to this one, are far from the mean of their head, with their
-        neighbours), "outlying+value" (these, and in heads that keep more than the mean their own farthest), "output" (L1 norm of what the
+        neighbours), "outlying+value" (these, and in heads that keep more than the mean their own farthest), "attention+outlying" (half by attention, above 128 cells, the other half
+        these), "output" (L1 norm of what the
         value adds to the output of the layer), "critical" (half by attention, half by attention times output), "sums" (attention of all
         tokens), "recent" (the last ones)
     fit : what becomes of their values, in place of the policy's own: "none", "mean" (one cell stands for those that are dropped)

@@ -19,7 +19,7 @@ pytestmark = pytest.mark.usefixtures("library")
 MakeModel = Callable[..., Path]
 ALL_SHAPES = pytest.mark.parametrize("shape", SHAPES, ids=lambda s: s.name)
 POLICY = "uniform/outlying"
-RANKS = pytest.mark.parametrize("rank", ["outlying", "outlying+value"])
+RANKS = pytest.mark.parametrize("rank", ["outlying", "outlying+value", "attention+outlying"])
 
 
 @RANKS
@@ -27,6 +27,19 @@ RANKS = pytest.mark.parametrize("rank", ["outlying", "outlying+value"])
 @SIZES
 def test_kept_cells_equal_the_oracle(shape: Shape, n_prompt: int, kv_size: int, rank: str, make_model: MakeModel) -> None:
     check_kept(shape, make_model, n_prompt, kv_size=kv_size, policy="importance/attention", rank=rank)
+
+
+@ALL_SHAPES
+@pytest.mark.parametrize("budget", ["importance", "uniform"])
+def test_half_of_a_large_budget_goes_by_attention_and_all_of_a_small_one(shape: Shape, budget: str, make_model: MakeModel) -> None:
+    check_kept(shape, make_model, 1400, kv_size=300, policy=f"{budget}/attention+outlying")
+    check_kept(shape, make_model, 1400, kv_size=150, policy=f"{budget}/attention+outlying")
+    kept = []
+    for rank in ("attention", "attention+outlying"):
+        llm = load(make_model(shape), kv_size=128, policy=f"{budget}/{rank}")
+        llm.read_prompt(tokens(1400))
+        kept.append([rows.tolist() for of_layer in kept_by(llm, shape) for rows in of_layer])
+    assert kept[0] == kept[1]
 
 
 @RANKS
@@ -45,6 +58,7 @@ def test_quantised_values(type_v: int, make_model: MakeModel) -> None:
 
 def test_sinks_and_spans(make_model: MakeModel) -> None:
     check_kept(SHAPES[1], make_model, 300, kv_size=40, policy="importance/outlying+value", protect=[(100, 120)])
+    check_kept(SHAPES[1], make_model, 1300, kv_size=300, policy="importance/attention+outlying", sinks=4, protect=[(100, 300)])
     check_kept(SHAPES[1], make_model, 300, kv_size=40, policy=POLICY, sinks=0)
     check_kept(SHAPES[1], make_model, 300, kv_size=40, policy=POLICY, sinks=2, protect=[(100, 120)], recent=3)
 

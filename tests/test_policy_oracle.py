@@ -573,7 +573,7 @@ def test_auto_knows_the_two_situations(has_importance: bool, has_table: bool, ma
     [
         (
             {"policy": "mix/values"},
-            "rank is 'values': it must be one of attention, value, attention.value, expected, outlying, outlying.value, output, critical, sums, recent",
+            "rank is 'values': it must be one of attention, value, attention.value, expected, outlying, outlying.value, attention.outlying, output, critical, sums, recent",
         ),
         ({"policy": "mixed/value"}, "budget is 'mixed': it must be one of uniform, importance, replay, mix, adaptive"),
         ({"policy": "snapkv", "fit": "value"}, "fit is 'value': it must be one of none, mean, values"),

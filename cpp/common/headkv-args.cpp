@@ -173,7 +173,7 @@ void headkv_add_args(const std::function<void(common_arg)> & add_opt) {
                 [](common_params &, const std::string & value) { set("--kv-budget").budget = value; }),
             "LLAMA_ARG_KV_BUDGET");
     add(common_arg({ "--kv-rank" }, "NAME",
-                "which ones: attention (of the window), value (norm), attention*value, expected (attention, of queries like those of the prompt), outlying (tokens with values far from the mean), outlying+value, output (of value x output matrix), critical, sums, recent (default: that of the policy)",
+                "which ones: attention (of the window), value (norm), attention*value, expected (attention, of queries like those of the prompt), outlying (tokens with values far from the mean), outlying+value, attention+outlying, output (of value x output matrix), critical, sums, recent (default: that of the policy)",
                 [](common_params &, const std::string & value) { set("--kv-rank").rank = value; }),
             "LLAMA_ARG_KV_RANK");
     add(common_arg({ "--kv-fit" }, "none|mean|values",

@@ -42,6 +42,7 @@ const std::vector<headkv_rank_kind> & headkv_rank_list() {
         { "expected", false, false, true, HEADKV_VALUES_NORM, 4, nullptr, headkv_rank_expected },
         { "outlying", false, false, false, HEADKV_VALUES_DISTANCE, 4, nullptr, headkv_rank_outlying },
         { "outlying+value", false, false, false, HEADKV_VALUES_DISTANCE, 4, nullptr, headkv_rank_outlying_first },
+        { "attention+outlying", true, false, false, HEADKV_VALUES_DISTANCE, 0, nullptr, headkv_rank_attention_first },
         { "output", false, false, false, HEADKV_VALUES_OUTPUT, 4, nullptr, headkv_rank_value },
         { "critical", true, false, false, HEADKV_VALUES_OUTPUT, 0, nullptr, headkv_rank_critical },
         { "sums", false, true, false, HEADKV_VALUES_NONE, 0, nullptr, nullptr },

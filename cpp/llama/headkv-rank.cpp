@@ -73,6 +73,20 @@ void headkv_rank_outlying_first(headkv_scored & layer) {
     }
 }
 
+void headkv_rank_attention_first(headkv_scored & layer) {
+    const std::vector<float> attention = layer.scores;
+    headkv_rank_outlying(layer);
+    layer.values = std::move(layer.scores); // what the rest is ranked by
+    layer.scores = attention;
+    std::vector<int64_t> order;
+    for (size_t ih = 0; ih < layer.n_keep.size(); ++ih) {
+        const int64_t n_keep = layer.n_keep[ih];
+        const int64_t n_attended = n_keep * HEADKV_N_ATTENDED / std::max<int64_t>(layer.n_mean, HEADKV_N_ATTENDED);
+        const int64_t n_first = std::max({ n_keep - n_keep / 2, n_attended, layer.n_protected });
+        certain_first(layer, ih, n_first, order, [](float, float span) { return span; });
+    }
+}
+
 void headkv_rank_critical(headkv_scored & layer) {
     std::vector<int64_t> order;
     for (size_t ih = 0; ih < layer.n_keep.size(); ++ih) {

@@ -28,6 +28,11 @@ void headkv_rank_outlying(headkv_scored & layer);
 // The same for as many cells as a head has on average; what it keeps beyond that by how far its own values are from their mean.
 void headkv_rank_outlying_first(headkv_scored & layer);
 
+// Half of a head's cells by attention, all of them where a head has HEADKV_N_ATTENDED on average or less; the other half as "outlying" ranks
+// them: for a question that is known and those that follow it.
+constexpr int64_t HEADKV_N_ATTENDED = 120;
+void headkv_rank_attention_first(headkv_scored & layer);
+
 // CriticalKV: half of a head's cells by attention alone, the other half by attention times what the value moves the output
 // of the layer.
 void headkv_rank_critical(headkv_scored & layer);

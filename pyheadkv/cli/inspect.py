@@ -121,7 +121,7 @@ def add_budget_arguments(parser: argparse._ActionsContainer, *, kv_size: int | N
     parser.add_argument(
         "--rank",
         metavar="NAME",
-        help="which ones: attention, value, attention*value, expected, outlying, outlying+value, output, critical, sums, recent (default: that of the policy)",
+        help="which ones: attention, value, attention*value, expected, outlying, outlying+value, attention+outlying, output, critical, sums, recent (default: that of the policy)",
     )
     parser.add_argument("--fit", metavar="NAME", help="what becomes of their values: none, mean, values (default: that of the policy)")
     parser.add_argument(

@@ -150,7 +150,7 @@ def scores_of(llm: Any, shape: Shape, il: int, cells: NDArray[np.int64]) -> NDAr
     if rank == "expected":
         return (expected_of(llm, shape, il, n_prefix) + reference.EXPECTED_EPSILON) * lengths_of(llm, shape, il, n_prefix)
     if rank in ("outlying", "outlying+value"):
-        before = [head_rows(llm, shape, i, v=True) for i in layers_of(shape) if i <= il]
+        before = values_up_to(llm, shape, il)
         spans = np.tile(reference.outlying_scores(before, n_prefix=n_prefix), (shape.n_head_kv, 1))
         if rank == "outlying":
             return spans
@@ -170,7 +170,16 @@ def scores_of(llm: Any, shape: Shape, il: int, cells: NDArray[np.int64]) -> NDAr
         pool_kernel=options.pool_kernel or reference.pool_kernels(cells),
         **softmax_of(llm, il),
     )
+    if rank == "attention+outlying":
+        spans = np.tile(reference.outlying_scores(values_up_to(llm, shape, il), n_prefix=n_prefix), (shape.n_head_kv, 1))
+        n_first = reference.attended_first(cells, n_mean=options.kv_size - options.recent)
+        return reference.certain_first(attention, spans, n_first, protected=protected_by(llm, n_prefix))
     return attention * lengths_of(llm, shape, il, n_prefix) if rank == "attention*value" else attention
+
+
+def values_up_to(llm: Any, shape: Shape, il: int) -> list[NDArray[np.float32]]:
+    """Values of a layer and of those before that are compressed too, each (n_tokens, n_head_kv, head_dim)."""
+    return [head_rows(llm, shape, i, v=True) for i in layers_of(shape) if i <= il]
 
 
 def lengths_of(llm: Any, shape: Shape, il: int, n_prefix: int) -> NDArray[np.float64]:

@@ -579,6 +579,7 @@ def expected_attention(
 
 
 SPAN = 7  # tokens
+N_ATTENDED = 120  # cells of a head on average that are all chosen by attention
 
 
 def distances(v: ArrayLike) -> NDArray[np.float64]:
@@ -617,6 +618,14 @@ def certain_first(scores: ArrayLike, rest: ArrayLike, n_first: ArrayLike, *, pro
     for row, certain in zip(res, first):
         row[certain] = np.finfo(np.float64).max
     return res
+
+
+def attended_first(cells: ArrayLike, *, n_mean: int) -> NDArray[np.int64]:
+    """Cells of each head that rank "attention+outlying" chooses by attention, of ``cells`` (n_head_kv,): half of them, and all of those of a
+    budget of N_ATTENDED or less on average, ``n_mean``."""
+    n = np.asarray(cells, dtype=np.int64)
+    first: NDArray[np.int64] = np.maximum(n - n // 2, n * N_ATTENDED // max(n_mean, N_ATTENDED))
+    return first
 
 
 def critical_scores(scores: ArrayLike, norms: ArrayLike, cells: ArrayLike, *, protected: ArrayLike | None = None) -> NDArray[np.float64]:
