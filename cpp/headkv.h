@@ -82,7 +82,8 @@ struct headkv_params {
                               // (attention of all tokens of the prompt), "recent" (the last ones)
     const char * fit;         // what becomes of their values, same: "none", "mean" (one cell stands for those that are dropped), "values"
                               // (fitted to the answers that the prompt's own queries get from the full cache)
-    const char * question;    // for "auto": "known" (the prompt ends with it) or "later" (a document for questions to come); NULL = known
+    const char * question;    // for "auto": "known" (the prompt ends with it), "both" (it does, and others follow it) or "later" (a
+                              // document for questions to come); NULL = known
     int32_t kv_size;     // mean cells per KV head, recent ones included
     int32_t window;      // queries of the last tokens, which score the prompt: 1..256; the paper's numbers of this and of
                               // the next four are 8, 8, 1, max, 7

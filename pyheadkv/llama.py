@@ -171,8 +171,8 @@ class Llama(llama_cpp.Llama):
         recurrent layers it counts what these take for a sequence too, and the other layers share what is left
     policy : which cells each head keeps: three choices, budget, rank and fit, by one name. "auto" (the default; the attribute
         ``policy`` says what it chose): with ``question="known"`` "headkv" when the importance of the heads is known, else "adakv";
-        with "later" "mix/outlying+value" when importance and replay table are known, "replay/outlying+value" or "importance/outlying" when
-        one of them is, else "uniform/outlying".
+        with "both" "importance/attention+outlying", else "uniform/attention+outlying"; with "later" "mix/outlying+value" when importance
+        and replay table are known, "replay/outlying+value" or "importance/outlying" when one of them is, else "uniform/outlying".
         "headkv" (importance/attention), "snapkv" (uniform/attention), "streaming" (uniform/recent), "pyramidkv"
         (pyramid/attention), "adakv" (adaptive/attention), "headkv+adakv" (importance+adaptive/attention), "criticalkv"
         (uniform/critical), "h2o" (uniform/sums; where a GPU or attend="composed" reads, a prompt takes n_ctx * n_ubatch * n_head * 4 bytes more), "razor"
@@ -186,14 +186,13 @@ class Llama(llama_cpp.Llama):
     rank : which cells, in place of the policy's own: "attention" (of the last queries), "value" (L2 norm of the value, the first 4
         cells are kept), "attention*value", "expected" (the attention that queries like those of the prompt are expected to pay, and the
         value; on the CPU), "outlying" (tokens whose values, in all layers up to this one, are far from the mean of their head, with their
-        neighbours), "outlying+value" (these, and in heads that keep more than the mean their own farthest), "attention+outlying" (half by attention, above 128 cells, the other half
-        these), "output" (L1 norm of what the
-        value adds to the output of the layer), "critical" (half by attention, half by attention times output), "sums" (attention of all
+        neighbours), "outlying+value" (these, and in heads that keep more than the mean their own farthest), "attention+outlying"
+        (half by attention, above 128 cells, the other half these), "output" (L1 norm of what the value adds to the output of the layer), "critical" (half by attention, half by attention times output), "sums" (attention of all
         tokens), "recent" (the last ones)
     fit : what becomes of their values, in place of the policy's own: "none", "mean" (one cell stands for those that are dropped)
         or "values" (fitted, so that the prompt's own queries get the answers of the full cache)
-    question : for "auto": "known" (prompts end with it) or "later" (a document for questions to come); None = later with
-        ``kv_reuse`` where the replay table is known, else known
+    question : for "auto": "known" (prompts end with it), "both" (with the first of several about what was kept, such as a chat that goes
+        on with it) or "later" (a document for questions to come); None = later with ``kv_reuse`` where the replay table is known, else known
     beta : > 1; a share 1/beta of the budget is given out by importance, the rest evenly;
         None = the one stored with the importance (``pyheadkv score --calibrate``), else 1.2
     preset : what the five options below are when they are not given: "default", or "paper"

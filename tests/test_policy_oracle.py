@@ -543,7 +543,7 @@ def test_choices_replace_those_of_the_policy(make_model: MakeModel) -> None:
 
 @pytest.mark.parametrize("has_importance", [True, False], ids=["importance", "nothing"])
 @pytest.mark.parametrize("has_table", [True, False], ids=["table", "no table"])
-def test_auto_knows_the_two_situations(has_importance: bool, has_table: bool, make_model: MakeModel) -> None:
+def test_auto_knows_the_three_situations(has_importance: bool, has_table: bool, make_model: MakeModel) -> None:
     shape = SHAPES[4]
     path = make_model(shape) if has_importance else make_model(shape, importance=None)
     replay = random_table(shape) if has_table else None
@@ -555,13 +555,15 @@ def test_auto_knows_the_two_situations(has_importance: bool, has_table: bool, ma
     }
     llm = load(path, kv_size=40, policy="auto", replay=replay)
     assert llm.policy == ("headkv" if has_importance else "adakv")
+    llm.configure(question="both")
+    assert llm.policy == ("importance/attention+outlying" if has_importance else "uniform/attention+outlying")
     llm.configure(question="later")
     assert llm.policy == later[has_importance, has_table]
     llm.configure(policy="snapkv")
     assert llm.policy == "snapkv"
     with pytest.raises(ValueError, match="policy='snapkv', question='later': a policy that is named does not look at it"):
         llm.configure(question="later")
-    with pytest.raises(ValueError, match="question='never': it must be one of 'known', 'later'"):
+    with pytest.raises(ValueError, match="question='never': it must be one of 'known', 'both', 'later'"):
         llm.configure(question="never")
     if has_table:  # kv_reuse says that questions come later, which a policy that is named does not look at
         for policy, used in (("auto", later[has_importance, True]), ("replay/value", "replay/value"), ("snapkv", "snapkv")):

@@ -309,6 +309,8 @@ def test_a_request_says_when_its_question_comes(llm: Any, log: Path, tmp_path: P
     with closing(load(MODEL, **options)) as later, closing(load(both, **options)) as by_table:
         answers = expected(llm, prompt, n), expected(later, prompt, n), expected(by_table, prompt, n)
         assert (later.policy, by_table.policy) == ("importance/outlying", "mix/outlying+value")
+        later.configure(question="both")
+        of_both = expected(later, prompt, n)
     for model, flags, policy, other, default in (
         (MODEL, (), "importance/outlying", answers[1], answers[0]),
         (both, (), "mix/outlying+value", answers[2], answers[0]),
@@ -317,10 +319,12 @@ def test_a_request_says_when_its_question_comes(llm: Any, log: Path, tmp_path: P
         with running(log, "--kv-size", KV_SIZE, *flags, model=model) as server:
             props = server.get("/props")["kv"]
             assert (props["policy_known"], props["policy_later"]) == ("headkv", policy)
+            assert props["policy_both"] == "importance/attention+outlying"
             assert props["policy"] == (policy if flags else "headkv")
             assert server.tokens(prompt, n) == server.tokens(prompt, n, kv_question=None) == default
             assert server.tokens(prompt, n, kv_question="later") == other
             assert server.tokens(prompt, n, kv_question="known") == answers[0]
+            assert server.tokens(prompt, n, kv_question="both") == of_both
             for wrong in ("never", 1, ["later"], ""):
                 status, answer = server.request("/completion", {"prompt": prompt, "n_predict": 1, "kv_question": wrong})
                 assert status == 400 and answer["error"]["message"].startswith("kv_question is ")
@@ -344,7 +348,7 @@ def test_wrong_choices_end_the_server_with_what_is_known(log: Path) -> None:
         (("--kv-budget", "none"), "budget is 'none': it must be one of uniform, importance"),
         (("--kv-policy", "mix/value/values/x"), "fit is 'values/x'"),
         (("--kv-policy", "replay/value"), "needs the replay table of each head"),
-        (("--kv-question", "never"), "'never': it must be one of known, later"),
+        (("--kv-question", "never"), "'never': it must be one of known, both, later"),
         (("--kv-question", "later", "--kv-policy", "snapkv"), "--kv-question: a policy that is named does not look at it"),
     ):
         done = subprocess.run([SERVER, "-m", MODEL, "--kv-size", "64", *flags], capture_output=True, text=True, timeout=SECONDS)

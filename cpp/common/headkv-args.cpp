@@ -93,7 +93,7 @@ static const char * const PREFILLS[] = { "auto", "token", "layer" }; // enum hea
 static const char * const SCOPES[] = { "generated", "all" }; // enum headkv_scope
 static const char * const GENERATED_RANKS[] = { "attention", "recent", "redundancy" }; // enum headkv_generated_rank
 
-static const char * const QUESTIONS[] = { "known", "later" };
+static const char * const QUESTIONS[] = { "known", "both", "later" };
 
 static const char * const POSITIONS[] = { "auto", "on", "off" }; // enum headkv_tell_positions
 
@@ -180,8 +180,8 @@ void headkv_add_args(const std::function<void(common_arg)> & add_opt) {
                 "what becomes of their values: mean = one cell stands for those that are dropped, values = fitted to the answers of the full cache (default: that of the policy)",
                 [](common_params &, const std::string & value) { set("--kv-fit").fit = value; }),
             "LLAMA_ARG_KV_FIT");
-    add(common_arg({ "--kv-question" }, "known|later",
-                "for --kv-policy auto: prompts end with the question, or are documents for questions to come (default: later with --kv-reuse where the replay table is known, else known)",
+    add(common_arg({ "--kv-question" }, "known|both|later",
+                "for --kv-policy auto: prompts end with the question, with the first of several about what was kept, or are documents for questions to come (default: later with --kv-reuse where the replay table is known, else known)",
                 [](common_params &, const std::string & value) {
                     to_choice(value, QUESTIONS);
                     set("--kv-question").question = value;

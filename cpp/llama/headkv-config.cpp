@@ -132,9 +132,12 @@ static void complete_known(headkv_known & known, const headkv_params & params, c
     }
 }
 
-static const char * choose_auto(const headkv_known & known, bool later) {
+static const char * choose_auto(const headkv_known & known, const std::string & question) {
     const bool has_importance = !known.importance.values.empty();
-    if (!later) {
+    if (question == "both") {
+        return has_importance ? HEADKV_BOTH_IMPORTANCE : HEADKV_BOTH_UNKNOWN;
+    }
+    if (question != "later") {
         return has_importance ? HEADKV_AUTO_IMPORTANCE : HEADKV_AUTO_UNKNOWN;
     }
     if (!known.replay.values.empty()) {
@@ -146,12 +149,12 @@ static const char * choose_auto(const headkv_known & known, bool later) {
 // budget, rank and fit, and what they look at
 static void choose_policy(headkv_config & cfg, const headkv_params & params, const headkv_known * of_context) {
     const std::string question = text_of(params.question);
-    if (question != "" && question != "known" && question != "later") {
-        throw std::invalid_argument(format("question is '%s': it must be one of known, later", question.c_str()));
+    if (question != "" && question != "known" && question != "both" && question != "later") {
+        throw std::invalid_argument(format("question is '%s': it must be one of known, both, later", question.c_str()));
     }
     complete_known(cfg.known, params, of_context);
     const std::string name = text_of(params.policy);
-    headkv_policy_set(cfg, name == "auto" ? choose_auto(cfg.known, question == "later") : name, params.budget, params.rank, params.fit);
+    headkv_policy_set(cfg, name == "auto" ? choose_auto(cfg.known, question) : name, params.budget, params.rank, params.fit);
 
     if (cfg.budget->by_importance) {
         cfg.importance = cfg.known.importance;

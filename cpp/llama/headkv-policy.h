@@ -89,6 +89,10 @@ const std::vector<headkv_policy> & headkv_policy_list(); // in the order in whic
 constexpr const char * HEADKV_AUTO_IMPORTANCE = "headkv";
 constexpr const char * HEADKV_AUTO_UNKNOWN = "adakv";
 
+// when others follow it
+constexpr const char * HEADKV_BOTH_IMPORTANCE = "importance/attention+outlying";
+constexpr const char * HEADKV_BOTH_UNKNOWN = "uniform/attention+outlying";
+
 // and when it comes later
 constexpr const char * HEADKV_LATER_BOTH = "mix/outlying+value";
 constexpr const char * HEADKV_LATER_REPLAY = "replay/outlying+value";

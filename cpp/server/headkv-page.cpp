@@ -288,6 +288,10 @@ static std::string to_mib(int64_t n_bytes) {
     return string_format(n_bytes < 10 << 20 ? "%.2f MiB" : "%.0f MiB", n_bytes / 1048576.0);
 }
 
+static const std::map<std::string, std::string> ENDS = {
+    { "known", "end the prompt" }, { "both", "end the prompt, and others follow" }, { "later", "come later" }
+}; // question of headkv_params
+
 // the policy in use, and why it is that one
 static std::string policy_and_why(const llama_context * ctx) {
     const headkv_args & args = headkv_get_args();
@@ -298,7 +302,7 @@ static std::string policy_and_why(const llama_context * ctx) {
     }
     const std::string known = info.by_replay ? "the replay table of the model is known" : info.by_importance ? "the importance of its heads is known"
                                                                                                              : "nothing is known of its heads";
-    return name + ", since " + known + " and questions " + (headkv_server_asks_later() ? "come later" : "end the prompt");
+    return name + ", since " + known + " and questions " + ENDS.at(headkv_server_question());
 }
 
 void headkv_server_tell_start(server_context & ctx_server, const common_params & params, const std::vector<std::string> & addresses) {

@@ -70,9 +70,8 @@ static struct {
     int32_t n_batch = 0; // that was asked for
     int32_t n_ctx = 0; // of a slot, as upstream made it
     std::atomic<int32_t> n_ctx_seq{ 0 }; // that a sequence of the context may have, 0 = it is not there yet
-    std::string policy;  // never "auto"; of prompts that end with the question
-    std::string policy_later; // of the others
-    bool asks_later = false; // where a request does not say which they are
+    std::string question; // "known", "both" or "later", where a request does not say
+    std::map<std::string, std::string> policies; // of each, never "auto"
 } server;
 
 static const char * const STATES[] = { "empty", "staged", "compressed", "layered" }; // as in headkv_stats
@@ -176,7 +175,7 @@ public:
     explicit request_params(const headkv_request & request) {
         const headkv_args & args = headkv_get_args();
         params = args.params;
-        params.policy = (request.later ? server.policy_later : server.policy).c_str(); // with budget, rank and fit
+        params.policy = server.policies.at(request.question.empty() ? server.question : request.question).c_str(); // with budget, rank and fit
         params.kv_size = request.kv_size > 0 ? request.kv_size : args.is_lossless() ? MAX_CELLS
                                                                                     : args.params.kv_size;
         params.kv_generated = request.kv_generated >= 0 ? request.kv_generated : args.params.kv_generated;
@@ -237,23 +236,23 @@ bool headkv_server_open(common_params & params) {
     p.kv_size = kv_size_max(); // the context is made for the largest request
     p.importance_gguf = args.importance.empty() ? params.model.path.c_str() : args.importance.c_str();
     // contexts are made with what is set last
-    const auto set = [&](const char * question, std::string & policy) {
-        p.question = question;
+    const auto set = [&](const std::string & question) {
+        p.question = question.c_str();
         if (headkv_set_params(&p) != 0) {
             SRV_ERR("%s: %s\n", args.amount().c_str(), by_flags(headkv_last_error()).c_str());
             return false;
         }
-        policy = headkv_get_policy(nullptr);
+        server.policies[question] = headkv_get_policy(nullptr);
         return true;
     };
-    if (!set("later", server.policy_later)) {
+    if (!set("known") || !set("both") || !set("later")) {
         return false;
     }
     headkv_policy_info later = {};
-    headkv_find_policy(server.policy_later.c_str(), nullptr, nullptr, nullptr, &later);
-    server.asks_later = args.question.empty() ? args.reuse && later.by_replay : args.question == "later";
-    server.policy = server.policy_later; // of a policy that is named
-    if (args.policy == "auto" && !(set("known", server.policy) && (!server.asks_later || set("later", server.policy_later)))) {
+    headkv_find_policy(server.policies.at("later").c_str(), nullptr, nullptr, nullptr, &later);
+    server.question = !args.question.empty() ? args.question : args.policy == "auto" && args.reuse && later.by_replay ? "later"
+                                                                                                                      : "known";
+    if (!set(server.question)) {
         return false;
     }
     if (args.has_archive() && args.archive != HEADKV_ARCHIVE_RAM && headkv_archive_list(args.archive.c_str(), false, nullptr, nullptr) < 0) {
@@ -283,7 +282,7 @@ bool headkv_server_open(common_params & params) {
         // a prompt that is read layer by layer comes in one batch; the context limits it to its own size
         params.n_batch = std::max(server.n_batch, params.n_ctx > 0 ? params.n_ctx : 1 << 20);
     }
-    SRV_INF("compression: policy %s (question %s), %s, %s\n", (server.asks_later ? server.policy_later : server.policy).c_str(), server.asks_later ? "later" : "known",
+    SRV_INF("compression: policy %s (question %s), %s, %s\n", server.policies.at(server.question).c_str(), server.question.c_str(),
             args.amount().c_str(),
             args.reuse ? "prompts continue on the compressed past (--kv-reuse)" : args.has_archive() ? "prompts are read from where they differ from archived ones (--kv-archive)"
                                                                                                      : "every prompt is read from its beginning");
@@ -310,8 +309,8 @@ bool headkv_server_reuses() {
     return headkv_server_is_on() && headkv_get_args().reuse;
 }
 
-bool headkv_server_asks_later() {
-    return server.asks_later;
+const std::string & headkv_server_question() {
+    return server.question;
 }
 
 bool headkv_server_only_layer() {
@@ -371,12 +370,12 @@ static int32_t get_generated(const common_json & value) {
     return (int32_t) n;
 }
 
-static bool get_later(const common_json & value) {
+static std::string get_question(const common_json & value) {
     const std::string name = value.is_string() ? value.get<std::string>() : "";
-    if (name != "known" && name != "later") {
-        throw std::invalid_argument(string_format("kv_question is %.32s: it must be known or later", safe_json_to_str(value).c_str()));
+    if (server.policies.count(name) == 0) {
+        throw std::invalid_argument(string_format("kv_question is %.32s: it must be known, both or later", safe_json_to_str(value).c_str()));
     }
-    return name == "later";
+    return name;
 }
 
 // ranges of tokens in a field, ascending
@@ -467,7 +466,7 @@ headkv_request headkv_server_check_request(const common_json & body, int32_t n_c
     if (body.contains("kv_question") && !body.at("kv_question").is_null() && headkv_get_args().policy != "auto") {
         throw std::invalid_argument(string_format("kv_question: the server has --kv-policy %s, which does not look at it, leave it out", headkv_get_args().policy.c_str()));
     }
-    res.later = body.contains("kv_question") && !body.at("kv_question").is_null() ? get_later(body.at("kv_question")) : server.asks_later;
+    res.question = body.contains("kv_question") && !body.at("kv_question").is_null() ? get_question(body.at("kv_question")) : server.question;
     if (body.contains("kv_protect") && !body.at("kv_protect").is_null()) {
         res.protect = get_spans(body.at("kv_protect"), n_tokens);
     }
@@ -960,9 +959,10 @@ void headkv_server_add_props(common_json & props) {
     }
     props["kv"] = {
         { "size", args.params.kv_size }, // 0 with the policy lossless
-        { "policy", server.asks_later ? server.policy_later : server.policy },
-        { "policy_known", server.policy },
-        { "policy_later", server.policy_later },
+        { "policy", server.policies.at(server.question) },
+        { "policy_known", server.policies.at("known") },
+        { "policy_both", server.policies.at("both") },
+        { "policy_later", server.policies.at("later") },
         { "window", args.params.window },
         { "recent", args.params.recent },
         { "power", args.params.power },

@@ -64,7 +64,7 @@ struct headkv_view {
 struct headkv_request {
     int32_t kv_size = 0; // 0 = that of the server
     int32_t kv_generated = -1; // same, 0 = generated tokens all stay; -1 = that of the server
-    bool later = false; // questions about the prompt come later
+    std::string question; // as in headkv_params, empty = that of the server
     std::vector<std::pair<int32_t, int32_t>> protect; // [start, end) positions of the prompt that every head keeps
     std::vector<std::pair<int32_t, int32_t>> drop; // same, whose cells all heads let go of when the prompt is compressed, or continued on
     std::shared_ptr<headkv_view> view; // it is no completion, but asks for this
@@ -76,7 +76,7 @@ bool headkv_server_open(common_params & params);
 
 bool headkv_server_is_on();
 bool headkv_server_reuses();
-bool headkv_server_asks_later(); // questions about a prompt come later, where a request does not say
+const std::string & headkv_server_question(); // as in headkv_params, where a request does not say
 bool headkv_server_only_layer(); // --kv-prefill layer
 bool headkv_server_by_layer(const llama_context * ctx); // prompts are read layer by layer
 int32_t headkv_server_n_batch();    // prompt tokens per batch where they are not

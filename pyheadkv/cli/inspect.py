@@ -127,7 +127,7 @@ def add_budget_arguments(parser: argparse._ActionsContainer, *, kv_size: int | N
     parser.add_argument(
         "--question",
         choices=QUESTIONS,
-        help="for policy auto: the prompt ends with the question, or it comes later (default: known)",
+        help="for policy auto: the prompt ends with the question, with the first of several, or they come later (default: known)",
     )
     parser.add_argument(
         "--beta",
