@@ -565,7 +565,7 @@ def rows_of_traces(runs: Sequence[tuple[dict[str, Any], Sequence[dict[str, Any]]
     found = [(name_of(header), e) for header, entries in runs for e in entries if "exact" in e]
     scores = [[name, side, f"{a:.1e}", f"{b:.1e}"] for name, e in found for side, (a, b) in e["exact"].items()]
     return [] if not scores else [
-        "The same against a forward pass in float64 (`pyheadkv.testing.reference`), the first prompt alone:", "",
+        "The same against a forward pass in float64 (`pyheadkv.testing.reference`), the first prompt of each run and resumption:", "",
         *table(("model", "scores", "median", "largest"), scores), "",
     ]  # fmt: skip
 
