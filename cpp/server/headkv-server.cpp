@@ -245,14 +245,14 @@ bool headkv_server_open(common_params & params) {
         server.policies[question] = headkv_get_policy(nullptr);
         return true;
     };
-    if (!set("known") || !set("both") || !set("later")) {
+    if (!set("both") || !set("later") || !set("known")) {
         return false;
     }
     headkv_policy_info later = {};
     headkv_find_policy(server.policies.at("later").c_str(), nullptr, nullptr, nullptr, &later);
     server.question = !args.question.empty() ? args.question : args.policy == "auto" && args.reuse && later.by_replay ? "later"
                                                                                                                       : "known";
-    if (!set(server.question)) {
+    if (server.question != "known" && !set(server.question)) {
         return false;
     }
     if (args.has_archive() && args.archive != HEADKV_ARCHIVE_RAM && headkv_archive_list(args.archive.c_str(), false, nullptr, nullptr) < 0) {
