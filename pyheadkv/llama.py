@@ -171,7 +171,8 @@ class Llama(llama_cpp.Llama):
         recurrent layers it counts what these take for a sequence too, and the other layers share what is left
     policy : which cells each head keeps: three choices, budget, rank and fit, by one name. "auto" (the default; the attribute
         ``policy`` says what it chose): with ``question="known"`` "headkv" when the importance of the heads is known, else "adakv";
-        with "both" "importance/attention+outlying", else "uniform/attention+outlying"; with "later" "mix/outlying+value" when importance
+        with "both" "mix/attention+outlying" when importance and replay table are known, "importance/attention+outlying" when importance
+        is, else "uniform/attention+outlying"; with "later" "mix/outlying+value" when importance
         and replay table are known, "replay/outlying+value" or "importance/outlying" when one of them is, else "uniform/outlying".
         "headkv" (importance/attention), "snapkv" (uniform/attention), "streaming" (uniform/recent), "pyramidkv"
         (pyramid/attention), "adakv" (adaptive/attention), "headkv+adakv" (importance+adaptive/attention), "criticalkv"

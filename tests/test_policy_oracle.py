@@ -556,7 +556,8 @@ def test_auto_knows_the_three_situations(has_importance: bool, has_table: bool, 
     llm = load(path, kv_size=40, policy="auto", replay=replay)
     assert llm.policy == ("headkv" if has_importance else "adakv")
     llm.configure(question="both")
-    assert llm.policy == ("importance/attention+outlying" if has_importance else "uniform/attention+outlying")
+    budget = "uniform" if not has_importance else "mix" if has_table else "importance"
+    assert llm.policy == f"{budget}/attention+outlying"
     llm.configure(question="later")
     assert llm.policy == later[has_importance, has_table]
     llm.configure(policy="snapkv")

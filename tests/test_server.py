@@ -310,7 +310,8 @@ def test_a_request_says_when_its_question_comes(llm: Any, log: Path, tmp_path: P
         answers = expected(llm, prompt, n), expected(later, prompt, n), expected(by_table, prompt, n)
         assert (later.policy, by_table.policy) == ("importance/outlying", "mix/outlying+value")
         later.configure(question="both")
-        of_both = expected(later, prompt, n)
+        by_table.configure(question="both")
+        first = {model: expected(llm, prompt, n) for model, llm in ((MODEL, later), (both, by_table))}
     for model, flags, policy, other, default in (
         (MODEL, (), "importance/outlying", answers[1], answers[0]),
         (both, (), "mix/outlying+value", answers[2], answers[0]),
@@ -319,12 +320,12 @@ def test_a_request_says_when_its_question_comes(llm: Any, log: Path, tmp_path: P
         with running(log, "--kv-size", KV_SIZE, *flags, model=model) as server:
             props = server.get("/props")["kv"]
             assert (props["policy_known"], props["policy_later"]) == ("headkv", policy)
-            assert props["policy_both"] == "importance/attention+outlying"
+            assert props["policy_both"] == ("mix/attention+outlying" if model == both else "importance/attention+outlying")
             assert props["policy"] == (policy if flags else "headkv")
             assert server.tokens(prompt, n) == server.tokens(prompt, n, kv_question=None) == default
             assert server.tokens(prompt, n, kv_question="later") == other
             assert server.tokens(prompt, n, kv_question="known") == answers[0]
-            assert server.tokens(prompt, n, kv_question="both") == of_both
+            assert server.tokens(prompt, n, kv_question="both") == first[model]
             for wrong in ("never", 1, ["later"], ""):
                 status, answer = server.request("/completion", {"prompt": prompt, "n_predict": 1, "kv_question": wrong})
                 assert status == 400 and answer["error"]["message"].startswith("kv_question is ")

@@ -134,13 +134,15 @@ static void complete_known(headkv_known & known, const headkv_params & params, c
 
 static const char * choose_auto(const headkv_known & known, const std::string & question) {
     const bool has_importance = !known.importance.values.empty();
+    const bool has_replay = !known.replay.values.empty();
     if (question == "both") {
-        return has_importance ? HEADKV_BOTH_IMPORTANCE : HEADKV_BOTH_UNKNOWN;
+        return !has_importance ? HEADKV_BOTH_UNKNOWN : has_replay ? HEADKV_BOTH_TABLES
+                                                                  : HEADKV_BOTH_IMPORTANCE;
     }
     if (question != "later") {
         return has_importance ? HEADKV_AUTO_IMPORTANCE : HEADKV_AUTO_UNKNOWN;
     }
-    if (!known.replay.values.empty()) {
+    if (has_replay) {
         return has_importance ? HEADKV_LATER_BOTH : HEADKV_LATER_REPLAY;
     }
     return has_importance ? HEADKV_LATER_IMPORTANCE : HEADKV_LATER_UNKNOWN;

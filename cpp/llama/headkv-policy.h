@@ -90,6 +90,7 @@ constexpr const char * HEADKV_AUTO_IMPORTANCE = "headkv";
 constexpr const char * HEADKV_AUTO_UNKNOWN = "adakv";
 
 // when others follow it
+constexpr const char * HEADKV_BOTH_TABLES = "mix/attention+outlying";
 constexpr const char * HEADKV_BOTH_IMPORTANCE = "importance/attention+outlying";
 constexpr const char * HEADKV_BOTH_UNKNOWN = "uniform/attention+outlying";
 
