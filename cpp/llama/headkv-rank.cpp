@@ -74,10 +74,10 @@ void headkv_rank_outlying_first(headkv_scored & layer) {
 }
 
 void headkv_rank_attention_first(headkv_scored & layer) {
-    const std::vector<float> attention = layer.scores;
+    std::vector<float> attention = layer.scores;
     headkv_rank_outlying(layer);
     layer.values = std::move(layer.scores); // what the rest is ranked by
-    layer.scores = attention;
+    layer.scores = std::move(attention);
     std::vector<int64_t> order;
     for (size_t ih = 0; ih < layer.n_keep.size(); ++ih) {
         const int64_t n_keep = layer.n_keep[ih];

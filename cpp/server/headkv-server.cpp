@@ -245,7 +245,12 @@ bool headkv_server_open(common_params & params) {
         server.policies[question] = headkv_get_policy(nullptr);
         return true;
     };
-    if (!set("both") || !set("later") || !set("known")) {
+    if (args.policy != "auto") { // one that is named is the same for all
+        if (!set("known")) {
+            return false;
+        }
+        server.policies["both"] = server.policies["later"] = server.policies["known"];
+    } else if (!set("both") || !set("later") || !set("known")) {
         return false;
     }
     headkv_policy_info later = {};

@@ -621,8 +621,18 @@ def certain_first(scores: ArrayLike, rest: ArrayLike, n_first: ArrayLike, *, pro
 
 
 def attended_first(cells: ArrayLike, *, n_mean: int) -> NDArray[np.int64]:
-    """Cells of each head that rank "attention+outlying" chooses by attention, of ``cells`` (n_head_kv,): half of them, and all of those of a
-    budget of N_ATTENDED or less on average, ``n_mean``."""
+    """Cells of each head that rank "attention+outlying" chooses by attention: half of them, the odd one included, or as many as a mean of
+    N_ATTENDED gives it, all where that is not less than the budget.
+
+    Parameters
+    ----------
+    cells : (n_head_kv,) prefix cells that each head keeps
+    n_mean : prefix cells of a head on average
+
+    Returns
+    -------
+    (n_head_kv,) int64
+    """
     n = np.asarray(cells, dtype=np.int64)
     first: NDArray[np.int64] = np.maximum(n - n // 2, n * N_ATTENDED // max(n_mean, N_ATTENDED))
     return first
