@@ -357,6 +357,20 @@ def test_version_and_help_exit_with_zero(capsys: pytest.CaptureFixture[str]) -> 
     assert f"pyheadkv {pyheadkv.__version__}" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    "words", [["eval", "niah", "m.gguf", "--policy", "snapkv", "-o", "x"], ["eval", "niah", "--policy", "snapkv", "m.gguf", "-o", "x"]]
+)
+def test_a_model_may_stand_behind_options(words: list[str]) -> None:
+    args = cli.parse(words)
+    assert (args.task, args.model, args.policy) == ("niah", "m.gguf", "snapkv")
+
+
+def test_a_second_model_is_an_error(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        cli.parse(["eval", "niah", "m.gguf", "--policy", "snapkv", "other.gguf", "-o", "x"])
+    assert "unrecognized arguments: other.gguf" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("flag", ["--kv-sise", "--kv-sise=64"])
 def test_an_unknown_flag_names_the_nearest_one(capsys: pytest.CaptureFixture[str], flag: str) -> None:
     with pytest.raises(SystemExit) as exit_info:

@@ -75,6 +75,8 @@ def make_parser() -> argparse.ArgumentParser:
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Arguments of a sub-command; an unknown flag ends the process with the nearest one that is known."""
     args, unknown = make_parser().parse_known_args(argv)
+    if len(unknown) == 1 and not unknown[0].startswith("-") and getattr(args, "model", "") is None:
+        args.model = unknown.pop()  # behind options, argparse takes the second word of a command for left out
     if unknown:
         flag = next((text for text in unknown if text.startswith("-")), unknown[0])
         known = re.findall(r"(?<![\w-])--?[a-z][\w-]*", args.parser.format_help())
