@@ -1,6 +1,6 @@
 """Answers with nothing evicted (``policy="lossless"``), beside those of the stock cache, on a real model.
 
-    python scripts/check_lossless.py MODEL.gguf ... --tokens 4096,8192 -o check_lossless.md
+    python scripts/check_lossless.py MODEL.gguf ... --tokens 4096 -o check_lossless.md
 
 Each reads the same prompt, ours layer by layer; then all are given the tokens that the stock cache says next. Kernels sum in different
 orders, and what is quantised anew in each layer makes more of it, so that tokens of nearly equal likelihood may change places: the stock cache
@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from pyheadkv import Llama
 from pyheadkv.eval.journal import commit, machine
@@ -44,11 +43,6 @@ def read(model: Path, tokens: list[int], n_threads: int, **options: Any) -> tupl
     return llm, time.perf_counter() - start
 
 
-def log_p(llm: Llama) -> NDArray[np.float64]:
-    """Of the next token, natural logarithms (n_vocab,)."""
-    return log_softmax(np.ctypeslib.as_array(llm._ctx.get_logits(), shape=(llm.n_vocab(),)))
-
-
 def compare(model: Path, n_tokens: int, n_next: int, n_threads: int) -> list[str]:
     """One row."""
     with closing(Llama(str(model), vocab_only=True, verbose=False)) as words:
@@ -59,10 +53,10 @@ def compare(model: Path, n_tokens: int, n_next: int, n_threads: int) -> list[str
     others = [read(model, tokens, n_threads, policy="lossless"), read(model, tokens, n_threads, flash_attn=False)]
     same, kl, gap = [0, 0], [0.0, 0.0], [0.0, 0.0]
     for _ in range(n_next):
-        a = log_p(stock)
+        a = log_softmax(stock.last_logits)
         best = int(a.argmax())
         for i, (llm, _) in enumerate(others):
-            b = log_p(llm)
+            b = log_softmax(llm.last_logits)
             same[i] += int(b.argmax()) == best
             kl[i] += float((np.exp(a) * (a - b)).sum()) / n_next
             gap[i] = max(gap[i], float(a[best] - a[int(b.argmax())]))
