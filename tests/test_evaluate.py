@@ -29,7 +29,7 @@ from pyheadkv.eval.journal import Journal
 from pyheadkv.eval.prose import RETRIEVAL, haystack_sentences
 from pyheadkv.eval.quiz import TaskOptions
 from pyheadkv.eval.tasks import make_task
-from pyheadkv.eval.trial import Copy, Held, Setting, Trial
+from pyheadkv.eval.trial import Copy, Held, Setting, Trial, log_softmax
 from pyheadkv.score import calibrate
 
 MakeModel = Callable[..., Path]
@@ -686,11 +686,52 @@ def test_distances_do_not_change_answers(name: str, make_model: MakeModel) -> No
     task = TaskOptions(name, 600)
     with_kl, without = (make_worker(make_model(SHAPE), task, Setting("snapkv", 24), kl=kl).run(0, 2)["answers"] for kl in (True, False))
     assert any("distance" in a for a in with_kl)
+    assert all(("right" in a) == (name == "multi-turn") for a in with_kl) and not any("right" in a for a in without)
     assert [a["text"] for a in with_kl] == [a["text"] for a in without]
     assert [a["n_tokens"] for a in with_kl] == [a["n_tokens"] for a in without]
     if name == "text":
         assert all(a["score"] == a["distance"]["agree"] and a["text"] == "" for a in with_kl)
         assert [a["score"] for a in with_kl if a["setting"] == "full"] == [1, 1]
+
+
+@pytest.mark.parametrize("name", ["facts", "multi-turn"])
+def test_the_right_answer_is_as_likely_as_a_model_alone_says(name: str, make_model: MakeModel) -> None:
+    """Behind the question, and in a chat behind what was said before it."""
+    path = make_model(SHAPE)
+    worker = make_worker(path, TaskOptions(name, 900), kl=True)
+    llm, answers = load(path, kv_size=None, n_ctx=2048, logits_all=True), worker.run(0, 1)["answers"]
+    for protocol in evaluation.DEFAULT_PROTOCOLS:
+        found = [a for a in answers if a["protocol"] == protocol]
+        for ask in worker.tasks[0].quiz(1):
+            before: list[int] = [*ask.prompt, *ask.more]
+            for turn in (ask, *ask.turns):
+                before += turn.prompt if turn is not ask else ()
+                (mine, *found), right = found, turn.right[: turn.n_steps]
+                llm.reset()
+                llm.eval([*before, *right])
+                log_p = log_softmax(llm.scores[len(before) - 1 : len(before) - 1 + len(right)])
+                assert mine["right"] == {"n": len(right), "nll": pytest.approx(-log_p[range(len(right)), right].mean(), rel=2e-3)}
+                if ask.turns:
+                    before += _greedy(llm, before, turn.n_steps, worker.tasks[0].stop_tokens)
+        assert not found
+
+
+def _greedy(llm: Any, before: list[int], n: int, stop: frozenset[int]) -> list[int]:
+    said: list[int] = []
+    llm.reset()
+    llm.eval(before)
+    while len(said) < n and (best := int(llm.scores[llm.n_tokens - 1].argmax())) not in stop:
+        said.append(best)
+        llm.eval([best])
+    return said
+
+
+@pytest.mark.parametrize("name", [*tasks.PROSE, "ruler-words"])
+def test_right_answers_are_graded_right(name: str, make_model: MakeModel) -> None:
+    llm = load(make_model(SHAPE), kv_size=None)
+    for ask in make_task(llm, TaskOptions(name, 2000)).quiz(2):
+        for turn in (ask, *ask.turns):
+            assert turn.right and turn.grade(llm.detokenize(list(turn.right)).decode()) == 1
 
 
 def test_text_goes_on_as_it_does(make_model: MakeModel) -> None:
@@ -720,7 +761,8 @@ def test_the_report_ranks_what_the_full_cache_can_do_and_names_the_least_cells(t
     for quiz in range(6):
         answers = [
             {"ask": 0, "kind": kind, "depth": 0.5, "protocol": "query-aware", "setting": name, "score": score, "n_prompt": 1000,
-             "cells": names[name], "bytes": names[name], "bytes_store": names[name], "distance": {"n": 10, "nll": 2.0, "kl": 0.25, "agree": 1}}
+             "cells": names[name], "bytes": names[name], "bytes_store": names[name], "distance": {"n": 10, "nll": 2.0, "kl": 0.25, "agree": 1},
+             "right": {"n": 1 + 2 * (kind == "easy"), "nll": 1.0 + 2 * (kind == "easy")}}
             for kind, scores in right.items() for name, score in scores.items()
         ]  # fmt: skip
         lines.append({"task": "t", "length": 1000, "quiz": quiz, "answers": answers})
@@ -728,7 +770,7 @@ def test_the_report_ranks_what_the_full_cache_can_do_and_names_the_least_cells(t
     table = unpadded(evaluate_report.write_report(out, command="c", where="w").read_text())
     assert "Not to be ranked, the full cache is not above no context by more than chance: guessed." in table
     assert "| setting | easy |" in table and "| snapkv | 64 / 128 |" in table
-    assert table.count("| 7.39 | 0.250 |") == len(names)
+    assert table.count("| 7.39 | 0.250 | 12.2 |") == len(names)  # exp(10 / 4)
 
 
 def test_interval_is_that_of_the_committed_tables() -> None:

@@ -86,7 +86,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--raw", action="store_true", help="no chat template, and one stop token, as the HeadKV authors ask (English tasks)")
     group.add_argument("--seed", type=int, default=0, metavar="N", help="(default: %(default)s)")
     group.add_argument(
-        "--kl", action="store_true", help="also what each cache makes of the full cache's answer: perplexity, divergence of the next token"
+        "--kl",
+        action="store_true",
+        help="also what each cache makes of the full cache's answer: perplexity, divergence of the next token; and of the right answer: perplexity",
     )
     group = parser.add_argument_group("run")
     group.add_argument("--jobs", type=int, default=1, metavar="N", help="contexts at the same time (default: %(default)s)")

@@ -84,8 +84,8 @@ class FileTask(Task):
             )
         return found[1]
 
-    def ask(self, kind: str, template: str, context: str, grade: Grade, *, chat: bool = True) -> Ask:
-        """A prompt with MARK in place of its context, cut in its middle when it is too long."""
+    def ask(self, kind: str, template: str, context: str, answer: str, grade: Grade, *, chat: bool = True) -> Ask:
+        """A prompt with MARK in place of its context, cut in its middle when it is too long, and an answer that is right."""
         prefix, suffix = self._prose.wrap(chat=chat)
         before, after = template.split(MARK)
         head, rest = (self.llm.tokenize(text.encode(), add_bos=False) for text in (before + context, after))
@@ -96,7 +96,8 @@ class FileTask(Task):
         tokens = (*prefix, *body, *suffix)
         n_context = len(tokens) - len(suffix) - min(len(rest), n_room - 1)
         alone = (*prefix, *self.llm.tokenize((before + after).encode(), add_bos=False), *suffix)
-        return Ask(kind, tokens, n_context, alone, self.prompts[kind]["max_tokens"], grade, 0.5)
+        right = self._prose.behind(tokens, answer)
+        return Ask(kind, tokens, n_context, alone, self.prompts[kind]["max_tokens"], grade, 0.5, right=right)
 
 
 class LongBench(FileTask):
@@ -115,7 +116,7 @@ class LongBench(FileTask):
                 said = said.lstrip("\n").split("\n")[0]
             return max(_longbench_grade(name, said, answer, classes) for answer in answers)
 
-        return [self.ask(name, text, row["context"], grade, chat=name not in self.NO_CHAT)]
+        return [self.ask(name, text, row["context"], answers[0], grade, chat=name not in self.NO_CHAT)]
 
 
 def _longbench_grade(name: str, said: str, answer: str, classes: Sequence[str]) -> float:
@@ -138,7 +139,7 @@ class BABILong(FileTask):
         prompt = self.prompts[name]
         text = prompt["prompt"].format(context=MARK, question=row["question"])
         answer, question = row["target"], row["question"]
-        return [self.ask(name, text, row["input"], lambda said: metrics.label(said, answer, prompt["labels"], question))]
+        return [self.ask(name, text, row["input"], answer, lambda said: metrics.label(said, answer, prompt["labels"], question))]
 
 
 class LooGLE(FileTask):
@@ -155,7 +156,7 @@ class LooGLE(FileTask):
     def _question(self, context: str, question: str, answers: list[str], kind: str) -> Ask:
         kind = self.kind_of("_".join(re.findall("[a-z]+", kind.lower())) or "shortdep_qa", "kind of question")
         text = self.prompts[kind]["prompt"].format(context=MARK, input=question)
-        return self.ask(kind, text, context, lambda said: max(metrics.token_f1(said, answer) for answer in answers))
+        return self.ask(kind, text, context, answers[0], lambda said: max(metrics.token_f1(said, answer) for answer in answers))
 
 
 def _pairs(value: Any) -> list[dict[str, Any]]:
@@ -199,7 +200,7 @@ class InfiniteBench(FileTask):
                 return metrics.choice(said, answers[0], options)
             return max(self.GRADES[name](said, answer) for answer in answers)
 
-        return [self.ask(name, text, row["context"], grade, chat=False)]
+        return [self.ask(name, text, row["context"], answers[0], grade, chat=False)]
 
 
 CLASSES: dict[str, type[FileTask]] = {"longbench": LongBench, "babilong": BABILong, "loogle": LooGLE, "infinitebench": InfiniteBench}

@@ -211,6 +211,12 @@ class Prose:
         """Tokens of a text that stands after a space."""
         return self.llm.tokenize((text if self._adds_space else " " + text).encode(), add_bos=False)
 
+    def behind(self, prompt: Sequence[int], text: str) -> tuple[int, ...]:
+        """Tokens of a text that stands behind a prompt, after a space if the prompt does not end in one."""
+        if self.llm.detokenize([prompt[-1]])[-1:].isspace():
+            return tuple(self.llm.tokenize(text.encode(), add_bos=False))
+        return tuple(self.continued(text))
+
     def haystack(self, rng: random.Random, n_tokens: int) -> list[list[int]]:
         """Shuffled sentences of at most n_tokens together, as many as fit."""
         chosen: list[list[int]] = []

@@ -24,7 +24,7 @@ class Turn:
     ----------
     kind : of question
     prompt : tokens between the answer before it and its own: the end of that turn, the question
-    n_steps, grade, depth : as those of ``Ask``
+    n_steps, grade, depth, right : as those of ``Ask``
     """
 
     kind: str
@@ -32,6 +32,7 @@ class Turn:
     n_steps: int
     grade: Grade
     depth: float
+    right: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,7 @@ class Ask:
     turns : asked after the answer, one after the other, each on what the cache holds then; no ``more`` beside them
     follows : tokens that come after the prompt, where nothing is asked: the score is the share of them for which the cache
         predicts what the full cache predicts
+    right : tokens of a right answer, as they would come behind the prompt and ``more``; empty where there is none
     question, answer : for people; empty where the task has no single ones
     """
 
@@ -64,6 +66,7 @@ class Ask:
     more: tuple[int, ...] = ()
     turns: tuple[Turn, ...] = ()
     follows: tuple[int, ...] = ()
+    right: tuple[int, ...] = ()
     question: str = ""
     answer: str = ""
 

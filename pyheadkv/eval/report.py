@@ -38,6 +38,7 @@ class Answer:
     bytes_store: int
     distance: dict[str, float] | None
     bytes_beside: int = 0
+    right: dict[str, float] | None = None
 
 
 class Answers:
@@ -51,7 +52,7 @@ class Answers:
             Answer(
                 e["task"], e["length"], f"{e['task']}/{e['length']}/{e['quiz']}", a["ask"], a["kind"], a["depth"], a["protocol"],
                 a["setting"], a["score"], a["n_prompt"], a["cells"], a["bytes"], a["bytes_store"], a.get("distance"),
-                a.get("bytes_beside", 0),
+                a.get("bytes_beside", 0), a.get("right"),
             )
             for e in entries
             for a in e["answers"]
@@ -177,6 +178,7 @@ def _scores(answers: Answers, protocol: str) -> list[str]:
     has_beside = any(a.bytes_beside for a in answers.all)
     head = ["setting", "cells", "of prompt", "KiB", "held", *["beside"] * has_beside, *_labels(answers), "of full"]
     head += ["perplexity", "KL"] if _has_distances(answers) else []
+    head += ["right answer"] if _has_right(answers) else []
     rows = []
     for setting in answers.settings:
         name = setting["name"]
@@ -188,7 +190,8 @@ def _scores(answers: Answers, protocol: str) -> list[str]:
         share = np.mean([a.score for a in mine]) / max(answers.full(protocol), 1e-9)
         held = [f"{n_cells:.0f}", f"{100 * n_cells / n_prompt:.1f} %", f"{n_bytes / 1024:.0f}", f"{n_held / 1024:.0f}"]
         held += [f"{np.mean([a.bytes_beside for a in mine]) / 1024:.0f}"] * has_beside
-        rows.append([name, *held, *cells, f"{100 * share:.0f} %", *_distance(mine, is_wanted=_has_distances(answers))])
+        distance = _distance(mine, is_wanted=_has_distances(answers)) + _right(mine, is_wanted=_has_right(answers))
+        rows.append([name, *held, *cells, f"{100 * share:.0f} %", *distance])
     lines = [f"## {protocol}", "", *table(head, rows)]
     weak = [kind for kind in kinds if not _is_ranked(answers, protocol, kind)]
     if weak:
@@ -225,8 +228,11 @@ def _distances(answers: Answers) -> list[str]:
     """What the columns of distances are."""
     if not _has_distances(answers):
         return []
-    return ["", "Perplexity: of the full cache's answer under the setting (task text: of how the text goes on). KL: nats per token of it, from the "
-            "full cache's distribution of the next token. Score of task text: how often both find the same token the most likely."]  # fmt: skip
+    lines = ["", "Perplexity: of the full cache's answer under the setting (task text: of how the text goes on). KL: nats per token of it, from the "
+             "full cache's distribution of the next token. Score of task text: how often both find the same token the most likely."]  # fmt: skip
+    if _has_right(answers):
+        lines[-1] += " Right answer: perplexity of the one that the task knows to be right."
+    return lines
 
 
 def _distance(mine: list[Answer], *, is_wanted: bool) -> list[str]:
@@ -239,6 +245,19 @@ def _distance(mine: list[Answer], *, is_wanted: bool) -> list[str]:
         return ["", ""]
     nll, kl = (sum(d["n"] * d[name] for d in found) / n for name in ("nll", "kl"))
     return [f"{np.exp(nll):.3g}", f"{kl:.3f}"]
+
+
+def _has_right(answers: Answers) -> bool:
+    return any(a.right for a in answers.all)
+
+
+def _right(mine: list[Answer], *, is_wanted: bool) -> list[str]:
+    """Perplexity of the right answers, mean over tokens."""
+    if not is_wanted:
+        return []
+    found = [a.right for a in mine if a.right]
+    n = sum(r["n"] for r in found)
+    return [f"{np.exp(sum(r['n'] * r['nll'] for r in found) / n):.3g}" if n else ""]
 
 
 def _least(answers: Answers, protocol: str) -> list[str]:

@@ -90,6 +90,20 @@ class Distance:
 
 
 @dataclass(frozen=True)
+class Likelihood:
+    """Of the right answer, or of as many of its tokens as are generated at most.
+
+    Attributes
+    ----------
+    n : tokens
+    nll : mean negative log likelihood, nats per token
+    """
+
+    n: int
+    nll: float
+
+
+@dataclass(frozen=True)
 class Answer:
     """What was generated for a question under a setting."""
 
@@ -100,6 +114,7 @@ class Answer:
     held: Held
     tokens: list[int]
     distance: Distance | None = None
+    right: Likelihood | None = None
 
 
 class Worker:
@@ -157,6 +172,7 @@ class Worker:
                      "cells": round(held.per_head, 2), "bytes": held.cells, "bytes_store": held.store, "text": text}
                     | ({"bytes_beside": held.beside} if held.beside else {})
                     | ({"distance": asdict(answer.distance)} if answer.distance else {})
+                    | ({"right": asdict(answer.right)} if answer.right else {})
                 )  # fmt: skip
         return {"task": task.options.name, "length": task.options.n_tokens, "quiz": i_quiz, "answers": answers}
 
@@ -196,8 +212,9 @@ class Worker:
                     chat += [*tokens, *turn.prompt]
                     copy = trial.compress(setting, chat)
                     trial.go_on([copy], len(chat) - 1, chat[-1:])
+                    (right,) = self._likelihood(trial, [copy], turn)
                     (tokens,) = trial.generate([copy], chat[-1], turn.n_steps, stop=stop)
-                    yield Answer(number + k, turn, copy.n_tokens, setting, copy.held, tokens)
+                    yield Answer(number + k, turn, copy.n_tokens, setting, copy.held, tokens, right=right)
                     trial.drop([copy])
             yield from self._alone(i_ask, ask, stop, expected)
 
@@ -242,8 +259,12 @@ class Worker:
         for k, turn in enumerate(ask.turns, start=1):
             # of an answer that was not stopped, the last token is not read yet
             trial.say(copies, [[*tokens[n_steps - 1 :], *turn.prompt[:-1]] for tokens in said])
+            rights = self._likelihood(trial, copies, turn)
             said, n_steps = trial.generate(copies, turn.prompt[-1], turn.n_steps, stop=stop), turn.n_steps
-            answers += [Answer(number + k, turn, c.n_tokens, c.setting, c.held, tokens) for c, tokens in zip(copies, said, strict=True)]
+            answers += [
+                Answer(number + k, turn, c.n_tokens, c.setting, c.held, tokens, right=right)
+                for c, tokens, right in zip(copies, said, rights, strict=True)
+            ]
         if copies[0].policy == FULL and not expected.tokens:
             expected.tokens = first[0]
         if expected.tokens and (self.job.kl or ask.follows):
@@ -251,7 +272,22 @@ class Worker:
                 trial.go_on(copies, n, rest)
             distances = measure(trial, copies, rest[-1], expected)
             answers[: len(copies)] = [replace(a, distance=d) for a, d in zip(answers, distances)]
+        if self.job.kl and (right := ask.right[: ask.n_steps]):
+            if not trial.go_back(copies, n + len(rest) - 1):
+                trial.go_on(copies, n, rest)
+            surprise = trial.surprise(copies, rest[-1], right)
+            answers[: len(copies)] = [replace(a, right=Likelihood(len(right), round(s, 6))) for a, s in zip(answers, surprise)]
         yield from answers
+
+    def _likelihood(self, trial: Trial, copies: Sequence[Copy], turn: Turn) -> list[Likelihood | None]:
+        """Of the right answer of a turn whose last token is not read yet; copies stay as they are. None where they could not."""
+        right = turn.right[: turn.n_steps]
+        if not (self.job.kl and right and trial.is_whole):
+            return [None] * len(copies)
+        surprise = trial.surprise(copies, turn.prompt[-1], right)
+        for copy in copies:
+            trial.go_back([copy], copy.n_tokens - len(right))
+        return [Likelihood(len(right), round(s, 6)) for s in surprise]
 
 
 def measure(trial: Trial, copies: Sequence[Copy], last: int, expected: Expected) -> list[Distance]:

@@ -73,7 +73,8 @@ class CorpusChat(Task):
         for k, turn in enumerate(later, start=2):
             said = replace(document, turns=(turn,))
             prompt = tuple(needle.encode(turn.question))
-            turns.append(Turn(f"turn {k}", prompt, said.n_answer_tokens, _corpus_grade(said), turn.depths[0]))
+            right = tuple(needle.encode(said.answer))
+            turns.append(Turn(f"turn {k}", prompt, said.n_answer_tokens, _corpus_grade(said), turn.depths[0], right))
         return [replace(ask, kind="turn 1", turns=tuple(turns))]
 
 
@@ -94,6 +95,7 @@ def _corpus_ask(document: needle.Document) -> Ask:
         grade=_corpus_grade(document),
         depth=document.depths[0],
         more=whole[len(first) :],
+        right=tuple(needle.encode(document.answer)),
         question=document.question,
         answer=document.answer,
     )
@@ -123,6 +125,11 @@ class Asked:
     how: str = "Answer with the words of the text."
     opening: str = ""
 
+    @property
+    def said(self) -> str:
+        """The answer, with a capital unless its first words are given."""
+        return self.answer if self.opening else self.answer[0].upper() + self.answer[1:]
+
 
 class ProseTask(Task):
     """Facts between the sentences of a public-domain text and questions about them."""
@@ -136,21 +143,24 @@ class ProseTask(Task):
         facts, asked = self.make(rng, i, self.options)
         frames = [self._prose.frame(a.question, how=a.how) for a in asked]
         context = self._context(rng, frames[0][0], facts, n_asked=max(len(suffix) for _, suffix in frames))
-        return [
-            Ask(
-                a.kind,
-                (*context, *suffix),
-                len(context),
-                (*prefix, *suffix),
-                a.n_steps,
-                a.grade,
-                a.depth,
-                more=tuple(self.llm.tokenize(a.opening.encode(), add_bos=False)) if a.opening else (),
-                question=a.question,
-                answer=a.answer,
-            )
-            for a, (prefix, suffix) in zip(asked, frames, strict=True)
-        ]
+        return [self._ask(a, context, prefix, suffix) for a, (prefix, suffix) in zip(asked, frames, strict=True)]
+
+    def _ask(self, asked: Asked, context: list[int], prefix: list[int], suffix: list[int], turns: tuple[Turn, ...] = ()) -> Ask:
+        more = self.llm.tokenize(asked.opening.encode(), add_bos=False) if asked.opening else []
+        return Ask(
+            kind=asked.kind,
+            prompt=(*context, *suffix),
+            n_context=len(context),
+            alone=(*prefix, *suffix),
+            n_steps=asked.n_steps,
+            grade=asked.grade,
+            depth=asked.depth,
+            more=tuple(more),
+            turns=turns,
+            right=self._prose.behind([*suffix, *more], asked.said),
+            question=asked.question,
+            answer=asked.answer,
+        )
 
     def _context(self, rng: random.Random, prefix: list[int], facts: list[Fact], *, n_asked: int) -> list[int]:
         said = [(fact.depth, self._prose.continued(fact.text)) for fact in facts]
@@ -168,11 +178,10 @@ class ProseChat(ProseTask):
         prefix, suffix = self._prose.frame(first.question, how=first.how)
         replies = [self._prose.reply(a.question, how=a.how) for a in later]
         context = self._context(rng, prefix, facts, n_asked=len(suffix) + sum(map(len, replies)))
-        turns = tuple(Turn(a.kind, tuple(r), a.n_steps, a.grade, a.depth) for a, r in zip(later, replies, strict=True))
-        return [Ask(
-            first.kind, (*context, *suffix), len(context), (*prefix, *suffix), first.n_steps, first.grade, first.depth, turns=turns,
-            question=first.question, answer=first.answer,
-        )]  # fmt: skip
+        turns = tuple(
+            Turn(a.kind, tuple(r), a.n_steps, a.grade, a.depth, self._prose.behind(r, a.said)) for a, r in zip(later, replies, strict=True)
+        )
+        return [self._ask(first, context, prefix, suffix, turns)]
 
 
 class QuotationTask(ProseTask):
@@ -255,7 +264,8 @@ class WordsTask(Task):
         context = [*prefix, *(t for word in chosen for t in self._prose.continued(word))]
         best = [word for word, _ in counts[:n]]
         n_steps = sum(len(self._prose.continued(word + ",")) for word in best) + N_SPARE
-        return Ask(kind, (*context, *suffix), len(context), (*prefix, *suffix), n_steps, _has_words(best), 0.5)
+        right = self._prose.behind(suffix, ", ".join(best))
+        return Ask(kind, (*context, *suffix), len(context), (*prefix, *suffix), n_steps, _has_words(best), 0.5, right=right)
 
 
 class TextTask(Task):
@@ -388,7 +398,7 @@ def ruler_keys(rng: random.Random, i: int, options: TaskOptions) -> _Said:
         depth = next(f.depth for f in facts if numbers[name][0] in f.text)
         question, (value,) = f"What is the secret number of {name}?", numbers[name]
         asked.append(Asked("multikey", question, value, _has_all([value]), N_SPARE, depth, SHORT))
-    several = numbers[names[0]]
+    several = [v for f in sorted(facts, key=lambda f: f.depth) for v in numbers[names[0]] if v in f.text]
     how = "Answer with the numbers and nothing else."
     question = f"What are all the secret numbers of {names[0]}?"
     asked.append(Asked("multivalue", question, ", ".join(several), _has_all(several), 60, 0.5, how))

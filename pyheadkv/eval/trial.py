@@ -240,6 +240,11 @@ class Trial:
             copy.n_tokens = n
         self.say(copies, [tokens[:-1]] * len(copies))
 
+    @property
+    def is_whole(self) -> bool:
+        """Whether copies can always be cut: no layer has a window or a recurrent state."""
+        return self.llm.kv_stats().bytes_beside == 0
+
     def go_back(self, copies: Sequence[Copy], n: int) -> bool:
         """Have copies as they were with ``n`` tokens; False where a window or a recurrent state has gone too far, then ``go_on``."""
         if not all([self._cut(copy.seq_id, n) for copy in copies]):
@@ -282,7 +287,10 @@ class Trial:
             yield self._decode(copies, [some] * len(copies), logits="all").reshape(len(copies), len(some), n_vocab)
 
     def surprise(self, copies: Sequence[Copy], token: int, answer: Sequence[int]) -> list[float]:
-        """Mean negative log likelihood (nats per token) of ``answer`` after ``token``, which is read first; of each copy."""
+        """Mean negative log likelihood (nats per token) of ``answer`` after ``token``, which is read first; of each copy.
+
+        Copies have read all of it but its last token then.
+        """
         total, n = np.zeros(len(copies)), 0
         for logits in self.follow(copies, [token, *answer[:-1]]):
             wanted = list(answer[n : n + logits.shape[1]])
