@@ -2,7 +2,7 @@
 
     python bench/bench_demo.py MODEL.gguf --ask passkey:1000,passkey:500 --seeds 20 --out bench/results/demo_seeds.csv
 
-The first question of ``pyheadkv demo --seed 0``, ``--seed 1``, ... under every setting. "paper" is the preset of the
+The first questions of ``pyheadkv demo --seed 0``, ``--seed 1``, ... under every setting. "paper" is the preset of the
 papers: a window of 8 queries in place of 64. FILE.md beside FILE.csv has the shares.
 """
 
@@ -14,6 +14,7 @@ import sys
 import time
 from collections import defaultdict
 from collections.abc import Iterator
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -37,8 +38,7 @@ def ask_all(args: argparse.Namespace, task: str, n_tokens: int) -> Iterator[dict
     settings = [Setting(), *(Setting(policy, n, preset=preset) for n in sizes for policy, preset in METHODS)]
     for seed in range(args.first, args.first + args.seeds):
         source = make_task(trial.llm, TaskOptions(task, n_tokens, n_each=1, seed=seed))
-        (ask,) = make_asks(source, 1)
-        for setting in settings:
+        for ask, setting in product(make_asks(source, args.questions), settings):
             given = answer(trial, ask, setting, stop=source.stop_tokens)
             yield {
                 "task": ask.kind, "tokens": n_tokens, "seed": seed, "method": setting.method, "used": given.policy,
@@ -69,6 +69,7 @@ def main() -> None:
     parser.add_argument("--ask", default="passkey:1000", metavar="LIST", help="tasks and lengths in tokens (default: %(default)s)")
     parser.add_argument("--kv-size", default="64,80,88,96,128,160", metavar="LIST", help="cells per KV head (default: %(default)s)")
     parser.add_argument("--seeds", type=int, default=20, metavar="N", help="(default: %(default)s)")
+    parser.add_argument("--questions", type=int, default=1, metavar="N", help="of each seed (default: %(default)s)")
     parser.add_argument("--first", type=int, default=0, metavar="N", help="the first seed (default: %(default)s)")
     parser.add_argument("--threads", type=int, default=1, metavar="N", help="(default: %(default)s)")
     parser.add_argument("--out", type=Path, required=True, metavar="FILE.csv")
@@ -90,7 +91,7 @@ def main() -> None:
     head = [
         f"    {command}",
         "",
-        f"seeds {args.first} to {args.first + args.seeds - 1}; commit {where['commit']}; {where['machine']}, {minutes:.0f} minutes",
+        f"seeds {args.first} to {args.first + args.seeds - 1}, {args.questions} questions each; commit {where['commit']}; {where['machine']}, {minutes:.0f} minutes",
         "",
     ]
     args.out.with_suffix(".md").write_text("\n".join([*head, *table(rows)]) + "\n", encoding="utf-8")
