@@ -6,7 +6,7 @@ import json
 import socket
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -97,10 +97,15 @@ def free_port() -> int:
 
 
 @contextmanager
-def running(*flags: Any, log: Path, seconds: float = 120, path: Path | None = None) -> Iterator[Server]:
-    """Start llama-server, that of the package or another one, with these flags, wait until it answers, and end it."""
+def running(*flags: Any, log: Path, seconds: float = 120, path: Path | None = None, by: Sequence[Any] = ()) -> Iterator[Server]:
+    """Start llama-server, that of the package or another one, with these flags, wait until it answers, and end it.
+
+    Parameters
+    ----------
+    by : a command that starts it, in place of ``path``
+    """
     port = free_port()
-    command = [path or serve.server_path(), "--host", "127.0.0.1", "--port", port, "--metrics", "--no-warmup", *flags]
+    command = [*(by or [path or serve.server_path()]), "--host", "127.0.0.1", "--port", port, "--metrics", "--no-warmup", *flags]
     with log.open("wb") as out:
         process = subprocess.Popen([str(c) for c in command], stdout=out, stderr=out)
         server = Server(process, port)

@@ -22,6 +22,7 @@ except ImportError as error:
 from pyheadkv import cli
 from pyheadkv.cli import generate as generate_command
 from pyheadkv.cli import inspect
+from pyheadkv.importance import find_importance
 from pyheadkv.options import Options
 from pyheadkv.testing import random_importance, write_random_model
 from pyheadkv.units import format_bytes
@@ -255,6 +256,7 @@ def test_inspect_prints_the_budgets_of_the_engine(model: Path, capsys: pytest.Ca
     llm = pyheadkv.Llama(model, kv_size=kv_size, n_ctx=256, verbose=False)
     budget = budgets_of(out)
     assert np.array_equal(budget, llm.kv_budget)
+    assert f"importance  {find_importance(model).origin}; Gini" in out
     assert f"{budget.sum()} cells, mean {budget.mean():.2f}" in out
     n_bytes = int(budget.sum()) * 2 * N_EMBD_HEAD * 2
     n_bytes_full = 1024 * N_LAYER * N_HEAD_KV * 2 * N_EMBD_HEAD * 2

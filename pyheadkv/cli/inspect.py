@@ -332,7 +332,7 @@ def _head_lines(plan: Plan) -> list[str]:
     counts = " / ".join(map(str, shares))
     percents = " / ".join(f"{share:.1%}" for share in shares.values())
     top = f"of {values.size} query heads the top {counts} hold {percents}"
-    return [*lines, f"importance  Gini {gini(values):.3f}; {top}"]
+    return [*lines, f"importance  {plan.origin}; Gini {gini(values):.3f}; {top}"]
 
 
 def _layers_line(shape: ModelShape) -> str:
