@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pytest
-from conftest import SHAPES, greedy, load, logits, nmse, tokens, unpadded
+from conftest import HYBRID, SHAPES, greedy, load, logits, nmse, tokens, unpadded
 
 try:
     import pyheadkv
@@ -26,7 +26,7 @@ from pyheadkv.eval import metrics, tasks
 from pyheadkv.eval import report as evaluate_report
 from pyheadkv.eval import run as evaluation
 from pyheadkv.eval.journal import Journal
-from pyheadkv.eval.prose import RETRIEVAL, haystack_sentences
+from pyheadkv.eval.prose import RETRIEVAL, Prose, haystack_sentences
 from pyheadkv.eval.quiz import TaskOptions
 from pyheadkv.eval.tasks import make_task
 from pyheadkv.eval.trial import Copy, Held, Setting, Trial, log_softmax
@@ -293,10 +293,19 @@ def test_tasks_from_files(make_model: MakeModel, tmp_path: Path) -> None:
     named.write_text(json.dumps({"input": "Mary went to the kitchen.", "question": "Where is Mary?", "target": "kitchen"}) + "\n")
     (ask,) = make_task(llm, TaskOptions("babilong", 2000, file=named)).quiz(0)
     assert ask.grade("Mary is in the Kitchen. Not in the garden.") == 1 and ask.grade("The garden or the kitchen.") == 0
+    assert ask.right == ()  # it is to be said in a sentence
+    of_words = named.rename(tmp_path / "1k_qa4.jsonl")
+    (word,) = make_task(llm, TaskOptions("babilong", 2000, file=of_words)).quiz(0)
+    assert llm.detokenize(list(word.right)).decode().strip() == "kitchen"
+    of_words.rename(named)
     text = llm.detokenize(list(ask.prompt)).decode()
     assert "<context>\nMary went to the kitchen.\n</context>\n\nQuestion: Where is Mary?" in text
     with pytest.raises(ValueError, match="says which task it is, one of qa1, qa2"):
         make_task(llm, TaskOptions("babilong", 500, file=file)).quiz(0)
+    for answers in ([], "Paris", [3]):
+        file.write_text(json.dumps({**row, "answers": answers}))
+        with pytest.raises(ValueError, match=r"line 1: answers = .*: it must be a list of texts, one at least"):
+            make_task(llm, TaskOptions("longbench", 500, file=file)).quiz(0)
     with pytest.raises(ValueError, match="line 1 has no key 'dataset'"):
         make_task(llm, TaskOptions("longbench", 500, file=named)).quiz(0)
     with pytest.raises(ValueError, match="--file"):
@@ -373,6 +382,8 @@ def test_infinitebench(name: str, row: dict[str, Any], n_steps: int, right: str,
     assert "\n\np q r\n\n" in text and (name.startswith(("longdialogue", "code_debug")) or row["input"] in text)
     assert all(f"\n{letter}. {option}\n" in text for letter, option in zip("ABCD", row.get("options", [])))
     assert ask.grade(right) == 1 and ask.grade(wrong) == 0 == ask.grade("")
+    said = llm.detokenize(list(ask.right)).decode().strip()
+    assert ask.grade(said) == 1 and (said in "ABCD") == ("options" in row)  # a letter where the prompt asks for one
 
 
 def test_prompts_of_a_file_replace_those_of_the_package(make_model: MakeModel, tmp_path: Path) -> None:
@@ -626,6 +637,25 @@ def test_no_context_is_the_question_alone(name: str, make_model: MakeModel) -> N
         assert [a["text"] for a in mine] == [text, text] and all(a["cells"] == a["bytes"] == 0 for a in mine)
 
 
+def test_a_question_alone_is_asked_of_a_recurrent_model(make_model: MakeModel) -> None:
+    """Its state does not go back: not to before the last token of the question, and not behind an answer."""
+    job = evaluation.Job(
+        make_model(HYBRID), (TaskOptions("facts", 800, n_each=1),), (Setting(), Setting("none")), ("query-agnostic",), {}, 1, 0, kl=True
+    )
+    worker = evaluation.Worker(job)
+    answers = [a for a in worker.run(0, 0)["answers"] if a["setting"] == "none"]
+    llm = load(make_model(HYBRID), kv_size=None, logits_all=True)
+    assert len(answers) == 4
+    for answer, ask in zip(answers, worker.tasks[0].quiz(0), strict=True):
+        right, n = ask.right[: ask.n_steps], len(ask.alone)
+        llm.reset()
+        llm.eval([*ask.alone, *right])
+        log_p = log_softmax(llm.scores[n - 1 : n - 1 + len(right)])
+        assert answer["right"] == {"n": len(right), "nll": pytest.approx(-log_p[range(len(right)), right].mean(), rel=2e-3)}
+        said = llm.detokenize(_greedy(llm, list(ask.alone), ask.n_steps, worker.tasks[0].stop_tokens)).decode("utf-8", "replace").strip()
+        assert answer["text"] == said
+
+
 def test_numbers_of_the_scoring_are_settings(make_model: MakeModel, tmp_path: Path) -> None:
     out = tmp_path / "e.jsonl"
     options = ["--policy", "snapkv,streaming", "--kv-size", "40", "--window", "8,96", "--power", "1,4", "--pool-kernel", "7"]
@@ -724,6 +754,20 @@ def _greedy(llm: Any, before: list[int], n: int, stop: frozenset[int]) -> list[i
         said.append(best)
         llm.eval([best])
     return said
+
+
+@pytest.mark.parametrize("adds_space", [False, True])
+def test_an_answer_has_the_tokens_that_it_has_behind_the_prompt(adds_space: bool, make_model: MakeModel, tmp_path: Path) -> None:
+    data, name = bytearray(make_model(SHAPE).read_bytes()), b"tokenizer.ggml.add_space_prefix"
+    data[data.index(name) + len(name) + 4] = adds_space
+    (tmp_path / "m.gguf").write_bytes(data)
+    llm = load(tmp_path / "m.gguf", kv_size=None)
+    prose = Prose(llm)
+    for prompt, answer in (("Answer:\n", "the sea"), ("Answer:", " the sea"), ("Answer:\n\n", "71432")):
+        head, whole = (llm.tokenize(text.encode(), add_bos=False) for text in (prompt, prompt + answer))
+        assert whole[: len(head)] == head and prose.behind(head, answer.strip()) == tuple(whole[len(head) :])
+    control = [llm.token_bos()]
+    assert list(prose.behind(control, "the sea")) == llm.tokenize(b"the sea", add_bos=False)
 
 
 @pytest.mark.parametrize("name", [*tasks.PROSE, "ruler-words"])

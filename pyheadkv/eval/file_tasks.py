@@ -56,6 +56,8 @@ class FileTask(Task):
                 asked += self.read(row)
             except KeyError as error:
                 raise ValueError(f"{self.file}: line {number} has no key {error}: is it a file of {self.options.name}?") from None
+            except ValueError as error:
+                raise ValueError(f"{self.file}: line {number}: {error}") from None
         n_of: Counter[str] = Counter()
         kept = []
         for ask in asked:
@@ -80,12 +82,17 @@ class FileTask(Task):
         found = re.search(rf"(?<![a-z0-9])({known})(?![a-z0-9])", self.file.stem.lower())
         if found is None:
             raise ValueError(
-                f"{self.file}: the name of a file of {self.options.name} says which task it is, one of {', '.join(self.prompts)}: rename it"
+                f"the name of a file of {self.options.name} says which task it is, one of {', '.join(self.prompts)}: rename it"
             )
         return found[1]
 
     def ask(self, kind: str, template: str, context: str, answer: str, grade: Grade, *, chat: bool = True) -> Ask:
-        """A prompt with MARK in place of its context, cut in its middle when it is too long, and an answer that is right."""
+        """A prompt with MARK in place of its context, cut in its middle when it is too long, and an answer that is right.
+
+        Parameters
+        ----------
+        answer : as the model has to say it; empty where that is not known
+        """
         prefix, suffix = self._prose.wrap(chat=chat)
         before, after = template.split(MARK)
         head, rest = (self.llm.tokenize(text.encode(), add_bos=False) for text in (before + context, after))
@@ -96,7 +103,7 @@ class FileTask(Task):
         tokens = (*prefix, *body, *suffix)
         n_context = len(tokens) - len(suffix) - min(len(rest), n_room - 1)
         alone = (*prefix, *self.llm.tokenize((before + after).encode(), add_bos=False), *suffix)
-        right = self._prose.behind(tokens, answer)
+        right = self._prose.behind(tokens, answer) if answer else ()
         return Ask(kind, tokens, n_context, alone, self.prompts[kind]["max_tokens"], grade, 0.5, right=right)
 
 
@@ -109,7 +116,7 @@ class LongBench(FileTask):
     def read(self, row: dict[str, Any]) -> list[Ask]:
         name = self.kind_of(row["dataset"], "dataset")
         text = self.prompts[name]["prompt"].format(context=MARK, input=row["input"])
-        answers, classes = row["answers"], row.get("all_classes") or []
+        answers, classes = _answers(row), row.get("all_classes") or []
 
         def grade(said: str) -> float:
             if name in self.FIRST_LINE:
@@ -139,7 +146,8 @@ class BABILong(FileTask):
         prompt = self.prompts[name]
         text = prompt["prompt"].format(context=MARK, question=row["question"])
         answer, question = row["target"], row["question"]
-        return [self.ask(name, text, row["input"], answer, lambda said: metrics.label(said, answer, prompt["labels"], question))]
+        right = answer if "only one word" in prompt["prompt"] else ""  # the others want a sentence
+        return [self.ask(name, text, row["input"], right, lambda said: metrics.label(said, answer, prompt["labels"], question))]
 
 
 class LooGLE(FileTask):
@@ -147,16 +155,24 @@ class LooGLE(FileTask):
 
     def read(self, row: dict[str, Any]) -> list[Ask]:
         if "qa_pairs" in row:
-            said = [(pair["Q"], [pair["A"]], pair.get("type", "")) for pair in _pairs(row["qa_pairs"])]
+            said = [(pair["Q"], [str(pair["A"])], pair.get("type", "")) for pair in _pairs(row["qa_pairs"])]
             context = row["input"]
         else:
-            said, context = [(row["input"], row["answers"], row["dataset"])], row["context"]
+            said, context = [(row["input"], _answers(row), row["dataset"])], row["context"]
         return [self._question(context, *question) for question in said]
 
     def _question(self, context: str, question: str, answers: list[str], kind: str) -> Ask:
         kind = self.kind_of("_".join(re.findall("[a-z]+", kind.lower())) or "shortdep_qa", "kind of question")
         text = self.prompts[kind]["prompt"].format(context=MARK, input=question)
         return self.ask(kind, text, context, answers[0], lambda said: max(metrics.token_f1(said, answer) for answer in answers))
+
+
+def _answers(row: dict[str, Any]) -> list[str]:
+    """Those of a row, of which one is enough."""
+    answers = row["answers"]
+    if not isinstance(answers, list) or not answers or not all(isinstance(answer, str) for answer in answers):
+        raise ValueError(f"answers = {str(answers)[:40]!r}: it must be a list of texts, one at least")
+    return answers
 
 
 def _pairs(value: Any) -> list[dict[str, Any]]:
@@ -189,10 +205,10 @@ class InfiniteBench(FileTask):
 
     def read(self, row: dict[str, Any]) -> list[Ask]:
         name = self.kind_in_name()
-        answers = [str(answer) for answer in (row["answer"] if isinstance(row["answer"], list) else [row["answer"]])]
+        answers = _answers({"answers": [str(a) for a in (row["answer"] if isinstance(row["answer"], list) else [row["answer"]])]})
         options = [str(option) for option in row.get("options") or []]
         if name in self.CHOICES and (len(options) != 4 or answers[0] not in options):
-            raise ValueError(f"{self.file}: options = {options}: four are needed, the answer {answers[0]!r} among them")
+            raise ValueError(f"options = {options}: four are needed, the answer {answers[0]!r} among them")
         text = self.prompts[name]["prompt"].format(context=MARK, input=row["input"], **dict(zip("ABCD", options)))
 
         def grade(said: str) -> float:
@@ -200,7 +216,8 @@ class InfiniteBench(FileTask):
                 return metrics.choice(said, answers[0], options)
             return max(self.GRADES[name](said, answer) for answer in answers)
 
-        return [self.ask(name, text, row["context"], answers[0], grade, chat=False)]
+        right = "ABCD"[options.index(answers[0])] if name in self.CHOICES else answers[0]
+        return [self.ask(name, text, row["context"], right, grade, chat=False)]
 
 
 CLASSES: dict[str, type[FileTask]] = {"longbench": LongBench, "babilong": BABILong, "loogle": LooGLE, "infinitebench": InfiniteBench}

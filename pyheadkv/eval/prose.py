@@ -212,10 +212,14 @@ class Prose:
         return self.llm.tokenize((text if self._adds_space else " " + text).encode(), add_bos=False)
 
     def behind(self, prompt: Sequence[int], text: str) -> tuple[int, ...]:
-        """Tokens of a text that stands behind a prompt, after a space if the prompt does not end in one."""
-        if self.llm.detokenize([prompt[-1]])[-1:].isspace():
-            return tuple(self.llm.tokenize(text.encode(), add_bos=False))
-        return tuple(self.continued(text))
+        """Tokens of a text that stands behind a prompt; after a space, unless that ends in white space or in a control token."""
+        end = self.llm.detokenize([prompt[-1]])[-1:]
+        if end and not end.isspace():
+            return tuple(self.continued(text))
+        space, whole = (self.llm.tokenize(end + part, add_bos=False) for part in (b"", text.encode()))
+        if end and whole[: len(space)] == space:  # the vocabulary may put a space of its own before the first word
+            return tuple(whole[len(space) :])
+        return tuple(self.llm.tokenize(text.encode(), add_bos=False))
 
     def haystack(self, rng: random.Random, n_tokens: int) -> list[list[int]]:
         """Shuffled sentences of at most n_tokens together, as many as fit."""

@@ -52,7 +52,7 @@ class Ask:
     turns : asked after the answer, one after the other, each on what the cache holds then; no ``more`` beside them
     follows : tokens that come after the prompt, where nothing is asked: the score is the share of them for which the cache
         predicts what the full cache predicts
-    right : tokens of a right answer, as they would come behind the prompt and ``more``; empty where there is none
+    right : tokens of a right answer, as they would come behind the prompt and ``more``; empty where none is known
     question, answer : for people; empty where the task has no single ones
     """
 

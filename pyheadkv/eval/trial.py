@@ -213,12 +213,13 @@ class Trial:
             raise RuntimeError(_lib.last_error())
 
     def read_alone(self, tokens: Sequence[int]) -> Copy:
-        """Read other tokens beside the prompt, and keep them all: a question without its context."""
-        copy = Copy(self._free(), Setting(NONE), NONE, Held(len(tokens), 0.0, 0, 0), 0)
+        """Read other tokens beside the prompt, all but the last one, and keep them all: a question without its context."""
+        copy = Copy(self._free(), Setting(NONE), NONE, Held(len(tokens) - 1, 0.0, 0, 0), 0)
         self.llm.configure(policy="snapkv", kv_size=self.llm.n_ctx())
         self._used.add(copy.seq_id)
-        self.say([copy], [tokens])
+        self.say([copy], [tokens[:-1]])
         _lib.check(_lib.lib.headkv_end_prompt(self.llm.ctx, copy.seq_id))
+        copy.state = b"" if self.is_whole else self._save(copy.seq_id)
         return copy
 
     def _free(self) -> int:
