@@ -417,8 +417,7 @@ class Llama(llama_cpp.Llama):
         if n_ctx and options.kv_size > n_ctx and not keeps_all:
             raise ValueError(f"kv_size={options.kv_size}: it must not be larger than n_ctx = {n_ctx}")
         self._find_known(importance, replay)
-        if kv_reuse and options.policy == AUTO and question is None and self._found_replay is not None:
-            self.kv_options = options = replace(options, question="later")
+        options = self.kv_options
         if kwargs.get("embedding"):
             raise ValueError("embedding=True: embeddings have no generation to speed up, use kv_size=None")
         kwargs["flash_attn"], kwargs["swa_full"] = True, False
@@ -527,6 +526,9 @@ class Llama(llama_cpp.Llama):
             self._found_replay = find_replay(self._kv_path)
             if self._found_replay is None:
                 self._unknown.add("replay")
+        options = self._need_options()
+        if self._kv_reuse and options.policy == AUTO and options.question is None and traits.by_replay and self._found_replay is not None:
+            self.kv_options = replace(options, question="later")
 
     @property
     def _importance(self) -> Importance | None:
@@ -732,8 +734,10 @@ class Llama(llama_cpp.Llama):
         """
         check_names("configure()", options, [field.name for field in fields(Options)])
         _check_generated(options, options.get("kv_generated", self._need_options().kv_generated))
+        if options.get("policy", AUTO) != AUTO:
+            options.setdefault("question", None)  # which is for "auto"
         self._configure(importance, replay, **options)
-        self._kv_args |= options
+        self._kv_args |= preset_changes(options)
         self._kv_args |= {name: value for name, value in dict(importance=importance, replay=replay).items() if value is not None}
         if "kv_size" in options:  # in place of what said how much is kept
             self._kv_ratio = None
@@ -741,8 +745,6 @@ class Llama(llama_cpp.Llama):
 
     def _configure(self, importance: ImportanceLike = None, replay: ReplayLike = None, **options: Any) -> None:
         before = self._need_options(), self._found, self._found_replay
-        if options.get("policy", AUTO) != AUTO:
-            options.setdefault("question", None)  # which is for "auto"
         self.kv_options = replace(before[0], **preset_changes(options))
         try:
             self._find_known(importance, replay)
@@ -817,7 +819,7 @@ class Llama(llama_cpp.Llama):
         check_tokens(tokens, n_vocab=self._n_vocab)
         if self.kv_options is not None:
             is_new = signature(llama_cpp.Llama.generate).bind(self, tokens, *args, **kwargs).arguments.get("reset", True)
-            if head or is_new and not self._is_cached(tokens) and not (self._kv_reuse and self._can_reuse(tokens)):
+            if (head or is_new) and not self._goes_on(tokens, len(head)):
                 self.reset()
             if list(tokens[: len(head)]) != head:
                 raise ValueError("protect_system=True: the chat format in use asks more than once, use protect=[(0, n)]")
@@ -829,12 +831,25 @@ class Llama(llama_cpp.Llama):
             self._prompt_pending = False
             self._n_protect = 0
 
-    def _can_reuse(self, tokens: Sequence[int]) -> bool:
+    def _goes_on(self, tokens: Sequence[int], n_protect: int) -> bool:
+        """Whether the prompt, of which ``n_protect`` tokens are to be kept, is not read from its beginning."""
+        if not n_protect and self._is_cached(tokens):
+            return True
+        return self._kv_reuse and self._can_reuse(tokens, n_protect)
+
+    def _can_reuse(self, tokens: Sequence[int], n_protect: int) -> bool:
         """Whether the compressed past is what would be kept of it now, and what comes behind it is short: every head keeps all of that."""
         stats, n_past = self._stats(), n_common(self._input_ids, tokens)
         if STATES[stats.state] != "compressed":
             return True
-        return bool(_lib.lib.headkv_can_continue(self.ctx, 0, None) == 0 and len(tokens) - n_past <= max(n_past, stats.kv_size))
+        options = self._need_options()
+        if n_protect:
+            options = replace(options, protect=[*options.protect, (0, n_protect)])
+        if self._kv_ratio is not None:  # of that prompt, which may be one of a state that was loaded
+            options = replace(options, kv_size=min(share_of_prompt(self._kv_ratio, stats.n_prompt, recent=options.recent), self.n_ctx()))
+        params = options.to_params(self._importance, None, self._replay)
+        can = _lib.lib.headkv_can_continue(self.ctx, 0, ctypes.byref(params)) == 0
+        return bool(can and len(tokens) - n_past <= max(n_past, stats.kv_size))
 
     def _init_sampler(self, *args: Any, grammar: Any = None, **kwargs: Any) -> Any:
         if grammar is None:

@@ -275,6 +275,9 @@ class Options:
                 raise ValueError(
                     f"policy={self.policy!r}, question={self.question!r}: a policy that is named does not look at it, leave one of them out"
                 )
+            if self.budget is not None and self.rank is not None or self.traits.keeps_all:
+                named = ", ".join(f"{name}={getattr(self, name)!r}" for name in ("budget", "rank", "question") if getattr(self, name))
+                raise ValueError(f"{named}: nothing is left for the question to decide, leave it out")
         check_choice("preset", self.preset, tuple(PRESETS))
         for name, value in PRESETS[self.preset].items():
             if getattr(self, name) is None:

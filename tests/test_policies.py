@@ -301,6 +301,53 @@ def test_the_system_message_is_kept_whatever_the_chat_format(form: str, tmp_path
 
 
 @embedded
+def test_a_chat_goes_on_behind_a_system_message_that_is_kept_already() -> None:
+    llm = load(embedded_model(), kv_size=60, policy="snapkv", kv_reuse=True)
+    rng = random.Random(3)
+    chat = [SYSTEM, {"role": "user", "content": " ".join(" ".join(needle.filler_sentence(rng)) for _ in range(30))}]
+
+    def read(n_turns: int, **options: Any) -> int:
+        """Tokens that the compressed prompt has then."""
+        llm.create_chat_completion(
+            [*chat, *[{"role": role, "content": "anna"} for role in ("assistant", "user") * n_turns]], max_tokens=1, **options
+        )
+        return int(llm.kv_stats().n_prompt)
+
+    n = read(0, protect_system=True)
+    assert read(1, protect_system=True) == read(2, protect_system=True) == n
+    assert set(range(8)) <= kept_by_all(llm)
+    assert read(3) > n  # nothing is to be protected any more
+    n = read(3)
+    assert read(4, protect_system=True) > n
+
+
+def test_a_state_of_a_share_goes_on(make_model: MakeModel) -> None:
+    path, prompt, more = make_model(SHAPE), tokens(300), tokens(320, seed=9)[300:]
+    options: dict[str, Any] = {"kv_ratio": 0.25, "policy": "snapkv", "kv_reuse": True}
+    llm, other, larger = load(path, **options), load(path, **options), load(path, **{**options, "kv_ratio": 0.5})
+    llm.read_prompt(prompt)
+    state = llm.save_state()
+    llm.read_prompt(tokens(200, seed=5))  # of another length
+    for model, n in ((llm, 300), (other, 300), (larger, 320)):
+        model.load_state(state)
+        next(model.generate([*prompt, *more], temp=0.0))
+        assert model.kv_stats().n_prompt == n
+
+
+@pytest.mark.parametrize("duplicate", [lambda llm: pickle.loads(pickle.dumps(llm)), copy.deepcopy], ids=["pickle", "deepcopy"])
+def test_a_copy_forgets_what_another_preset_and_policy_did(duplicate: Callable[[Any], Any], make_model: MakeModel) -> None:
+    llm = load(
+        make_model(SHAPE), kv_size=64, preset="default", window=16, recent=12, pool="avg", pool_kernel=5, policy="auto", question="later"
+    )
+    llm.configure(preset="paper")
+    assert (llm.kv_options.window, llm.kv_options.pool) == (8, "max") and duplicate(llm).kv_options == llm.kv_options
+    llm.configure(policy="snapkv")
+    assert llm.kv_options.question is None and duplicate(llm).kv_options == llm.kv_options
+    llm.configure(policy="auto")
+    assert duplicate(llm).policy == llm.policy
+
+
+@embedded
 def test_a_stream_that_nobody_iterates_protects_nothing(make_model: MakeModel) -> None:
     llm = load(embedded_model(), kv_size=60)
     other = "the code of bob is 12 33 . question : the code of bob is"

@@ -566,6 +566,8 @@ def test_auto_knows_the_three_situations(has_importance: bool, has_table: bool, 
         llm.configure(question="later")
     with pytest.raises(ValueError, match="question='never': it must be one of 'known', 'both', 'later'"):
         llm.configure(question="never")
+    with pytest.raises(ValueError, match="budget='uniform', rank='value', question='later': nothing is left for the question to decide"):
+        llm.configure(policy="auto", budget="uniform", rank="value", question="later")
     if has_table:  # kv_reuse says that questions come later, which a policy that is named does not look at
         for policy, used in (("auto", later[has_importance, True]), ("replay/value", "replay/value"), ("snapkv", "snapkv")):
             assert load(path, kv_size=40, policy=policy, replay=replay, kv_reuse=True).policy == used
