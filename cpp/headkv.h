@@ -106,13 +106,14 @@ struct headkv_params {
     int32_t pyramid_exact; // 0 = the authors' rounding, which holds more than kv_size (32 layers: 13 % at 64, 5 % at 128)
     double adakv_floor; // share of its budget that the prompt cannot take from a head, 0..1; -1 = the policy's own
     int32_t adakv_normalize; // 1 = heads whose attention is concentrated count more
-    // importance of each query head, row-major [n_layer][n_head]; NULL = read it from importance_gguf
+    // importance of each query head, row-major [n_layer][n_head]; NULL = read it from the files below
     const double * importance;
     int32_t n_layer;
     int32_t n_head;
     const char * importance_gguf; // GGUF file with {arch}.attention.head_importance and .head_replay, usually the model itself; may be NULL
+    const char * model_gguf; // another one, for what the first lacks, which must have one of both then; may be NULL
     // share of a prompt that each KV head needs when the mean over the heads is shares[i], row-major [n_shares][n_layer][n_head_kv]; 0
-    // for a head that is not there; NULL = read it from importance_gguf
+    // for a head that is not there; NULL = read it from the files above
     const double * replay;
     const double * shares; // ascending, between 0 and 1
     int32_t n_shares;

@@ -90,6 +90,7 @@ class Params(ctypes.Structure):
         ("n_layer", ctypes.c_int32),
         ("n_head", ctypes.c_int32),
         ("importance_gguf", ctypes.c_char_p),
+        ("model_gguf", ctypes.c_char_p),
         ("replay", ctypes.POINTER(ctypes.c_double)),
         ("shares", ctypes.POINTER(ctypes.c_double)),
         ("n_shares", ctypes.c_int32),

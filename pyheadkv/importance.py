@@ -248,10 +248,18 @@ def _distance(mine: Fingerprint, entry: dict[str, Any]) -> float | None:
     return distance if distance <= RELATIVE else None
 
 
-def write_gguf(model: str | os.PathLike[str], importance: Importance | None, replay: ReplayTable | None = None) -> Path:
-    """A GGUF in the user's cache that holds nothing but this importance and this table: what llama-server reads."""
+def write_gguf(
+    model: str | os.PathLike[str], importance: Importance | None, replay: ReplayTable | None = None, *, beside: str | os.PathLike[str] = ""
+) -> Path:
+    """A GGUF in the user's cache that holds nothing but this importance and this table: what llama-server reads.
+
+    Parameters
+    ----------
+    beside : file that one of both is from, the other being what is known of the model
+    """
     mine = fingerprint(model)
-    path = cache_folder() / "importance" / f"{mine.key}.gguf"
+    more = f"-{hashlib.sha256(os.fsencode(Path(beside).resolve())).hexdigest()[:8]}" if beside else ""
+    path = cache_folder() / "importance" / f"{mine.key}{more}.gguf"
     path.parent.mkdir(parents=True, exist_ok=True)
     fields: list[Field] = [("general.architecture", STRING, None, mine.arch)]
     if importance is not None:

@@ -466,4 +466,12 @@ def test_a_server_is_given_both(model: Path, tmp_path: Path, registry: Path) -> 
     pairs = read_header(line[-1]).pairs
     assert line[-2] == "--kv-importance" and {"qwen2.attention.head_importance", "qwen2.attention.head_replay"} <= set(pairs)
     assert serve.command_line([str(path), "--kv_size", "64", "--kv_policy", "auto"])[-2] == "--kv-importance"
+    given = tmp_path / "given.gguf"
+    gguf_keys.write_importance(path, given, random_importance(n_layer=3, n_head=8, seed=5))
+    line = serve.command_line([str(path), "--kv-size", "64", "--kv-importance", str(given)])
+    known, values = gguf_keys.read_importance(line[-1]), gguf_keys.read_importance(given)
+    assert line[-2] == "--kv-importance" and read_replay(line[-1]) is not None and known is not None and values is not None
+    np.testing.assert_array_equal(known.values, values.values)
+    line = serve.command_line([str(path), "--kv-size", "64", "--kv-policy", "headkv", "--kv-importance", str(given)])
+    assert line[-1] == str(given)  # the table is not needed
     assert "--kv-importance" not in serve.command_line([str(path), "--kv_size", "64", "--kv_policy", "snapkv"])

@@ -245,7 +245,10 @@ def test_the_help_has_every_flag_its_variable_and_its_default() -> None:
         (["--kv-pool", "min"], "'min': it must be one of max, avg"),
         (["--kv-pool-kernel", "4"], "--kv-pool-kernel is 4: it must be odd"),
         (["--kv-prefill", "row"], "'row': it must be one of auto, token, layer"),
-        (["--kv-importance", "missing.gguf"], "missing.gguf"),
+        (["--kv-importance", "missing.gguf"], "--kv-importance missing.gguf: it cannot be read"),
+        (["--kv-importance", "missing.gguf", "--kv-policy", "snapkv"], "--kv-importance missing.gguf: it cannot be read"),
+        (["--kv-beta", "2", "--kv-policy", "uniform/outlying"], "--kv-beta 2: policy uniform/outlying does not look at it"),
+        (["--kv-beta", "2", "--kv-budget", "uniform"], "--kv-beta 2: policy snapkv does not look at it"),
         (["--kv-recent", "0"], "--kv-recent is 0: it must be in [1, 1048576]"),
         (["--kv-size-max", "0"], "'0': it must be at least --kv-size"),
         (["--kv-size-max", "63"], "--kv-size-max 63: it must be at least --kv-size 64"),
@@ -338,6 +341,20 @@ def test_a_request_says_when_its_question_comes(llm: Any, log: Path, tmp_path: P
                 assert status == 400 and answer["error"]["message"].startswith("kv_question is ")
 
 
+def test_a_file_adds_to_what_the_model_has(log: Path, tmp_path: Path) -> None:
+    both = with_table(tmp_path / "both.gguf")
+    alone, nothing = importance.write_gguf(both, None, replay_values.read_replay(both)), tmp_path / "nothing.gguf"
+    for model, given in ((MODEL, alone), (both, MODEL)):
+        with running(log, "--kv-size", KV_SIZE, "--kv-importance", given, model=model) as server:
+            props = server.get("/props")["kv"]
+            assert (props["policy_known"], props["policy_later"]) == ("headkv", "mix/outlying+value")
+    without_importance(MODEL, nothing)
+    done = subprocess.run(
+        [SERVER, "-m", MODEL, "--kv-size", "64", "--kv-importance", nothing], capture_output=True, text=True, timeout=SECONDS
+    )
+    assert done.returncode != 0 and f"{nothing} has neither importance nor a replay table of heads" in done.stdout + done.stderr
+
+
 def test_later_is_what_reuse_means_where_the_table_is_known(log: Path, tmp_path: Path) -> None:
     for model, flags, policy in (
         (MODEL, (), "headkv"),
@@ -358,6 +375,10 @@ def test_wrong_choices_end_the_server_with_what_is_known(log: Path) -> None:
         (("--kv-policy", "replay/value"), "needs the replay table of each head"),
         (("--kv-question", "never"), "'never': it must be one of known, both, later"),
         (("--kv-question", "later", "--kv-policy", "snapkv"), "--kv-question: a policy that is named does not look at it"),
+        (
+            ("--kv-question", "later", "--kv-budget", "uniform", "--kv-rank", "value"),
+            "--kv-question: a policy that is named does not look at it",
+        ),
     ):
         done = subprocess.run([SERVER, "-m", MODEL, "--kv-size", "64", *flags], capture_output=True, text=True, timeout=SECONDS)
         assert done.returncode != 0 and message in done.stdout + done.stderr

@@ -40,6 +40,7 @@ struct headkv_args {
     std::vector<std::string> given; // flags that were set, other than --kv-size
 
     bool has_archive() const { return !archive.empty(); }
+    bool asks_question() const { return policy == "auto" && (budget.empty() || rank.empty()) && !is_lossless(); } // whether anything hangs on it
     // parameters that point to the names above
     headkv_params named() const;
 

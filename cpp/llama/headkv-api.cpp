@@ -49,6 +49,7 @@ struct headkv_params headkv_default_params(void) {
         /*.n_layer         =*/0,
         /*.n_head          =*/0,
         /*.importance_gguf =*/nullptr,
+        /*.model_gguf      =*/nullptr,
         /*.replay          =*/nullptr,
         /*.shares          =*/nullptr,
         /*.n_shares        =*/0,

@@ -110,25 +110,32 @@ static bool may_need(const headkv_params & params, bool headkv_budget_kind::*wha
     return cfg.budget->*what;
 }
 
-// what they do not say is in their file, or the context knows it
-static void complete_known(headkv_known & known, const headkv_params & params, const headkv_known * of_context) {
-    const bool no_importance = known.importance.values.empty();
-    const bool no_replay = known.replay.values.empty();
-    headkv_known more;
-    if (params.importance_gguf) {
-        const bool importance = no_importance && may_need(params, &headkv_budget_kind::by_importance);
-        const bool replay = no_replay && may_need(params, &headkv_budget_kind::by_replay);
-        if (importance || replay) {
-            more = headkv_known_from_gguf(params.importance_gguf, importance, replay);
-        }
-    } else if (of_context) {
-        more = *of_context;
-    }
-    if (no_importance) {
+static void complete_with(headkv_known & known, headkv_known && more) {
+    if (known.importance.values.empty()) {
         known.importance = std::move(more.importance);
     }
-    if (no_replay) {
+    if (known.replay.values.empty()) {
         known.replay = std::move(more.replay);
+    }
+}
+
+// what they do not say is in their files, or the context knows it
+static void complete_known(headkv_known & known, const headkv_params & params, const headkv_known * of_context) {
+    if (!params.importance_gguf && of_context) {
+        complete_with(known, headkv_known(*of_context));
+    }
+    for (const char * path : { params.importance_gguf, params.model_gguf }) {
+        const bool importance = known.importance.values.empty() && may_need(params, &headkv_budget_kind::by_importance);
+        const bool replay = known.replay.values.empty() && may_need(params, &headkv_budget_kind::by_replay);
+        if (!path || (!importance && !replay)) {
+            continue;
+        }
+        const bool is_named = path == params.importance_gguf && params.model_gguf;
+        headkv_known more = headkv_known_from_gguf(path, importance || is_named, replay || is_named);
+        if (is_named && more.importance.values.empty() && more.replay.values.empty()) {
+            throw std::invalid_argument(format("%s has neither importance nor a replay table of heads: measure them with 'pyheadkv score', or leave it out", path));
+        }
+        complete_with(known, std::move(more));
     }
 }
 

@@ -118,8 +118,11 @@ static std::string refusal(const common_params & params) {
     if (headkv_get_args().is_lossless() && headkv_get_args().params.kv_size > 0) {
         return "--kv-policy lossless: it keeps all cells, leave --kv-size out";
     }
-    if (!headkv_get_args().question.empty() && headkv_get_args().policy != "auto") {
+    if (!headkv_get_args().question.empty() && !headkv_get_args().asks_question()) {
         return "--kv-question: a policy that is named does not look at it, use --kv-policy auto";
+    }
+    if (!headkv_get_args().importance.empty() && !std::ifstream(headkv_get_args().importance)) {
+        return "--kv-importance " + headkv_get_args().importance + ": it cannot be read";
     }
     if (headkv_get_args().has_archive() && headkv_server_reuses()) {
         return "--kv-archive: with --kv-reuse prompts continue on the compressed past and are not read again, leave one of them out";
@@ -235,6 +238,7 @@ bool headkv_server_open(common_params & params) {
     headkv_params p = args.named();
     p.kv_size = kv_size_max(); // the context is made for the largest request
     p.importance_gguf = args.importance.empty() ? params.model.path.c_str() : args.importance.c_str();
+    p.model_gguf = args.importance.empty() ? nullptr : params.model.path.c_str(); // has what the other lacks
     // contexts are made with what is set last
     const auto set = [&](const std::string & question) {
         p.question = question.c_str();
@@ -251,6 +255,12 @@ bool headkv_server_open(common_params & params) {
         }
         server.policies["both"] = server.policies["later"] = server.policies["known"];
     } else if (!set("both") || !set("later") || !set("known")) {
+        return false;
+    }
+    headkv_policy_info known = {};
+    headkv_find_policy(server.policies.at("known").c_str(), nullptr, nullptr, nullptr, &known);
+    if (args.params.beta != 0.0 && (args.policy != "auto" || !args.budget.empty()) && !known.by_beta) {
+        SRV_ERR("--kv-beta %g: policy %s does not look at it, leave one of them out\n", args.params.beta, server.policies.at("known").c_str());
         return false;
     }
     headkv_policy_info later = {};
@@ -468,8 +478,8 @@ headkv_request headkv_server_check_request(const common_json & body, int32_t n_c
     if (body.contains("kv_generated") && !body.at("kv_generated").is_null()) {
         res.kv_generated = get_generated(body.at("kv_generated"));
     }
-    if (body.contains("kv_question") && !body.at("kv_question").is_null() && headkv_get_args().policy != "auto") {
-        throw std::invalid_argument(string_format("kv_question: the server has --kv-policy %s, which does not look at it, leave it out", headkv_get_args().policy.c_str()));
+    if (body.contains("kv_question") && !body.at("kv_question").is_null() && !headkv_get_args().asks_question()) {
+        throw std::invalid_argument(string_format("kv_question: the server has policy %s, which does not look at it, leave it out", server.policies.at("known").c_str()));
     }
     res.question = body.contains("kv_question") && !body.at("kv_question").is_null() ? get_question(body.at("kv_question")) : server.question;
     if (body.contains("kv_protect") && !body.at("kv_protect").is_null()) {

@@ -10,10 +10,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from .._lib import library_path
+from ..gguf_keys import read_importance
 from ..importance import IN_METADATA, find_importance, write_gguf
 from ..model import model_path
 from ..options import AUTO, policy_traits
 from ..replay import find_replay
+from ..replay_values import read_replay
 
 #: flags of llama-server that name a model
 MODEL_FLAGS = frozenset("-m --model -mu --model-url -hf -hfr --hf-repo -dr --docker-repo --models-dir --models-preset".split())
@@ -62,23 +64,28 @@ def _page_flags(rest: Sequence[str]) -> list[str]:
 
 
 def _importance_flags(model: Sequence[str], rest: Sequence[str]) -> list[str]:
-    """``--kv-importance`` with what is known of the model beside its metadata, which the server reads itself."""
+    """``--kv-importance`` with what is known of the model beside its metadata, which the server reads itself, and what is given.
+
+    It comes behind all other flags, and of one that is there twice the last counts.
+    """
     flags = {flag.replace("_", "-"): value for flag, value in zip(rest, [*rest[1:], ""], strict=False)}  # as llama-server takes them
     path = model[-1] if model else flags.get("-m") or flags.get("--model") or os.environ.get("LLAMA_ARG_MODEL")
     choices = [flags.get(f"--kv-{name}") or os.environ.get(f"LLAMA_ARG_KV_{name.upper()}") for name in ("policy", "budget", "rank", "fit")]
     is_on = "--kv-size" in flags or os.environ.get("LLAMA_ARG_KV_SIZE")
-    is_given = "--kv-importance" in flags or os.environ.get("LLAMA_ARG_KV_IMPORTANCE")
-    if not path or not is_on or is_given or not Path(path).is_file():
+    given = flags.get("--kv-importance") or os.environ.get("LLAMA_ARG_KV_IMPORTANCE")
+    if not path or not is_on or not Path(path).is_file() or (given and not Path(given).is_file()):
         return []
     traits = policy_traits(choices[0] or AUTO, *(name or None for name in choices[1:]))
-    found = find_importance(path) if traits.by_importance else None
-    table = find_replay(path) if traits.by_replay else None
+    values, shares = (read_importance(given), read_replay(given)) if given else (None, None)
+    found = find_importance(path) if traits.by_importance and values is None else None
+    table = find_replay(path) if traits.by_replay and shares is None else None
     origins = [(what, known.origin) for what, known in (("importance", found), ("replay table", table)) if known is not None]
-    if all(origin == IN_METADATA for _, origin in origins):
+    if given and values is None and shares is None or all(origin == IN_METADATA for _, origin in origins):
         return []
     for what, origin in origins:
         print(f"pyheadkv: {what} from {origin}", file=sys.stderr)
-    return ["--kv-importance", str(write_gguf(path, None if found is None else found.importance, None if table is None else table.table))]
+    known = (values if found is None else found.importance), (shares if table is None else table.table)
+    return ["--kv-importance", str(write_gguf(path, *known, beside=given or ""))]
 
 
 def run(args: argparse.Namespace) -> int:
