@@ -147,6 +147,12 @@ def _on_workers(method: Callable[Concatenate[Llama, Params], Result]) -> Callabl
     return checked
 
 
+class StateError(ValueError, KeyError):
+    """A state that cannot be restored; to a completion that finds it in its ``LlamaCache``, one that is not there."""
+
+    __str__ = Exception.__str__
+
+
 class Llama(llama_cpp.Llama):
     """``llama_cpp.Llama`` whose KV heads keep only the cells that matter.
 
@@ -338,8 +344,12 @@ class Llama(llama_cpp.Llama):
             importance=importance, replay=replay, kv_reuse=kv_reuse, n_seq_max=n_seq_max, kv_limit=kv_limit,
             kv_archive=kv_archive, kv_archive_size=kv_archive_size, kv_archive_type=kv_archive_type).items() if value is not None}  # fmt: skip
         _check_generated(given, kv_generated)
+        lora_path = kwargs.pop("lora_path", None)
+        if lora_path is not None:
+            kwargs["use_mmap"] = False
         self._workers: Workers | None = None
         self._kv_args: dict[str, Any] = {**given, **amount, **more}
+        self._configured: dict[str, Any] = {}  # what configure() was given since
         if rpc_servers is not None:
             self._kv_args["rpc_servers"] = rpc_servers
         self._kv_reuse = kv_reuse is not None and check_bool("kv_reuse", kv_reuse)
@@ -393,7 +403,7 @@ class Llama(llama_cpp.Llama):
             self.kv_options: Options | None = None
             with self._using_workers(rpc_servers, kwargs):
                 super().__init__(model_path, **kwargs)
-            self._check_adapter()
+            self._set_adapter(lora_path)
             return
 
         n_ctx = kwargs.get("n_ctx", 512)  # 0 = that of the model, checked by the library
@@ -435,7 +445,7 @@ class Llama(llama_cpp.Llama):
         except BaseException:
             self._close_partial()
             raise
-        self._check_adapter()
+        self._set_adapter(lora_path)
         # the library rounds n_ctx up, and completions go on to what it made of it
         self.input_ids = np.zeros(self.n_ctx(), dtype=np.intc)
         if options.kv_generated is not None and not self._logits_all:  # their logits are kept, n_ctx of them
@@ -504,11 +514,19 @@ class Llama(llama_cpp.Llama):
         if self._workers is not None:
             self._workers.close()
 
-    def _check_adapter(self) -> None:
-        if self.lora_path and not self._lora_adapter:  # a null pointer, which llama_cpp takes for an adapter
-            self._lora_adapter = None
+    @_on_workers
+    def _set_adapter(self, lora_path: str | None) -> None:
+        """What the constructor does with it, but that nothing refers to this object afterwards: so it goes when nobody has it any more."""
+        if not lora_path:
+            return
+        adapter = llama_cpp.llama_adapter_lora_init(self._model.model, os.fsencode(lora_path))
+        adapters, scales = (llama_cpp.llama_adapter_lora_p_ctypes * 1)(adapter), (ctypes.c_float * 1)(self.lora_scale)
+        if adapter:
+            self._stack.callback(llama_cpp.llama_adapter_lora_free, adapter)
+        if not adapter or llama_cpp.llama_set_adapters_lora(self.ctx, adapters, 1, scales):
             self.close()
-            raise ValueError(f"lora_path={self.lora_path!r}: it is not an adapter of this model that llama.cpp can load")
+            raise ValueError(f"lora_path={lora_path!r}: it is not an adapter of this model that llama.cpp can load")
+        self.lora_path = lora_path
 
     def _find_known(self, importance: ImportanceLike, replay: ReplayLike) -> None:
         """What is known of the heads, as far as the choices look at it."""
@@ -586,7 +604,13 @@ class Llama(llama_cpp.Llama):
             super().__del__()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), **self._kv_args}  # type: ignore[no-untyped-call]
+        return {**super().__getstate__(), **self._kv_args, "configured": self._configured}  # type: ignore[no-untyped-call]
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        configured = state.pop("configured", {})
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        if configured:
+            self.configure(**configured)
 
     # ------------------------------------------------------------------ generation
 
@@ -736,16 +760,22 @@ class Llama(llama_cpp.Llama):
         _check_generated(options, options.get("kv_generated", self._need_options().kv_generated))
         if options.get("policy", AUTO) != AUTO:
             options.setdefault("question", None)  # which is for "auto"
+        after = replace(self._need_options(), **{**preset_changes(options), "kv_size": MAX_CELLS})
+        if "kv_size" in options and after.traits.keeps_all:
+            raise ValueError(f"policy={after.policy!r}, kv_size={options['kv_size']!r}: it keeps all cells, leave kv_size out")
         self._configure(importance, replay, **options)
-        self._kv_args |= preset_changes(options)
-        self._kv_args |= {name: value for name, value in dict(importance=importance, replay=replay).items() if value is not None}
+        self._configured |= preset_changes(options)
+        self._configured |= {name: value for name, value in dict(importance=importance, replay=replay).items() if value is not None}
         if "kv_size" in options:  # in place of what said how much is kept
             self._kv_ratio = None
-            self._kv_args |= {"kv_ratio": None, "kv_bytes": None}
 
     def _configure(self, importance: ImportanceLike = None, replay: ReplayLike = None, **options: Any) -> None:
         before = self._need_options(), self._found, self._found_replay
-        self.kv_options = replace(before[0], **preset_changes(options))
+        changes = preset_changes(options)
+        if self._kv_ratio is not None and "kv_size" not in options:  # it follows from the next prompt
+            recent = replace(before[0], **{**changes, "kv_size": MAX_CELLS}).recent
+            changes = {**changes, "kv_size": max(before[0].kv_size, recent + 1)}
+        self.kv_options = replace(before[0], **changes)
         try:
             self._find_known(importance, replay)
             params = self.kv_options.to_params(self._importance, None, self._replay)
@@ -775,6 +805,7 @@ class Llama(llama_cpp.Llama):
         """
         self._fit_ratio(self.n_tokens)
         _lib.check(_lib.lib.headkv_compress_as(self.ctx, 0, check_int("seq_id", seq_id, 1, self._n_seq_max - 1)))
+        self._requires_eval = True  # what is decoded of the copy takes the place of the logits
 
     @_on_workers
     def drop(self, start: int, end: int) -> None:
@@ -816,6 +847,7 @@ class Llama(llama_cpp.Llama):
         the prompt, and a compressed past stays as it is.
         """
         head, self._protect_head = self._protect_head, []
+        tokens = list(tokens)
         check_tokens(tokens, n_vocab=self._n_vocab)
         if self.kv_options is not None:
             is_new = signature(llama_cpp.Llama.generate).bind(self, tokens, *args, **kwargs).arguments.get("reset", True)
@@ -941,7 +973,9 @@ class Llama(llama_cpp.Llama):
 
     def _is_cached(self, tokens: Sequence[int]) -> bool:
         # the very prompt that was compressed, without a token generated after it
-        return not self._requires_eval and self._stats().n_prompt == self.n_tokens == len(tokens) and list(self._input_ids) == list(tokens)
+        if self._requires_eval or not self._stats().n_prompt == self.n_tokens == len(tokens) or list(self._input_ids) != list(tokens):
+            return False
+        return self._can_reuse(tokens, 0)  # by the adapters that are set now
 
     def reset(self) -> None:
         """Forget all tokens; the cache is empty afterwards."""
@@ -966,7 +1000,7 @@ class Llama(llama_cpp.Llama):
             raise RuntimeError(_lib.last_error())
         return LlamaState(
             input_ids=self._input_ids.copy(),
-            scores=np.empty((0, self.n_vocab()), dtype=np.single),
+            scores=self.scores[: self.n_tokens if self._logits_all else 0].copy(),
             n_tokens=self.n_tokens,
             llama_state=bytes(data),
             llama_state_size=size,
@@ -975,18 +1009,20 @@ class Llama(llama_cpp.Llama):
 
     @_on_workers
     def load_state(self, state: LlamaState) -> None:
-        """Go back to what ``save_state`` saw; ``generate`` continues on it with ``kv_reuse=True``.
+        """Go back to what ``save_state`` saw; ``generate`` continues on it with ``kv_reuse=True``. Copies (``compress_as``) stay.
 
         Raises
         ------
         ValueError
-            a state of another model, of other types of K and V, of a larger ``kv_size`` or ``n_ctx``, or a damaged one; everything
-            is forgotten then, as after ``reset``
+            a state of another model, of other types of K and V, of a larger ``kv_size`` or ``n_ctx``, one without the logits that
+            ``logits_all`` wants, or a damaged one; everything is forgotten then, as after ``reset``. Where a completion finds it in its
+            cache (``set_cache``), the prompt is read instead
         """
         if self.kv_options is None:
             super().load_state(state)
             return
-        self.reset()
+        super().reset()  # type: ignore[no-untyped-call]
+        self._ctx.kv_cache_seq_rm(0, -1, -1)
         size, n = len(state.llama_state), state.n_tokens
         data = (ctypes.c_uint8 * size).from_buffer_copy(state.llama_state)
         _lib.lib.headkv_clear_error()
@@ -994,12 +1030,14 @@ class Llama(llama_cpp.Llama):
             n_read = llama_cpp.llama_state_seq_set_data(self.ctx, data, size, 0)
             if n_read != size:
                 what = f"it ends after {n_read} of {size} bytes" if n_read else "it is not one of a compressed cache"
-                raise ValueError((not n_read and _lib.last_error()) or f"the state cannot be restored: {what}")
+                raise StateError((not n_read and _lib.last_error()) or f"the state cannot be restored: {what}")
             stats = self._stats()
             if not len(state.input_ids) >= n == stats.n_past:
-                raise ValueError(f"the state cannot be restored: its cache has {stats.n_past} tokens, {n} were said to be in it")
+                raise StateError(f"the state cannot be restored: its cache has {stats.n_past} tokens, {n} were said to be in it")
+            if self._logits_all and len(state.scores) < n:
+                raise StateError("the state cannot be restored: it has no logits of its tokens, save it with logits_all=True")
             if self._kv_ratio is None and stats.kv_size > self.kv_options.kv_size:
-                raise ValueError(
+                raise StateError(
                     f"the state cannot be restored: it was compressed with kv_size={stats.kv_size}, which is more than "
                     f"kv_size={self.kv_options.kv_size} of this one"
                 )
@@ -1009,6 +1047,8 @@ class Llama(llama_cpp.Llama):
         if n > len(self.input_ids):  # an answer that went on beyond n_ctx
             self.input_ids = np.zeros(n + self.n_ctx(), dtype=np.intc)
         self.input_ids[:n] = state.input_ids[:n]
+        if self._logits_all:
+            self.scores[:n] = state.scores[:n]
         self.n_tokens = n
         self._requires_eval = True  # logits are not part of it
         self._seed = state.seed
