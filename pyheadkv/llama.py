@@ -346,7 +346,7 @@ class Llama(llama_cpp.Llama):
         _check_generated(given, kv_generated)
         lora_path = kwargs.pop("lora_path", None)
         if lora_path is not None:
-            kwargs["use_mmap"] = False
+            kwargs["use_mmap"] = False  # as upstream loads a model for an adapter
         self._workers: Workers | None = None
         self._kv_args: dict[str, Any] = {**given, **amount, **more}
         self._configured: dict[str, Any] = {}  # what configure() was given since
@@ -632,8 +632,10 @@ class Llama(llama_cpp.Llama):
     def _fit_ratio(self, n_tokens: int) -> None:
         """Cells for a prompt of so many tokens, if its compression has not begun."""
         if self._kv_ratio is not None and STATES[self._stats().state] in ("empty", "staged"):
-            options = self._need_options()
-            self._configure(kv_size=min(share_of_prompt(self._kv_ratio, n_tokens, recent=options.recent), self.n_ctx()))
+            self._configure(kv_size=self._cells_of_share(self._kv_ratio, n_tokens))
+
+    def _cells_of_share(self, share: float, n_tokens: int) -> int:
+        return min(share_of_prompt(share, n_tokens, recent=self._need_options().recent), self.n_ctx())
 
     @_on_workers
     def eval(self, tokens: Sequence[int]) -> None:
@@ -672,12 +674,16 @@ class Llama(llama_cpp.Llama):
         """Every head keeps the first tokens of what is compressed meanwhile, beside what it is told to keep anyway."""
         protect = self._need_options().protect
         if n_tokens:
-            self._configure(protect=[*protect, (0, n_tokens)])
+            self._configure(protect=self._with_head(n_tokens))
         try:
             yield
         finally:
             if n_tokens:
                 self._configure(protect=protect)
+
+    def _with_head(self, n_tokens: int) -> list[tuple[int, int]]:
+        """What every head keeps when it keeps the first tokens too."""
+        return [*self._need_options().protect, (0, n_tokens)]
 
     def _eval_batches(self, tokens: Sequence[int]) -> None:
         """In upstream's order; each ubatch is a step of its own if somebody looks on."""
@@ -876,9 +882,9 @@ class Llama(llama_cpp.Llama):
             return True
         options = self._need_options()
         if n_protect:
-            options = replace(options, protect=[*options.protect, (0, n_protect)])
+            options = replace(options, protect=self._with_head(n_protect))
         if self._kv_ratio is not None:  # of that prompt, which may be one of a state that was loaded
-            options = replace(options, kv_size=min(share_of_prompt(self._kv_ratio, stats.n_prompt, recent=options.recent), self.n_ctx()))
+            options = replace(options, kv_size=self._cells_of_share(self._kv_ratio, stats.n_prompt))
         params = options.to_params(self._importance, None, self._replay)
         can = _lib.lib.headkv_can_continue(self.ctx, 0, ctypes.byref(params)) == 0
         return bool(can and len(tokens) - n_past <= max(n_past, stats.kv_size))

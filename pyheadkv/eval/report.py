@@ -240,11 +240,7 @@ def _distance(mine: list[Answer], *, is_wanted: bool) -> list[str]:
     if not is_wanted:
         return []
     found = [a.distance for a in mine if a.distance]
-    n = sum(d["n"] for d in found)
-    if n == 0:
-        return ["", ""]
-    nll, kl = (sum(d["n"] * d[name] for d in found) / n for name in ("nll", "kl"))
-    return [f"{np.exp(nll):.3g}", f"{kl:.3f}"]
+    return [f"{np.exp(_per_token(found, 'nll')):.3g}", f"{_per_token(found, 'kl'):.3f}"] if found else ["", ""]
 
 
 def _has_right(answers: Answers) -> bool:
@@ -256,8 +252,11 @@ def _right(mine: list[Answer], *, is_wanted: bool) -> list[str]:
     if not is_wanted:
         return []
     found = [a.right for a in mine if a.right]
-    n = sum(r["n"] for r in found)
-    return [f"{np.exp(sum(r['n'] * r['nll'] for r in found) / n):.3g}" if n else ""]
+    return [f"{np.exp(_per_token(found, 'nll')):.3g}" if found else ""]
+
+
+def _per_token(found: list[dict[str, float]], name: str) -> float:
+    return sum(x["n"] * x[name] for x in found) / sum(x["n"] for x in found)
 
 
 def _least(answers: Answers, protocol: str) -> list[str]:

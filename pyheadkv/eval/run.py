@@ -268,16 +268,14 @@ class Worker:
         if copies[0].policy == FULL and not expected.tokens:
             expected.tokens = first[0]
         if expected.tokens and (self.job.kl or ask.follows):
-            if not trial.go_back(copies, n + len(rest) - 1):
-                trial.go_on(copies, n, rest)
+            trial.go_again(copies, n, rest)
             distances = measure(trial, copies, rest[-1], expected)
             answers[: len(copies)] = [replace(a, distance=d) for a, d in zip(answers, distances)]
         if self.job.kl and (right := ask.right[: ask.n_steps]):
             if right == tuple(expected.tokens):
                 surprise = [d.nll for d in distances]
             else:
-                if not trial.go_back(copies, n + len(rest) - 1):
-                    trial.go_on(copies, n, rest)
+                trial.go_again(copies, n, rest)
                 surprise = trial.surprise(copies, rest[-1], right)
             answers[: len(copies)] = [replace(a, right=Likelihood(len(right), round(s, 6))) for a, s in zip(answers, surprise)]
         yield from answers

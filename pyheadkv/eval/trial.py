@@ -254,6 +254,11 @@ class Trial:
             copy.n_tokens = n
         return True
 
+    def go_again(self, copies: Sequence[Copy], n: int, tokens: Sequence[int]) -> None:
+        """Have copies as ``go_on`` left them, which reads what cannot be gone back to."""
+        if not self.go_back(copies, n + len(tokens) - 1):
+            self.go_on(copies, n, tokens)
+
     def say(self, copies: Sequence[Copy], rows: Sequence[Sequence[int]]) -> None:
         """Read tokens, a row for each copy."""
         n_each = max(1, llama_cpp.llama_n_batch(self.llm.ctx) // max(1, len(copies)))
