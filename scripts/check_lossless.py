@@ -43,12 +43,12 @@ def read(model: Path, tokens: list[int], n_threads: int, **options: Any) -> tupl
     return llm, time.perf_counter() - start
 
 
-def compare(model: Path, n_tokens: int, n_next: int, n_threads: int) -> list[str]:
+def compare(model: Path, texts: list[Path], n_tokens: int, n_next: int, n_threads: int) -> list[str]:
     """One row."""
     with closing(Llama(str(model), vocab_only=True, verbose=False)) as words:
-        tokens = words.tokenize(TEXT.read_bytes())[:n_tokens]
+        tokens = words.tokenize(b"\n".join(text.read_bytes() for text in texts))[:n_tokens]
     if len(tokens) < n_tokens:
-        raise SystemExit(f"error: --tokens {n_tokens}: {TEXT.name} has {len(tokens)}")
+        raise SystemExit(f"error: --tokens {n_tokens}: the text has {len(tokens)}, give more with --text")
     stock, seconds = read(model, tokens, n_threads)
     others = [read(model, tokens, n_threads, policy="lossless"), read(model, tokens, n_threads, flash_attn=False)]
     same, kl, gap = [0, 0], [0.0, 0.0], [0.0, 0.0]
@@ -75,6 +75,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path, nargs="+")
     parser.add_argument("--tokens", default="4096", metavar="LIST", help="(default: %(default)s)")
+    parser.add_argument(
+        "--text", type=Path, nargs="+", default=[TEXT], metavar="FILE", help="one behind the other (default: the haystack of the package)"
+    )
     parser.add_argument("--next", type=int, default=64, metavar="N", help="tokens that follow (default: %(default)s)")
     parser.add_argument("--threads", type=int, default=1, metavar="N", help="(default: %(default)s)")
     parser.add_argument("-o", "--output", type=Path, required=True, metavar="FILE.md")
@@ -83,14 +86,16 @@ def main() -> None:
     rows = []
     for model in args.model:
         for n in map(int, args.tokens.split(",")):
-            rows.append(compare(model, n, args.next, args.threads))
+            rows.append(compare(model, args.text, n, args.next, args.threads))
             print(*rows[-1], flush=True)
     named = " ".join(m.name for m in args.model)
+    names = [text.name for text in args.text]
+    given = "" if args.text == [TEXT] else f" --text {' '.join(names)}"
     text = [
         "# Nothing evicted, beside the stock cache",
         "",
-        f"`python scripts/check_lossless.py {named} --tokens {args.tokens} --next {args.next} --threads {args.threads}`, {machine()}, commit",
-        f"{commit()}: the first tokens of `pyheadkv/data/haystack.txt`, then what the stock cache with flash attention says next. How often the next token is the",
+        f"`python scripts/check_lossless.py {named} --tokens {args.tokens}{given} --next {args.next} --threads {args.threads}`, {machine()}, commit",
+        f"{commit()}: the first tokens of {', '.join(names)}, then what the stock cache with flash attention says next. How often the next token is the",
         "same, KL from the stock cache's distribution of it (mean, nats), and how much likelier at most the stock cache finds its own token where it is not.",
         "",
         *table(head, rows),
