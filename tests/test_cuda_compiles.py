@@ -19,7 +19,7 @@ ARCHS = (75, 86, 90)
 
 @pytest.fixture(scope="module")
 def nvcc() -> list[str]:
-    """The compiler with the flags that upstream compiles with."""
+    """The compiler with the flags that upstream compiles with, behind ccache where that is there: what it has compiled before is not compiled again."""
     path = shutil.which("nvcc")
     if not path:
         pytest.skip("nvcc is not installed")
@@ -31,7 +31,9 @@ def nvcc() -> list[str]:
     if not headers:
         pytest.skip("no headers of cuBLAS: pip install nvidia-cublas")
     include = [ggml / "src", ggml / "include", ROOT / "cpp" / "llama", ROOT / "cpp" / "ggml-cuda", headers[0].parent]
-    return [path, "-std=c++17", "-use_fast_math", "-extended-lambda", "-DGGML_CUDA_USE_GRAPHS", "-t", "3", *(f"-I{p}" for p in include)]
+    cached = [ccache] if (ccache := shutil.which("ccache")) else []
+    flags = ["-std=c++17", "-use_fast_math", "-extended-lambda", "-DGGML_CUDA_USE_GRAPHS", "-t", "3"]
+    return [*cached, path, *flags, *(f"-I{p}" for p in include)]
 
 
 def compile_for(nvcc: list[str], source: Path, out: Path, archs: tuple[int, ...]) -> str:
