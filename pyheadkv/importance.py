@@ -11,6 +11,7 @@ stay F32 in every GGUF.
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
 from collections.abc import Callable
@@ -248,19 +249,16 @@ def _distance(mine: Fingerprint, entry: dict[str, Any]) -> float | None:
     return distance if distance <= RELATIVE else None
 
 
-def write_gguf(
-    model: str | os.PathLike[str], importance: Importance | None, replay: ReplayTable | None = None, *, beside: str | os.PathLike[str] = ""
-) -> Path:
+def write_gguf(model: str | os.PathLike[str], importance: Importance | None, replay: ReplayTable | None = None) -> Path:
     """A GGUF in the user's cache that holds nothing but this importance and this table: what llama-server reads.
 
-    Parameters
-    ----------
-    beside : file that one of both is from, the other being what is known of the model
+    Its name tells its content, so that a server that reads it again later finds what it found at its start.
+
+    Raises
+    ------
+    ValueError : the cache cannot be written
     """
     mine = fingerprint(model)
-    more = f"-{hashlib.sha256(os.fsencode(Path(beside).resolve())).hexdigest()[:8]}" if beside else ""
-    path = cache_folder() / "importance" / f"{mine.key}{more}.gguf"
-    path.parent.mkdir(parents=True, exist_ok=True)
     fields: list[Field] = [("general.architecture", STRING, None, mine.arch)]
     if importance is not None:
         fields += importance_fields(
@@ -268,7 +266,17 @@ def write_gguf(
         )
     if replay is not None:
         fields += replay_fields(replay, arch=mine.arch)
-    replace_file(path, lambda out: write_fields(out, fields))
+    content = io.BytesIO()
+    write_fields(content, fields)
+    path = cache_folder() / "importance" / f"{mine.key}-{hashlib.sha256(content.getvalue()).hexdigest()[:16]}.gguf"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        replace_file(path, lambda out: out.write(content.getvalue()))
+    except OSError as error:
+        raise ValueError(
+            f"{path.parent}: {error.strerror}, and llama-server reads from there what is known of the model: set PYHEADKV_CACHE to a folder "
+            "that can be written, or name a file with --kv-importance"
+        ) from error
     return path
 
 

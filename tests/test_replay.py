@@ -475,3 +475,26 @@ def test_a_server_is_given_both(model: Path, tmp_path: Path, registry: Path) -> 
     line = serve.command_line([str(path), "--kv-size", "64", "--kv-policy", "headkv", "--kv-importance", str(given)])
     assert line[-1] == str(given)  # the table is not needed
     assert "--kv-importance" not in serve.command_line([str(path), "--kv_size", "64", "--kv_policy", "snapkv"])
+    assert "--kv-importance" not in serve.command_line([str(path), "--kv-size", "0"])
+
+
+def test_what_a_server_was_given_stays_what_it_is(
+    model: Path, tmp_path: Path, registry: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A server that wakes up reads its file again, whatever others have been given meanwhile."""
+    from pyheadkv.cli import serve
+
+    path = tmp_path / "a.gguf"
+    without_importance(model, path)
+    register(registry, path, "mine", table(1))
+    both = Path(serve.command_line([str(path), "--kv-size", "64"])[-1])
+    content = both.read_bytes()
+    other = Path(serve.command_line([str(path), "--kv-size", "64", "--kv-policy", "headkv"])[-1])
+    assert read_replay(other) is None and read_replay(both) is not None and both.read_bytes() == content
+    assert serve.command_line([str(path), "--kv-size", "64"])[-1] == str(both)
+    capsys.readouterr()
+    assert "--kv-importance" not in serve.command_line(["--models-dir", str(tmp_path), "--kv-size", "64"])
+    assert "without -m FILE nothing is known of a model but what its metadata has" in capsys.readouterr().err
+    monkeypatch.setenv("PYHEADKV_CACHE", str(path / "cache"))
+    with pytest.raises(ValueError, match="set PYHEADKV_CACHE to a folder that can be written"):
+        serve.command_line([str(path), "--kv-size", "64"])

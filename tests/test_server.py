@@ -116,12 +116,12 @@ class Server(llama_server.Server):
     def output(self) -> str:
         return self.log.read_text(errors="replace")
 
-    def says(self, text: str) -> bool:
-        """Whether its log has a text, or gets it soon: a thread of its own writes it."""
+    def says(self, text: str, *, behind: int = 0) -> bool:
+        """Whether its log has a text behind so many characters, or gets it soon: a thread of its own writes it."""
         deadline = time.monotonic() + SECONDS
-        while text not in self.output() and time.monotonic() < deadline:
+        while text not in self.output()[behind:] and time.monotonic() < deadline:
             time.sleep(0.05)
-        return text in self.output()
+        return text in self.output()[behind:]
 
 
 @contextmanager
@@ -699,6 +699,26 @@ def test_reuse_continues_on_the_compressed_past(llm: Any, log: Path) -> None:
         assert server.complete([*a[:-2], *c, *b], 4, cache_prompt=False)["timings"]["cache_n"] == 0
 
 
+def test_a_request_that_is_refused_leaves_the_slot_what_it_has(llm: Any, log: Path) -> None:
+    a, b = prompt_ids(llm, 1), words(llm, "the code of anna is")
+    with running(log, "--kv-size", KV_SIZE, "--kv-reuse") as server:
+        answer = server.tokens(a, 4)
+        status, failed = server.request("/completion", {"prompt": a * 3, "n_predict": 4})
+        assert status == 400 and failed["error"]["type"] == "exceed_context_size_error"
+        assert server.complete([*a, *answer, *b], 4)["timings"]["cache_n"] >= len(a)
+
+
+def test_a_server_that_sleeps_holds_nothing(llm: Any, log: Path) -> None:
+    prompt = prompt_ids(llm, 1)
+    with running(log, "--kv-size", KV_SIZE, "--kv-reuse", "--sleep-idle-seconds", 1) as server:
+        answer = server.tokens(prompt, 8)
+        assert server.says("server is entering sleeping state")
+        props = server.get("/props")
+        assert props["is_sleeping"] and props["kv"]["bytes_held"] == 0 and props["kv"]["slots"][0]["state"] == "empty"
+        assert server.metric("kv_bytes_held") == 0 and server.metric("kv_compressions_total") == 1
+        assert server.tokens(prompt, 8) == answer
+
+
 @pytest.mark.parametrize("prefill", ["layer", "token"])
 def test_every_turn_of_a_chat_is_read_from_where_it_differs(prefill: str, llm: Any, log: Path, tmp_path: Path) -> None:
     """From a folder, two slots and a server that is started again: the tokens are those of a server that reads everything."""
@@ -801,13 +821,13 @@ def test_reuse_has_the_size_and_the_protected_cells_of_the_request(llm: Any, log
             server.complete(document, 1, cache_prompt=False, **requests[first])
             n_read = len(server.output())
             result = server.complete(asked, n, **requests[second])
-            said = server.output()[n_read:]
             if (first, second) in same or first == second:
-                assert result["timings"]["cache_n"] == len(document) and "tokens are continued on the compressed past" in said
+                assert result["timings"]["cache_n"] == len(document)
+                assert server.says("tokens are continued on the compressed past", behind=n_read)
             else:
                 assert result["timings"]["cache_n"] == 0 and result["tokens"] == fresh[second]["tokens"], (first, second)
                 assert result["timings"]["kv"]["cells"] == fresh[second]["timings"]["kv"]["cells"]
-                assert reasons.get(second, "read from its beginning: it was compressed with") in said
+                assert server.says(reasons.get(second, "read from its beginning: it was compressed with"), behind=n_read)
         # a past that is whole is what any size would leave that keeps it whole
         short = document[:100]
         server.complete(short, 1, cache_prompt=False)

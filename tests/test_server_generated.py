@@ -99,6 +99,10 @@ def test_an_answer_goes_on_as_far_as_it_is_told(model: Path, tmp_path: Path) -> 
         assert slot["generated"]["evictions"] >= 60 and slot["n_tokens"] >= len(chat)
         status, failed = found.request("/completion", {"prompt": chat, "n_predict": 1, "kv_generated": 24})  # it would be read again
         assert status == 400 and failed["error"]["type"] == "exceed_context_size_error"
+        longer = [*chat, *more["tokens"], 5]
+        assert found.complete(longer, 1)["timings"]["cache_n"] >= len(chat)  # and the chat goes on
+        status, failed = found.request("/completion", {"prompt": tokens(2000), "n_predict": 1})
+        assert status == 400 and failed["error"]["message"].startswith("2000 tokens of a prompt: answers end at --kv-limit 2000")
 
 
 def test_what_was_thought_leaves_the_store(model: Path, tmp_path: Path) -> None:

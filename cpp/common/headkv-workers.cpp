@@ -40,7 +40,9 @@ static bool is_reachable(const std::string &) { return false; }
 static void on_abort(const char * message) {
     if (!strstr(message, "ggml-rpc")) { // not ours to say: as without us
         ggml_set_abort_callback(nullptr);
-        ggml_abort(__FILE__, __LINE__, "%s", message);
+        const std::string said = message; // "FILE:LINE: .."
+        const size_t end = said.find(": "), colon = said.rfind(':', end - 1);
+        ggml_abort(said.substr(0, colon).c_str(), atoi(said.c_str() + colon + 1), "%s", said.c_str() + end + 2);
     }
     std::this_thread::sleep_for(std::chrono::milliseconds(500)); // a process that ends closes one socket after the other
     std::string lost, all;

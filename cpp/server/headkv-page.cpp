@@ -240,6 +240,9 @@ static std::string why_no_positions(const common_params & params) {
     if (choice == HEADKV_POSITIONS_OFF) {
         return "it was switched off with --kv-positions off";
     }
+    if (params.model.path.empty()) {
+        return "this server hands requests on to one for each model, and holds no cells itself";
+    }
     if (choice == HEADKV_POSITIONS_AUTO && !listens_here_alone(params)) {
         return "the server listens beyond this machine, and this tells the text of prompts: start it with --kv-positions on";
     }

@@ -134,7 +134,7 @@ static std::string refusal(const common_params & params) {
         return "--kv-archive-size, --kv-archive-type: there is no archive, use --kv-archive DIR";
     }
     if (headkv_get_args().params.kv_generated == 0) {
-        for (const std::string flag : headkv_get_args().given) {
+        for (const std::string & flag : headkv_get_args().given) {
             if (flag == "--kv-limit") {
                 return flag + ": answers end with the context, use --kv-generated";
             }
@@ -211,6 +211,13 @@ static int32_t kept_aside(const common_params & params) {
     std::vector<int32_t> beside(std::max(0, n));
     const bool known = n > 0 && headkv_get_heads(model.get(), unused.data(), unused.data(), unused.data(), unused.data(), beside.data(), n) == n;
     return known ? std::accumulate(beside.begin(), beside.end(), 0, std::bit_or<int32_t>()) : 0;
+}
+
+// there is no context whose cells these are; with the lock
+static void forget_held(size_t n_slots) {
+    server.slots.assign(n_slots, {});
+    server.heads.assign(n_slots, {});
+    server.bytes_store = server.bytes_staging = server.bytes_beside = 0;
 }
 
 bool headkv_server_open(common_params & params) {
@@ -303,11 +310,9 @@ bool headkv_server_open(common_params & params) {
                                                                                                      : "every prompt is read from its beginning");
 
     std::lock_guard<std::mutex> lock(server.mutex);
-    server.slots.assign(std::max(1, params.n_parallel), {});
-    server.heads.assign(server.slots.size(), {});
+    forget_held(std::max(1, params.n_parallel));
     server.turns.assign(server.slots.size(), {});
     past.assign(server.slots.size(), {});
-    server.bytes_store = server.bytes_staging = server.bytes_beside = 0;
     server.n_ctx = 0;
     return true;
 }
@@ -477,6 +482,10 @@ headkv_request headkv_server_check_request(const common_json & body, int32_t n_c
     }
     if (body.contains("kv_generated") && !body.at("kv_generated").is_null()) {
         res.kv_generated = get_generated(body.at("kv_generated"));
+    }
+    const int32_t kv_limit = headkv_get_args().kv_limit;
+    if (res.kv_generated != 0 && kv_limit > 0 && n_tokens >= kv_limit) {
+        throw std::invalid_argument(string_format("%d tokens of a prompt: answers end at --kv-limit %d, use a larger one or a shorter prompt", n_tokens, kv_limit));
     }
     if (body.contains("kv_question") && !body.at("kv_question").is_null() && !headkv_get_args().asks_question()) {
         throw std::invalid_argument(string_format("kv_question: the server has policy %s, which does not look at it, leave it out", server.policies.at("known").c_str()));
@@ -968,6 +977,9 @@ void headkv_server_add_props(common_json & props) {
     }
     const headkv_args & args = headkv_get_args();
     std::lock_guard<std::mutex> lock(server.mutex);
+    if (props.value("is_sleeping", false)) { // asked for once, when the context is freed
+        forget_held(server.slots.size());
+    }
     common_json slots = common_json::array();
     for (const auto & info : server.slots) {
         slots.push_back(slot_to_json(info));

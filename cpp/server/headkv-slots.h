@@ -111,15 +111,16 @@ static bool headkv_server_begin(const std::vector<server_slot> & slots, server_s
         }
         SLT_INF(slot, "--kv-reuse: the prompt is read from its beginning: %s\n", why_not.c_str());
     }
-    slot.prompt_clear();
+    if (n_tokens == 0 || n_tokens >= slot.n_ctx) {
+        return true; // upstream refuses it, and the slot keeps what it has
+    }
     if (headkv_server_is_split(slot) && headkv_server_only_layer()) {
         throw std::runtime_error("--kv-prefill layer: one part of the prompt is computed without the aLoRA and the other one with it, "
                                  "which no order by layers can do: use --kv-prefill auto");
     }
-    if (n_tokens > 0 && n_tokens < slot.n_ctx) { // others are refused by upstream
-        slot.stats.headkv_info.by_layer = layers && fits && n_tokens > 1 && !headkv_server_is_split(slot);
-        headkv_server_announce(slot.ctx_tgt, slot.id, n_tokens, slot.stats.headkv_info.by_layer, slot.task->params.headkv);
-    }
+    slot.prompt_clear();
+    slot.stats.headkv_info.by_layer = layers && fits && n_tokens > 1 && !headkv_server_is_split(slot);
+    headkv_server_announce(slot.ctx_tgt, slot.id, n_tokens, slot.stats.headkv_info.by_layer, slot.task->params.headkv);
     return true;
 }
 

@@ -71,11 +71,18 @@ def _importance_flags(model: Sequence[str], rest: Sequence[str]) -> list[str]:
     flags = {flag.replace("_", "-"): value for flag, value in zip(rest, [*rest[1:], ""], strict=False)}  # as llama-server takes them
     path = model[-1] if model else flags.get("-m") or flags.get("--model") or os.environ.get("LLAMA_ARG_MODEL")
     choices = [flags.get(f"--kv-{name}") or os.environ.get(f"LLAMA_ARG_KV_{name.upper()}") for name in ("policy", "budget", "rank", "fit")]
-    is_on = "--kv-size" in flags or os.environ.get("LLAMA_ARG_KV_SIZE")
+    is_on = (flags.get("--kv-size") or os.environ.get("LLAMA_ARG_KV_SIZE") or "0") != "0"
     given = flags.get("--kv-importance") or os.environ.get("LLAMA_ARG_KV_IMPORTANCE")
-    if not path or not is_on or not Path(path).is_file() or (given and not Path(given).is_file()):
+    if not is_on or (given and not Path(given).is_file()) or (path and not Path(path).is_file()):
         return []
     traits = policy_traits(choices[0] or AUTO, *(name or None for name in choices[1:]))
+    if not path:
+        if not given and (traits.by_importance or traits.by_replay):
+            print(
+                "pyheadkv: without -m FILE nothing is known of a model but what its metadata has: name a file with --kv-importance",
+                file=sys.stderr,
+            )
+        return []
     values, shares = (read_importance(given), read_replay(given)) if given else (None, None)
     found = find_importance(path) if traits.by_importance and values is None else None
     table = find_replay(path) if traits.by_replay and shares is None else None
@@ -85,7 +92,7 @@ def _importance_flags(model: Sequence[str], rest: Sequence[str]) -> list[str]:
     for what, origin in origins:
         print(f"pyheadkv: {what} from {origin}", file=sys.stderr)
     known = (values if found is None else found.importance), (shares if table is None else table.table)
-    return ["--kv-importance", str(write_gguf(path, *known, beside=given or ""))]
+    return ["--kv-importance", str(write_gguf(path, *known))]
 
 
 def run(args: argparse.Namespace) -> int:
