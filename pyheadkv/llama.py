@@ -385,10 +385,8 @@ class Llama(llama_cpp.Llama):
         if amount and (policy == FULL or keeps_all):
             which = _assigned({name: given[name] for name in ("policy", "budget") if name in given} | amount)
             raise ValueError(f"{which}: it keeps all cells, leave the amount out or choose another policy")
-        if beta is not None and policy != FULL and not policy_traits(policy or AUTO, budget, rank, fit).by_beta:
-            raise ValueError(
-                f"policy={policy!r}, beta={beta!r}: it does not look at beta, which {', '.join(BY_BETA)} do: leave one of them out"
-            )
+        if beta is not None and policy != FULL:
+            _check_beta_is_used(policy, beta, policy_traits(policy or AUTO, budget, rank, fit))
         self._kv_ratio = kv_ratio
         self._found: Found | None = None  # the importance that is known
         self._found_replay: FoundReplay | None = None  # the replay table that is known
@@ -647,9 +645,7 @@ class Llama(llama_cpp.Llama):
         n_ctx, n_all = self.n_ctx(), self.n_tokens + len(tokens)
         is_bounded = self.n_tokens > 0 and self._stats().kv_generated > 0 and not self._logits_all  # the library checks what it holds
         if n_all > n_ctx and not is_bounded:
-            raise ValueError(
-                f"{self.n_tokens} + {len(tokens)} tokens do not fit into n_ctx={n_ctx}: use a larger n_ctx or a shorter prompt"
-            )
+            raise ValueError(_too_long(self.n_tokens, len(tokens), n_ctx))
         if n_all > len(self.input_ids):
             self.input_ids = np.concatenate([self.input_ids, np.zeros(max(n_ctx, n_all - len(self.input_ids)), dtype=np.intc)])
         is_prompt, self._prompt_pending = self._prompt_pending, False
@@ -754,8 +750,8 @@ class Llama(llama_cpp.Llama):
         Parameters
         ----------
         importance, replay : as for the constructor; None = what was used until now
-        **options : any of the constructor's, with a ``window`` up to its one, but ``n_tail, attend, n_buckets, prefill,
-            prefill_hidden, n_seq_max``; those that are not given stay
+        **options : ``kv_size`` and those of the constructor that say how prompts are compressed, the fields of ``pyheadkv.options.Options``; a
+            ``window`` up to the constructor's, and not ``n_tail, attend, n_buckets, prefill, prefill_hidden``; those that are not given stay
 
         Raises
         ------
@@ -769,6 +765,8 @@ class Llama(llama_cpp.Llama):
         after = replace(self._need_options(), **{**preset_changes(options), "kv_size": MAX_CELLS})
         if "kv_size" in options and after.traits.keeps_all:
             raise ValueError(f"policy={after.policy!r}, kv_size={options['kv_size']!r}: it keeps all cells, leave kv_size out")
+        if options.get("beta") is not None:
+            _check_beta_is_used(after.policy, options["beta"], after.traits)
         self._configure(importance, replay, **options)
         self._configured |= preset_changes(options)
         self._configured |= {name: value for name, value in dict(importance=importance, replay=replay).items() if value is not None}
@@ -797,7 +795,8 @@ class Llama(llama_cpp.Llama):
         """Compress what has been evaluated so far as another sequence; here it stays uncompressed.
 
         So the same prompt can be compressed in several ways (``configure``), or read on. The copy is decoded with
-        ``llama_cpp.llama_decode`` and removed with ``llama_cpp.llama_memory_seq_rm``; ``kv_stats(seq_id)`` tells what it holds.
+        ``llama_cpp.llama_decode`` and removed with ``llama_cpp.llama_memory_seq_rm``; ``kv_stats(seq_id)`` tells what it holds. ``reset()``,
+        with which another prompt begins, removes copies too.
 
         Parameters
         ----------
@@ -809,6 +808,8 @@ class Llama(llama_cpp.Llama):
             the prompt is compressed already, or was read layer by layer (use ``prefill="token"``), the sequence is not
             empty, or there is not enough memory; nothing has changed then
         """
+        if self._n_seq_max < 2:
+            raise ValueError(f"seq_id={seq_id!r}: the context has one sequence, give Llama(..., n_seq_max=2) or more")
         self._fit_ratio(self.n_tokens)
         _lib.check(_lib.lib.headkv_compress_as(self.ctx, 0, check_int("seq_id", seq_id, 1, self._n_seq_max - 1)))
         self._requires_eval = True  # what is decoded of the copy takes the place of the logits
@@ -858,6 +859,8 @@ class Llama(llama_cpp.Llama):
         if self.kv_options is not None:
             is_new = signature(llama_cpp.Llama.generate).bind(self, tokens, *args, **kwargs).arguments.get("reset", True)
             if (head or is_new) and not self._goes_on(tokens, len(head)):
+                if len(tokens) > self.n_ctx():  # before what is there is forgotten
+                    raise ValueError(_too_long(0, len(tokens), self.n_ctx()))
                 self.reset()
             if list(tokens[: len(head)]) != head:
                 raise ValueError("protect_system=True: the chat format in use asks more than once, use protect=[(0, n)]")
@@ -1306,6 +1309,17 @@ def _why_no_cells(model_path: str, kwargs: dict[str, Any]) -> str:
             except ValueError as e:
                 return f"{name}={kwargs[name]!r}: {e}"
     return ""
+
+
+def _too_long(n_past: int, n_tokens: int, n_ctx: int) -> str:
+    return f"{n_past} + {n_tokens} tokens do not fit into n_ctx={n_ctx}: use a larger n_ctx or a shorter prompt"
+
+
+def _check_beta_is_used(policy: str | None, beta: float, traits: _lib.PolicyInfo) -> None:
+    if not traits.by_beta:
+        raise ValueError(
+            f"policy={policy!r}, beta={beta!r}: it does not look at beta, which {', '.join(BY_BETA)} do: leave one of them out"
+        )
 
 
 def _assigned(values: dict[str, Any]) -> str:

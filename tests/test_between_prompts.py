@@ -38,6 +38,32 @@ def test_an_amount_beside_a_policy_that_keeps_all_is_an_error(make_model: MakeMo
     assert pickle.loads(pickle.dumps(llm)).policy == llm.policy == "lossless"
 
 
+def test_a_beta_that_nothing_looks_at_is_an_error(make_model: MakeModel) -> None:
+    llm = load(make_model(SHAPE), kv_size=60, policy="snapkv")
+    for options in ({"beta": 2.0}, {"policy": "uniform/value", "beta": 2.0}):
+        with pytest.raises(ValueError, match="beta=2.0: it does not look at beta"):
+            llm.configure(**options)
+    llm.configure(policy="auto", beta=2.0)
+    assert llm.kv_options.beta == 2.0
+
+
+def test_a_prompt_that_does_not_fit_leaves_what_is_there(make_model: MakeModel) -> None:
+    llm = load(make_model(SHAPE), n_ctx=256, kv_size=40, kv_generated=48, kv_generated_slack=16, kv_reuse=True, policy="snapkv")
+    assert len(greedy(llm, tokens(150), 200)) == 200
+    chat, n = llm.input_ids[: llm.n_tokens].tolist(), llm.n_tokens
+    with pytest.raises(ValueError, match=rf"0 \+ {n + 1} tokens do not fit into n_ctx=256"):
+        next(llm.generate([7, *chat]))
+    assert llm.n_tokens == n and llm.kv_stats().state == "compressed"
+    next(llm.generate([*chat, 5], temp=0.0))
+    assert llm.kv_stats().n_prompt == 150 and llm.n_tokens == n + 1
+
+
+def test_copies_need_sequences(make_model: MakeModel) -> None:
+    llm = load(make_model(SHAPE), kv_size=60)
+    with pytest.raises(ValueError, match=r"seq_id=1: the context has one sequence, give Llama\(\.\.\., n_seq_max=2\) or more"):
+        llm.compress_as(1)
+
+
 def test_recent_cells_of_a_share_can_be_configured_before_a_prompt(make_model: MakeModel) -> None:
     llm = load(make_model(SHAPE), kv_ratio=0.1, policy="snapkv")
     llm.configure(recent=30)

@@ -586,6 +586,7 @@ def test_evaluation_writes_resumes_and_reports(tmp_path: Path, capsys: pytest.Ca
     (["needle", "--policy", "streaming", "--window", "16"], "--window=16: no policy of 'streaming' looks at it"),
     (["needle", "--policy", "full,none", "--sinks", "0"], "--sinks=0: no policy of 'full,none'"),
     (["loogle"], "task loogle reads a file: name it with --file"),
+    (["passkey"], "task='passkey': for this model it must be one of niah"),
 ])  # fmt: skip
 @embedded
 def test_wrong_options_of_the_evaluation(options: list[str], word: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

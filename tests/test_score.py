@@ -669,8 +669,8 @@ def test_score_writes_file_and_model_and_resumes(
 
 def test_score_of_a_model_that_answers_nothing_is_an_error(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "a.json"
-    assert run(model, "-o", out, "--examples", "2", "--max-tokens", "1000", "--answers", "generated") == 1
-    assert "0 of 2 examples count, at least 8 are needed: use --answers forced" in capsys.readouterr().err
+    assert run(model, "-o", out, "--examples", "8", "--max-tokens", "600", "--answers", "generated") == 1
+    assert "0 of 8 examples count, at least 8 are needed: use --answers forced" in capsys.readouterr().err
     assert not out.exists()
 
 
@@ -702,6 +702,7 @@ def test_score_without_an_output_writes_where_it_is_found(tmp_path: Path, monkey
     ("options", "word"),
     [
         (["--examples", "0"], "--examples=0"),
+        (["--examples", "7"], "--examples=7: it must be in [8, 1048576], fewer are never written"),
         (["--max-tokens", "0"], "--max-tokens=0"),
         (["--max-tokens", "100"], "max_tokens"),
         (["--protocol", "authors"], "closed vocabulary"),

@@ -6,6 +6,7 @@ import argparse
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
@@ -16,10 +17,10 @@ from ..eval.journal import Journal, machine
 from ..eval.quiz import TaskOptions
 from ..eval.report import write_report
 from ..eval.run import DEFAULT_PROTOCOLS, PROTOCOLS, Job, count_quizzes, describe, run_job
-from ..eval.tasks import TASKS
+from ..eval.tasks import TASKS, make_task
 from ..eval.trial import Setting
 from ..importance_values import check_beta
-from ..llama import cells_in
+from ..llama import Llama, cells_in
 from ..model import model_path, read_shape
 from ..options import (
     AUTO,
@@ -221,6 +222,9 @@ def run(args: argparse.Namespace) -> int:
     )
     check_int("--contexts", args.contexts, 1, 1 << 20)
     check_int("--jobs", args.jobs, 1, 1024)
+    with closing(Llama(path, n_ctx=64, vocab_only=True, verbose=False)) as vocabulary:
+        for task in tasks:
+            make_task(vocabulary, task)  # or an error, before anything is written
     journal = Journal(args.output, describe(job), resume=args.resume)
     done = {(e["task"], e["length"], e["quiz"]) for e in journal.entries}
     counts = count_quizzes(job, args.contexts)

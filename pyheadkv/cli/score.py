@@ -28,6 +28,7 @@ from ..score.measure import (
     ACCEPT_ABOVE,
     ANSWERS,
     MAX_ANSWER,
+    N_COUNTED,
     N_STABLE,
     STABLE,
     LlamaReader,
@@ -129,7 +130,7 @@ def run(args: argparse.Namespace) -> int:
     journal_path = check_files(path, args, "an importance", read_importance)
     max_tokens = choose_max_tokens(args, n_ctx_train=read_shape(path).n_ctx_train)
     if args.examples is not None:
-        check_int("--examples", args.examples, 1, 1 << 20)
+        check_int("--examples", args.examples, N_COUNTED, 1 << 20, ", fewer are never written")
     if args.kv_size is not None and not args.calibrate:
         raise ValueError(f"--kv-size={args.kv_size}: it is for --calibrate, scores do not depend on it")
     kv_sizes = [check_int("--kv-size", n, 9, max_tokens) for n in args.kv_size or calibrate.KV_SIZES if args.calibrate]

@@ -355,8 +355,8 @@ def check_reliable(outcomes: Sequence[Outcome], heads: Sequence[tuple[int, int]]
     """
     n, agreement = sum(o.accepted for o in outcomes), reliability(outcomes, heads)
     if n < N_COUNTED:
-        why = f"{n} of {len(outcomes)} examples count, at least {N_COUNTED} are needed"
-        raise ValueError(f"{why}: use --answers forced, which counts every example, or more with --examples")
+        forced = "" if n == len(outcomes) else "--answers forced, which counts every example, or "
+        raise ValueError(f"{n} of {len(outcomes)} examples count, at least {N_COUNTED} are needed: use {forced}more with --examples")
     if agreement < RELIABLE:
         raise ValueError(f"the importance from {n} examples has a reliability of {agreement:.2f}, at least {RELIABLE} is needed: "
                          "use more with --examples")  # fmt: skip
