@@ -41,7 +41,11 @@ static void on_abort(const char * message) {
     if (!strstr(message, "ggml-rpc")) { // not ours to say: as without us
         ggml_set_abort_callback(nullptr);
         const std::string said = message; // "FILE:LINE: .."
-        const size_t end = said.find(": "), colon = said.rfind(':', end - 1);
+        const size_t end = said.find(": ");
+        const size_t colon = end == std::string::npos ? end : said.rfind(':', end - 1);
+        if (colon == std::string::npos) {
+            ggml_abort(__FILE__, __LINE__, "%s", message);
+        }
         ggml_abort(said.substr(0, colon).c_str(), atoi(said.c_str() + colon + 1), "%s", said.c_str() + end + 2);
     }
     std::this_thread::sleep_for(std::chrono::milliseconds(500)); // a process that ends closes one socket after the other

@@ -6,7 +6,6 @@ import argparse
 import sys
 import time
 from collections.abc import Sequence
-from contextlib import closing
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
@@ -17,10 +16,10 @@ from ..eval.journal import Journal, machine
 from ..eval.quiz import TaskOptions
 from ..eval.report import write_report
 from ..eval.run import DEFAULT_PROTOCOLS, PROTOCOLS, Job, count_quizzes, describe, run_job
-from ..eval.tasks import TASKS, make_task
+from ..eval.tasks import TASKS
 from ..eval.trial import Setting
 from ..importance_values import check_beta
-from ..llama import Llama, cells_in
+from ..llama import cells_in
 from ..model import model_path, read_shape
 from ..options import (
     AUTO,
@@ -222,18 +221,20 @@ def run(args: argparse.Namespace) -> int:
     )
     check_int("--contexts", args.contexts, 1, 1 << 20)
     check_int("--jobs", args.jobs, 1, 1024)
-    with closing(Llama(path, n_ctx=64, vocab_only=True, verbose=False)) as vocabulary:
-        for task in tasks:
-            make_task(vocabulary, task)  # or an error, before anything is written
     journal = Journal(args.output, describe(job), resume=args.resume)
     done = {(e["task"], e["length"], e["quiz"]) for e in journal.entries}
     counts = count_quizzes(job, args.contexts)
     places = [(i, k) for i, task in enumerate(tasks) for k in range(counts[i]) if (task.name, task.n_tokens, k) not in done]
     begin, whole = time.perf_counter(), not journal.entries
-    with tqdm(total=sum(counts), initial=sum(counts) - len(places), desc="contexts", leave=False, disable=None) as bar:
-        for entry in run_job(job, places, n_jobs=min(args.jobs, max(1, len(places)))):
-            journal.append(entry)
-            bar.update()
+    try:
+        with tqdm(total=sum(counts), initial=sum(counts) - len(places), desc="contexts", leave=False, disable=None) as bar:
+            for entry in run_job(job, places, n_jobs=min(args.jobs, max(1, len(places)))):
+                journal.append(entry)
+                bar.update()
+    except ValueError:
+        if not journal.entries:  # the model cannot be asked so
+            args.output.unlink()
+        raise
     where = f"{machine()}; {args.jobs} processes of {args.threads} threads"
     if whole:
         where += f", {(time.perf_counter() - begin) / 60:.1f} minutes"

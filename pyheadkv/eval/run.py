@@ -312,15 +312,20 @@ def measure(trial: Trial, copies: Sequence[Copy], last: int, expected: Expected)
     return [Distance(n, *(round(float(x) / n, 6) for x in column)) for column in sums.T]
 
 
-_worker: Worker | None = None  # of this process
+_worker: Worker | Exception | None = None  # of this process, or why there is none
 
 
 def _begin(job: Job) -> None:
     global _worker
-    _worker = Worker(job)
+    try:
+        _worker = Worker(job)
+    except Exception as error:  # a pool does not say what ended its processes
+        _worker = error
 
 
 def _run(place: tuple[int, int]) -> dict[str, Any]:
+    if isinstance(_worker, Exception):
+        raise _worker
     assert _worker is not None
     return _worker.run(*place)
 
