@@ -43,14 +43,16 @@ def read(model: Path, tokens: list[int], n_threads: int, **options: Any) -> tupl
     return llm, time.perf_counter() - start
 
 
-def compare(model: Path, texts: list[Path], n_tokens: int, n_next: int, n_threads: int) -> list[str]:
-    """One row."""
+def compare(model: Path, texts: list[Path], n_tokens: int, n_next: int, n_threads: int, *, is_short: bool) -> list[str]:
+    """One row; ``is_short``: without the stock cache without flash attention."""
     with closing(Llama(str(model), vocab_only=True, verbose=False)) as words:
         tokens = words.tokenize(b"\n".join(text.read_bytes() for text in texts))[:n_tokens]
     if len(tokens) < n_tokens:
         raise SystemExit(f"error: --tokens {n_tokens}: the text has {len(tokens)}, give more with --text")
     stock, seconds = read(model, tokens, n_threads)
-    others = [read(model, tokens, n_threads, policy="lossless"), read(model, tokens, n_threads, flash_attn=False)]
+    others = [read(model, tokens, n_threads, policy="lossless")]
+    if not is_short:
+        others.append(read(model, tokens, n_threads, flash_attn=False))
     same, kl, gap = [0, 0], [0.0, 0.0], [0.0, 0.0]
     for _ in range(n_next):
         a = log_softmax(stock.last_logits)
@@ -66,7 +68,7 @@ def compare(model: Path, texts: list[Path], n_tokens: int, n_next: int, n_thread
         raise RuntimeError("cells are missing")
     for llm in (stock, *(llm for llm, _ in others)):
         llm.close()
-    found = [f"{same[i]} of {n_next}, {kl[i]:.1e}, {gap[i]:.2f}" for i in (0, 1)]
+    found = [f"{same[i]} of {n_next}, {kl[i]:.1e}, {gap[i]:.2f}" if i < len(others) else "-" for i in (0, 1)]
     return [model.name, str(n_tokens), *found, f"{others[0][1] / seconds:.2f}"]
 
 
@@ -79,6 +81,7 @@ def main() -> None:
         "--text", type=Path, nargs="+", default=[TEXT], metavar="FILE", help="one behind the other (default: the haystack of the package)"
     )
     parser.add_argument("--next", type=int, default=64, metavar="N", help="tokens that follow (default: %(default)s)")
+    parser.add_argument("--short", action="store_true", help="leave out the stock cache without flash attention, which takes longest")
     parser.add_argument("--threads", type=int, default=1, metavar="N", help="(default: %(default)s)")
     parser.add_argument("-o", "--output", type=Path, required=True, metavar="FILE.md")
     args = parser.parse_args()
@@ -86,11 +89,11 @@ def main() -> None:
     rows = []
     for model in args.model:
         for n in map(int, args.tokens.split(",")):
-            rows.append(compare(model, args.text, n, args.next, args.threads))
+            rows.append(compare(model, args.text, n, args.next, args.threads, is_short=args.short))
             print(*rows[-1], flush=True)
     named = " ".join(m.name for m in args.model)
     names = [text.name for text in args.text]
-    given = "" if args.text == [TEXT] else f" --text {' '.join(names)}"
+    given = ("" if args.text == [TEXT] else f" --text {' '.join(names)}") + " --short" * args.short
     text = [
         "# Nothing evicted, beside the stock cache",
         "",
