@@ -27,7 +27,7 @@ hook.fail_alloc_arm.argtypes = [ctypes.c_long]
 hook.fail_alloc_disarm.restype = ctypes.c_long
 options = json.loads(sys.argv[2])
 llm = load(sys.argv[1], kv_size=400, window=32, policy="snapkv", n_ctx=4096, n_tail=8, n_ubatch=512, **options)
-prompt, answer = tokens(2000), list(range(20, 60))
+prompt, answer = tokens(2000), list(range(20, 100))
 
 def run():
     llm.read_prompt(prompt)
@@ -185,7 +185,7 @@ run(0)
 no_errors, n, expected = run(0)
 assert no_errors == [] and expected[2] == 3
 outcomes = []
-for k in range(1, n + 1, 1 + n // 30):
+for k in range(1, n + 1, 1 + n // 50):
     errors, _, found = run(k)
     assert found == expected, (k, errors)
     outcomes += errors
@@ -239,7 +239,7 @@ def test_a_shortage_that_lasts_leaves_nothing_pending(options: str, fail_alloc: 
 def test_an_eviction_that_fails_leaves_all_cells_and_is_done_with_the_next_token(
     options: dict[str, Any], fail_alloc: Path, make_model: MakeModel
 ) -> None:
-    """Large allocations of three evictions in turn, of more than thirty ones evenly spread: nothing is lost, and the answer is what it would have been."""
+    """Large allocations of three evictions in turn, of more than fifty ones evenly spread: nothing is lost, and the answer is what it would have been."""
     path = make_model(Shape("evictions", "llama", 32, 32, n_layer=2, head_dim=64, n_ff=128))
     env = dict(os.environ, PYTHONPATH=os.pathsep.join([*sys.path, str(TESTS)]), LD_PRELOAD=str(fail_alloc), MALLOC_ARENA_MAX="1")
     command = [sys.executable, "-c", EVICTION_SCRIPT, str(path), json.dumps(options)]
